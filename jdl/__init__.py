@@ -1,0 +1,42 @@
+"""Train JAX models with any optimizer, first or second order, on data streamed from tar archives.
+
+Names are imported when first used, so that `import jdl` and `jdl --help` stay light.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jdl.core.model import Model as Model
+    from jdl.core.model import from_fns as from_fns
+    from jdl.core.model import from_linen as from_linen
+    from jdl.core.model import from_nnx as from_nnx
+    from jdl.core.objective import Objective as Objective
+    from jdl.core.types import Mode as Mode
+
+# public name -> the module that defines it
+_NAMES = {
+    "Model": "jdl.core.model",
+    "from_linen": "jdl.core.model",
+    "from_nnx": "jdl.core.model",
+    "from_fns": "jdl.core.model",
+    "Objective": "jdl.core.objective",
+    "Mode": "jdl.core.types",
+}
+_ROOMS = ("losses", "metrics", "models", "optim", "data", "train", "compare")
+
+__all__ = ["__version__", *_NAMES, *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"jdl.{name}")
+    raise AttributeError(f"module 'jdl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

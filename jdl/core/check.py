@@ -1,0 +1,83 @@
+"""Argument checks, and the errors a user can mend.
+
+Every message says which argument, what it must be, what it got and, where it helps, what to do.
+The command line shows a `UserError` in one line and ends with exit code 2; anything else is a
+fault of ours.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake the caller can mend."""
+
+
+class ArgumentError(UserError, ValueError):
+    """An argument has a value it must not have."""
+
+
+class DataError(UserError, ValueError):
+    """A file holds something other than it should."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training cannot go on: the loss is not finite, say."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str, needed_for: str):
+        super().__init__(
+            f"{needed_for} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'jax-jdl[{extra}]'"
+        )
+
+
+def argument(ok: bool, name: str, must: str, got: Any, hint: str = "") -> None:
+    """Raises unless `ok`.
+
+    >>> argument(False, "batch_size", "a positive integer", -3)
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.ArgumentError: `batch_size` must be a positive integer, got -3.
+    """
+    if not ok:
+        raise ArgumentError(f"`{name}` must be {must}, got {got!r}." + (f" {hint}" if hint else ""))
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value`, if it is an integer of at least 1."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    argument(ok, name, "a positive integer", value)
+    return value
+
+
+def in_range(
+    name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
+) -> float:
+    """`value`, if low ≤ value ≤ high (low < value with `open_low`); NaN is in no range."""
+    above = value > low if open_low else value >= low
+    left = "(" if open_low else "["
+    argument(bool(above and value <= high), name, f"a number in {left}{low}, {high}]", value)
+    return value
+
+
+def one_of(name: str, value: Any, options: Iterable[Any]) -> Any:
+    """`value`, if it is one of `options`; the error names the nearest.
+
+    >>> one_of("optimizer", "adma", ["sgd", "adam"])
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.ArgumentError: `optimizer` must be one of sgd, adam, got 'adma'. \
+Did you mean 'adam'?
+    """
+    options = list(options)
+    if value not in options:
+        near = difflib.get_close_matches(str(value), [str(o) for o in options], n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else ""
+        argument(False, name, f"one of {', '.join(str(o) for o in options)}", value, hint)
+    return value

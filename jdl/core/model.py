@@ -1,0 +1,188 @@
+"""A model is two pure functions. Adapters make one from Flax Linen, Flax NNX, or plain functions.
+
+    params, state   = model.init(key, *inputs)
+    outputs, state' = model.apply(params, state, *inputs, key=key, train=True)
+
+`params` is what an optimizer moves, `state` what a model carries along besides (batch statistics,
+persistent Markov chains); `{}` when there is none. Only this file of the core knows Flax, and
+imports it only when an adapter is called.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdl.core import check
+from jdl.core.types import Key, ModelState, Outputs, Params
+
+
+class Model(NamedTuple):
+    """A pair of pure functions.
+
+    Attributes:
+      init: `init(key, *inputs) -> (params, state)`.
+      apply: `apply(params, state, *inputs, key=None, train=False) -> (outputs, state)`; `key`
+        feeds whatever is random (dropout) and is needed only in training.
+    """
+
+    init: Callable[..., tuple[Params, ModelState]]
+    apply: Callable[..., tuple[Outputs, ModelState]]
+
+
+def from_fns(init: Callable[..., Params], apply: Callable[..., Outputs]) -> Model:
+    """A stateless `Model` of two plain functions.
+
+    Args:
+      init: `init(key, *inputs) -> params`.
+      apply: `apply(params, *inputs) -> outputs`; where it takes keywords `key` or `train`, it is
+        given them.
+
+    >>> line = from_fns(lambda key, x: {"slope": jnp.ones(())}, lambda p, x: p["slope"] * x)
+    >>> params, state = line.init(jax.random.key(0), jnp.ones(3))
+    >>> line.apply(params, state, jnp.ones(3))[0].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    accepted = _keywords(apply) & {"key", "train"}
+
+    def model_init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
+        return init(key, *inputs), {}
+
+    def model_apply(
+        params: Params,
+        state: ModelState,
+        *inputs: Any,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, ModelState]:
+        offered = {"key": key, "train": train}
+        return apply(params, *inputs, **{k: offered[k] for k in accepted}), state
+
+    return Model(model_init, model_apply)
+
+
+def from_linen(module: Any) -> Model:
+    """A `Model` of a Flax Linen module.
+
+    The collection `params` becomes the parameters, every other collection the state.
+    `__call__` is told the mode by `train=` or `deterministic=`, whichever it accepts, if any.
+    Randomness beyond initialization is drawn from one key under the name `dropout`.
+
+    >>> import flax.linen as nn
+    >>> model = from_linen(nn.Dense(2))
+    >>> params, state = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> model.apply(params, state, jnp.ones((5, 3)))[0].shape
+    (5, 2)
+    """
+    accepted = _keywords(type(module).__call__)
+
+    def mode(train: bool) -> dict[str, bool]:
+        if "train" in accepted:
+            return {"train": train}
+        return {"deterministic": not train} if "deterministic" in accepted else {}
+
+    def init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
+        params_key, dropout_key = jax.random.split(key)
+        rngs = {"params": params_key, "dropout": dropout_key}
+        variables = dict(module.init(rngs, *inputs, **mode(False)))
+        params = variables.pop("params", {})
+        return params, variables
+
+    def apply(
+        params: Params,
+        state: ModelState,
+        *inputs: Any,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, ModelState]:
+        variables = {"params": params, **state}
+        rngs = {} if key is None else {"dropout": key}
+        if not (train and state):
+            return module.apply(variables, *inputs, rngs=rngs, **mode(train)), state
+        return module.apply(variables, *inputs, rngs=rngs, mutable=list(state), **mode(train))
+
+    return Model(init, apply)
+
+
+def from_nnx(build: Callable[[Any], Any]) -> Model:
+    """A `Model` of a Flax NNX module.
+
+    `nnx.Param` variables become the parameters, all others but random-number state the model
+    state. Random streams are seeded anew from the step's key at each call, so that a step is a
+    pure function of its arguments.
+
+    Args:
+      build: `build(rngs) -> nnx.Module`, with `rngs: nnx.Rngs`.
+
+    >>> from flax import nnx
+    >>> model = from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
+    >>> params, state = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> model.apply(params, state, jnp.ones((5, 3)))[0].shape
+    (5, 2)
+    """
+    from flax import nnx
+
+    def split(module: Any) -> Any:
+        return nnx.split(module, nnx.Param, nnx.RngState, ...)
+
+    def graph(train: bool) -> tuple[Any, Any]:
+        module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        (module.train if train else module.eval)()
+        graphdef, _, streams, _ = split(module)
+        return graphdef, nnx.to_pure_dict(streams)
+
+    graphs = {train: graph(train) for train in (False, True)}
+
+    def reseeded(streams: Any, key: Key | None) -> Any:
+        key = jax.random.key(0) if key is None else key
+        leaves, structure = jax.tree.flatten(streams)
+        fresh = [
+            jax.random.fold_in(key, i)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else jnp.zeros(leaf.shape, leaf.dtype)
+            for i, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, fresh)
+
+    def init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
+        del inputs  # NNX modules know their shapes when built
+        _, params, _, state = split(build(nnx.Rngs(key)))
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+
+    def apply(
+        params: Params,
+        state: ModelState,
+        *inputs: Any,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, ModelState]:
+        graphdef, streams = graphs[train]
+        module = nnx.merge(graphdef, params, reseeded(streams, key), state)
+        outputs = module(*inputs)
+        return outputs, nnx.to_pure_dict(split(module)[3])
+
+    return Model(init, apply)
+
+
+def as_model(model: Any) -> Model:
+    """`model` itself, or the `Model` of a Linen module."""
+    if isinstance(model, Model):
+        return model
+    is_linen = callable(getattr(model, "init", None)) and callable(getattr(model, "apply", None))
+    check.argument(
+        is_linen and not isinstance(model, type),
+        "model",
+        "a jdl.Model or a Flax Linen module",
+        model,
+        "Wrap NNX modules with jdl.from_nnx and plain functions with jdl.from_fns.",
+    )
+    return from_linen(model)
+
+
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    """The names `function` can be given as keywords."""
+    parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name for name, p in parameters.items() if p.kind in kinds}

@@ -1,0 +1,305 @@
+r"""A model and a loss on one batch, as a function of the parameters alone.
+
+    f(θ) = Σᵢ mᵢ ℓ(net(θ, xᵢ), yᵢ) / Σᵢ mᵢ + r(θ)
+
+with an optional 0/1 mask m (`batch["mask"]`) and an optional regularizer r. Whatever an optimizer
+asks within one step, it asks of the same f: the random key, the batch and the incoming model state
+are fixed: dropout masks do not change under a line search, and batch statistics move once a step.
+
+Everything data-parallel and memory-bound happens here, so that optimizers know neither: with
+`microbatches` every evaluation and every product is a scan over slices of the batch, and with
+`axis_name` every reduction crosses the devices of that axis.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdl.core import check, tree
+from jdl.core.model import Model
+from jdl.core.types import Batch, Key, Loss, ModelState, Outputs, Params, PyTree
+
+
+class Aux(NamedTuple):
+    """What an evaluation gives besides value and gradient."""
+
+    model_state: ModelState  # the state the model goes on with
+    outputs: Outputs  # the model's outputs, leading axis B
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["model_state", "batch", "curvature_batch", "key"],
+    meta_fields=["model", "loss", "inputs", "regularizer", "train", "microbatches", "axis_name"],
+)
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """The function of the parameters that one step works on.
+
+    It is a pytree, so it crosses `jit` as an argument.
+
+    Attributes:
+      model: the pure functions.
+      loss: `loss(outputs, batch) -> float[B]`, one value an example. Gauss-Newton products need it
+        convex in `outputs`.
+      model_state: the state that every evaluation starts from.
+      batch: name -> array[B, ...]; `batch["mask"]`, if present, weighs the examples.
+      curvature_batch: the examples for `hvp` and `gnvp`; None for the whole batch.
+      key: the key that every evaluation uses; None for a model without randomness.
+      inputs: the entry of `batch` that the model is given, or a tuple of several.
+      regularizer: r(θ), a scalar function of the parameters, or None.
+      train: whether the model runs in training mode.
+      microbatches: into how many slices each batch is cut, to bound memory.
+      axis_name: the mapped axis to reduce over, inside `pmap` or `shard_map` only.
+    """
+
+    model: Model
+    loss: Loss
+    model_state: ModelState
+    batch: Batch
+    curvature_batch: Batch | None = None
+    key: Key | None = None
+    inputs: str | tuple[str, ...] = "image"
+    regularizer: Callable[[Params], jax.Array] | None = None
+    train: bool = True
+    microbatches: int = 1
+    axis_name: str | None = None
+
+    @classmethod
+    def from_fns(
+        cls,
+        predict: Callable[[Params, Batch], Outputs],
+        loss: Loss,
+        batch: Batch,
+        key: Key | None = None,
+        **options: Any,
+    ) -> "Objective":
+        """An objective of two pure functions, for a bare optax loop.
+
+        Args:
+          predict: `predict(params, batch) -> outputs`, or `predict(params, batch, key)`.
+          loss: `loss(outputs, batch) -> float[B]`.
+          batch: a dict of arrays with one leading axis B.
+          key: passed to `predict` where it is not None.
+          **options: further attributes of `Objective`.
+
+        >>> def predict(w, batch):
+        ...     return batch["x"] @ w
+        >>> def loss(outputs, batch):
+        ...     return 0.5 * jnp.square(outputs - batch["y"])
+        >>> batch = {"x": jnp.eye(2), "y": jnp.ones(2)}
+        >>> objective = Objective.from_fns(predict, loss, batch)
+        >>> float(objective.value(jnp.zeros(2)))
+        0.5
+        >>> objective.gnvp(jnp.zeros(2), jnp.array([1.0, 2.0])).tolist()
+        [0.5, 1.0]
+        """
+        model = Model(_no_init, _Predict(predict))
+        return cls(model, loss, {}, batch, key=key, inputs=(), **options)
+
+    # ------------------------------------------------------------------ evaluations
+
+    def value(self, params: Params, **_: Any) -> jax.Array:
+        """f(θ). Unknown keywords are ignored: optax's line searches pass on all they were given."""
+        return self._value(params, self.batch)
+
+    def value_and_grad(self, params: Params, **_: Any) -> tuple[jax.Array, Params, Aux]:
+        """f(θ), ∇f(θ), and the outputs and new model state of the same evaluation."""
+        total = self._weight(self.batch)
+
+        def part(batch: Batch, key: Key | None) -> Any:
+            def f(params: Params) -> tuple[jax.Array, Aux]:
+                outputs, state = self._apply(params, batch, key)
+                return self._sum(outputs, batch) / total, Aux(state, outputs)
+
+            (value, aux), grads = jax.value_and_grad(f, has_aux=True)(params)
+            return (value, grads), aux
+
+        (value, grads), aux = self._scan(part, self.batch)
+        if self.regularizer is not None:
+            r, r_grad = jax.value_and_grad(self.regularizer)(params)
+            value, grads = value + r, tree.add_scaled(grads, 1.0, r_grad)
+        state = jax.lax.stop_gradient(self._merge_states(aux.model_state))
+        return value, grads, Aux(state, aux.outputs)
+
+    def grad(self, params: Params, **_: Any) -> Params:
+        """∇f(θ)."""
+        return self.value_and_grad(params)[1]
+
+    # ------------------------------------------------------------------ curvature products
+
+    def hvp(self, params: Params, vector: PyTree) -> PyTree:
+        """∇²f(θ) v on the curvature batch, forward over reverse (Pearlmutter 1994)."""
+        batch = self._curvature_batch()
+        total = self._weight(batch)
+
+        def part(batch: Batch, key: Key | None) -> Any:
+            def f(params: Params) -> jax.Array:
+                return self._sum(self._apply(params, batch, key)[0], batch) / total
+
+            return jax.jvp(jax.grad(f), (params,), (vector,))[1], ()
+
+        with jax.default_matmul_precision("highest"):
+            return self._regularized(self._scan(part, batch)[0], params, vector)
+
+    def gnvp(self, params: Params, vector: PyTree) -> PyTree:
+        r"""G v with G = Σᵢ mᵢ Jᵢᵀ ∇²ℓᵢ Jᵢ / Σᵢ mᵢ + ∇²r, on the curvature batch (Schraudolph 2002).
+
+        J is the outputs' Jacobian and ∇²ℓ the loss's Hessian with respect to the outputs; where
+        ℓ is convex, G is positive semi-definite.
+        """
+        batch = self._curvature_batch()
+        total = self._weight(batch)
+
+        def part(batch: Batch, key: Key | None) -> Any:
+            def predict(params: Params) -> Outputs:
+                return self._apply(params, batch, key)[0]
+
+            outputs, jvp = jax.linearize(predict, params)
+            loss_grad = jax.grad(lambda outputs: self._sum(outputs, batch) / total)
+            cotangents = jax.jvp(loss_grad, (outputs,), (jvp(vector),))[1]
+            (product,) = jax.linear_transpose(jvp, params)(cotangents)
+            return product, ()
+
+        with jax.default_matmul_precision("highest"):
+            return self._regularized(self._scan(part, batch)[0], params, vector)
+
+    def curvature_share(self) -> float:
+        """The curvature batch's examples per example of the batch."""
+        return _batch_size(self._curvature_batch()) / _batch_size(self.batch)
+
+    # ------------------------------------------------------------------ inner workings
+
+    def _curvature_batch(self) -> Batch:
+        return self.batch if self.curvature_batch is None else self.curvature_batch
+
+    def _apply(self, params: Params, batch: Batch, key: Key | None) -> tuple[Outputs, ModelState]:
+        if self.inputs == ():
+            inputs: tuple[Any, ...] = (batch,)
+        else:
+            names = (self.inputs,) if isinstance(self.inputs, str) else self.inputs
+            inputs = tuple(batch[name] for name in names)
+        return self.model.apply(params, self.model_state, *inputs, key=key, train=self.train)
+
+    def _sum(self, outputs: Outputs, batch: Batch) -> jax.Array:
+        """Σᵢ mᵢ ℓᵢ, in at least float32."""
+        losses = self.loss(outputs, batch)
+        size = _batch_size(batch)
+        check.argument(
+            losses.shape == (size,),
+            "loss",
+            f"a function that gives one value an example, shape ({size},)",
+            losses.shape,
+        )
+        losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+        mask = batch.get("mask")
+        if mask is None:
+            return jnp.sum(losses)
+        return jnp.sum(jnp.where(mask > 0, losses * mask.astype(losses.dtype), 0.0))
+
+    def _weight(self, batch: Batch) -> jax.Array:
+        """Σᵢ mᵢ over all microbatches and devices."""
+        mask = batch.get("mask")
+        if mask is None:
+            return self._psum(jnp.asarray(float(_batch_size(batch)), jnp.float32))
+        return jnp.maximum(self._psum(jnp.sum(mask.astype(jnp.float32))), 1.0)
+
+    def _value(self, params: Params, batch: Batch) -> jax.Array:
+        total = self._weight(batch)
+
+        def part(batch: Batch, key: Key | None) -> Any:
+            outputs, _ = self._apply(params, batch, key)
+            return self._sum(outputs, batch) / total, ()
+
+        value, _ = self._scan(part, batch)
+        return value if self.regularizer is None else value + self.regularizer(params)
+
+    def _regularized(self, product: PyTree, params: Params, vector: PyTree) -> PyTree:
+        if self.regularizer is None:
+            return product
+        own = jax.jvp(jax.grad(self.regularizer), (params,), (vector,))[1]
+        return tree.add_scaled(product, 1.0, own)
+
+    def _scan(self, part: Callable[[Batch, Key | None], Any], batch: Batch) -> Any:
+        """Σ over microbatches and devices of part(microbatch)[0], and all part(...)[1] in order."""
+        key = self.key
+        if key is not None and self.axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+        n = self.microbatches
+        if n == 1:
+            total, rest = part(batch, key)
+            return self._psum(total), rest
+        size = _batch_size(batch)
+        check.argument(
+            size % n == 0, "microbatches", f"a divisor of the batch's {size} examples", n
+        )
+        slices = jax.tree.map(lambda x: x.reshape(n, size // n, *x.shape[1:]), dict(batch))
+
+        def body(total: PyTree, step: tuple[jax.Array, Batch]) -> tuple[PyTree, PyTree]:
+            i, microbatch = step
+            one, rest = part(microbatch, None if key is None else jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, one), rest
+
+        first = jax.tree.map(lambda x: x[0], slices)
+        shapes = jax.eval_shape(lambda b: part(b, key)[0], first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, rest = jax.lax.scan(body, zeros, (jnp.arange(n), slices))
+        if isinstance(rest, Aux):
+            outputs = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), rest.outputs)
+            rest = Aux(rest.model_state, outputs)
+        return self._psum(total), rest
+
+    def _merge_states(self, state: ModelState) -> ModelState:
+        """The mean, over microbatches and devices, of what each made of the same incoming state.
+
+        For running averages that is the update a single large batch would have made.
+        """
+
+        def merge(x: jax.Array) -> jax.Array:
+            averaged = jnp.issubdtype(x.dtype, jnp.inexact)
+            if self.microbatches > 1:
+                x = jnp.mean(x, axis=0) if averaged else x[-1]
+            if self.axis_name is not None and averaged:
+                x = jax.lax.pmean(x, self.axis_name)
+            return x
+
+        return jax.tree.map(merge, state)
+
+    def _psum(self, x: PyTree) -> PyTree:
+        return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
+
+
+def _batch_size(batch: Batch) -> int:
+    leaves = jax.tree.leaves(dict(batch))
+    check.argument(bool(leaves), "batch", "a dict with at least one array", batch)
+    sizes = {leaf.shape[0] for leaf in leaves}
+    shapes = {name: getattr(leaf, "shape", None) for name, leaf in batch.items()}
+    check.argument(len(sizes) == 1, "batch", "a dict of arrays of one leading size", shapes)
+    return sizes.pop()
+
+
+class _Predict(NamedTuple):
+    """A plain function as a `Model.apply`; two of the same function are equal, as jit needs."""
+
+    predict: Callable[..., Outputs]
+
+    def __call__(
+        self,
+        params: Params,
+        state: ModelState,
+        *inputs: Any,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, ModelState]:
+        del train
+        (batch,) = inputs
+        outputs = self.predict(params, batch) if key is None else self.predict(params, batch, key)
+        return outputs, state
+
+
+def _no_init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
+    raise check.UserError("An objective made by Objective.from_fns initializes no parameters.")
