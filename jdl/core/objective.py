@@ -282,7 +282,8 @@ def _batch_size(batch: Batch) -> int:
     return sizes.pop()
 
 
-class _Predict(NamedTuple):
+@dataclass(frozen=True)
+class _Predict:
     """A plain function as a `Model.apply`; two of the same function are equal, as jit needs."""
 
     predict: Callable[..., Outputs]

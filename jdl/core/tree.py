@@ -18,7 +18,6 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     >>> float(vdot({"w": jnp.ones((2, 3))}, {"w": 2.0 * jnp.ones((2, 3))}))
     12.0
     """
-
     leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     dtype = jnp.result_type(jnp.float32)
     for pair in leaves:

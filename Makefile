@@ -1,0 +1,40 @@
+# Everything runs in .venv, which the first target to need it makes; run any target again at will.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-all check format bench-step bench-start clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY)  ## make .venv with jdl and the development tools
+
+$(READY): pyproject.toml
+	@echo "== setting up $(VENV) (once; a few minutes on a slow network)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the main job: one CNN, five optimizers, one report (under 4 minutes)
+	$(BIN)/jdl demo
+
+test: $(READY)  ## the tests that a change needs, under 10 minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)  ## the slow tests too: several processes, killed processes, notebooks
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## lint, format, types, import arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_arrows.py
+
+format: $(READY)  ## rewrite the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and build products; runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
