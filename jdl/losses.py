@@ -1,0 +1,86 @@
+"""Losses: `loss(outputs, batch) -> float[B]`, one value an example, convex in the outputs.
+
+Convexity is what Gauss-Newton products need. The target is an entry of the batch, `label` unless
+said otherwise: `functools.partial(squared_error, target="image")` makes an autoencoder's loss.
+All sums run in at least float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jdl.core import check
+from jdl.core.types import Batch
+
+
+def softmax_cross_entropy(
+    outputs: Float[Array, "B K"], batch: Batch, target: str = "label"
+) -> Float[Array, " B"]:
+    """−log softmax(outputs)[label], in nats.
+
+    Args:
+      outputs: logits.
+      batch: `batch[target]` holds int[B] class numbers in [0, K) or float[B, K] probabilities.
+      target: the entry that holds the targets.
+
+    >>> softmax_cross_entropy(jnp.zeros((1, 4)), {"label": jnp.array([2])}).round(4)
+    Array([1.3863], dtype=float32)
+    """
+    logits, labels = _float32(outputs), batch[target]
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        log_probabilities = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    _same_shape("outputs", logits, target, labels)
+    return optax.softmax_cross_entropy(logits, _float32(labels))
+
+
+def sigmoid_cross_entropy(
+    outputs: Float[Array, "B ..."], batch: Batch, target: str = "label"
+) -> Float[Array, " B"]:
+    """−Σ [t log σ(o) + (1 − t) log(1 − σ(o))] over an example's elements, in nats.
+
+    Args:
+      outputs: logits.
+      batch: `batch[target]` holds probabilities in [0, 1], shaped as `outputs`.
+      target: the entry that holds the targets.
+
+    >>> sigmoid_cross_entropy(jnp.zeros((1, 2)), {"label": jnp.array([[0.0, 1.0]])}).round(4)
+    Array([1.3863], dtype=float32)
+    """
+    logits, targets = _float32(outputs), _float32(batch[target])
+    _same_shape("outputs", logits, target, targets)
+    # Rather than optax's log-sigmoids, one softplus: −t·o + log(1 + exp(o)).
+    return _per_example(jax.nn.softplus(logits) - targets * logits)
+
+
+def squared_error(
+    outputs: Float[Array, "B ..."], batch: Batch, target: str = "label"
+) -> Float[Array, " B"]:
+    """½ Σ (o − t)² over an example's elements: half, so that its Hessian is the identity.
+
+    Args:
+      outputs: predictions.
+      batch: `batch[target]` holds the targets, shaped as `outputs`.
+      target: the entry that holds the targets.
+
+    >>> squared_error(jnp.ones((1, 2)), {"label": jnp.array([[0.0, 3.0]])}).tolist()
+    [2.5]
+    """
+    predictions, targets = _float32(outputs), _float32(batch[target])
+    _same_shape("outputs", predictions, target, targets)
+    return _per_example(0.5 * jnp.square(predictions - targets))
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _per_example(x: jax.Array) -> jax.Array:
+    return jnp.sum(x.reshape(x.shape[0], -1), axis=1)
+
+
+def _same_shape(name: str, a: jax.Array, other: str, b: jax.Array) -> None:
+    check.argument(
+        a.shape == b.shape, name, f"of the shape of batch[{other!r}], {b.shape}", a.shape
+    )

@@ -1,0 +1,29 @@
+"""Networks, one architecture a file, as Flax Linen modules. `jdl.from_linen` makes each a Model."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jdl.models.autoencoder import Autoencoder as Autoencoder
+    from jdl.models.cnn import CNN as CNN
+    from jdl.models.mlp import MLP as MLP
+    from jdl.models.rnn import RNN as RNN
+
+_NAMES = {
+    "CNN": "jdl.models.cnn",
+    "MLP": "jdl.models.mlp",
+    "RNN": "jdl.models.rnn",
+    "Autoencoder": "jdl.models.autoencoder",
+}
+
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'jdl.models' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,58 @@
+"""The multilayer perceptron."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jdl.models.layers import Activation, activation
+
+
+class MLP(nn.Module):
+    r"""Dense layers, an activation between them.
+
+        h₀ = x,  hₗ = dropout(φ(Wₗᵀ hₗ₋₁ + bₗ)),  outputs = Wᵀ h_L + b
+
+    Inputs [B, ...] are flattened; outputs are [B, num_outputs], without activation.
+
+    Attributes:
+      widths: units of each hidden layer.
+      num_outputs: units of the last layer, the number of classes for a classifier.
+      activation: φ, a name of `jdl.models.layers.ACTIVATIONS` or a function.
+      dropout: share of hidden units dropped in training, in [0, 1).
+      kernel_init, bias_init: initializers; `jdl.models.layers.sparse_init(15)` is Martens'.
+      dtype: type of the computation; None for the parameters' own.
+
+    >>> import jax.numpy as jnp
+    >>> mlp = MLP(widths=(8,), num_outputs=3)
+    >>> variables = mlp.init(jax.random.key(0), jnp.ones((2, 4, 4, 1)))
+    >>> mlp.apply(variables, jnp.ones((2, 4, 4, 1))).shape
+    (2, 3)
+
+    References:
+      Rumelhart, Hinton and Williams, Learning representations by back-propagating errors,
+      Nature 323, 1986.
+    """
+
+    widths: Sequence[int] = (500, 500)
+    num_outputs: int = 10
+    activation: Activation = "relu"
+    dropout: float = 0.0
+    kernel_init: Callable[..., jax.Array] = nn.initializers.he_normal()
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Outputs [B, num_outputs] for inputs [B, ...]."""
+        x = x.reshape(x.shape[0], -1)
+        for width in self.widths:
+            x = nn.Dense(
+                width, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init
+            )(x)
+            x = activation(self.activation)(x)
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(
+            self.num_outputs, dtype=self.dtype, kernel_init=self.kernel_init, name="outputs"
+        )(x)
