@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from jdl.core.model import from_nnx as from_nnx
     from jdl.core.objective import Objective as Objective
     from jdl.core.types import Mode as Mode
+    from jdl.train.estimator import Estimator as Estimator
+    from jdl.train.premade import autoencoder as autoencoder
+    from jdl.train.premade import classifier as classifier
 
 # public name -> the module that defines it
 _NAMES = {
@@ -24,6 +27,9 @@ _NAMES = {
     "from_fns": "jdl.core.model",
     "Objective": "jdl.core.objective",
     "Mode": "jdl.core.types",
+    "Estimator": "jdl.train.estimator",
+    "classifier": "jdl.train.premade",
+    "autoencoder": "jdl.train.premade",
 }
 _ROOMS = ("losses", "metrics", "models", "optim", "data", "train", "compare")
 

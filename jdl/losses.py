@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jdl.core import check
+from jdl.core import check, tree
 from jdl.core.types import Batch
 
 
@@ -27,12 +27,12 @@ def softmax_cross_entropy(
     >>> softmax_cross_entropy(jnp.zeros((1, 4)), {"label": jnp.array([2])}).round(4)
     Array([1.3863], dtype=float32)
     """
-    logits, labels = _float32(outputs), batch[target]
+    logits, labels = _at_least_float32(outputs), batch[target]
     if jnp.issubdtype(labels.dtype, jnp.integer):
         log_probabilities = jax.nn.log_softmax(logits)
         return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
     _same_shape("outputs", logits, target, labels)
-    return optax.softmax_cross_entropy(logits, _float32(labels))
+    return optax.softmax_cross_entropy(logits, _at_least_float32(labels))
 
 
 def sigmoid_cross_entropy(
@@ -48,7 +48,7 @@ def sigmoid_cross_entropy(
     >>> sigmoid_cross_entropy(jnp.zeros((1, 2)), {"label": jnp.array([[0.0, 1.0]])}).round(4)
     Array([1.3863], dtype=float32)
     """
-    logits, targets = _float32(outputs), _float32(batch[target])
+    logits, targets = _at_least_float32(outputs), _at_least_float32(batch[target])
     _same_shape("outputs", logits, target, targets)
     # Rather than optax's log-sigmoids, one softplus: −t·o + log(1 + exp(o)).
     return _per_example(jax.nn.softplus(logits) - targets * logits)
@@ -67,13 +67,13 @@ def squared_error(
     >>> squared_error(jnp.ones((1, 2)), {"label": jnp.array([[0.0, 3.0]])}).tolist()
     [2.5]
     """
-    predictions, targets = _float32(outputs), _float32(batch[target])
+    predictions, targets = _at_least_float32(outputs), _at_least_float32(batch[target])
     _same_shape("outputs", predictions, target, targets)
     return _per_example(0.5 * jnp.square(predictions - targets))
 
 
-def _float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(tree.accumulator(x.dtype))
 
 
 def _per_example(x: jax.Array) -> jax.Array:

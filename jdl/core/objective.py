@@ -114,7 +114,7 @@ class Objective:
         def part(batch: Batch, key: Key | None) -> Any:
             def f(params: Params) -> tuple[jax.Array, Aux]:
                 outputs, state = self._apply(params, batch, key)
-                return self._sum(outputs, batch) / total, Aux(state, outputs)
+                return self._mean_part(outputs, batch, total), Aux(state, outputs)
 
             (value, aux), grads = jax.value_and_grad(f, has_aux=True)(params)
             return (value, grads), aux
@@ -139,7 +139,7 @@ class Objective:
 
         def part(batch: Batch, key: Key | None) -> Any:
             def f(params: Params) -> jax.Array:
-                return self._sum(self._apply(params, batch, key)[0], batch) / total
+                return self._mean_part(self._apply(params, batch, key)[0], batch, total)
 
             return jax.jvp(jax.grad(f), (params,), (vector,))[1], ()
 
@@ -160,7 +160,7 @@ class Objective:
                 return self._apply(params, batch, key)[0]
 
             outputs, jvp = jax.linearize(predict, params)
-            loss_grad = jax.grad(lambda outputs: self._sum(outputs, batch) / total)
+            loss_grad = jax.grad(lambda outputs: self._mean_part(outputs, batch, total))
             cotangents = jax.jvp(loss_grad, (outputs,), (jvp(vector),))[1]
             (product,) = jax.linear_transpose(jvp, params)(cotangents)
             return product, ()
@@ -195,11 +195,16 @@ class Objective:
             f"a function that gives one value an example, shape ({size},)",
             losses.shape,
         )
-        losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+        losses = losses.astype(tree.accumulator(losses.dtype))
         mask = batch.get("mask")
         if mask is None:
             return jnp.sum(losses)
         return jnp.sum(jnp.where(mask > 0, losses * mask.astype(losses.dtype), 0.0))
+
+    def _mean_part(self, outputs: Outputs, batch: Batch, total: jax.Array) -> jax.Array:
+        """What these examples add to the mean over all of weight `total`."""
+        losses = self._sum(outputs, batch)
+        return losses / total.astype(losses.dtype)
 
     def _weight(self, batch: Batch) -> jax.Array:
         """Σᵢ mᵢ over all microbatches and devices."""
@@ -213,7 +218,7 @@ class Objective:
 
         def part(batch: Batch, key: Key | None) -> Any:
             outputs, _ = self._apply(params, batch, key)
-            return self._sum(outputs, batch) / total, ()
+            return self._mean_part(outputs, batch, total), ()
 
         value, _ = self._scan(part, batch)
         return value if self.regularizer is None else value + self.regularizer(params)

@@ -5,11 +5,22 @@ methods keep their footing under bfloat16.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdl.core.types import PyTree
+
+
+def accumulator(*dtypes: Any) -> Any:
+    """The type to sum values of `dtypes` in: the widest of them, at least float32.
+
+    >>> accumulator(jnp.bfloat16).__name__
+    'float32'
+    """
+    wide = [d for d in map(jnp.dtype, dtypes) if jnp.issubdtype(d, jnp.inexact) and d.itemsize > 4]
+    return max(wide, key=lambda d: d.itemsize).type if wide else jnp.float32
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
@@ -18,12 +29,9 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     >>> float(vdot({"w": jnp.ones((2, 3))}, {"w": 2.0 * jnp.ones((2, 3))}))
     12.0
     """
-    leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    dtype = jnp.result_type(jnp.float32)
-    for pair in leaves:
-        for x in pair:
-            dtype = jnp.promote_types(dtype, x.dtype)
-    products = [jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in leaves]
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    dtype = accumulator(*(x.dtype for pair in pairs for x in pair))
+    products = [jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in pairs]
     return functools.reduce(jnp.add, products, jnp.zeros((), dtype))
 
 

@@ -1,0 +1,1 @@
+"""The Estimator and the parts it is made of."""

@@ -1,0 +1,106 @@
+"""The training clock, and numbers that are read one step late."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jdl.train.step import Logs
+
+
+class Clock:
+    """Counts the seconds it runs, summed over all stretches between `start` and `stop`.
+
+    >>> clock = Clock(seconds=2.0)
+    >>> with clock:
+    ...     pass
+    >>> clock.seconds >= 2.0
+    True
+    """
+
+    def __init__(self, seconds: float = 0.0):
+        self._before = seconds
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The time counted so far."""
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._before + running
+
+    def start(self) -> None:
+        """Counts from here on."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Counts no further."""
+        self._before, self._started = self.seconds, None
+
+    def __enter__(self) -> "Clock":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class Finished(NamedTuple):
+    """A step whose numbers have arrived."""
+
+    step: int  # steps done, this one included
+    seconds: float  # on the training clock
+    logs: dict[str, float]
+
+
+class LateLog:
+    """Waits for each step only after the next has been dispatched, so the device never idles.
+
+    Args:
+      clock: stopped while `on_log` runs.
+      every: steps between two calls of `on_log`.
+      on_log: receives the step's numbers.
+    """
+
+    def __init__(self, clock: Clock, every: int, on_log: Callable[[Finished], None]):
+        self._clock, self._every, self._on_log = clock, every, on_log
+        self._in_flight: tuple[int, Logs] | None = None
+        self._arrived: tuple[int, Logs, float] | None = None  # not logged, so far
+
+    def push(self, step: int, logs: Logs) -> None:
+        """Takes the numbers of the step just dispatched, and waits for the step before."""
+        before, self._in_flight = self._in_flight, (step, logs)
+        if before is not None:
+            self._wait_for(*before)
+
+    def flush(self) -> None:
+        """Waits for the step in flight."""
+        if self._in_flight is not None:
+            self._wait_for(*self._in_flight)
+            self._in_flight = None
+
+    def finish(self) -> None:
+        """Waits for the step in flight and logs it, due or not."""
+        self.flush()
+        self._log_arrived()
+
+    def _wait_for(self, step: int, logs: Logs) -> None:
+        jax.block_until_ready(logs)
+        self._arrived = (step, logs, self._clock.seconds)
+        if step % self._every == 0:
+            self._log_arrived()
+
+    def _log_arrived(self) -> None:
+        if self._arrived is None:
+            return
+        step, logs, seconds = self._arrived
+        self._arrived = None
+        self._clock.stop()
+        self._on_log(Finished(step, seconds, as_floats(logs)))
+        self._clock.start()
+
+
+def as_floats(logs: Logs) -> dict[str, float]:
+    """The logs as Python numbers, in one transfer."""
+    return {name: float(x) for name, x in jax.device_get(logs).items()}

@@ -1,0 +1,54 @@
+"""Batches on their way to the device, and the place reached in the data."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jdl.core import check
+from jdl.core.types import Batch
+from jdl.train.parallel import Placement
+
+
+class Feed:
+    """The batches of a data set on their way to the device, and the place reached in it.
+
+    Attributes:
+      position: where in the data the next `take` reads, as the iterator's own state; None for
+        iterables that keep none.
+      wait_seconds: how long `take` and `prefetch` have waited for the data.
+    """
+
+    def __init__(self, data: Iterable[Batch], placement: Placement, position: Any = None):
+        self._data = data
+        self._iterator: Iterator[Batch] = iter(data)
+        self._placement = placement
+        self._ahead: tuple[Batch, Any] | None = None
+        self.wait_seconds = 0.0
+        if position is not None and hasattr(self._iterator, "set_state"):
+            self._iterator.set_state(position)
+        self.position = self._state()
+
+    def _state(self) -> Any:
+        return self._iterator.get_state() if hasattr(self._iterator, "get_state") else None
+
+    def prefetch(self) -> Batch | None:
+        """Makes sure that the next batch is on its way, and shows it; None at the end."""
+        if self._ahead is None:
+            start = time.perf_counter()
+            batch = next(self._iterator, None)
+            if batch is None:
+                return None
+            check.argument(
+                hasattr(batch, "items"), "data", "an iterable of dicts of arrays", type(batch)
+            )
+            self._ahead = (self._placement.put_batch(batch), self._state())
+            self.wait_seconds += time.perf_counter() - start
+        return self._ahead[0]
+
+    def take(self) -> Batch | None:
+        """The next batch, on the device; None at the end."""
+        batch = self.prefetch()
+        if self._ahead is not None:
+            self.position = self._ahead[1]
+            self._ahead = None
+        return batch

@@ -1,0 +1,69 @@
+"""Premade Estimators: small functions that choose the loss and the metrics."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from jdl import losses, metrics
+from jdl.core import check
+from jdl.train.estimator import Estimator
+
+
+def classifier(
+    model: Any,
+    optimizer: str | optax.GradientTransformation = "adam",
+    **options: Any,
+) -> Estimator:
+    """An Estimator that learns integer labels: softmax cross-entropy, accuracy.
+
+    Args:
+      model: gives logits [B, K]; a `jdl.Model` or a Linen module such as `jdl.models.CNN()`.
+      optimizer: any optax transformation, or a name.
+      **options: as for `Estimator`.
+
+    Example:
+      >>> import jdl
+      >>> net = jdl.models.MLP(widths=(32,))
+      >>> estimator = jdl.classifier(net, "adam").train(jdl.data.digits(batch_size=64), steps=100)
+      >>> estimator.evaluate(jdl.data.digits("test", batch_size=64))["accuracy"] > 0.85
+      True
+    """
+    options = {"metrics": {"accuracy": metrics.accuracy}} | options
+    return Estimator(model, losses.softmax_cross_entropy, optimizer, **options)
+
+
+def autoencoder(
+    model: Any,
+    optimizer: str | optax.GradientTransformation = "adam",
+    *,
+    loss: str = "sigmoid_cross_entropy",
+    **options: Any,
+) -> Estimator:
+    """An Estimator that learns to reproduce its input.
+
+    Logs the squared error, summed over an example's elements, in the papers' measure.
+
+    Args:
+      model: gives reconstructions of the shape of its input.
+      optimizer: any optax transformation, or a name.
+      loss: "sigmoid_cross_entropy" for pixels in [0, 1], the model giving logits, or
+        "squared_error".
+      **options: as for `Estimator`; `inputs` names the one entry to reproduce.
+    """
+    target = options.get("inputs", "image")
+    check.argument(isinstance(target, str), "inputs", "the name of one entry", target)
+    functions = {
+        "sigmoid_cross_entropy": (losses.sigmoid_cross_entropy, jax.nn.sigmoid),
+        "squared_error": (losses.squared_error, lambda outputs: outputs),
+    }
+    loss_fn, link = functions[check.one_of("loss", loss, functions)]
+    to_input: Callable[..., Any] = functools.partial(loss_fn, target=target)
+
+    def squared_error(outputs: jax.Array, batch: Any) -> jax.Array:
+        return metrics.squared_error(link(outputs), batch, target=target)
+
+    options = {"metrics": {"squared_error": squared_error}} | options
+    return Estimator(model, to_input, optimizer, **options)

@@ -1,0 +1,218 @@
+"""The one step: what every optimizer, first or second order, is run by.
+
+    value, grads, aux = objective.value_and_grad(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params,
+        value=value, grad=grads, value_fn=objective.value, obj_fn=objective.value,
+        objective=objective)
+    params = optax.apply_updates(params, updates)
+
+All functions here are pure and not yet compiled; `jdl.train.parallel` compiles them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdl.core import check
+from jdl.core.model import Model
+from jdl.core.objective import Objective
+from jdl.core.types import Batch, Key, Loss, Metric, ModelState, Outputs, Params
+from jdl.optim import diagnostics
+
+Logs = dict[str, jax.Array]
+
+# What every second-order optimizer says of its step, and the trainer logs.
+UNIFORM_FIELDS = (
+    "iterations",
+    "evaluations",
+    "gradient_equivalents",
+    "step_size",
+    "damping",
+    "reduction_ratio",
+    "linear_iterations",
+    "termination",
+)
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    step: jax.Array  # int32, steps done
+    params: Params
+    model_state: ModelState
+    opt_state: Any
+    key: Key  # never changes: step k draws from fold_in(key, k)
+
+
+class Program(NamedTuple):
+    """The pure functions of one experiment.
+
+    Attributes:
+      init: `(key, batch) -> TrainState`.
+      train: `(state, batch) -> (state, logs)`; logs are scalars of the step just made, loss and
+        metrics those of the parameters before it.
+      evaluate: `(params, model_state, batch) -> (sums, count)` over the batch's examples.
+      predict: `(params, model_state, batch) -> outputs`.
+    """
+
+    init: Callable[[Key, Batch], TrainState]
+    train: Callable[[TrainState, Batch], tuple[TrainState, Logs]]
+    evaluate: Callable[[Params, ModelState, Batch], tuple[Logs, jax.Array]]
+    predict: Callable[[Params, ModelState, Batch], Outputs]
+
+
+def build(
+    model: Model,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    metrics: Mapping[str, Metric] | None = None,
+    inputs: str | tuple[str, ...] = "image",
+    regularizer: Callable[[Params], jax.Array] | None = None,
+    microbatches: int = 1,
+    curvature_batch_size: int | None = None,
+    axis_name: str | None = None,
+) -> Program:
+    """The program of a model, a loss and an optimizer.
+
+    Args:
+      model: the pure functions.
+      loss: `loss(outputs, batch) -> float[B]`.
+      optimizer: any optax transformation.
+      metrics: name -> `metric(outputs, batch) -> float[B]`, logged beside the loss.
+      inputs: the batch's entry that the model is given, or a tuple of several.
+      regularizer: a scalar function of the parameters, added to the loss in training.
+      microbatches: slices a batch is cut into, to bound memory.
+      curvature_batch_size: examples for curvature products, spread evenly over the batch; None for
+        all of them.
+      axis_name: the axis to reduce over, inside `pmap` only.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+    measures: dict[str, Metric] = dict(metrics or {})
+    check.argument("loss" not in measures, "metrics", "named other than 'loss'", list(measures))
+
+    def model_inputs(batch: Batch) -> tuple[Any, ...]:
+        names = (inputs,) if isinstance(inputs, str) else inputs
+        for name in names:
+            check.argument(
+                name in batch,
+                "inputs",
+                f"among the batch's entries {sorted(batch)}",
+                name,
+                "Name the entry the model is to be given.",
+            )
+        return tuple(batch[name] for name in names)
+
+    def init(key: Key, batch: Batch) -> TrainState:
+        batch = scale_images(batch, inputs)
+        init_key, step_key = jax.random.split(key)
+        params, model_state = model.init(init_key, *model_inputs(batch))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, model_state, optimizer.init(params), step_key)
+
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
+        batch = scale_images(batch, inputs)
+        model_inputs(batch)
+        objective = Objective(
+            model,
+            loss,
+            state.model_state,
+            batch,
+            curvature_batch=_subsample(batch, curvature_batch_size),
+            key=jax.random.fold_in(state.key, state.step),
+            inputs=inputs,
+            regularizer=regularizer,
+            microbatches=microbatches,
+            axis_name=axis_name,
+        )
+        value, grads, aux = objective.value_and_grad(state.params)
+        # optax mixes Python floats with integer counters, which strict promotion would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(
+                grads,
+                state.opt_state,
+                state.params,
+                value=value,
+                grad=grads,
+                value_fn=objective.value,
+                obj_fn=objective.value,
+                objective=objective,
+            )
+            params = optax.apply_updates(state.params, updates)
+        sums, count = _sums(measures, aux.outputs, batch)
+        if axis_name is not None:
+            sums, count = jax.lax.psum((sums, count), axis_name)
+        logs = {"loss": value, **{k: v / jnp.maximum(count, 1.0) for k, v in sums.items()}}
+        logs |= _optimizer_logs(opt_state, state.step)
+        return TrainState(state.step + 1, params, aux.model_state, opt_state, state.key), logs
+
+    def forward(params: Params, model_state: ModelState, batch: Batch) -> Outputs:
+        return model.apply(params, model_state, *model_inputs(batch), key=None, train=False)[0]
+
+    def evaluate(params: Params, model_state: ModelState, batch: Batch) -> tuple[Logs, jax.Array]:
+        batch = scale_images(batch, inputs)
+        outputs = forward(params, model_state, batch)
+        return _sums({"loss": loss, **measures}, outputs, batch)
+
+    def predict(params: Params, model_state: ModelState, batch: Batch) -> Outputs:
+        return forward(params, model_state, scale_images(batch, inputs))
+
+    return Program(init, train, evaluate, predict)
+
+
+def scale_images(batch: Batch, inputs: str | tuple[str, ...]) -> dict[str, Any]:
+    """The batch with its uint8 inputs as float32 in [0, 1], so that bytes travel to the device.
+
+    >>> import numpy as np
+    >>> scale_images({"image": np.full((1, 1), 255, np.uint8)}, "image")["image"].tolist()
+    [[1.0]]
+    """
+    names = (inputs,) if isinstance(inputs, str) else inputs
+
+    def scaled(name: str, x: Any) -> Any:
+        is_image = name in names and getattr(x, "dtype", None) == jnp.uint8
+        return jnp.asarray(x, jnp.float32) / 255.0 if is_image else x
+
+    return {name: scaled(name, x) for name, x in batch.items()}
+
+
+def _sums(measures: Mapping[str, Metric], outputs: Outputs, batch: Batch) -> tuple[Logs, jax.Array]:
+    """Each measure's sum over the examples that the mask keeps, and their number."""
+    mask = batch.get("mask")
+    size = jax.tree.leaves(dict(batch))[0].shape[0]
+    kept = jnp.ones(size) if mask is None else mask.astype(jnp.float32)
+
+    def total(name: str, measure: Metric) -> jax.Array:
+        values = measure(outputs, batch)
+        check.argument(
+            values.shape == (size,),
+            f"metrics[{name!r}]",
+            f"a function that gives one value an example, shape ({size},)",
+            values.shape,
+        )
+        return jnp.sum(jnp.where(kept > 0, values.astype(jnp.float32) * kept, 0.0))
+
+    return {name: total(name, measure) for name, measure in measures.items()}, jnp.sum(kept)
+
+
+def _optimizer_logs(opt_state: Any, step: jax.Array) -> Logs:
+    """The optimizer's own account of the step; one gradient a step for those that give none."""
+    account = diagnostics.read(opt_state)
+    if account is None:
+        return {"gradient_equivalents": (step + 1).astype(jnp.float32)}
+    return {name: getattr(account, name) for name in UNIFORM_FIELDS}
+
+
+def _subsample(batch: Batch, size: int | None) -> Batch | None:
+    """`size` examples spread evenly over the batch, so that each device's share gives its part."""
+    if size is None:
+        return None
+    total = jax.tree.leaves(dict(batch))[0].shape[0]
+    check.argument(
+        1 <= size <= total, "curvature_batch_size", f"between 1 and the batch's {total}", size
+    )
+    stride = total // size
+    return jax.tree.map(lambda x: x[: size * stride : stride], dict(batch))
