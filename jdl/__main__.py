@@ -1,0 +1,8 @@
+"""`python -m jdl` is the command `jdl`."""
+
+import sys
+
+from jdl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
