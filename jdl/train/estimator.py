@@ -233,6 +233,16 @@ class Estimator:
         self._save(wait=True)
         return self
 
+    def initialize(self, data: Data) -> "Estimator":
+        """Makes the initial parameters, or takes up the last checkpoint, without a step.
+
+        Args:
+          data: what `train` will be given.
+        """
+        if self._feed_for(data, repeat=True).prefetch() is None:
+            raise check.DataError("The training data gives no batch to initialize the model with.")
+        return self
+
     # ------------------------------------------------------------------ EVALUATE
 
     def evaluate(self, data: Data, *, name: str | None = None) -> dict[str, float]:
