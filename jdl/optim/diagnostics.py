@@ -1,0 +1,211 @@
+"""What every second-order optimizer says of itself, under one set of names.
+
+A state carries its `Diagnostics` in the field `diagnostics`; `read` finds it however deep optax has
+nested that state. Work is counted in evaluations of the full batch, so that optimizers which spend
+it differently can be compared: see `COSTS`.
+"""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdl.core import check
+
+# Nominal costs in units of one gradient of the full batch. A gradient is a forward and a backward
+# pass, the latter worth about two of the former. A Gauss-Newton product pushes a tangent forward
+# and pulls a cotangent back along a linearization that a CG loop computes only once; a Hessian
+# product differentiates both passes.
+COSTS = {
+    "values": 1 / 3,
+    "gradients": 1.0,
+    "hessian_products": 2.0,
+    "gauss_newton_products": 4 / 3,
+}
+
+
+class Termination(enum.IntEnum):
+    """How an update ended; `words` says it in a sentence."""
+
+    NOT_STARTED = 0
+    ACCEPTED = 1
+    DECREASE_ONLY = 2
+    STEEPEST_DESCENT = 3
+    NO_DECREASE = 4
+    STATIONARY = 5
+    NOT_FINITE = 6
+    NEGATIVE_CURVATURE = 7
+
+
+_WORDS = {
+    Termination.NOT_STARTED: "no update yet",
+    Termination.ACCEPTED: "step accepted",
+    Termination.DECREASE_ONLY: "step accepted for its decrease; the line search ran out of trials",
+    Termination.STEEPEST_DESCENT: "direction was not one of descent; stepped along -gradient",
+    Termination.NO_DECREASE: "no step: no trial decreased the objective",
+    Termination.STATIONARY: "no step: the gradient is zero",
+    Termination.NOT_FINITE: "no step: value or gradient is not finite",
+    Termination.NEGATIVE_CURVATURE: "step accepted; it follows a direction of negative curvature",
+}
+
+
+class Diagnostics(NamedTuple):
+    """Scalars that every second-order state carries; counts are cumulative.
+
+    Each update is handed a value and a gradient and counts them as one gradient, unless it is told
+    `reused=True`; a value that comes with a gradient is free.
+
+    Attributes:
+      iterations: updates made, int32.
+      evaluations: evaluations of the objective, with or without its gradient, int32.
+      gradient_equivalents: Σ count × nominal cost of `COSTS`, float32.
+      step_size: the factor on the last direction; 0 where the update took no step.
+      damping: λ of the last step; 0 for methods without.
+      reduction_ratio: ρ, actual over predicted reduction of the last step; NaN where unknown.
+      linear_iterations: iterations of the inner linear solver, int32.
+      termination: how the last update ended, a `Termination` code, int32.
+      values: evaluations of the value alone.
+      gradients: evaluations of the gradient.
+      hessian_products: Hessian-vector products, in units of the full batch.
+      gauss_newton_products: Gauss-Newton products, in units of the full batch.
+    """
+
+    iterations: jax.Array
+    evaluations: jax.Array
+    gradient_equivalents: jax.Array
+    step_size: jax.Array
+    damping: jax.Array
+    reduction_ratio: jax.Array
+    linear_iterations: jax.Array
+    termination: jax.Array
+    values: jax.Array
+    gradients: jax.Array
+    hessian_products: jax.Array
+    gauss_newton_products: jax.Array
+
+
+def init(damping: jax.Array | float = 0.0) -> Diagnostics:
+    """The diagnostics of a state that has made no update."""
+
+    def count() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    def number(x: jax.Array | float = 0.0) -> jax.Array:
+        # A copy each: a state whose fields share a buffer cannot be donated.
+        return jnp.array(x, jnp.float32)
+
+    return Diagnostics(
+        iterations=count(),
+        evaluations=count(),
+        gradient_equivalents=number(),
+        step_size=number(),
+        damping=number(damping),
+        reduction_ratio=number(jnp.nan),
+        linear_iterations=count(),
+        termination=count(),
+        values=number(),
+        gradients=number(),
+        hessian_products=number(),
+        gauss_newton_products=number(),
+    )
+
+
+def advance(
+    last: Diagnostics,
+    *,
+    step_size: jax.Array | float,
+    termination: jax.Array | int,
+    values: jax.Array | float = 0,
+    gradients: jax.Array | float = 0,
+    hessian_products: jax.Array | float = 0,
+    gauss_newton_products: jax.Array | float = 0,
+    linear_iterations: jax.Array | int = 0,
+    damping: jax.Array | float = 0.0,
+    reduction_ratio: jax.Array | float = jnp.nan,
+    reused: jax.Array | bool = False,
+) -> Diagnostics:
+    """The diagnostics after one more update, given what the update did by itself.
+
+    Args:
+      last: the diagnostics before it.
+      step_size: the factor on the direction.
+      termination: a `Termination` code.
+      values: evaluations of the value alone.
+      gradients: evaluations of the gradient besides the one handed over.
+      hessian_products: Hessian products times the curvature batch's share of the batch.
+      gauss_newton_products: Gauss-Newton products times that share.
+      linear_iterations: iterations of the inner solver.
+      damping: λ used.
+      reduction_ratio: ρ found.
+      reused: whether the gradient handed over cost nothing, being the last update's own.
+
+    >>> after = advance(init(), step_size=1.0, termination=1, values=3, gradients=1)
+    >>> float(after.gradient_equivalents), int(after.evaluations)
+    (3.0, 5)
+    """
+
+    def number(x: jax.Array | float) -> jax.Array:
+        return jnp.asarray(x, jnp.float32)
+
+    handed = 1.0 - number(reused)
+    counts = {
+        "values": last.values + number(values),
+        "gradients": last.gradients + number(gradients) + handed,
+        "hessian_products": last.hessian_products + number(hessian_products),
+        "gauss_newton_products": last.gauss_newton_products + number(gauss_newton_products),
+    }
+    work = sum((count * COSTS[name] for name, count in counts.items()), start=number(0.0))
+    return Diagnostics(
+        iterations=last.iterations + 1,
+        evaluations=(counts["values"] + counts["gradients"]).astype(jnp.int32),
+        gradient_equivalents=work,
+        step_size=number(step_size),
+        damping=number(damping),
+        reduction_ratio=number(reduction_ratio),
+        linear_iterations=last.linear_iterations + jnp.asarray(linear_iterations, jnp.int32),
+        termination=jnp.asarray(termination, jnp.int32),
+        **counts,
+    )
+
+
+def ending(
+    code: jax.Array | int, finite: jax.Array, stationary: jax.Array, descends: jax.Array
+) -> jax.Array:
+    """The `Termination` of an update whose line search ended with `code`.
+
+    Args:
+      code: how the line search ended.
+      finite: whether value and gradient were.
+      stationary: whether the gradient was zero.
+      descends: whether the direction descended, so that −gradient did not have to stand in.
+    """
+    code = jnp.asarray(code, jnp.int32)
+    stood_in = (code == Termination.ACCEPTED) & ~descends
+    code = jnp.where(stood_in, Termination.STEEPEST_DESCENT, code)
+    code = jnp.where(stationary, Termination.STATIONARY, code)
+    return jnp.where(finite, code, Termination.NOT_FINITE).astype(jnp.int32)
+
+
+def read(opt_state: Any) -> Diagnostics | None:
+    """The first `Diagnostics` in an optimizer state, or None.
+
+    >>> import optax
+    >>> read(optax.sgd(0.1).init(jnp.zeros(2))) is None
+    True
+    >>> int(read((optax.EmptyState(), {"inner": (init(),)})).iterations)
+    0
+    """
+    found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Diagnostics))
+    return next((x for x in found if isinstance(x, Diagnostics)), None)
+
+
+def words(termination: Any) -> str:
+    """A `Termination` code in words.
+
+    >>> words(5)
+    'no step: the gradient is zero'
+    """
+    code = int(termination)
+    check.one_of("termination", code, [int(t) for t in Termination])
+    return _WORDS[Termination(code)]

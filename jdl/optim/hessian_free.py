@@ -1,0 +1,372 @@
+r"""Hessian-free optimization: truncated Newton steps from curvature-vector products alone.
+
+    minimize over δ:   q(δ) = ⟨g, δ⟩ + ½⟨δ, (B + λI) δ⟩     by conjugate gradients
+
+B is the Gauss-Newton matrix (or the Hessian) on the objective's curvature batch, met only in
+products B v. What makes the method robust is around that solve: Levenberg-Marquardt damping λ by
+the reduction ratio, an early stop once CG's progress slows, backtracking over its iterates by the
+true f, a warm start from the last δ, and a line search that no step escapes.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdl.core import check, tree
+from jdl.core.types import Params, PyTree
+from jdl.optim import damping as damping_rules
+from jdl.optim import diagnostics as diag
+from jdl.optim import linear_cg, linesearch
+from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.local import (
+    Local,
+    ScalarOrSchedule,
+    check_params,
+    check_scale,
+    descending,
+    hessian_product,
+    local,
+    schedule_value,
+)
+
+
+class HessianFreeState(NamedTuple):
+    """What Hessian-free optimization carries from step to step: one or two gradients' memory.
+
+    Attributes:
+      learning_rate: the factor on CG's solution, float32; change it with `optax.tree.set`.
+      damping: λ for the next step, float32; likewise.
+      radius: Δ of the trust region, where one is used, float32.
+      direction: the last δ, which the next CG starts from.
+      diagonal: running mean of the curvature's diagonal; () without a preconditioner.
+      diagnostics: see `jdl.optim.diagnostics`.
+    """
+
+    learning_rate: jax.Array
+    damping: jax.Array
+    radius: jax.Array
+    direction: PyTree
+    diagonal: PyTree
+    diagnostics: Diagnostics
+
+
+def hessian_free(
+    learning_rate: ScalarOrSchedule = 1.0,
+    *,
+    curvature: str = "auto",
+    damping: float = 1.0,
+    damping_increase: float = 1.5,
+    damping_decrease: float = 2 / 3,
+    damping_minimum: float = 1e-10,
+    trust_region: float | None = None,
+    max_linear_iterations: int = 250,
+    progress: float = 5e-4,
+    tolerance: float = 1e-3,
+    warm_start: float = 0.95,
+    num_candidates: int = 8,
+    preconditioner: str | None = None,
+    preconditioner_power: float = 0.75,
+    preconditioner_decay: float = 0.95,
+    c1: float = 1e-2,
+    max_evaluations: int = 40,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Hessian-free optimization after Martens.
+
+    `update` needs `value`, `grad` and `value_fn`, or `objective`, which Gauss-Newton products need.
+    Within a chain the model's gradient is the incoming update, while reductions, line search and
+    descent are judged by `grad`; a direction that does not descend gives way to −grad.
+
+    Args:
+      learning_rate: the factor on CG's solution before backtracking, > 0, or a schedule.
+      curvature: "gauss_newton", "hessian", or "auto": Gauss-Newton where there is an objective.
+      damping: the first λ ≥ 0, in units of the curvature of the mean loss.
+      damping_increase: λ's factor when the reduction ratio is below ¼, > 1.
+      damping_decrease: λ's factor when it is above ¾, in (0, 1).
+      damping_minimum: the least λ, ≥ 0.
+      trust_region: the first radius of a trust region (Steihaug), which then stands in for damping
+        and warm start, > 0; the choice for true Hessians of either sign. None for damping.
+      max_linear_iterations: CG iterations a step at most, ≥ 1.
+      progress: CG ends when an iteration's share in q's decrease, averaged over the last tenth of
+        them (at least 10), falls below this, ≥ 0.
+      tolerance: CG ends when its residual is this small relative to the gradient, in [0, 1).
+      warm_start: factor on the last δ to start CG from, in [0, 1]; 0 starts from zero.
+      num_candidates: how many CG iterates, spaced by factors of 1.3 and ending with the last, are
+        kept for backtracking, ≥ 1; each takes a gradient's memory during the step.
+      preconditioner: "diagonal" for M = (diag + λ)^power, or None. The diagonal is the empirical
+        Fisher's where there is an objective, else the Hessian's by Hutchinson's estimate; one
+        random draw a step enters a running mean.
+      preconditioner_power: in (0, 1].
+      preconditioner_decay: of the running mean, in [0, 1).
+      c1: sufficient decrease of the line search, in (0, 1).
+      max_evaluations: trials of the line search at most, ≥ 1.
+      seed: of the preconditioner's draws.
+
+    Returns:
+      An optax transformation, whose updates are the whole step.
+
+    Raises:
+      ArgumentError: for arguments out of range, at `init` for parameters that are not real, at
+        `update` for missing extras.
+
+    >>> def f(x):
+    ...     return jnp.sum(jnp.array([1.0, 10.0]) * jnp.square(x - 1.0))
+    >>> optimizer, x = hessian_free(damping=1e-3), jnp.zeros(2)
+    >>> state = optimizer.init(x)
+    >>> for _ in range(3):
+    ...     value, grad = jax.value_and_grad(f)(x)
+    ...     updates, state = optimizer.update(grad, state, x, value=value, grad=grad, value_fn=f)
+    ...     x = optax.apply_updates(x, updates)
+    >>> [round(float(xi), 3) for xi in x]
+    [1.0, 1.0]
+
+    References:
+      Martens, Deep learning via Hessian-free optimization (2010), section 4.
+      Martens & Sutskever, Training deep and recurrent networks with Hessian-free optimization
+      (2012), sections 20.5 to 20.11.
+      Chapelle & Erhan, Improved preconditioner for Hessian free optimization (2011).
+      Steihaug, The conjugate gradient method and trust regions (1983).
+    """
+    check_scale("learning_rate", learning_rate)
+    check.one_of("curvature", curvature, ["auto", "gauss_newton", "hessian"])
+    check.one_of("preconditioner", preconditioner, ["diagonal", None])
+    check.in_range("damping", damping, 0.0)
+    check.in_range("damping_increase", damping_increase, 1.0)
+    check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True)
+    check.in_range("damping_minimum", damping_minimum, 0.0)
+    check.in_range("progress", progress, 0.0)
+    check.in_range("tolerance", tolerance, 0.0, 1.0)
+    check.in_range("warm_start", warm_start, 0.0, 1.0)
+    check.in_range("preconditioner_power", preconditioner_power, 0.0, 1.0, open_low=True)
+    check.in_range("preconditioner_decay", preconditioner_decay, 0.0, 1.0)
+    check.in_range("c1", c1, 0.0, 1.0, open_low=True)
+    for name, count in (
+        ("max_linear_iterations", max_linear_iterations),
+        ("num_candidates", num_candidates),
+        ("max_evaluations", max_evaluations),
+    ):
+        check.positive_int(name, count)
+    if trust_region is not None:
+        check.in_range("trust_region", trust_region, 0.0, open_low=True)
+    first_damping = 0.0 if trust_region is not None else damping
+
+    def init(params: Params) -> HessianFreeState:
+        check_params("hessian_free", params)
+        return HessianFreeState(
+            learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
+            damping=jnp.array(first_damping, jnp.float32),
+            radius=jnp.array(trust_region or jnp.inf, jnp.float32),
+            direction=jax.tree.map(jnp.zeros_like, params),
+            diagonal=jax.tree.map(jnp.zeros_like, params) if preconditioner else (),
+            diagnostics=diag.init(first_damping),
+        )
+
+    def update(
+        updates: PyTree,
+        state: HessianFreeState,
+        params: Params | None = None,
+        *,
+        value: Any = None,
+        grad: PyTree | None = None,
+        value_fn: Any = None,
+        objective: Any = None,
+        reused: Any = False,
+        **extra: Any,
+    ) -> tuple[PyTree, HessianFreeState]:
+        del extra
+        here = local("hessian_free", updates, params, value, grad, value_fn, objective)
+        check.argument(
+            curvature != "gauss_newton" or objective is not None,
+            "objective",
+            "given for Gauss-Newton products",
+            objective,
+            "Pass objective=jdl.Objective.from_fns(predict, loss, batch), or use "
+            'curvature="hessian".',
+        )
+        rate = state.learning_rate
+        if callable(learning_rate):
+            rate = schedule_value(learning_rate, state.diagnostics.iterations)
+        use_gauss_newton = curvature != "hessian" and objective is not None
+        scale = rate.astype(here.value.dtype)
+        damping_now = state.damping.astype(here.value.dtype)
+        active = here.finite & ~here.stationary
+
+        if use_gauss_newton:
+            plain_product = lambda v: objective.gnvp(here.params, v)  # noqa: E731
+        elif objective is not None:
+            plain_product = lambda v: objective.hvp(here.params, v)  # noqa: E731
+        else:
+            plain_product = hessian_product(here.value_fn, here.params)
+
+        solve, diagonal = None, state.diagonal
+        if preconditioner is not None:
+            key = jax.random.fold_in(jax.random.key(seed), state.diagnostics.iterations)
+            drawn = _draw_diagonal(here, objective, plain_product, key)
+            usable = active & tree.all_finite(drawn)
+            decay = jnp.asarray(preconditioner_decay, jnp.float32)
+            mixed = tree.add_scaled(tree.scale(decay, diagonal), 1.0 - decay, drawn)
+            diagonal = tree.where(usable, mixed, diagonal)
+            draws = (state.diagnostics.iterations + 1).astype(jnp.float32)
+            mean = tree.scale(1.0 / (1.0 - decay**draws), diagonal)
+            solve = _preconditioner(mean, damping_now, preconditioner_power)
+
+        solution = linear_cg.linear_cg(
+            lambda v: tree.add_scaled(plain_product(v), damping_now, v),
+            tree.scale(-1.0, updates),
+            tree.scale(warm_start, state.direction)
+            if warm_start > 0 and trust_region is None
+            else None,
+            preconditioner=solve,
+            max_iterations=max_linear_iterations,
+            tolerance=tolerance,
+            progress=progress,
+            radius=None if trust_region is None else state.radius.astype(here.value.dtype),
+            num_kept=num_candidates,
+            active=active,
+        )
+        delta, model, candidate_value, tried = _best_candidate(here, solution, scale)
+        direction, descends = descending(delta, here)
+        # −gradient has no scale of its own: no first trial goes further than the rate.
+        length = tree.norm(direction).astype(scale.dtype)
+        fallback = tree.scale(1.0 / jnp.maximum(1.0, length), direction)
+        direction = tree.where(descends, direction, fallback)
+        found = linesearch.backtracking(
+            here.value_fn,
+            here.params,
+            direction,
+            here.value,
+            tree.vdot(direction, here.grad),
+            initial_step=scale,
+            # Unknown for −gradient: a value that is not finite sends the search on.
+            first_value=jnp.where(descends, candidate_value, jnp.inf),
+            noise=here.noise,
+            c1=c1,
+            shrink=0.7,
+            max_evaluations=max_evaluations,
+            active=active,
+        )
+        moved = found.step > 0
+        ratio = _ratio(here, updates, delta, model, damping_now, scale, candidate_value)
+        ratio = jnp.where(descends & moved, ratio, -jnp.inf)
+        next_damping, next_radius = damping_now, state.radius
+        if trust_region is None:
+            next_damping = damping_rules.levenberg_marquardt(
+                damping_now,
+                ratio,
+                increase=damping_increase,
+                decrease=damping_decrease,
+                minimum=damping_minimum,
+            )
+        else:
+            edge = (solution.reason == linear_cg.BOUNDARY) | (
+                solution.reason == linear_cg.CURVATURE
+            )
+            next_radius = damping_rules.trust_radius(state.radius, ratio, edge)
+        nothing = jax.tree.map(jnp.zeros_like, here.params)
+        code = diag.ending(found.termination, here.finite, here.stationary, descends)
+        concave = (code == Termination.ACCEPTED) & (solution.reason == linear_cg.CURVATURE)
+        products = solution.products.astype(jnp.float32)
+        products += float(preconditioner is not None and objective is None)
+        share = 1.0 if objective is None else objective.curvature_share()
+        told = diag.advance(
+            state.diagnostics,
+            step_size=found.step,
+            termination=jnp.where(concave, Termination.NEGATIVE_CURVATURE, code),
+            values=found.evaluations + tried,
+            gradients=share if preconditioner and objective is not None else 0.0,
+            hessian_products=0.0 if use_gauss_newton else products * share,
+            gauss_newton_products=products * share if use_gauss_newton else 0.0,
+            linear_iterations=solution.iterations,
+            damping=damping_now,
+            reduction_ratio=ratio,
+            reused=reused,
+        )
+        new = HessianFreeState(
+            learning_rate=rate,
+            # An update that could not even start says nothing about the model.
+            damping=jnp.where(active, next_damping, damping_now).astype(jnp.float32),
+            radius=jnp.where(active, next_radius, state.radius).astype(jnp.float32),
+            direction=tree.where(moved & descends, delta, nothing),
+            diagonal=diagonal,
+            diagnostics=told,
+        )
+        return tree.where(moved, tree.scale(found.step, direction), nothing), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _best_candidate(
+    here: Local, solution: linear_cg.Solution, scale: jax.Array
+) -> tuple[PyTree, jax.Array, jax.Array, jax.Array]:
+    """The kept CG iterate to use: back from the last as long as f falls.
+
+    Returns:
+      The iterate, its q, f at θ + scale · iterate, and the evaluations spent.
+    """
+    size = solution.kept_model.shape[0]
+    available = jnp.minimum(solution.kept_count, size)
+
+    def slot(back: jax.Array) -> jax.Array:
+        return (solution.kept_count - 1 - back) % size
+
+    def iterate(back: jax.Array) -> PyTree:
+        return jax.tree.map(lambda ring: ring[slot(back)], solution.kept)
+
+    def going(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        tried, best, _ = carry
+        return (tried < available) & (best >= tried - 1)
+
+    def body(
+        carry: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        tried, best, best_value = carry
+        value = here.value_fn(tree.add_scaled(here.params, scale, iterate(tried)))
+        better = (value < best_value) | ~jnp.isfinite(best_value)
+        return tried + 1, jnp.where(better, tried, best), jnp.where(better, value, best_value)
+
+    start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full_like(here.value, jnp.inf))
+    tried, best, value = jax.lax.while_loop(going, body, start)
+    return iterate(best), solution.kept_model[slot(best)], value, tried
+
+
+def _ratio(
+    here: Local,
+    updates: PyTree,
+    delta: PyTree,
+    model: jax.Array,
+    damping: jax.Array,
+    scale: jax.Array,
+    new_value: jax.Array,
+) -> jax.Array:
+    """ρ of θ + scale · δ against the undamped model, whose curvature is read off CG's q."""
+    curvature = model - tree.vdot(updates, delta) - 0.5 * damping * tree.vdot(delta, delta)
+    predicted = scale * tree.vdot(here.grad, delta) + scale * scale * curvature
+    return damping_rules.reduction_ratio(here.value, new_value, predicted, here.noise)
+
+
+def _draw_diagonal(here: Local, objective: Any, product: Any, key: jax.Array) -> PyTree:
+    """One random draw of the curvature's diagonal."""
+    if objective is not None:
+        return objective.fisher_diagonal(here.params, key)
+    leaves, structure = jax.tree.flatten(here.params)
+    keys = jax.random.split(key, len(leaves))
+    signs = jax.tree.unflatten(
+        structure,
+        [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
+    )
+    return jax.tree.map(lambda s, p: jnp.abs(s * p), signs, product(signs))
+
+
+def _preconditioner(diagonal: PyTree, damping: jax.Array, power: float) -> Any:
+    """R -> M⁻¹ r with M = (diag + λ)^power."""
+    # λ may be zero: a floor far below the mean keeps M positive.
+    mean = sum(jnp.sum(d.astype(jnp.float32)) for d in jax.tree.leaves(diagonal))
+    floor = damping.astype(jnp.float32) + 1e-6 * mean / tree.size(diagonal) + 1e-30
+
+    def inverse(d: jax.Array) -> jax.Array:
+        return (jnp.maximum(d, 0.0) + floor.astype(d.dtype)) ** -power
+
+    inverses = jax.tree.map(inverse, diagonal)
+    return lambda r: jax.tree.map(jnp.multiply, inverses, r)

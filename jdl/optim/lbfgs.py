@@ -1,0 +1,268 @@
+r"""L-BFGS with a strong Wolfe line search, for full batches and mini-batches.
+
+    d = −H g,   α by line search along d,   s = α d,   y = ∇f(θ + s) − ∇f(θ)
+
+H is built from the last m pairs (s, y) by the two-loop recursion. Both gradients of y are taken on
+the *same* objective, same batch, same dropout masks: the line search has computed the one at its
+accepted point anyway. So pairs hold curvature and no sampling noise under mini-batches too.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdl.core import check, tree
+from jdl.core.types import Params, PyTree
+from jdl.optim import diagnostics as diag
+from jdl.optim import linesearch
+from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.local import (
+    ScalarOrSchedule,
+    check_params,
+    check_scale,
+    descending,
+    local,
+    scalar_dtype,
+    schedule_value,
+)
+
+
+class LBFGSState(NamedTuple):
+    """What L-BFGS carries from step to step: 2m + 1 gradients' worth of memory.
+
+    Attributes:
+      learning_rate: the first trial step, float32; change it with `optax.tree.set`.
+      s: steps, leading axis m, a ring.
+      y: gradient differences, likewise.
+      rho: 1 / ⟨s, y⟩, [m]; 0 for a slot that is empty.
+      stored: pairs stored since the history was last cleared, int32.
+      value: f at the point the last update led to, inf before; with the next, for
+        `optax.value_and_grad_from_state`, which spares full-batch loops every second evaluation.
+      grad: ∇f at that point.
+      diagnostics: see `jdl.optim.diagnostics`.
+    """
+
+    learning_rate: jax.Array
+    s: PyTree
+    y: PyTree
+    rho: jax.Array
+    stored: jax.Array
+    value: jax.Array
+    grad: Params
+    diagnostics: Diagnostics
+
+
+def lbfgs(
+    learning_rate: ScalarOrSchedule = 1.0,
+    *,
+    history: int = 10,
+    history_dtype: Any = None,
+    guard: str = "cautious",
+    cautious: float = 1e-6,
+    c1: float = 1e-4,
+    c2: float = 0.9,
+    max_evaluations: int = 20,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Limited-memory BFGS.
+
+        H = Vₘᵀ … V₁ᵀ H₀ V₁ … Vₘ + Σ ρ s sᵀ terms,   V = I − ρ y sᵀ,   H₀ = (⟨s, y⟩ / ⟨y, y⟩) I
+
+    `update` needs `value`, `grad` and `value_fn` (or `objective`). Within a chain the direction is
+    built from the incoming updates, while line search and descent are judged by `grad`; a
+    direction that does not descend gives way to −grad.
+
+    Args:
+      learning_rate: the line search's first trial step, > 0, or a schedule. While the history is
+        empty, −grad is scaled to this length where it is longer.
+      history: m ≥ 1, how many pairs.
+      history_dtype: the type pairs are stored in; None for the parameters' own, at least float32.
+      guard: "cautious" leaves out pairs of negligible or negative curvature; "powell" mends them,
+        moving y towards H⁻¹ s.
+      cautious: ε in [0, 1); a pair enters if ⟨s, y⟩ > ε ‖s‖ ‖y‖.
+      c1: sufficient decrease of the line search, in (0, c2).
+      c2: curvature of the line search, in (c1, 1).
+      max_evaluations: trials of the line search at most, ≥ 1.
+
+    Returns:
+      An optax transformation, whose updates are the whole step α d.
+
+    Raises:
+      ArgumentError: for arguments out of range, at `init` for parameters that are not real, at
+        `update` for missing extras.
+
+    >>> def f(x):
+    ...     return jnp.sum(jnp.array([1.0, 10.0]) * jnp.square(x - 1.0))
+    >>> optimizer, x = lbfgs(), jnp.zeros(2)
+    >>> state = optimizer.init(x)
+    >>> for _ in range(6):
+    ...     value, grad = jax.value_and_grad(f)(x)
+    ...     updates, state = optimizer.update(grad, state, x, value=value, grad=grad, value_fn=f)
+    ...     x = optax.apply_updates(x, updates)
+    >>> [round(float(xi), 3) for xi in x]
+    [1.0, 1.0]
+
+    References:
+      Nocedal & Wright, Numerical Optimization (2006), algorithms 7.4 and 7.5; procedure 18.2.
+      Li & Fukushima, On the global convergence of the BFGS method for nonconvex unconstrained
+      optimization problems (2001): cautious updates.
+      Schraudolph, Yu & Günter, A stochastic quasi-Newton method for online convex optimization
+      (2007): both gradients of a pair on one batch.
+    """
+    check_scale("learning_rate", learning_rate)
+    check.positive_int("history", history)
+    check.positive_int("max_evaluations", max_evaluations)
+    check.one_of("guard", guard, ["cautious", "powell"])
+    check.in_range("cautious", cautious, 0.0, 1.0)
+    check.in_range("c2", c2, 0.0, 1.0, open_low=True)
+    check.in_range("c1", c1, 0.0, c2, open_low=True)
+
+    def init(params: Params) -> LBFGSState:
+        check_params("lbfgs", params)
+
+        def ring(x: jax.Array) -> jax.Array:
+            dtype = history_dtype or jnp.promote_types(x.dtype, jnp.float32)
+            return jnp.zeros((history, *x.shape), dtype)
+
+        return LBFGSState(
+            learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
+            s=jax.tree.map(ring, params),
+            y=jax.tree.map(ring, params),
+            rho=jnp.zeros((history,), scalar_dtype(params)),
+            stored=jnp.zeros((), jnp.int32),
+            value=jnp.full((), jnp.inf, scalar_dtype(params)),
+            grad=jax.tree.map(jnp.zeros_like, params),
+            diagnostics=diag.init(),
+        )
+
+    def update(
+        updates: PyTree,
+        state: LBFGSState,
+        params: Params | None = None,
+        *,
+        value: Any = None,
+        grad: PyTree | None = None,
+        value_fn: Any = None,
+        objective: Any = None,
+        reused: Any = False,
+        **extra: Any,
+    ) -> tuple[PyTree, LBFGSState]:
+        del extra
+        here = local("lbfgs", updates, params, value, grad, value_fn, objective)
+        rate = state.learning_rate
+        if callable(learning_rate):
+            rate = schedule_value(learning_rate, state.diagnostics.iterations)
+        active = here.finite & ~here.stationary
+
+        direction = tree.scale(-1.0, _two_loop(updates, state))
+        direction, descends = descending(direction, here)
+        # Without curvature −grad has no scale of its own: no first trial goes further than `rate`.
+        rate = rate.astype(here.value.dtype)
+        unscaled = (state.stored == 0) | ~descends
+        first = jnp.where(unscaled, rate / jnp.maximum(1.0, tree.norm(direction)), rate)
+        found = linesearch.strong_wolfe(
+            here.value_and_grad,
+            here.params,
+            direction,
+            here.value,
+            here.grad,
+            initial_step=first,
+            noise=here.noise,
+            c1=c1,
+            c2=c2,
+            max_evaluations=max_evaluations,
+            active=active,
+        )
+        moved = found.step > 0
+        assert found.grad is not None  # backtracking alone gives none
+        step = tree.where(
+            moved, tree.scale(found.step, direction), jax.tree.map(jnp.zeros_like, here.params)
+        )
+        change = jax.tree.map(jnp.subtract, found.grad, here.grad)
+        if guard == "powell":
+            # B s = H⁻¹ s = −α · updates costs nothing; after a fallback H played no part.
+            bs = tree.scale(-found.step, updates)
+            change = tree.where(descends, _powell(step, change, bs), change)
+        s, y, rho, stored = _remember(state, step, change, moved, cautious)
+        # A failure along a quasi-Newton direction puts the history in doubt: start afresh.
+        stored = jnp.where(active & ~moved, 0, stored)
+        rho = jnp.where(active & ~moved, 0.0, rho)
+
+        told = diag.advance(
+            state.diagnostics,
+            step_size=found.step,
+            termination=diag.ending(found.termination, here.finite, here.stationary, descends),
+            gradients=found.evaluations,
+            reused=reused,
+        )
+        new = LBFGSState(
+            learning_rate=rate.astype(jnp.float32),
+            s=s,
+            y=y,
+            rho=rho,
+            stored=stored,
+            value=found.value,
+            grad=found.grad,
+            diagnostics=told,
+        )
+        return step, new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _two_loop(grad: PyTree, state: LBFGSState) -> PyTree:
+    """H g by the two-loop recursion over the pairs stored, newest first, then oldest first."""
+    m = state.rho.shape[0]
+    dtype = state.rho.dtype
+    used = jnp.minimum(state.stored, m)
+
+    def pair(ring: PyTree, slot: jax.Array) -> PyTree:
+        return jax.tree.map(
+            lambda r, g: jax.lax.dynamic_index_in_dim(r, slot, keepdims=False).astype(g.dtype),
+            ring,
+            grad,
+        )
+
+    def newest_first(j: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+        q, alphas = carry
+        slot = (state.stored - 1 - j) % m
+        alpha = state.rho[slot] * tree.vdot(pair(state.s, slot), q).astype(dtype)
+        return tree.add_scaled(q, -alpha, pair(state.y, slot)), alphas.at[slot].set(alpha)
+
+    def oldest_first(j: jax.Array, r: PyTree, alphas: jax.Array) -> PyTree:
+        slot = (state.stored - used + j) % m
+        beta = state.rho[slot] * tree.vdot(pair(state.y, slot), r).astype(dtype)
+        return tree.add_scaled(r, alphas[slot] - beta, pair(state.s, slot))
+
+    start = (grad, jnp.zeros((m,), dtype))
+    q, alphas = jax.lax.fori_loop(jnp.zeros_like(used), used, newest_first, start)
+    newest = pair(state.y, (state.stored - 1) % m)
+    rho_yy = state.rho[(state.stored - 1) % m] * tree.vdot(newest, newest).astype(dtype)
+    q = tree.scale(jnp.where(rho_yy > 0, 1.0 / jnp.where(rho_yy > 0, rho_yy, 1.0), 1.0), q)
+    return jax.lax.fori_loop(jnp.zeros_like(used), used, lambda j, r: oldest_first(j, r, alphas), q)
+
+
+def _powell(s: PyTree, y: PyTree, bs: PyTree) -> PyTree:
+    """Y moved towards B s just so far that ⟨s, y⟩ ≥ 0.2 ⟨s, B s⟩."""
+    sy, sbs = tree.vdot(s, y), tree.vdot(s, bs)
+    gap = sbs - sy
+    theta = jnp.where(sy < 0.2 * sbs, 0.8 * sbs / jnp.where(gap > 0, gap, 1.0), 1.0)
+    return tree.add_scaled(tree.scale(theta, y), 1.0 - theta, bs)
+
+
+def _remember(
+    state: LBFGSState, s: PyTree, y: PyTree, moved: jax.Array, cautious: float
+) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
+    """The history with the pair (s, y) in it, if the pair is worth keeping."""
+    dtype = state.rho.dtype
+    sy, ss, yy = (tree.vdot(a, b).astype(dtype) for a, b in ((s, y), (s, s), (y, y)))
+    good = moved & (sy > cautious * jnp.sqrt(ss) * jnp.sqrt(yy)) & jnp.isfinite(1.0 / sy)
+    slot = state.stored % state.rho.shape[0]
+
+    def write(ring: jax.Array, x: jax.Array) -> jax.Array:
+        return ring.at[slot].set(jnp.where(good, x.astype(ring.dtype), ring[slot]))
+
+    rho = state.rho.at[slot].set(jnp.where(good, 1.0 / sy, state.rho[slot]))
+    stored = state.stored + good.astype(jnp.int32)
+    return jax.tree.map(write, state.s, s), jax.tree.map(write, state.y, y), rho, stored

@@ -1,0 +1,221 @@
+r"""Preconditioned conjugate gradients, as second-order optimizers need them.
+
+Minimizes the quadratic model q(x) = ½⟨x, A x⟩ − ⟨b, x⟩ over pytrees, given only products A v.
+One product an iteration, one place in the program where a product is made (a warm start's A x₀ is
+iteration zero of the same loop), and all of it ends after `max_iterations`, whatever A returns.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdl.core import tree
+from jdl.core.types import PyTree
+
+# Why the loop ended.
+RUNNING, CONVERGED, PROGRESS, EXHAUSTED, CURVATURE, BOUNDARY, BROKEN = range(7)
+
+
+class Solution(NamedTuple):
+    """What conjugate gradients found.
+
+    Attributes:
+      x: the last iterate; with negative curvature, the last before it (or the first direction,
+        where that was the very first); with a radius, on the boundary if the path left the region.
+      model: q(x), at most q(x₀).
+      iterations: iterations made, int32.
+      products: products made, int32: one more with a warm start.
+      reason: why it ended, int32: a code of this module.
+      kept: iterates at geometrically spaced iterations, leading axis K, a ring.
+      kept_model: q of each, [K]; inf where the ring is not filled.
+      kept_count: how many were written in all; the newest is at (kept_count − 1) mod K.
+    """
+
+    x: PyTree
+    model: jax.Array
+    iterations: jax.Array
+    products: jax.Array
+    reason: jax.Array
+    kept: PyTree
+    kept_model: jax.Array
+    kept_count: jax.Array
+
+
+class _State(NamedTuple):
+    x: PyTree
+    residual: PyTree  # A x − b
+    direction: PyTree
+    rz: jax.Array  # ⟨r, M⁻¹ r⟩
+    norms: tuple[jax.Array, jax.Array, jax.Array]  # ⟨x, Mx⟩, ⟨x, Mp⟩, ⟨p, Mp⟩
+    model: jax.Array
+    history: jax.Array  # q at each iteration
+    iteration: jax.Array
+    products: jax.Array
+    next_kept: jax.Array
+    kept: PyTree
+    kept_model: jax.Array
+    kept_count: jax.Array
+    reason: jax.Array
+
+
+def linear_cg(
+    product: Callable[[PyTree], PyTree],
+    b: PyTree,
+    x0: PyTree | None = None,
+    *,
+    preconditioner: Callable[[PyTree], PyTree] | None = None,
+    max_iterations: int = 250,
+    tolerance: jax.Array | float = 0.0,
+    progress: float = 0.0,
+    radius: jax.Array | None = None,
+    num_kept: int = 1,
+    spacing: float = 1.3,
+    active: jax.Array | bool = True,
+) -> Solution:
+    """Solves A x = b, or gets as far as is useful.
+
+    Args:
+      product: v -> A v, A symmetric; without negative curvature A is positive definite.
+      b: the right-hand side, a pytree of floating-point arrays.
+      x0: the warm start; None for zero, which saves a product.
+      preconditioner: r -> M⁻¹ r, M symmetric positive definite; None for the identity.
+      max_iterations: ≥ 1.
+      tolerance: ends when ‖A x − b‖ ≤ tolerance · ‖b‖.
+      progress: ends at iteration i when q < 0 and (q − q[i−k]) / q < k · progress with
+        k = max(10, i/10): the last k iterations each brought less than that share of q. 0 is never.
+      radius: Δ of a trust region ‖x‖_M ≤ Δ; needs x0 = None. Steps leaving it, and directions of
+        negative curvature, are followed to its boundary.
+      num_kept: K, how many iterates to keep.
+      spacing: γ; iterates ⌈γʲ⌉ are kept, and the last.
+      active: False to do nothing, and return zero (or x0).
+
+    >>> a = jnp.array([[4.0, 1.0], [1.0, 3.0]])
+    >>> solution = linear_cg(lambda v: a @ v, jnp.array([1.0, 2.0]), tolerance=1e-5)
+    >>> [round(float(x), 4) for x in solution.x], int(solution.iterations)
+    ([0.0909, 0.6364], 2)
+
+    References:
+      Martens, Deep learning via Hessian-free optimization (2010), sections 4.4 to 4.7.
+      Steihaug, The conjugate gradient method and trust regions (1983).
+      Conn, Gould & Toint, Trust-region methods (2000), section 7.5.1: ‖x‖_M by recurrence.
+    """
+    if radius is not None and x0 is not None:
+        raise ValueError("a trust region needs x0 = None")
+    solve = (lambda r: r) if preconditioner is None else preconditioner
+    bb = tree.vdot(b, b)
+    dtype = bb.dtype
+    zero = jnp.zeros((), dtype)
+    tolerance2 = jnp.square(jnp.asarray(tolerance, dtype)) * bb
+    warm = x0 is not None
+    zeros = jax.tree.map(jnp.zeros_like, b)
+    start = zeros if x0 is None else x0
+    residual = tree.scale(-1.0, b)
+    z = solve(residual)
+    rz = tree.vdot(residual, z).astype(dtype)
+    fine = jnp.asarray(active) & jnp.isfinite(rz) & (rz > 0)
+    initial = _State(
+        x=start,
+        residual=residual,
+        # Iteration zero of a warm start multiplies x₀ itself, to learn its residual.
+        direction=start if warm else tree.scale(-1.0, z),
+        rz=rz,
+        norms=(zero, zero, rz),
+        model=zero,
+        history=jnp.zeros((max_iterations + 1,), dtype),
+        iteration=jnp.asarray(-1 if warm else 0, jnp.int32),
+        products=jnp.zeros((), jnp.int32),
+        next_kept=jnp.ones((), jnp.int32),
+        kept=jax.tree.map(lambda x: jnp.zeros((num_kept, *x.shape), x.dtype), b),
+        kept_model=jnp.full((num_kept,), jnp.inf, dtype),
+        kept_count=jnp.zeros((), jnp.int32),
+        reason=jnp.where(fine, RUNNING, CONVERGED).astype(jnp.int32),
+    )
+
+    def body(s: _State) -> _State:
+        ap = product(s.direction)
+        first = s.iteration < 0  # only ever with a warm start
+        curvature = tree.vdot(s.direction, ap).astype(dtype)
+        xx, xp, pp = s.norms
+        alpha = s.rz / curvature
+        reason = jnp.asarray(RUNNING)
+        concave = ~first & (curvature <= 0)
+        if radius is None:
+            # Before the first iteration is done there is only the direction itself to go on.
+            alpha = jnp.where(concave, jnp.where(s.iteration == 0, 1.0, 0.0), alpha)
+        else:
+            outside = concave | (xx + 2 * alpha * xp + alpha * alpha * pp >= radius * radius)
+            gap = jnp.maximum(radius * radius - xx, 0.0)
+            boundary = gap / (xp + jnp.sqrt(jnp.maximum(xp * xp + pp * gap, 0.0)))
+            alpha = jnp.where(outside, boundary, alpha)
+            reason = jnp.where(outside, BOUNDARY, reason)
+        reason = jnp.where(concave, CURVATURE, reason)
+        alpha = jnp.where(first, 0.0, alpha)
+        x = tree.add_scaled(s.x, alpha, s.direction)
+        residual = tree.add_scaled(s.residual, jnp.where(first, 1.0, alpha), ap)
+        # q = ½⟨x, A x − 2b⟩ = ½⟨x, r − b⟩: no product needed.
+        model = 0.5 * (tree.vdot(x, residual) - tree.vdot(x, b)).astype(dtype)
+        z = solve(residual)
+        rz = tree.vdot(residual, z).astype(dtype)
+        beta = jnp.where(first, 0.0, rz / s.rz)
+        direction = jax.tree.map(lambda z, p: beta.astype(p.dtype) * p - z, z, s.direction)
+        norms = (
+            jnp.where(first, xx, xx + 2 * alpha * xp + alpha * alpha * pp),
+            jnp.where(first, zero, beta * (xp + alpha * pp)),
+            jnp.where(first, rz, rz + beta * beta * pp),
+        )
+
+        i = s.iteration + 1
+        history = s.history.at[i].set(model)
+        k = jnp.maximum(10, (i + 9) // 10)
+        gained = model - history[jnp.maximum(i - k, 0)]
+        slow = (i > k) & (model < 0) & (gained >= k.astype(dtype) * progress * model)
+        slow &= progress > 0
+        done = tree.vdot(residual, residual).astype(dtype) <= tolerance2
+        for code, holds in (
+            (EXHAUSTED, i >= max_iterations),
+            (PROGRESS, slow),
+            (CONVERGED, done | (rz <= 0)),
+        ):
+            reason = jnp.where((reason == RUNNING) & holds & (~first | done), code, reason)
+        broken = ~(jnp.isfinite(model) & jnp.isfinite(rz) & jnp.isfinite(curvature))
+        reason = jnp.where(broken, BROKEN, reason).astype(jnp.int32)
+        # A broken iterate is dropped; so is, without a radius, one that negative curvature left be.
+        x = tree.where(broken, s.x, x)
+        model = jnp.where(broken, s.model, model)
+
+        keep = ~first & ((i == s.next_kept) | (reason != RUNNING))
+        slot = s.kept_count % num_kept
+        kept = jax.tree.map(
+            lambda ring, x: ring.at[slot].set(jnp.where(keep, x, ring[slot])), s.kept, x
+        )
+        following = jnp.ceil(spacing * i.astype(dtype)).astype(jnp.int32)
+        return _State(
+            x=x,
+            residual=residual,
+            direction=direction,
+            rz=rz,
+            norms=norms,
+            model=model,
+            history=history,
+            iteration=i,
+            products=s.products + 1,
+            next_kept=jnp.where(i == s.next_kept, jnp.maximum(following, i + 1), s.next_kept),
+            kept=kept,
+            kept_model=s.kept_model.at[slot].set(jnp.where(keep, model, s.kept_model[slot])),
+            kept_count=s.kept_count + keep.astype(jnp.int32),
+            reason=reason,
+        )
+
+    end = jax.lax.while_loop(lambda s: s.reason == RUNNING, body, initial)
+    return Solution(
+        x=end.x,
+        model=end.model,
+        iterations=jnp.maximum(end.iteration, 0),
+        products=end.products,
+        reason=end.reason,
+        kept=end.kept,
+        kept_model=end.kept_model,
+        kept_count=end.kept_count,
+    )

@@ -1,0 +1,287 @@
+r"""Newton's method with the exact, dense Hessian, for up to some thousands of parameters.
+
+    δ = −V (|Λ| + λI)⁻¹ Vᵀ g,    H = V Λ Vᵀ
+
+Taking |Λ| for Λ turns away from saddle points instead of into them. The eigenvectors are found once
+an update; a step that fails is tried again with more damping (or a smaller region) at the cost of
+one evaluation of f and no further derivative.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from jdl.core import check, tree
+from jdl.core.types import Params, PyTree
+from jdl.optim import damping as damping_rules
+from jdl.optim import diagnostics as diag
+from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.local import (
+    Local,
+    ScalarOrSchedule,
+    check_params,
+    check_scale,
+    hessian_product,
+    local,
+    schedule_value,
+)
+
+
+class NewtonState(NamedTuple):
+    """What Newton's method carries from step to step: scalars only.
+
+    Attributes:
+      learning_rate: the factor on the step, float32; change it with `optax.tree.set`.
+      damping: λ that the next step tries first, float32; likewise.
+      radius: Δ of the trust region, where one is used, float32.
+      diagnostics: see `jdl.optim.diagnostics`.
+    """
+
+    learning_rate: jax.Array
+    damping: jax.Array
+    radius: jax.Array
+    diagnostics: Diagnostics
+
+
+def newton(
+    learning_rate: ScalarOrSchedule = 1.0,
+    *,
+    damping: float = 0.0,
+    saddle_free: bool = True,
+    trust_region: float | None = None,
+    max_parameters: int = 5000,
+    chunk_size: int = 64,
+    max_evaluations: int = 25,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Saddle-free Newton with Levenberg damping or a trust region.
+
+    `update` needs `value`, `grad` and `value_fn`, or `objective`, whose Hessian is then the one on
+    its curvature batch. Within a chain the model's gradient is the incoming update, while decrease
+    is judged by the true f.
+
+    An update takes the n² numbers of the Hessian, as many of its eigenvectors, and the activations
+    of `chunk_size` Hessian products, and costs n products and an eigendecomposition, about 9 n³
+    operations.
+
+    Args:
+      learning_rate: the factor on the step, > 0, or a schedule.
+      damping: the first λ ≥ 0. 0 is plain Newton: damping then enters where a step fails, in units
+        of the mean |eigenvalue|, and leaves again as steps succeed.
+      saddle_free: |Λ| for Λ; False takes Λ itself, shifted until it is positive.
+      trust_region: the first radius Δ > 0 of a trust region ‖δ‖ ≤ Δ that stands in for damping;
+        each step is the region's exact minimizer of the model. None for damping.
+      max_parameters: n at most, ≥ 1.
+      chunk_size: Hessian columns computed at once, ≥ 1.
+      max_evaluations: tries a step at most, ≥ 1.
+
+    Returns:
+      An optax transformation, whose updates are the whole step.
+
+    Raises:
+      ArgumentError: for arguments out of range, at `init` for parameters that are too many or not
+        real, at `update` for missing extras.
+
+    >>> def f(x):
+    ...     return jnp.sum(jnp.array([1.0, 10.0]) * jnp.square(x - 1.0))
+    >>> optimizer, x = newton(), jnp.zeros(2)
+    >>> value, grad = jax.value_and_grad(f)(x)
+    >>> updates, state = optimizer.update(
+    ...     grad, optimizer.init(x), x, value=value, grad=grad, value_fn=f)
+    >>> [round(float(xi), 3) for xi in optax.apply_updates(x, updates)]
+    [1.0, 1.0]
+
+    References:
+      Dauphin et al., Identifying and attacking the saddle point problem (2014): |Λ|.
+      Nocedal & Wright, Numerical Optimization (2006), sections 3.4 and 4.3.
+    """
+    check_scale("learning_rate", learning_rate)
+    check.in_range("damping", damping, 0.0)
+    check.positive_int("max_parameters", max_parameters)
+    check.positive_int("chunk_size", chunk_size)
+    check.positive_int("max_evaluations", max_evaluations)
+    if trust_region is not None:
+        check.in_range("trust_region", trust_region, 0.0, open_low=True)
+
+    def init(params: Params) -> NewtonState:
+        check_params("newton", params)
+        size = tree.size(params)
+        check.argument(
+            size <= max_parameters,
+            "params",
+            f"at most {max_parameters} numbers, for a dense Hessian of their square",
+            size,
+            "Use jdl.optim.hessian_free, which needs no matrix, or raise `max_parameters`.",
+        )
+        return NewtonState(
+            learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
+            damping=jnp.array(damping, jnp.float32),
+            radius=jnp.array(trust_region or jnp.inf, jnp.float32),
+            diagnostics=diag.init(damping),
+        )
+
+    def update(
+        updates: PyTree,
+        state: NewtonState,
+        params: Params | None = None,
+        *,
+        value: Any = None,
+        grad: PyTree | None = None,
+        value_fn: Any = None,
+        objective: Any = None,
+        reused: Any = False,
+        **extra: Any,
+    ) -> tuple[PyTree, NewtonState]:
+        del extra
+        here = local("newton", updates, params, value, grad, value_fn, objective)
+        rate = state.learning_rate
+        if callable(learning_rate):
+            rate = schedule_value(learning_rate, state.diagnostics.iterations)
+        dtype = here.value.dtype
+        scale = rate.astype(dtype)
+        active = here.finite & ~here.stationary
+
+        hessian = _dense_hessian(here, objective, chunk_size)
+        sound = jnp.all(jnp.isfinite(hessian))
+        size = hessian.shape[0]
+        # An eigensolver given NaN may not return; a Hessian that is not finite becomes I.
+        eigenvalues, vectors = jnp.linalg.eigh(
+            jnp.where(sound, hessian, jnp.eye(size, dtype=dtype)), symmetrize_input=True
+        )
+        flat, unravel = ravel_pytree(updates)
+        raw = ravel_pytree(here.grad)[0].astype(dtype)
+        with jax.default_matmul_precision("highest"):
+            slopes, raw_slopes = vectors.T @ flat.astype(dtype), vectors.T @ raw
+
+        largest = jnp.max(jnp.abs(eigenvalues))
+        # Smaller eigenvalues are rounding errors; with none at all, −g is the only step there is.
+        floor = jnp.where(largest > 0, jnp.finfo(dtype).eps * largest, 1.0)
+        if saddle_free:
+            spectrum = jnp.maximum(jnp.abs(eigenvalues), floor)
+        else:
+            spectrum = eigenvalues + jnp.maximum(floor - eigenvalues[0], 0.0)
+        mean = jnp.mean(spectrum)
+
+        class Try(NamedTuple):
+            tried: jax.Array
+            damping: jax.Array
+            radius: jax.Array
+            step: jax.Array  # in the eigenvectors' coordinates
+            value: jax.Array
+            ratio: jax.Array
+
+        def going(t: Try) -> jax.Array:
+            return active & ~good(t) & (t.tried < max_evaluations)
+
+        def good(t: Try) -> jax.Array:
+            return (t.tried > 0) & (t.ratio > 1e-4) & jnp.isfinite(t.value)
+
+        def body(t: Try) -> Try:
+            again = t.tried > 0
+            # Far too little damping is left behind quickly; so is a region far too large.
+            lam = jnp.where(again, jnp.maximum(4.0 * t.damping, 1e-3 * mean), t.damping)
+            length = jnp.linalg.norm(t.step)
+            radius = jnp.where(again, 0.25 * jnp.minimum(t.radius, length), t.radius)
+            if trust_region is not None:
+                lam = _damping_for(radius, slopes, spectrum)
+            step = -slopes / (spectrum + lam)
+            with jax.default_matmul_precision("highest"):
+                delta = unravel((vectors @ step).astype(flat.dtype))
+            value = here.value_fn(tree.add_scaled(here.params, scale, delta))
+            # In the eigenvectors' coordinates the model is a sum.
+            model = scale * jnp.vdot(raw_slopes, step)
+            model += 0.5 * scale * scale * jnp.vdot(spectrum, step * step)
+            ratio = damping_rules.reduction_ratio(here.value, value, model, here.noise)
+            return Try(t.tried + 1, lam, radius, step, value, ratio)
+
+        end = jax.lax.while_loop(
+            going,
+            body,
+            Try(
+                jnp.zeros((), jnp.int32),
+                state.damping.astype(dtype),
+                state.radius.astype(dtype),
+                jnp.zeros_like(slopes),
+                here.value,
+                jnp.full((), jnp.nan, dtype),
+            ),
+        )
+        moved = good(end)
+        with jax.default_matmul_precision("highest"):
+            delta = unravel((vectors @ end.step).astype(flat.dtype))
+        nothing = jax.tree.map(jnp.zeros_like, here.params)
+        # After a success λ falls, and below what rounding leaves of the spectrum it is none.
+        calm = damping_rules.levenberg_marquardt(
+            end.damping, end.ratio, increase=4.0, decrease=0.25, minimum=0.0
+        )
+        calm = jnp.where(calm > floor, calm, 0.0)
+        next_damping = jnp.where(moved, calm, end.damping)
+        next_radius = state.radius
+        if trust_region is not None:
+            edge = jnp.linalg.norm(end.step) >= 0.99 * end.radius
+            next_radius = damping_rules.trust_radius(end.radius, end.ratio, edge)
+            next_damping = state.damping
+        code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
+        concave = moved & (eigenvalues[0] < -floor)
+        code = jnp.where(concave, Termination.NEGATIVE_CURVATURE, code)
+        descends = jnp.asarray(True)
+        share = 1.0 if objective is None else objective.curvature_share()
+        told = diag.advance(
+            state.diagnostics,
+            step_size=jnp.where(moved, scale, 0.0),
+            termination=diag.ending(
+                code, here.finite & (sound | ~active), here.stationary, descends
+            ),
+            values=end.tried,
+            hessian_products=size * share,
+            damping=end.damping,
+            reduction_ratio=end.ratio,
+            reused=reused,
+        )
+        new = NewtonState(
+            learning_rate=rate,
+            damping=jnp.where(active, next_damping, state.damping.astype(dtype)).astype(
+                jnp.float32
+            ),
+            radius=jnp.where(active, next_radius, state.radius).astype(jnp.float32),
+            diagnostics=told,
+        )
+        step = tree.where(moved, tree.scale(scale, delta), nothing)
+        return step, new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _dense_hessian(here: Local, objective: Any, chunk_size: int) -> jax.Array:
+    """∇²f(θ) as an [n, n] array, `chunk_size` columns at a time."""
+    flat, unravel = ravel_pytree(here.params)
+    if objective is None:
+        product = hessian_product(here.value_fn, here.params)
+    else:
+        product = lambda v: objective.hvp(here.params, v)  # noqa: E731
+
+    def column(i: jax.Array) -> jax.Array:
+        unit = jnp.zeros_like(flat).at[i].set(1.0)
+        return ravel_pytree(product(unravel(unit)))[0]
+
+    rows = jax.lax.map(column, jnp.arange(flat.size), batch_size=min(chunk_size, flat.size))
+    return rows.astype(here.value.dtype)
+
+
+def _damping_for(radius: jax.Array, slopes: jax.Array, spectrum: jax.Array) -> jax.Array:
+    """The λ ≥ 0 whose step has length Δ, or 0 where the undamped step is shorter.
+
+    1 / ‖δ(λ)‖ is nearly linear in λ, so Newton's iteration on it converges in a few steps, from
+    the left without overshooting.
+    """
+
+    def body(_: int, lam: jax.Array) -> jax.Array:
+        d = spectrum + lam
+        step = slopes / d
+        length = jnp.linalg.norm(step)
+        falling = jnp.vdot(step, step / d) / jnp.maximum(length * length, 1e-30)
+        return jnp.maximum(lam + (length / radius - 1.0) / jnp.maximum(falling, 1e-30), 0.0)
+
+    return jax.lax.fori_loop(0, 20, body, jnp.zeros_like(radius))

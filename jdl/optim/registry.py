@@ -1,0 +1,121 @@
+"""Every optimizer by name, with what a trainer or a tuner needs to know of it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+from jdl.core import check
+from jdl.optim.hessian_free import hessian_free
+from jdl.optim.lbfgs import lbfgs
+from jdl.optim.local import ScalarOrSchedule
+from jdl.optim.newton import newton
+from jdl.optim.nonlinear_cg import nonlinear_cg
+
+
+class Search(NamedTuple):
+    """What to tune: one number, on a logarithmic scale.
+
+    It is a field of the optimizer's state, so `optax.tree.set(opt_state, **{parameter: x})` tries
+    another value without compiling anew.
+    """
+
+    parameter: str
+    low: float
+    high: float
+
+
+class Entry(NamedTuple):
+    """An optimizer as the registry knows it.
+
+    Attributes:
+      make: `make(learning_rate, **options)` gives the transformation.
+      learning_rate: the default.
+      second_order: whether it uses curvature, searches lines, and carries `Diagnostics`.
+      batches: "mini", or "large" for one whose steps want little sampling noise: the whole set
+        where that is affordable.
+      search: what to tune, and over which range.
+    """
+
+    make: Callable[..., optax.GradientTransformation]
+    learning_rate: float
+    second_order: bool
+    batches: str
+    search: Search
+
+
+def _sgd(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
+    return optax.sgd(learning_rate, **options)
+
+
+def _momentum(
+    learning_rate: Any, momentum: float = 0.9, **options: Any
+) -> optax.GradientTransformation:
+    return optax.sgd(learning_rate, momentum=momentum, **options)
+
+
+def _nesterov(
+    learning_rate: Any, momentum: float = 0.9, **options: Any
+) -> optax.GradientTransformation:
+    return optax.sgd(learning_rate, momentum=momentum, nesterov=True, **options)
+
+
+def _first_order(make: Callable[..., Any], learning_rate: float, low: float, high: float) -> Entry:
+    def with_rate_as_state(rate: Any, **options: Any) -> optax.GradientTransformation:
+        # The same arithmetic, but the rate is a field of the state rather than of the program.
+        return optax.inject_hyperparams(lambda learning_rate: make(learning_rate, **options))(
+            learning_rate=rate
+        )
+
+    return Entry(
+        with_rate_as_state, learning_rate, False, "mini", Search("learning_rate", low, high)
+    )
+
+
+REGISTRY: dict[str, Entry] = {
+    "sgd": _first_order(_sgd, 0.1, 1e-3, 1.0),
+    "momentum": _first_order(_momentum, 0.01, 1e-4, 0.3),
+    "nesterov": _first_order(_nesterov, 0.01, 1e-4, 0.3),
+    "adam": _first_order(optax.adam, 1e-3, 1e-5, 3e-2),
+    "adamw": _first_order(optax.adamw, 1e-3, 1e-5, 3e-2),
+    "lbfgs": Entry(lbfgs, 1.0, True, "large", Search("learning_rate", 1e-2, 1.0)),
+    "cg": Entry(nonlinear_cg, 1.0, True, "large", Search("learning_rate", 1e-2, 1.0)),
+    "newton": Entry(newton, 1.0, True, "large", Search("damping", 1e-4, 10.0)),
+    "hf": Entry(hessian_free, 1.0, True, "large", Search("damping", 1e-3, 100.0)),
+}
+
+
+def by_name(
+    name: str, learning_rate: ScalarOrSchedule | None = None, **options: Any
+) -> optax.GradientTransformation:
+    """The optimizer of that name.
+
+    Args:
+      name: sgd, momentum, nesterov, adam, adamw (optax's), lbfgs, cg, newton or hf.
+      learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
+        it scales the first trial step, and is best left alone.
+      **options: further arguments of the optimizer.
+
+    Raises:
+      ArgumentError: for an unknown name or option; the message names the nearest.
+
+    >>> by_name("lbgfs")
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.ArgumentError: `optimizer` must be one of sgd, momentum, nesterov, adam, adamw, \
+lbfgs, cg, newton, hf, got 'lbgfs'. Did you mean 'lbfgs'?
+    >>> import jax.numpy as jnp
+    >>> state = by_name("adam", 0.01).init(jnp.zeros(2))
+    >>> round(float(optax.tree.get(state, "learning_rate")), 3)
+    0.01
+    """
+    entry = REGISTRY[check.one_of("optimizer", name, REGISTRY)]
+    rate = entry.learning_rate if learning_rate is None else learning_rate
+    if isinstance(rate, int | float):
+        check.in_range("learning_rate", rate, 0.0, open_low=True)
+    known = inspect.signature(entry.make).parameters
+    if entry.second_order:
+        for option in options:
+            check.one_of(f"an option of {name}", option, known)
+    return entry.make(rate, **options)
