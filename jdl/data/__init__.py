@@ -1,0 +1,53 @@
+"""Data: images streamed from tar archives, and arrays, as resumable batches.
+
+Names are imported when first used: grain, JAX and Pillow only where a name needs them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jdl.data.arrays import from_arrays as from_arrays
+    from jdl.data.batches import Batches as Batches
+    from jdl.data.batches import Dataset as Dataset
+    from jdl.data.bundled import digits as digits
+    from jdl.data.bundled import digits_path as digits_path
+    from jdl.data.bundled import resolve as resolve
+    from jdl.data.contents import Description as Description
+    from jdl.data.contents import describe as describe
+    from jdl.data.contents import splits as splits
+    from jdl.data.images import BadImage as BadImage
+    from jdl.data.images import decode as decode
+    from jdl.data.pipeline import from_tar as from_tar
+    from jdl.data.tar import Record as Record
+    from jdl.data.tar import TarSource as TarSource
+
+# public name -> the module that defines it
+_NAMES = {
+    "Batches": "batches",
+    "BadImage": "images",
+    "Dataset": "batches",
+    "Description": "contents",
+    "Record": "tar",
+    "TarSource": "tar",
+    "decode": "images",
+    "describe": "contents",
+    "digits": "bundled",
+    "digits_path": "bundled",
+    "from_arrays": "arrays",
+    "from_tar": "pipeline",
+    "resolve": "bundled",
+    "splits": "contents",
+}
+
+__all__ = [*_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"jdl.data.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'jdl.data' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,103 @@
+"""Batches of arrays that are in memory already."""
+
+from typing import Any
+
+import numpy as np
+
+from jdl.core import check
+from jdl.data.batches import Batches, Loaded, Plan, Span
+from jdl.data.order import Order
+
+
+def from_arrays(
+    features: Any,
+    targets: Any = None,
+    *,
+    batch_size: int,
+    epochs: int | None = None,
+    shuffle: bool | None = None,
+    seed: int = 0,
+    drop_remainder: bool | None = None,
+) -> "ArrayBatches":
+    """Batches `{"image": features[B, …], "label": targets[B, …]}`, of any shapes and types.
+
+    A batch is gathered at once, without threads: fast enough for models of which thousands of
+    steps fit into a second. Where an epoch's last batch is not full it is padded with zeros, and
+    every batch has an entry `"mask"`, float32[B], 1 for rows that count.
+
+    Args:
+      features: an array with leading axis n.
+      targets: an array with the same leading axis; None for batches of features alone.
+      batch_size: rows in every batch, B.
+      epochs: how often to go through the data; None for ever.
+      shuffle: a new order each epoch; by default only where there is no end.
+      seed: names the orders.
+      drop_remainder: leave out an epoch's last rows that fill no batch; by default only where
+        there is no end.
+
+    >>> data = from_arrays(np.eye(5), np.arange(5), batch_size=2, epochs=1)
+    >>> [batch["label"].tolist() for batch in data]
+    [[0, 1], [2, 3], [4, 0]]
+    >>> [batch["mask"].tolist() for batch in data][-1]
+    [1.0, 0.0]
+    """
+    arrays = {"image": np.asarray(features)}
+    if targets is not None:
+        arrays["label"] = np.asarray(targets)
+    for name, array in arrays.items():
+        argument = "features" if name == "image" else "targets"
+        check.argument(array.dtype != object, argument, "one array of numbers", type(features))
+        check.argument(array.ndim > 0, argument, "an array with a leading axis of rows", array)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    n = len(arrays["image"])
+    check.argument(n > 0, "features", "an array of at least one row", shapes["image"])
+    same = all(len(array) == n for array in arrays.values())
+    check.argument(same, "targets", f"an array of {n} rows, as `features` has", shapes.get("label"))
+    check.argument(isinstance(seed, int) and not isinstance(seed, bool), "seed", "an integer", seed)
+    plan = Plan.checked(n, batch_size, epochs, drop_remainder)
+    order = Order(n, shuffle=epochs is None if shuffle is None else shuffle, seed=seed)
+    return ArrayBatches(arrays, plan, order)
+
+
+class ArrayBatches(Batches):
+    """The data set that `from_arrays` gives.
+
+    Attributes:
+      arrays: name -> array [n, …].
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], plan: Plan, order: Order):
+        kinds = ";".join(f"{name} {a.dtype.str} {a.shape}" for name, a in arrays.items())
+        super().__init__(plan, order, classes=None, fingerprint=f"arrays: {kinds}")
+        self.arrays = arrays
+
+    @property
+    def element_spec(self) -> dict[str, Any]:
+        """What a batch is made of: name -> jax.ShapeDtypeStruct."""
+        import jax
+
+        rows = self.plan.batch_size
+        spec = {
+            name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
+            for name, array in self.arrays.items()
+        }
+        if self.plan.padded:
+            spec["mask"] = jax.ShapeDtypeStruct((rows,), np.dtype(np.float32))
+        return spec
+
+    def load(self, span: Span) -> Loaded:
+        """The batch of these places."""
+        rows, n = self.plan.batch_size, span.stop - span.start
+        # Copies even where the order is plain: nobody wants to find his own array in a batch.
+        if self.order.shuffle:
+            records = self.order.records(*span)
+            batch = {name: array.take(records, axis=0) for name, array in self.arrays.items()}
+        else:
+            batch = {name: a[span.start : span.stop].copy() for name, a in self.arrays.items()}
+        if n < rows:
+            for name, array in batch.items():
+                padding = np.zeros((rows - n, *array.shape[1:]), array.dtype)
+                batch[name] = np.concatenate([array, padding])
+        if self.plan.padded:
+            batch["mask"] = (np.arange(rows) < n).astype(np.float32)
+        return Loaded(batch)

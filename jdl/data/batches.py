@@ -1,0 +1,383 @@
+"""What every data set of this room is: batches in a planned order, resumable at any of them.
+
+A position is two numbers, the epoch and how many of its records are behind. Batches never cross
+the end of an epoch; what is left over there is dropped, or padded and masked, so that shapes never
+change. Which records a batch holds follows from the position alone: never from the number of
+threads that read, nor from which records turned out to be unreadable.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+
+from jdl.core import check
+from jdl.data.order import Order
+
+logger = logging.getLogger("jdl.data")
+
+_ENDLESS = 2**62
+_VERSION = 1
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """What the trainer asks of a data set; its iterators have `get_state` and `set_state`."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in every batch."""
+
+    @property
+    def num_records(self) -> int:
+        """Records in an epoch."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in an epoch."""
+
+    @property
+    def epochs(self) -> int | None:
+        """How many epochs there are; None for no end."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes, or None where there is no such table."""
+
+    @property
+    def skipped(self) -> int:
+        """How many records have turned out unreadable so far, each counted once."""
+
+    @property
+    def element_spec(self) -> dict[str, Any]:
+        """What a batch is made of: name -> jax.ShapeDtypeStruct."""
+
+    def __iter__(self) -> Any: ...
+
+
+class Span(NamedTuple):
+    """The places [start, stop) of one epoch's order that a batch holds."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which places each batch holds.
+
+    Attributes:
+      num_records: records in an epoch.
+      batch_size: rows in every batch.
+      epochs: how many epochs; None for no end.
+      drop_remainder: whether an epoch's last records that fill no batch are left out.
+    """
+
+    num_records: int
+    batch_size: int
+    epochs: int | None
+    drop_remainder: bool
+
+    @classmethod
+    def checked(
+        cls, num_records: int, batch_size: int, epochs: int | None, drop_remainder: bool | None
+    ) -> "Plan":
+        """A plan of arguments that a user gave.
+
+        By default (`drop_remainder=None`) only an endless stream drops its remainder, and only if
+        an epoch fills at least one batch.
+        """
+        check.positive_int("batch_size", batch_size)
+        if epochs is not None:
+            check.positive_int("epochs", epochs)
+        if drop_remainder is None:
+            drop_remainder = epochs is None and num_records >= batch_size
+        check.argument(
+            not drop_remainder or batch_size <= num_records,
+            "batch_size",
+            f"at most the {num_records} records there are",
+            batch_size,
+            "Or pass drop_remainder=False: the batch is padded then, and says so in its mask.",
+        )
+        return cls(num_records, batch_size, epochs, drop_remainder)
+
+    @property
+    def places_per_epoch(self) -> int:
+        """How many of an epoch's places are used."""
+        rest = self.num_records % self.batch_size if self.drop_remainder else 0
+        return self.num_records - rest
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """How many batches an epoch has."""
+        return -(-self.places_per_epoch // self.batch_size)
+
+    @property
+    def padded(self) -> bool:
+        """Whether some batch is."""
+        return self.places_per_epoch % self.batch_size > 0
+
+    def span(self, epoch: int, record: int, number: int) -> Span:
+        """The batch `number` batches after the one that begins at that position."""
+        # The position may stem from a run with another batch size: its epoch is finished first,
+        # with batches of the present size.
+        left = self._left(record)
+        if number >= left:
+            further, number = divmod(number - left, self.batches_per_epoch)
+            epoch, record = epoch + 1 + further, 0
+        start = record + number * self.batch_size
+        return Span(epoch, start, min(start + self.batch_size, self.places_per_epoch))
+
+    def count(self, epoch: int, record: int) -> int:
+        """How many batches there are from that position on."""
+        if self.epochs is None:
+            return _ENDLESS
+        if epoch >= self.epochs:
+            return 0
+        return self._left(record) + (self.epochs - epoch - 1) * self.batches_per_epoch
+
+    def _left(self, record: int) -> int:
+        """How many batches an epoch still has from that record on."""
+        left = max(self.places_per_epoch - record, 0)
+        return left // self.batch_size if self.drop_remainder else -(-left // self.batch_size)
+
+
+class Loaded(NamedTuple):
+    """A batch, or the error met in making it, and the records it lacks: (where, why)."""
+
+    batch: dict[str, np.ndarray] | None
+    skipped: tuple[tuple[str, str], ...] = ()
+    error: Exception | None = None
+
+
+class Batches(grain.IterDataset):
+    """A data set of batches, each a dict of arrays with leading axis B; a `grain.IterDataset`.
+
+    Subclasses say how to `load` a span; everything about order and position is here.
+
+    Attributes:
+      plan: which places each batch holds.
+      order: which record stands at which place.
+      fingerprint: names the data, so that a position in others is refused.
+      max_skipped: the share of an epoch's records that may be skipped.
+    """
+
+    num_threads = 0  # of those that load ahead; 0: batches are made when asked for
+    ahead = 0  # batches made before they are asked for
+
+    def __init__(
+        self,
+        plan: Plan,
+        order: Order,
+        *,
+        classes: tuple[str, ...] | None,
+        fingerprint: str,
+        max_skipped: float = 0.0,
+    ):
+        super().__init__()
+        self.plan, self.order, self._classes = plan, order, classes
+        self.fingerprint, self.max_skipped = fingerprint, max_skipped
+        self._bad: set[str] = set()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in every batch."""
+        return self.plan.batch_size
+
+    @property
+    def num_records(self) -> int:
+        """Records in an epoch."""
+        return self.plan.num_records
+
+    @property
+    def epochs(self) -> int | None:
+        """How many epochs there are; None for no end."""
+        return self.plan.epochs
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return self.plan.batches_per_epoch
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes, or None where there is no such table."""
+        return self._classes
+
+    @property
+    def skipped(self) -> int:
+        """How many records have turned out unreadable so far, each counted once."""
+        return len(self._bad)
+
+    @property
+    def skipped_names(self) -> tuple[str, ...]:
+        """Which these are."""
+        return tuple(sorted(self._bad))
+
+    @property
+    def element_spec(self) -> dict[str, Any]:
+        """What a batch is made of: name -> jax.ShapeDtypeStruct."""
+        raise NotImplementedError
+
+    @property
+    def _element_spec(self) -> dict[str, Any]:  # grain's name for it
+        return self.element_spec
+
+    def load(self, span: Span) -> Loaded:
+        """The batch of these places; called from several threads at once."""
+        raise NotImplementedError
+
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self)
+
+    def note_skipped(self, skipped: tuple[tuple[str, str], ...]) -> None:
+        """Logs what has been skipped, once each."""
+        for where, why in skipped:
+            if where not in self._bad:
+                self._bad.add(where)
+                logger.warning("skipped %s: %s", where, why)
+
+
+class BatchIterator(grain.DatasetIterator):
+    """Goes through a data set's batches; its state is the position and nothing else."""
+
+    _loader: Any = None  # gives the batches from the position on, once one has been asked for
+
+    def __init__(self, dataset: Batches):
+        super().__init__()
+        self.dataset = dataset
+        self._epoch = self._record = 0  # where the next batch begins
+        self._skipped_in_epoch = self._skipped = 0
+        self._open = True
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if not self._open:
+            raise ValueError("This iterator over batches has been closed.")
+        self.start_prefetch()
+        loaded = next(self._loader)
+        plan = self.dataset.plan
+        if self._record == 0:
+            self._skipped_in_epoch = 0
+        # An error has been told when it has been raised: to go on is to go on behind it.
+        self._epoch, self._record, _ = plan.span(self._epoch, self._record, 1)
+        if loaded.error is not None:
+            raise loaded.error
+        if loaded.skipped:
+            self._count(loaded.skipped)
+        assert loaded.batch is not None
+        return loaded.batch
+
+    @property
+    def skipped(self) -> int:
+        """How many rows of the batches so far stood for unreadable records."""
+        return self._skipped
+
+    def _count(self, skipped: tuple[tuple[str, str], ...]) -> None:
+        self.dataset.note_skipped(skipped)
+        self._skipped += len(skipped)
+        self._skipped_in_epoch += len(skipped)
+        bad, records = self._skipped_in_epoch, self.dataset.num_records
+        # One bad image in a handful says nothing yet of the archive.
+        if bad > max(1, self.dataset.max_skipped * records):
+            where, why = skipped[-1]
+            raise check.DataError(
+                f"{bad} of {records} records cannot be read, more than the share of "
+                f"{self.dataset.max_skipped} that `max_skipped` allows. The last: {where}: {why}."
+            )
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, a small dict that JSON can hold."""
+        order = self.dataset.order
+        return {
+            "version": _VERSION,
+            "epoch": self._epoch,
+            "record": self._record,
+            "skipped": self._skipped,
+            "skipped_in_epoch": self._skipped_in_epoch,
+            "num_records": order.num_records,
+            "shuffle": order.shuffle,
+            "seed": order.seed,
+            "data": self.dataset.fingerprint,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `get_state` gave, here or in another process.
+
+        The batch size may be another, as may the number of threads and epochs; the data, the seed
+        and whether they are shuffled may not.
+
+        Raises:
+          DataError: if they are.
+        """
+        mine = self.get_state()
+        for field in ("version", "data", "num_records", "shuffle", "seed"):
+            if state.get(field) != mine[field]:
+                raise check.DataError(
+                    f"The saved position belongs to other data: its {field!r} is "
+                    f"{state.get(field)!r}, that of this data set {mine[field]!r}."
+                )
+        fields = ("epoch", "record", "skipped", "skipped_in_epoch")
+        try:
+            epoch, record, skipped, in_epoch = (int(state[field]) for field in fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise check.DataError(f"This is no position in the data: {state!r}.") from error
+        if min(epoch, skipped, in_epoch) < 0 or not 0 <= record <= self.dataset.num_records:
+            raise check.DataError(f"There is no such position in the data: {state!r}.")
+        self._stop()
+        # A remainder too small for a batch of the present size may be all that is left.
+        self._epoch, self._record, _ = self.dataset.plan.span(epoch, record, 0)
+        self._skipped, self._skipped_in_epoch = skipped, in_epoch
+
+    def start_prefetch(self) -> None:
+        """Begins to load ahead before the first batch is asked for."""
+        if self._loader is None:
+            self._loader = _load_ahead(self.dataset, self._epoch, self._record)
+
+    def close(self) -> None:
+        """Stops the threads; the iterator gives no more batches."""
+        self._open = False
+        self._stop()
+        super().close()
+
+    def _stop(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    def __str__(self) -> str:
+        return f"BatchIterator(epoch={self._epoch}, record={self._record})"
+
+
+class _Stream:
+    """The batches from a position on, as a grain data source for its threads to read from."""
+
+    def __init__(self, dataset: Batches, epoch: int, record: int):
+        self._dataset, self._epoch, self._record = dataset, epoch, record
+        self._length = dataset.plan.count(epoch, record)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> Loaded:
+        # What is raised in one of grain's threads does not arrive as what it was: it is carried.
+        try:
+            return self._dataset.load(self._dataset.plan.span(self._epoch, self._record, number))
+        except Exception as error:
+            return Loaded(None, error=error)
+
+    def __repr__(self) -> str:
+        return f"Batches(epoch={self._epoch}, record={self._record})"
+
+
+def _load_ahead(dataset: Batches, epoch: int, record: int) -> Any:
+    """An iterator over the batches from a position on, in threads if the data set wants them."""
+    stream = _Stream(dataset, epoch, record)
+    if not (dataset.num_threads and dataset.ahead):
+        return (stream[number] for number in range(len(stream)))
+    options = grain.ReadOptions(num_threads=dataset.num_threads, prefetch_buffer_size=dataset.ahead)
+    loader = iter(grain.MapDataset.source(stream).to_iter_dataset(options))
+    loader.start_prefetch()
+    return loader

@@ -1,0 +1,202 @@
+"""From an image file's bytes to an array of one size.
+
+Pillow decodes everything; JPEGs go to simplejpeg where it is installed. By default a JPEG much
+larger than asked for is decoded at a fraction of its size, which its coding makes cheap (scaled
+DCT), and resized from there; `exact=True` decodes it whole, as Pillow does. Resizing is Pillow's
+bilinear filter, whose support grows with the reduction (no aliasing).
+
+The bytes may be anybody's: only the formats below are tried, and an image of more than
+`max_pixels` is refused when its header is read, before memory is spent on it.
+"""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+
+from jdl.core import check
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow does it too, more slowly
+    simplejpeg = None
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
+MAX_PIXELS = 1 << 26  # 8192 × 8192
+
+_ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
+_DEEP = ("I;16", "I;16B", "I;16L", "I")  # 16 bits a pixel, however Pillow calls it
+
+
+class BadImage(check.DataError):
+    """The bytes are no image that can be decoded."""
+
+
+def decode(
+    data: bytes,
+    *,
+    size: tuple[int, int] | None = None,
+    grayscale: bool = False,
+    exact: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """The image in `data`, upright, as uint8 [H, W, C] with C = 1 or 3.
+
+    Palettes are looked up, CMYK is converted, alpha is dropped, 16-bit values are scaled to 8 bits,
+    and of an animation the first frame is taken.
+
+    Args:
+      data: the bytes of a JPEG, PNG, WebP, BMP, GIF, PGM or PPM file.
+      size: (height, width) to resize to; None for the image's own.
+      grayscale: one channel of luma (0.299 R + 0.587 G + 0.114 B) rather than three of RGB.
+      exact: decode JPEGs at full size before resizing, with Pillow.
+      max_pixels: the most that the image may have.
+
+    Raises:
+      BadImage: saying what is wrong with the bytes.
+
+    >>> import io
+    >>> from PIL import Image
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (30, 20), "red").save(file, "PNG")
+    >>> decode(file.getvalue(), size=(4, 6)).shape
+    (4, 6, 3)
+    """
+    if data[:3] == b"\xff\xd8\xff" and simplejpeg is not None and not exact:
+        pixels = _fast_jpeg(data, size, grayscale, max_pixels)
+        if pixels is not None:
+            return pixels
+    return _with_pillow(data, size, grayscale, exact, max_pixels)
+
+
+def _with_pillow(
+    data: bytes, size: tuple[int, int] | None, grayscale: bool, exact: bool, max_pixels: int
+) -> np.ndarray:
+    from PIL import Image
+
+    mode = "L" if grayscale else "RGB"
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_pixels(image.width, image.height, max_pixels)
+            turn = _pillow_orientation(image)
+            if image.format == "JPEG" and size is not None and not exact:
+                height, width = size if turn < 5 else size[::-1]
+                image.draft(mode, (width, height))
+            image.load()
+            return finish(np.asarray(_eight_bits(image, mode)), turn, size)
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(str(error)) from error
+    except Exception as error:  # whatever Pillow's dozens of parsers raise on hostile bytes
+        raise BadImage(f"cannot be decoded: {error}" if str(error) else repr(error)) from error
+
+
+def _eight_bits(image: Any, mode: str) -> Any:
+    """A Pillow image as 8-bit "L" or "RGB"."""
+    from PIL import Image
+
+    if image.mode in _DEEP:  # Pillow's own conversion would clip at 255
+        values = np.asarray(image).astype(np.int64)
+        eight = np.clip((values + 128) // 257, 0, 255).astype(np.uint8)
+        image = Image.fromarray(eight)
+    elif image.mode in ("P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA").convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _pillow_orientation(image: Any) -> int:
+    try:
+        turn = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a spoilt EXIF block does not spoil the picture
+        return 1
+    return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
+
+
+def _fast_jpeg(
+    data: bytes, size: tuple[int, int] | None, grayscale: bool, max_pixels: int
+) -> np.ndarray | None:
+    """What `decode` gives, or None where Pillow has to look."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space not in ("YCbCr", "Gray", "GRAY", "RGB"):
+            return None
+        _check_pixels(width, height, max_pixels)
+        turn = jpeg_orientation(data)
+        least = (0, 0) if size is None else size if turn < 5 else size[::-1]
+        pixels = simplejpeg.decode_jpeg(
+            data,
+            colorspace="GRAY" if grayscale else "RGB",
+            fastdct=False,
+            fastupsample=False,
+            min_height=least[0],
+            min_width=least[1],
+        )
+    except ValueError as error:
+        if isinstance(error, BadImage):
+            raise
+        return None
+    return finish(pixels, turn, size)
+
+
+def finish(pixels: np.ndarray, turn: int, size: tuple[int, int] | None) -> np.ndarray:
+    """Turns uint8 [H, W] or [H, W, C] upright and resizes it, to [H, W, C].
+
+    Args:
+      pixels: as the file holds them.
+      turn: EXIF's orientation, 1 (upright) to 8.
+      size: (height, width), or None.
+    """
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if turn >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if size is not None and pixels.shape[:2] != size:
+        from PIL import Image
+
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def jpeg_orientation(data: bytes) -> int:
+    """EXIF's orientation in a JPEG, 1 if it says none: opening it with Pillow costs far more."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA or length < 2:  # the picture begins
+            return 1
+        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            return _tiff_orientation(data[at + 10 : at + 2 + length])
+        at += 2 + length
+    return 1
+
+
+def _tiff_orientation(tiff: bytes) -> int:
+    order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
+    if order is None:
+        return 1
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(tiff[at : at + size], order)  # type: ignore[arg-type]
+
+    start = number(4, 4)
+    for entry in range(start + 2, min(start + 2 + 12 * number(start, 2), len(tiff) - 11), 12):
+        if number(entry, 2) == _ORIENTATION:
+            turn = number(entry + 8, 2)
+            return turn if 1 <= turn <= 8 else 1
+    return 1
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        side = math.isqrt(max_pixels)
+        raise BadImage(
+            f"it has {width} × {height} pixels, more than the {max_pixels} (such as {side} × "
+            f"{side}) allowed"
+        )

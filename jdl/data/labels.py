@@ -1,0 +1,102 @@
+"""From a member's name to its class, and the table of classes."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from jdl.core import check
+
+Label: TypeAlias = str | int | re.Pattern[str] | Callable[[str], str | None] | None
+
+NO_LABEL = -1
+
+
+def folder_parts(folder: str) -> list[str]:
+    """The names in a folder's path, without the empty and the `.` ones.
+
+    >>> folder_parts("./train/7")
+    ['train', '7']
+    """
+    return [part for part in folder.split("/") if part not in ("", ".")]
+
+
+def by_folder(label: str | int) -> Callable[[str], str | None]:
+    """The function from a folder to the class of all that is in it.
+
+    `"folder"` means the last name in its path, an integer the one at that place.
+    """
+    place = -1 if label == "folder" else label
+    check.argument(
+        isinstance(place, int) and not isinstance(place, bool),
+        "label",
+        '"folder", a place in the path, a compiled regular expression, a function, or None',
+        label,
+    )
+
+    def of(folder: str) -> str | None:
+        parts = folder_parts(folder)
+        inside = -len(parts) <= int(place) < len(parts)
+        return parts[int(place)] if inside else None
+
+    return of
+
+
+def by_name(label: re.Pattern[str] | Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """The function from a member's full name to its class."""
+    if not isinstance(label, re.Pattern):
+        return label
+    pattern = label
+    check.argument(
+        pattern.groups <= 1, "label", "a regular expression of at most one group", pattern.pattern
+    )
+
+    def of(name: str) -> str | None:
+        match = pattern.search(name)
+        return match[pattern.groups] if match else None
+
+    return of
+
+
+def class_table(names: Iterable[str]) -> tuple[str, ...]:
+    """The classes in a stable order: by number if all are numbers, else by name.
+
+    >>> class_table({"10", "9", "0"}), class_table({"b", "a"})
+    (('0', '9', '10'), ('a', 'b'))
+    """
+    names = set(names)
+    numbers = all(name.isascii() and name.isdigit() and len(name) < 19 for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name), name) if numbers else (0, name)))
+
+
+def check_classes(classes: Sequence[str], seen: Iterable[str], where: str) -> tuple[str, ...]:
+    """`classes` as a table, if it holds all that were seen.
+
+    Raises:
+      DataError: naming those it lacks.
+    """
+    table = tuple(classes)
+    check.argument(
+        not isinstance(classes, str) and all(isinstance(c, str) for c in table),
+        "classes",
+        "a sequence of names",
+        classes,
+    )
+    check.argument(len(set(table)) == len(table), "classes", "names that differ", table[:20])
+    strange = class_table(set(seen) - set(table))
+    if strange:
+        shown = ", ".join(map(repr, strange[:10])) + (", …" if len(strange) > 10 else "")
+        known = ", ".join(map(repr, table[:10])) + (", …" if len(table) > 10 else "")
+        raise check.DataError(
+            f"{where} has {len(strange)} label(s) that were not there in training: {shown}. "
+            f"The known classes are: {known}."
+        )
+    return table
+
+
+def number(names: Sequence[str | None], classes: Sequence[str]) -> np.ndarray:
+    """Each name's place in the table, int32; `NO_LABEL` for None and what it lacks."""
+    places = {name: i for i, name in enumerate(classes)}
+    found = (NO_LABEL if name is None else places.get(name, NO_LABEL) for name in names)
+    return np.fromiter(found, np.int32, len(names))

@@ -1,0 +1,93 @@
+"""Which files a user means by a path, a glob, a brace range, a folder, or a list of these."""
+
+import difflib
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from jdl.core import check
+
+Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_MAX_FILES = 1_000_000
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+
+
+def expand(paths: Paths) -> list[str]:
+    """The files that `paths` means, in a stable order.
+
+    A path that exists is taken as it is, whatever characters it has; a folder means the `*.tar`
+    in it; `{0..3}` and `{a,b}` are written out, keeping leading zeros; `*`, `?` and `[…]` match.
+
+    Raises:
+      DataError: if a file does not exist, or a pattern matches none.
+    """
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
+    found = list(itertools.chain.from_iterable(_expand_one(os.fspath(path)) for path in paths))
+    check.argument(bool(found), "paths", "at least one archive", list(paths))
+    twice = sorted({path for path in found if found.count(path) > 1}) if len(found) < 1000 else []
+    check.argument(not twice, "paths", "archives named once each", twice)
+    return found
+
+
+def _expand_one(path: str) -> list[str]:
+    if os.path.isdir(path):
+        inside = sorted(str(p) for p in Path(path).glob("*.tar") if p.is_file())
+        if not inside:
+            raise check.DataError(f"The folder {path!r} holds no *.tar file.")
+        return inside
+    if os.path.exists(path):
+        return [path]
+    found: list[str] = []
+    for one in braces(path):
+        matches = sorted(glob.glob(one)) if glob.has_magic(one) else [one]
+        missing = [match for match in matches if not os.path.exists(match)]
+        if missing or not matches:
+            raise check.DataError(_missing(missing[0] if missing else one))
+        found += matches
+    return found
+
+
+def braces(pattern: str) -> list[str]:
+    """`pattern` with its first, second, … braces written out.
+
+    >>> braces("faces-{008..010}.tar")
+    ['faces-008.tar', 'faces-009.tar', 'faces-010.tar']
+    >>> braces("{a,b}.tar")
+    ['a.tar', 'b.tar']
+    """
+    match = _BRACES.search(pattern)
+    if not match:
+        return [pattern]
+    body = match[1]
+    options: Iterable[str] = body.split(",")
+    if numbers := _RANGE.fullmatch(body):
+        first, last = int(numbers[1]), int(numbers[2])
+        check.argument(
+            first <= last < first + _MAX_FILES,
+            "paths",
+            f"a brace range that rises, of at most {_MAX_FILES} files",
+            pattern,
+        )
+        width = len(numbers[1]) if numbers[1].startswith("0") else 0
+        options = (str(i).zfill(width) for i in range(first, last + 1))
+    head, tail = pattern[: match.start()], braces(pattern[match.end() :])
+    return [head + option + rest for option in options for rest in tail]
+
+
+def _missing(path: str) -> str:
+    if glob.has_magic(path):
+        return f"No file matches {path!r}."
+    folder = os.path.dirname(path) or "."
+    try:
+        near = difflib.get_close_matches(os.path.basename(path), os.listdir(folder), n=1)
+    except OSError:
+        return f"There is no archive {path!r}: the folder {folder!r} cannot be read."
+    hint = f" Did you mean {os.path.join(os.path.dirname(path), near[0])!r}?" if near else ""
+    return f"There is no archive {path!r}.{hint}"

@@ -1,0 +1,139 @@
+"""What a tar header says: numbers, checksums, names, pax records.
+
+A tar is a chain of 512-byte blocks: a header, the member's bytes padded to whole blocks, the next
+header, and at the end two blocks of zeros. Three dialects share it: ustar (a second name field,
+`prefix`), GNU (long names in members of their own, numbers too large for octal in base 256) and
+pax (records `length key=value` in members of their own). Nothing here reads a file.
+
+References: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Extended Header"; GNU tar
+manual, "Basic Tar Format".
+"""
+
+import numpy as np
+
+BLOCK = 512
+ZEROS = bytes(BLOCK)
+
+# The fields that the reader needs, as columns over an array of header blocks.
+HEADER = np.dtype(
+    {
+        "names": ["name", "checksum", "magic", "prefix"],
+        "formats": ["S100", "S8", "S6", "S155"],
+        "offsets": [0, 148, 257, 345],
+        "itemsize": BLOCK,
+    }
+)
+
+# Types of members, by the header's byte 156.
+REGULAR = frozenset(b"\x0007")  # '\0' of old tars, '0', and '7' (contiguous)
+LINKS = frozenset(b"12")
+DEVICES = frozenset(b"346")  # character and block devices, pipes
+DIRECTORY = ord("5")
+PAX_NEXT = frozenset(b"xX")  # records for the next member ('X': Solaris)
+PAX_GLOBAL = ord("g")  # records for all members that follow
+GNU_LONG_NAME = ord("L")
+GNU_LONG_LINK = ord("K")
+GNU_SPARSE = ord("S")
+META = PAX_NEXT | {PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK}
+
+MAX_NUMBER = 2**62  # room to add a few block sizes without leaving 64 bits
+_DIGITS = slice(148, 154)  # of the checksum field
+_PLACES = np.array([8**5, 8**4, 8**3, 8**2, 8, 1], np.int64)
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to whole blocks.
+
+    >>> padded(0), padded(1), padded(512)
+    (0, 512, 512)
+    """
+    return (size + BLOCK - 1) & -BLOCK
+
+
+def number(field: bytes) -> int:
+    r"""A header's number: octal text, or base 256 where the first byte is 0x80.
+
+    >>> number(b"00000001750\0"), number(b"\x80" + (2**33).to_bytes(11, "big")) == 2**33
+    (1000, True)
+
+    Raises:
+      ValueError: if it is neither, negative, or beyond `MAX_NUMBER`.
+    """
+    if field[:1] == b"\x80":
+        value = int.from_bytes(field[1:], "big")
+    else:
+        text = field.split(b"\0", 1)[0].strip(b" ")
+        if text and not text.isdigit():  # int() also takes signs, underscores and prefixes
+            raise ValueError(f"{field!r} is no octal number")
+        value = int(text, 8) if text else 0
+    if value > MAX_NUMBER:
+        raise ValueError(f"{value} is beyond what a file can hold")
+    return value
+
+
+def checksums_ok(blocks: np.ndarray) -> np.ndarray:
+    """Which of `blocks`, uint8 [n, 512], carry the checksum that belongs to them; bool [n].
+
+    The sum of all bytes, the checksum field itself counted as eight spaces. Some old writers
+    summed signed bytes; readers accept both.
+    """
+    field = blocks[:, 148:156]
+    sums = blocks.sum(axis=1, dtype=np.int64) - field.sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    digits = blocks[:, _DIGITS].astype(np.int64) - ord("0")
+    plain = ((digits >= 0) & (digits < 8)).all(axis=1) & np.isin(field[:, 6], (0, ord(" ")))
+    ok = plain & (digits @ _PLACES == sums)
+    for i in np.flatnonzero(~ok).tolist():
+        try:
+            stated = number(field[i].tobytes())
+        except ValueError:
+            continue
+        high = int((blocks[i] > 127).sum()) - int((field[i] > 127).sum())
+        # A block of zeros says 0, which no header's bytes add up to.
+        ok[i] = stated in (int(sums[i]), int(sums[i]) - 256 * high)
+    return ok
+
+
+def is_header(block: bytes) -> bool:
+    """Whether one block is a header with the right checksum."""
+    if len(block) != BLOCK or block[148:156] == bytes(8):
+        return False
+    return bool(checksums_ok(np.frombuffer(block, np.uint8).reshape(1, BLOCK))[0])
+
+
+def names(blocks: np.ndarray) -> list[bytes]:
+    """The names in `blocks`, uint8 [n, 512], with ustar's prefix where there is one."""
+    fields = blocks.view(HEADER)[:, 0]
+    found: list[bytes] = fields["name"].tolist()  # NumPy drops the trailing zeros
+    for i, name in enumerate(found):
+        if b"\0" in name:  # what stands after the first zero is left over from another member
+            found[i] = name.split(b"\0", 1)[0]
+    # GNU's old magic is "ustar ", and its prefix field holds other things.
+    for i in np.flatnonzero((fields["magic"] == b"ustar") & (blocks[:, 345] != 0)).tolist():
+        found[i] = fields["prefix"][i].split(b"\0", 1)[0] + b"/" + found[i]
+    return found
+
+
+def pax_records(data: bytes) -> dict[bytes, bytes]:
+    r"""The records of a pax header, each `length key=value\n` with the length counting itself.
+
+    >>> pax_records(b"16 path=a/b.png\n12 size=345\n")
+    {b'path': b'a/b.png', b'size': b'345'}
+
+    Raises:
+      ValueError: if a record does not have that form.
+    """
+    records = {}
+    at = 0
+    data = data.rstrip(b"\0")
+    while at < len(data):
+        space = data.find(b" ", at, at + 20)
+        digits = data[at:space] if space > at else b""
+        if not digits.isdigit():
+            raise ValueError(f"no length at byte {at} of a pax header")
+        end = at + int(digits)
+        key, equals, value = data[space + 1 : end - 1].partition(b"=")
+        if end <= space + 1 or end > len(data) or data[end - 1] != ord("\n") or not equals:
+            raise ValueError(f"a record of wrong length at byte {at} of a pax header")
+        records[key] = value
+        at = end
+    return records
