@@ -8,9 +8,11 @@ is 1 where the model q foretells f exactly, small or negative where it misleads.
 import jax
 import jax.numpy as jnp
 
+from jdl.optim.diagnostics import Number
+
 
 def reduction_ratio(
-    value: jax.Array, new_value: jax.Array, model: jax.Array, noise: jax.Array | float = 0.0
+    value: jax.Array, new_value: jax.Array, model: jax.Array, noise: Number = 0.0
 ) -> jax.Array:
     """ρ, actual over predicted change.
 

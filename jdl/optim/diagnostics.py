@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from jdl.core import check
 
+Number = jax.Array | float | int
+
 # Nominal costs in units of one gradient of the full batch. A gradient is a forward and a backward
 # pass, the latter worth about two of the former. A Gauss-Newton product pushes a tangent forward
 # and pulls a cotangent back along a linearization that a CG loop computes only once; a Hessian
@@ -85,13 +87,13 @@ class Diagnostics(NamedTuple):
     gauss_newton_products: jax.Array
 
 
-def init(damping: jax.Array | float = 0.0) -> Diagnostics:
+def init(damping: Number = 0.0) -> Diagnostics:
     """The diagnostics of a state that has made no update."""
 
     def count() -> jax.Array:
         return jnp.zeros((), jnp.int32)
 
-    def number(x: jax.Array | float = 0.0) -> jax.Array:
+    def number(x: Number = 0.0) -> jax.Array:
         # A copy each: a state whose fields share a buffer cannot be donated.
         return jnp.array(x, jnp.float32)
 
@@ -114,15 +116,15 @@ def init(damping: jax.Array | float = 0.0) -> Diagnostics:
 def advance(
     last: Diagnostics,
     *,
-    step_size: jax.Array | float,
-    termination: jax.Array | int,
-    values: jax.Array | float = 0,
-    gradients: jax.Array | float = 0,
-    hessian_products: jax.Array | float = 0,
-    gauss_newton_products: jax.Array | float = 0,
-    linear_iterations: jax.Array | int = 0,
-    damping: jax.Array | float = 0.0,
-    reduction_ratio: jax.Array | float = jnp.nan,
+    step_size: Number,
+    termination: Number,
+    values: Number = 0,
+    gradients: Number = 0,
+    hessian_products: Number = 0,
+    gauss_newton_products: Number = 0,
+    linear_iterations: Number = 0,
+    damping: Number = 0.0,
+    reduction_ratio: Number = jnp.nan,
     reused: jax.Array | bool = False,
 ) -> Diagnostics:
     """The diagnostics after one more update, given what the update did by itself.
@@ -145,7 +147,7 @@ def advance(
     (3.0, 5)
     """
 
-    def number(x: jax.Array | float) -> jax.Array:
+    def number(x: Number) -> jax.Array:
         return jnp.asarray(x, jnp.float32)
 
     handed = 1.0 - number(reused)
@@ -170,7 +172,7 @@ def advance(
 
 
 def ending(
-    code: jax.Array | int, finite: jax.Array, stationary: jax.Array, descends: jax.Array
+    code: Number, finite: jax.Array, stationary: jax.Array, descends: jax.Array
 ) -> jax.Array:
     """The `Termination` of an update whose line search ended with `code`.
 

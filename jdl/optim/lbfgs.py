@@ -122,7 +122,7 @@ def lbfgs(
         check_params("lbfgs", params)
 
         def ring(x: jax.Array) -> jax.Array:
-            dtype = history_dtype or jnp.promote_types(x.dtype, jnp.float32)
+            dtype = history_dtype or tree.accumulator(x.dtype)
             return jnp.zeros((history, *x.shape), dtype)
 
         return LBFGSState(
@@ -176,9 +176,8 @@ def lbfgs(
         )
         moved = found.step > 0
         assert found.grad is not None  # backtracking alone gives none
-        step = tree.where(
-            moved, tree.scale(found.step, direction), jax.tree.map(jnp.zeros_like, here.params)
-        )
+        nothing = jax.tree.map(jnp.zeros_like, here.params)
+        step = tree.where(moved, tree.scale(found.step, direction), nothing)
         change = jax.tree.map(jnp.subtract, found.grad, here.grad)
         if guard == "powell":
             # B s = H⁻¹ s = −α · updates costs nothing; after a fallback H played no part.
@@ -202,8 +201,8 @@ def lbfgs(
             y=y,
             rho=rho,
             stored=stored,
-            value=found.value,
-            grad=found.grad,
+            value=jnp.where(here.finite, found.value, jnp.inf),
+            grad=tree.where(here.finite, found.grad, nothing),
             diagnostics=told,
         )
         return step, new

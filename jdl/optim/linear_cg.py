@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jdl.core import tree
 from jdl.core.types import PyTree
+from jdl.optim.diagnostics import Number
 
 # Why the loop ended.
 RUNNING, CONVERGED, PROGRESS, EXHAUSTED, CURVATURE, BOUNDARY, BROKEN = range(7)
@@ -67,7 +68,7 @@ def linear_cg(
     *,
     preconditioner: Callable[[PyTree], PyTree] | None = None,
     max_iterations: int = 250,
-    tolerance: jax.Array | float = 0.0,
+    tolerance: Number = 0.0,
     progress: float = 0.0,
     radius: jax.Array | None = None,
     num_kept: int = 1,

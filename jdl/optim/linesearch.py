@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jdl.core import tree
 from jdl.core.types import Params
-from jdl.optim.diagnostics import Termination
+from jdl.optim.diagnostics import Number, Termination
 
 
 class Point(NamedTuple):
@@ -69,8 +69,8 @@ def strong_wolfe(
     value: jax.Array,
     grad: Params,
     *,
-    initial_step: jax.Array | float = 1.0,
-    noise: jax.Array | float = 0.0,
+    initial_step: Number = 1.0,
+    noise: Number = 0.0,
     c1: float = 1e-4,
     c2: float = 0.9,
     max_evaluations: int = 20,
@@ -175,9 +175,9 @@ def backtracking(
     value: jax.Array,
     slope: jax.Array,
     *,
-    initial_step: jax.Array | float = 1.0,
+    initial_step: Number = 1.0,
     first_value: jax.Array | None = None,
-    noise: jax.Array | float = 0.0,
+    noise: Number = 0.0,
     c1: float = 1e-4,
     shrink: float = 0.5,
     max_evaluations: int = 30,

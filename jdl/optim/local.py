@@ -134,10 +134,7 @@ def descending(direction: PyTree, here: Local) -> tuple[PyTree, jax.Array]:
 
 def scalar_dtype(params: Params) -> Any:
     """The type of an update's scalars: at least float32, and no narrower than any leaf."""
-    dtype = jnp.dtype(jnp.float32)
-    for leaf in jax.tree.leaves(params):
-        dtype = jnp.promote_types(dtype, leaf.dtype)
-    return dtype
+    return jnp.dtype(tree.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params))))
 
 
 def check_params(optimizer: str, params: Params) -> None:
@@ -157,8 +154,11 @@ def check_params(optimizer: str, params: Params) -> None:
 
 def schedule_value(scalar_or_schedule: ScalarOrSchedule, count: Any) -> jax.Array:
     """What a constant or a schedule is worth at an update, float32."""
-    value = scalar_or_schedule(count) if callable(scalar_or_schedule) else scalar_or_schedule
-    return jnp.array(value, jnp.float32)
+    if not callable(scalar_or_schedule):
+        return jnp.array(scalar_or_schedule, jnp.float32)
+    # Schedules, optax's among them, mix Python floats with the integer count.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.array(scalar_or_schedule(count), jnp.float32)
 
 
 def check_scale(name: str, value: Any) -> None:

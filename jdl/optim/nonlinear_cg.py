@@ -192,8 +192,8 @@ def nonlinear_cg(
             beta=beta.astype(dtype),
             step=found.step,
             slope=jnp.where(moved, slope, 0.0),
-            value=found.value,
-            grad=found.grad,
+            value=jnp.where(here.finite, found.value, jnp.inf),
+            grad=tree.where(here.finite, found.grad, nothing),
             diagnostics=diag.advance(
                 state.diagnostics,
                 step_size=found.step,

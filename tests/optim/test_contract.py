@@ -1,0 +1,378 @@
+"""What holds for every optimizer that has a name."""
+
+import functools
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdl.core.check import ArgumentError
+from jdl.core.objective import Objective
+from jdl.optim import by_name, diagnostics
+from jdl.optim.registry import REGISTRY
+
+ALL = sorted(REGISTRY)
+SECOND = [name for name in ALL if REGISTRY[name].second_order]
+
+
+def predict(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["w"] + params["b"][None])
+    return hidden @ params["v"]
+
+
+def loss(outputs, batch):
+    return 0.5 * jnp.square(outputs - batch["y"])
+
+
+def problem(dtype=np.float32, size=40):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(size, 3))
+    batch = {"x": x, "y": np.tanh(x @ rng.normal(size=(3, 2))) @ np.ones(2)}
+    params = {"w": 0.5 * rng.normal(size=(3, 4)), "b": np.zeros(4), "v": 0.5 * rng.normal(size=4)}
+
+    def as_arrays(tree):
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+    return Objective.from_fns(predict, loss, as_arrays(batch)), as_arrays(params)
+
+
+def types(tree):
+    return jax.tree.map(lambda x: str(x.dtype), tree)
+
+
+def make_step(optimizer, mode="objective"):
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(params, state, objective):
+        value, grad, _ = objective.value_and_grad(params)
+        extra = {"objective": objective} if mode == "objective" else {}
+        with jax.numpy_dtype_promotion("standard"):  # optax itself is not strict
+            updates, state = optimizer.update(
+                grad, state, params, value=value, grad=grad, value_fn=objective.value, **extra
+            )
+            params = optax.apply_updates(params, updates)
+        return params, state, value
+
+    return step
+
+
+def strict_update(optimizer, objective, params, state):
+    value, grad, _ = objective.value_and_grad(params)
+    return optimizer.update(
+        grad, state, params, value=value, grad=grad, value_fn=objective.value, objective=objective
+    )
+
+
+@pytest.mark.parametrize("mode", ["objective", "bare"])
+@pytest.mark.parametrize("name", ALL)
+def test_decreases_a_frozen_objective_under_jit_compiling_once(name, mode):
+    objective, params = problem()
+    optimizer = by_name(name)
+    step = jax.jit(make_step(optimizer, mode), donate_argnums=(0, 1))
+    state = optimizer.init(params)
+    structure, dtypes = jax.tree.structure(state), types(state)
+    start = float(objective.value(params))
+    for _ in range(8):
+        params, state, value = step(params, state, objective)
+        assert bool(jnp.isfinite(value))
+    assert step._cache_size() == 1
+    assert jax.tree.structure(state) == structure
+    assert types(state) == dtypes
+    assert float(objective.value(params)) < start
+    if REGISTRY[name].second_order:
+        assert float(objective.value(params)) < 0.5 * start
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_runs_in_scan_and_gives_what_a_loop_gives(name):
+    objective, params = problem()
+    optimizer = by_name(name)
+    step = make_step(optimizer)
+
+    def body(carry, _):
+        params, state, value = step(*carry, objective)
+        return (params, state), value
+
+    start = (params, optimizer.init(params))
+    (scanned, _), values = jax.jit(lambda s: jax.lax.scan(body, s, None, length=3))(start)
+    looped = start
+    for _ in range(3):
+        looped = jax.jit(step)(*looped, objective)[:2]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), scanned, looped[0]
+    )
+    assert float(values[-1]) < float(values[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda o: optax.chain(optax.clip_by_global_norm(0.1), o),
+        lambda o: optax.chain(optax.add_decayed_weights(1e-3), o, optax.scale(0.5)),
+        lambda o: optax.masked(o, True),
+    ],
+    ids=["clip", "decay-scale", "masked"],
+)
+def test_composes_with_optax(name, wrap):
+    objective, params = problem()
+    optimizer = wrap(by_name(name))
+    step = jax.jit(make_step(optimizer))
+    state = optimizer.init(params)
+    start = float(objective.value(params))
+    for _ in range(6):
+        params, state, _ = step(params, state, objective)
+    assert float(objective.value(params)) < start
+    assert (diagnostics.read(state) is not None) == REGISTRY[name].second_order
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_is_strict_about_types_and_ranks(name):
+    # The test run has strict dtype promotion and raises on rank promotion; no optax in the way.
+    objective, params = problem()
+    optimizer = by_name(name)
+    update = jax.jit(functools.partial(strict_update, optimizer))
+    updates, state = update(objective, params, optimizer.init(params))
+    update(objective, optax.apply_updates(params, updates), state)
+
+
+@pytest.mark.parametrize("name", SECOND)
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_works_with_64_bit_types_enabled(name, dtype):
+    with jax.enable_x64(True):
+        objective, params = problem(dtype)
+        optimizer = by_name(name)
+        state = optimizer.init(params)
+        start = float(objective.value(params))
+        dtypes = types(state)
+        step = jax.jit(make_step(optimizer))
+        for _ in range(6):
+            params, state, _ = step(params, state, objective)
+        assert types(state) == dtypes
+        assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+        assert float(objective.value(params)) < 0.5 * start
+        assert state.diagnostics.iterations.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "cg", "hf"])
+def test_works_in_bfloat16(name):
+    objective, params = problem(jnp.bfloat16)
+    optimizer = by_name(name)
+    state = optimizer.init(params)
+    dtypes = types(state)
+    start = float(objective.value(params))
+    step = jax.jit(make_step(optimizer))
+    for _ in range(6):
+        params, state, _ = step(params, state, objective)
+    assert types(state) == dtypes
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert float(objective.value(params)) < start
+
+
+def nan_beyond(x):
+    return jnp.sum(jnp.where(x < 1.0, jnp.square(x - 2.0), jnp.nan))
+
+
+def nan_everywhere(x):
+    return jnp.sum(x) * jnp.nan
+
+
+def infinite(x):
+    return jnp.sum(jnp.log(jnp.zeros_like(x)) * x)
+
+
+def unbounded(x):
+    return jnp.sum(jnp.log(jnp.abs(x)))
+
+
+def flat(x):
+    return 0.0 * jnp.sum(x)
+
+
+def kink(x):
+    return jnp.sum(jnp.abs(x))
+
+
+def huge(x):
+    return 1e8 * jnp.sum(jnp.square(x - 1.0))
+
+
+def tiny(x):
+    return 1e-8 * jnp.sum(jnp.square(x - 1.0))
+
+
+def saddle(x):
+    return x[0] ** 2 - x[1] ** 2 + x[1] ** 4
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_hard_functions_end_and_never_rise(name, minimize):
+    T = diagnostics.Termination
+    for f, x in (
+        (nan_beyond, [0.0, 0.5]),
+        (nan_everywhere, [0.0, 0.5]),
+        (infinite, [1.0, 2.0]),
+        (unbounded, [1.0, 2.0]),
+        (flat, [1.0, 2.0]),
+        (kink, [1.0, 2.0]),
+        (huge, [3.0, -2.0]),
+        (tiny, [3.0, -2.0]),
+        (saddle, [1.0, 1e-3]),
+    ):
+        run = minimize(by_name(name), f, jnp.array(x), steps=12)
+        told = run.told
+        if f in (nan_everywhere, infinite):
+            assert int(told.termination) == T.NOT_FINITE, f.__name__
+            np.testing.assert_array_equal(run.params, x)
+        elif f is flat:
+            assert int(told.termination) == T.STATIONARY
+        else:
+            # A rise by rounding is the most that a noise floor lets through.
+            assert np.all(np.diff(run.values) <= 1e-5 * np.abs(run.values[:-1])), f.__name__
+            assert run.values[-1] < run.values[0], f.__name__
+        assert int(told.evaluations) <= 45 * 12
+    assert run.values[-1] < -0.2  # the saddle was left
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_recovers_from_one_batch_that_is_not_finite(name):
+    objective, params = problem()
+    bad = Objective.from_fns(predict, loss, {k: v * jnp.nan for k, v in objective.batch.items()})
+    optimizer = by_name(name)
+    step = jax.jit(make_step(optimizer))
+    state = optimizer.init(params)
+    params, state, _ = step(params, state, objective)
+    after, state, _ = step(params, state, bad)
+    jax.tree.map(np.testing.assert_array_equal, params, after)
+    state_without_ratio = state._replace(diagnostics=())
+    assert not any(bool(jnp.any(jnp.isnan(x))) for x in jax.tree.leaves(state_without_ratio))
+    again, state, _ = step(after, state, objective)
+    assert float(objective.value(again)) < float(objective.value(after))
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_missing_extras_are_named(name):
+    objective, params = problem()
+    optimizer = by_name(name)
+    with pytest.raises(ArgumentError, match="`value`, `grad`, `value_fn`"):
+        optimizer.update(params, optimizer.init(params), params)
+    with pytest.raises(ArgumentError, match="update needs `grad`\\."):
+        optimizer.update(
+            params, optimizer.init(params), params, value=jnp.ones(()), value_fn=objective.value
+        )
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_parameters_without_a_real_gradient_are_refused_by_name(name):
+    for bad in (jnp.ones(2, jnp.int32), jnp.ones(2, jnp.complex64)):
+        with pytest.raises(ArgumentError, match=r"params\['layer'\]\['w'\]"):
+            by_name(name).init({"layer": {"w": bad}, "ok": jnp.ones(1)})
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_part_of_the_parameters_is_refused_in_words(name):
+    objective, params = problem()
+    optimizer = optax.masked(by_name(name), {"w": True, "b": False, "v": True})
+    with pytest.raises(ArgumentError, match="partition"):
+        make_step(optimizer)(params, optimizer.init(params), objective)
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_value_fn_may_give_more_than_the_value(name, minimize):
+    def f(x):
+        return jnp.sum(jnp.square(x - 1.0))
+
+    optimizer, x = by_name(name), jnp.zeros(3)
+    value, grad = jax.value_and_grad(f)(x)
+    updates, _ = optimizer.update(
+        grad, optimizer.init(x), x, value=value, grad=grad, value_fn=lambda x: (f(x), {"aux": x})
+    )
+    plain = minimize(optimizer, f, x, steps=1)
+    np.testing.assert_allclose(updates, plain.params, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_tuned_is_state(name):
+    search = REGISTRY[name].search
+    objective, params = problem()
+    optimizer = by_name(name)
+    step = jax.jit(make_step(optimizer))
+    results = []
+    for x in (search.low, search.high):
+        state = optimizer.init(params)
+        state = optax.tree.set(state, **{search.parameter: jnp.asarray(x, jnp.float32)})
+        results.append(step(params, state, objective)[0])
+    assert step._cache_size() == 1
+    low, high = (jax.flatten_util.ravel_pytree(r)[0] for r in results)
+    assert bool(jnp.any(low != high))
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "cg", "newton", "hf"])
+def test_a_schedule_gives_the_rate_of_each_update(name, minimize):
+    optimizer = by_name(name, lambda count: 1.0 / (1.0 + count))
+    run = minimize(optimizer, lambda x: jnp.sum(jnp.square(x - 1.0)), jnp.zeros(2), steps=3)
+    assert float(run.state.learning_rate) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_work_is_counted_as_it_is_spent(name):
+    objective, params = problem()
+    half = {k: v[::2] for k, v in objective.batch.items()}
+    objective = Objective.from_fns(predict, loss, objective.batch, curvature_batch=half)
+    optimizer = by_name(name)
+    step = jax.jit(make_step(optimizer))
+    state = optimizer.init(params)
+    for _ in range(3):
+        params, state, _ = step(params, state, objective)
+    told = diagnostics.read(state)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    assert int(told.iterations) == 3
+    assert int(told.evaluations) == round(float(told.values + told.gradients))
+    assert float(told.gradients) >= 3
+    if name == "newton":
+        assert float(told.hessian_products) == 3 * size / 2
+    if name == "hf":
+        # A warm start costs a product more than the iterations do.
+        products = float(told.gauss_newton_products)
+        assert products == pytest.approx(0.5 * (int(told.linear_iterations) + 3))
+
+
+def test_the_registry_knows_what_trainers_ask():
+    assert list(REGISTRY) == [
+        "sgd",
+        "momentum",
+        "nesterov",
+        "adam",
+        "adamw",
+        "lbfgs",
+        "cg",
+        "newton",
+        "hf",
+    ]
+    for entry in REGISTRY.values():
+        assert entry.batches in ("mini", "large")
+        assert 0 < entry.search.low < entry.search.high
+    with pytest.raises(ArgumentError, match="Did you mean 'adamw'"):
+        by_name("adanw")
+    with pytest.raises(ArgumentError, match="Did you mean 'damping'"):
+        by_name("hf", dampin=1.0)
+    with pytest.raises(ArgumentError, match="learning_rate"):
+        by_name("sgd", -1.0)
+
+
+def test_first_order_ones_are_optax_to_the_bit():
+    objective, params = problem()
+    for name, optimizer in (
+        ("sgd", optax.sgd(0.1)),
+        ("nesterov", optax.sgd(0.1, momentum=0.9, nesterov=True)),
+        ("adam", optax.adam(0.1)),
+    ):
+        ours, theirs = params, params
+        state, their_state = by_name(name, 0.1).init(params), optimizer.init(params)
+        for _ in range(3):
+            ours, state, _ = make_step(by_name(name, 0.1))(ours, state, objective)
+            theirs, their_state, _ = make_step(optimizer)(theirs, their_state, objective)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
