@@ -223,7 +223,8 @@ def hessian_free(
             tolerance=tolerance,
             progress=progress,
             radius=None if trust_region is None else state.radius.astype(here.value.dtype),
-            num_kept=num_candidates,
+            # An earlier iterate says nothing of how far the model holds: the radius rules alone.
+            num_kept=num_candidates if trust_region is None else 1,
             active=active,
         )
         delta, model, candidate_value, tried = _best_candidate(here, solution, scale)
@@ -263,7 +264,9 @@ def hessian_free(
             edge = (solution.reason == linear_cg.BOUNDARY) | (
                 solution.reason == linear_cg.CURVATURE
             )
-            next_radius = damping_rules.trust_radius(state.radius, ratio, edge)
+            held = state.radius.astype(scale.dtype) * found.step / scale
+            radius = jnp.where(moved & (ratio < 0.25), held, state.radius.astype(scale.dtype))
+            next_radius = damping_rules.trust_radius(radius, ratio, edge)
         nothing = jax.tree.map(jnp.zeros_like, here.params)
         code = diag.ending(found.termination, here.finite, here.stationary, descends)
         concave = (code == Termination.ACCEPTED) & (solution.reason == linear_cg.CURVATURE)

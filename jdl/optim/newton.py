@@ -277,7 +277,7 @@ def _damping_for(radius: jax.Array, slopes: jax.Array, spectrum: jax.Array) -> j
     the left without overshooting.
     """
 
-    def body(_: int, lam: jax.Array) -> jax.Array:
+    def body(_: Any, lam: jax.Array) -> jax.Array:
         d = spectrum + lam
         step = slopes / d
         length = jnp.linalg.norm(step)
