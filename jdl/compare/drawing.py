@@ -1,0 +1,209 @@
+"""How the house draws: its colours, names beside lines, and pictures inside a page.
+
+Colours are Okabe and Ito's, told apart by the colour-blind; lines are named where they end, not in
+a legend; text becomes paths, so that a picture looks the same everywhere. matplotlib is imported
+when something is drawn.
+"""
+
+import html
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito, "Color Universal Design", 2008, in the order in which lines take them.
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+# The same hues for a dark page, lighter where the originals would sink into it.
+LINES_DARK = ("#4aa8e0", "#ff8a3d", "#2fd3a2", "#e6a3c9", "#f5b933", "#8fd0f5", "#a9a9a9")
+INK, MUTED, GRID, PAPER = "#1b1d22", "#5a5e68", "#e4e5e9", "#fffffe"
+
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.0,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "lines.linewidth": 1.7,
+    "figure.facecolor": PAPER,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "jdl",  # the same picture gives the same file
+    "path.simplify": True,
+}
+
+
+# ------------------------------------------------------------------ names at the lines' ends
+
+
+def leave_room(axes: Any) -> None:
+    """Widens the x axis to the right, so that the names stand inside the figure."""
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** 0.17)
+
+
+def name_lines(figure: Any, axes: Any) -> None:
+    """Writes each line's name beside its end, moved up or down as far as the others require."""
+    from matplotlib import patheffects
+
+    figure.draw_without_rendering()
+    height = 8.5 * figure.dpi / 72 * 1.15
+    names = []
+    for line in axes.get_lines():
+        if not line.get_label().startswith("_"):
+            end = axes.transData.transform((line.get_xdata()[-1], line.get_ydata()[-1]))
+            names.append((line, end))
+    ends = [end for _, end in names]
+    widths = [0.62 * height * len(line.get_label()) for line, _ in names]
+    bottom, top = axes.bbox.y0 + height / 2, axes.bbox.y1 - height / 2
+    places = spread([(x, y) for x, y in ends], widths, height, low=float(bottom), high=float(top))
+    halo = [patheffects.withStroke(linewidth=2.5, foreground=PAPER)]
+    for (line, end), y in zip(names, places, strict=True):
+        moved = y - end[1]
+        leader = abs(moved) > 0.6 * height
+        text = axes.annotate(
+            line.get_label(),
+            axes.transData.inverted().transform(end),
+            xytext=(13 if leader else 6, moved * 72 / figure.dpi),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            fontweight="bold",
+            color=line.get_color(),
+            zorder=6,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.get_color(),
+                "linewidth": 0.7,
+                "shrinkA": 0,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            }
+            if leader
+            else None,
+        )
+        text.set_path_effects(halo)
+
+
+def spread(
+    ends: Sequence[tuple[float, float]],
+    widths: Sequence[float],
+    height: float,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> list[float]:
+    """Heights at which names beside `ends` do not overlap, close to where the lines end.
+
+    >>> spread([(0, 10.0), (0, 10.0), (500, 10.0)], [30, 30, 30], 8)
+    [6.0, 14.0, 10.0]
+    """
+    places = [min(max(y, low), high) for _, y in ends]
+    for _ in range(200):
+        moved = False
+        order = sorted(range(len(ends)), key=lambda i: (places[i], ends[i][1], i))
+        for below, above in ((i, j) for n, i in enumerate(order) for j in order[n + 1 :]):
+            apart = ends[below][0] + widths[below] <= ends[above][0]
+            apart |= ends[above][0] + widths[above] <= ends[below][0]
+            lacking = height - (places[above] - places[below])
+            if apart or lacking <= 1e-6:
+                continue
+            down = min(lacking / 2, max(places[below] - low, 0.0))
+            up = min(lacking - down, max(high - places[above], 0.0))
+            places[below] -= max(down, min(lacking - up, max(places[below] - low, 0.0)))
+            places[above] += up
+            moved = True
+        if not moved:
+            break
+    return places
+
+
+# ------------------------------------------------------------------ files
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Writes a PNG, twice as fine as a screen, or an SVG, by the name's ending."""
+    import matplotlib
+
+    metadata = {"Date": None} if Path(path).suffix == ".svg" else None
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, dpi=200, metadata=metadata)
+
+
+def inline_svg(figure: Any, prefix: str, description: str) -> str:
+    """The figure as an SVG element for a page: no addresses, colours by the page's variables.
+
+    Args:
+      figure: what to draw.
+      prefix: put before every id, so that several pictures share a page.
+      description: for those who cannot see it.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', _keep_inner, svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    for name, color in [
+        *((f"line-{i}", c) for i, c in enumerate(LINES)),
+        ("ink", INK),
+        ("muted", MUTED),
+        ("grid", GRID),
+        ("paper", PAPER),
+    ]:
+        svg = svg.replace(color, f"var(--{name})")
+    label = html.escape(description, quote=True)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+
+
+def _keep_inner(match: re.Match[str]) -> str:
+    """Namespaces go everywhere; sizes only from the root, whose viewBox scales it."""
+    attribute = match.group(0)
+    is_size = attribute.lstrip().startswith(("width", "height"))
+    return attribute if is_size and not attribute.rstrip('"').endswith("pt") else ""
+
+
+@contextmanager
+def figures() -> Iterator[Any]:
+    """The figure module, under this house's style."""
+    import matplotlib
+    from matplotlib import figure
+
+    with matplotlib.rc_context(STYLE):
+        yield figure
+
+
+def plain_ticks(axis: Any) -> None:
+    """Numbers as people write them, also where a log axis spans less than a decade."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))

@@ -1,0 +1,146 @@
+"""What a study's trials are fed: the batches to train on, and one evaluation for all of them."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+import optax
+
+from jdl.compare.optimizers import Entry
+from jdl.compare.problems import Data, Problem
+from jdl.core import check
+from jdl.core.model import as_model
+from jdl.core.types import Batch
+from jdl.train import parallel, step
+from jdl.train.clock import as_floats
+
+EVALUATION_BATCH = 1024
+HELD_BYTES = 1 << 30  # larger evaluation data is read anew at each evaluation
+# Numbers in the inputs of one slice of a full batch: 256 images of 128×128, whose activations in
+# the default CNN, kept for the gradient, take about 2 GiB.
+MICROBATCH_NUMBERS = 1 << 22
+
+
+class Training(NamedTuple):
+    """The batches an entry trains on, and into how many slices each is cut."""
+
+    data: Iterable[Batch]
+    microbatches: int
+
+
+def training(
+    problem: Problem, entry: Entry, seed: int, devices: Sequence[jax.Device] | None = None
+) -> Training:
+    """What an entry trains on: in the same order for all that share seed and batch size."""
+    if entry.batch_size != "full":
+        check.argument(
+            entry.batch_size <= problem.size,
+            "batch_size",
+            f"at most the {problem.size} training examples of {problem.name}",
+            entry.batch_size,
+        )
+        return Training(problem.train(entry.batch_size, seed, None), entry.microbatches or 1)
+    # The order within the whole changes sums by rounding only: one for all seeds.
+    whole = next(iter(problem.train(problem.size, 0, 1)))
+    names = (problem.inputs,) if isinstance(problem.inputs, str) else problem.inputs
+    numbers = sum(np.size(whole[name]) for name in names)
+    slices = entry.microbatches or max(1, -(-numbers // MICROBATCH_NUMBERS))
+    placement = parallel.placement(devices)
+    # Cut evenly, filled up with masked rows where it does not divide.
+    share = slices * placement.num_devices
+    if problem.size % share:
+        (whole,) = _padded([whole], -(-problem.size // share) * share)
+    return Training(Repeated(placement.put_batch(whole)), slices)
+
+
+class Repeated:
+    """One batch over and over, held on the device: the data of a full-batch method."""
+
+    batches_per_epoch = 1
+
+    def __init__(self, batch: Batch):
+        self._batch = batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.repeat(self._batch)
+
+    def repeat(self) -> "Repeated":
+        """Itself: it has no end."""
+        return self
+
+
+class Evaluation:
+    """The loss and the metrics on the training and the test data: one program for all optimizers.
+
+    Compiled once a problem, it gives every optimizer literally the same evaluation.
+    """
+
+    def __init__(self, problem: Problem, devices: Sequence[jax.Device] | None = None):
+        put = parallel.placement(devices).put_batch
+        self._evaluate = jax.jit(
+            step.build(
+                as_model(problem.model()),
+                problem.loss,
+                optax.identity(),
+                metrics=problem.metrics,
+                inputs=problem.inputs,
+            ).evaluate
+        )
+        self._data = {
+            split: _passes(factory, put)
+            for split, factory in (("train", problem.train), ("test", problem.test))
+            if factory is not None
+        }
+
+    def __call__(self, params: Any, model_state: Any) -> dict[str, float]:
+        """{"train_loss": …, "test_loss": …, "train_<metric>": …, "test_<metric>": …}."""
+        values: dict[str, float] = {}
+        for split, batches in self._data.items():
+            sums: dict[str, float] = {}
+            count = 0.0
+            for batch in batches:
+                found, examples = self._evaluate(params, model_state, batch)
+                for name, value in as_floats(found).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                count += float(examples)
+            if count == 0:
+                raise check.DataError(f"The {split} data holds no example.")
+            values |= {f"{split}_{name}": value / count for name, value in sums.items()}
+        return values
+
+
+Put: TypeAlias = Callable[[Batch], Batch]
+
+
+def _passes(factory: Data, put: Put) -> Iterable[Batch]:
+    """Data to pass over again and again: held if it is small enough, else read anew each time."""
+    held: list[Batch] = []
+    size = 0
+    for batch in _padded(factory(EVALUATION_BATCH, 0, 1)):
+        size += sum(x.nbytes for x in batch.values())
+        if size > HELD_BYTES:
+            return _Reread(factory, put)
+        held.append(put(batch))
+    return held
+
+
+class _Reread:
+    def __init__(self, factory: Data, put: Put):
+        self._factory, self._put = factory, put
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._put, _padded(self._factory(EVALUATION_BATCH, 0, 1)))
+
+
+def _padded(batches: Iterable[Batch], size: int = 0) -> Iterator[Batch]:
+    """The batches filled up to `size`, or to the first one's: one compiled program serves all."""
+    for batch in batches:
+        number = len(next(iter(batch.values())))
+        size = size or number
+        filled = {"mask": np.ones(number, np.float32), **batch}
+        yield {
+            name: np.concatenate([x, np.zeros((size - number, *np.shape(x)[1:]), x.dtype)])
+            for name, x in filled.items()
+        }

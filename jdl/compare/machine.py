@@ -1,0 +1,75 @@
+"""What a study ran on: the machine, the versions and the flags that its clocks depend on."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
+
+
+@functools.cache
+def describe() -> dict[str, Any]:
+    """The machine as plain values, fit for TOML: two runs that differ here share no clock.
+
+    >>> sorted(describe()["versions"])
+    ['flax', 'grain', 'jax', 'jaxlib', 'jdl', 'numpy', 'optax', 'python']
+    """
+    import jax
+
+    from jdl import __version__
+
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    devices = jax.devices()
+    return {
+        "platform": platform.platform(terse=True),
+        "processor": _processor(),
+        "cores": _cores(),
+        "memory_gib": _memory_gib(),
+        "backend": jax.default_backend(),
+        "devices": f"{len(devices)} × {devices[0].device_kind}",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
+        "versions": {"python": platform.python_version(), "jdl": __version__, **versions},
+    }
+
+
+def sentence(machine: dict[str, Any]) -> str:
+    """The machine in one line.
+
+    >>> sentence({"processor": "Z80", "cores": 1, "memory_gib": 0.1, "backend": "cpu",
+    ...           "devices": "1 × cpu", "platform": "CP/M"})
+    'Z80, 1 core, 0.1 GiB, CP/M; JAX on cpu (1 × cpu)'
+    """
+    cores = f"{machine['cores']} core" + ("" if machine["cores"] == 1 else "s")
+    return (
+        f"{machine['processor']}, {cores}, {machine['memory_gib']} GiB, {machine['platform']}; "
+        f"JAX on {machine['backend']} ({machine['devices']})"
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:  # no Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """The cores this process may use, which in a container are fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_gib() -> float:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0.0
+    return round(total / 2**30, 1)

@@ -1,0 +1,125 @@
+"""Optimizers as a study runs them: every setting named, so that the report can list it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import optax
+
+from jdl.core import check
+
+BatchSize: TypeAlias = int | Literal["full"]
+
+MINI_BATCH = 64  # examples of a step, for methods that thrive on small ones
+
+
+class Entry(NamedTuple):
+    """One optimizer with its settings.
+
+    Attributes:
+      name: its label in tables and pictures, and the name of its directories.
+      make: gives the optax transformation, anew for each trial.
+      batch_size: examples of a step, or "full" for all the training data.
+      curvature_batch_size: examples for curvature products; None for the whole batch.
+      microbatches: slices a batch is cut into, to bound memory; None for as many as the full batch
+        needs, and one for any other.
+      options: what `make` was told; only listed.
+
+    >>> entry = Entry("sgd", lambda: optax.sgd(0.1), batch_size=32, options={"learning_rate": 0.1})
+    >>> entry.settings()
+    {'batch_size': 32, 'learning_rate': 0.1}
+    """
+
+    name: str
+    make: Callable[[], optax.GradientTransformation]
+    batch_size: BatchSize = "full"
+    curvature_batch_size: int | None = None
+    microbatches: int | None = None
+    options: Mapping[str, Any] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting, as plain values fit for TOML."""
+        own: dict[str, Any] = {"batch_size": self.batch_size}
+        if self.curvature_batch_size is not None:
+            own["curvature_batch_size"] = self.curvature_batch_size
+        if self.microbatches is not None:
+            own["microbatches"] = self.microbatches
+        return own | {name: plain(value) for name, value in self.options.items()}
+
+
+def named(
+    name: str,
+    *,
+    label: str | None = None,
+    batch_size: BatchSize | None = None,
+    curvature_batch_size: int | None = None,
+    microbatches: int | None = None,
+    learning_rate: float | None = None,
+    **options: Any,
+) -> Entry:
+    """The entry of an optimizer by its name on the command line.
+
+    Args:
+      name: sgd, momentum, nesterov, adam, adamw, lbfgs, cg, newton, hf …
+      label: what to call it, where one name appears with several settings.
+      batch_size: examples of a step; by default "full" for methods with a line search or curvature
+        products, which sampling noise misleads, and 64 for the others.
+      curvature_batch_size: examples for curvature products; None for the whole batch.
+      microbatches: as for `Entry`.
+      learning_rate: None for the optimizer's own default.
+      **options: passed on to the optimizer.
+
+    >>> named("adam", learning_rate=1e-3).settings()
+    {'batch_size': 64, 'learning_rate': 0.001}
+    """
+    from jdl.optim import registry
+
+    def make() -> optax.GradientTransformation:
+        return registry.by_name(name, learning_rate, **options)
+
+    make()  # so that a mistake is told before anything runs
+    known = registry.REGISTRY[name]
+    if batch_size is None:
+        batch_size = "full" if known.batches == "large" else MINI_BATCH
+    rate = known.learning_rate if learning_rate is None else learning_rate
+    settings = _defaults(known.make) | {"learning_rate": rate} | options
+    return Entry(label or name, make, batch_size, curvature_batch_size, microbatches, settings)
+
+
+def _defaults(make: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(make).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def as_entry(optimizer: Any) -> Entry:
+    """An `Entry` itself, or the entry of a name with its default settings."""
+    if isinstance(optimizer, Entry):
+        check_batch_size(optimizer.batch_size)
+        return optimizer
+    check.argument(
+        isinstance(optimizer, str), "optimizers", "names or jdl.compare.Entry's", optimizer
+    )
+    return named(optimizer)
+
+
+def check_batch_size(value: Any) -> None:
+    """Raises unless `value` is a batch size."""
+    if value != "full":
+        check.positive_int("batch_size", value)
+
+
+def plain(value: Any) -> Any:
+    """`value` as TOML can hold it: what is neither number, text nor list, by its name.
+
+    >>> plain((1, 2.5, None)), plain(optax.sgd)
+    ([1, 2.5, 'none'], 'sgd')
+    """
+    if isinstance(value, str | int | float):
+        return value
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return {str(key): plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return [plain(x) for x in value]
+    return getattr(value, "__name__", None) or repr(value)

@@ -1,0 +1,336 @@
+"""A study's report: one page that needs no network, and the same for machines and for READMEs.
+
+report.html   headline, pictures, table, steps, settings, machine, data; light and dark
+report.md     the same in short
+curves.png, curves.svg, steps.png   (with the problem's name where there are several)
+results.csv   every evaluation
+"""
+
+import csv
+import html
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+
+from jdl.compare import drawing, machine, plots
+from jdl.compare import results as res
+from jdl.compare.results import Results
+from jdl.optim import diagnostics
+from jdl.train.writers import write_atomically
+
+RULES = (
+    "The budget is seconds of training: the clock stands still during compilation, evaluation and "
+    "logging. A step that would end beyond the budget is not begun, and one that does all the "
+    "same does not count.",
+    "A target counts as reached at the first evaluation that meets it, without interpolation. "
+    "Evaluations lie at the same times for every optimizer, each the same factor after the last; "
+    "a long step is evaluated when it ends.",
+    "Work is what the optimizer evaluated, in gradients of the whole training set: line searches "
+    "and curvature products count by their nominal cost (a value alone ⅓, a Gauss-Newton product "
+    "1⅓, a Hessian product 2 gradients).",
+    "Final values are those of the last evaluation within the budget, not the best. Over several "
+    "seeds: the median, and (least–largest). Misses and divergences count as ∞.",
+)
+
+STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --soft: #f5f6f8;
+  --ink: #1b1d22; --muted: #5a5e68; --grid: #e4e5e9; --paper: #ffffff; %s }
+@media (prefers-color-scheme: dark) { :root { --page: #15171b; --soft: #1e2126;
+  --ink: #e8e9ec; --muted: #a0a5b0; --grid: #33373f; --paper: #15171b; %s } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1.1rem 4rem; background: var(--page);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
+h1 { font-size: 1.1rem; color: var(--muted); font-weight: 600; margin: 0 0 1.2rem }
+h2 { font-size: 1.45rem; line-height: 1.3; margin: 2.2rem 0 .6rem; max-width: 46rem }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem }
+p, li { max-width: 46rem } .note { color: var(--muted); font-size: .9rem }
+.trouble { border-left: 3px solid #d55e00; padding-left: .7rem }
+.figures { display: grid; gap: 1.4rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%%, 24rem), 1fr)) }
+svg { width: 100%%; height: auto; display: block }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--grid);
+  white-space: nowrap }
+th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 600 }
+th { color: var(--muted); font-weight: 600; vertical-align: bottom }
+td.wide { text-align: left; white-space: normal; min-width: 16rem; font-size: .85rem }
+.key { display: inline-block; width: .7em; height: .7em; border-radius: 50%%; margin-right: .5em }
+a { color: inherit } code { font-size: .9em }
+"""
+
+
+class Steps(NamedTuple):
+    """What one second-order optimizer did on one problem, over all its seeds."""
+
+    optimizer: str
+    number: int
+    cells: tuple[str, ...]  # under STEP_HEADER, from the third on
+
+
+STEP_HEADER = (
+    "optimizer",
+    "steps",
+    "cost of a step",
+    "CG iterations",
+    "damping λ, first → last",
+    "ratio ρ",
+    "step length",
+    "how steps ended",
+)
+
+
+def write(workdir: str | Path, results: Results | None = None) -> Path:
+    """Writes all files of the report into the study's directory, and gives `report.html`."""
+    workdir = Path(workdir)
+    results = res.load(workdir) if results is None else results
+    for problem in results.problems:
+        suffix = "" if len(results.problems) == 1 else f"-{problem}"
+        figure = plots.curves(results, problem)
+        drawing.save(figure, workdir / f"curves{suffix}.png")
+        drawing.save(figure, workdir / f"curves{suffix}.svg")
+        if (figure := plots.steps(results, problem)) is not None:
+            drawing.save(figure, workdir / f"steps{suffix}.png")
+    write_atomically(workdir / "results.csv", csv_text(results))
+    write_atomically(workdir / "report.md", markdown(results))
+    write_atomically(workdir / "report.html", page(results))
+    return workdir / "report.html"
+
+
+# ------------------------------------------------------------------ the page
+
+
+def page(results: Results) -> str:
+    """`report.html`: everything in one file, every word from outside escaped."""
+    colors = [
+        " ".join(f"--line-{i}: {color};" for i, color in enumerate(line))
+        for line in (drawing.LINES, drawing.LINES_DARK)
+    ]
+    body = "".join(_problem(results, problem, i) for i, problem in enumerate(results.problems))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_title(results)}</title><style>{STYLE % tuple(colors)}</style></head><body>\n"
+        f"<h1>{_title(results)}</h1>\n{body}{_settings(results)}{_foot(results)}</body></html>\n"
+    )
+
+
+def _title(results: Results) -> str:
+    names = ", ".join(results.optimizers)
+    return _escape(f"{names} on {', '.join(results.problems)}")
+
+
+def _problem(results: Results, problem: str, place: int) -> str:
+    about = results.problem(problem)
+    found = [
+        f"<h2>{_escape(res.headline(results, problem))}</h2>",
+        f"<p>{_escape(_question(results, problem))}</p>",
+        *(f'<p class="trouble">{_escape(words)}</p>' for words in troubles(results, problem)),
+        '<div class="figures">',
+    ]
+    for i, panel in enumerate(plots.panels(results, problem)):
+        svg = drawing.inline_svg(
+            plots.panel_figure(results, problem, panel),
+            f"p{place}f{i}",
+            f"{panel.title}: {panel.y_label} against {panel.x_label}, one line an optimizer. "
+            "The table below has the numbers.",
+        )
+        found.append(f"<figure style='margin:0'>{svg}</figure>")
+    found.append("</div>")
+    found.append(f'<p class="note">{_escape(_caption(results))}</p>')
+    header, rows = res.table(results, problem)
+    found.append(f"<h3>Final values, and the way to {_escape(str(results.target(problem)))}</h3>")
+    found.append(_table(header, rows, results))
+    if described := describe_steps(results, problem):
+        found.append("<h3>What each second-order step did</h3>")
+        cells = [[s.optimizer, f"{s.number:,}", *s.cells] for s in described]
+        found.append(_table(STEP_HEADER, cells, results, wide=len(STEP_HEADER) - 1))
+        figure = plots.steps(results, problem)
+        if figure is not None:
+            svg = drawing.inline_svg(figure, f"p{place}s", "What each second-order step did.")
+            found.append(f"<div class='scroll'><div style='min-width:34rem'>{svg}</div></div>")
+            found.append(
+                f'<p class="note">Seed {results.study["seeds"][0]}. Medians in the table are over '
+                "all steps of all seeds; costs are in gradients of the step's batch.</p>"
+            )
+    found.append(f"<h3>The problem</h3>{_facts(about)}")
+    return "\n".join(found) + "\n"
+
+
+def _settings(results: Results) -> str:
+    rows = [
+        [entry["name"], ", ".join(f"{k} = {_value(v)}" for k, v in entry["settings"].items())]
+        for entry in results.study["optimizers"]
+    ]
+    return "<h3>Settings</h3>" + _table(["optimizer", "settings"], rows, results, wide=1)
+
+
+def _foot(results: Results) -> str:
+    where = results.study["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    rules = "".join(f"<li>{_escape(rule)}</li>" for rule in RULES)
+    flags = f" XLA_FLAGS: {where['xla_flags']}." if where["xla_flags"] else ""
+    data = "data:text/csv;charset=utf-8," + quote(csv_text(results))
+    return (
+        f"<h3>How it was measured</h3><ul>{rules}</ul>"
+        f"<h3>Machine and versions</h3><p>{_escape(machine.sentence(where))}.{_escape(flags)}</p>"
+        f"<p>{_escape(versions)}.</p>"
+        f'<h3>Data</h3><p><a download="results.csv" href="{data}">results.csv</a>, every '
+        "evaluation, is in this page; the same and every step are in <code>metrics.jsonl</code> "
+        "beside it.</p>"
+    )
+
+
+def _table(
+    header: Iterable[str], rows: Sequence[Sequence[str]], results: Results, wide: int = -1
+) -> str:
+    """A table whose first column names optimizers, each with its colour."""
+    head = "".join(f"<th>{_escape(name)}</th>" for name in header)
+    lines = []
+    for row in rows:
+        color = results.optimizers.index(row[0]) % len(drawing.LINES)
+        key = f'<span class="key" style="background:var(--line-{color})"></span>'
+        cells = [f"<td>{key}{_escape(row[0])}</td>"]
+        for place, cell in enumerate(row[1:], 1):
+            kind = ' class="wide"' if place == wide else ""
+            cells.append(f"<td{kind}>{_escape(cell)}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head, body = f"<thead><tr>{head}</tr></thead>", "\n".join(lines)
+    return f'<div class="scroll"><table>{head}\n<tbody>{body}</tbody></table></div>'
+
+
+def _facts(problem: Mapping[str, Any]) -> str:
+    facts = {"training examples": problem["examples"], **problem["about"]}
+    items = "".join(f"<li>{_escape(f'{k}: {_value(v)}')}</li>" for k, v in facts.items())
+    return f"<ul>{items}</ul>"
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+# ------------------------------------------------------------------ words
+
+
+def _question(results: Results, problem: str) -> str:
+    seeds = len(results.study["seeds"])
+    return (
+        f"{len(results.optimizers)} optimizers, {results.seconds:g} s of training each, "
+        f"{seeds} seed{'' if seeds == 1 else 's'}, from the same initial parameters. The target, "
+        f"{results.target(problem)}, was fixed before anything ran."
+    )
+
+
+def _caption(results: Results) -> str:
+    several = len(results.study["seeds"]) > 1
+    lines = (
+        "Lines: the median over seeds; bands: from the least to the largest. " if several else ""
+    )
+    return (
+        f"{lines}Dots: the target is reached. Dashed: first order; solid: second order. All axes "
+        "are logarithmic, and begin with the first evaluation after a step."
+    )
+
+
+def troubles(results: Results, problem: str) -> list[str]:
+    """What went wrong, and what makes the comparison unequal, a sentence each."""
+    found = [
+        f"{line.optimizer}, {words}"
+        for line in res.lines(results, problem)
+        for words in line.troubles
+    ]
+    for seed in results.study["seeds"]:
+        initial = {
+            trial.evaluations[0]["train_loss"]
+            for trial in results.trials
+            if (trial.problem, trial.seed) == (problem, seed) and trial.evaluations
+        }
+        if len(initial) > 1:
+            found.append(
+                f"Seed {seed}: the optimizers did not start from the same loss: {initial}."
+            )
+    return found
+
+
+def describe_steps(results: Results, problem: str) -> list[Steps]:
+    """One line for each optimizer that told of its steps."""
+    found = []
+    for optimizer in results.optimizers:
+        trials = [trial for trial in results.of(problem, optimizer) if trial.steps]
+        if not trials:
+            continue
+        medians = []
+        for field in plots.FIELDS:
+            values = [v for trial in trials for _, v in plots.step_values(trial, field)]
+            medians.append(f"{np.median(values):.3g}" if values else "–")
+        damping = plots.step_values(trials[0], plots.FIELDS[2])
+        if damping:
+            medians[2] = f"{damping[0][1]:.2g} → {damping[-1][1]:.2g}"
+        endings = Counter(
+            diagnostics.words(row["termination"])
+            for trial in trials
+            for row in trial.steps
+            if row.get("termination") is not None
+        )
+        told = "; ".join(f"{words} ({number:,})" for words, number in endings.most_common())
+        steps = sum(len(trial.steps) for trial in trials)
+        found.append(Steps(optimizer, steps, (*medians, told)))
+    return found
+
+
+def markdown(results: Results) -> str:
+    """`report.md`: headline, table, settings and machine."""
+    found = []
+    for problem in results.problems:
+        suffix = "" if len(results.problems) == 1 else f"-{problem}"
+        header, rows = res.table(results, problem)
+        found += [f"# {res.headline(results, problem)}", "", _question(results, problem), ""]
+        found += [f"- **{words}**" for words in troubles(results, problem)]
+        found += ["", f"![Training curves](curves{suffix}.png)", "", _caption(results), ""]
+        found += [*_pipes(header, rows), ""]
+        if described := describe_steps(results, problem):
+            cells = [[s.optimizer, f"{s.number:,}", *s.cells] for s in described]
+            found += ["Medians over the steps of the second-order methods:", ""]
+            found += [*_pipes(STEP_HEADER, cells), ""]
+    found += ["## Settings", ""]
+    for entry in results.study["optimizers"]:
+        told = ", ".join(f"{k} = {_value(v)}" for k, v in entry["settings"].items())
+        found.append(f"- **{entry['name']}**: {told}")
+    where = results.study["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    found += ["", "## How it was measured", "", *(f"- {rule}" for rule in RULES)]
+    found += ["", f"{machine.sentence(where)}. {versions}."]
+    return "\n".join(found) + "\n"
+
+
+def _pipes(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return [line(header), line(align), *(line(row) for row in rows)]
+
+
+def csv_text(results: Results) -> str:
+    """Every evaluation, one a line, with the trial it is of."""
+    rows = [
+        {"problem": t.problem, "optimizer": t.optimizer, "seed": t.seed, **row}
+        for t in results.trials
+        for row in t.evaluations
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "split"))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,369 @@
+"""What a study found: trials read from its directory, and the table made of them.
+
+Nothing here runs a model. A trial is what its directory holds, so that a report can be made again
+years later, and so that planted rows test the truth of the table.
+
+The rule for targets: a trial reaches its target at the first evaluation within the budget that
+meets it. No interpolation: between two steps nobody holds parameters that do.
+"""
+
+import json
+import math
+import statistics
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jdl.core import check
+from jdl.train.writers import read_jsonl
+
+FORMAT = 1  # of a study's directory; changes when old ones can no longer be read
+
+Row = dict[str, Any]  # one line of metrics.jsonl
+
+EVALUATION, STEP = "evaluate", "train"  # the `split` of a row
+
+
+class Target(NamedTuple):
+    """What counts as solved, fixed before anything runs.
+
+    Attributes:
+      metric: a column of the evaluation rows: train_loss, test_loss, test_accuracy …
+      goal: "at least" or "at most".
+      threshold: the value to reach.
+
+    >>> str(Target("test_accuracy", "at least", 0.97))
+    'test accuracy at least 97 %'
+    >>> Target("train_loss", "at most", 0.01).met({"train_loss": 0.02})
+    False
+    """
+
+    metric: str
+    goal: str
+    threshold: float
+
+    def met(self, row: Mapping[str, Any]) -> bool:
+        """Whether the evaluation meets the target; one without the metric, or NaN, does not."""
+        value = row.get(self.metric)
+        if value is None or not math.isfinite(value):
+            return False
+        return value >= self.threshold if self.goal == "at least" else value <= self.threshold
+
+    def __str__(self) -> str:
+        value = formatted(self.metric, self.threshold, digits=4)
+        return f"{self.metric.replace('_', ' ')} {self.goal} {value}"
+
+
+class Trial(NamedTuple):
+    """One optimizer on one problem from one seed.
+
+    Attributes:
+      status: "done"; "diverged", where the loss stopped being finite; "budget", where not one
+        step fitted; "failed", where an error ended it; "missing", where it has not run.
+      words: what happened, in a sentence; empty where all went well.
+      evaluations: rows in order, the first at step 0.
+      steps: what a second-order method said of each of its steps.
+      compile_seconds: apart from the budget.
+      settings: what it ran with.
+    """
+
+    problem: str
+    optimizer: str
+    seed: int
+    status: str
+    words: str
+    evaluations: tuple[Row, ...]
+    steps: tuple[Row, ...]
+    compile_seconds: float
+    settings: Mapping[str, Any]
+
+    def within(self, budget: float) -> tuple[Row, ...]:
+        """The evaluations that count: nobody gets a second more than the budget."""
+        return tuple(row for row in self.evaluations if row["seconds"] <= budget)
+
+
+class Results(NamedTuple):
+    """A study's settings, as in `study.toml`, and its trials, in the order they ran."""
+
+    study: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The budget of each trial, on the training clock."""
+        return float(self.study["seconds"])
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(problem["name"] for problem in self.study["problems"])
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(entry["name"] for entry in self.study["optimizers"])
+
+    def problem(self, name: str) -> Mapping[str, Any]:
+        """What `study.toml` says of a problem."""
+        return next(p for p in self.study["problems"] if p["name"] == name)
+
+    def target(self, problem: str) -> Target:
+        """The problem's target."""
+        return Target(**self.problem(problem)["target"])
+
+    def of(self, problem: str, optimizer: str) -> tuple[Trial, ...]:
+        """The trials of one optimizer on one problem, by seed."""
+        return tuple(t for t in self.trials if (t.problem, t.optimizer) == (problem, optimizer))
+
+
+class Spread(NamedTuple):
+    """Median, least and largest over seeds. A miss counts as ∞ where small is good."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """The spread of at least one value.
+
+        >>> Spread.of([3.0, math.inf, 2.0])
+        Spread(median=3.0, low=2.0, high=inf)
+        """
+        values = list(values)
+        return cls(statistics.median(values), min(values), max(values))
+
+
+class Line(NamedTuple):
+    """One optimizer's line of the table; every spread is over all its seeds."""
+
+    optimizer: str
+    trials: int
+    reached: int  # trials that met the target
+    seconds: Spread  # to the target
+    work: Spread  # to the target
+    train_loss: Spread  # at the last evaluation within the budget
+    test: dict[str, Spread]  # ditto: metric -> spread
+    steps: Spread
+    epochs: Spread
+    compile_seconds: Spread
+    statuses: tuple[str, ...]  # how each trial ended
+    troubles: tuple[str, ...]  # one sentence for each trial that did not end well
+
+
+def reached(trial: Trial, target: Target, budget: float) -> Row | None:
+    """The first evaluation within the budget that meets the target, or None."""
+    return next((row for row in trial.within(budget) if target.met(row)), None)
+
+
+def lines(results: Results, problem: str) -> list[Line]:
+    """The table of one problem, in the optimizers' order."""
+    return [_line(results, problem, optimizer) for optimizer in results.optimizers]
+
+
+def _line(results: Results, problem: str, optimizer: str) -> Line:
+    target, budget = results.target(problem), results.seconds
+    trials = results.of(problem, optimizer)
+    first = [reached(trial, target, budget) for trial in trials]
+    last = [(trial.within(budget) or ({},))[-1] for trial in trials]
+
+    def to_target(column: str) -> Spread:
+        return Spread.of(math.inf if row is None else row[column] for row in first)
+
+    def final(column: str) -> Spread:
+        # A trial that diverged has lost what it had: it may not shine with an earlier value.
+        lost = -math.inf if column.endswith("accuracy") else math.inf
+        pairs = zip(trials, last, strict=True)
+        return Spread.of(
+            lost if trial.status == "diverged" else _or(row.get(column), lost)
+            for trial, row in pairs
+        )
+
+    def count(column: str) -> Spread:
+        return Spread.of(row.get(column, 0.0) for row in last)
+
+    tests = sorted({c for row in last for c in row if c.startswith("test_") and c != "test_loss"})
+    return Line(
+        optimizer=optimizer,
+        trials=len(trials),
+        reached=sum(row is not None for row in first),
+        seconds=to_target("seconds"),
+        work=to_target("work"),
+        train_loss=final("train_loss"),
+        test={name: final(name) for name in tests},
+        steps=count("step"),
+        epochs=count("epoch"),
+        compile_seconds=Spread.of(trial.compile_seconds for trial in trials),
+        statuses=tuple(trial.status for trial in trials),
+        troubles=tuple(f"seed {t.seed}: {t.words}" for t in trials if t.status != "done"),
+    )
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+# ------------------------------------------------------------------ in words
+
+
+def table(results: Results, problem: str) -> tuple[list[str], list[list[str]]]:
+    """The table of one problem as plain text: column names, and a row an optimizer."""
+    found = lines(results, problem)
+    tests = list(dict.fromkeys(name for line in found for name in line.test))
+    header = ["optimizer", "train loss", *(name.replace("_", " ") for name in tests)]
+    header += ["seconds to target", "work to target", "steps", "epochs", "compile s"]
+    rows = []
+    for line in found:
+        lost = math.isinf(line.train_loss.median)
+        row = [line.optimizer, _ended(line) if lost else shown(line.train_loss, "train_loss")]
+        row += [shown(line.test[name], name) if name in line.test else "–" for name in tests]
+        row += [_to_target(line, line.seconds), _to_target(line, line.work)]
+        row += [shown(line.steps, "step"), shown(line.epochs, "epoch")]
+        rows.append([*row, f"{line.compile_seconds.median:.1f}"])
+    return header, rows
+
+
+def headline(results: Results, problem: str) -> str:
+    """Who reached the target first, and whether the seeds leave room for luck."""
+    target, budget = results.target(problem), results.seconds
+    found = sorted(lines(results, problem), key=lambda line: line.seconds.median)
+    seeds = max(line.trials for line in found)
+    winner, others = found[0], found[1:]
+    if not any(line.reached for line in found):
+        return f"No optimizer reached {target} within {budget:g} s of training."
+    if math.isinf(winner.seconds.median):
+        some = ", ".join(f"{x.optimizer} ({x.reached} of {x.trials})" for x in found if x.reached)
+        return f"No optimizer reached {target} within {budget:g} s in most seeds; some did: {some}."
+    first = f"{winner.optimizer} reached {target} first, after {_seconds(winner.seconds.median)}"
+    if seeds > 1:
+        first += f" (median of {seeds} seeds, {_range(winner.seconds)} s)"
+    if not others:
+        return f"{first}."
+    second = others[0]
+    if math.isinf(second.seconds.median):
+        missed = f"in {winner.reached} of {winner.trials} seeds" if seeds > 1 else "at all"
+        return f"{first}; it alone reached it {missed} within {budget:g} s."
+    first += f"; next {second.optimizer}, after {_seconds(second.seconds.median)}"
+    if seeds == 1:
+        return f"{first}. One seed: whether that is luck, only more seeds can tell."
+    if winner.seconds.high < min(line.seconds.low for line in others):
+        return f"{first}. Its slowest seed beat every other's fastest."
+    return f"{first}. The seeds' ranges overlap, so the order may be luck."
+
+
+def formatted(metric: str, value: float, digits: int = 3) -> str:
+    """A value of that metric: accuracies in percent.
+
+    >>> formatted("test_accuracy", 0.9721), formatted("train_loss", 0.00123456)
+    ('97.2 %', '0.00123')
+    """
+    if math.isinf(value):
+        return "∞" if value > 0 else "–"
+    if metric.endswith("accuracy"):
+        return f"{100 * value:.{digits}g} %"
+    if metric in ("step", "epoch"):
+        return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
+    return f"{value:.{digits}g}"
+
+
+def shown(spread: Spread, metric: str) -> str:
+    """Median, with the range behind it where seeds differ.
+
+    >>> shown(Spread(0.972, 0.97, 0.98), "test_accuracy")
+    '97.2 % (97–98)'
+    """
+    text = formatted(metric, spread.median)
+    if spread.low == spread.high or text == "–":
+        return text
+    low, high = (formatted(metric, x).removesuffix(" %") for x in (spread.low, spread.high))
+    return text if low == high else f"{text} ({low}–{high})"
+
+
+def _ended(line: Line) -> str:
+    """Why there is no final loss: the most common way the trials ended."""
+    return statistics.mode(status for status in line.statuses if status != "done")
+
+
+def _to_target(line: Line, spread: Spread) -> str:
+    if not line.reached:
+        return "not reached"
+    if line.reached == line.trials:
+        return shown(spread, "")
+    return f"{shown(spread, '')}, {line.reached} of {line.trials}"
+
+
+def _seconds(value: float) -> str:
+    return f"{formatted('', value)} s"
+
+
+def _range(spread: Spread) -> str:
+    return f"{formatted('', spread.low)}–{formatted('', spread.high)}"
+
+
+# ------------------------------------------------------------------ from disk
+
+
+def trial_directory(workdir: str | Path, problem: str, optimizer: str, seed: int) -> Path:
+    """Where a trial's files lie."""
+    return Path(workdir) / problem / f"{optimizer}-seed{seed}"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's content; empty where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise check.DataError(f"{path} is no TOML file that can be read: {error}.") from error
+
+
+def load(workdir: str | Path) -> Results:
+    """The results that a study's directory holds.
+
+    Raises:
+      DataError: it holds no study, or one of another format.
+    """
+    workdir = Path(workdir)
+    study = read_toml(workdir / "study.toml")
+    if not study:
+        raise check.DataError(f"{workdir} holds no study: there is no study.toml in it.")
+    check_format(workdir, study)
+    trials = [
+        load_trial(workdir, problem["name"], entry["name"], seed)
+        for problem in study["problems"]
+        for seed in study["seeds"]
+        for entry in study["optimizers"]
+    ]
+    return Results(study, tuple(trials))
+
+
+def check_format(workdir: Path, study: Mapping[str, Any]) -> None:
+    """Raises unless this version reads what the study's directory holds."""
+    if study.get("format") != FORMAT:
+        raise check.DataError(
+            f"The study in {workdir} is of format {study.get('format')!r}; this version of jdl "
+            f"reads format {FORMAT}. Choose another work directory, or the version that wrote it."
+        )
+
+
+def load_trial(workdir: Path, problem: str, optimizer: str, seed: int) -> Trial:
+    """The trial as its directory holds it; one without a `result.json` has not ended."""
+    directory = trial_directory(workdir, problem, optimizer, seed)
+    try:
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        result = {"status": "missing", "words": "has not run to its end"}
+    rows = read_jsonl(directory / "metrics.jsonl")
+    return Trial(
+        problem,
+        optimizer,
+        seed,
+        status=result["status"],
+        words=result["words"],
+        evaluations=tuple(row for row in rows if row["split"] == EVALUATION),
+        steps=tuple(row for row in rows if row["split"] == STEP),
+        compile_seconds=result.get("compile_seconds", 0.0),
+        settings=read_toml(directory / "config.toml"),
+    )

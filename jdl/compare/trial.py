@@ -1,0 +1,174 @@
+"""One trial: an optimizer on a problem from a seed, through the Estimator, on the training clock.
+
+Evaluations lie at times fixed beforehand, the same for every optimizer and denser early; a step
+that would end beyond the budget is not begun, as far as the last ones tell.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdl.compare.feeds import Evaluation, Training
+from jdl.compare.optimizers import Entry
+from jdl.compare.problems import Problem
+from jdl.compare.results import EVALUATION, STEP, Row
+from jdl.core import check
+from jdl.core.model import as_model
+from jdl.core.types import Batch
+from jdl.optim import diagnostics
+from jdl.train import step
+from jdl.train.estimator import Estimator, Report
+
+# What the report shows of a second-order method's step.
+STEP_FIELDS = (
+    "loss",
+    "gradient_equivalents",
+    "step_size",
+    "damping",
+    "reduction_ratio",
+    "linear_iterations",
+    "termination",
+)
+
+
+class Outcome(NamedTuple):
+    """How a trial ended; see `results.Trial`."""
+
+    status: str
+    words: str
+    compile_seconds: float
+    initial_params: str  # a digest: equal for all optimizers of one seed
+
+
+def schedule(seconds: float, evaluations: int) -> list[float]:
+    """The times of the evaluations: from 1 % of the budget, each the same factor after the last.
+
+    A time-to-target is then known to that factor, wherever it lies.
+
+    >>> [round(t, 2) for t in schedule(100.0, 5)]
+    [1.0, 3.16, 10.0, 31.62, 100.0]
+    """
+    factor = 100 ** (1 / max(evaluations - 1, 1))
+    return [seconds * factor ** (k - evaluations) for k in range(1, evaluations + 1)]
+
+
+def run(
+    problem: Problem,
+    entry: Entry,
+    seed: int,
+    *,
+    seconds: float,
+    evaluations: int,
+    train_on: Training,
+    evaluate: Evaluation,
+    write: Callable[[Row], None],
+    devices: Sequence[jax.Device] | None = None,
+) -> Outcome:
+    """Runs one trial and writes its rows as they come.
+
+    Args:
+      problem: what to solve.
+      entry: the optimizer.
+      seed: of the initial parameters.
+      seconds: the budget on the training clock.
+      evaluations: how many, besides the one at step 0.
+      train_on: the batches, see `training`.
+      evaluate: the problem's evaluation.
+      write: receives the rows.
+      devices: as for `Estimator`.
+    """
+    batch_size = problem.size if entry.batch_size == "full" else entry.batch_size
+    passes = batch_size / problem.size  # over the data, by one step
+    data, optimizer = train_on.data, entry.make()
+
+    def on_step(report: Report) -> None:
+        own = {name: report[name] for name in STEP_FIELDS if name in report}
+        write(
+            {
+                "step": report["step"],
+                "seconds": report["seconds"],
+                "epoch": report["step"] * passes,
+                "split": STEP,
+                **own,
+            }
+        )
+
+    tells = diagnostics.read(_state_shape(problem, optimizer, data)) is not None
+    estimator = Estimator(
+        problem.model(),
+        problem.loss,
+        optimizer,
+        seed=seed,
+        inputs=problem.inputs,
+        microbatches=train_on.microbatches,
+        curvature_batch_size=entry.curvature_batch_size,
+        devices=devices,
+        # One that says nothing of its steps needs no row for each of them.
+        log_every=1 if tells else 1 << 30,
+        hooks=[on_step] if tells else [],
+    )
+    estimator.initialize(data)
+    digest = _digest(estimator.params)
+
+    def ended(status: str, words: str = "") -> Outcome:
+        return Outcome(status, words, estimator.compile_seconds, digest)
+
+    def measure() -> float:
+        found = diagnostics.read(estimator.state.opt_state)
+        work = estimator.step if found is None else float(found.gradient_equivalents)
+        values = evaluate(estimator.params, estimator.model_state)
+        write(
+            {
+                "step": estimator.step,
+                "seconds": estimator.seconds,
+                "epoch": estimator.step * passes,
+                "split": EVALUATION,
+                "work": work * passes,
+                **values,
+            }
+        )
+        return values["train_loss"]
+
+    if not math.isfinite(measure()):
+        return ended("diverged", "The loss of the initial parameters is not finite.")
+    step_seconds = 0.0
+    for point in schedule(seconds, evaluations):
+        if estimator.seconds >= point and estimator.step:
+            continue  # a long step has passed this point by
+        left = min(point, seconds - step_seconds) - estimator.seconds
+        if estimator.step and left <= 0:
+            break  # the next step would end beyond the budget
+        before = estimator.step, estimator.seconds
+        try:
+            estimator.train(data, seconds=max(left, 1e-9))
+        except check.TrainingError as error:
+            return ended("diverged", str(error))
+        step_seconds = (estimator.seconds - before[1]) / max(estimator.step - before[0], 1)
+        if not math.isfinite(measure()):
+            return ended("diverged", f"The training loss is not finite at step {estimator.step}.")
+        if estimator.step == 1 and estimator.seconds > seconds:
+            return ended(
+                "budget",
+                f"One step took {estimator.seconds:.3g} s, more than the budget of {seconds:g} s: "
+                f"give at least {2 * estimator.seconds:.2g} s.",
+            )
+    return ended("done")
+
+
+def _state_shape(problem: Problem, optimizer: Any, data: Iterable[Batch]) -> Any:
+    program = step.build(as_model(problem.model()), problem.loss, optimizer, inputs=problem.inputs)
+    batch = next(iter(data))
+    return jax.eval_shape(program.init, jax.random.key(0), batch).opt_state
+
+
+def _digest(params: Any) -> str:
+    """A short fingerprint of all the numbers."""
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        sha.update(np.ascontiguousarray(jnp.asarray(leaf)).tobytes())
+    return sha.hexdigest()[:12]
