@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check
+from jdl.models.convolution import conv_general_dilated
 from jdl.models.layers import Activation, activation, max_pool
 
 
@@ -77,7 +78,13 @@ class CNN(nn.Module):
         x = image
         for block in self.blocks:
             x, padding = _padded(x, block)
-            x = nn.Conv(block.filters, tuple(block.kernel_size), padding=padding, **layer)(x)
+            x = nn.Conv(
+                block.filters,
+                tuple(block.kernel_size),
+                padding=padding,
+                conv_general_dilated=conv_general_dilated,
+                **layer,
+            )(x)
             x = activation(block.activation)(x)
             if block.pool_size is not None:
                 x = max_pool(x, block.pool_size, block.strides or block.pool_size)
