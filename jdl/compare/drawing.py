@@ -56,9 +56,15 @@ STYLE: dict[Any, Any] = {
 
 
 def leave_room(axes: Any) -> None:
-    """Widens the x axis to the right, so that the names stand inside the figure."""
+    """Widens the x axis, so that names stand inside the figure; sets the ticks of both axes."""
+    from matplotlib import ticker
+
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * (high / low) ** 0.17)
+    plain_ticks(axes.xaxis, low, high)
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        plain_ticks(axes.yaxis, *axes.get_ylim())
 
 
 def name_lines(figure: Any, axes: Any) -> None:
@@ -115,7 +121,7 @@ def spread(
 ) -> list[float]:
     """Heights at which names beside `ends` do not overlap, close to where the lines end.
 
-    >>> spread([(0, 10.0), (0, 10.0), (500, 10.0)], [30, 30, 30], 8)
+    >>> spread([(0.0, 10.0), (0.0, 10.0), (500.0, 10.0)], [30.0, 30.0, 30.0], 8.0)
     [6.0, 14.0, 10.0]
     """
     places = [min(max(y, low), high) for _, y in ends]
@@ -200,10 +206,22 @@ def figures() -> Iterator[Any]:
         yield figure
 
 
-def plain_ticks(axis: Any) -> None:
-    """Numbers as people write them, also where a log axis spans less than a decade."""
+def plain_ticks(axis: Any, low: float, high: float) -> None:
+    """Numbers as people write them on a log axis, only where there is something to read off.
+
+    Args:
+      axis: an x or y axis on a log scale.
+      low: the least value shown, > 0.
+      high: the largest.
+    """
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    decades = math.log10(max(high / low, 1.0))
+    if decades > 5:
+        return  # powers of ten, as matplotlib writes them
+    steps = (1, 2, 5) if decades < 2.6 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    axis.set_major_locator(ticker.FixedLocator([t for t in ticks if low <= t <= high * 1.001]))
     axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))

@@ -44,8 +44,7 @@ def training(
         return Training(problem.train(entry.batch_size, seed, None), entry.microbatches or 1)
     # The order within the whole changes sums by rounding only: one for all seeds.
     whole = next(iter(problem.train(problem.size, 0, 1)))
-    names = (problem.inputs,) if isinstance(problem.inputs, str) else problem.inputs
-    numbers = sum(np.size(whole[name]) for name in names)
+    numbers = problem.size * _numbers(problem)
     slices = entry.microbatches or max(1, -(-numbers // MICROBATCH_NUMBERS))
     placement = parallel.placement(devices)
     # Cut evenly, filled up with masked rows where it does not divide.
@@ -53,6 +52,13 @@ def training(
     if problem.size % share:
         (whole,) = _padded([whole], -(-problem.size // share) * share)
     return Training(Repeated(placement.put_batch(whole)), slices)
+
+
+def _numbers(problem: Problem) -> int:
+    """How many numbers the model is given for one example."""
+    batch = next(iter(problem.train(1, 0, 1)))
+    names = (problem.inputs,) if isinstance(problem.inputs, str) else problem.inputs
+    return max(1, sum(np.size(batch[name]) for name in names))
 
 
 class Repeated:
@@ -78,7 +84,9 @@ class Evaluation:
     """
 
     def __init__(self, problem: Problem, devices: Sequence[jax.Device] | None = None):
-        put = parallel.placement(devices).put_batch
+        placement = parallel.placement(devices)
+        rows = min(EVALUATION_BATCH, problem.size, max(1, MICROBATCH_NUMBERS // _numbers(problem)))
+        rows = -(-rows // placement.num_devices) * placement.num_devices
         self._evaluate = jax.jit(
             step.build(
                 as_model(problem.model()),
@@ -89,7 +97,7 @@ class Evaluation:
             ).evaluate
         )
         self._data = {
-            split: _passes(factory, put)
+            split: _passes(factory, rows, placement.put_batch)
             for split, factory in (("train", problem.train), ("test", problem.test))
             if factory is not None
         }
@@ -114,31 +122,30 @@ class Evaluation:
 Put: TypeAlias = Callable[[Batch], Batch]
 
 
-def _passes(factory: Data, put: Put) -> Iterable[Batch]:
+def _passes(factory: Data, rows: int, put: Put) -> Iterable[Batch]:
     """Data to pass over again and again: held if it is small enough, else read anew each time."""
     held: list[Batch] = []
     size = 0
-    for batch in _padded(factory(EVALUATION_BATCH, 0, 1)):
+    for batch in _padded(factory(rows, 0, 1), rows):
         size += sum(x.nbytes for x in batch.values())
         if size > HELD_BYTES:
-            return _Reread(factory, put)
+            return _Reread(factory, rows, put)
         held.append(put(batch))
     return held
 
 
 class _Reread:
-    def __init__(self, factory: Data, put: Put):
-        self._factory, self._put = factory, put
+    def __init__(self, factory: Data, rows: int, put: Put):
+        self._factory, self._rows, self._put = factory, rows, put
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(self._put, _padded(self._factory(EVALUATION_BATCH, 0, 1)))
+        return map(self._put, _padded(self._factory(self._rows, 0, 1), self._rows))
 
 
-def _padded(batches: Iterable[Batch], size: int = 0) -> Iterator[Batch]:
-    """The batches filled up to `size`, or to the first one's: one compiled program serves all."""
+def _padded(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """The batches filled up to `size` examples, so that one compiled program serves all."""
     for batch in batches:
         number = len(next(iter(batch.values())))
-        size = size or number
         filled = {"mask": np.ones(number, np.float32), **batch}
         yield {
             name: np.concatenate([x, np.zeros((size - number, *np.shape(x)[1:]), x.dtype)])

@@ -12,7 +12,7 @@ import numpy as np
 from jdl.compare import drawing
 from jdl.compare.results import Results, Row, Trial, reached
 
-FLOOR = 1e-8  # float32 knows no smaller mean loss worth the name; lower ones are drawn here
+FLOOR = 1e-8  # below, a mean of float32 losses is rounding; lower ones are drawn here
 
 
 class Panel(NamedTuple):
@@ -125,9 +125,6 @@ def _draw(axes: Any, results: Results, problem: str, panel: Panel) -> None:
     axes.set_title(panel.title, pad=7)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
-    drawing.plain_ticks(axes.xaxis)
-    if panel.y != "train_loss":
-        drawing.plain_ticks(axes.yaxis)
     drawing.leave_room(axes)
 
 
@@ -193,7 +190,7 @@ def step_values(trial: Trial, field: Field) -> list[tuple[float, float]]:
         value = row.get(field.name)
         if value is None:
             continue
-        found.append((row["seconds"], value - before if field.cumulative else value))
+        found.append((row["seconds"], float(value - before if field.cumulative else value)))
         before = value
     # A method without damping, or without an inner solver, reports zeros.
     return found if any(value for _, value in found) else []
@@ -235,7 +232,6 @@ def steps(results: Results, problem: str) -> Any | None:
                 )
             axes.set_title(field.title, pad=6)
             axes.set_xlabel("seconds of training")
-            drawing.plain_ticks(axes.xaxis)
             drawing.leave_room(axes)
         figure.tight_layout(w_pad=2.0, h_pad=1.4)
         for axes in figure.axes:

@@ -52,7 +52,7 @@ def digits_cnn(target: Target | None = None) -> Problem:
 
     >>> problem = digits_cnn()
     >>> problem.size, str(problem.target)
-    (1438, 'test accuracy at least 97 %')
+    (1438, 'test accuracy ≥ 97 %')
     """
     from jdl.data import digits_path
 
@@ -173,7 +173,7 @@ def _one_line(model: Any) -> str:
 
     >>> from jdl.models import MLP
     >>> _one_line(MLP(num_outputs=3, widths=(8,)))[:31]
-    'MLP(num_outputs=3, widths=(8,),'
+    'MLP(widths=(8,), num_outputs=3,'
     """
     if not dataclasses.is_dataclass(model):
         return type(model).__name__

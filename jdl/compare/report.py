@@ -54,13 +54,13 @@ p, li { max-width: 46rem } .note { color: var(--muted); font-size: .9rem }
 .figures { display: grid; gap: 1.4rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%%, 24rem), 1fr)) }
 svg { width: 100%%; height: auto; display: block }
-.scroll { overflow-x: auto }
+.scroll { overflow-x: auto; margin-bottom: 1rem }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--grid);
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--grid);
   white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 600 }
-th { color: var(--muted); font-weight: 600; vertical-align: bottom }
-td.wide { text-align: left; white-space: normal; min-width: 16rem; font-size: .85rem }
+th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal }
+.wide { text-align: left; white-space: normal; min-width: 15rem; font-size: .85rem }
 .key { display: inline-block; width: .7em; height: .7em; border-radius: 50%%; margin-right: .5em }
 a { color: inherit } code { font-size: .9em }
 """
@@ -79,7 +79,7 @@ STEP_HEADER = (
     "steps",
     "cost of a step",
     "CG iterations",
-    "damping λ, first → last",
+    "damping λ",
     "ratio ρ",
     "step length",
     "how steps ended",
@@ -188,18 +188,19 @@ def _foot(results: Results) -> str:
 
 
 def _table(
-    header: Iterable[str], rows: Sequence[Sequence[str]], results: Results, wide: int = -1
+    header: Sequence[str], rows: Sequence[Sequence[str]], results: Results, wide: int = -1
 ) -> str:
     """A table whose first column names optimizers, each with its colour."""
-    head = "".join(f"<th>{_escape(name)}</th>" for name in header)
+    kinds = [' class="wide"' if place == wide else "" for place in range(len(header))]
+    pairs = zip(kinds, header, strict=True)
+    head = "".join(f"<th{kind}>{_escape(name)}</th>" for kind, name in pairs)
     lines = []
     for row in rows:
         color = results.optimizers.index(row[0]) % len(drawing.LINES)
         key = f'<span class="key" style="background:var(--line-{color})"></span>'
         cells = [f"<td>{key}{_escape(row[0])}</td>"]
-        for place, cell in enumerate(row[1:], 1):
-            kind = ' class="wide"' if place == wide else ""
-            cells.append(f"<td{kind}>{_escape(cell)}</td>")
+        pairs = zip(kinds[1:], row[1:], strict=True)
+        cells += [f"<td{kind}>{_escape(cell)}</td>" for kind, cell in pairs]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     head, body = f"<thead><tr>{head}</tr></thead>", "\n".join(lines)
     return f'<div class="scroll"><table>{head}\n<tbody>{body}</tbody></table></div>'
@@ -212,7 +213,7 @@ def _facts(problem: Mapping[str, Any]) -> str:
 
 
 def _escape(text: str) -> str:
-    return html.escape(text, quote=True)
+    return html.escape(text, quote=True).replace(" %", "&nbsp;%")
 
 
 # ------------------------------------------------------------------ words
@@ -223,7 +224,7 @@ def _question(results: Results, problem: str) -> str:
     return (
         f"{len(results.optimizers)} optimizers, {results.seconds:g} s of training each, "
         f"{seeds} seed{'' if seeds == 1 else 's'}, from the same initial parameters. The target, "
-        f"{results.target(problem)}, was fixed before anything ran."
+        f"{results.target(problem)}, was fixed before anything ran. {res.ending(results, problem)}"
     )
 
 
@@ -234,7 +235,8 @@ def _caption(results: Results) -> str:
     )
     return (
         f"{lines}Dots: the target is reached. Dashed: first order; solid: second order. All axes "
-        "are logarithmic, and begin with the first evaluation after a step."
+        "are logarithmic, and begin with the first evaluation after a step; losses below "
+        f"{plots.FLOOR:g} are drawn there."
     )
 
 
@@ -333,4 +335,6 @@ def csv_text(results: Results) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

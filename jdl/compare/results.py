@@ -34,7 +34,7 @@ class Target(NamedTuple):
       threshold: the value to reach.
 
     >>> str(Target("test_accuracy", "at least", 0.97))
-    'test accuracy at least 97 %'
+    'test accuracy ≥ 97 %'
     >>> Target("train_loss", "at most", 0.01).met({"train_loss": 0.02})
     False
     """
@@ -52,7 +52,8 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         value = formatted(self.metric, self.threshold, digits=4)
-        return f"{self.metric.replace('_', ' ')} {self.goal} {value}"
+        sign = "≥" if self.goal == "at least" else "≤"
+        return f"{self.metric.replace('_', ' ')} {sign} {value}"
 
 
 class Trial(NamedTuple):
@@ -131,7 +132,7 @@ class Spread(NamedTuple):
         >>> Spread.of([3.0, math.inf, 2.0])
         Spread(median=3.0, low=2.0, high=inf)
         """
-        values = list(values)
+        values = [float(value) for value in values]
         return cls(statistics.median(values), min(values), max(values))
 
 
@@ -250,6 +251,23 @@ def headline(results: Results, problem: str) -> str:
     if winner.seconds.high < min(line.seconds.low for line in others):
         return f"{first}. Its slowest seed beat every other's fastest."
     return f"{first}. The seeds' ranges overlap, so the order may be luck."
+
+
+def ending(results: Results, problem: str) -> str:
+    """Who stood best when the budget was spent, which need not be who was first."""
+    found = lines(results, problem)
+    lowest = min(found, key=lambda line: line.train_loss.median)
+    if math.isinf(lowest.train_loss.median):
+        return ""
+    loss = shown(lowest.train_loss, "train_loss")
+    text = f"After {results.seconds:g} s {lowest.optimizer} had the lowest training loss, {loss}"
+    scored = [line for line in found if "test_accuracy" in line.test]
+    if scored:
+        best = max(scored, key=lambda line: line.test["test_accuracy"].median)
+        accuracy = shown(best.test["test_accuracy"], "test_accuracy")
+        also = "also " if best is lowest else f"{best.optimizer} "
+        text += f", and {also}the best test accuracy, {accuracy}"
+    return text + "."
 
 
 def formatted(metric: str, value: float, digits: int = 3) -> str:

@@ -1,0 +1,95 @@
+import math
+
+import pytest
+
+from jdl.compare import load, table
+from jdl.compare.results import Target, ending, headline, lines
+from jdl.core.check import DataError
+
+FAST = [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.09, 0.9), (9.0, 0.2, 0.95)]
+SLOW = [(0.0, 2.0, 0.1), (4.0, 0.5, 0.6), (8.0, 0.01, 0.9)]
+NEVER = [(0.0, 2.0, 0.1), (5.0, 1.0, 0.5)]
+
+
+def only(results, optimizer):
+    (line,) = [line for line in lines(results, "planted") if line.optimizer == optimizer]
+    return line
+
+
+def test_target_counts_at_the_first_evaluation_that_meets_it(plant):
+    line = only(load(plant({("a", 0): FAST})), "a")
+    assert line.seconds == (2.0, 2.0, 2.0)  # neither before, nor undone by the rise after it
+    assert line.work.median == 4.0
+    assert line.train_loss.median == 0.2  # the last, not the best
+    assert line.test["test_accuracy"].median == 0.95
+
+
+def test_nothing_beyond_the_budget_counts(plant):
+    late = [(0.0, 2.0, 0.1), (9.0, 0.5, 0.5), (10.1, 0.01, 0.9)]
+    line = only(load(plant({("a", 0): late})), "a")
+    assert line.reached == 0
+    assert line.train_loss.median == 0.5
+
+
+def test_misses_count_as_infinite_and_are_told(plant):
+    rows = {("a", 0): FAST, ("a", 1): NEVER, ("a", 2): SLOW, ("b", 0): NEVER}
+    results = load(plant(rows | {("b", 1): NEVER, ("b", 2): NEVER}))
+    line = only(results, "a")
+    assert (line.reached, line.trials) == (2, 3)
+    assert line.seconds == (8.0, 2.0, math.inf)
+    header, rows = table(results, "planted")
+    assert [row[0] for row in rows] == ["a", "b"]
+    column = header.index("seconds to target")
+    assert rows[0][column] == "8 (2–∞), 2 of 3"
+    assert rows[1][column] == "not reached"
+
+
+def test_divergence_takes_the_last_value_away(plant):
+    rows = {("a", 0): FAST, ("b", 0): SLOW}
+    results = load(plant(rows, statuses={("a", 0): "diverged"}, words="loss is nan"))
+    header, rows = table(results, "planted")
+    assert rows[0][header.index("train loss")] == "diverged"
+    assert rows[0][header.index("test accuracy")] == "–"
+    assert only(results, "a").troubles == ("seed 0: loss is nan",)
+    assert ending(results, "planted").startswith("After 10 s b had the lowest training loss, 0.01")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({("a", 0): NEVER}, "No optimizer reached train loss ≤ 0.1 within 10 s"),
+        ({("a", 0): SLOW, ("b", 0): FAST}, "b reached train loss ≤ 0.1 first, after 2 s; next a"),
+        ({("a", 0): SLOW, ("b", 0): FAST}, "One seed"),
+        (
+            {("a", 0): SLOW, ("b", 0): NEVER},
+            "a reached train loss ≤ 0.1 first, after 8 s; it alone",
+        ),
+        ({(n, s): r for s in (0, 1) for n, r in (("a", FAST), ("b", SLOW))}, "Its slowest seed"),
+        ({("a", 0): FAST, ("a", 1): SLOW, ("b", 0): SLOW, ("b", 1): SLOW}, "may be luck"),
+    ],
+)
+def test_headline(plant, rows, expected):
+    assert expected in headline(load(plant(rows)), "planted")
+
+
+def test_a_value_that_is_no_number_meets_no_target():
+    target = Target("train_loss", "at most", 1.0)
+    assert not target.met({"train_loss": None})
+    assert not target.met({"train_loss": math.nan})
+    assert not target.met({})
+
+
+def test_an_unfinished_trial_is_missing_not_dropped(plant):
+    workdir = plant({("a", 0): FAST, ("b", 0): SLOW})
+    (workdir / "planted" / "a-seed0" / "result.json").unlink()
+    assert only(load(workdir), "a").statuses == ("missing",)
+
+
+def test_no_study_and_one_of_another_version_are_told(plant, tmp_path):
+    with pytest.raises(DataError, match=r"there is no study\.toml"):
+        load(tmp_path / "nowhere")
+    workdir = plant({("a", 0): FAST})
+    text = (workdir / "study.toml").read_text().replace("format = 1", "format = 99")
+    (workdir / "study.toml").write_text(text)
+    with pytest.raises(DataError, match="format 99"):
+        load(workdir)

@@ -1,0 +1,166 @@
+import json
+
+import optax
+import pytest
+
+from jdl import optim
+from jdl.compare import Entry, Study, Target, named, table
+from jdl.compare.feeds import Repeated, training
+from jdl.compare.trial import schedule
+from jdl.core.check import ArgumentError, DataError
+
+
+def run(problem, optimizers, workdir, **options):
+    events = []
+    options = {"seconds": 0.05, "evaluations": 4, "on_event": events.append} | options
+    study = Study(problem, optimizers, workdir=workdir, **options)
+    return study.run(), events
+
+
+def sgd(name="sgd", learning_rate=0.1, batch_size=9):
+    options = {"learning_rate": learning_rate}
+    return Entry(name, lambda: optax.sgd(learning_rate), batch_size, options=options)
+
+
+def broken():
+    def update(grads, state, params=None, **_):
+        raise RuntimeError("the <b>belt</b> tore")
+
+    return Entry("broken", lambda: optax.GradientTransformation(lambda p: (), update), 9)
+
+
+@pytest.fixture(scope="module")
+def lbfgs():
+    return Entry("lbfgs", optim.lbfgs)
+
+
+def test_all_start_alike_and_are_charged_what_they_did(problem, lbfgs, tmp_path):
+    results, _ = run(problem, [sgd(), sgd("half", 0.05, 5), lbfgs], tmp_path, seeds=[0, 7])
+    digests = {}
+    for trial in results.trials:
+        directory = tmp_path / "blobs" / f"{trial.optimizer}-seed{trial.seed}"
+        found = json.loads((directory / "result.json").read_text())
+        assert found["status"] == "done"
+        digests.setdefault(trial.seed, set()).add(found["initial_params"])
+        first, *later = trial.evaluations
+        assert (first["step"], first["seconds"], first["work"]) == (0, 0.0, 0.0)
+        assert later
+        assert all(
+            row["seconds"] <= row_after["seconds"]
+            for row, row_after in zip(trial.evaluations, later, strict=False)
+        )
+        assert trial.compile_seconds > 0
+    assert [len(found) for found in digests.values()] == [1, 1]
+    assert digests[0] != digests[7]
+    last = {t.optimizer: t.evaluations[-1] for t in results.trials}
+    assert last["sgd"]["work"] == pytest.approx(last["sgd"]["step"] * 9 / 45)
+    assert last["half"]["epoch"] == pytest.approx(last["half"]["step"] * 5 / 45)
+    assert last["lbfgs"]["work"] > last["lbfgs"]["step"]  # its line search is not free
+    steps = {t.optimizer: t.steps for t in results.trials}
+    assert not steps["sgd"]
+    assert steps["lbfgs"][0]["termination"] == 1
+    merged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {(row["optimizer"], row["seed"]) for row in merged} == {
+        (name, seed) for name in ("sgd", "half", "lbfgs") for seed in (0, 7)
+    }
+
+
+def test_finished_trials_are_not_run_again(problem, tmp_path):
+    run(problem, [sgd(), sgd("other")], tmp_path)
+    before = (tmp_path / "blobs" / "sgd-seed0" / "metrics.jsonl").read_text()
+    (tmp_path / "blobs" / "other-seed0" / "result.json").unlink()  # as if killed
+    _, events = run(problem, [sgd(), sgd("other"), sgd("new")], tmp_path)
+    kinds = {(e.optimizer, e.kind) for e in events if e.kind in ("skip", "begin")}
+    assert kinds == {("sgd", "skip"), ("other", "begin"), ("new", "begin")}
+    assert (tmp_path / "blobs" / "sgd-seed0" / "metrics.jsonl").read_text() == before
+
+
+def test_trials_of_other_settings_are_moved_aside(problem, tmp_path):
+    run(problem, [sgd()], tmp_path)
+    before = (tmp_path / "blobs" / "sgd-seed0" / "metrics.jsonl").read_text()
+    _, events = run(problem, [sgd(learning_rate=0.2)], tmp_path)
+    assert "begin" in {event.kind for event in events}
+    moved = tmp_path / "blobs" / "earlier" / "sgd-seed0-1" / "metrics.jsonl"
+    assert moved.read_text() == before
+
+
+def test_a_failing_or_diverging_trial_does_not_stop_the_others(problem, tmp_path):
+    wild = sgd("wild", learning_rate=1e38)
+    results, events = run(problem, [broken(), wild, sgd()], tmp_path)
+    statuses = {t.optimizer: t.status for t in results.trials}
+    assert statuses == {"broken": "failed", "wild": "diverged", "sgd": "done"}
+    words = {e.optimizer: e.words for e in events if e.kind == "end"}
+    assert "RuntimeError: the <b>belt</b> tore" in words["broken"]
+    assert "not finite" in words["wild"] or "nan" in words["wild"]
+    assert "belt" in (tmp_path / "blobs" / "broken-seed0" / "error.txt").read_text()
+    shown = {row[0]: row for row in table(results, "blobs")[1]}
+    assert shown["wild"][1] == "diverged"
+    _, events = run(problem, [broken(), wild, sgd()], tmp_path)
+    begun = [e.optimizer for e in events if e.kind == "begin"]
+    assert begun == ["broken"]  # an error may have been mended since; a divergence has not
+
+
+def test_a_budget_too_small_for_one_step_is_told(problem, tmp_path):
+    results, _ = run(problem, [sgd()], tmp_path, seconds=1e-9)
+    (trial,) = results.trials
+    assert trial.status == "budget"
+    assert "give at least" in trial.words
+    header, (row,) = table(results, "blobs")
+    assert row[header.index("steps")] == "0"
+    assert row[header.index("seconds to target")] == "not reached"
+
+
+def test_full_batches_are_cut_evenly_and_filled_up(problem):
+    entry = Entry("cut", lambda: optax.sgd(0.1), microbatches=4)
+    found = training(problem, entry, seed=0)
+    assert found.microbatches == 4
+    assert isinstance(found.data, Repeated)
+    batch = next(iter(found.data))
+    assert batch["image"].shape == (48, 2)
+    assert float(batch["mask"].sum()) == 45
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seconds": 0.0}, "`seconds` must be"),
+        ({"seeds": 0}, "`seeds` must be"),
+        ({"seeds": [1, 1]}, "`seeds` must be different"),
+        ({"evaluations": 0}, "`evaluations` must be"),
+        ({"optimizers": []}, "`optimizers` must be at least one"),
+        ({"optimizers": [sgd(), sgd()]}, "`optimizers` must be named differently"),
+        ({"optimizers": [sgd("a/b")]}, "`optimizers` must be named by letters"),
+        ({"optimizers": ["lbgfs"]}, "Did you mean 'lbfgs'"),
+        ({"optimizers": [sgd(batch_size=0)]}, "`batch_size` must be"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(problem, tmp_path, options, message):
+    options = {"optimizers": [sgd()], "workdir": tmp_path} | options
+    with pytest.raises(ArgumentError, match=message):
+        Study(problem, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_directory_of_something_else_is_refused(problem, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ArgumentError, match="`workdir` must be"):
+        run(problem, [sgd()], tmp_path)
+    (tmp_path / "study.toml").write_text("format = 99\n")
+    with pytest.raises(DataError, match="format 99"):
+        run(problem, [sgd()], tmp_path)
+
+
+def test_schedule_ends_with_the_budget():
+    times = schedule(25.0, 25)
+    assert len(times) == 25
+    assert times[-1] == 25.0
+    assert times == sorted(times)
+    assert schedule(3.0, 1) == [3.0]
+
+
+def test_settings_by_name_are_all_listed():
+    settings = named("hf").settings()
+    assert settings["batch_size"] == "full"
+    assert settings["damping"] > 0
+    assert named("adam").settings() == {"batch_size": 64, "learning_rate": 0.001}
+    assert str(Target("test_loss", "at most", 0.5)) == "test loss ≤ 0.5"
