@@ -56,7 +56,7 @@ def hessian_free(
     learning_rate: ScalarOrSchedule = 1.0,
     *,
     curvature: str = "auto",
-    damping: float = 1.0,
+    damping: float = 0.3,
     damping_increase: float = 1.5,
     damping_decrease: float = 2 / 3,
     damping_minimum: float = 1e-10,
@@ -253,9 +253,12 @@ def hessian_free(
         ratio = jnp.where(descends & moved, ratio, -jnp.inf)
         next_damping, next_radius = damping_now, state.radius
         if trust_region is None:
+            # Negative curvature cut the solve short, however well the stump was foretold: the model
+            # has no minimum until λ makes it convex.
+            concave = solution.reason == linear_cg.CURVATURE
             next_damping = damping_rules.levenberg_marquardt(
                 damping_now,
-                ratio,
+                jnp.where(concave, -jnp.inf, ratio),
                 increase=damping_increase,
                 decrease=damping_decrease,
                 minimum=damping_minimum,
