@@ -105,20 +105,14 @@ class Plan:
         return cls(num_records, batch_size, epochs, drop_remainder)
 
     @property
-    def places_per_epoch(self) -> int:
-        """How many of an epoch's places are used."""
-        rest = self.num_records % self.batch_size if self.drop_remainder else 0
-        return self.num_records - rest
-
-    @property
     def batches_per_epoch(self) -> int:
         """How many batches an epoch has."""
-        return -(-self.places_per_epoch // self.batch_size)
+        return self._left(0)
 
     @property
     def padded(self) -> bool:
         """Whether some batch is."""
-        return self.places_per_epoch % self.batch_size > 0
+        return not self.drop_remainder and self.num_records % self.batch_size > 0
 
     def span(self, epoch: int, record: int, number: int) -> Span:
         """The batch `number` batches after the one that begins at that position."""
@@ -129,7 +123,7 @@ class Plan:
             further, number = divmod(number - left, self.batches_per_epoch)
             epoch, record = epoch + 1 + further, 0
         start = record + number * self.batch_size
-        return Span(epoch, start, min(start + self.batch_size, self.places_per_epoch))
+        return Span(epoch, start, min(start + self.batch_size, self.num_records))
 
     def count(self, epoch: int, record: int) -> int:
         """How many batches there are from that position on."""
@@ -141,7 +135,7 @@ class Plan:
 
     def _left(self, record: int) -> int:
         """How many batches an epoch still has from that record on."""
-        left = max(self.places_per_epoch - record, 0)
+        left = max(self.num_records - record, 0)
         return left // self.batch_size if self.drop_remainder else -(-left // self.batch_size)
 
 

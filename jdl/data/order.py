@@ -21,7 +21,7 @@ import math
 import numpy as np
 
 ROUNDS = 8
-_MIN_SIDE = 16  # over fewer numbers the network cannot reach all orders evenly
+_MIN_SIDE = 8  # over fewer numbers the network cannot reach all orders evenly
 _BLOCK = 8192
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -30,7 +30,7 @@ def from_tar(
     paths: Paths,
     *,
     label: lb.Label = "folder",
-    size: tuple[int, int] | None = None,
+    size: Sequence[int] | None = None,
     grayscale: bool = False,
     batch_size: int,
     epochs: int | None = 1,
@@ -92,7 +92,7 @@ def from_tar(
     check.one_of("dtype", dtype, ("uint8", "float32"))
     check.in_range("max_skipped", max_skipped, 0.0, 1.0)
     check.positive_int("max_pixels", max_pixels)
-    _check_size(size)
+    height_width = _check_size(size)
     _check_seed(seed)
     threads = _threads(threads)
     source = TarSource(paths, label=label, split=split, classes=classes, keep_index=keep_index)
@@ -109,8 +109,8 @@ def from_tar(
         source,
         plan,
         order,
-        size=size or _common_size(source, grayscale, exact, max_pixels),
-        resize=size is not None,
+        size=height_width or _common_size(source, grayscale, exact, max_pixels),
+        resize=height_width is not None,
         labelled=label is not None,
         skip=on_error == "skip",
         max_skipped=max_skipped,
@@ -301,13 +301,16 @@ def _threads(threads: int | None) -> int:
     return threads
 
 
-def _check_size(size: Any) -> None:
-    ok = size is None or (
+def _check_size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    ok = (
         isinstance(size, tuple | list)
         and len(size) == 2
         and all(isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 2**15 for x in size)
     )
     check.argument(ok, "size", "(height, width) of positive integers, or None", size)
+    return size[0], size[1]
 
 
 def _check_seed(seed: Any) -> None:

@@ -71,6 +71,20 @@ def number(field: bytes) -> int:
     return value
 
 
+def decimal(value: bytes) -> int:
+    """A pax record's number, which unlike a header's is decimal.
+
+    >>> decimal(b"600")
+    600
+
+    Raises:
+      ValueError: if it is none, or beyond `MAX_NUMBER`.
+    """
+    if not value.isdigit() or len(value) > 19 or int(value) > MAX_NUMBER:
+        raise ValueError(f"{value[:30]!r} is no size")
+    return int(value)
+
+
 def checksums_ok(blocks: np.ndarray) -> np.ndarray:
     """Which of `blocks`, uint8 [n, 512], carry the checksum that belongs to them; bool [n].
 

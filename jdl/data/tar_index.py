@@ -22,7 +22,7 @@ from jdl.data.tar_scan import Columns, Damage
 
 logger = logging.getLogger("jdl.data")
 
-SUFFIX = ".jdlindex"
+SUFFIX = ".jdlidx"
 _MAGIC = b"JDLINDEX1\n"
 _MAX_HEADER = 1 << 24
 _ALIGN = 64

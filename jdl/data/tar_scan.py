@@ -228,7 +228,7 @@ class _Walk:
         if name is not None and len(name) > _MAX_NAME:
             raise ValueError(f"its name has {len(name)} bytes, more than {_MAX_NAME}")
         if b"size" in pax:
-            size = fmt.number(pax[b"size"])
+            size = fmt.decimal(pax[b"size"])
         if kind in fmt.LINKS or kind in fmt.DEVICES or kind == fmt.DIRECTORY:
             size = 0  # whatever the field says, no bytes follow
         if kind == fmt.GNU_SPARSE:

@@ -1,0 +1,437 @@
+"""Batches from tars and arrays: what is in them, in which order, and going on from a position."""
+
+import gc
+import io
+import itertools
+import json
+import logging
+import subprocess
+import sys
+import tarfile
+import threading
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from jdl.core.check import ArgumentError, DataError, UserError
+from jdl.data import Dataset, digits, digits_path, from_arrays, from_tar, resolve, splits
+from jdl.data.batches import Plan
+
+
+def png(value, size=(6, 5)):
+    out = io.BytesIO()
+    Image.new("L", size[::-1], value).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture
+def tar(tmp_path):
+    """23 images; image i has the value i everywhere, and the class i mod 3."""
+    return write_tar(tmp_path / "a.tar", [(f"{i % 3}/{i:02d}.png", png(i)) for i in range(23)])
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    members = [(f"c/{i:02d}.png", png(i) if i % 10 != 4 else b"junk") for i in range(23)]
+    return write_tar(tmp_path / "spoilt.tar", members)
+
+
+def values(batches, key="image"):
+    """The value of each row that counts, batch by batch."""
+    found = []
+    for batch in batches:
+        rows = np.asarray(batch[key]).reshape(len(batch[key]), -1)[:, 0]
+        found.append(rows[batch.get("mask", np.ones(len(rows))) > 0].tolist())
+    return found
+
+
+def flat(batches):
+    return list(itertools.chain.from_iterable(batches))
+
+
+def take(iterator, n):
+    return [next(iterator) for _ in range(n)]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            np.testing.assert_array_equal(x[key], y[key])
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def test_one_pass_in_order(tar):
+    data = from_tar(tar, grayscale=True, batch_size=5)
+    batches = list(data)
+    assert values(batches) == [list(range(i, min(i + 5, 23))) for i in range(0, 23, 5)]
+    assert batches[0]["label"].tolist() == [0, 1, 2, 0, 1]
+    assert (data.num_records, data.batches_per_epoch, data.epochs) == (23, 5, 1)
+    assert data.classes == ("0", "1", "2")
+    for batch in batches:
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+            k: (s.shape, s.dtype) for k, s in data.element_spec.items()
+        }
+    assert batches[-1]["mask"].tolist() == [1, 1, 1, 0, 0]
+    assert list(from_tar(tar, batch_size=5, drop_remainder=True))[-1].keys() == {"image", "label"}
+
+
+def test_values_sizes_and_types(tar):
+    (batch,) = from_tar(tar, batch_size=23, size=(3, 4), dtype="float32")
+    assert batch["image"].shape == (23, 3, 4, 3)
+    assert batch["image"].dtype == np.float32
+    np.testing.assert_allclose(batch["image"][:, 0, 0, 0], np.arange(23) / 255, rtol=1e-6)
+    (batch,) = from_tar(tar, batch_size=23, label=None)
+    assert batch.keys() == {"image"}
+    assert batch["image"].shape == (23, 6, 5, 3)
+
+
+def test_datasets_share_one_face(tar):
+    for data in (
+        from_tar(tar, batch_size=4, epochs=None),
+        from_arrays(np.arange(23), batch_size=4),
+        digits("test", batch_size=4),
+    ):
+        assert isinstance(data, Dataset)
+        assert isinstance(data, grain.IterDataset)
+        assert data.batch_size == 4
+        iterator = iter(data)
+        batch = next(iterator)
+        assert {k: jnp.asarray(v).shape for k, v in batch.items()} == {
+            k: s.shape for k, s in data.element_spec.items()
+        }
+        json.dumps(iterator.get_state())
+        iterator.close()
+
+
+@pytest.mark.parametrize("kind", ["tar", "arrays"])
+@pytest.mark.parametrize("drop", [False, True])
+def test_every_epoch_is_a_new_permutation(kind, drop, tar):
+    options = {"batch_size": 5, "epochs": 3, "shuffle": True, "drop_remainder": drop}
+    if kind == "tar":
+        data = from_tar(tar, grayscale=True, **options)
+    else:
+        data = from_arrays(np.arange(23), np.arange(23), **options)
+    found = values(data)
+    n = data.batches_per_epoch
+    assert n == (4 if drop else 5)
+    epochs = [flat(found[i : i + n]) for i in range(0, 3 * n, n)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == (20 if drop else 23)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != list(range(len(epochs[0])))
+    assert values(data) == found
+    other = {**options, "seed": 1}
+    other = from_tar(tar, grayscale=True, **other) if kind == "tar" else None
+    assert other is None or values(other) != found
+
+
+def test_threads_do_not_matter(tar):
+    options = {"batch_size": 4, "epochs": 4, "shuffle": True, "cache_bytes": 0}
+    reference = list(from_tar(tar, threads=0, **options))
+    for threads in (1, 2, 5):
+        assert_same(list(from_tar(tar, threads=threads, **options)), reference)
+
+
+@pytest.mark.parametrize("kind", ["tar", "arrays"])
+def test_going_on_from_any_position(kind, tar):
+    def make(threads=0, **options):
+        options = {"batch_size": 5, "epochs": 3, "shuffle": True, **options}
+        if kind == "arrays":
+            return from_arrays(np.arange(23), np.arange(23), **options)
+        return from_tar(tar, threads=threads, **options)
+
+    reference = list(make())
+    for done in range(len(reference) + 1):
+        iterator = iter(make(threads=done % 3))
+        take(iterator, done)
+        state = json.loads(json.dumps(iterator.get_state()))
+        assert len(json.dumps(state)) < 400
+        resumed = iter(make(threads=(done + 1) % 3))
+        resumed.set_state(state)
+        assert resumed.get_state() == state
+        assert_same(list(resumed), reference[done:])
+        iterator.set_state({**state, "epoch": 0, "record": 0})
+        assert_same(take(iterator, 2), reference[:2])
+        iterator.close()
+
+
+def test_going_on_with_another_batch_size(tar):
+    iterator = iter(from_tar(tar, grayscale=True, batch_size=5, epochs=2, shuffle=True))
+    before = flat(values(take(iterator, 2)))
+    state = iterator.get_state()
+    iterator.close()
+    for drop, expected in ((False, 23), (True, 22)):
+        data = from_tar(
+            tar, grayscale=True, batch_size=4, epochs=2, shuffle=True, drop_remainder=drop
+        )
+        resumed = iter(data)
+        resumed.set_state(state)
+        after = values(resumed)
+        first = before + flat(after[: len(after) - data.batches_per_epoch])
+        assert len(first) == len(set(first)) == expected
+        assert len(flat(after)) == expected - 10 + (20 if drop else 23)
+
+
+def test_a_position_in_other_data_is_refused(tar, tmp_path):
+    state = iter(from_tar(tar, batch_size=5, epochs=None, threads=0)).get_state()
+    other = write_tar(tmp_path / "b.tar", [(f"{i % 3}/{i}.png", png(i + 1)) for i in range(23)])
+    for field, data in (
+        ("data", from_tar(other, batch_size=5, epochs=None)),
+        ("seed", from_tar(tar, batch_size=5, epochs=None, seed=1)),
+        ("shuffle", from_tar(tar, batch_size=5)),
+    ):
+        with pytest.raises(DataError, match=field):
+            iter(data).set_state(state)
+    data = from_tar(tar, batch_size=5, epochs=None)
+    for wrong in ({}, {**state, "record": -1}, {**state, "epoch": None}, {**state, "record": 99}):
+        with pytest.raises(DataError):
+            iter(data).set_state(wrong)
+
+
+@given(
+    n=st.integers(1, 40),
+    batch=st.integers(1, 50),
+    epochs=st.integers(1, 3),
+    drop=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_plans_cover_each_epoch_once(n, batch, epochs, drop):
+    if drop and batch > n:
+        return
+    plan = Plan.checked(n, batch, epochs, drop)
+    spans = [plan.span(0, 0, i) for i in range(plan.count(0, 0))]
+    assert len(spans) == epochs * plan.batches_per_epoch
+    for e in range(epochs):
+        places = [p for span in spans if span.epoch == e for p in range(span.start, span.stop)]
+        assert places == list(range(n - n % batch if drop else n))
+    for i, span in enumerate(spans):
+        assert plan.span(span.epoch, span.start, 0) == span
+        assert plan.count(span.epoch, span.start) == len(spans) - i
+
+
+def test_an_endless_stream_drops_its_remainder_if_it_can(tar):
+    data = from_tar(tar, batch_size=5, epochs=None)
+    assert data.batches_per_epoch == 4
+    assert next(iter(data)).keys() == {"image", "label"}
+    large = iter(from_tar(tar, batch_size=30, epochs=None))
+    assert [b["mask"].sum() for b in take(large, 3)] == [23] * 3
+    large.close()
+
+
+def test_a_few_images_are_kept_decoded(tar):
+    data = from_tar(tar, batch_size=5, epochs=4, shuffle=True)
+    assert_same(
+        list(data), list(from_tar(tar, batch_size=5, epochs=4, shuffle=True, cache_bytes=0))
+    )
+
+
+def test_first_batch_is_made_ahead_of_being_asked_for(tar):
+    iterator = iter(from_tar(tar, batch_size=5, threads=1))
+    iterator.start_prefetch()
+    assert values([next(iterator)]) == [[0, 1, 2, 3, 4]]
+    iterator.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+
+
+def test_threads_end_with_their_iterator(tar):
+    iterator = iter(from_tar(tar, batch_size=5, epochs=None, threads=2))
+    next(iterator)
+    ours = [t for t in threading.enumerate() if "grain" in t.name]
+    assert ours
+    iterator.close()
+    del iterator
+    gc.collect()
+    for thread in ours:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+# ---------------------------------------------------------------------- bad data
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_corrupt_image_is_named_once(spoilt, threads):
+    iterator = iter(from_tar(spoilt, size=(6, 5), batch_size=5, threads=threads))
+    with pytest.raises(DataError, match=r"spoilt\.tar.*'c/04\.png'.*on_error=\"skip\""):
+        next(iterator)
+    assert next(iterator)["image"][:, 0, 0, 0].tolist() == [5, 6, 7, 8, 9]
+    iterator.close()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_corrupt_images_are_skipped_counted_and_named(spoilt, threads, caplog):
+    data = from_tar(
+        spoilt, batch_size=5, epochs=2, on_error="skip", grayscale=True, threads=threads
+    )
+    with caplog.at_level(logging.WARNING, "jdl.data"):
+        iterator = iter(data)
+        batches = list(iterator)
+    assert batches[0]["mask"].tolist() == [1, 1, 1, 1, 0]
+    assert flat(values(batches)) == [i for i in range(23) if i % 10 != 4] * 2
+    assert (data.skipped, iterator.skipped) == (2, 4)
+    assert [record.args[0].split()[-1] for record in caplog.records] == ["'c/04.png'", "'c/14.png'"]
+
+
+def test_skipping_and_going_on(spoilt):
+    def make():
+        return from_tar(spoilt, batch_size=5, epochs=2, on_error="skip", shuffle=True)
+
+    reference = iter(make())
+    expected = list(reference)
+    for done in range(len(expected)):
+        iterator = iter(make())
+        take(iterator, done)
+        resumed = iter(make())
+        resumed.set_state(iterator.get_state())
+        iterator.close()
+        assert_same(list(resumed), expected[done:])
+        assert resumed.get_state() == reference.get_state()
+
+
+def test_too_much_skipping_is_an_error(spoilt):
+    data = from_tar(spoilt, batch_size=5, on_error="skip", max_skipped=0.05)
+    with pytest.raises(DataError, match=r"2 of 23 records cannot be read.*'c/14\.png'"):
+        list(data)
+
+
+def test_a_damaged_archive_is_refused_unless_skipping(tar):
+    with open(tar, "r+b") as file:
+        file.seek(3 * 1024 + 5)
+        file.write(b"?")
+    with pytest.raises(DataError, match="damaged: checksum at byte 3072"):
+        from_tar(tar, batch_size=2)
+    assert from_tar(tar, batch_size=2, on_error="skip").num_records == 22
+
+
+def test_images_of_different_sizes(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("c/0.png", png(0)), ("c/1.png", png(1, (7, 5)))])
+    with pytest.raises(DataError, match=r"'c/1\.png' is 7 × 5, while the first image is 6 × 5"):
+        list(from_tar(path, batch_size=2, on_error="skip"))
+    assert len(list(from_tar(path, batch_size=2, size=(4, 4)))) == 1
+
+
+def test_mistakes(tar, tmp_path):
+    for options, words in [
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 24, "drop_remainder": True}, "at most the 23 records"),
+        ({"epochs": 0}, "epochs"),
+        ({"size": (128,)}, "size"),
+        ({"size": (0, 4)}, "size"),
+        ({"on_error": "skp"}, "Did you mean 'skip'"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"threads": -1}, "threads"),
+        ({"label": "file"}, "label"),
+        ({"max_skipped": 2.0}, "max_skipped"),
+    ]:
+        with pytest.raises(ArgumentError, match=words):
+            from_tar(tar, **{"batch_size": 4, **options})
+    flat = write_tar(tmp_path / "flat.tar", [("0.png", png(0))])
+    with pytest.raises(DataError, match=r"'0\.png' has no label"):
+        from_tar(flat, batch_size=1)
+    assert len(list(from_tar(flat, batch_size=1, label=None))) == 1
+    bad = write_tar(tmp_path / "bad.tar", [("c/0.png", b"junk")])
+    with pytest.raises(DataError, match=r"None of the first images.*'c/0\.png'"):
+        from_tar(bad, batch_size=1)
+
+
+# ---------------------------------------------------------------------- arrays
+
+
+def test_arrays_of_any_shape_and_type_come_unchanged():
+    features = np.arange(24, dtype=np.float64).reshape(6, 2, 2)
+    targets = np.arange(12, dtype=np.uint8).reshape(6, 2)
+    (batch,) = from_arrays(features, targets, batch_size=6, epochs=1)
+    for key, array in (("image", features), ("label", targets)):
+        assert batch[key].dtype == array.dtype
+        np.testing.assert_array_equal(batch[key], array)
+        assert not np.shares_memory(batch[key], array)
+    shuffled = from_arrays(features, targets, batch_size=4)
+    batch = next(iter(shuffled))
+    assert batch["image"].dtype == np.float64
+    np.testing.assert_array_equal(batch["image"][:, 0, 0] / 2, batch["label"][:, 0])
+    (batch,) = from_arrays(jnp.ones((3, 2)), batch_size=3, epochs=1)
+    assert batch.keys() == {"image"}
+
+
+def test_array_mistakes():
+    x = np.zeros((5, 2))
+    for arguments, words in [
+        ((x, np.zeros(4)), "`targets` must be an array of 5 rows"),
+        ((np.zeros((0, 2)),), "at least one row"),
+        ((np.float32(1),), "leading axis"),
+        ((np.array([None]),), "numbers"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            from_arrays(*arguments, batch_size=2)
+    state = iter(from_arrays(x, batch_size=2)).get_state()
+    other = iter(from_arrays(x[:, :1], batch_size=2))
+    with pytest.raises(UserError, match="other data"):
+        other.set_state(state)
+
+
+# ---------------------------------------------------------------------- digits
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    data = digits(None, batch_size=1797, threads=0)
+    (batch,) = data
+    places = [int(data.source.name(i)[-8:-4]) for i in range(1797)]
+    assert sorted(places) == list(range(1797))
+    np.testing.assert_array_equal(batch["label"], bunch.target[places])
+    scaled = np.rint(batch["image"][..., 0] * (16 / 255))
+    np.testing.assert_array_equal(scaled, bunch.images[places])
+    train, test = (digits(split, batch_size=1).source for split in ("train", "test"))
+    assert (len(train), len(test)) == (1438, 359)
+    for digit, count in train.count_classes().items():
+        assert abs(count / (count + test.count_classes()[digit]) - 0.8) < 0.005
+    assert splits(digits_path(), keep_index=False) == ("train", "test")
+
+
+def test_the_bundled_archive_is_what_its_script_makes(tmp_path):
+    from jdl.data import make_digits
+
+    make_digits.write(tmp_path / "digits.tar")
+    with open(digits_path(), "rb") as bundled:
+        assert (tmp_path / "digits.tar").read_bytes() == bundled.read()
+
+
+def test_resolve(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("digits") == digits_path()
+    assert resolve("a.tar") == "a.tar"
+
+
+def test_importing_the_room_is_light():
+    heavy = "('jax', 'grain', 'PIL', 'numpy')"
+    code = f"import sys, jdl.data; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_a_batch_goes_straight_to_the_device(tar):
+    data = from_tar(tar, batch_size=5, drop_remainder=True)
+    mean = jax.jit(lambda batch: jnp.mean(batch["image"].astype(jnp.float32)))
+    assert float(mean(jax.device_put(next(iter(data))))) == 2.0

@@ -1,0 +1,469 @@
+"""The index and the source, against Python's tarfile and GNU tar."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jdl.core.check import DataError, UserError
+from jdl.data import TarSource, describe, tar_index, tar_scan
+from jdl.data import tar_format as fmt
+from jdl.data.paths import expand
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write_tar(path, members, format=tarfile.USTAR_FORMAT, **options):
+    with tarfile.open(path, "w", format=format, **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def scan(path):
+    with open(path, "rb") as file:
+        return tar_scan.scan(file.fileno(), os.path.getsize(path), str(path))
+
+
+def listing(path):
+    """(name, kind, bytes) of every member, as we see them."""
+    index = tar_index.open_index(str(path), keep=False)
+    found = []
+    with open(path, "rb") as file:
+        for i in range(len(index)):
+            file.seek(index.columns.offsets[i])
+            data = file.read(index.columns.sizes[i])
+            found.append((index.name(i), int(index.columns.kinds[i]), data))
+    return found, index
+
+
+def tarfile_listing(path):
+    found = []
+    with tarfile.open(path) as tar:
+        for info in tar:
+            data = tar.extractfile(info).read() if info.isreg() else b""
+            name = info.name.encode("utf-8", "surrogateescape")
+            found.append((name.decode("utf-8", "backslashreplace"), data))
+    return found
+
+
+def assert_like_tarfile(path):
+    found, index = listing(path)
+    assert [(name, data) for name, _, data in found] == tarfile_listing(path)
+    return index
+
+
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=("Cs",)),
+    min_size=1,
+    max_size=150,
+).filter(lambda s: s not in (".", ".."))
+MEMBERS = st.lists(
+    st.tuples(st.lists(NAMES, min_size=1, max_size=3).map("/".join), st.binary(max_size=1500)),
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("format", ["gnu", "pax"])
+@given(members=MEMBERS)
+@settings(max_examples=60, deadline=None)
+def test_random_archives_read_as_tarfile_reads_them(format, members, tmp_path_factory):
+    path = tmp_path_factory.mktemp("random") / "a.tar"
+    write_tar(path, members, FORMATS[format])
+    index = assert_like_tarfile(path)
+    assert index.damage == ()
+
+
+@pytest.mark.parametrize("format", ["ustar", "gnu", "pax", "v7", "oldgnu"])
+def test_gnu_tar_archives(tmp_path, format):
+    tree = tmp_path / "tree"
+    long = "n" * 90 if format == "v7" else "n" * 200
+    names = ["train/a/1.png", "train/b/2.PNG", "._1.png"]
+    names += ["d" * 20 + "/" + long[:70] + ".jpg"] if format == "v7" else []
+    names += [] if format == "v7" else ["train/" + "d" * 90 + "/" + long[:90] + ".jpg"]
+    names += ["ünïcode/ß.png"] if format != "v7" else []
+    names += [long + ".png"] if format in ("gnu", "pax", "oldgnu") else []
+    for i, name in enumerate(names):
+        file = tree / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(os.urandom(i * 300))
+    os.link(tree / "train/a/1.png", tree / "hard.png")
+    os.symlink("train/a/1.png", tree / "soft.png")
+    os.mkfifo(tree / "pipe.png")
+    path = tmp_path / "a.tar"
+    command = ["tar", f"--format={format}", "-cf", str(path), "-C", str(tree), "--sort=name", "."]
+    if format in ("v7", "ustar"):
+        os.unlink(tree / "pipe.png")
+    subprocess.run(command, check=True)
+    index = assert_like_tarfile(path)
+    assert index.damage == ()
+    listed = subprocess.run(["tar", "-tf", str(path)], capture_output=True, check=True).stdout
+    assert len(listed.splitlines()) == len(index)
+    assert len(TarSource(path)) == len(names) - 1  # but for `._`, hard and soft links, the pipe
+
+
+def test_pax_globals_and_sizes_in_pax(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, [("a/1.png", b"x" * 700)], tarfile.PAX_FORMAT, pax_headers={"comment": "hi"})
+    assert_like_tarfile(path)
+    # A size in a pax record overrides the header's, and moves everything that follows.
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("b.png")
+        info.size, info.pax_headers = 600, {"size": "600", "mtime": "1.5"}
+        tar.addfile(info, io.BytesIO(b"y" * 600))
+        tar.addfile(tarfile.TarInfo("c.png"))
+    assert_like_tarfile(path)
+
+
+def test_members_beyond_8_gib(tmp_path):
+    path = tmp_path / "big.tar"
+    size = 9 << 30
+    with open(path, "wb") as file:  # holes: nothing of this is on the disk
+        for format in ("gnu", "pax"):
+            info = tarfile.TarInfo(f"{format}.bin")
+            info.size = size
+            file.write(info.tobuf(FORMATS[format]))
+            file.seek(size, os.SEEK_CUR)
+        info = tarfile.TarInfo("a.png")
+        info.size = 3
+        file.write(info.tobuf() + b"abc" + bytes(509) + bytes(1024))
+    index = tar_index.open_index(str(path), keep=False)
+    assert index.columns.sizes.tolist() == [size, size, 3]
+    assert TarSource(path, keep_index=False)[0].data == b"abc"
+    assert index.damage == ()
+
+
+def test_sparse_members_are_told_and_not_read(tmp_path):
+    (tmp_path / "s.png").write_bytes(b"")
+    with open(tmp_path / "s.png", "wb") as file:
+        for i in range(30):  # more pieces than one header can list
+            file.seek(i * 100_000)
+            file.write(b"x" * 4096)
+    (tmp_path / "t.png").write_bytes(b"after")
+    for format in ("gnu", "pax"):
+        path = tmp_path / f"{format}.tar"
+        command = ["tar", "-S", f"--format={format}", "-cf", str(path), "-C", str(tmp_path)]
+        subprocess.run([*command, "s.png", "t.png"], check=True)
+        source = TarSource(path)
+        assert [source[i].data for i in range(len(source))] == [b"after"]
+        assert [d.word for _, d in source.damage] == ["sparse"]
+
+
+# ---------------------------------------------------------------------- damage
+
+
+@pytest.fixture
+def ten(tmp_path):
+    return write_tar(
+        tmp_path / "ten.tar", [(f"c/{i}.png", bytes([i + 1]) * 700) for i in range(10)]
+    )
+
+
+def patch(path, at, data):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def names(path):
+    source = TarSource(path, keep_index=False)
+    return [source[i].name for i in range(len(source))], [d for _, d in source.damage]
+
+
+STRIDE = 512 + 1024  # of the members of `ten`
+
+
+def test_a_bad_checksum_costs_one_member(ten):
+    patch(ten, 3 * STRIDE + 10, b"?")
+    found, damage = names(ten)
+    assert found == [f"c/{i}.png" for i in range(10) if i != 3]
+    (only,) = damage
+    assert (only.word, only.offset, only.lost) == ("checksum", 3 * STRIDE, True)
+    assert only.name.startswith("c/3.png")
+
+
+def test_a_destroyed_header_costs_one_member(ten):
+    patch(ten, 3 * STRIDE, bytes([255]) * 512)
+    found, damage = names(ten)
+    assert found == [f"c/{i}.png" for i in range(10) if i != 3]
+    assert [d.word for d in damage] == ["checksum"]
+
+
+def test_a_zeroed_header_is_no_end(ten):
+    patch(ten, 3 * STRIDE, bytes(512))
+    found, damage = names(ten)
+    assert found == [f"c/{i}.png" for i in range(10) if i != 3]
+    assert [d.word for d in damage] == ["damaged"]
+
+
+def test_a_lying_size_is_noticed(ten):
+    with open(ten, "r+b") as file:
+        file.seek(3 * STRIDE)
+        info = tarfile.TarInfo.frombuf(file.read(512), "utf-8", "strict")
+        info.size = 2000
+        file.seek(3 * STRIDE)
+        file.write(info.tobuf())
+    found, damage = names(ten)
+    assert "c/9.png" in found
+    assert "c/4.png" not in found
+    assert [d.word for d in damage] == ["checksum"]
+
+
+@pytest.mark.parametrize(
+    ("length", "images", "words"),
+    [
+        (3 * STRIDE, 3, ["truncated"]),  # between members: the end marker is missing
+        (3 * STRIDE + 100, 3, ["truncated"]),  # inside a header
+        (3 * STRIDE + 600, 3, ["truncated", "truncated"]),  # inside a member
+    ],
+)
+def test_a_cut_archive(ten, length, images, words):
+    os.truncate(ten, length)
+    found, damage = names(ten)
+    assert found == [f"c/{i}.png" for i in range(images)]
+    assert [d.word for d in damage] == words
+
+
+def test_concatenated_archives_are_read_through(ten, tmp_path):
+    more = write_tar(tmp_path / "more.tar", [("d/x.png", b"x")])
+    both = tmp_path / "both.tar"
+    both.write_bytes(Path(ten).read_bytes() + Path(more).read_bytes())
+    found, damage = names(both)
+    assert found == [*(f"c/{i}.png" for i in range(10)), "d/x.png"]
+    assert [(d.word, d.lost) for d in damage] == [("concatenated", False)]
+
+
+def test_rows_after_thousands_of_headers_survive_a_bad_one(tmp_path):
+    n = 9000
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.png", b"") for i in range(n)])
+    patch(path, 5000 * 512, b"?")
+    found, damage = names(path)
+    assert found == [f"{i}.png" for i in range(n) if i != 5000]
+    assert len(damage) == 1
+
+
+def test_no_tars(tmp_path):
+    path = tmp_path / "a.tar"
+    for content, words in [
+        (b"", "is empty"),
+        (b"\x1f\x8b" + bytes(600), "gunzip"),
+        (b"hello " * 1000, "is not a tar archive"),
+        (os.urandom(3 << 20), "is not a tar archive"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            describe(path)
+    path.write_bytes(bytes(10240))
+    assert describe(path).members == 0
+    with pytest.raises(DataError, match="holds no images"):
+        TarSource(path)
+    with pytest.raises(DataError, match=r"no archive .*b\.tar.* Did you mean .*a\.tar"):
+        TarSource(tmp_path / "b.tar")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutations_give_only_clean_errors(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    members = [(f"c{i % 3}/{'n' * (i * 17)}{i}.png", os.urandom(i * 90)) for i in range(12)]
+    path = tmp_path / "a.tar"
+    wholes = [
+        Path(write_tar(tmp_path / f"{name}.tar", members, format)).read_bytes()
+        for name, format in FORMATS.items()
+        if name != "ustar"
+    ]
+    for _ in range(150):
+        data = bytearray(wholes[rng.integers(len(wholes))])
+        for _ in range(rng.integers(1, 6)):
+            at = int(rng.integers(len(data) // 512)) * 512 + int(rng.integers(512))
+            data[at] = rng.integers(256)
+        path.write_bytes(data[: rng.integers(1, len(data))] if rng.random() < 0.3 else data)
+        try:
+            source = TarSource(path, keep_index=False)
+        except UserError:
+            continue
+        for i in range(len(source)):
+            assert len(source[i].data) <= len(data)
+
+
+# ---------------------------------------------------------------------- headers
+
+
+def test_numbers():
+    for field in (b"-0000000001\0", b"0x000000017\0", b"0_1         ", b"99999999999\0"):
+        with pytest.raises(ValueError, match=r".*"):
+            fmt.number(field)
+    with pytest.raises(ValueError, match="beyond"):
+        fmt.number(b"\x80" + b"\xff" * 11)
+    assert fmt.number(b"   17 \0     ") == 15
+    assert fmt.number(bytes(12)) == 0
+
+
+@given(st.binary(max_size=200))
+def test_pax_records_never_crash(data):
+    try:
+        records = fmt.pax_records(data)
+    except ValueError:
+        return
+    assert all(isinstance(key, bytes) for key in records)
+
+
+def test_signed_checksums_are_accepted():
+    info = tarfile.TarInfo("ä" * 20 + ".png")
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    signed = sum(b - 256 if b > 127 else b for b in block[:148] + b" " * 8 + block[156:])
+    block[148:156] = b"%06o\0 " % signed
+    assert fmt.is_header(bytes(block))
+
+
+# ---------------------------------------------------------------------- the index file
+
+
+def test_the_index_is_kept_and_used_and_renewed(ten, monkeypatch):
+    first = tar_index.open_index(ten)
+    assert first.file == ten + tar_index.SUFFIX
+
+    def never(*_):
+        raise AssertionError("scanned again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tar_scan, "scan", never)
+        again = tar_index.open_index(ten)
+    for a, b in zip(first.columns, again.columns, strict=True):
+        np.testing.assert_array_equal(a, b)
+    write_tar(ten, [("other/0.png", b"0")])
+    assert [TarSource(ten)[0].name, len(TarSource(ten))] == ["other/0.png", 1]
+
+
+def test_a_hostile_index_is_not_believed(ten):
+    good = Path(tar_index.open_index(ten).file)
+    whole = good.read_bytes()
+    rng = np.random.default_rng(0)
+    start = len(b"JDLINDEX1\n") + 8
+    length = int.from_bytes(whole[start - 8 : start], "little")
+    outside = bytearray(whole)
+    at = -(-(start + length) // 64) * 64
+    outside[at : at + 8] = (1 << 60).to_bytes(8, "little")
+    header = json.loads(whole[start : start + length])
+    header["lengths"]["sizes"] = 10**15
+    text = json.dumps(header).encode()
+    huge = whole[: start - 8] + len(text).to_bytes(8, "little") + text + whole[start + length :]
+    candidates = [b"", b"x", whole[:50], whole[:-100], bytes(outside), huge, pickle.dumps(1)]
+    for _ in range(200):
+        data = bytearray(whole)
+        for place in rng.integers(len(data), size=3):
+            data[place] = rng.integers(256)
+        candidates.append(bytes(data))
+    for data in candidates:
+        good.write_bytes(data)
+        source = TarSource(ten)
+        assert len(source) <= 10
+        assert all(len(source[i].data) <= os.path.getsize(ten) for i in range(len(source)))
+
+
+def test_a_read_only_folder_has_its_index_in_the_cache(ten, tmp_path, monkeypatch):
+    monkeypatch.setenv("JDL_CACHE", str(tmp_path / "cache"))
+    real = os.open
+
+    def refuse(path, flags, *rest, **named):
+        if flags & os.O_CREAT and str(path).startswith(ten):
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    index = tar_index.open_index(ten)
+    assert index.file == tar_index.cached(ten)
+    assert not os.path.exists(ten + tar_index.SUFFIX)
+    monkeypatch.setenv("JDL_CACHE", "/proc/nowhere")
+    shutil.rmtree(tmp_path / "cache")
+    assert tar_index.open_index(ten).file is None
+
+
+# ---------------------------------------------------------------------- sources
+
+
+def test_many_archives_in_order(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"s-{i:02d}.tar", [(f"{c}/{i}{c}.png", b"%d" % i) for c in "ba"])
+    expected = [f"{c}/{i}{c}.png" for i in range(3) for c in "ba"]
+    for paths in (
+        str(tmp_path / "s-{00..02}.tar"),
+        str(tmp_path / "s-*.tar"),
+        tmp_path,
+        [tmp_path / f"s-{i:02d}.tar" for i in range(3)],
+    ):
+        source = TarSource(paths)
+        assert [source[i].name for i in range(len(source))] == expected
+        assert source.classes == ("a", "b")
+        assert source.labels(np.arange(6)).tolist() == [1, 0] * 3
+        assert source.count_classes() == {"a": 3, "b": 3}
+    with pytest.raises(DataError, match=r"s-03\.tar"):
+        expand(str(tmp_path / "s-{00..03}.tar"))
+    with pytest.raises(UserError, match="once each"):
+        expand([str(tmp_path / "s-00.tar")] * 2)
+    assert source[-1].name == expected[-1]
+    with pytest.raises(IndexError):
+        source[6]
+
+
+def test_reading_from_threads_and_after_pickling(ten):
+    source = TarSource(ten)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: source[i % 10], range(500)))
+    assert all(record.data == bytes([i % 10 + 1]) * 700 for i, record in enumerate(found))
+    packed = pickle.dumps(source)
+    assert len(packed) < 4000
+    assert pickle.loads(packed)[7] == source[7]
+
+
+def test_an_archive_replaced_while_in_use(ten):
+    source = TarSource(ten)
+    assert source[0].name == "c/0.png"
+    os.utime(ten)
+    assert source[1].name == "c/1.png"  # touched, but the same
+    os.truncate(ten, 2000)
+    with pytest.raises(DataError, match="has changed"):
+        source[2]
+
+
+def test_labels(tmp_path):
+    import re
+
+    path = write_tar(
+        tmp_path / "a.tar",
+        [("./train/x/1_7.png", b""), ("./test/y/2_8.png", b""), ("train/x/3_7.png", b"")],
+    )
+    assert TarSource(path).classes == ("x", "y")
+    assert TarSource(path, label=0).classes == ("test", "train")
+    assert TarSource(path, label=re.compile(r"_(\d)")).labels([0, 1, 2]).tolist() == [0, 1, 0]
+    by_function = TarSource(path, label=lambda name: None if "1_" in name else "all")
+    assert by_function.labels([0, 1, 2]).tolist() == [-1, 0, 0]
+    assert TarSource(path, label=None).labels([0, 1]).tolist() == [-1, -1]
+    train = TarSource(path, split="train")
+    assert (len(train), train.classes) == (2, ("x",))
+    with pytest.raises(DataError, match=r"1 label\(s\) that were not there in training: 'y'"):
+        TarSource(path, split="test", classes=train.classes)
+    assert TarSource(path, split="train", classes=("y", "x")).labels([0]).tolist() == [1]
+    with pytest.raises(DataError, match=r"no images of the split 'val'.*'train'"):
+        TarSource(path, split="val")
+
+
+def test_describe(ten):
+    about = describe(ten)
+    assert (about.members, about.images, about.classes) == (10, 10, {"c": 10})
+    patch(ten, 3 * STRIDE, b"?")
+    about = describe(ten)
+    assert (about.images, about.classes) == (9, {"c": 9})
+    json.dumps(about._asdict())
+    assert about.damage[0]["word"] == "checksum"
