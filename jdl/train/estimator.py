@@ -224,6 +224,8 @@ class Estimator:
                     log.flush()
                     self._save()
                 if deadline is not None:
+                    if self._steps_done == first + 1:
+                        log.flush()  # else the mean is of dispatching, and a second step follows
                     mean = (clock.seconds - began) / (self._steps_done - first)
                     if clock.seconds + 2 * mean >= deadline:
                         log.flush()  # near the end step by step, not to overrun by one in flight
