@@ -35,7 +35,7 @@ def lbfgs():
 
 
 def test_all_start_alike_and_are_charged_what_they_did(problem, lbfgs, tmp_path):
-    results, _ = run(problem, [sgd(), sgd("half", 0.05, 5), lbfgs], tmp_path, seeds=[0, 7])
+    results, _ = run(problem, [sgd(batch_size=5), lbfgs], tmp_path, seeds=[0, 7])
     digests = {}
     for trial in results.trials:
         directory = tmp_path / "blobs" / f"{trial.optimizer}-seed{trial.seed}"
@@ -53,15 +53,15 @@ def test_all_start_alike_and_are_charged_what_they_did(problem, lbfgs, tmp_path)
     assert [len(found) for found in digests.values()] == [1, 1]
     assert digests[0] != digests[7]
     last = {t.optimizer: t.evaluations[-1] for t in results.trials}
-    assert last["sgd"]["work"] == pytest.approx(last["sgd"]["step"] * 9 / 45)
-    assert last["half"]["epoch"] == pytest.approx(last["half"]["step"] * 5 / 45)
+    assert last["sgd"]["work"] == pytest.approx(last["sgd"]["step"] * 5 / 45)
+    assert last["sgd"]["epoch"] == last["sgd"]["work"]
     assert last["lbfgs"]["work"] > last["lbfgs"]["step"]  # its line search is not free
     steps = {t.optimizer: t.steps for t in results.trials}
     assert not steps["sgd"]
     assert steps["lbfgs"][0]["termination"] == 1
     merged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {(row["optimizer"], row["seed"]) for row in merged} == {
-        (name, seed) for name in ("sgd", "half", "lbfgs") for seed in (0, 7)
+        (name, seed) for name in ("sgd", "lbfgs") for seed in (0, 7)
     }
 
 
