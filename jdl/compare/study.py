@@ -84,7 +84,7 @@ class Study:
         seeds: int | Sequence[int] = 1,
         seconds: float = 30.0,
         workdir: str | Path,
-        evaluations: int = 25,
+        evaluations: int = 30,
         devices: Sequence[jax.Device] | None = None,
         on_event: Callable[[Event], None] | None = None,
     ):

@@ -50,14 +50,14 @@ class Outcome(NamedTuple):
 
 
 def schedule(seconds: float, evaluations: int) -> list[float]:
-    """The times of the evaluations: from 1 % of the budget, each the same factor after the last.
+    """The times of the evaluations: from ½ % of the budget, each the same factor after the last.
 
     A time-to-target is then known to that factor, wherever it lies.
 
-    >>> [round(t, 2) for t in schedule(100.0, 5)]
-    [1.0, 3.16, 10.0, 31.62, 100.0]
+    >>> [round(t, 2) for t in schedule(100.0, 4)]
+    [0.5, 2.92, 17.1, 100.0]
     """
-    factor = 100 ** (1 / max(evaluations - 1, 1))
+    factor = 200 ** (1 / max(evaluations - 1, 1))
     return [seconds * factor ** (k - evaluations) for k in range(1, evaluations + 1)]
 
 
