@@ -38,3 +38,9 @@ format: $(READY)  ## rewrite the code in the house's format
 
 clean:  ## remove .venv and build products; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+bench-step: $(READY)  ## our train step against a bare jit loop
+	$(BIN)/python tests/benchmarks/bench_step.py
+
+bench-start: $(READY)  ## seconds from `jdl train` to the first step, cold and cached
+	$(BIN)/python tests/benchmarks/bench_start.py

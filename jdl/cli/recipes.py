@@ -1,4 +1,4 @@
-"""What `jdl train MODEL` and `jdl compare --model MODEL` build, and what is recommended for each."""
+"""The models by name, and the settings recommended for each."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -29,7 +29,10 @@ class Checkpoints:
 
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            Path(directory).absolute(), options=options, item_handlers=handlers
+        )
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
@@ -128,6 +131,6 @@ def _typed_keys(tree: PyTree, like: PyTree) -> PyTree:
     def typed(x: Any, like: Any) -> Any:
         if not _is_key(like):
             return x
-        return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.empty((), like.dtype)))
 
     return jax.tree.map(typed, tree, like)

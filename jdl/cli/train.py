@@ -1,0 +1,157 @@
+"""Train a model on a tar of images, or go on with a run.
+
+Examples:
+  jdl train cnn
+  jdl train cnn --data 'photos-*.tar' --optimizer adam --steps 500 --workdir runs/photos
+  jdl train autoencoder --optimizer hf --batch-size 1024 --steps 50
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from jdl.cli.run_config import RunConfig
+
+
+# For optimizers whose steps want little sampling noise.
+LARGE_BATCH, LARGE_STEPS = 2048, 60
+
+
+@dataclass
+class Args:
+    """What to train, on what, how long."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """mlp, cnn, rnn (an image's rows as a sequence) or autoencoder"""
+    data: str = "digits"
+    """a tar, a glob, a brace range such as a-{00..07}.tar, or the bundled digits"""
+    optimizer: str | None = None
+    """sgd momentum nesterov adam adamw lbfgs cg newton hf; by default the model's"""
+    learning_rate: float | None = None
+    """by default the optimizer's own"""
+    steps: int | None = None
+    """steps in total: started again, a run goes on from its last checkpoint and stops there"""
+    batch_size: int | None = None
+    """images a step; by default what suits the optimizer"""
+    curvature_batch_size: int | None = None
+    """images of the batch that curvature products use, in hf; by default all"""
+    microbatches: int = 1
+    """slices that a batch is computed in, to bound memory"""
+    seed: int = 0
+    """of the initial parameters, the shuffle and all that is random"""
+    split: str | None = None
+    """first folder of the members to train on; by default train where there is one; all for all"""
+    size: str | None = None
+    """HEIGHT or HEIGHTxWIDTH to scale images to; by default 128, and 8 for the digits"""
+    color: bool = False
+    """keep three channels; by default images are made gray"""
+    on_error: Literal["raise", "skip"] = "raise"
+    """what to do with an image that cannot be read"""
+    workdir: Path | None = None
+    """the run directory; by default runs/MODEL-DATA-OPTIMIZER"""
+    save_every: int = 1000
+    """steps between checkpoints"""
+
+
+def run(args: Args) -> None:
+    """Trains, evaluates on the test split if there is one, and draws the curves."""
+    from jdl.cli.recipes import recipe
+    from jdl.cli.run_config import (
+        RunConfig,
+        default_split,
+        open_images,
+        parse_size,
+        use_compilation_cache,
+    )
+    from jdl.core import check
+    from jdl.optim import registry
+
+    chosen = recipe(args.model)
+    optimizer = args.optimizer or chosen.optimizer
+    entry = registry.REGISTRY[check.one_of("optimizer", optimizer, registry.REGISTRY)]
+    for name in ("steps", "batch_size", "curvature_batch_size", "microbatches", "save_every"):
+        value = getattr(args, name)
+        check.argument(
+            value is None or value >= 1, f"--{name.replace('_', '-')}", "at least 1", value
+        )
+    workdir = args.workdir or Path("runs") / f"{args.model}-{_stem(args.data)}-{optimizer}"
+    size = parse_size(args.size, args.data)
+    split = default_split(args.data, args.split, "train")
+
+    def images(batch_size: int, **options: Any) -> Any:
+        return open_images(
+            args.data,
+            size=size,
+            grayscale=not args.color,
+            on_error=args.on_error,
+            batch_size=batch_size,
+            **options,
+        )
+
+    probe = images(1, split=split)
+    number, classes = probe.num_records, tuple(probe.classes)
+    suits = chosen.batch_size if entry.batches == "mini" else LARGE_BATCH
+    batch_size = args.batch_size or min(suits, number)
+    check.argument(
+        batch_size <= number, "--batch-size", f"at most the {number} training images", batch_size
+    )
+    data = images(batch_size, split=split, shuffle=True, seed=args.seed, classes=classes)
+    steps = args.steps or (chosen.steps if entry.batches == "mini" else LARGE_STEPS)
+    config = RunConfig(
+        model=args.model,
+        data=args.data,
+        optimizer=optimizer,
+        learning_rate=args.learning_rate,
+        batch_size=batch_size,
+        curvature_batch_size=args.curvature_batch_size,
+        microbatches=args.microbatches,
+        seed=args.seed,
+        split=split,
+        image_shape=(*size, 3 if args.color else 1),
+        grayscale=not args.color,
+        classes=classes,
+        on_error=args.on_error,
+    )
+    config.save(workdir)
+    use_compilation_cache()
+    _train(config, workdir, data, steps, args.save_every)
+
+
+def _train(config: "RunConfig", workdir: Path, data: Any, steps: int, save_every: int) -> None:
+    from jdl.cli import progress
+    from jdl.cli.run_config import default_split
+    from jdl.train.curves import draw
+
+    print(
+        f"{config.model} on {data.num_records} images of {config.data} "
+        f"({len(config.classes)} classes), {config.optimizer}, batches of {config.batch_size}, "
+        f"to step {steps}; writing to {workdir}"
+    )
+    shown = progress.StepProgress(steps, config.batch_size)
+    estimator = config.estimator(workdir, hooks=[shown], save_every=save_every)
+    with shown:
+        estimator.train(data, max_steps=steps)
+    rows = []
+    splits = [config.split]
+    if config.split == "train" and default_split(config.data, None, "test"):
+        splits.append("test")
+    for split in splits:
+        held = config.images(config.data, split, batch_size=min(config.batch_size, 256))
+        values = estimator.evaluate(held, name=split or "all")
+        rows.append([split or "all", *(f"{v:.4f}" for v in values.values())])
+        columns = ["split", *values]
+    progress.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
+    picture = draw(workdir / "metrics.jsonl", workdir / "curves.png")
+    print(f"metrics: {workdir / 'metrics.jsonl'}\ncurves:  {picture}")
+    if data.skipped:
+        print(f"skipped: {data.skipped} images that could not be read")
+
+
+def _stem(data: str) -> str:
+    """A folder's name for a `--data` argument."""
+    name = Path(data).name.removesuffix(".tar")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "data"

@@ -1,0 +1,63 @@
+"""A run's curves as a picture: loss, and each metric, against steps."""
+
+from pathlib import Path
+from typing import Any
+
+from jdl.core import check
+from jdl.train.writers import read_jsonl
+
+# What the trainer logs besides losses and metrics.
+_ACCOUNTS = {"step", "seconds", "epoch", "split", "data_wait"}
+
+
+def draw(metrics: str | Path, picture: str | Path) -> Path:
+    """Draws the rows of a `metrics.jsonl` to a PNG or SVG file.
+
+    Args:
+      metrics: the log.
+      picture: the file to write; its suffix says the format.
+
+    Returns:
+      The picture's path.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from jdl.train.step import UNIFORM_FIELDS
+
+    rows = read_jsonl(metrics)
+    if not rows:
+        raise check.DataError(f"{metrics} holds no rows to draw.")
+    names = [k for k in rows[0] if k not in _ACCOUNTS and k not in UNIFORM_FIELDS]
+    figure = Figure(figsize=(5.0 * len(names), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), i + 1)
+        _panel(axes, rows, name)
+    picture = Path(picture)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
+    return picture
+
+
+def _panel(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
+    colors = {"train": "#0072B2", "test": "#D55E00"}
+    for split in dict.fromkeys(row["split"] for row in rows):
+        points = [
+            (row["step"], row[name])
+            for row in rows
+            if row["split"] == split and row.get(name) is not None
+        ]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        few = len(points) < 3
+        color = colors.get(split, "#009E73")
+        axes.plot(steps, values, "o" if few else "-", color=color, label=split, linewidth=1.4)
+    if "loss" in name and all(row.get(name) is None or row[name] > 0 for row in rows):
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_title(name, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
