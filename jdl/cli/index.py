@@ -24,20 +24,26 @@ class Args:
 
 def run(args: Args) -> None:
     """Prints the account."""
-    from jdl.data import describe, digits_path
+    from jdl.data import describe, resolve
 
-    found = describe(digits_path() if args.data == "digits" else args.data)
+    found = describe(resolve(args.data))
     if args.as_json:
-        print(json.dumps(found))
+        account = {
+            "members": found.members,
+            "images": found.images,
+            "classes": found.classes,
+            "damage": found.damage,
+        }
+        print(json.dumps(account))
         return
     from jdl.cli import progress
 
     print(
-        f"{args.data}: {found['members']} members, {found['images']} images, "
-        f"{len(found['classes'])} classes"
+        f"{args.data}: {found.members} members, {found.images} images, {len(found.classes)} classes"
     )
-    if found["classes"]:
-        rows = [[name, str(count)] for name, count in found["classes"].items()]
-        progress.table(["class", "images"], rows)
-    for line in found["damage"] or ["no damage"]:
-        print(line)
+    if found.classes:
+        progress.table(["class", "images"], [[k, str(n)] for k, n in found.classes.items()])
+    for each in found.damage:
+        print(f"{each['word']}: {each['name']} at byte {each['offset']}: {each['detail']}")
+    if not found.damage:
+        print("no damage")

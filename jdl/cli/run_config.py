@@ -94,40 +94,31 @@ class RunConfig:
             **options,
         )
 
-    def images(self, data: str, split: str | None, **options: Any) -> Any:
+    def images(self, data: str, split: str | None, *, labelled: bool = True, **options: Any) -> Any:
         """A data set of the images' size and the classes that this run was trained on."""
+        if not labelled:
+            options["label"] = None  # and a record that cannot be read ends the command
+        else:
+            options |= {"classes": self.classes, "on_error": self.on_error}
         return open_images(
-            data,
-            split=split,
-            size=self.image_shape[:2],
-            grayscale=self.grayscale,
-            classes=self.classes,
-            on_error=self.on_error,
-            **options,
+            data, split=split, size=self.image_shape[:2], grayscale=self.grayscale, **options
         )
 
 
-def open_images(data: str, *, size: tuple[int, int] | None, **options: Any) -> Any:
+def open_images(data: str, *, size: tuple[int, ...], **options: Any) -> Any:
     """The data set of a `--data` argument: a tar, a glob, a brace range, or `digits`."""
-    from jdl.data import digits_path, from_tar
+    from jdl.data import from_tar, resolve
 
-    path = digits_path() if data == "digits" else data
-    return from_tar(path, size=size, **options)
+    return from_tar(resolve(data), size=(size[0], size[1]), **options)
 
 
 def default_split(data: str, wanted: str | None, default: str) -> str | None:
     """The split asked for; else `default` where the archive has it; else none."""
     if wanted is not None:
         return None if wanted == "all" else wanted
-    from jdl.data import TarSource, digits_path
+    from jdl.data import resolve, splits
 
-    path = digits_path() if data == "digits" else data
-    try:
-        TarSource(path, split=default)
-    except check.DataError:
-        TarSource(path)  # raises what is wrong with the archive as a whole, if anything is
-        return None
-    return default
+    return default if default in splits(resolve(data)) else None
 
 
 def parse_size(size: str | None, data: str) -> tuple[int, int]:

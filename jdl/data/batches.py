@@ -6,9 +6,10 @@ change. Which records a batch holds follows from the position alone: never from 
 threads that read, nor from which records turned out to be unreadable.
 """
 
+import copy
 import logging
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import grain
 import numpy as np
@@ -175,6 +176,22 @@ class Batches(grain.IterDataset):
         self.plan, self.order, self._classes = plan, order, classes
         self.fingerprint, self.max_skipped = fingerprint, max_skipped
         self._bad: set[str] = set()
+
+    def repeat(self) -> Self:
+        """The same data without end; what fills no batch of an epoch is left out, if any does."""
+        plan = self.plan
+        drop = plan.drop_remainder or plan.num_records >= plan.batch_size
+        return self._with(replace(plan, epochs=None, drop_remainder=drop), self.order)
+
+    def once(self) -> Self:
+        """One pass over all records in their own order, the last batch padded and masked."""
+        order = Order(self.plan.num_records, shuffle=False, seed=0)
+        return self._with(replace(self.plan, epochs=1, drop_remainder=False), order)
+
+    def _with(self, plan: Plan, order: Order) -> Self:
+        other = copy.copy(self)
+        other.plan, other.order = plan, order
+        return other
 
     @property
     def batch_size(self) -> int:

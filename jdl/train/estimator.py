@@ -59,13 +59,13 @@ class Estimator:
       >>> import jax.numpy as jnp, numpy as np, optax
       >>> from jdl import Estimator, from_fns, losses
       >>> from jdl.data import from_arrays
-      >>> line = from_fns(lambda key, x: jnp.zeros((1,)), lambda slope, x: x * slope)
+      >>> line = from_fns(lambda key, x: jnp.zeros((1, 1)), lambda slope, x: x @ slope)
       >>> x = np.linspace(-1, 1, 32, dtype=np.float32)[:, None]
       >>> data = from_arrays(x, 3 * x, batch_size=16, shuffle=True, seed=0)
       >>> estimator = Estimator(line, losses.squared_error, optax.sgd(0.5))
       >>> _ = estimator.train(data, steps=60)
       >>> estimator.params.round(2).tolist()
-      [3.0]
+      [[3.0]]
     """
 
     def __init__(

@@ -27,7 +27,8 @@ def classifier(
     Example:
       >>> import jdl
       >>> net = jdl.models.MLP(widths=(32,))
-      >>> estimator = jdl.classifier(net, "adam").train(jdl.data.digits(batch_size=64), steps=100)
+      >>> data = jdl.data.digits(batch_size=64, epochs=None, shuffle=True)
+      >>> estimator = jdl.classifier(net, "adam").train(data, steps=100)
       >>> estimator.evaluate(jdl.data.digits("test", batch_size=64))["accuracy"] > 0.85
       True
     """

@@ -1,0 +1,33 @@
+"""The main job on the bundled digits: one CNN, five optimizers, one report.
+
+Indexes the tar, streams it, trains the same CNN with SGD, Adam, L-BFGS, nonlinear conjugate
+gradient and Hessian-free for the same seconds each, prints the table and writes the report.
+
+Examples:
+  jdl demo
+  jdl demo --seconds 5 --workdir runs/quick
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Args:
+    """Where to, how long."""
+
+    workdir: Path = Path("runs/demo")
+    """the run directory; started again, trials that are done are not repeated"""
+    seconds: float = 20.0
+    """training seconds of each optimizer"""
+
+
+def run(args: Args) -> None:
+    """Runs the study on the digits."""
+    from jdl.cli import compare, index
+    from jdl.compare import digits_cnn
+    from jdl.core import check
+
+    check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
+    index.run(index.Args("digits"))
+    compare.study(digits_cnn(), ["sgd", "adam", "lbfgs", "cg", "hf"], 1, args.seconds, args.workdir)

@@ -1,0 +1,87 @@
+"""The command as a user types it: help, mistakes, and the way from train to predict."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jdl import cli
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_shows_an_example_of_its_command(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert f"jdl {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["train", "cnnn"], "Did you mean 'cnn'?"),
+        (["train", "cnn", "--optimizer", "lbgfs"], "Did you mean 'lbfgs'?"),
+        (["train", "cnn", "--stesp", "3"], "--stesp"),
+        (["train", "cnn", "--data", "nowhere.tar"], "nowhere.tar"),
+        (["train", "cnn", "--size", "big"], "--size"),
+        (["evaluate", "--workdir", "nowhere"], "nowhere"),
+        (["index", "nowhere.tar"], "nowhere.tar"),
+        (["compare", "--optimizers", "adma"], "Did you mean 'adam'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(arguments, said, capsys):
+    assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_index_accounts_for_the_digits(capsys):
+    assert cli.main(["index", "digits", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 1797
+    assert len(found["classes"]) == 10
+    assert found["damage"] == []
+
+
+def run(arguments, cwd):
+    command = [sys.executable, "-m", "jdl", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_train_go_on_evaluate_predict(tmp_path):
+    train = ["train", "mlp", "--batch-size", "128", "--workdir", "run"]
+    run([*train, "--steps", "40"], tmp_path)
+    run([*train, "--steps", "60"], tmp_path)
+    rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 60
+    assert (tmp_path / "run/curves.png").stat().st_size > 1000
+    found = json.loads(run(["evaluate", "--workdir", "run", "--json"], tmp_path))
+    assert found["accuracy"] > 0.8
+    run(["predict", "--workdir", "run", "--out", "p.jsonl"], tmp_path)
+    predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    right = [p["name"].split("/")[1] == p["class"] for p in predictions]
+    assert len(right) == 359
+    assert sum(right) / len(right) == pytest.approx(found["accuracy"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_demo_teaches_every_optimizer(tmp_path):
+    out = run(["demo", "--seconds", "8", "--workdir", "demo"], tmp_path)
+    assert all(name in out for name in ("sgd", "adam", "lbfgs", "cg", "hf"))
+    assert (tmp_path / "demo/report.html").stat().st_size > 10_000
+    for name in ("sgd", "adam", "lbfgs", "cg", "hf"):
+        (trial,) = (tmp_path / "demo").glob(f"*/{name}-seed0")
+        rows = [json.loads(x) for x in (trial / "metrics.jsonl").read_text().splitlines()]
+        best = max(r["test_accuracy"] for r in rows if r.get("test_accuracy") is not None)
+        assert best >= 0.95
