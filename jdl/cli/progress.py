@@ -64,7 +64,7 @@ def table(columns: list[str], rows: list[list[str]], title: str = "") -> None:
     """Prints a table on standard output; the first column to the left, the others to the right."""
     drawn = Table(title=title or None, title_justify="left")
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     Console(highlight=False).print(drawn)

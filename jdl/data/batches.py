@@ -9,7 +9,7 @@ threads that read, nor from which records turned out to be unreadable.
 import copy
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -177,18 +177,18 @@ class Batches(grain.IterDataset):
         self.fingerprint, self.max_skipped = fingerprint, max_skipped
         self._bad: set[str] = set()
 
-    def repeat(self) -> Self:
+    def repeat(self) -> "Batches":
         """The same data without end; what fills no batch of an epoch is left out, if any does."""
         plan = self.plan
         drop = plan.drop_remainder or plan.num_records >= plan.batch_size
         return self._with(replace(plan, epochs=None, drop_remainder=drop), self.order)
 
-    def once(self) -> Self:
+    def once(self) -> "Batches":
         """One pass over all records in their own order, the last batch padded and masked."""
         order = Order(self.plan.num_records, shuffle=False, seed=0)
         return self._with(replace(self.plan, epochs=1, drop_remainder=False), order)
 
-    def _with(self, plan: Plan, order: Order) -> Self:
+    def _with(self, plan: Plan, order: Order) -> "Batches":
         other = copy.copy(self)
         other.plan, other.order = plan, order
         return other
