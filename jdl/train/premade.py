@@ -28,7 +28,7 @@ def classifier(
       >>> import jdl
       >>> net = jdl.models.MLP(widths=(32,))
       >>> data = jdl.data.digits(batch_size=64, epochs=None, shuffle=True)
-      >>> estimator = jdl.classifier(net, "adam").train(data, steps=100)
+      >>> estimator = jdl.classifier(net, "adam").train(data, steps=300)
       >>> estimator.evaluate(jdl.data.digits("test", batch_size=64))["accuracy"] > 0.85
       True
     """

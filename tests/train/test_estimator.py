@@ -1,0 +1,79 @@
+"""Training that goes on, resumes, evaluates exactly, and refuses what it must."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import jdl
+from jdl.core import check
+from jdl.data import from_arrays
+from jdl.models import MLP
+from jdl.optim import lbfgs
+
+
+def data(batch_size=16, epochs=None, n=70):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 6)).astype(np.float32)
+    return from_arrays(
+        x, np.argmax(x[:, :3], 1).astype(np.int32), batch_size=batch_size, epochs=epochs
+    )
+
+
+def make(optimizer, width=8, **options):
+    net = MLP(widths=(width,), num_outputs=3, dropout=0.2)
+    return jdl.classifier(net, optimizer, devices=jax.devices()[:1], **options)
+
+
+@pytest.mark.parametrize("optimizer", [lambda: optax.adam(0.01), lambda: lbfgs()])
+def test_resumed_equals_uninterrupted_bit_for_bit(optimizer, tmp_path):
+    whole = make(optimizer()).train(data(), steps=11)
+    make(optimizer(), workdir=tmp_path).train(data(), steps=5)
+    resumed = make(optimizer(), workdir=tmp_path).train(data(), max_steps=11)
+    assert resumed.step == 11
+    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+    rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps))
+
+
+def test_evaluation_counts_every_example_once():
+    estimator = make("adam").train(data(), steps=3)
+    found = estimator.evaluate(data(batch_size=16))
+    logits = estimator.predict(data(batch_size=32))
+    assert logits.shape == (70, 3)
+    labels = data(batch_size=70, epochs=1)
+    (batch,) = list(labels.once())
+    expected = np.mean(np.argmax(logits, 1) == batch["label"])
+    assert found["accuracy"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
+    make("adam", workdir=tmp_path).train(data(), steps=2)
+    with pytest.raises(check.DataError, match=r"Dense_0.*kernel.* was float32\[6, 8\]"):
+        make("adam", width=9, workdir=tmp_path).train(data(), steps=2)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
+    make("sgd", workdir=tmp_path).train(data(), steps=4)
+    estimator = make(optax.sgd(np.nan), workdir=tmp_path / "other", log_every=1)
+    with pytest.raises(check.TrainingError, match="loss is nan at step 2"):
+        estimator.train(data(), steps=9)
+    assert make("sgd", workdir=tmp_path).train(data(), steps=1).step == 5
+
+
+def test_batches_that_change_shape_are_refused():
+    (one,) = list(data(batch_size=70, epochs=1))
+    two = {name: x[:10] for name, x in one.items()}
+    with pytest.raises(check.DataError, match="differs from the first"):
+        make("sgd").train([one, two])
+
+
+def test_parameters_handed_out_survive_further_training():
+    estimator = make("sgd").train(data(), steps=1)
+    before = estimator.params
+    kept = jax.tree.map(np.array, before)
+    estimator.train(data(), steps=2)
+    jax.tree.map(np.testing.assert_array_equal, before, kept)
