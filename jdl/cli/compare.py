@@ -61,7 +61,7 @@ def run(args: Args) -> None:
     study(problem, names, args.seeds, args.seconds, args.workdir)
 
 
-def study(problem: Any, names: list[str], seeds: int, seconds: float, workdir: Path) -> Any:
+def study(problem: Any, optimizers: list[Any], seeds: int, seconds: float, workdir: Path) -> Any:
     """Runs a study with progress on stderr, and shows what came out."""
     import sys
 
@@ -85,7 +85,7 @@ def study(problem: Any, names: list[str], seeds: int, seconds: float, workdir: P
             print(f"{where}: {event.kind} {event.words or ''}".rstrip(), file=sys.stderr)
 
     results = Study(
-        [problem], names, seeds=seeds, seconds=seconds, workdir=workdir, on_event=on_event
+        [problem], optimizers, seeds=seeds, seconds=seconds, workdir=workdir, on_event=on_event
     ).run()
     header, rows = table(results, problem.name)
     progress.table(list(header), [list(row) for row in rows], problem.name)

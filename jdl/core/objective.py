@@ -103,8 +103,15 @@ class Objective:
 
     # ------------------------------------------------------------------ evaluations
 
-    def value(self, params: Params, **_: Any) -> jax.Array:
-        """f(θ). Unknown keywords are ignored: optax's line searches pass on all they were given."""
+    def value(
+        self, params: Params, *, obj_fn: Any = None, objective: Any = None, **_: Any
+    ) -> jax.Array:
+        """f(θ). Keywords are ignored.
+
+        Two are named because optax's line searches pass on all extra arguments of an update, and
+        only to functions that name them.
+        """
+        del obj_fn, objective
         return self._value(params, self.batch)
 
     def value_and_grad(self, params: Params, **_: Any) -> tuple[jax.Array, Params, Aux]:

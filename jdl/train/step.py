@@ -111,7 +111,8 @@ def build(
         init_key, step_key = jax.random.split(key)
         params, model_state = model.init(init_key, *model_inputs(batch))
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, model_state, optimizer.init(params), step_key)
+        opt_state = _strongly_typed(optimizer.init(params))
+        return TrainState(zero, params, model_state, opt_state, step_key)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
         batch = scale_images(batch, inputs)
@@ -147,6 +148,7 @@ def build(
             sums, count = jax.lax.psum((sums, count), axis_name)
         logs = {"loss": value, **{k: v / jnp.maximum(count, 1.0) for k, v in sums.items()}}
         logs |= _optimizer_logs(opt_state, state.step)
+        opt_state = _strongly_typed(opt_state)
         return TrainState(state.step + 1, params, aux.model_state, opt_state, state.key), logs
 
     def forward(params: Params, model_state: ModelState, batch: Batch) -> Outputs:
@@ -204,6 +206,16 @@ def _optimizer_logs(opt_state: Any, step: jax.Array) -> Logs:
     if account is None:
         return {"gradient_equivalents": (step + 1).astype(jnp.float32)}
     return {name: getattr(account, name) for name in UNIFORM_FIELDS}
+
+
+def _strongly_typed(opt_state: Any) -> Any:
+    """The same numbers, of firm types: a type that is weak only at first would compile twice."""
+
+    def strong(x: Any) -> Any:
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return x if is_key else jax.lax.convert_element_type(x, x.dtype)
+
+    return jax.tree.map(strong, opt_state)
 
 
 def _subsample(batch: Batch, size: int | None) -> Batch | None:
