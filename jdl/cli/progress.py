@@ -64,8 +64,9 @@ class StepProgress:
 def table(columns: list[str], rows: list[list[str]], title: str = "") -> None:
     """Prints a table on standard output; the first column to the left, the others to the right."""
     drawn = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    widest = [max(map(len, cells), default=0) for cells in zip(*rows, strict=True)]
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        drawn.add_column(column, justify="left" if i == 0 else "right", min_width=widest[i])
     for row in rows:
         drawn.add_row(*row)
     Console(highlight=False).print(drawn)
