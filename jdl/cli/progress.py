@@ -64,9 +64,10 @@ class StepProgress:
 def table(columns: list[str], rows: list[list[str]], title: str = "") -> None:
     """Prints a table on standard output; the first column to the left, the others to the right."""
     drawn = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    widest = [max(map(len, cells), default=0) for cells in zip(*rows, strict=True)]
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right", min_width=widest[i])
+        unbroken = [*column.split(), *(row[i] for row in rows)]
+        width = max(map(len, unbroken), default=0)
+        drawn.add_column(column, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
         drawn.add_row(*row)
     Console(highlight=False).print(drawn)

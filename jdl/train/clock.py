@@ -1,12 +1,15 @@
 """The training clock, and numbers that are read one step late."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 
 from jdl.train.step import Logs
+
+PILE_SECONDS, PILE_STEPS = 1e-3, 16
 
 
 class Clock:
@@ -54,8 +57,16 @@ class Finished(NamedTuple):
     logs: dict[str, float]
 
 
+class _Dispatched(NamedTuple):
+    step: int
+    logs: Logs
+    at: float  # perf_counter's time
+
+
 class LateLog:
     """Waits for each step only after the next has been dispatched, so the device never idles.
+
+    Steps shorter than a millisecond, where waiting itself would be felt, pile up a little first.
 
     Args:
       clock: stopped while `on_log` runs.
@@ -65,28 +76,32 @@ class LateLog:
 
     def __init__(self, clock: Clock, every: int, on_log: Callable[[Finished], None]):
         self._clock, self._every, self._on_log = clock, every, on_log
-        self._in_flight: tuple[int, Logs] | None = None
+        self._in_flight: deque[_Dispatched] = deque()
         self._arrived: tuple[int, Logs, float] | None = None  # not logged, so far
 
     def push(self, step: int, logs: Logs) -> None:
-        """Takes the numbers of the step just dispatched, and waits for the step before."""
-        before, self._in_flight = self._in_flight, (step, logs)
-        if before is not None:
-            self._wait_for(*before)
+        """Takes the numbers of the step just dispatched, and waits for earlier ones."""
+        now = time.perf_counter()
+        self._in_flight.append(_Dispatched(step, logs, now))
+        while len(self._in_flight) > 1:
+            oldest = self._in_flight[0]
+            if now - oldest.at < PILE_SECONDS and len(self._in_flight) <= PILE_STEPS:
+                break
+            self._wait_for_oldest()
 
     def flush(self) -> None:
-        """Waits for the step in flight."""
-        if self._in_flight is not None:
-            self._wait_for(*self._in_flight)
-            self._in_flight = None
+        """Waits for all steps in flight."""
+        while self._in_flight:
+            self._wait_for_oldest()
 
     def finish(self) -> None:
         """Waits for the step in flight and logs it, due or not."""
         self.flush()
         self._log_arrived()
 
-    def _wait_for(self, step: int, logs: Logs) -> None:
-        jax.block_until_ready(logs)
+    def _wait_for_oldest(self) -> None:
+        step, logs, _ = self._in_flight.popleft()
+        logs["loss"].block_until_ready()
         self._arrived = (step, logs, self._clock.seconds)
         if step % self._every == 0:
             self._log_arrived()

@@ -22,8 +22,15 @@ class Placement(NamedTuple):
     batch: jax.sharding.Sharding  # leading axis split over the devices
     num_devices: int
 
+    @property
+    def is_host(self) -> bool:
+        """Whether it is one CPU, to which nothing need travel."""
+        return self.num_devices == 1 and next(iter(self.batch.device_set)).platform == "cpu"
+
     def put_batch(self, batch: Batch) -> dict[str, Any]:
         """The batch on the devices, split by examples."""
+        if self.is_host:  # the compiled step reads host memory as it is
+            return dict(batch)
         sizes = {name: np.shape(x)[0] for name, x in batch.items() if np.ndim(x)}
         check.argument(
             all(n % self.num_devices == 0 for n in sizes.values()),

@@ -77,3 +77,10 @@ def test_parameters_handed_out_survive_further_training():
     kept = jax.tree.map(np.array, before)
     estimator.train(data(), steps=2)
     jax.tree.map(np.testing.assert_array_equal, before, kept)
+
+
+def test_double_precision_arrays_train_as_single_ones():
+    (one,) = list(data(batch_size=70, epochs=1))
+    wide = {"image": one["image"].astype(np.float64), "label": one["label"].astype(np.int64)}
+    found = [make("sgd").train([batch] * 3).params for batch in (one, wide)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
