@@ -10,6 +10,7 @@ from typing import Any
 from jdl.core import check
 
 FILE = "config.toml"
+MAY_CHANGE = {"on_error"}  # in the middle of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class RunConfig:
     on_error: str
 
     def save(self, workdir: Path) -> None:
-        """Writes the run's settings, or refuses where the directory holds a run with others."""
+        """Writes the run's settings, or refuses where a run with others has been saved."""
         import tomli_w
 
         from jdl import __version__
@@ -42,14 +43,16 @@ class RunConfig:
             before = RunConfig.load(workdir)
             mine, theirs = dataclasses.asdict(self), dataclasses.asdict(before)
             differing = [
-                f"{k}: {theirs[k]!r} there, {mine[k]!r} now" for k in mine if mine[k] != theirs[k]
+                f"{k}: {theirs[k]!r} there, {mine[k]!r} now"
+                for k in mine
+                if mine[k] != theirs[k] and k not in MAY_CHANGE
             ]
-            if differing:
+            begun = any((workdir / "checkpoints").glob("[0-9]*"))
+            if differing and begun:
                 raise check.UserError(
                     f"{workdir} holds a run with other settings ({'; '.join(differing)}). "
                     "Choose another --workdir, or the same settings to go on with it."
                 )
-            return
         table = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         write_atomically(path, tomli_w.dumps({"jdl": __version__, **table}))
 

@@ -141,7 +141,10 @@ def _train(config: "RunConfig", workdir: Path, data: Any, steps: int, save_every
         splits.append("test")
     for split in splits:
         held = config.images(config.data, split, batch_size=min(config.batch_size, 256))
-        values = estimator.evaluate(held, name=split or "all")
+        # Under a name of its own: the log's `train` rows are of single batches.
+        values = estimator.evaluate(
+            held, name="all of train" if split == "train" else split or "all"
+        )
         rows.append([split or "all", *(f"{v:.4f}" for v in values.values())])
         columns = ["split", *values]
     progress.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")

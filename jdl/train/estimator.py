@@ -348,6 +348,7 @@ class Estimator:
                 self.classes = None if meta["classes"] is None else tuple(meta["classes"])
                 JsonlWriter(self.workdir / "metrics.jsonl").rewind(self._steps_done)
                 return
+            JsonlWriter(self.workdir / "metrics.jsonl").rewind(0)  # of a run that saved nothing
         start = time.perf_counter()
         init = jax.jit(self._program.init, out_shardings=self._placement.state)
         self._state = jax.block_until_ready(init(key, batch))
@@ -378,6 +379,8 @@ class Estimator:
         def on_finished(finished: Finished) -> None:
             trained = max(finished.seconds - began, 1e-9)
             values = finished.logs | {"data_wait": (feed.wait_seconds - waited) / trained}
+            if skipped := getattr(data, "skipped", 0):
+                values["skipped"] = skipped
             epoch = finished.step / per_epoch if per_epoch else None
             self._report(finished.step, finished.seconds, epoch, Mode.TRAIN.value, values)
             if not math.isfinite(finished.logs["loss"]):

@@ -25,7 +25,7 @@ class Placement(NamedTuple):
     @property
     def is_host(self) -> bool:
         """Whether it is one CPU, to which nothing need travel."""
-        return self.num_devices == 1 and next(iter(self.batch.device_set)).platform == "cpu"
+        return self.num_devices == 1 and _platform(self.batch) == "cpu"
 
     def put_batch(self, batch: Batch) -> dict[str, Any]:
         """The batch on the devices, split by examples."""
@@ -62,3 +62,8 @@ def placement(devices: Sequence[jax.Device] | None = None) -> Placement:
     mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
     return Placement(NamedSharding(mesh, PartitionSpec()), split, len(devices))
+
+
+def _platform(sharding: jax.sharding.Sharding) -> str:
+    devices: set[Any] = sharding.device_set
+    return str(next(iter(devices)).platform)
