@@ -63,9 +63,17 @@ class StepProgress:
 
 def table(columns: list[str], rows: list[list[str]], title: str = "") -> None:
     """Prints a table on standard output; the first column to the left, the others to the right."""
-    drawn = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(
+        title=title or None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for i, column in enumerate(columns):
-        unbroken = [*column.split(), *(row[i] for row in rows)]
+        # Words may wrap, figures with their units and ranges may not.
+        cells = [column, *(row[i] for row in rows)]
+        unbroken = [x for c in cells for x in ([c] if any(map(str.isdigit, c)) else c.split())]
         width = max(map(len, unbroken), default=0)
         drawn.add_column(column, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
