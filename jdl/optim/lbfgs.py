@@ -30,7 +30,7 @@ from jdl.optim.local import (
 
 
 class LBFGSState(NamedTuple):
-    """What L-BFGS carries from step to step: 2m + 1 gradients' worth of memory.
+    """What L-BFGS carries from step to step: 2m + 2 gradients' worth of memory, m the history.
 
     Attributes:
       learning_rate: the first trial step, float32; change it with `optax.tree.set`.
@@ -38,6 +38,7 @@ class LBFGSState(NamedTuple):
       y: gradient differences, likewise.
       rho: 1 / ⟨s, y⟩, [m]; 0 for a slot that is empty.
       stored: pairs stored since the history was last cleared, int32.
+      scale: the diagonal H₀ of `scaling="diagonal"`, shaped as the parameters; otherwise ().
       value: f at the point the last update led to, inf before; with the next, for
         `optax.value_and_grad_from_state`, which spares full-batch loops every second evaluation.
       grad: ∇f at that point.
@@ -49,6 +50,7 @@ class LBFGSState(NamedTuple):
     y: PyTree
     rho: jax.Array
     stored: jax.Array
+    scale: PyTree
     value: jax.Array
     grad: Params
     diagnostics: Diagnostics
@@ -59,6 +61,7 @@ def lbfgs(
     *,
     history: int = 10,
     history_dtype: Any = None,
+    scaling: str = "diagonal",
     guard: str = "cautious",
     cautious: float = 1e-6,
     c1: float = 1e-4,
@@ -67,7 +70,7 @@ def lbfgs(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limited-memory BFGS.
 
-        H = Vₘᵀ … V₁ᵀ H₀ V₁ … Vₘ + Σ ρ s sᵀ terms,   V = I − ρ y sᵀ,   H₀ = (⟨s, y⟩ / ⟨y, y⟩) I
+        H = Vₘᵀ … V₁ᵀ H₀ V₁ … Vₘ + Σ ρ s sᵀ terms,   V = I − ρ y sᵀ,   H₀ = (⟨s, y⟩ / ⟨y, D y⟩) D
 
     `update` needs `value`, `grad` and `value_fn` (or `objective`). Within a chain the direction is
     built from the incoming updates, while line search and descent are judged by `grad`; a
@@ -78,6 +81,8 @@ def lbfgs(
         empty, −grad is scaled to this length where it is longer.
       history: m ≥ 1, how many pairs.
       history_dtype: the type pairs are stored in; None for the parameters' own, at least float32.
+      scaling: "diagonal" for a D that follows BFGS on the diagonal alone, which badly scaled
+        parameters need; "scalar" for D = I, which takes a gradient's memory less.
       guard: "cautious" leaves out pairs of negligible or negative curvature; "powell" mends them,
         moving y towards H⁻¹ s.
       cautious: ε in [0, 1); a pair enters if ⟨s, y⟩ > ε ‖s‖ ‖y‖.
@@ -105,6 +110,8 @@ def lbfgs(
 
     References:
       Nocedal & Wright, Numerical Optimization (2006), algorithms 7.4 and 7.5; procedure 18.2.
+      Gilbert & Lemaréchal, Some numerical experiments with variable-storage quasi-Newton algorithms
+      (1989), section 4.2: the diagonal.
       Li & Fukushima, On the global convergence of the BFGS method for nonconvex unconstrained
       optimization problems (2001): cautious updates.
       Schraudolph, Yu & Günter, A stochastic quasi-Newton method for online convex optimization
@@ -113,6 +120,7 @@ def lbfgs(
     check_scale("learning_rate", learning_rate)
     check.positive_int("history", history)
     check.positive_int("max_evaluations", max_evaluations)
+    check.one_of("scaling", scaling, ["diagonal", "scalar"])
     check.one_of("guard", guard, ["cautious", "powell"])
     check.in_range("cautious", cautious, 0.0, 1.0)
     check.in_range("c2", c2, 0.0, 1.0, open_low=True)
@@ -125,12 +133,16 @@ def lbfgs(
             dtype = history_dtype or tree.accumulator(x.dtype)
             return jnp.zeros((history, *x.shape), dtype)
 
+        def ones(x: jax.Array) -> jax.Array:
+            return jnp.ones(x.shape, history_dtype or tree.accumulator(x.dtype))
+
         return LBFGSState(
             learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
             s=jax.tree.map(ring, params),
             y=jax.tree.map(ring, params),
             rho=jnp.zeros((history,), scalar_dtype(params)),
             stored=jnp.zeros((), jnp.int32),
+            scale=jax.tree.map(ones, params) if scaling == "diagonal" else (),
             value=jnp.full((), jnp.inf, scalar_dtype(params)),
             grad=jax.tree.map(jnp.zeros_like, params),
             diagnostics=diag.init(),
@@ -184,6 +196,10 @@ def lbfgs(
             bs = tree.scale(-found.step, updates)
             change = tree.where(descends, _powell(step, change, bs), change)
         s, y, rho, stored = _remember(state, step, change, moved, cautious)
+        h0 = state.scale
+        if scaling == "diagonal":
+            h0 = tree.where(stored > state.stored, _rescale(h0, step, change), h0)
+            h0 = tree.where(active & ~moved, jax.tree.map(jnp.ones_like, h0), h0)
         # A failure along a quasi-Newton direction puts the history in doubt: start afresh.
         stored = jnp.where(active & ~moved, 0, stored)
         rho = jnp.where(active & ~moved, 0.0, rho)
@@ -201,6 +217,7 @@ def lbfgs(
             y=y,
             rho=rho,
             stored=stored,
+            scale=h0,
             value=jnp.where(here.finite, found.value, jnp.inf),
             grad=tree.where(here.finite, found.grad, nothing),
             diagnostics=told,
@@ -237,9 +254,34 @@ def _two_loop(grad: PyTree, state: LBFGSState) -> PyTree:
     start = (grad, jnp.zeros((m,), dtype))
     q, alphas = jax.lax.fori_loop(jnp.zeros_like(used), used, newest_first, start)
     newest = pair(state.y, (state.stored - 1) % m)
-    rho_yy = state.rho[(state.stored - 1) % m] * tree.vdot(newest, newest).astype(dtype)
-    q = tree.scale(jnp.where(rho_yy > 0, 1.0 / jnp.where(rho_yy > 0, rho_yy, 1.0), 1.0), q)
+
+    def scaled(x: PyTree) -> PyTree:
+        if jax.tree.structure(state.scale) != jax.tree.structure(x):
+            return x
+        return jax.tree.map(lambda d, x: d.astype(x.dtype) * x, state.scale, x)
+
+    rho_yy = state.rho[(state.stored - 1) % m] * tree.vdot(newest, scaled(newest)).astype(dtype)
+    known = rho_yy > 0
+    q = tree.where(known, tree.scale(1.0 / jnp.where(known, rho_yy, 1.0), scaled(q)), q)
     return jax.lax.fori_loop(jnp.zeros_like(used), used, lambda j, r: oldest_first(j, r, alphas), q)
+
+
+def _rescale(scale: PyTree, s: PyTree, y: PyTree) -> PyTree:
+    """D after the pair (s, y): 1/D is the diagonal of the BFGS update of diag(φ/D), φ the fit."""
+    sy = tree.vdot(s, y)
+    b = jax.tree.map(lambda d: 1.0 / d, scale)
+    bs = jax.tree.map(lambda b, s: b * s.astype(b.dtype), b, s)
+    sbs = tree.vdot(s, bs)
+    fit = tree.vdot(y, jax.tree.map(lambda d, y: d * y.astype(d.dtype), scale, y)) / sy
+
+    def leaf(b: jax.Array, bs: jax.Array, y: jax.Array) -> jax.Array:
+        f, yy = fit.astype(b.dtype), jnp.square(y.astype(b.dtype)) / sy.astype(b.dtype)
+        new = f * (b - jnp.square(bs) / sbs.astype(b.dtype)) + yy
+        # A single pair must not free a parameter altogether: it may have moved alone.
+        return 1.0 / jnp.maximum(new, 1e-3 * f * b)
+
+    new = jax.tree.map(leaf, b, bs, y)
+    return tree.where(tree.all_finite(new), new, scale)
 
 
 def _powell(s: PyTree, y: PyTree, bs: PyTree) -> PyTree:

@@ -57,13 +57,14 @@ def test_its_own_value_and_gradient_can_be_reused():
     assert int(state.diagnostics.evaluations) < 10 + 10
 
 
-def test_the_direction_is_minus_h_g():
+@pytest.mark.parametrize("scaling", ["scalar", "diagonal"])
+def test_the_direction_is_minus_h_g(scaling):
     """Against dense BFGS, H ← Vᵀ H V + ρ s sᵀ, started from the newest pair's scale."""
     rng = np.random.default_rng(1)
     q = rng.normal(size=(6, 6))
     a = jnp.asarray(q @ q.T / 6 + np.eye(6), jnp.float32)
     f = lambda x: 0.5 * x @ a @ x  # noqa: E731
-    optimizer = lbfgs(history=3, c2=0.9)
+    optimizer = lbfgs(history=3, c2=0.9, scaling=scaling)
     x = jnp.ones(6)
     state = optimizer.init(x)
     pairs = []
@@ -72,8 +73,14 @@ def test_the_direction_is_minus_h_g():
         updates, state = optimizer.update(grad, state, x, value=value, grad=grad, value_fn=f)
         pairs.append((np.asarray(updates, float), np.asarray(a @ updates, float)))
         x = optax.apply_updates(x, updates)
+    d = np.ones(6)
+    if scaling == "diagonal":
+        for s, y in pairs:  # the diagonal of dense BFGS on B = φ diag(1/d)
+            b = np.diag((y @ (d * y)) / (s @ y) / d)
+            b = b - np.outer(b @ s, b @ s) / (s @ b @ s) + np.outer(y, y) / (s @ y)
+            d = 1 / np.diag(b)
     s, y = pairs[-1]
-    h = np.eye(6) * (s @ y) / (y @ y)
+    h = np.diag(d) * (s @ y) / (y @ (d * y))
     for s, y in pairs[-3:]:
         rho = 1 / (s @ y)
         v = np.eye(6) - rho * np.outer(y, s)
@@ -84,6 +91,17 @@ def test_the_direction_is_minus_h_g():
     np.testing.assert_allclose(
         updates / np.linalg.norm(updates), direction / np.linalg.norm(direction), atol=2e-3
     )
+
+
+def test_the_diagonal_mends_bad_scaling(minimize):
+    a = jnp.logspace(0, 4, 60)
+    evaluations = {}
+    for scaling in ("scalar", "diagonal"):
+        f = lambda x: 0.5 * jnp.sum(a * jnp.square(x - 1.0))  # noqa: E731
+        run = minimize(lbfgs(scaling=scaling), f, jnp.zeros(60), steps=400, tolerance=0.1)
+        assert run.norms[-1] <= 0.1
+        evaluations[scaling] = int(run.told.evaluations)
+    assert evaluations["diagonal"] < 0.7 * evaluations["scalar"], evaluations
 
 
 @pytest.mark.parametrize("guard", ["cautious", "powell"])
@@ -148,6 +166,7 @@ def test_an_ascent_direction_from_a_chain_falls_back(minimize):
     [
         ({"history": 0}, "history"),
         ({"guard": "brave"}, "guard"),
+        ({"scaling": "matrix"}, "scaling"),
         ({"c2": 1.5}, "c2"),
         ({"c1": 0.95}, "c1"),
         ({"learning_rate": 0.0}, "learning_rate"),
