@@ -76,7 +76,7 @@ class ArrayBatches(Batches):
         """What a batch is made of: name -> jax.ShapeDtypeStruct."""
         import jax
 
-        rows = self.plan.batch_size
+        rows = self.plan.rows
         spec = {
             name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
             for name, array in self.arrays.items()
@@ -87,7 +87,8 @@ class ArrayBatches(Batches):
 
     def load(self, span: Span) -> Loaded:
         """The batch of these places."""
-        rows, n = self.plan.batch_size, span.stop - span.start
+        span = self.plan.mine(span)
+        rows, n = self.plan.rows, span.stop - span.start
         # Copies even where the order is plain: nobody wants to find his own array in a batch.
         if self.order.shuffle:
             records = self.order.records(*span)

@@ -3,7 +3,7 @@
 A position is two numbers, the epoch and how many of its records are behind. Batches never cross
 the end of an epoch; what is left over there is dropped, or padded and masked, so that shapes never
 change. Which records a batch holds follows from the position alone: never from the number of
-threads that read, nor from which records turned out to be unreadable.
+threads, worker processes or hosts that read, nor from which records turned out to be unreadable.
 """
 
 import copy
@@ -75,12 +75,17 @@ class Plan:
       batch_size: rows in every batch.
       epochs: how many epochs; None for no end.
       drop_remainder: whether an epoch's last records that fill no batch are left out.
+      part: which part of every batch is made here, of `parts`: hosts share batches, not records,
+        so all have the same number, and the position is one for all.
+      parts: how many parts a batch is cut into.
     """
 
     num_records: int
     batch_size: int
     epochs: int | None
     drop_remainder: bool
+    part: int = 0
+    parts: int = 1
 
     @classmethod
     def checked(
@@ -104,6 +109,29 @@ class Plan:
             "Or pass drop_remainder=False: the batch is padded then, and says so in its mask.",
         )
         return cls(num_records, batch_size, epochs, drop_remainder)
+
+    def sharded(self, part: int, parts: int) -> "Plan":
+        """The same batches, of which this process makes one part."""
+        check.positive_int("parts", parts)
+        ok = isinstance(part, int) and not isinstance(part, bool) and 0 <= part < parts
+        check.argument(ok, "part", f"an integer of 0 to {parts - 1}", part)
+        check.argument(
+            self.batch_size % parts == 0,
+            "batch_size",
+            f"a multiple of the {parts} processes that share it",
+            self.batch_size,
+        )
+        return replace(self, part=part, parts=parts)
+
+    @property
+    def rows(self) -> int:
+        """Rows of every batch that are made here."""
+        return self.batch_size // self.parts
+
+    def mine(self, span: "Span") -> "Span":
+        """What of a batch is made here; none of a padded one, it may be."""
+        start = min(span.start + self.part * self.rows, span.stop)
+        return Span(span.epoch, start, min(start + self.rows, span.stop))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -161,6 +189,7 @@ class Batches(grain.IterDataset):
     """
 
     num_threads = 0  # of those that load ahead; 0: batches are made when asked for
+    num_workers = 0  # processes that do so instead
     ahead = 0  # batches made before they are asked for
 
     def __init__(
@@ -185,8 +214,16 @@ class Batches(grain.IterDataset):
 
     def once(self) -> "Batches":
         """One pass over all records in their own order, the last batch padded and masked."""
-        order = Order(self.plan.num_records, shuffle=False, seed=0)
-        return self._with(replace(self.plan, epochs=1, drop_remainder=False), order)
+        return self._with(replace(self.plan, epochs=1, drop_remainder=False), self.order.plain())
+
+    def shard(self, part: int, parts: int) -> "Batches":
+        """The same batches, of which this process makes rows [part, part + 1) · B / parts.
+
+        With `shard(jax.process_index(), jax.process_count())` every process has the same number of
+        batches of B / parts rows, no record comes twice and none is lost; the position is that of
+        whole batches, good for any number of processes.
+        """
+        return self._with(self.plan.sharded(part, parts), self.order)
 
     def _with(self, plan: Plan, order: Order) -> "Batches":
         other = copy.copy(self)
@@ -195,7 +232,7 @@ class Batches(grain.IterDataset):
 
     @property
     def batch_size(self) -> int:
-        """Rows in every batch."""
+        """Rows in every batch, those that other processes make included."""
         return self.plan.batch_size
 
     @property
@@ -238,8 +275,12 @@ class Batches(grain.IterDataset):
         return self.element_spec
 
     def load(self, span: Span) -> Loaded:
-        """The batch of these places; called from several threads at once."""
+        """What is made here of the batch of these places; called from several threads at once."""
         raise NotImplementedError
+
+    def start_loading(self, epoch: int, record: int) -> Any:
+        """The batches from a position on, ahead of being asked for; has `close`."""
+        return _load_ahead(self, epoch, record)
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
@@ -311,24 +352,26 @@ class BatchIterator(grain.DatasetIterator):
             "num_records": order.num_records,
             "shuffle": order.shuffle,
             "seed": order.seed,
+            "order": order.name,
             "data": self.dataset.fingerprint,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position that `get_state` gave, here or in another process.
 
-        The batch size may be another, as may the number of threads and epochs; the data, the seed
-        and whether they are shuffled may not.
+        The batch size may be another, as may the number of threads, workers, hosts and epochs; the
+        data, the seed, and whether and how they are shuffled may not.
 
         Raises:
           DataError: if they are.
         """
         mine = self.get_state()
-        for field in ("version", "data", "num_records", "shuffle", "seed"):
-            if state.get(field) != mine[field]:
+        for field in ("version", "data", "num_records", "shuffle", "seed", "order"):
+            theirs = state.get(field, "global" if field == "order" else None)
+            if theirs != mine[field]:
                 raise check.DataError(
                     f"The saved position belongs to other data: its {field!r} is "
-                    f"{state.get(field)!r}, that of this data set {mine[field]!r}."
+                    f"{theirs!r}, that of this data set {mine[field]!r}."
                 )
         fields = ("epoch", "record", "skipped", "skipped_in_epoch")
         try:
@@ -345,7 +388,7 @@ class BatchIterator(grain.DatasetIterator):
     def start_prefetch(self) -> None:
         """Begins to load ahead before the first batch is asked for."""
         if self._loader is None:
-            self._loader = _load_ahead(self.dataset, self._epoch, self._record)
+            self._loader = self.dataset.start_loading(self._epoch, self._record)
 
     def close(self) -> None:
         """Stops the threads; the iterator gives no more batches."""
@@ -384,11 +427,29 @@ class _Stream:
 
 
 def _load_ahead(dataset: Batches, epoch: int, record: int) -> Any:
-    """An iterator over the batches from a position on, in threads if the data set wants them."""
+    """An iterator over the batches from a position on, in threads or processes if it wants them."""
     stream = _Stream(dataset, epoch, record)
+    if dataset.num_workers:
+        return _in_workers(stream, dataset.num_workers, dataset.ahead)
     if not (dataset.num_threads and dataset.ahead):
         return (stream[number] for number in range(len(stream)))
     options = grain.ReadOptions(num_threads=dataset.num_threads, prefetch_buffer_size=dataset.ahead)
     loader = iter(grain.MapDataset.source(stream).to_iter_dataset(options))
+    loader.start_prefetch()
+    return loader
+
+
+def _in_workers(stream: _Stream, workers: int, ahead: int) -> Any:
+    """An iterator over a stream's batches, made in turns by spawned processes."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain asks for it, and plain scripts never do it
+        flags.FLAGS.mark_as_parsed()
+    one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    options = grain.multiprocessing.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=max(1, ahead // workers)
+    )
+    batches = grain.MapDataset.source(stream).to_iter_dataset(one_thread)
+    loader = iter(batches.mp_prefetch(options))
     loader.start_prefetch()
     return loader

@@ -1,6 +1,5 @@
 """What archives hold: members, classes, damage. What `jdl index` shows."""
 
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +58,7 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
       keep_index: whether to store an index that had to be made.
 
     Raises:
-      DataError: if a file is missing, empty, compressed or no tar.
+      DataError: if a file is missing or cannot be read.
 
     >>> from jdl.data import digits_path
     >>> about = describe(digits_path(), keep_index=False)
@@ -94,7 +93,7 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
         splits=dict(sorted(counts.items())),
         kinds=kinds,
         damage=damage,
-        bytes=sum(os.path.getsize(path) for path in archives),
+        bytes=sum(index.stamp.get("size", index.size) for index in indexes),
         indexes=[index.file for index in indexes],
     )
 

@@ -5,13 +5,16 @@ larger than asked for is decoded at a fraction of its size, which its coding mak
 DCT), and resized from there; `exact=True` decodes it whole, as Pillow does. Resizing is Pillow's
 bilinear filter, whose support grows with the reduction (no aliasing).
 
+Measured mean deviation from Pillow's full decode, of 255, on photographs brought to 128 × 128 gray
+(`make bench-data`): DEVIATIONS.
+
 The bytes may be anybody's: only the formats below are tried, and an image of more than
 `max_pixels` is refused when its header is read, before memory is spent on it.
 """
 
 import io
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +32,34 @@ _ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
 _DEEP = ("I;16", "I;16B", "I;16L", "I")  # 16 bits a pixel, however Pillow calls it
 
 
+class Crop(NamedTuple):
+    """A window of an image, of the shape of the size it is brought to.
+
+    Attributes:
+      scale: its side against that of the largest such window, in (0, 1].
+      down, across: where it lies between the image's edges, in [0, 1]; ½ in the middle.
+    """
+
+    scale: float
+    down: float
+    across: float
+
+    def box(
+        self, height: float, width: float, size: tuple[int, int]
+    ) -> tuple[float, float, float, float]:
+        """Top, left, height and width of the window in an image of that height and width.
+
+        >>> Crop(1.0, 0.5, 0.5).box(100, 200, (64, 64))
+        (0.0, 50.0, 100.0, 100.0)
+        """
+        high = self.scale * min(height, width * size[0] / size[1])
+        wide = high * size[1] / size[0]
+        return (height - high) * self.down, (width - wide) * self.across, high, wide
+
+
+CENTER = Crop(1.0, 0.5, 0.5)
+
+
 class BadImage(check.DataError):
     """The bytes are no image that can be decoded."""
 
@@ -40,6 +71,7 @@ def decode(
     grayscale: bool = False,
     exact: bool = False,
     max_pixels: int = MAX_PIXELS,
+    crop: Crop | None = None,
 ) -> np.ndarray:
     """The image in `data`, upright, as uint8 [H, W, C] with C = 1 or 3.
 
@@ -52,6 +84,7 @@ def decode(
       grayscale: one channel of luma (0.299 R + 0.587 G + 0.114 B) rather than three of RGB.
       exact: decode JPEGs at full size before resizing, with Pillow.
       max_pixels: the most that the image may have.
+      crop: the window to keep, resized to `size`; None for all of the image, stretched.
 
     Raises:
       BadImage: saying what is wrong with the bytes.
@@ -64,14 +97,19 @@ def decode(
     (4, 6, 3)
     """
     if data[:3] == b"\xff\xd8\xff" and simplejpeg is not None and not exact:
-        pixels = _fast_jpeg(data, size, grayscale, max_pixels)
+        pixels = _fast_jpeg(data, size, grayscale, max_pixels, crop)
         if pixels is not None:
             return pixels
-    return _with_pillow(data, size, grayscale, exact, max_pixels)
+    return _with_pillow(data, size, grayscale, exact, max_pixels, crop)
 
 
 def _with_pillow(
-    data: bytes, size: tuple[int, int] | None, grayscale: bool, exact: bool, max_pixels: int
+    data: bytes,
+    size: tuple[int, int] | None,
+    grayscale: bool,
+    exact: bool,
+    max_pixels: int,
+    crop: Crop | None,
 ) -> np.ndarray:
     from PIL import Image
 
@@ -81,10 +119,10 @@ def _with_pillow(
             _check_pixels(image.width, image.height, max_pixels)
             turn = _pillow_orientation(image)
             if image.format == "JPEG" and size is not None and not exact:
-                height, width = size if turn < 5 else size[::-1]
+                height, width = _needed(image.height, image.width, turn, size, crop)
                 image.draft(mode, (width, height))
             image.load()
-            return finish(np.asarray(_eight_bits(image, mode)), turn, size)
+            return finish(np.asarray(_eight_bits(image, mode)), turn, size, crop)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -114,8 +152,25 @@ def _pillow_orientation(image: Any) -> int:
     return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
 
 
+def _needed(
+    height: int, width: int, turn: int, size: tuple[int, int], crop: Crop | None
+) -> tuple[int, int]:
+    """The least height and width, as stored, that a JPEG may be decoded at."""
+    if turn >= 5:
+        height, width = width, height
+    down, across = size
+    if crop is not None:
+        _, _, high, wide = crop.box(height, width, size)
+        down, across = math.ceil(size[0] * height / high), math.ceil(size[1] * width / wide)
+    return (down, across) if turn < 5 else (across, down)
+
+
 def _fast_jpeg(
-    data: bytes, size: tuple[int, int] | None, grayscale: bool, max_pixels: int
+    data: bytes,
+    size: tuple[int, int] | None,
+    grayscale: bool,
+    max_pixels: int,
+    crop: Crop | None,
 ) -> np.ndarray | None:
     """What `decode` gives, or None where Pillow has to look."""
     try:
@@ -124,7 +179,9 @@ def _fast_jpeg(
             return None
         _check_pixels(width, height, max_pixels)
         turn = jpeg_orientation(data)
-        target = (height, width) if size is None else size if turn < 5 else size[::-1]
+        target = (height, width)
+        if size is not None:
+            target = _needed(height, width, turn, size, crop)
         # Decoders have fast code for halves only: 5/8 costs more than the whole, and looks worse.
         part = 8
         while part > 1 and (-(-height // part) < target[0] or -(-width // part) < target[1]):
@@ -141,16 +198,19 @@ def _fast_jpeg(
         if isinstance(error, BadImage):
             raise
         return None
-    return finish(pixels, turn, size)
+    return finish(pixels, turn, size, crop)
 
 
-def finish(pixels: np.ndarray, turn: int, size: tuple[int, int] | None) -> np.ndarray:
-    """Turns uint8 [H, W] or [H, W, C] upright and resizes it, to [H, W, C].
+def finish(
+    pixels: np.ndarray, turn: int, size: tuple[int, int] | None, crop: Crop | None = None
+) -> np.ndarray:
+    """Turns uint8 [H, W] or [H, W, C] upright, crops and resizes it, to [H, W, C].
 
     Args:
       pixels: as the file holds them.
       turn: EXIF's orientation, 1 (upright) to 8.
       size: (height, width), or None.
+      crop: the window to keep, where there is a size.
     """
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
@@ -160,11 +220,18 @@ def finish(pixels: np.ndarray, turn: int, size: tuple[int, int] | None) -> np.nd
         pixels = pixels[:, ::-1]
     if turn in (3, 4, 7, 8):
         pixels = pixels[::-1]
-    if size is not None and pixels.shape[:2] != size:
+    if size is not None and (pixels.shape[:2] != size or crop is not None):
         from PIL import Image
 
+        box = None
+        if crop is not None:
+            top, left, high, wide = crop.box(pixels.shape[0], pixels.shape[1], size)
+            # Rounding may put an edge a hair outside, which Pillow refuses.
+            right, bottom = min(left + wide, pixels.shape[1]), min(top + high, pixels.shape[0])
+            box = (max(left, 0.0), max(top, 0.0), right, bottom)
         image = Image.fromarray(np.ascontiguousarray(pixels))
-        pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
+        pixels = np.asarray(resized)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 

@@ -1,5 +1,6 @@
 """From a member's name to its class, and the table of classes."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
@@ -31,7 +32,8 @@ def by_folder(label: str | int) -> Callable[[str], str | None]:
     check.argument(
         isinstance(place, int) and not isinstance(place, bool),
         "label",
-        '"folder", a place in the path, a compiled regular expression, a function, or None',
+        '"folder", a place in the path, a compiled regular expression, a function, "cls", '
+        '"json:FIELD", or None',
         label,
     )
 
@@ -57,6 +59,48 @@ def by_name(label: re.Pattern[str] | Callable[[str], str | None]) -> Callable[[s
         return match[pattern.groups] if match else None
 
     return of
+
+
+def sidecar(label: object) -> tuple[str, str] | None:
+    """Extension and JSON field of a WebDataset label: what stands in a member beside the image.
+
+    >>> sidecar("cls"), sidecar("json:person"), sidecar("folder")
+    (('cls', ''), ('json', 'person'), None)
+    """
+    if not isinstance(label, str):
+        return None
+    extension, colon, field = label.partition(":")
+    if extension == "json":
+        return extension, field or "label"
+    return (extension, "") if extension in ("cls", "txt") and not colon else None
+
+
+def sidecar_key(name: str) -> tuple[str, str]:
+    """A member's key and extension, as WebDataset cuts a name: at its base's first dot.
+
+    >>> sidecar_key("a.b/0001.left.jpg")
+    ('a.b/0001', 'left.jpg')
+    """
+    folder, slash, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return folder + slash + key, extension.lower()
+
+
+def read_sidecar(data: bytes, field: str, where: str) -> str:
+    """The class that a sidecar's bytes name: all of its text, or a field of its JSON.
+
+    Raises:
+      DataError: if they name none.
+    """
+    try:
+        text = data.decode("utf-8").strip()
+        value = json.loads(text)[field] if field else text
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise check.DataError(f"{where} names no class: {error!r}.") from error
+    ok = isinstance(value, str | int) and not isinstance(value, bool) and str(value)
+    if not ok:
+        raise check.DataError(f"{where} names no class, but {value!r}.")
+    return str(value)
 
 
 def class_table(names: Iterable[str]) -> tuple[str, ...]:
@@ -96,7 +140,16 @@ def check_classes(classes: Sequence[str], seen: Iterable[str], where: str) -> tu
 
 
 def number(names: Sequence[str | None], classes: Sequence[str]) -> np.ndarray:
-    """Each name's place in the table, int32; `NO_LABEL` for None and what it lacks."""
+    """Each name's place in the table, of the smallest type; `NO_LABEL` where it has none."""
     places = {name: i for i, name in enumerate(classes)}
     found = (NO_LABEL if name is None else places.get(name, NO_LABEL) for name in names)
-    return np.fromiter(found, np.int32, len(names))
+    return np.fromiter(found, label_type(len(classes)), len(names))
+
+
+def label_type(classes: int) -> np.dtype:
+    """The smallest type that numbers so many classes and `NO_LABEL`.
+
+    >>> label_type(10), label_type(1000)
+    (dtype('int8'), dtype('int16'))
+    """
+    return np.min_scalar_type(-max(classes, 1) - 1)

@@ -17,6 +17,7 @@ OOPSLA 2014 (the mixing function).
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -79,6 +80,15 @@ class Order:
         # The block computed last: one batch at a time would cost more in calls than in arithmetic.
         self._block: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.int64))
 
+    @property
+    def name(self) -> str:
+        """Tells orders apart that share number, seed and whether they shuffle."""
+        return "global"
+
+    def plain(self) -> "Order":
+        """The order 0 … n−1 of the same records."""
+        return Order(self.num_records, shuffle=False, seed=0)
+
     def records(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """The records at places [start, stop) of an epoch, int64."""
         stop = min(stop, self.num_records)
@@ -90,3 +100,58 @@ class Order:
             first, block = start, permuted(places, self.num_records, key(self.seed, epoch))
             self._block = (epoch, first, block)
         return block[start - first : stop - first].copy()
+
+
+class Mixture(Order):
+    """Several sources in proportion to their weights, each gone through again and again.
+
+    Of every `BLOCK` places each source has its share, to the nearest place and at least one, at
+    pseudo-random places of it. No record of a source comes a second time before all others of that
+    source have come; an epoch is as many places as there are records in all.
+
+    Args:
+      counts: how many records each source has; they are numbered source by source.
+      weights: of each, positive.
+      seed: names the order.
+
+    >>> order = Mixture([10, 1000], [3.0, 1.0], seed=0)
+    >>> float(np.mean(order.records(0, 0, 1000) < 10))
+    0.75
+    """
+
+    BLOCK = 1000
+
+    def __init__(self, counts: Sequence[int], weights: Sequence[float], *, seed: int):
+        super().__init__(sum(counts), shuffle=True, seed=seed)
+        self._counts, self._weights = list(counts), [float(w) for w in weights]
+        exact = np.array(self._weights) / sum(self._weights) * self.BLOCK
+        quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
+        for k in np.argsort(np.floor(exact) - exact, kind="stable").tolist():
+            quotas[k] += quotas.sum() < self.BLOCK
+        quotas[np.argmax(quotas)] -= quotas.sum() - self.BLOCK
+        self._quotas, self._starts = quotas, np.cumsum([0, *counts])
+
+    @property
+    def name(self) -> str:
+        """See `Order`."""
+        return f"mixture of {self._counts} by {self._weights}"
+
+    def records(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """See `Order`."""
+        places = epoch * self.num_records + np.arange(start, min(stop, self.num_records))
+        blocks, inside = np.divmod(places, self.BLOCK)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            inside[here] = permuted(inside[here], self.BLOCK, key(self.seed, block, -1))
+        ends = np.cumsum(self._quotas)
+        sources = np.searchsorted(ends, inside, "right")
+        found = np.empty(len(places), np.int64)
+        for k in np.unique(sources).tolist():
+            here, quota, n = sources == k, int(self._quotas[k]), self._counts[k]
+            number = blocks[here] * quota + inside[here] - (int(ends[k]) - quota)
+            rounds, number = np.divmod(number, n)
+            for r in np.unique(rounds).tolist():
+                those = rounds == r
+                number[those] = permuted(number[those], n, key(self.seed, k, r))
+            found[here] = self._starts[k] + number
+        return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from jdl.core import check
+from jdl.data.archive import STDIN, is_url
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -42,8 +43,10 @@ def _expand_one(path: str) -> list[str]:
         if not inside:
             raise check.DataError(f"The folder {path!r} holds no *.tar file.")
         return inside
-    if os.path.exists(path):
+    if os.path.exists(path) or path == STDIN:
         return [path]
+    if is_url(path):
+        return braces(path)
     found: list[str] = []
     for one in braces(path):
         matches = sorted(glob.glob(one)) if glob.has_magic(one) else [one]

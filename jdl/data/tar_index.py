@@ -11,21 +11,22 @@ import json
 import logging
 import os
 import secrets
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jdl.core import check
 from jdl.data import tar_scan
+from jdl.data.archive import STDIN, Archive, is_url, open_archive
 from jdl.data.tar_scan import Columns, Damage
 
 logger = logging.getLogger("jdl.data")
 
 SUFFIX = ".jdlidx"
-_MAGIC = b"JDLINDEX1\n"
+_MAGIC = b"JDLINDEX2\n"
 _MAX_HEADER = 1 << 24
 _ALIGN = 64
+_ROWS = 1 << 16  # checked at once: what is only looked at must not fill a worker's memory
 _TYPES = dict(
     zip(
         Columns._fields,
@@ -43,6 +44,7 @@ class TarIndex:
       columns: the members.
       damage: what is wrong with the archive.
       stamp: what the archive was recognized by.
+      size: the tar's bytes, when decompressed.
       file: the file that the columns are mapped from, or None if they are in memory.
     """
 
@@ -52,10 +54,11 @@ class TarIndex:
         columns: Columns,
         damage: tuple[Damage, ...],
         stamp: dict[str, Any],
+        size: int,
         file: str | None = None,
     ):
         self.path, self.columns, self.damage = path, columns, damage
-        self.stamp, self.file = stamp, file
+        self.stamp, self.size, self.file = stamp, size, file
 
     def __len__(self) -> int:
         return len(self.columns.sizes)
@@ -76,7 +79,7 @@ class TarIndex:
         """Worker processes map the index file anew; only what has none travels whole."""
         if self.file is not None:
             return _reopen, (self.path, self.file, self.stamp)
-        return TarIndex, (self.path, self.columns, self.damage, self.stamp)
+        return TarIndex, (self.path, self.columns, self.damage, self.stamp, self.size)
 
 
 def open_index(path: str, *, keep: bool = True) -> TarIndex:
@@ -87,13 +90,18 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
       keep: whether to store an index that had to be made: beside the archive or, where that
         is not allowed, in the cache directory.
 
+    What is no tar has an index too: one without members, that says so in its damage. Of what is
+    compressed it holds the places in the decompressed tar.
+
     Raises:
-      DataError: if the archive is missing, unreadable, empty, compressed or no tar.
+      DataError: if the archive is missing or cannot be read.
     """
-    files = [path + SUFFIX, cached(path)]
-    fd = open_archive(path)
+    files = [cached(path)] if is_url(path) else [path + SUFFIX, cached(path)]
+    if path == STDIN:
+        files = []
+    archive = open_archive(path)
     try:
-        stamp = make_stamp(fd)
+        stamp = archive.stamp()
         for file in files:
             try:
                 return _load(path, file, stamp)
@@ -101,12 +109,15 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
                 continue
             except (ValueError, OSError) as error:
                 logger.info("not using the index %r: %s", file, error)
-        columns, damage = tar_scan.scan(fd, stamp["size"], path)
-        if make_stamp(fd) != stamp:
+        if archive.mode == "stream":
+            tell_cost(archive)
+        columns, damage = tar_scan.scan(archive)
+        if archive.stamp() != stamp:
             raise check.DataError(f"{path!r} changed while it was being indexed. Try again.")
+        size = archive.size
     finally:
-        os.close(fd)
-    index = TarIndex(path, columns, damage, stamp)
+        archive.close()
+    index = TarIndex(path, columns, damage, stamp, size)
     for file in files if keep else []:
         try:
             save(index, file)
@@ -117,27 +128,14 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
     return index
 
 
-def open_archive(path: str) -> int:
-    """A file descriptor of the regular file at `path`, to be closed by the caller."""
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise check.DataError(f"Cannot open the archive {path!r}: {error.strerror}.") from error
-    if not Path(path).is_file():  # a pipe or a folder cannot be read at random
-        os.close(fd)
-        raise check.DataError(f"{path!r} is not a regular file; a tar archive was expected.")
-    return fd
-
-
-def make_stamp(fd: int) -> dict[str, Any]:
-    """What tells this archive, in this state, from all others, without reading it all."""
-    stat = os.fstat(fd)
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(os.pread(fd, 4096, 0))
-    digest.update(os.pread(fd, 4096, max(stat.st_size - 4096, 0)))
-    for i in range(1, 17):
-        digest.update(os.pread(fd, 512, stat.st_size * i // 17 & -512))
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": digest.hexdigest()}
+def tell_cost(archive: Archive) -> None:
+    """Says what it takes to index an archive that can only be read in order."""
+    if archive.path != STDIN:
+        logger.warning(
+            "%r is compressed, or comes without ranges: it has to be read once from end to end to "
+            "index it.",
+            archive.path,
+        )
 
 
 def cached(path: str) -> str:
@@ -145,14 +143,20 @@ def cached(path: str) -> str:
     root = os.environ.get("JDL_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jdl"
     )
-    name = hashlib.blake2b(os.path.realpath(path).encode(), digest_size=16).hexdigest()
+    name = path if is_url(path) else os.path.realpath(path)
+    name = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     return os.path.join(root, "index", name + SUFFIX)
 
 
 def save(index: TarIndex, file: str) -> None:
     """Writes the index at once or not at all: no reader ever sees half of it."""
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    header: dict[str, Any] = {"stamp": index.stamp, "damage": index.damage, "lengths": {}}
+    header: dict[str, Any] = {
+        "stamp": index.stamp,
+        "size": index.size,
+        "damage": index.damage,
+        "lengths": {},
+    }
     for field, array in index.columns._asdict().items():
         header["lengths"][field] = len(array)
     start = json.dumps(header).encode()
@@ -190,6 +194,7 @@ def _load(path: str, file: str, stamp: dict[str, Any]) -> TarIndex:
             Damage(str(word), int(at), str(name), str(detail), bool(lost))
             for word, at, name, detail, lost in header["damage"]
         )
+        size = int(header["size"])
         lengths = [int(header["lengths"][field]) for field in Columns._fields]
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"its header is malformed ({error!r})") from error
@@ -197,13 +202,13 @@ def _load(path: str, file: str, stamp: dict[str, Any]) -> TarIndex:
     arrays, at = [], prefix + length
     for count, dtype in zip(lengths, _TYPES.values(), strict=True):
         at += -at % _ALIGN
-        size = count * np.dtype(dtype).itemsize
-        _sound(count >= 0 and at + size <= len(data), "its arrays are cut short")
-        arrays.append(data[at : at + size].view(dtype))
-        at += size
+        nbytes = count * np.dtype(dtype).itemsize
+        _sound(count >= 0 and at + nbytes <= len(data), "its arrays are cut short")
+        arrays.append(data[at : at + nbytes].view(dtype))
+        at += nbytes
     columns = Columns(*map(np.asarray, arrays))
-    _check_columns(columns, stamp["size"])
-    return TarIndex(path, columns, damage, stamp, file)
+    _check_columns(columns, size)
+    return TarIndex(path, columns, damage, stamp, size, file)
 
 
 def _check_columns(columns: Columns, size: int) -> None:
@@ -213,21 +218,23 @@ def _check_columns(columns: Columns, size: int) -> None:
     _sound(same, "its columns differ in length")
     _sound(_rising(columns.base_ends, len(columns.bases)), "its names do not add up")
     _sound(_rising(columns.folder_ends, len(columns.folders)), "its folders do not add up")
-    if not n:
-        return
-    ids = columns.folder_ids
-    _sound(ids.min() >= 0 and ids.max() < len(columns.folder_ends), "it lacks a folder")
-    inside = columns.kinds != tar_scan.CUT
-    offsets, sizes = columns.offsets, columns.sizes
-    fits = offsets.min() >= 512 and sizes.min() >= 0 and (sizes[inside] <= size).all()
-    fits = fits and (offsets[inside] <= size - sizes[inside]).all()
-    _sound(fits, "a member lies outside the archive")
+    for start in range(0, n, _ROWS):
+        offsets, sizes, kinds, ids = (c[start : start + _ROWS] for c in columns[:4])
+        _sound(ids.min() >= 0 and ids.max() < len(columns.folder_ends), "it lacks a folder")
+        inside = kinds != tar_scan.CUT
+        fits = offsets.min() >= 512 and sizes.min() >= 0 and (sizes[inside] <= size).all()
+        fits = fits and (offsets[inside] <= size - sizes[inside]).all()
+        _sound(fits, "a member lies outside the archive")
 
 
 def _rising(ends: np.ndarray, total: int) -> bool:
     if not len(ends):
         return total == 0
-    return bool(ends[0] >= 0 and (ends[1:] >= ends[:-1]).all() and ends[-1] == total)
+    rises = all(
+        (ends[i + 1 : i + _ROWS + 1] >= ends[i : i + _ROWS][: len(ends) - i - 1]).all()
+        for i in range(0, len(ends), _ROWS)
+    )
+    return bool(rises and ends[0] >= 0 and ends[-1] == total)
 
 
 def _sound(ok: bool | np.bool_, problem: str) -> None:

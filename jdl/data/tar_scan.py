@@ -5,13 +5,13 @@ thousands of them at once; at the first bad one it goes back there. Damage never
 lost is written down, and the walk goes on where the next good header stands.
 """
 
-import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from jdl.core import check
 from jdl.data import tar_format as fmt
+from jdl.data.archive import Archive
 from jdl.data.tar_format import BLOCK
 
 # Kinds of members, as stored in an index.
@@ -29,20 +29,11 @@ _KINDS[fmt.GNU_SPARSE] = SPARSE
 _DTYPES = (np.int64, np.int64, np.uint8, np.int32, np.int64)
 
 _MANY = 4096  # headers verified at once: 2 MiB
-_WIDE = 1 << 20  # a window over small members
-_NARROW = 1 << 12  # a window on a large member's header and what may precede it
-_SMALL_STRIDE = 1 << 15  # up to here reading the members too is cheaper than skipping them
+_CHUNK = 1 << 20  # what a search for a header reads at once
+_BEGINNING = 1 << 20  # the first header of a tar stands within so many bytes, or it is none
 _MAX_META = 1 << 20  # bytes of a pax header or a long name
 _MAX_NAME = 1 << 15
 _MAX_DAMAGE = 1000  # entries kept; more are counted
-
-COMPRESSED = {
-    b"\x1f\x8b": ("gzip", "gunzip -k"),
-    b"BZh": ("bzip2", "bunzip2 -k"),
-    b"\xfd7zXZ\0": ("xz", "unxz -k"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd -k"),
-    b"PK\x03\x04": ("zip", "unzip"),
-}
 
 
 class Damage(NamedTuple):
@@ -87,36 +78,30 @@ class Columns(NamedTuple):
     folders: np.ndarray
 
 
-def scan(fd: int, size: int, path: str) -> tuple[Columns, tuple[Damage, ...]]:
-    """All members of the archive open as `fd`, and everything wrong with it.
-
-    Raises:
-      DataError: if it is no tar at all.
-    """
-    head = os.pread(fd, BLOCK, 0)
-    if not head:
-        raise check.DataError(f"{path!r} is empty (0 bytes); a tar archive was expected.")
-    for magic, (kind, command) in COMPRESSED.items():
-        if head.startswith(magic):
-            raise check.DataError(
-                f"{path!r} is {kind}-compressed; random access needs a plain tar. "
-                f"Unpack it once with: {command} {path!r}"
-            )
-    walk = _Walk(fd, size)
-    plausible = head == fmt.ZEROS or fmt.is_header(head) or head[257:262] == b"ustar"
-    if not plausible and walk.find_header(0, limit=_WIDE) is None:
-        raise check.DataError(f"{path!r} is not a tar archive: it begins with {head[:16]!r}.")
-    walk.run()
-    if walk.unlisted:
-        walk.damage.append(Damage("damaged", 0, "", f"and {walk.unlisted} more", True))
+def scan(archive: Archive) -> tuple[Columns, tuple[Damage, ...]]:
+    """All members of an archive, and everything wrong with it."""
+    walk = Walk(archive)
+    for _ in walk.steps():
+        pass
     return walk.columns(), tuple(walk.damage)
 
 
-class _Walk:
+class Last(NamedTuple):
+    """The member seen last, if it is named as images are: its header's place, its bytes."""
+
+    place: int
+    start: int
+    end: int
+    name: bytes
+
+
+class Walk:
     """The state of one scan."""
 
-    def __init__(self, fd: int, size: int):
-        self.fd, self.size = fd, size
+    def __init__(self, archive: Archive):
+        self.archive, self.size = archive, archive.size
+        # What comes once is verified at once: there is no going back.
+        self.many = _MANY if archive.rewinds else 1
         self.damage: list[Damage] = []
         self.unlisted = 0
         # Headers not yet verified, where they stand, and the sizes of their members.
@@ -135,25 +120,55 @@ class _Walk:
         self.next_pax: dict[bytes, bytes] = {}
         self.globals: list[tuple[int, dict[bytes, bytes]]] = [(-1, {})]
         self.problem = ""  # with the header that `chain` stopped at
+        self.last: Last | None = None
         self.window, self.base, self.headers_before = b"", 0, 0
         self.verified = 0
 
-    def run(self) -> None:
-        """Walks to the end of the file, whatever stands in it."""
-        at: int | None = 0
+    def steps(self) -> Iterator[None]:
+        """Walks to the end, whatever stands there; pauses whenever members have been added."""
+        at: int | None = 0 if self.plausible() else None
         while at is not None:
             at = self.chain(at)
             bad = self.verify()
+            yield
             if bad is not None:
                 at = self.recover(bad, "")
             elif self.problem:
                 at = self.recover(at, self.problem)
             elif at + BLOCK > self.size:
-                self.note("truncated", at, b"", "the archive ends without its end marker")
-                at = None
+                resume = self.inside_last(self.size)
+                if resume is None and not self.archive.problem:
+                    self.note("truncated", at, b"", "the archive ends without its end marker")
+                at = resume
             elif self.block(at) == fmt.ZEROS:
                 at = self.zeros(at)
             self.problem = ""
+        if self.archive.problem:
+            word = "truncated" if "cut short" in self.archive.problem else "damaged"
+            self.note(word, self.size, b"", self.archive.problem)
+        if self.unlisted:
+            self.damage.append(Damage("damaged", 0, "", f"and {self.unlisted} more", True))
+
+    def plausible(self) -> bool:
+        """Whether it begins as a tar does, or one begins soon; if not, that is noted."""
+        head = self.read(BLOCK, 0)
+        if not head:
+            if not self.archive.problem:
+                self.note("truncated", 0, b"", "it is empty (0 bytes), no tar archive")
+            return False
+        if head == fmt.ZEROS or fmt.is_header(head) or head[257:262] == b"ustar":
+            return True
+        if self.find_header(0, limit=_BEGINNING) is not None:
+            return True
+        zipped = " (it is a zip archive)" if head.startswith(b"PK\x03\x04") else ""
+        self.note("damaged", 0, b"", f"it is no tar archive{zipped}: it begins with {head[:16]!r}")
+        return False
+
+    def read(self, size: int, at: int) -> bytes:
+        """Bytes of the archive; its size becomes known when a reader in order meets the end."""
+        data = self.archive.pread(size, at)
+        self.size = self.archive.size
+        return data
 
     def chain(self, at: int) -> int:
         """Follows headers from `at`; gives the place it could or would not go beyond.
@@ -163,7 +178,7 @@ class _Walk:
         """
         blocks, places, sizes = self.blocks, self.places, self.sizes
         window, base, alone = self.window, self.base, self.alone()
-        while at + BLOCK <= self.size and len(blocks) < _MANY:
+        while at + BLOCK <= self.size and len(blocks) < self.many:
             start = at - base
             block = window[start : start + BLOCK] if start >= 0 else b""
             if len(block) < BLOCK:
@@ -204,8 +219,9 @@ class _Walk:
         if start < 0 or start + BLOCK > len(self.window):
             # Where headers stand close together, one wide read brings many of them.
             headers = self.verified + len(self.blocks)
-            close = at - self.base <= _SMALL_STRIDE * (headers - self.headers_before)
-            self.window = os.pread(self.fd, _WIDE if close else _NARROW, at)
+            archive = self.archive
+            close = at - self.base <= archive.stride * (headers - self.headers_before)
+            self.window = self.read(archive.wide if close else archive.narrow, at)
             self.base, self.headers_before, start = at, headers, 0
         return self.window[start : start + BLOCK].ljust(BLOCK, b"\0")
 
@@ -250,7 +266,7 @@ class _Walk:
         start = at + BLOCK - self.base
         data = self.window[start : start + size] if start >= 0 else b""
         if len(data) < size:
-            data = os.pread(self.fd, size, at + BLOCK)
+            data = self.read(size, at + BLOCK)
         if kind == fmt.GNU_LONG_NAME:
             self.next_name = data.split(b"\0", 1)[0]
         elif kind == fmt.PAX_GLOBAL:
@@ -297,15 +313,12 @@ class _Walk:
             if names[i].endswith(b"/"):  # how old tars mark folders
                 names[i] = names[i].rstrip(b"/")
                 kinds[i] = FOLDER
-        cut = offsets + sizes > self.size
-        for i in np.flatnonzero(kept & (cut | (kinds == SPARSE))).tolist():
-            if cut[i]:
-                have = max(self.size - int(offsets[i]), 0)
-                detail = f"it has {sizes[i]} bytes, of which {have} are in the archive"
-                self.note("truncated", self.places[i], names[i], detail)
-                kinds[i] = CUT
-            else:
-                self.note("sparse", self.places[i], names[i], "files with holes are not read")
+        cut = kept & (offsets + sizes > self.size)
+        for i in np.flatnonzero(cut).tolist():
+            self.note_cut(self.places[i], names[i], int(offsets[i]), int(sizes[i]))
+        kinds[cut] = CUT
+        for i in np.flatnonzero(kept & ~cut & (kinds == SPARSE)).tolist():
+            self.note("sparse", self.places[i], names[i], "files with holes are not read")
         if not kept.all():
             names = [names[i] for i in np.flatnonzero(kept)]
             offsets, sizes, kinds = offsets[kept], sizes[kept], kinds[kept]
@@ -317,6 +330,10 @@ class _Walk:
             for base in bases
         ]
         kinds[(kinds == IMAGE) & ~np.array(images, bool)] = OTHER
+        if len(names):
+            place = self.places[int(np.flatnonzero(kept)[-1])]
+            end = int(offsets[-1] + sizes[-1])
+            self.last = Last(place, int(offsets[-1]), end, names[-1]) if images[-1] else None
         ids, new = self.folders, self.folders.setdefault
         folder_ids = np.array([new(folder, len(ids)) for folder, _, _ in split], np.int32)
         lengths = np.fromiter(map(len, bases), np.int64, len(bases))
@@ -324,6 +341,12 @@ class _Walk:
         self.bases.append(b"".join(bases))
 
     # ------------------------------------------------------------------ damage
+
+    def note_cut(self, place: int, name: bytes, offset: int, size: int) -> None:
+        """Notes a member that the archive holds only in part."""
+        have = max(self.size - offset, 0)
+        detail = f"it has {size} bytes, of which {have} are in the archive"
+        self.note("truncated", place, name, detail)
 
     def note(self, word: str, at: int, name: bytes, detail: str, lost: bool = True) -> None:
         """Writes one damage down."""
@@ -334,6 +357,8 @@ class _Walk:
 
     def recover(self, at: int, problem: str) -> int | None:
         """Notes the bad header at `at`; gives where the next good one stands, if any does."""
+        if (inside := self.inside_last(at)) is not None:
+            return inside
         block = self.block(at)
         self.next_name, self.next_pax = None, {}
         looks = block[257:262] == b"ustar"
@@ -350,6 +375,24 @@ class _Walk:
         self.note(word, at, name, detail)
         return resume
 
+    def inside_last(self, before: int) -> int | None:
+        """Where a header stands inside the last member, which then lies about its size.
+
+        Only an image is doubted so: in other files there may be archives.
+        """
+        last, self.last = self.last, None
+        if last is None or self.archive.mode == "stream":
+            return None
+        end = min(last.end, before)
+        found = self.find_header(last.start, limit=end - last.start + BLOCK)
+        if found is None or found >= end:
+            return None
+        if self.parts[-1][2][-1] != CUT:
+            self.parts[-1][2][-1] = CUT
+            detail = f"its size of {last.end - last.start} bytes runs over members after it"
+            self.note("damaged", last.place, last.name, detail)
+        return found
+
     def beyond(self, at: int, block: bytes) -> int | None:
         """Where the member of a bad header ends, if its size can be trusted all the same.
 
@@ -359,7 +402,7 @@ class _Walk:
             after = at + BLOCK + fmt.padded(fmt.number(block[124:136]))
         except ValueError:
             return None
-        if after + BLOCK > self.size:
+        if after + BLOCK > self.size or self.archive.mode == "stream":
             return None
         next_block = self.block(after)
         return after if next_block == fmt.ZEROS or fmt.is_header(next_block) else None
@@ -368,24 +411,26 @@ class _Walk:
         """The first good ustar, GNU or pax header from `at` on, at whatever alignment."""
         end = self.size if limit is None else min(self.size, at + limit)
         while at + BLOCK <= end:
-            chunk = os.pread(self.fd, _WIDE + BLOCK, at)
+            chunk = self.read(_CHUNK + BLOCK, at)
+            if len(chunk) < BLOCK:
+                return None
             found = chunk.find(b"ustar", 257)
             while found >= 0:
                 start = found - 257
-                if start >= _WIDE:
+                if start >= _CHUNK:
                     break
                 block = chunk[start : start + BLOCK]
                 if block[148:154].strip(b" ").isdigit() and fmt.is_header(block):
                     return at + start
                 found = chunk.find(b"ustar", found + 1)
-            at += _WIDE
+            at += _CHUNK
         return None
 
     def zeros(self, at: int) -> int | None:
         """Looks past the end marker at `at`; gives where a further archive begins, if any does."""
         place = at
         while place < self.size:
-            chunk = os.pread(self.fd, _WIDE, place)
+            chunk = self.read(_CHUNK, place)
             if not chunk:
                 return None
             rest = len(chunk.lstrip(b"\0"))
@@ -412,6 +457,13 @@ class _Walk:
             np.concatenate([np.empty(0, dtype), *column])
             for dtype, column in zip(_DTYPES, columns, strict=True)
         )
+        # Where the size became known only at the end, the last member may have gone beyond it.
+        for i in np.flatnonzero((offsets + sizes > self.size) & (kinds != CUT)).tolist():
+            name = folders[folder_ids[i]] + b"/" if folders[folder_ids[i]] else b""
+            ends = np.cumsum(lengths)
+            name += b"".join(self.bases)[ends[i] - lengths[i] : ends[i]]
+            self.note_cut(int(offsets[i]) - BLOCK, name, int(offsets[i]), int(sizes[i]))
+            kinds[i] = CUT
         return Columns(
             offsets,
             sizes,

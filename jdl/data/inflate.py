@@ -1,0 +1,148 @@
+"""Decompression in order and in constant memory: gzip, bzip2, xz, zstd, or none.
+
+However much a few bytes claim to expand to, at most one piece of it is in memory.
+"""
+
+import bz2
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jdl.core import check
+
+MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+_MAX_MEMORY = 1 << 28  # bytes that an xz file may ask its reader to keep
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """What bytes are read from in order."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, at least one and, but for pipes, `size` of them; none at the end."""
+
+    def close(self) -> None:
+        """Lets go of it."""
+
+
+class Piece(NamedTuple):
+    """The next bytes, or why there are no more although there should be."""
+
+    data: bytes
+    problem: str = ""
+
+
+def compression(head: bytes) -> str | None:
+    r"""How a file that begins with `head` is compressed.
+
+    >>> compression(b"\x1f\x8b\x08"), compression(b"train/")
+    ('gzip', None)
+    """
+    return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
+
+
+def pieces(file: Readable, size: int) -> Iterator[Piece]:
+    """The decompressed bytes of `file`, in pieces of about `size`; the last may name a problem."""
+    data = file.read(size)
+    while 0 < len(data) < 8:  # pipes give what they have
+        more = file.read(size)
+        if not more:
+            break
+        data += more
+    kind = compression(data)
+    if kind is None:
+        while data:
+            yield Piece(data)
+            data = file.read(size)
+        return
+    start = _STARTS[kind]
+    decompressor = start()
+    while True:
+        try:
+            out = decompressor.decompress(data, size)
+        except _errors() as error:
+            yield Piece(b"", f"its {kind} data are damaged: {error}")
+            return
+        data = b""
+        if out:
+            yield Piece(out)
+        if decompressor.eof:
+            # Compressed files may be chained; what follows otherwise is padding.
+            data = decompressor.unused_data or file.read(size)
+            while data and not data.strip(b"\0"):
+                data = file.read(size)
+            while data and len(data.lstrip(b"\0")) < 8:
+                more = file.read(size)
+                if not more:
+                    break
+                data += more
+            data = data.lstrip(b"\0")
+            if not data:
+                return
+            if compression(data) != kind:
+                yield Piece(b"", f"after its {kind} data {len(data)} or more bytes are none")
+                return
+            decompressor = start()
+        elif decompressor.needs_input:
+            data = file.read(size)
+            if not data:
+                yield Piece(b"", f"its {kind} data are cut short")
+                return
+
+
+class _Gzip:
+    """zlib's decompressor with the face of bz2's and lzma's."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(31)
+        self._rest = b""
+
+    def decompress(self, data: bytes, size: int) -> bytes:
+        out = self._zlib.decompress(self._rest + data, size)
+        self._rest = self._zlib.unconsumed_tail
+        self._full = len(out) == size
+        return out
+
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._rest and not self._full
+
+
+def _zstd() -> Any:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        try:
+            from backports import zstd
+        except ImportError as error:
+            raise check.MissingExtraError("backports.zstd", "zstd", "Reading .zst") from error
+    return zstd
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    zstd = (_zstd().ZstdError,) if "backports.zstd" in sys.modules or _STDLIB_ZSTD else ()
+    return (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, *zstd)
+
+
+_STDLIB_ZSTD = sys.version_info >= (3, 14)
+_STARTS: dict[str, Callable[[], Any]] = {
+    "gzip": _Gzip,
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lambda: lzma.LZMADecompressor(memlimit=_MAX_MEMORY),
+    "zstd": lambda: _zstd().ZstdDecompressor(),
+}

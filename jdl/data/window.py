@@ -1,0 +1,196 @@
+"""Shuffling what can only be read in order: through a window, exactly resumable.
+
+The window holds the next W records of the stream. At each place one of them goes out, drawn by
+the seed, the epoch and the place, and the next record of the stream comes in its stead; at the end
+the window empties. Archives are gone through in a new order each epoch. What stands at a place
+follows from the place alone, so to go on somewhere is to read up to there without decoding.
+
+W records are in memory, however large the archives; a record moves forward at will but back by no
+more than W places, so shuffling is not global: rewrite with `jdl pack` for that.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from jdl.data.images import BadImage
+from jdl.data.order import Order, key, mix, permuted
+from jdl.data.tar import TarSource
+
+WINDOW = 2048
+_DRAWS = 512
+
+
+class WindowOrder(Order):
+    """The order of a window shuffle; records are numbered archive by archive.
+
+    Args:
+      counts: how many records each archive holds.
+      window: W; 1 for no shuffle.
+      seed: names the order.
+    """
+
+    def __init__(self, counts: np.ndarray, *, window: int, seed: int):
+        super().__init__(int(counts.sum()), shuffle=window > 1, seed=seed)
+        self.counts, self.window = counts, window
+
+    @property
+    def name(self) -> str:
+        """See `Order`."""
+        return f"window of {self.window} over {len(self.counts)} archives"
+
+    def plain(self) -> "WindowOrder":
+        """See `Order`."""
+        return WindowOrder(self.counts, window=1, seed=0)
+
+    def stream(self, epoch: int) -> np.ndarray:
+        """The first record of each archive in reading order, and how many follow; int64 [2, n]."""
+        n = len(self.counts)
+        archives = np.arange(n)
+        if self.shuffle:
+            archives = permuted(archives, n, key(self.seed, epoch, -2))
+        first = np.cumsum(self.counts) - self.counts
+        return np.stack([first[archives], self.counts[archives]])
+
+    def records(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """See `Order`."""
+        draws = Draws(self, epoch)
+        draws.skip(start)
+        stop = min(stop, self.num_records)
+        return draws.records([draws.draw()[0] for _ in range(start, stop)])
+
+
+class Draws:
+    """Which of the stream's records goes out at each place, one after the other."""
+
+    def __init__(self, order: WindowOrder, epoch: int):
+        self._n = order.num_records
+        self._key = key(order.seed, epoch, -3)
+        self.slots = list(range(min(order.window, self._n)))  # places in the stream
+        self.place = 0
+        self._draws: list[int] = []
+        first, counts = order.stream(epoch)
+        self._first, self._ends = first, np.cumsum(counts)
+
+    def draw(self) -> tuple[int, int | None]:
+        """The stream's number that goes out at the next place, and the one that comes in."""
+        slots, at = self.slots, self.place % _DRAWS
+        if not at or not self._draws:
+            block = np.arange(self.place - at, self.place - at + _DRAWS, dtype=np.uint64)
+            self._draws = (mix(mix(block + np.uint64(self._key))) >> np.uint64(32)).tolist()
+        slot = self._draws[at] * len(slots) >> 32
+        out, coming = slots[slot], self.place + len(slots)
+        self.place += 1
+        if coming < self._n:
+            slots[slot] = coming
+            return out, coming
+        slots[slot] = slots[-1]
+        slots.pop()
+        return out, None
+
+    def skip(self, places: int) -> None:
+        """Draws for so many places."""
+        for _ in range(places):
+            self.draw()
+
+    def records(self, numbers: list[int]) -> np.ndarray:
+        """The records at these places of the stream."""
+        at = np.array(numbers, np.int64)
+        archive = np.searchsorted(self._ends, at, "right")
+        starts = np.concatenate([[0], self._ends[:-1]])
+        return self._first[archive] + at - starts[archive]
+
+
+class Window:
+    """The bytes of the records in the window; made for one reader."""
+
+    def __init__(self, source: TarSource, order: WindowOrder):
+        self._source, self._order = source, order
+        self._epoch, self._draws = -1, Draws(order, 0)
+        self._held: dict[int, bytes | BadImage] = {}
+
+    def take(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, list[bytes | BadImage]]:
+        """The records at places [start, stop) and their bytes; what is between is read over."""
+        if epoch != self._epoch or start < self._draws.place:
+            self._epoch, self._draws = epoch, Draws(self._order, epoch)
+            self._held = {}
+            self._draws.skip(start)
+            self._read(sorted(self._draws.slots))
+        while self._draws.place < start:
+            self._step()
+        numbers, data = [], []
+        for _ in range(start, stop):
+            number, held = self._step()
+            numbers.append(number)
+            data.append(held)
+        return self._draws.records(numbers), data
+
+    def _step(self) -> tuple[int, bytes | BadImage]:
+        out, coming = self._draws.draw()
+        held = self._held.pop(out)
+        if coming is not None:
+            self._read([coming])
+        return out, held
+
+    def _read(self, numbers: list[int]) -> None:
+        for start in range(0, len(numbers), 256):
+            some = numbers[start : start + 256]
+            data = self._source.read_many(self._draws.records(some))
+            self._held |= zip(some, data, strict=True)
+
+
+class InOrder:
+    """Batches of what one reader brings in order, decoded in threads ahead of being asked for.
+
+    Args:
+      read: gives the bytes of batch i; called for 0, 1, … in this order by one thread.
+      decode: makes a batch of them, in any thread.
+      count: how many batches there are.
+      threads: how many decode.
+      ahead: batches made before they are asked for.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Any],
+        decode: Callable[[int, Any], Any],
+        count: int,
+        threads: int,
+        ahead: int,
+    ):
+        self._reader = ThreadPoolExecutor(1, "jdl-read")
+        self._decoders = ThreadPoolExecutor(max(threads, 1), "jdl-decode")
+        self._read, self._decode, self._count = read, decode, count
+        self._ahead = max(ahead, 1)
+        self._waiting: deque[Future[Any]] = deque()
+        self._next = 0
+
+    def start_prefetch(self) -> None:
+        """Keeps as many batches on their way as there may be."""
+        while len(self._waiting) < self._ahead and self._next < self._count:
+            read = self._reader.submit(self._read, self._next)
+            self._waiting.append(self._decoders.submit(self._finish, self._next, read))
+            self._next += 1
+
+    def _finish(self, number: int, read: "Future[Any]") -> Any:
+        return self._decode(number, read.result())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self.start_prefetch()
+        if not self._waiting:
+            raise StopIteration
+        found = self._waiting.popleft().result()
+        self.start_prefetch()
+        return found
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._decoders.shutdown(wait=True)

@@ -1,0 +1,429 @@
+"""Archives that are compressed, piped, or remote: the same records as from the plain one."""
+
+import bz2
+import gzip
+import http.server
+import io
+import itertools
+import json
+import logging
+import lzma
+import os
+import re
+import socket
+import sys
+import tarfile
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jdl.core.check import DataError, UserError
+from jdl.data import TarSource, archive, describe, from_tar, inflate
+from jdl.data.window import WindowOrder
+
+zstd = pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
+
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstd.compress,
+}
+N = 60
+
+
+def png(value, size=(6, 5)):
+    out = io.BytesIO()
+    Image.new("L", size[::-1], value).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_tar(path, members, **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """Image i has the value i everywhere, and the class i mod 3."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    return write_tar(folder / "a.tar", [(f"{i % 3}/{i:02d}.png", png(i)) for i in range(N)])
+
+
+@pytest.fixture
+def compressed(plain, tmp_path):
+    def make(kind):
+        path = tmp_path / f"a.tar.{kind}"
+        with open(plain, "rb") as file:
+            path.write_bytes(COMPRESS[kind](file.read()))
+        return str(path)
+
+    return make
+
+
+def values(batches):
+    found = []
+    for batch in batches:
+        rows = batch["image"][:, 0, 0, 0].tolist()
+        mask = batch.get("mask", np.ones(len(rows)))
+        found.append([v for v, counts in zip(rows, mask, strict=True) if counts])
+    return found
+
+
+def flat(batches):
+    return list(itertools.chain.from_iterable(batches))
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_compressed_archives_hold_the_same(kind, plain, compressed, caplog):
+    path = compressed(kind)
+    with caplog.at_level(logging.WARNING, "jdl.data"):
+        source = TarSource(path)
+    assert "read once from end to end" in caplog.text
+    expected = TarSource(plain)
+    assert [source[i] for i in (0, 5, 59, 3)] == [expected[i] for i in (0, 5, 59, 3)]
+    assert source.count_classes() == expected.count_classes()
+    assert describe(path).damage == []
+    with caplog.at_level(logging.WARNING, "jdl.data"):
+        data = from_tar(path, grayscale=True, batch_size=7)
+    assert "jdl pack" in caplog.text
+    assert flat(values(data)) == list(range(N))
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_a_cut_or_spoilt_compressed_archive(kind, compressed):
+    path = compressed(kind)
+    with open(path, "rb") as file:
+        whole = file.read()
+    with open(path, "wb") as file:
+        file.write(whole[: len(whole) // 2])
+    about = describe(path, keep_index=False)
+    assert about.images < N
+    assert "truncated" in {d["word"] for d in about.damage}
+    assert any("cut short" in d["detail"] for d in about.damage)
+    with pytest.raises(DataError):
+        from_tar(path, batch_size=2)
+    with open(path, "wb") as file:
+        file.write(whole + b"what is this doing here?")
+    about = describe(path, keep_index=False)
+    assert about.images == N
+    assert [d["word"] for d in about.damage] == ["damaged"]
+    spoilt = bytearray(whole)
+    spoilt[len(whole) // 2 :] = os.urandom(len(whole) - len(whole) // 2)
+    with open(path, "wb") as file:
+        file.write(spoilt)
+    about = describe(path, keep_index=False)
+    assert about.images < N
+    assert {d["word"] for d in about.damage} & {"damaged", "truncated"}
+
+
+def test_chained_and_padded_gzip(plain, tmp_path):
+    with open(plain, "rb") as file:
+        whole = file.read()
+    path = tmp_path / "chained.tar.gz"
+    path.write_bytes(gzip.compress(whole[:7000]) + gzip.compress(whole[7000:]) + bytes(100))
+    assert describe(path).images == N
+    assert describe(path).damage == []
+
+
+def test_a_compression_bomb_is_read_in_small_pieces(tmp_path):
+    path = tmp_path / "bomb.gz"
+    with gzip.open(path, "wb", compresslevel=9) as file:
+        for _ in range(200):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    with open(path, "rb") as file:
+        assert sum(len(piece.data) for piece in inflate.pieces(file, 1 << 18)) == 200 << 20
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+# ---------------------------------------------------------------------- the window
+
+
+@pytest.mark.parametrize(("n", "window"), [(1, 1), (5, 9), (300, 16), (300, 300)])
+def test_a_window_is_a_permutation_that_looks_ahead_no_further(n, window):
+    counts = np.array([n // 3, n - n // 3])
+    order = WindowOrder(counts, window=window, seed=3)
+    found = order.records(2, 0, n)
+    assert sorted(found.tolist()) == list(range(n))
+    np.testing.assert_array_equal(order.records(2, n // 2, n), found[n // 2 :])
+    one = WindowOrder(np.array([n]), window=window, seed=3).records(0, 0, n)
+    assert (one <= np.arange(n) + window - 1).all()
+    np.testing.assert_array_equal(order.plain().records(0, 0, n), np.arange(n))
+
+
+def test_a_window_draws_evenly():
+    draws = np.stack(
+        [WindowOrder(np.array([40]), window=8, seed=s).records(0, 0, 40) for s in range(300)]
+    )
+    first = np.bincount(draws[:, 0], minlength=8)
+    assert len(first) == 8
+    assert ((first - 300 / 8) ** 2 / (300 / 8)).sum() < 30
+    assert abs(np.mean(draws[:, 20]) - (20 + 0.5)) < 2  # the mean of what a window holds there
+
+
+def test_going_on_from_any_position(plain, compressed):
+    path = compressed("gz")
+
+    def make(threads, batch_size=7):
+        return from_tar(
+            path,
+            batch_size=batch_size,
+            epochs=2,
+            shuffle=True,
+            seed=5,
+            window=16,
+            threads=threads,
+            grayscale=True,
+        )
+
+    reference = values(make(2))
+    epochs = flat(reference[:9]), flat(reference[9:])
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(N))
+    assert epochs[0] != epochs[1]
+    for done in (0, 1, 5, 9, 13, 18):
+        iterator = iter(make(1))
+        for _ in range(done):
+            next(iterator)
+        state = json.loads(json.dumps(iterator.get_state()))
+        iterator.close()
+        resumed = iter(make(3))
+        resumed.set_state(state)
+        assert values(resumed) == reference[done:]
+    with pytest.raises(DataError, match="'order'"):
+        iter(from_tar(path, batch_size=7, epochs=2, shuffle=True, seed=5)).set_state(state)
+    # The plain archive gives the same through the same window.
+    same = from_tar(plain, batch_size=7, epochs=2, shuffle=True, seed=5, window=16, grayscale=True)
+    assert values(same) == reference
+    assert flat(values(make(2).once())) == list(range(N))
+
+
+def test_hosts_share_a_stream(compressed):
+    path = compressed("zst")
+    whole = list(from_tar(path, batch_size=8, epochs=1, shuffle=True, window=16))
+    parts = [
+        list(from_tar(path, batch_size=8, epochs=1, shuffle=True, window=16, shard=(p, 2)))
+        for p in range(2)
+    ]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(
+                batch[name], np.concatenate([half[name] for half in halves])
+            )
+
+
+def test_a_stream_names_a_corrupt_image_once(tmp_path):
+    members = [(f"c/{i:02d}.png", png(i) if i != 4 else b"junk") for i in range(12)]
+    path = write_tar(tmp_path / "a.tar", members)
+    with open(path, "rb") as file:
+        data = gzip.compress(file.read())
+    (tmp_path / "a.tar.gz").write_bytes(data)
+    iterator = iter(from_tar(tmp_path / "a.tar.gz", batch_size=3, size=(6, 5)))
+    next(iterator)
+    with pytest.raises(DataError, match=r"'c/04\.png'"):
+        next(iterator)
+    assert next(iterator)["image"][:, 0, 0, 0].tolist() == [6, 7, 8]
+    iterator.close()
+
+
+def test_seekable_gzip(plain, compressed):
+    pytest.importorskip("indexed_gzip")
+    path = compressed("gz")
+    assert TarSource(path).mode == "stream"
+    assert archive.make_seekable(path) == path + archive.SEEK_SUFFIX
+    source = TarSource(path)
+    assert source.mode == "seekable"
+    expected = TarSource(plain)
+    assert [source[i] for i in range(N)] == [expected[i] for i in range(N)]
+    options = {"batch_size": 7, "epochs": 1, "shuffle": True}
+    assert values(from_tar(path, **options)) == values(from_tar(plain, **options))
+    with pytest.raises(UserError, match="needs none"):
+        archive.make_seekable(plain)
+    with pytest.raises(UserError, match="jdl pack"):
+        archive.make_seekable(compressed("xz"))
+    with open(path + archive.SEEK_SUFFIX, "r+b") as file:
+        file.write(b"junk")
+    with pytest.raises(DataError, match="seek file"):
+        TarSource(path, keep_index=False)
+
+
+# ---------------------------------------------------------------------- remote
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one file: with or without ranges, slowly, or dropping every third connection."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, content, *, ranges=True, drop=0, delay=0.0, piece=1 << 16):
+        self.content, self.ranges, self.drop, self.delay = content, ranges, drop, delay
+        self.piece = piece
+        self.requests, self.etag = 0, '"1"'
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, *_):
+        pass
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/a.tar"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        server = self.server
+        content = server.content
+        if content is None:
+            self.send_error(404)
+            return
+        server.requests += 1
+        time.sleep(server.delay)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, stop, status = 0, len(content), 200
+        if asked and server.ranges:
+            start, stop, status = int(asked[1]), min(int(asked[2]) + 1, len(content)), 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("ETag", server.etag)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        self.end_headers()
+        if not body:
+            return
+        if server.drop and server.requests % server.drop == 0:
+            self.wfile.write(content[start : start + (stop - start) // 2])
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        for at in range(start, stop, server.piece):
+            self.wfile.write(content[at : min(at + server.piece, stop)])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(plain, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("JDL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(archive, "_FIRST_PAUSE", 0.001)
+    servers = []
+
+    def start(content=None, **options):
+        if content is None:
+            with open(plain, "rb") as file:
+                content = file.read()
+        servers.append(Server(content, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"drop": 3},
+        {"delay": 0.02},
+        {"ranges": False},
+        {"ranges": False, "drop": 3, "piece": 1000},
+    ],
+)
+def test_remote_archives(options, plain, serve, caplog):
+    server = serve(**options)
+    ranges = options.get("ranges", True)
+    with caplog.at_level(logging.WARNING, "jdl.data"):
+        source = TarSource(server.url)
+    assert source.mode == ("random" if ranges else "stream")
+    assert ("without ranges" in caplog.text) != ranges
+    expected = TarSource(plain)
+    assert [source[i] for i in (3, 4, 50)] == [expected[i] for i in (3, 4, 50)]
+    data = from_tar(server.url, batch_size=16, epochs=1, shuffle=True, grayscale=True)
+    assert sorted(flat(values(data))) == list(range(N))
+
+
+def test_a_remote_index_is_kept_and_renewed(serve):
+    server = serve()
+    first = TarSource(server.url)
+    assert first.indexes[0].file.startswith(os.environ["JDL_CACHE"])
+    before = server.requests
+    TarSource(server.url)
+    assert server.requests - before < 10
+    server.etag = '"2"'
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(archive, "_RECHECK", 0.0)
+        with pytest.raises(DataError, match="has changed"):
+            first[0]
+    assert len(TarSource(server.url)) == N
+
+
+def test_remote_compressed(plain, serve):
+    with open(plain, "rb") as file:
+        server = serve(gzip.compress(file.read()))
+    data = from_tar(server.url, batch_size=16, grayscale=True)
+    assert flat(values(data)) == list(range(N))
+
+
+def test_remote_failures_are_clear(serve):
+    server = serve()
+    url = server.url
+    server.content = None
+    with pytest.raises(DataError, match="no such file"):
+        TarSource(url)
+    server = serve(drop=1)
+    with pytest.raises(DataError, match="tried 6 times"):
+        TarSource(server.url)
+    server = serve()
+    url = server.url
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(DataError, match=r"Cannot look up"):
+        TarSource(url)
+    with pytest.raises(UserError, match="nosuch"):
+        TarSource("nosuch://a/b.tar")
+
+
+def test_object_stores_through_fsspec(plain, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("JDL_CACHE", str(tmp_path / "cache"))
+    with open(plain, "rb") as file:
+        fsspec.filesystem("memory").pipe("/bucket/a-0.tar", file.read())
+        file.seek(0)
+        fsspec.filesystem("memory").pipe("/bucket/a-1.tar", file.read())
+    source, expected = TarSource("memory://bucket/a-{0..1}.tar"), TarSource(plain)
+    shuffled = np.random.default_rng(0).permutation(2 * N)
+    assert list(source.read_many(shuffled)) == list(expected.read_many(shuffled % N))
+
+
+def test_members_kept_apart_by_a_slow_server(serve):
+    """One record at a time would take as many round trips as there are records."""
+    server = serve(delay=0.05)
+    source = TarSource(server.url)
+    assert source[0].name == "0/00.png"
+    start = time.perf_counter()
+    assert len(list(source.read_many(np.arange(32)))) == 32
+    assert time.perf_counter() - start < 32 * 0.05 / 2
