@@ -51,12 +51,12 @@ class Checkpoints:
             step, args=args.Composite(state=args.StandardSave(leaves), meta=args.JsonSave(meta))
         )
 
-    def restore(self, state: PyTree, sharding: jax.sharding.Sharding) -> Restored | None:
+    def restore(self, state: PyTree, shardings: PyTree) -> Restored | None:
         """The newest checkpoint in the structure of `state`, or None if there is none.
 
         Args:
           state: arrays, or `jax.ShapeDtypeStruct`s, of the structure expected.
-          sharding: where the arrays are to lie.
+          shardings: where its arrays are to lie, in the same structure.
 
         Raises:
           DataError: the checkpoint is of another model or optimizer.
@@ -69,15 +69,18 @@ class Checkpoints:
         leaves = _leaves(expected)
         saved = self._manager.item_metadata(step).state.tree
         self._check_same(step, leaves, saved)
+        places = dict(_paths(shardings))
         targets = {
-            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path])
             for path, x in leaves.items()
         }
         found = self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(targets), meta=args.JsonRestore())
         )
         filled = [
-            found.state[path] if x.size else jnp.zeros(x.shape, x.dtype)
+            found.state[path]
+            if x.size
+            else jax.device_put(jnp.zeros(x.shape, x.dtype), places[path])
             for path, x in _paths(expected)
         ]
         restored = jax.tree.unflatten(jax.tree.structure(expected), filled)

@@ -19,10 +19,10 @@ from jdl.core import check
 from jdl.core.model import Model, as_model
 from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
 from jdl.optim import registry
-from jdl.train import parallel
 from jdl.train.checkpoint import Checkpoints
 from jdl.train.clock import Clock, Finished, LateLog, as_floats
 from jdl.train.feed import Feed
+from jdl.train.parallel import SplitRule, placement
 from jdl.train.step import TrainState, build
 from jdl.train.writers import JsonlWriter
 
@@ -49,7 +49,10 @@ class Estimator:
       regularizer: a scalar function of the parameters, added to the loss in training.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples of the batch that curvature products use; None for all.
-      devices: the devices to share each batch; None for all local ones.
+      devices: the devices to share each batch; None for all.
+      parallel: "jit", or "fsdp" to split large parameters and their optimizer state over the
+        devices as well, or "pmap".
+      split_rule: `rule(path, shape, num_devices) -> axis or None`, what "fsdp" splits.
       log_every: steps between two rows of the log.
       save_every: steps between two checkpoints; None for one at the end of `train` only.
       keep: how many checkpoints to keep.
@@ -82,6 +85,8 @@ class Estimator:
         microbatches: int = 1,
         curvature_batch_size: int | None = None,
         devices: Sequence[jax.Device] | None = None,
+        parallel: str = "jit",
+        split_rule: SplitRule | None = None,
         log_every: int = 10,
         save_every: int | None = 1000,
         keep: int = 3,
@@ -98,7 +103,15 @@ class Estimator:
         self.seed = seed
         self.compile_seconds = 0.0
         self.classes: tuple[str, ...] | None = None  # of the training data
-        self._placement = parallel.placement(devices)
+        self._placement = placed = placement(devices, parallel, split_rule)
+        if curvature_batch_size is not None and placed.mode == "pmap":
+            check.argument(
+                curvature_batch_size % placed.num_devices == 0,
+                "curvature_batch_size",
+                f"a multiple of the {placed.num_devices} devices that share it",
+                curvature_batch_size,
+            )
+            curvature_batch_size //= placed.num_devices
         self._program = build(
             self.model,
             loss,
@@ -108,6 +121,7 @@ class Estimator:
             regularizer=regularizer,
             microbatches=microbatches,
             curvature_batch_size=curvature_batch_size,
+            axis_name=placed.axis_name,
         )
         self._evaluate_batch = jax.jit(self._program.evaluate)
         self._predict_batch = jax.jit(self._program.predict)
@@ -302,13 +316,14 @@ class Estimator:
         batches = _opened(data)
         if repeat and hasattr(batches, "repeat"):
             batches = batches.repeat()
-        feed = Feed(batches, self._placement)
+        put = self._placement.put_step_batch
+        feed = Feed(batches, put)
         if self._state is None:
             first = feed.prefetch()
             if first is not None:
-                self._prepare(first)
+                self._prepare(self._placement.whole_batch(first))
         if self._position is not None:
-            feed = Feed(batches, self._placement, self._position)
+            feed = Feed(batches, put, self._position)
         self._feed = (data, repeat, feed)
         return feed
 
@@ -317,7 +332,8 @@ class Estimator:
         batches = _opened(data)
         if hasattr(batches, "once"):
             batches = batches.once()
-        feed = Feed(batches, self._placement)
+        placed = self._placement
+        feed = Feed(batches, dict if placed.is_host else placed.put_batch)
         while (batch := feed.take()) is not None:
             yield batch
 
@@ -337,9 +353,10 @@ class Estimator:
     def _prepare(self, batch: Batch) -> None:
         """Makes the initial state, or takes up the run directory's last checkpoint."""
         key = jax.random.key(self.seed)
+        init = self._placement.compile_init(self._program.init, key, batch)
         if self.workdir is not None:
-            expected = jax.eval_shape(self._program.init, key, batch)
-            restored = self._manager().restore(expected, self._placement.state)
+            expected = jax.eval_shape(init, key, batch)
+            restored = self._manager().restore(expected, self._placement.shardings(expected))
             if restored is not None:
                 self._state, meta = restored
                 self._steps_done = int(self._state.step)
@@ -350,7 +367,6 @@ class Estimator:
                 return
             JsonlWriter(self.workdir / "metrics.jsonl").rewind(0)  # of a run that saved nothing
         start = time.perf_counter()
-        init = jax.jit(self._program.init, out_shardings=self._placement.state)
         self._state = jax.block_until_ready(init(key, batch))
         self.compile_seconds += time.perf_counter() - start
 
@@ -360,13 +376,7 @@ class Estimator:
         signature = str(shapes)
         if signature not in self._compiled:
             start = time.perf_counter()
-            placed = self._placement
-            lowered = jax.jit(
-                self._program.train,
-                in_shardings=(placed.state, placed.batch),
-                out_shardings=(placed.state, placed.state),
-                donate_argnums=0,
-            ).lower(self._current(), batch)
+            lowered = self._placement.lower_step(self._program.train, self._current(), batch)
             _refuse_changed_types(self._current(), lowered.out_info[0])
             self._compiled[signature] = _naming_shapes(lowered.compile(), shapes)
             self.compile_seconds += time.perf_counter() - start

@@ -1,16 +1,22 @@
 """Batches on their way to the device, and the place reached in the data."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jdl.core import check
 from jdl.core.types import Batch
-from jdl.train.parallel import Placement
+
+Put = Callable[[Batch], dict[str, Any]]
 
 
 class Feed:
     """The batches of a data set on their way to the device, and the place reached in it.
+
+    Args:
+      data: the batches, as the host makes them.
+      put: brings one to the device.
+      position: where to begin, as an iterator's state.
 
     Attributes:
       position: where in the data the next `take` reads, as the iterator's own state; None for
@@ -18,10 +24,9 @@ class Feed:
       wait_seconds: how long `take` and `prefetch` have waited for the data.
     """
 
-    def __init__(self, data: Iterable[Batch], placement: Placement, position: Any = None):
-        self._data = data
+    def __init__(self, data: Iterable[Batch], put: Put, position: Any = None):
         self._iterator: Iterator[Batch] = iter(data)
-        self._placement = placement
+        self._put = put
         self._ahead: tuple[Batch, Any] | None = None
         self.wait_seconds = 0.0
         if position is not None and hasattr(self._iterator, "set_state"):
@@ -41,7 +46,7 @@ class Feed:
             check.argument(
                 hasattr(batch, "items"), "data", "an iterable of dicts of arrays", type(batch)
             )
-            self._ahead = (self._placement.put_batch(batch), self._state())
+            self._ahead = (self._put(batch), self._state())
             self.wait_seconds += time.perf_counter() - start
         return self._ahead[0]
 

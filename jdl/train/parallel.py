@@ -1,69 +1,222 @@
-"""Where a program runs: one device, or a mesh with the batch split over it.
+"""Where a program runs: one device, or several that share each batch.
 
-Under `jit` with a mesh the program needs no collectives of its own: the compiler inserts them where
-a reduction crosses the batch. Parameters and optimizer state are replicated.
+    "jit"    parameters whole on every device, the compiler inserts what crosses devices
+    "fsdp"   likewise, with large parameters and their optimizer state split over the devices
+    "pmap"   the step mapped over devices, its collectives where `Objective` reduces
+
+All three give the numbers of one device, within rounding. Several processes, each with devices of
+its own, share a batch in the first two.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jdl.core import check
 from jdl.core.types import Batch, PyTree
 
+MODES = ("jit", "fsdp", "pmap")
+AXIS = "data"
+SPLIT_FROM = 2**14  # elements: smaller arrays cost less memory whole than time in pieces
+
+# (path of a leaf of the train state, its shape, devices) -> the axis to split, or None
+SplitRule = Callable[[str, tuple[int, ...], int], int | None]
+
+
+def split_largest_axis(path: str, shape: tuple[int, ...], num_devices: int) -> int | None:
+    """The largest axis that the devices divide evenly, of arrays worth splitting.
+
+    >>> split_largest_axis("params/kernel", (512, 1024), 2)
+    1
+    >>> split_largest_axis("params/bias", (1024,), 2) is None
+    True
+    """
+    del path
+    if math.prod(shape) < SPLIT_FROM:
+        return None
+    divisible = [axis for axis, size in enumerate(shape) if size % num_devices == 0]
+    return max(divisible, key=lambda axis: shape[axis], default=None)
+
 
 class Placement(NamedTuple):
-    """Where state and batches lie."""
+    """Where state and batches lie.
 
-    state: jax.sharding.Sharding  # whole on every device
-    batch: jax.sharding.Sharding  # leading axis split over the devices
-    num_devices: int
+    Attributes:
+      state: the sharding of what is whole on every device.
+      batch: that of a batch: leading axis split over the devices.
+      devices: those that share a batch, of all processes.
+      mode: "jit", "fsdp" or "pmap".
+      rule: which arrays "fsdp" splits, and along which axis.
+    """
+
+    state: jax.sharding.Sharding
+    batch: jax.sharding.Sharding
+    devices: tuple[jax.Device, ...]
+    mode: str = "jit"
+    rule: SplitRule = split_largest_axis
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices share a batch."""
+        return len(self.devices)
+
+    @property
+    def num_local(self) -> int:
+        """How many of them are this process's."""
+        return sum(d.process_index == jax.process_index() for d in self.devices)
 
     @property
     def is_host(self) -> bool:
         """Whether it is one CPU, to which nothing need travel."""
-        return self.num_devices == 1 and _platform(self.batch) == "cpu"
+        return self.num_devices == 1 and self.devices[0].platform == "cpu"
+
+    @property
+    def axis_name(self) -> str | None:
+        """The axis that `Objective` is to reduce over."""
+        return AXIS if self.mode == "pmap" else None
 
     def put_batch(self, batch: Batch) -> dict[str, Any]:
-        """The batch on the devices, split by examples."""
-        if self.is_host:  # the compiled step reads host memory as it is
+        """This process's batch on the devices, split by examples."""
+        self._check_divides(batch)
+        if jax.process_count() == 1:
+            return jax.device_put(dict(batch), self.batch)
+        return {
+            name: jax.make_array_from_process_local_data(self.batch, np.asarray(x))
+            for name, x in batch.items()
+        }
+
+    def put_step_batch(self, batch: Batch) -> dict[str, Any]:
+        """The same, in the shape that the compiled step takes."""
+        if self.mode == "pmap":
+            self._check_divides(batch)
+            n = self.num_devices
+            stacked = {
+                name: np.reshape(x, (n, np.shape(x)[0] // n, *np.shape(x)[1:]))
+                for name, x in batch.items()
+            }
+            return jax.device_put(stacked, self.batch)
+        return dict(batch) if self.is_host else self.put_batch(batch)
+
+    def whole_batch(self, batch: Batch) -> dict[str, Any]:
+        """A step's batch with one leading axis of examples."""
+        if self.mode != "pmap":
             return dict(batch)
+        return {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
+
+    def _check_divides(self, batch: Batch) -> None:
         sizes = {name: np.shape(x)[0] for name, x in batch.items() if np.ndim(x)}
         check.argument(
-            all(n % self.num_devices == 0 for n in sizes.values()),
+            all(n % self.num_local == 0 for n in sizes.values()),
             "batch_size",
-            f"a multiple of the {self.num_devices} devices that share it",
+            f"a multiple of the {self.num_local} devices that share it",
             sizes,
             "Or pass devices=jax.devices()[:1].",
         )
-        return jax.device_put(dict(batch), self.batch)
 
     def put_state(self, state: PyTree) -> PyTree:
-        """The state on every device."""
-        return jax.device_put(state, self.state)
+        """The state on the devices."""
+        return jax.device_put(state, self.shardings(state))
+
+    def shardings(self, state: PyTree) -> PyTree:
+        """The sharding of each leaf of a train state, or of its shapes."""
+        if self.mode != "fsdp" or self.num_devices == 1:
+            return jax.tree.map(lambda _: self.state, state)
+        assert isinstance(self.state, NamedSharding)
+        mesh = self.state.mesh
+
+        def sharding(path: Any, leaf: Any) -> NamedSharding:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            axis = self.rule(name, leaf.shape, self.num_devices)
+            if axis is None:
+                return NamedSharding(mesh, PartitionSpec())
+            check.argument(
+                -leaf.ndim <= axis < leaf.ndim and leaf.shape[axis] % self.num_devices == 0,
+                "split_rule",
+                f"a function that gives an axis which {self.num_devices} devices divide, or None",
+                f"axis {axis} for {name} of shape {leaf.shape}",
+            )
+            spec: list[str | None] = [None] * leaf.ndim
+            spec[axis] = AXIS
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        return jax.tree_util.tree_map_with_path(sharding, state)
+
+    def compile_init(self, init: Callable[..., Any], key: Any, batch: Batch) -> Callable[..., Any]:
+        """`init(key, batch)` of a whole batch; one jitted call makes the whole state."""
+        shapes = jax.eval_shape(init, key, batch)
+        if self.mode == "pmap" and self.num_devices > 1:
+            _refuse_line_searches(shapes)
+        return jax.jit(init, out_shardings=self.shardings(shapes))
+
+    def lower_step(self, train: Callable[..., Any], state: PyTree, batch: Batch) -> Any:
+        """The step `(state, batch) -> (state, logs)`, lowered; it reuses the state's memory."""
+        if self.mode == "pmap":
+            mapped = jax.pmap(
+                train,
+                axis_name=AXIS,
+                in_axes=(None, 0),
+                out_axes=(None, None),
+                donate_argnums=0,
+                devices=list(self.devices),
+            )
+            return mapped.lower(state, batch)
+        shardings = self.shardings(state)
+        return jax.jit(
+            train,
+            in_shardings=(shardings, self.batch),
+            out_shardings=(shardings, self.state),
+            donate_argnums=0,
+        ).lower(state, batch)
 
 
-def placement(devices: Sequence[jax.Device] | None = None) -> Placement:
-    """The placement over `devices`; None for all local ones.
+def placement(
+    devices: Sequence[jax.Device] | None = None,
+    mode: str = "jit",
+    rule: SplitRule | None = None,
+) -> Placement:
+    """The placement over `devices`; None for all there are.
 
     >>> placement(jax.devices()[:1]).num_devices
     1
     """
-    devices = jax.local_devices() if devices is None else list(devices)
+    check.one_of("parallel", mode, MODES)
+    devices = jax.devices() if devices is None else list(devices)
     check.argument(bool(devices), "devices", "a non-empty list of jax devices", devices)
-    if len(devices) == 1:
+    rule = split_largest_axis if rule is None else rule
+    if len(devices) == 1 and mode != "pmap":
         single = SingleDeviceSharding(devices[0])
-        return Placement(single, single, 1)
+        return Placement(single, single, tuple(devices), mode, rule)
+    check.argument(
+        mode != "pmap" or jax.process_count() == 1,
+        "parallel",
+        '"jit" or "fsdp" where several processes train together',
+        mode,
+    )
     # Auto axes: with make_mesh's default explicit axes, dropout under grad raises a sharding type
     # error.
-    mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    return Placement(NamedSharding(mesh, PartitionSpec()), split, len(devices))
+    mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return Placement(whole, NamedSharding(mesh, PartitionSpec(AXIS)), tuple(devices), mode, rule)
 
 
-def _platform(sharding: jax.sharding.Sharding) -> str:
-    devices: set[Any] = sharding.device_set
-    return str(next(iter(devices)).platform)
+def _refuse_line_searches(state: PyTree) -> None:
+    """The line searches of optax differentiate `value_fn` for themselves, never averaging over devices.
+
+    Each device would follow its own gradients, and a loop that ends at different times on different
+    devices waits for ever.
+    """
+    kinds = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
+    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
+    searching = next((type(x).__name__ for x in found if isinstance(x, kinds)), None)
+    check.argument(
+        searching is None,
+        "optimizer",
+        'free of optax\'s line searches where parallel="pmap"',
+        searching,
+        'Take jdl.optim.lbfgs instead of optax.lbfgs, or parallel="jit".',
+    )
