@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jdl.core.model import from_nnx as from_nnx
     from jdl.core.objective import Objective as Objective
     from jdl.core.types import Mode as Mode
+    from jdl.solvers.minimize import minimize as minimize
     from jdl.train.estimator import Estimator as Estimator
     from jdl.train.premade import autoencoder as autoencoder
     from jdl.train.premade import classifier as classifier
@@ -27,11 +28,12 @@ _NAMES = {
     "from_fns": "jdl.core.model",
     "Objective": "jdl.core.objective",
     "Mode": "jdl.core.types",
+    "minimize": "jdl.solvers",
     "Estimator": "jdl.train.estimator",
     "classifier": "jdl.train.premade",
     "autoencoder": "jdl.train.premade",
 }
-_ROOMS = ("losses", "metrics", "models", "optim", "data", "train", "compare")
+_ROOMS = ("losses", "metrics", "models", "optim", "solvers", "data", "train", "compare")
 
 __all__ = ["__version__", *_NAMES, *_ROOMS]
 

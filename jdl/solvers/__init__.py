@@ -1,0 +1,60 @@
+"""Optimizers run to convergence, with the names and signatures of jaxopt 0.8.
+
+    from jdl import solvers as jaxopt
+    params, state = jaxopt.LBFGS(fun, maxiter=100, tol=1e-4).run(init_params, data)
+
+`jdl.minimize` is the same for one problem at a time, and tells what happened in words.
+"""
+
+from typing import Any
+
+from jdl.solvers.gradient_check import check_gradient as check_gradient
+from jdl.solvers.gradient_descent import GradientDescent as GradientDescent
+from jdl.solvers.iterative import OptStep as OptStep
+from jdl.solvers.iterative import SolverState as SolverState
+from jdl.solvers.lbfgs import LBFGS as LBFGS
+from jdl.solvers.lbfgs import LBFGSB as LBFGSB
+from jdl.solvers.least_squares import GaussNewton as GaussNewton
+from jdl.solvers.least_squares import LevenbergMarquardt as LevenbergMarquardt
+from jdl.solvers.minimize import Result as Result
+from jdl.solvers.minimize import minimize as minimize
+from jdl.solvers.newton import HessianFree as HessianFree
+from jdl.solvers.newton import Newton as Newton
+from jdl.solvers.nonlinear_cg import NonlinearCG as NonlinearCG
+from jdl.solvers.optax_solver import OptaxSolver as OptaxSolver
+from jdl.solvers.status import Status as Status
+
+__all__ = [
+    "LBFGS",
+    "LBFGSB",
+    "GaussNewton",
+    "GradientDescent",
+    "HessianFree",
+    "LevenbergMarquardt",
+    "Newton",
+    "NonlinearCG",
+    "OptStep",
+    "OptaxSolver",
+    "Result",
+    "SolverState",
+    "Status",
+    "check_gradient",
+    "minimize",
+]
+
+_PROJECTION = "Use LBFGS(bounds=...) for a box, OptaxSolver(pre_update=...) for other projections"
+_ELSEWHERE = {
+    "ProjectedGradient": _PROJECTION,
+    "ScipyBoundedMinimize": _PROJECTION,
+    "MirrorDescent": _PROJECTION,
+    "ProximalGradient": "There is no proximal method here; keep jaxopt for it, or smooth the term",
+    "BFGS": "Use LBFGS, or Newton for few parameters",
+    "ScipyMinimize": "Use jdl.minimize, or scipy.optimize itself",
+    "ArmijoSGD": "Use OptaxSolver with one of optax's line searches",
+    "PolyakSGD": "Use OptaxSolver with optax.polyak_sgd",
+}
+
+
+def __getattr__(name: str) -> Any:
+    hint = f" {_ELSEWHERE[name]}." if name in _ELSEWHERE else ""
+    raise AttributeError(f"jdl.solvers has no {name!r}.{hint} It has {', '.join(__all__)}.")

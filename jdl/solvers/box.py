@@ -1,0 +1,210 @@
+r"""L-BFGS in a box l ≤ x ≤ u, by two-metric projection.
+
+    A = {i : xᵢ at a bound, −gᵢ pointing out of the box}      d_A = 0,   d_F = −H_FF g_F
+    x(α) = P(x + α d),   the first of α = 1, ½, ¼ … with f(x(α)) ≤ f(x) + c₁ ⟨g, x(α) − x⟩
+
+P clips to the box. Variables in A stay; H_FF is L-BFGS's inverse Hessian on the free ones, built
+from the pairs' free coordinates alone, so that d descends and P(x + α d) does too for small α.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from jdl.core import check, tree
+from jdl.core.types import Params, PyTree
+from jdl.optim import diagnostics as diag
+from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.local import local, scalar_dtype
+
+C1 = 1e-4  # sufficient decrease
+CAUTIOUS = 1e-6  # pairs of less curvature, ⟨s, y⟩ / ‖s‖ ‖y‖, are left out
+
+
+class BoxState(NamedTuple):
+    """What L-BFGS in a box carries from step to step, with n parameters in one array.
+
+    Attributes:
+      s: steps, [m, n], newest first.
+      y: gradient differences, [m, n].
+      value: f at the point the last update led to.
+      grad: ∇f at that point.
+      diagnostics: see `jdl.optim.diagnostics`.
+    """
+
+    s: jax.Array
+    y: jax.Array
+    value: jax.Array
+    grad: Params
+    diagnostics: Diagnostics
+
+
+class _Trial(NamedTuple):
+    step: jax.Array
+    params: Params
+    value: jax.Array
+    grad: Params
+    tried: jax.Array
+    good: jax.Array
+
+
+def projected_lbfgs(
+    learning_rate: float = 1.0, *, history: int = 10, max_evaluations: int = 30
+) -> optax.GradientTransformationExtraArgs:
+    """L-BFGS whose updates stay in a box, given to `update` as `bounds=(lower, upper)`.
+
+    Args:
+      learning_rate: the first trial step, > 0.
+      history: how many pairs, ≥ 1.
+      max_evaluations: trials of the line search at most, ≥ 1.
+
+    References:
+      Bertsekas, Projected Newton methods for optimization problems with simple constraints (1982).
+      Kim, Sra & Dhillon, Tackling box-constrained optimization via a new projected quasi-Newton
+      approach (2010).
+    """
+
+    def init(params: Params) -> BoxState:
+        flat = ravel_pytree(params)[0]
+        return BoxState(
+            s=jnp.zeros((history, flat.size), flat.dtype),
+            y=jnp.zeros((history, flat.size), flat.dtype),
+            value=jnp.full((), jnp.inf, scalar_dtype(params)),
+            grad=jax.tree.map(jnp.zeros_like, params),
+            diagnostics=diag.init(),
+        )
+
+    def update(
+        updates: PyTree,
+        state: BoxState,
+        params: Params | None = None,
+        *,
+        value: Any = None,
+        grad: PyTree | None = None,
+        value_fn: Any = None,
+        objective: Any = None,
+        bounds: Any = None,
+        reused: Any = False,
+        **extra: Any,
+    ) -> tuple[PyTree, BoxState]:
+        del extra
+        here = local("projected_lbfgs", updates, params, value, grad, value_fn, objective)
+        dtype = here.value.dtype
+        x, unravel = ravel_pytree(here.params)
+        gradient = ravel_pytree(here.grad)[0]
+        lower, upper = (ravel_pytree(b)[0] for b in bounds)
+        free = ~(((x <= lower) & (gradient > 0)) | ((x >= upper) & (gradient < 0)))
+        g = jnp.where(free, gradient, 0.0)
+
+        on_free = lambda ring: jnp.where(free[None], ring, 0.0)  # noqa: E731
+        product, scaled = _inverse_product(on_free(state.s), on_free(state.y), g)
+        descends = (jnp.vdot(product, g) > 0) & jnp.all(jnp.isfinite(product))
+        direction = jnp.where(descends, -product, -g)
+        length = jnp.linalg.norm(direction).astype(dtype)
+        rate = jnp.asarray(learning_rate, dtype)
+        # Without curvature −g has no scale of its own.
+        unscaled = ~(scaled & descends)
+        first = jnp.where(unscaled, rate / jnp.maximum(1.0, length), rate)
+        active = here.finite & (length > 0)
+
+        def body(t: _Trial) -> _Trial:
+            step = jnp.where(t.tried == 0, first, 0.5 * t.step)
+            new = jnp.clip(x + step.astype(x.dtype) * direction, lower, upper)
+            slope = jnp.vdot(gradient, new - x).astype(dtype)
+            value, grad = here.value_and_grad(unravel(new))
+            good = (value <= here.value + C1 * slope + here.noise) & (slope < 0)
+            good &= tree.all_finite(grad)
+            return _Trial(step, unravel(new), value, grad, t.tried + 1, good)
+
+        none = jnp.zeros((), jnp.int32)
+        start = _Trial(
+            jnp.zeros((), dtype), here.params, here.value, here.grad, none, jnp.asarray(False)
+        )
+        end = jax.lax.while_loop(
+            lambda t: active & ~t.good & (t.tried < max_evaluations), body, start
+        )
+        s = jnp.where(end.good, ravel_pytree(end.params)[0] - x, 0.0)
+        y = jnp.where(end.good, ravel_pytree(end.grad)[0] - gradient, 0.0)
+        lost = active & ~end.good  # a failure puts the history in doubt: start afresh
+        code = jnp.where(end.good, Termination.ACCEPTED, Termination.NO_DECREASE)
+        new = BoxState(
+            s=jnp.where(lost, 0.0, _pushed(state.s, s, end.good)),
+            y=jnp.where(lost, 0.0, _pushed(state.y, y, end.good)),
+            value=jnp.where(end.good, end.value, here.value),
+            grad=tree.where(end.good, end.grad, here.grad),
+            diagnostics=diag.advance(
+                state.diagnostics,
+                step_size=jnp.where(end.good, end.step, 0.0),
+                termination=diag.ending(code, here.finite, length == 0, descends),
+                gradients=end.tried,
+                reused=reused,
+            ),
+        )
+        return unravel(s), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def fitted(bounds: tuple[Any, Any], params: Params) -> tuple[Params, Params]:
+    """(lower, upper) as pytrees of arrays like the parameters.
+
+    >>> fitted((0.0, [1.0, jnp.inf]), [jnp.zeros(2), jnp.zeros(1)])[1]
+    [Array([1., 1.], dtype=float32), Array([inf], dtype=float32)]
+    """
+    ok = isinstance(bounds, tuple | list) and len(bounds) == 2
+    check.argument(ok, "bounds", "a pair (lower, upper)", bounds)
+
+    def fit(side: str, bound: Any) -> Params:
+        if isinstance(bound, int | float) or getattr(bound, "ndim", None) == 0:
+            return jax.tree.map(lambda x: jnp.full(x.shape, bound, x.dtype), params)
+        structure: Any = jax.tree.structure(params)
+        check.argument(
+            jax.tree.structure(bound) == structure,
+            f"bounds' {side}",
+            f"a number or a pytree of the parameters' structure, {structure}",
+            jax.tree.structure(bound),
+        )
+
+        def leaf(x: jax.Array, b: Any) -> jax.Array:
+            shape = jnp.shape(b)
+            ok = shape in ((), x.shape)
+            check.argument(ok, f"bounds' {side}", f"of a parameter's shape {x.shape}", shape)
+            return jnp.broadcast_to(jnp.asarray(b).astype(x.dtype), x.shape)
+
+        return jax.tree.map(leaf, params, bound)
+
+    return fit("lower", bounds[0]), fit("upper", bounds[1])
+
+
+def project(params: Params, bounds: tuple[Params, Params]) -> Params:
+    """The point of the box nearest to `params`."""
+    return jax.tree.map(jnp.clip, params, *bounds)
+
+
+def _inverse_product(s: jax.Array, y: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """H g by the two-loop recursion, newest pair first; and whether any pair was fit to use."""
+    sy, ss, yy = (jnp.einsum("mn,mn->m", a, b) for a, b in ((s, y), (s, s), (y, y)))
+    good = (sy > CAUTIOUS * jnp.sqrt(ss) * jnp.sqrt(yy)) & jnp.isfinite(1.0 / sy)
+    rho = jnp.where(good, 1.0 / jnp.where(good, sy, 1.0), 0.0)
+
+    def down(q: jax.Array, pair: Any) -> tuple[jax.Array, jax.Array]:
+        s, y, rho = pair
+        alpha = rho * jnp.vdot(s, q)
+        return q - alpha * y, alpha
+
+    def up(r: jax.Array, pair: Any) -> tuple[jax.Array, None]:
+        s, y, rho, alpha = pair
+        return r + (alpha - rho * jnp.vdot(y, r)) * s, None
+
+    q, alpha = jax.lax.scan(down, g, (s, y, rho))
+    newest = jnp.argmax(good)
+    scale = jnp.where(good[newest], sy[newest] / jnp.where(good[newest], yy[newest], 1.0), 1.0)
+    r, _ = jax.lax.scan(up, scale * q, (s, y, rho, alpha), reverse=True)
+    return r, jnp.any(good)
+
+
+def _pushed(ring: jax.Array, x: jax.Array, wanted: jax.Array) -> jax.Array:
+    return jnp.where(wanted, jnp.concatenate([x[None], ring[:-1]]), ring)

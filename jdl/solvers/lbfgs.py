@@ -1,0 +1,174 @@
+"""L-BFGS, run to convergence; in a box too."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from jdl.core import check
+from jdl.core.types import Params
+from jdl.optim import lbfgs
+from jdl.solvers import box
+from jdl.solvers.iterative import Iterative, OptStep, SolverState
+from jdl.solvers.problem import Problem
+
+# Keywords of jaxopt's own line searches.
+LINE_SEARCH_REFUSALS = {
+    "linesearch_init": "each search starts from max_stepsize, or from what it has learnt. "
+    "Leave it out.",
+    "increase_factor": "its line search interpolates. Leave it out.",
+    "decrease_factor": "its line search interpolates. Leave it out.",
+    "min_stepsize": "its line search ends where a step would move no parameter. Leave it out.",
+    "condition": "its line search ensures the strong Wolfe conditions. Leave it out.",
+}
+
+
+def check_line_search(linesearch: str) -> None:
+    """Refuses jaxopt's other line searches by name."""
+    check.one_of("linesearch", linesearch, ["zoom", "backtracking", "hager-zhang"])
+    hint = "It tells noise from decrease as Hager and Zhang's does, and fails where that would."
+    check.argument(
+        linesearch == "zoom", "linesearch", "'zoom', the only one here", linesearch, hint
+    )
+
+
+class LBFGS(Iterative):
+    r"""Limited-memory BFGS with a strong Wolfe line search, or in a box by projection.
+
+    Args:
+      fun: see `Iterative`, as for all arguments not named here.
+      value_and_grad: True, a function, or False.
+      has_aux: whether values come with something else.
+      maxiter: updates at most.
+      tol: on the norm of the gradient, or of x − P(x − ∇f) with bounds.
+      bounds: (lower, upper): numbers, or pytrees of arrays like the parameters; ±inf where free.
+      linesearch: "zoom".
+      stop_if_linesearch_fails: whether the first failure ends the run; else one along −gradient.
+      maxls: trials of a line search at most.
+      max_stepsize: a line search's first trial.
+      history_size: how many pairs of steps and gradient differences to keep.
+      implicit_diff: whether `run` has the solution's derivatives.
+      implicit_diff_solve: for their linear system; None for conjugate gradients.
+      jit: whether to compile.
+      unroll: "auto" or False.
+      verbose: whether to print.
+      callback: called after each update.
+      **refused: jaxopt's keywords without a meaning here are refused in words.
+
+    >>> import jax.numpy as jnp
+    >>> f = lambda x, center: jnp.sum(jnp.square(x - center) * jnp.array([1.0, 10.0]))
+    >>> solver = LBFGS(f, tol=1e-4)
+    >>> params, state = solver.run(jnp.zeros(2), jnp.array([1.0, 2.0]))
+    >>> params.round(3).tolist(), solver.message(state)[:9]
+    ([1.0, 2.0], 'converged')
+    >>> LBFGS(f, bounds=(0.0, 1.5)).run(jnp.zeros(2), jnp.array([1.0, 2.0])).params.tolist()
+    [1.0, 1.5]
+
+    References:
+      Nocedal & Wright, Numerical Optimization (2006), algorithm 7.5. See `jdl.optim.lbfgs`.
+    """
+
+    refusals = LINE_SEARCH_REFUSALS | {
+        "use_gamma": "its first inverse Hessian is always scaled. Leave it out.",
+        "stepsize": "it always searches lines. For steps of fixed length use "
+        "OptaxSolver(fun, optax.lbfgs(learning_rate, linesearch=None)).",
+    }
+
+    def __init__(
+        self,
+        fun: Any,
+        value_and_grad: bool | Callable[..., Any] = False,
+        has_aux: bool = False,
+        maxiter: int = 500,
+        tol: float = 1e-3,
+        *,
+        bounds: tuple[Any, Any] | None = None,
+        linesearch: str = "zoom",
+        stop_if_linesearch_fails: bool = False,
+        maxls: int = 30,
+        max_stepsize: float = 1.0,
+        history_size: int = 10,
+        implicit_diff: bool = True,
+        implicit_diff_solve: Any = None,
+        jit: bool = True,
+        unroll: str | bool = "auto",
+        verbose: bool | int = False,
+        callback: Callable[[Params, SolverState], None] | None = None,
+        **refused: Any,
+    ):
+        if refused.get("stepsize") == 0.0:  # jaxopt's word for a line search
+            refused.pop("stepsize")
+        super().__init__(
+            fun,
+            value_and_grad,
+            has_aux,
+            maxiter,
+            tol,
+            implicit_diff,
+            implicit_diff_solve,
+            jit,
+            unroll,
+            verbose,
+            callback,
+            refused,
+        )
+        check_line_search(linesearch)
+        check.positive_int("history_size", history_size)
+        check.positive_int("maxls", maxls)
+        check.in_range("max_stepsize", max_stepsize, 0.0, open_low=True)
+        self.failures_allowed = 1 if stop_if_linesearch_fails else 2
+        self.bounds, self.history_size, self.maxls = bounds, history_size, maxls
+        self.max_stepsize = max_stepsize
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """`jdl.optim.lbfgs`, or its projected cousin in a box."""
+        if self._boxed():
+            return box.projected_lbfgs(
+                self.max_stepsize, history=self.history_size, max_evaluations=self.maxls
+            )
+        return lbfgs(self.max_stepsize, history=self.history_size, max_evaluations=self.maxls)
+
+    def _boxed(self) -> bool:
+        return self.bounds is not None
+
+    def _at(self, optimizer_state: Any) -> tuple[jax.Array, Params]:
+        return optimizer_state.value, optimizer_state.grad
+
+    def _bounds(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        return self.bounds, args
+
+    def _problem(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
+        bounds, args = self._bounds(args)
+        return super()._problem(fun, args, kwargs)._replace(bounds=bounds)
+
+
+class LBFGSB(LBFGS):
+    """`LBFGS` in a box that is given at each call, as jaxopt's: `run(init_params, bounds, *args)`.
+
+    The solution has derivatives in the bounds too.
+
+    >>> import jax.numpy as jnp
+    >>> f = lambda x: jnp.sum(jnp.square(x - 2.0))
+    >>> LBFGSB(f).run(jnp.zeros(2), (0.0, jnp.array([1.0, jnp.inf]))).params.tolist()
+    [1.0, 2.0]
+    """
+
+    def _boxed(self) -> bool:
+        return True
+
+    def _bounds(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        check.argument(
+            bool(args) and isinstance(args[0], tuple | list) and len(args[0]) == 2,
+            "bounds",
+            "a pair (lower, upper), right after the parameters",
+            args[0] if args else None,
+            "Without bounds use LBFGS.",
+        )
+        return args[0], args[1:]
+
+    def run(self, init_params: Any, bounds: Any, *args: Any, **kwargs: Any) -> OptStep:
+        """Iterates to the end, within `bounds`; see `Iterative.run`."""
+        return super().run(init_params, bounds, *args, **kwargs)

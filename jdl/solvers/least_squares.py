@@ -1,0 +1,260 @@
+r"""Gauss-Newton and Levenberg-Marquardt, run to convergence.
+
+f(x) = ½ ‖r(x)‖²,    ∇f = Jᵀ r,    J = ∂r/∂x
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from jdl.core import check, tree
+from jdl.core.types import Params, PyTree
+from jdl.optim.gauss_newton import gauss_newton
+from jdl.optim.levenberg_marquardt import levenberg_marquardt
+from jdl.solvers import implicit
+from jdl.solvers.iterative import Iterative, SolverState
+from jdl.solvers.problem import Problem
+
+CHUNK = 64  # columns of J computed at once
+SMALL = 2**15  # entries of a J that is not worth reducing
+
+
+class LeastSquaresExtra(NamedTuple):
+    """What the state of a least-squares solver holds besides; `state.residual`, `state.delta`."""
+
+    residual: PyTree  # r at the current parameters
+    delta: Params  # the last step
+
+
+class LeastSquares(Iterative):
+    """What the two have in common: the residuals in place of the function."""
+
+    def _problem(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
+        def residual_and_aux(params: Params) -> tuple[PyTree, Any]:
+            out = fun(params, *args, **kwargs)
+            return out if self.has_aux else (out, None)
+
+        def residual(params: Params) -> PyTree:
+            return residual_and_aux(params)[0]
+
+        def value(params: Params, **_: Any) -> jax.Array:
+            r = residual(params)
+            return 0.5 * tree.vdot(r, r)
+
+        def evaluate(params: Params) -> tuple[jax.Array, Params, Any]:
+            r, pull, aux = jax.vjp(residual_and_aux, params, has_aux=True)
+            return 0.5 * tree.vdot(r, r), pull(r)[0], (r, aux)
+
+        return Problem(value, evaluate, arguments=(args, kwargs), residual_fn=residual)
+
+    def _check(self, asked: Problem, params: Params) -> None:
+        assert asked.residual_fn is not None
+        for leaf in jax.tree.leaves(jax.eval_shape(asked.residual_fn, params)):
+            check.argument(
+                jnp.issubdtype(leaf.dtype, jnp.floating),
+                "residual_fun",
+                "a function that returns real floating-point residuals",
+                f"{leaf.dtype}{list(leaf.shape)}",
+            )
+
+    def _extras(self, asked: Problem, params: Params) -> dict[str, Any]:
+        """J reduced to its triangular factor R: to the optimizer the residuals R x are as good."""
+        assert asked.residual_fn is not None
+        flat, unravel = ravel_pytree(params)
+        with jax.default_matmul_precision("highest"):
+            _, push = jax.linearize(asked.residual_fn, params)
+            column = lambda v: ravel_pytree(push(unravel(v)))[0]  # noqa: E731
+            basis = jnp.eye(flat.size, dtype=flat.dtype)
+            if flat.size <= CHUNK:
+                jacobian = jax.vmap(column)(basis)
+            else:
+                jacobian = jax.lax.map(column, basis, batch_size=CHUNK)
+            tall = jacobian.shape[1] > 4 * flat.size and jacobian.size > SMALL
+            factor = _triangular_factor(jacobian) if tall else jacobian.T
+
+        def reduced(params: Params) -> jax.Array:
+            with jax.default_matmul_precision("highest"):
+                return factor @ ravel_pytree(params)[0]
+
+        return {"residual_fn": reduced}
+
+    def _extra(self, params: Params, problem: Problem, aux: Any, delta: PyTree) -> tuple[Any, Any]:
+        del params, problem
+        residual, own = aux
+        return LeastSquaresExtra(residual, delta), own
+
+    def _own_solve(self) -> implicit.Solve:
+        return implicit.dense
+
+
+class GaussNewton(LeastSquares):
+    """Gauss-Newton with a line search, for up to some thousands of parameters.
+
+    Args:
+      residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays.
+      maxiter: updates at most.
+      tol: on the norm of the gradient Jᵀ r. (jaxopt's is on the length of the step.)
+      implicit_diff: whether `run` has the solution's derivatives.
+      implicit_diff_solve: for their linear system; None for the dense Hessian's LU factors.
+      has_aux: whether residuals come as `(r, aux)`.
+      verbose: whether to print.
+      jit: whether to compile.
+      unroll: "auto" or False.
+      callback: called after each update.
+      **options: of `jdl.optim.gauss_newton`: cutoff, max_parameters …
+
+    >>> a = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
+    >>> solver = GaussNewton(lambda x, b: a @ x - b)
+    >>> params, state = solver.run(jnp.zeros(2), jnp.array([6.0, 0.0, 0.0]))
+    >>> [round(float(x), 3) for x in params], round(float(state.value), 3)
+    ([5.0, -3.0], 3.0)
+    """
+
+    def __init__(
+        self,
+        residual_fun: Callable[..., Any],
+        maxiter: int = 30,
+        tol: float = 1e-5,
+        implicit_diff: bool = True,
+        implicit_diff_solve: Any = None,
+        has_aux: bool = False,
+        verbose: bool | int = False,
+        jit: bool = True,
+        unroll: str | bool = "auto",
+        *,
+        callback: Callable[[Params, SolverState], None] | None = None,
+        **options: Any,
+    ):
+        super().__init__(
+            residual_fun,
+            False,
+            has_aux,
+            maxiter,
+            tol,
+            implicit_diff,
+            implicit_diff_solve,
+            jit,
+            unroll,
+            verbose,
+            callback,
+            {},
+        )
+        self._optimizer = gauss_newton(**options)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """`jdl.optim.gauss_newton`."""
+        return self._optimizer
+
+
+class LevenbergMarquardt(LeastSquares):
+    """Levenberg-Marquardt, for up to some thousands of parameters.
+
+    Args:
+      residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays.
+      maxiter: updates at most.
+      damping_parameter: the first λ, in units of the squared column norms of J.
+      stop_criterion: "grad-l2-norm", or "madsen-nielsen": ‖∇f‖∞ ≤ gtol or ‖δ‖ ≤ xtol (‖x‖ + xtol).
+      tol: on the norm of the gradient Jᵀ r.
+      xtol: on the step, for "madsen-nielsen".
+      gtol: on the largest entry of the gradient, for "madsen-nielsen".
+      verbose: whether to print.
+      implicit_diff: whether `run` has the solution's derivatives.
+      implicit_diff_solve: for their linear system; None for the dense Hessian's LU factors.
+      has_aux: whether residuals come as `(r, aux)`.
+      jit: whether to compile.
+      unroll: "auto" or False.
+      callback: called after each update.
+      **options: of `jdl.optim.levenberg_marquardt`: scaled, trust_region, max_parameters … jaxopt's
+        keywords without a meaning here are refused in words.
+
+    >>> def residuals(x):  # Rosenbrock's
+    ...     return jnp.stack([10.0 * (x[1] - x[0] ** 2), 1.0 - x[0]])
+    >>> LevenbergMarquardt(residuals).run(jnp.array([-1.2, 1.0])).params.round(3).tolist()
+    [1.0, 1.0]
+    """
+
+    refusals: ClassVar[dict[str, str]] = {
+        "solver": "it decomposes J itself, as accurately as 'qr'. Leave it out.",
+        "geodesic": "it has no geodesic acceleration. Leave it out.",
+        "jac_fun": "it differentiates `residual_fun`. Give that a jax.custom_jvp instead.",
+        "materialize_jac": "its Jacobian is always dense; for many parameters use HessianFree.",
+    }
+
+    def __init__(
+        self,
+        residual_fun: Callable[..., Any],
+        maxiter: int = 30,
+        damping_parameter: float = 1e-3,
+        stop_criterion: str = "grad-l2-norm",
+        tol: float = 1e-3,
+        xtol: float = 1e-3,
+        gtol: float = 1e-3,
+        *,
+        verbose: bool | int = False,
+        implicit_diff: bool = True,
+        implicit_diff_solve: Any = None,
+        has_aux: bool = False,
+        jit: bool = True,
+        unroll: str | bool = "auto",
+        callback: Callable[[Params, SolverState], None] | None = None,
+        **options: Any,
+    ):
+        if options.get("materialize_jac") is True:  # so it is
+            options.pop("materialize_jac")
+        super().__init__(
+            residual_fun,
+            False,
+            has_aux,
+            maxiter,
+            tol,
+            implicit_diff,
+            implicit_diff_solve,
+            jit,
+            unroll,
+            verbose,
+            callback,
+            {k: v for k, v in options.items() if k in self.refusals},
+        )
+        check.one_of("stop_criterion", stop_criterion, ["grad-l2-norm", "madsen-nielsen"])
+        check.in_range("xtol", xtol, 0.0)
+        check.in_range("gtol", gtol, 0.0)
+        self.stop_criterion, self.xtol, self.gtol = stop_criterion, xtol, gtol
+        self._optimizer = levenberg_marquardt(damping=damping_parameter, **options)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """`jdl.optim.levenberg_marquardt`."""
+        return self._optimizer
+
+    def _converged(self, params: Params, state: SolverState) -> jax.Array:
+        if self.stop_criterion == "grad-l2-norm":
+            return super()._converged(params, state)
+        largest = [jnp.max(jnp.abs(g)) for g in jax.tree.leaves(state.grad)]
+        flat = jnp.max(jnp.stack(largest)) <= self.gtol
+        short = tree.norm(state.delta) <= self.xtol * (tree.norm(params) + self.xtol)
+        return flat | (short & (state.stepsize > 0))
+
+
+def _triangular_factor(rows: jax.Array) -> jax.Array:
+    """R [n, n] with Rᵀ R = A Aᵀ for `rows` A [n, m], as accurate as QR but made of products.
+
+    Shifted Cholesky-QR, three times over (Fukaya et al. 2020): each pass factors the Gram matrix
+    of what the last one has orthogonalized, so squaring loses no digits in the end. LAPACK's QR
+    of a tall matrix is memory-bound, and slow where its threads find the cores taken.
+    """
+    n = rows.shape[0]
+    identity = jnp.eye(n, dtype=rows.dtype)
+    r = identity
+    for _ in range(3):
+        gram = rows @ rows.T
+        shift = 4 * jnp.finfo(rows.dtype).eps * jnp.trace(gram)
+        lower = jnp.linalg.cholesky(gram + shift * identity)
+        rows = jax.scipy.linalg.solve_triangular(lower, identity, lower=True) @ rows
+        r = lower.T @ r
+    return r

@@ -1,0 +1,174 @@
+"""One problem minimized, and told about: `jdl.minimize`."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jdl.core import check, tree
+from jdl.core.types import Params
+from jdl.solvers import problem
+from jdl.solvers.gradient_check import check_gradient as _check_gradient
+from jdl.solvers.gradient_descent import GradientDescent
+from jdl.solvers.iterative import Iterative, SolverState
+from jdl.solvers.lbfgs import LBFGS
+from jdl.solvers.least_squares import GaussNewton, LevenbergMarquardt
+from jdl.solvers.newton import HessianFree, Newton
+from jdl.solvers.nonlinear_cg import NonlinearCG
+from jdl.solvers.optax_solver import OptaxSolver
+from jdl.solvers.status import Status
+
+METHODS: dict[str, type[Iterative]] = {
+    "lbfgs": LBFGS,
+    "nonlinear_cg": NonlinearCG,
+    "newton": Newton,
+    "hessian_free": HessianFree,
+    "gradient_descent": GradientDescent,
+    "gauss_newton": GaussNewton,
+    "levenberg_marquardt": LevenbergMarquardt,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `minimize` found.
+
+    Attributes:
+      params: the last parameters.
+      value: f there.
+      error: ‖∇f‖ there, or with bounds ‖x − P(x − ∇f)‖.
+      status: how it ended, a `Status`.
+      message: the same in words, with figures.
+      iterations: updates made.
+      evaluations: evaluations of f, with or without its gradient.
+      gradients: those with it.
+      seconds: spent on iterations.
+      compile_seconds: spent on compilation before them.
+      method: the method's name.
+      aux: what `fun` gives besides its value, with `has_aux`.
+      state: the solver's last state.
+    """
+
+    params: Params
+    value: float
+    error: float
+    status: Status
+    message: str
+    iterations: int
+    evaluations: int
+    gradients: int
+    seconds: float
+    compile_seconds: float
+    method: str
+    aux: Any = dataclasses.field(repr=False)
+    state: SolverState = dataclasses.field(repr=False)
+
+    @property
+    def success(self) -> bool:
+        """Whether it converged."""
+        return self.status == Status.CONVERGED
+
+    def __str__(self) -> str:
+        shapes = [f"{name} {of}" for name, of in problem.shapes(self.params).items()]
+        more = f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""
+        rows = {
+            "status": self.message,
+            "value": f"{self.value:.8g}",
+            "iterations": f"{self.iterations}",
+            "evaluations": f"{self.evaluations}, {self.gradients} of them with the gradient",
+            "seconds": f"{self.seconds:.3g}, and {self.compile_seconds:.3g} to compile",
+            "params": f"{tree.size(self.params)} numbers: {', '.join(shapes[:4])}{more}",
+        }
+        body = "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
+        return f"minimize by {self.method}\n{body}"
+
+    __repr__ = __str__
+
+
+def minimize(
+    fun: Any,
+    params: Params,
+    *args: Any,
+    method: str | optax.GradientTransformation = "lbfgs",
+    tol: float = 1e-4,
+    maxiter: int | None = None,
+    check_gradient: bool = False,
+    **options: Any,
+) -> Result:
+    """Minimizes `fun(params, *args)`.
+
+    Args:
+      fun: a real scalar function, a `jdl.Objective`, or for least squares the residuals.
+      params: where to start, a pytree of floating-point arrays.
+      *args: passed to `fun`.
+      method: "lbfgs", "nonlinear_cg", "newton", "hessian_free", "gradient_descent", for residuals
+        "gauss_newton" and "levenberg_marquardt", or an optax transformation.
+      tol: on the norm of the gradient, ≥ 0.
+      maxiter: updates at most; None for the method's own default.
+      check_gradient: whether to compare the gradient with differences of values first.
+      **options: of the method's class in `jdl.solvers`: value_and_grad, has_aux, bounds, verbose,
+        callback …
+
+    Raises:
+      ArgumentError: for arguments that cannot be minimized or do not exist, or a gradient that
+        `check_gradient` finds wrong.
+
+    >>> import jax.numpy as jnp
+    >>> result = minimize(lambda x: jnp.sum(jnp.square(x - 1.0)), jnp.zeros(3))
+    >>> result.success, result.params.tolist(), result.status.name
+    (True, [1.0, 1.0, 1.0], 'CONVERGED')
+    """
+    leaves = jax.tree.leaves((params, args))
+    check.argument(
+        not any(isinstance(x, jax.core.Tracer) for x in leaves),
+        "params",
+        "concrete arrays",
+        "a traced value",
+        "Inside jit, vmap or grad use a solver: jdl.solvers.LBFGS(fun).run(params).",
+    )
+    if maxiter is not None:
+        options["maxiter"] = maxiter
+    name = method if isinstance(method, str) else "optax"
+    if isinstance(method, str):
+        kind = METHODS[check.one_of("method", method, METHODS)]
+        solver = kind(fun, tol=tol, **options)
+    else:
+        solver = OptaxSolver(fun, method, tol=tol, **options)
+    params = problem.as_arrays(params)
+    if check_gradient:
+        own = {k: options[k] for k in ("value_and_grad", "has_aux") if k in options}
+        _check_gradient(solver.fun, params, *args, **own)
+    begun = time.perf_counter()
+    run = _compiled(solver, params, args)
+    compiled = time.perf_counter()
+    found, state = jax.block_until_ready(run())
+    if solver.verbose or solver.callback:
+        jax.effects_barrier()
+    ended = time.perf_counter()
+    return Result(
+        params=found,
+        value=float(state.value),
+        error=float(state.error),
+        status=Status(int(np.asarray(state.status))),
+        message=solver.message(state),
+        iterations=int(state.iter_num),
+        evaluations=int(state.num_fun_eval),
+        gradients=int(state.num_grad_eval),
+        seconds=ended - compiled,
+        compile_seconds=compiled - begun,
+        method=name,
+        aux=state.aux,
+        state=state,
+    )
+
+
+def _compiled(solver: Iterative, params: Params, args: tuple[Any, ...]) -> Callable[[], Any]:
+    if not solver.jit:
+        return lambda: solver.run(params, *args)
+    given: tuple[Any, ...] = (solver._moving_fun(), params, None, args, {})
+    program = solver._jit_run.lower(*given).compile()
+    return lambda: program(*given)

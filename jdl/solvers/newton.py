@@ -1,0 +1,153 @@
+"""Newton's method and Hessian-free optimization, run to convergence."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from jdl.core import check
+from jdl.core.objective import Objective
+from jdl.core.types import Params
+from jdl.optim import hessian_free, newton
+from jdl.solvers import implicit
+from jdl.solvers.iterative import Iterative, SolverState
+
+
+class Newton(Iterative):
+    """Newton's method with the dense Hessian, damped where a step fails.
+
+    Args:
+      fun: see `Iterative`, as for all arguments not named here.
+      value_and_grad: True, a function, or False.
+      has_aux: whether values come with something else.
+      maxiter: updates at most.
+      tol: on the norm of the gradient.
+      implicit_diff: whether `run` has the solution's derivatives.
+      implicit_diff_solve: for their linear system; None for the dense Hessian's LU factors.
+      jit: whether to compile.
+      unroll: "auto" or False.
+      verbose: whether to print.
+      callback: called after each update.
+      **options: of `jdl.optim.newton`: damping, saddle_free, trust_region, max_parameters …
+
+    >>> import jax.numpy as jnp
+    >>> step = Newton(lambda x: jnp.sum(jnp.cosh(x - 1.0))).run(jnp.zeros(2))
+    >>> step.params.round(3).tolist(), int(step.state.iter_num) < 8
+    ([1.0, 1.0], True)
+    """
+
+    def __init__(
+        self,
+        fun: Any,
+        value_and_grad: bool | Callable[..., Any] = False,
+        has_aux: bool = False,
+        maxiter: int = 100,
+        tol: float = 1e-3,
+        *,
+        implicit_diff: bool = True,
+        implicit_diff_solve: Any = None,
+        jit: bool = True,
+        unroll: str | bool = "auto",
+        verbose: bool | int = False,
+        callback: Callable[[Params, SolverState], None] | None = None,
+        **options: Any,
+    ):
+        super().__init__(
+            fun,
+            value_and_grad,
+            has_aux,
+            maxiter,
+            tol,
+            implicit_diff,
+            implicit_diff_solve,
+            jit,
+            unroll,
+            verbose,
+            callback,
+            {},
+        )
+        self._optimizer = newton(**options)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """`jdl.optim.newton`."""
+        return self._optimizer
+
+    def _own_solve(self) -> implicit.Solve:
+        return implicit.dense
+
+
+class HessianFree(Iterative):
+    """Truncated Newton steps from products alone, for any number of parameters.
+
+    With a `jdl.Objective` for `fun` the products are Gauss-Newton's; for a plain function they are
+    the Hessian's, in a trust region.
+
+    Args:
+      fun: see `Iterative`, as for all arguments not named here.
+      value_and_grad: True, a function, or False.
+      has_aux: whether values come with something else.
+      maxiter: updates at most.
+      tol: on the norm of the gradient.
+      implicit_diff: whether `run` has the solution's derivatives.
+      implicit_diff_solve: for their linear system; None for conjugate gradients.
+      jit: whether to compile.
+      unroll: "auto" or False.
+      verbose: whether to print.
+      callback: called after each update.
+      **options: of `jdl.optim.hessian_free`: curvature, damping, trust_region, preconditioner …
+
+    >>> import jax.numpy as jnp
+    >>> step = HessianFree(lambda x: jnp.sum(jnp.cosh(x - 1.0))).run(jnp.zeros(2))
+    >>> step.params.round(3).tolist()
+    [1.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        fun: Any,
+        value_and_grad: bool | Callable[..., Any] = False,
+        has_aux: bool = False,
+        maxiter: int = 200,
+        tol: float = 1e-3,
+        *,
+        implicit_diff: bool = True,
+        implicit_diff_solve: Any = None,
+        jit: bool = True,
+        unroll: str | bool = "auto",
+        verbose: bool | int = False,
+        callback: Callable[[Params, SolverState], None] | None = None,
+        **options: Any,
+    ):
+        super().__init__(
+            fun,
+            value_and_grad,
+            has_aux,
+            maxiter,
+            tol,
+            implicit_diff,
+            implicit_diff_solve,
+            jit,
+            unroll,
+            verbose,
+            callback,
+            {},
+        )
+        if not isinstance(fun, Objective):
+            check.argument(
+                options.get("curvature") != "gauss_newton",
+                "fun",
+                "a jdl.Objective for Gauss-Newton products",
+                fun,
+                "Use jdl.Objective.from_fns(predict, loss, batch), or GaussNewton for residuals.",
+            )
+            options = {"curvature": "hessian", **options}
+            if not options.keys() & {"damping", "trust_region"}:
+                options["trust_region"] = 1.0
+        self._optimizer = hessian_free(**options)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """`jdl.optim.hessian_free`."""
+        return self._optimizer
