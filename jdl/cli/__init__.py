@@ -19,6 +19,8 @@ COMMANDS = {
     "predict": "a trained run's predictions, one JSON object a line",
     "compare": "first against second order: one model, several optimizers, one report",
     "index": "what a tar holds: members, classes, damage",
+    "pack": "rewrite a folder, IDX files, an .npz or a tar as plain, sharded tars",
+    "bench": "how fast this machine is: data",
 }
 
 USAGE = """usage: jdl COMMAND [OPTIONS]

@@ -3,13 +3,17 @@
 Examples:
   jdl index photos.tar
   jdl index 'photos-{00..07}.tar' --json
+  jdl index faces.tar.gz --seekable
 """
 
 import json
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+if TYPE_CHECKING:
+    from jdl.data import Description
 
 
 @dataclass
@@ -17,15 +21,20 @@ class Args:
     """Which archive."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.tar")]
-    """a tar, a glob, a brace range such as a-{00..07}.tar, or the bundled digits"""
+    """a tar, an URL, a glob, a brace range such as a-{00..07}.tar, -, or the bundled digits"""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """print one JSON object: members, images, classes, damage"""
+    seekable: bool = False
+    """of a .tar.gz, also write a file that lets it be read at random: slowly, some hundred images
+    a second; to train on it, `jdl pack` it"""
 
 
 def run(args: Args) -> None:
     """Prints the account."""
     from jdl.data import describe, resolve
 
+    if args.seekable:
+        _make_seekable(args.data)
     found = describe(resolve(args.data))
     if args.as_json:
         account = {
@@ -36,14 +45,52 @@ def run(args: Args) -> None:
         }
         print(json.dumps(account))
         return
+    _print(args.data, found)
+
+
+def _make_seekable(data: str) -> None:
+    import os
+    import sys
+
+    from jdl.data.archive import make_seekable
+    from jdl.data.paths import expand
+
+    for path in expand(data):
+        file = make_seekable(path)
+        share = os.path.getsize(file) / os.path.getsize(path)
+        print(f"{file}: {share:.0%} of the archive's size", file=sys.stderr)
+
+
+def _print(data: str, found: "Description") -> None:
     from jdl.cli import progress
 
-    print(
-        f"{args.data}: {found.members} members, {found.images} images, {len(found.classes)} classes"
-    )
+    print(f"{data}: {found.members} members, {found.images} images, {len(found.classes)} classes")
+    others = {kind: n for kind, n in found.kinds.items() if kind != "image"}
+    if others:
+        print("besides images: " + ", ".join(f"{n} × {kind}" for kind, n in others.items()))
+    for archive, mode in found.modes.items():
+        if mode != "random":
+            print(f"{archive}: {_COST[mode]}")
     if found.classes:
         progress.table(["class", "images"], [[k, str(n)] for k, n in found.classes.items()])
+    lost = sum(bool(each["lost"]) for each in found.damage)
+    if lost:
+        print(f"damaged: {lost} problem(s); training on it needs --on-error skip")
     for each in found.damage:
-        print(f"{each['word']}: {each['name']} at byte {each['offset']}: {each['detail']}")
+        name = f" {each['name']}" if each["name"] else ""
+        where = f" of {each['archive']}" if len(found.archives) > 1 else ""
+        print(f"{each['word']}:{name} at byte {each['offset']}{where}: {each['detail']}")
     if not found.damage:
         print("no damage")
+
+
+_COST = {
+    "stream": (
+        "read in order, shuffled through a window; to go on from a position it is read up to there "
+        "again. `jdl pack` rewrites it once for global shuffling at full speed"
+    ),
+    "seekable": (
+        "read at random through its seek file, some hundred images a second. `jdl pack` rewrites "
+        "it once for full speed"
+    ),
+}

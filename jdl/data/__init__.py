@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from jdl.data.contents import Description as Description
     from jdl.data.contents import describe as describe
     from jdl.data.contents import splits as splits
+    from jdl.data.holdout import Holdout as Holdout
     from jdl.data.images import BadImage as BadImage
     from jdl.data.images import decode as decode
+    from jdl.data.piped import standard_input as standard_input
     from jdl.data.pipeline import from_tar as from_tar
     from jdl.data.tar import Record as Record
     from jdl.data.tar import TarSource as TarSource
@@ -28,6 +30,7 @@ _NAMES = {
     "BadImage": "images",
     "Dataset": "batches",
     "Description": "contents",
+    "Holdout": "holdout",
     "Record": "tar",
     "TarSource": "tar",
     "decode": "images",
@@ -38,6 +41,7 @@ _NAMES = {
     "from_tar": "pipeline",
     "resolve": "bundled",
     "splits": "contents",
+    "standard_input": "piped",
 }
 
 __all__ = [*_NAMES]

@@ -285,6 +285,11 @@ class Batches(grain.IterDataset):
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
 
+    def count_until(self, record: int) -> int:
+        """Of how many records those skipped up to that one in an epoch are a share."""
+        del record
+        return self.num_records
+
     def note_skipped(self, skipped: tuple[tuple[str, str], ...]) -> None:
         """Logs what has been skipped, once each."""
         for where, why in skipped:
@@ -331,7 +336,7 @@ class BatchIterator(grain.DatasetIterator):
         self.dataset.note_skipped(skipped)
         self._skipped += len(skipped)
         self._skipped_in_epoch += len(skipped)
-        bad, records = self._skipped_in_epoch, self.dataset.num_records
+        bad, records = self._skipped_in_epoch, self.dataset.count_until(self._record)
         # One bad image in a handful says nothing yet of the archive.
         if bad > max(1, self.dataset.max_skipped * records):
             where, why = skipped[-1]

@@ -25,6 +25,7 @@ class Description(NamedTuple):
         "concatenated"), archive, offset, name, detail, lost.
       bytes: the archives' size.
       indexes: where each archive's index is kept; None for one in memory.
+      modes: archive -> "random", "seekable" (at random, slowly) or "stream" (in order).
     """
 
     archives: list[str]
@@ -36,6 +37,7 @@ class Description(NamedTuple):
     damage: list[dict[str, object]]
     bytes: int
     indexes: list[str | None]
+    modes: dict[str, str]
 
 
 _KIND_NAMES = {
@@ -95,6 +97,7 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
         damage=damage,
         bytes=sum(index.stamp.get("size", index.size) for index in indexes),
         indexes=[index.file for index in indexes],
+        modes={index.path: index.mode for index in indexes},
     )
 
 

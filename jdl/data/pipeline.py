@@ -238,7 +238,7 @@ class ImageBatches(Batches):
 
     def __init__(
         self,
-        source: TarSource,
+        source: Any,
         plan: Plan,
         order: Order,
         *,

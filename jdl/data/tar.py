@@ -311,7 +311,7 @@ class TarSource:
     @property
     def mode(self) -> str:
         """How it is read: "random", "seekable" (slowly so), or "stream", well only in order."""
-        modes = {self._handle(archive).mode for archive in range(len(self._indexes))}
+        modes = {index.mode for index in self._indexes}
         return next(mode for mode in ("stream", "seekable", "random") if mode in modes)
 
     @property

@@ -46,6 +46,7 @@ class TarIndex:
       stamp: what the archive was recognized by.
       size: the tar's bytes, when decompressed.
       file: the file that the columns are mapped from, or None if they are in memory.
+      mode: how the archive can be read (see `archive`).
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class TarIndex:
         stamp: dict[str, Any],
         size: int,
         file: str | None = None,
+        mode: str = "random",
     ):
         self.path, self.columns, self.damage = path, columns, damage
-        self.stamp, self.size, self.file = stamp, size, file
+        self.stamp, self.size, self.file, self.mode = stamp, size, file, mode
 
     def __len__(self) -> int:
         return len(self.columns.sizes)
@@ -78,8 +80,9 @@ class TarIndex:
     def __reduce__(self) -> Any:
         """Worker processes map the index file anew; only what has none travels whole."""
         if self.file is not None:
-            return _reopen, (self.path, self.file, self.stamp)
-        return TarIndex, (self.path, self.columns, self.damage, self.stamp, self.size)
+            return _reopen, (self.path, self.file, self.stamp, self.mode)
+        own = (self.path, self.columns, self.damage, self.stamp, self.size, None, self.mode)
+        return TarIndex, own
 
 
 def open_index(path: str, *, keep: bool = True) -> TarIndex:
@@ -104,7 +107,7 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
         stamp = archive.stamp()
         for file in files:
             try:
-                return _load(path, file, stamp)
+                return _load(path, file, stamp, archive.mode)
             except FileNotFoundError:
                 continue
             except (ValueError, OSError) as error:
@@ -117,14 +120,14 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
         size = archive.size
     finally:
         archive.close()
-    index = TarIndex(path, columns, damage, stamp, size)
+    index = TarIndex(path, columns, damage, stamp, size, mode=archive.mode)
     for file in files if keep else []:
         try:
             save(index, file)
         except OSError as error:
             logger.info("cannot keep an index at %r: %s", file, error)
         else:
-            return _load(path, file, stamp)
+            return _load(path, file, stamp, archive.mode)
     return index
 
 
@@ -174,7 +177,7 @@ def save(index: TarIndex, file: str) -> None:
         raise
 
 
-def _load(path: str, file: str, stamp: dict[str, Any]) -> TarIndex:
+def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
     """The index in `file`, if it is whole, sound and of the archive with that stamp.
 
     Raises:
@@ -208,7 +211,7 @@ def _load(path: str, file: str, stamp: dict[str, Any]) -> TarIndex:
         at += nbytes
     columns = Columns(*map(np.asarray, arrays))
     _check_columns(columns, size)
-    return TarIndex(path, columns, damage, stamp, size, file)
+    return TarIndex(path, columns, damage, stamp, size, file, mode)
 
 
 def _check_columns(columns: Columns, size: int) -> None:
@@ -246,8 +249,8 @@ def _piece(whole: np.ndarray, ends: np.ndarray, i: int | np.integer) -> bytes:
     return whole[ends[i - 1] if i else 0 : ends[i]].tobytes()
 
 
-def _reopen(path: str, file: str, stamp: dict[str, Any]) -> TarIndex:
+def _reopen(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
     try:
-        return _load(path, file, stamp)
+        return _load(path, file, stamp, mode)
     except (ValueError, OSError):
         return open_index(path, keep=False)
