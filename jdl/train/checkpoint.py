@@ -4,6 +4,8 @@ A state is saved as a flat mapping from each leaf's path to its array, so that a
 another model or optimizer is refused with the differing paths named.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +24,21 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one directory.
 
-    def __init__(self, directory: str | Path, keep: int = 3):
+    Args:
+      directory: where they lie.
+      keep: how many, the newest ones.
+      keep_every: besides, all whose step is a multiple of this.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 3, keep_every: int | None = None):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True
+        )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
             Path(directory).absolute(), options=options, item_handlers=handlers
@@ -47,9 +57,10 @@ class Checkpoints:
             return
         args = self._ocp.args
         leaves = {path: jnp.copy(x) for path, x in _leaves(_plain_keys(state)).items()}
-        self._manager.save(
-            step, args=args.Composite(state=args.StandardSave(leaves), meta=args.JsonSave(meta))
-        )
+        with self._telling(step):
+            self._manager.save(
+                step, args=args.Composite(state=args.StandardSave(leaves), meta=args.JsonSave(meta))
+            )
 
     def restore(self, state: PyTree, shardings: PyTree) -> Restored | None:
         """The newest checkpoint in the structure of `state`, or None if there is none.
@@ -106,7 +117,33 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._telling(None):
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _telling(self, step: int | None) -> Iterator[None]:
+        """Says of a write that failed, a full disk say, what it leaves behind."""
+        try:
+            yield
+        except Exception as error:
+            whole = [s for s in self._manager.all_steps(read=True) if s != step]
+            kept = (
+                f"The checkpoint of step {max(whole)} is whole." if whole else "There is none yet."
+            )
+            reason = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            raise check.TrainingError(
+                f"A checkpoint could not be written to {self._manager.directory}: {reason}. {kept}"
+            ) from error
+
+    def meta(self) -> dict[str, Any] | None:
+        """What the newest whole checkpoint holds besides arrays, or None if there is none."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        args = self._ocp.args
+        return dict(self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta)
 
     def close(self) -> None:
         """Waits, and releases the directory."""

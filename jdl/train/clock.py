@@ -32,6 +32,11 @@ class Clock:
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return self._before + running
 
+    @property
+    def running(self) -> bool:
+        """Whether it counts now."""
+        return self._started is not None
+
     def start(self) -> None:
         """Counts from here on."""
         if self._started is None:
@@ -93,6 +98,11 @@ class LateLog:
         """Waits for all steps in flight."""
         while self._in_flight:
             self._wait_for_oldest()
+
+    def drop(self) -> None:
+        """Forgets the steps in flight."""
+        self._in_flight.clear()
+        self._arrived = None
 
     def finish(self) -> None:
         """Waits for the step in flight and logs it, due or not."""

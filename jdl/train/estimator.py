@@ -4,9 +4,12 @@ It is composed of parts that serve alone: `step.build` makes the pure functions,
 and compiles them, `loop.run` drives them, `checkpoint` and `writers` keep what they make.
 """
 
+import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +18,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jdl.core import check
+from jdl.core import check, tree
 from jdl.core.model import Model, as_model
 from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
 from jdl.optim import registry
 from jdl.train.checkpoint import Checkpoints
 from jdl.train.clock import Clock, Finished, LateLog, as_floats
-from jdl.train.feed import Feed
+from jdl.train.ema import average, averaging
+from jdl.train.feed import Feed, record_names
+from jdl.train.hooks import Profile, StopTraining
+from jdl.train.lock import RunLock
 from jdl.train.parallel import SplitRule, placement
 from jdl.train.step import TrainState, build
+from jdl.train.termination import Stopped, Termination
 from jdl.train.writers import JsonlWriter
+
+logger = logging.getLogger("jdl.train")
+
+MAX_ROLLBACKS = 8
+_all_finite = jax.jit(tree.all_finite)
 
 Data = Iterable[Batch] | Callable[[], Iterable[Batch]]
 
 
 class Report(dict[str, Any]):
     """One row of a run's log: step, seconds, epoch, split and the values."""
+
+    estimator: "Estimator"
+
+
+class NonFiniteError(check.TrainingError):
+    """A loss or parameters are not finite."""
 
 
 class Estimator:
@@ -55,8 +73,18 @@ class Estimator:
       split_rule: `rule(path, shape, num_devices) -> axis or None`, what "fsdp" splits.
       log_every: steps between two rows of the log.
       save_every: steps between two checkpoints; None for one at the end of `train` only.
-      keep: how many checkpoints to keep.
-      hooks: functions called with each row of the log; one that raises ends the run.
+      keep: how many checkpoints to keep, the newest ones.
+      keep_every: besides, all whose step is a multiple of this; None for none.
+      keep_best: besides, the one of the best validation, by `("accuracy", "max")` or
+        `("loss", "min")`, in `best/`.
+      ema: decay of an exponential moving average of the parameters, in (0, 1); evaluation and
+        prediction then use the average. None for none.
+      on_nonfinite: what to do when a loss, a gradient or new parameters are not finite: "stop";
+        "skip" the step; or "rollback" to the last checkpoint, with half the learning rate.
+      log_norms: whether to log the norms of gradients and updates.
+      profile: (first, last) step to trace into `profile/`, for TensorBoard or Perfetto.
+      hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
+        ends the run.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -90,14 +118,36 @@ class Estimator:
         log_every: int = 10,
         save_every: int | None = 1000,
         keep: int = 3,
+        keep_every: int | None = None,
+        keep_best: tuple[str, str] | None = None,
+        ema: float | None = None,
+        on_nonfinite: str = "stop",
+        log_norms: bool = False,
+        profile: tuple[int, int] | None = None,
         hooks: Sequence[Callable[[Report], None]] = (),
     ):
         check.argument(callable(loss), "loss", "a function of (outputs, batch)", loss)
         check.positive_int("microbatches", microbatches)
         check.positive_int("log_every", log_every)
         check.positive_int("keep", keep)
-        if save_every is not None:
-            check.positive_int("save_every", save_every)
+        for name, every in (("save_every", save_every), ("keep_every", keep_every)):
+            if every is not None:
+                check.positive_int(name, every)
+        check.one_of("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
+        check.argument(
+            on_nonfinite != "rollback" or workdir is not None,
+            "workdir",
+            'given with on_nonfinite="rollback", which goes back to its checkpoints',
+            workdir,
+        )
+        if keep_best is not None:
+            pair = isinstance(keep_best, tuple) and len(keep_best) == 2
+            check.argument(
+                pair and keep_best[1] in ("min", "max"),
+                "keep_best",
+                'a metric and "min" or "max", such as ("accuracy", "max")',
+                keep_best,
+            )
         self.model: Model = as_model(model)
         self.workdir = None if workdir is None else Path(workdir)
         self.seed = seed
@@ -115,17 +165,22 @@ class Estimator:
         self._program = build(
             self.model,
             loss,
-            _as_optimizer(optimizer),
+            _as_optimizer(optimizer) if ema is None else averaging(_as_optimizer(optimizer), ema),
             metrics=metrics,
             inputs=inputs if isinstance(inputs, str) else tuple(inputs),
             regularizer=regularizer,
             microbatches=microbatches,
             curvature_batch_size=curvature_batch_size,
             axis_name=placed.axis_name,
+            skip_nonfinite=on_nonfinite == "skip",
+            log_norms=log_norms,
         )
         self._evaluate_batch = jax.jit(self._program.evaluate)
         self._predict_batch = jax.jit(self._program.predict)
-        self._log_every, self._save_every, self._keep = log_every, save_every, keep
+        self._log_every, self._save_every = log_every, save_every
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._averages, self._on_nonfinite = ema is not None, on_nonfinite
+        self._profile = Profile(profile, self.workdir)
         self._hooks = tuple(hooks)
         self._state: TrainState | None = None
         self._lent = False  # whether someone may hold on to arrays of the state
@@ -134,7 +189,8 @@ class Estimator:
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._position: Any = None
         self._feed: tuple[Data, bool, Feed] | None = None
-        self._checkpoints: Checkpoints | None = None
+        self._checkpoints: dict[str, Checkpoints] = {}
+        self._trail: deque[tuple[int, Any]] = deque(maxlen=256)  # where recent steps' data began
 
     # ------------------------------------------------------------------ what it holds
 
@@ -148,6 +204,12 @@ class Estimator:
     def params(self) -> Params:
         """The model's parameters."""
         return self.state.params
+
+    @property
+    def ema_params(self) -> Params:
+        """The moving average of the parameters."""
+        check.argument(self._averages, "ema", "a decay for there to be an average", None)
+        return average(self.state.opt_state)
 
     @property
     def model_state(self) -> Any:
@@ -174,6 +236,8 @@ class Estimator:
         max_steps: int | None = None,
         epochs: int | None = None,
         seconds: float | None = None,
+        validation: Data | None = None,
+        validate_every: int | None = None,
     ) -> "Estimator":
         """Trains, going on from where the last call or the last checkpoint stopped.
 
@@ -186,13 +250,32 @@ class Estimator:
           max_steps: run until this many steps in total.
           epochs: how many more passes over the data.
           seconds: how many more seconds on the training clock, alone or beside a step limit.
+          validation: data to evaluate on in between, under the split "validation".
+          validate_every: steps between two such evaluations; by default an epoch.
 
         Returns:
           This Estimator.
 
         Raises:
-          TrainingError: the loss is not finite.
+          TrainingError: the loss is not finite, or a checkpoint could not be written.
+          Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75.
+          UserError: another process is training in the same run directory.
         """
+        lock = (
+            nullcontext() if self.workdir is None or jax.process_index() else RunLock(self.workdir)
+        )
+        with lock:
+            limits = (steps, max_steps, epochs, seconds)
+            return self._train(data, limits, validation, validate_every)
+
+    def _train(
+        self,
+        data: Data,
+        limits_given: tuple[int | None, int | None, int | None, float | None],
+        validation: Data | None,
+        validate_every: int | None,
+    ) -> "Estimator":
+        steps, max_steps, epochs, seconds = limits_given
         limits = {"steps": steps, "max_steps": max_steps, "epochs": epochs}
         given = [name for name, value in limits.items() if value is not None]
         check.argument(len(given) <= 1, "steps, max_steps, epochs", "given one at a time", given)
@@ -216,27 +299,69 @@ class Estimator:
         if last_step is not None and self._steps_done >= last_step:
             return self
         self.classes = getattr(data, "classes", None) or self.classes
+        if validation is not None:
+            validate_every = validate_every or _batches_per_epoch(data)
+            check.positive_int("validate_every", validate_every)
         step_fn = self._compiled_step(batch)
         if self._lent:  # the step reuses the memory of the state it is given
             self._state, self._lent = jax.tree.map(jnp.copy, self._state), False
         deadline = None if seconds is None else self.seconds + seconds
-        log = LateLog(self._clock, self._log_every, self._on_finished(data, feed))
+        rollbacks, rate = 0, math.inf
+        while True:
+            log = LateLog(self._clock, self._log_every, self._on_finished(data, feed))
+            try:
+                self._run(step_fn, feed, log, last_step, deadline, (validation, validate_every))
+                break
+            except StopTraining as stop:
+                log.drop()
+                logger.info("training ended at step %d: %s", self._steps_done, stop)
+                break
+            except NonFiniteError as error:
+                rollbacks += 1
+                if self._on_nonfinite != "rollback" or rollbacks > MAX_ROLLBACKS:
+                    raise
+                log.drop()
+                feed, rate = self._roll_back(data, feed, error, rate)
+        self._save(wait=True)
+        return self
 
-        with self._clock as clock:
+    def _run(
+        self,
+        step_fn: Callable[..., Any],
+        feed: Feed,
+        log: LateLog,
+        last_step: int | None,
+        deadline: float | None,
+        validate: tuple[Data | None, int | None],
+    ) -> None:
+        """The loop: nothing in it waits for the step just dispatched."""
+        with Termination() as termination, self._clock as clock, self._profile as profile:
             began, first = clock.seconds, self._steps_done
             while last_step is None or self._steps_done < last_step:
+                self._trail.append((self._steps_done, feed.position))
                 batch = feed.take()
                 if batch is None:
                     break
+                profile.before(self._steps_done + 1)
                 self._state, logs = step_fn(self._state, batch)
                 self._steps_done += 1
                 self._position = feed.position
                 if self._steps_done != last_step:
                     feed.prefetch()  # the next batch travels while the device works
                 log.push(self._steps_done, logs)
+                if profile.ends(self._steps_done):
+                    log.flush()
+                    profile.stop()
+                if validate[0] is not None and self._steps_done % (validate[1] or 1) == 0:
+                    log.flush()
+                    self._validate(validate[0])
                 if self._save_every and self._steps_done % self._save_every == 0:
                     log.flush()
                     self._save()
+                if self.workdir is not None and termination.asked(self._steps_done):
+                    log.flush()
+                    self._save(wait=True)
+                    raise Stopped(self._steps_done)
                 if deadline is not None:
                     if self._steps_done == first + 1:
                         log.flush()  # else the mean is of dispatching, and a second step follows
@@ -246,8 +371,66 @@ class Estimator:
                     if clock.seconds >= deadline:
                         break
             log.finish()
-        self._save(wait=True)
+
+    def _validate(self, data: Data) -> None:
+        self._clock.stop()
+        values = self.evaluate(data, name="validation")
+        if self._keep_best is not None and self.workdir is not None:
+            self._save_if_best(values)
+        self._clock.start()
+
+    def _save_if_best(self, values: Mapping[str, float]) -> None:
+        assert self._keep_best is not None
+        name, mode = self._keep_best
+        check.one_of("keep_best", name, values)
+        best = self._manager("best", keep=1)
+        before = best.meta()
+        sign = 1.0 if mode == "max" else -1.0
+        if before is None or sign * values[name] > sign * before["values"][name]:
+            best.save(self._steps_done, self._current(), self._meta() | {"values": dict(values)})
+            best.wait()
+
+    def restore_best(self, data: Data) -> "Estimator":
+        """Takes up the checkpoint of the best validation so far.
+
+        Args:
+          data: what `train` is given.
+        """
+        feed = Feed(_opened(data), self._placement.put_step_batch)
+        batch = feed.prefetch()
+        if batch is None or self.workdir is None or not (self.workdir / "best").exists():
+            raise check.UserError(
+                "There is no best checkpoint: train with a work directory, keep_best and "
+                "validation data."
+            )
+        self._restore(self._manager("best", keep=1), self._placement.whole_batch(batch))
         return self
+
+    def _roll_back(
+        self, data: Data, feed: Feed, error: "NonFiniteError", last_rate: float
+    ) -> tuple[Feed, float]:
+        """The last checkpoint again, with half the learning rate or half of the last half."""
+        batch = feed.prefetch()
+        if batch is None or self._manager().latest_step() is None:
+            raise error
+        self._manager().wait()
+        self._restore(self._manager(), self._placement.whole_batch(batch))
+        state = self._current()
+        rate = optax.tree.get(state.opt_state, "learning_rate", None)
+        if rate is None:
+            raise check.TrainingError(
+                f"{error} There is no learning rate in the optimizer's state to make smaller: take "
+                "the optimizer by name, or wrap it in optax.inject_hyperparams."
+            ) from error
+        smaller = min(float(rate), last_rate) / 2
+        opt_state = optax.tree.set(
+            state.opt_state, learning_rate=jnp.full(rate.shape, smaller, rate.dtype)
+        )
+        self._state = self._placement.put_state(state._replace(opt_state=opt_state))
+        logger.warning("%s Back to step %d, learning rate %g.", error, self._steps_done, smaller)
+        self._report(self._steps_done, self.seconds, None, "rollback", {"learning_rate": smaller})
+        self._feed = None
+        return self._feed_for(data, repeat=True), smaller
 
     def initialize(self, data: Data) -> "Estimator":
         """Makes the initial parameters, or takes up the last checkpoint, without a step.
@@ -277,7 +460,8 @@ class Estimator:
         state = None
         for batch in self._once(data):
             state = state or self._held(batch)
-            found, examples = self._evaluate_batch(state.params, state.model_state, batch)
+            params = self._serving(state)
+            found, examples = self._evaluate_batch(params, state.model_state, batch)
             for key, value in as_floats(found).items():
                 sums[key] = sums.get(key, 0.0) + value
             count += float(examples)
@@ -301,13 +485,31 @@ class Estimator:
         """Pairs (batch, outputs), batch by batch, in constant memory; padding is left out."""
         for batch in self._once(data):
             state = self._held(batch)
-            outputs = self._predict_batch(state.params, state.model_state, batch)
+            outputs = self._predict_batch(self._serving(state), state.model_state, batch)
             mask = batch.get("mask")
             kept = slice(None) if mask is None else np.asarray(mask) > 0
             host = jax.device_get((dict(batch), outputs))
             yield jax.tree.map(lambda x, kept=kept: x[kept], host)
 
     # ------------------------------------------------------------------ inner workings
+
+    def scratch(self, data: Data) -> tuple[Callable[..., Any], TrainState, Iterator[Batch]]:
+        """The compiled step, a copy of the state, and batches: to try things out, off the record.
+
+        Args:
+          data: as for `train`.
+        """
+        batches = _opened(data)
+        batches = batches.repeat() if hasattr(batches, "repeat") else batches
+        feed = Feed(batches, self._placement.put_step_batch)
+        first = feed.prefetch()
+        if first is None:
+            raise check.DataError("The data gives no batch.")
+        return (
+            self._compiled_step(first),
+            jax.tree.map(jnp.copy, self._current()),
+            iter(feed.take, None),
+        )
 
     def _feed_for(self, data: Data, repeat: bool) -> Feed:
         """The feed of the same data goes on; a new one starts where the last checkpoint was."""
@@ -337,6 +539,10 @@ class Estimator:
         while (batch := feed.take()) is not None:
             yield batch
 
+    def _serving(self, state: TrainState) -> Params:
+        """The parameters that evaluation and prediction use."""
+        return average(state.opt_state) if self._averages else state.params
+
     def _current(self) -> TrainState:
         if self._state is None:
             raise check.UserError("This Estimator holds no parameters yet: train it first.")
@@ -355,20 +561,29 @@ class Estimator:
         key = jax.random.key(self.seed)
         init = self._placement.compile_init(self._program.init, key, batch)
         if self.workdir is not None:
-            expected = jax.eval_shape(init, key, batch)
-            restored = self._manager().restore(expected, self._placement.shardings(expected))
-            if restored is not None:
-                self._state, meta = restored
-                self._steps_done = int(self._state.step)
-                self._clock = Clock(meta["seconds"])
-                self._position = meta["position"]
-                self.classes = None if meta["classes"] is None else tuple(meta["classes"])
-                JsonlWriter(self.workdir / "metrics.jsonl").rewind(self._steps_done)
+            if self._restore(self._manager(), batch):
                 return
-            JsonlWriter(self.workdir / "metrics.jsonl").rewind(0)  # of a run that saved nothing
+            # What a run that saved nothing has written.
+            JsonlWriter(self.workdir / "metrics.jsonl").rewind(0)
         start = time.perf_counter()
         self._state = jax.block_until_ready(init(key, batch))
         self.compile_seconds += time.perf_counter() - start
+
+    def _restore(self, checkpoints: Checkpoints, batch: Batch) -> bool:
+        """Takes up the newest of these checkpoints, if there is one."""
+        expected = jax.eval_shape(self._program.init, jax.random.key(self.seed), batch)
+        restored = checkpoints.restore(expected, self._placement.shardings(expected))
+        if restored is None:
+            return False
+        self._state, meta = restored
+        self._steps_done = int(self._state.step)
+        self._clock = Clock(meta["seconds"])
+        self._position = meta["position"]
+        self.classes = None if meta["classes"] is None else tuple(meta["classes"])
+        if jax.process_index() == 0:
+            assert self.workdir is not None
+            JsonlWriter(self.workdir / "metrics.jsonl").rewind(self._steps_done)
+        return True
 
     def _compiled_step(self, batch: Batch) -> Callable[..., Any]:
         """The step, compiled ahead for batches of this shape."""
@@ -393,41 +608,60 @@ class Estimator:
                 values["skipped"] = skipped
             epoch = finished.step / per_epoch if per_epoch else None
             self._report(finished.step, finished.seconds, epoch, Mode.TRAIN.value, values)
-            if not math.isfinite(finished.logs["loss"]):
-                kept = self._manager().latest_step() if self.workdir is not None else None
-                raise check.TrainingError(
-                    f"The loss is {finished.logs['loss']} at step {finished.step}. "
-                    + ("" if kept is None else f"The checkpoint of step {kept} is intact. ")
-                    + "Try a smaller learning rate, and see that the labels are class numbers "
-                    "below the model's number of outputs."
-                )
+            if not math.isfinite(finished.logs["loss"]) and self._on_nonfinite != "skip":
+                raise self._nonfinite(data, finished)
 
         return on_finished
+
+    def _nonfinite(self, data: Data, finished: Finished) -> "NonFiniteError":
+        kept = self._manager().latest_step() if self.workdir is not None else None
+        position = dict(self._trail).get(finished.step - 1)
+        names = record_names(data, position)
+        if names:
+            logger.warning("the records of step %d: %s", finished.step, ", ".join(names))
+        return NonFiniteError(
+            f"The loss is {finished.logs['loss']} at step {finished.step}. "
+            + ("" if kept is None else f"The checkpoint of step {kept} is intact. ")
+            + "Try a smaller learning rate, and see that the labels are class numbers "
+            "below the model's number of outputs."
+        )
 
     def _report(
         self, step: int, seconds: float, epoch: float | None, split: str, values: dict[str, float]
     ) -> None:
         row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
-        if self.workdir is not None:
+        row.estimator = self
+        if self.workdir is not None and jax.process_index() == 0:
             JsonlWriter(self.workdir / "metrics.jsonl").write(row)
         for hook in self._hooks:
             hook(row)
 
-    def _manager(self) -> Checkpoints:
-        if self._checkpoints is None:
+    def _manager(self, name: str = "checkpoints", keep: int | None = None) -> Checkpoints:
+        if name not in self._checkpoints:
             assert self.workdir is not None
-            self._checkpoints = Checkpoints(self.workdir / "checkpoints", self._keep)
-        return self._checkpoints
+            number = self._keep if keep is None else keep
+            every = self._keep_every if name == "checkpoints" else None
+            self._checkpoints[name] = Checkpoints(self.workdir / name, number, every)
+        return self._checkpoints[name]
+
+    def _meta(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "position": self._position, "classes": self.classes}
 
     def _save(self, wait: bool = False) -> None:
         if self.workdir is None:
             return
+        running = self._clock.running
         self._clock.stop()
-        meta = {"seconds": self.seconds, "position": self._position, "classes": self.classes}
-        self._manager().save(self._steps_done, self._current(), meta)
+        state = self._current()
+        if not bool(_all_finite(state.params)):
+            raise NonFiniteError(
+                f"The parameters are not finite after step {self._steps_done}; they are not saved, "
+                f"and the checkpoint of step {self._manager().latest_step()} is the last good one."
+            )
+        self._manager().save(self._steps_done, state, self._meta())
         if wait:
             self._manager().wait()
-        else:
+        if running:
             self._clock.start()
 
 
@@ -440,7 +674,11 @@ def _as_optimizer(optimizer: str | optax.GradientTransformation) -> optax.Gradie
 
 
 def _opened(data: Data) -> Any:
-    return data() if callable(data) else data
+    """The batches; of each, this process's rows, where several processes train together."""
+    batches = data() if callable(data) else data
+    if jax.process_count() > 1 and hasattr(batches, "shard"):
+        batches = batches.shard(jax.process_index(), jax.process_count())
+    return batches
 
 
 def _batches_per_epoch(data: Data) -> int:

@@ -57,3 +57,12 @@ class Feed:
             self.position = self._ahead[1]
             self._ahead = None
         return batch
+
+
+def record_names(data: Any, position: Any) -> list[str]:
+    """The names of the records in the batch at that position; none for data that has no names."""
+    source, order, plan = (getattr(data, name, None) for name in ("source", "order", "plan"))
+    if source is None or order is None or plan is None or position is None:
+        return []
+    span = plan.span(position["epoch"], position["record"], 0)
+    return [source.name(record) for record in order.records(*span)]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdl.core import check
+from jdl.core import check, tree
 from jdl.core.model import Model
 from jdl.core.objective import Objective
 from jdl.core.types import Batch, Key, Loss, Metric, ModelState, Outputs, Params
@@ -75,6 +75,8 @@ def build(
     microbatches: int = 1,
     curvature_batch_size: int | None = None,
     axis_name: str | None = None,
+    skip_nonfinite: bool = False,
+    log_norms: bool = False,
 ) -> Program:
     """The program of a model, a loss and an optimizer.
 
@@ -89,6 +91,8 @@ def build(
       curvature_batch_size: examples for curvature products, spread evenly over the batch; None for
         all of them.
       axis_name: the axis to reduce over, inside `pmap` only.
+      skip_nonfinite: whether a step whose loss or new parameters are not finite is not taken.
+      log_norms: whether to log the norms of gradient and update.
     """
     optimizer = optax.with_extra_args_support(optimizer)
     measures: dict[str, Metric] = dict(metrics or {})
@@ -148,8 +152,16 @@ def build(
             sums, count = jax.lax.psum((sums, count), axis_name)
         logs = {"loss": value, **{k: v / jnp.maximum(count, 1.0) for k, v in sums.items()}}
         logs |= _optimizer_logs(opt_state, state.step)
+        if log_norms:
+            logs |= {"gradient_norm": tree.norm(grads), "update_norm": tree.norm(updates)}
         opt_state = _strongly_typed(opt_state)
-        return TrainState(state.step + 1, params, aux.model_state, opt_state, state.key), logs
+        new = TrainState(state.step + 1, params, aux.model_state, opt_state, state.key)
+        if skip_nonfinite:
+            ok = jnp.isfinite(value) & tree.all_finite(params)
+            kept = tree.where(ok, new[1:4], state[1:4])
+            new = TrainState(new.step, *kept, new.key)
+            logs["step_skipped"] = 1.0 - ok.astype(jnp.float32)
+        return new, logs
 
     def forward(params: Params, model_state: ModelState, batch: Batch) -> Outputs:
         return model.apply(params, model_state, *model_inputs(batch), key=None, train=False)[0]

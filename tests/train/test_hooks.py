@@ -1,0 +1,168 @@
+"""Early stopping, averages, the guard against non-finite steps, range test, profile, dead units."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jdl
+from jdl.core import check
+from jdl.data import from_arrays
+from jdl.models import MLP
+from jdl.optim import registry
+from jdl.train import hooks, relu
+
+
+def data(n=64, batch_size=16, poisoned=()):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 6)).astype(np.float32)
+    labels = np.argmax(x[:, :3], axis=1).astype(np.int32)
+    x[list(poisoned)] = np.nan
+    return from_arrays(x, labels, batch_size=batch_size, epochs=1, shuffle=False)
+
+
+def make(optimizer="adam", **options):
+    if isinstance(optimizer, str):
+        optimizer = registry.by_name(optimizer)
+    net = MLP(widths=(8,), num_outputs=3)
+    return jdl.classifier(net, optimizer, devices=jax.devices()[:1], **options)
+
+
+def rows(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_early_stopping_ends_training_and_saves(tmp_path):
+    stop = hooks.early_stopping(patience=2)
+    estimator = make(optax.sgd(0.0), workdir=tmp_path, hooks=[stop])
+    estimator.train(data(), max_steps=100, validation=data(), validate_every=5)
+    assert estimator.step == 15  # the first validation is the best, two more are no better
+    assert [r["step"] for r in rows(tmp_path) if r["split"] == "validation"] == [5, 10, 15]
+    assert make(optax.sgd(0.0), workdir=tmp_path).train(data(), max_steps=15).step == 15
+
+
+def test_the_best_checkpoint_is_kept_and_taken_up_again(tmp_path):
+    options = {"workdir": tmp_path, "keep_best": ("loss", "min")}
+    estimator = make(optax.sgd(optax.piecewise_constant_schedule(0.3, {20: 1e3})), **options)
+    estimator.train(data(), max_steps=30, validation=data(), validate_every=10)
+    best = min((r for r in rows(tmp_path) if r["split"] == "validation"), key=lambda r: r["loss"])
+    assert best["step"] == 20
+    estimator.restore_best(data())
+    assert estimator.step == 20
+    assert estimator.evaluate(data())["loss"] == pytest.approx(best["loss"], rel=1e-6)
+
+
+def test_the_average_of_parameters_is_what_the_formula_says():
+    plain, averaged = make("sgd"), make("sgd", ema=0.9)
+    feed = data()
+    plain.initialize(feed)
+    expected = jax.tree.map(np.array, plain.params)
+    for t in range(1, 8):
+        plain.train(feed, steps=1)
+        d = min(0.9, (1 + t) / (10 + t))
+        expected = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, expected, plain.params)
+    averaged.train(data(), steps=7)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, averaged.ema_params, expected)
+    jax.tree.map(close, averaged.params, plain.params)
+    assert averaged.evaluate(data())["loss"] != plain.evaluate(data())["loss"]
+
+
+def test_a_step_that_is_not_finite_is_skipped():
+    estimator = make("adam", on_nonfinite="skip", log_every=1)
+    poisoned = data(poisoned=[20])  # in the second batch
+    estimator.train(poisoned, steps=1)
+    before = jax.tree.map(np.array, estimator.params)
+    estimator.train(poisoned, steps=1)
+    jax.tree.map(np.testing.assert_array_equal, estimator.params, before)
+    estimator.train(data(), steps=4)
+    assert np.isfinite(estimator.evaluate(data())["loss"])
+    assert estimator.step == 6
+
+
+def growing(rate):
+    """w ← w (1 − 2 rate): blows up above a rate of 1, the faster the larger."""
+    model = jdl.from_fns(lambda key, x: jnp.full((), 2.0), lambda w, x: w * x)
+
+    def loss(outputs, batch):
+        return jnp.square(outputs - batch["label"])
+
+    optimizer = registry.by_name("sgd", rate)
+    feed = from_arrays(np.ones(8, np.float32), np.zeros(8, np.float32), batch_size=8, epochs=1)
+    return feed, lambda **options: jdl.Estimator(
+        model, loss, optimizer, devices=jax.devices()[:1], log_every=1, **options
+    )
+
+
+def test_a_run_that_blows_up_rolls_back_and_goes_on_with_a_smaller_step(tmp_path):
+    feed, estimator = growing(2.5)  # 2.5 and 1.25 diverge, 0.625 does not
+    run = estimator(workdir=tmp_path, on_nonfinite="rollback", save_every=100)
+    run.train(feed, max_steps=1)
+    run.train(feed, max_steps=400)
+    rates = [r["learning_rate"] for r in rows(tmp_path) if r["split"] == "rollback"]
+    assert rates == [1.25, 0.625]
+    assert run.evaluate(feed)["loss"] < 1e-6
+    with pytest.raises(check.TrainingError, match="not finite|loss is"):
+        estimator().train(feed, steps=400)
+
+
+def test_data_that_is_not_finite_ends_the_run_after_some_rollbacks(tmp_path):
+    poisoned = data(n=64, poisoned=[40])  # in the third batch of every epoch
+    run = make("sgd", workdir=tmp_path, on_nonfinite="rollback", save_every=2, log_every=1)
+    with pytest.raises(check.TrainingError, match="checkpoint of step 2 is intact"):
+        run.train(poisoned, max_steps=8)
+    rates = [r["learning_rate"] for r in rows(tmp_path) if r["split"] == "rollback"]
+    assert rates == pytest.approx([0.1 / 2**k for k in range(1, 9)], rel=1e-5)
+
+
+def test_the_range_test_finds_a_rate_and_leaves_the_estimator_alone():
+    estimator = make("sgd").train(data(), steps=1)
+    before = jax.tree.map(np.array, estimator.params)
+    found = hooks.learning_rate_range_test(estimator, data(), low=1e-4, high=1e4, steps=40)
+    assert found.rates == sorted(found.rates)
+    assert 1e-3 < found.suggestion < 10
+    assert found.rates[-1] < 1e4  # it blew up before
+    jax.tree.map(np.testing.assert_array_equal, estimator.params, before)
+    with pytest.raises(check.ArgumentError, match="inject_hyperparams"):
+        hooks.learning_rate_range_test(make(optax.sgd(0.1)), data())
+
+
+def test_norms_and_a_trace_are_written(tmp_path):
+    estimator = make("sgd", workdir=tmp_path, log_norms=True, log_every=1, profile=(2, 3))
+    estimator.train(data(), max_steps=4)
+    found = [r for r in rows(tmp_path) if r["split"] == "train"]
+    assert all(r["update_norm"] == pytest.approx(0.1 * r["gradient_norm"], rel=1e-4) for r in found)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_histograms_count_every_parameter(tmp_path):
+    write = hooks.parameter_histograms(tmp_path / "h.jsonl", bins=7)
+    make("sgd", log_every=2, hooks=[write]).train(data(), steps=4)
+    lines = [json.loads(x) for x in (tmp_path / "h.jsonl").read_text().splitlines()]
+    assert {x["step"] for x in lines} == {2, 4}
+    kernel = next(x for x in lines if x["parameter"] == "Dense_0/kernel")
+    assert sum(kernel["counts"]) == 6 * 8
+    assert len(kernel["edges"]) == 8
+
+
+class Dying(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        shift = self.param("shift", lambda key: jnp.array([[0.0, -100.0, 0.0, -100.0]]))
+        return nn.Dense(3)(jnp.maximum(nn.relu(nn.Dense(4)(x) + shift), 0.0))
+
+
+def test_dead_units_are_counted_by_layer():
+    model = jdl.from_linen(Dying())
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    params, state = model.init(jax.random.key(0), x)
+    assert [float(s) for s in relu.dead_shares(model, params, state, x)] == [0.5, 0.5]
+    seen = []
+    net = jdl.classifier(Dying(), "sgd", devices=jax.devices()[:1], log_every=1)
+    net._hooks = (hooks.dead_units({"image": x}), seen.append)
+    net.train(data(), steps=1)
+    assert seen[0]["dead/0"] == pytest.approx(0.5)
