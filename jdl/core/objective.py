@@ -175,6 +175,50 @@ class Objective:
         with jax.default_matmul_precision("highest"):
             return self._regularized(self._scan(part, batch)[0], params, vector)
 
+    def efvp(self, params: Params, vector: PyTree) -> PyTree:
+        r"""E v with E = Σᵢ mᵢ gᵢ gᵢᵀ / Σᵢ mᵢ, the empirical Fisher, on the curvature batch.
+
+        gᵢ is the gradient of example i's loss. The regularizer has no part in it.
+        """
+        batch = self._curvature_batch()
+        total = self._weight(batch)
+
+        def losses(batch: Batch, key: Key | None, params: Params) -> jax.Array:
+            weights = batch.get("mask", jnp.ones(_batch_size(batch)))
+            values = self.loss(self._apply(params, batch, key)[0], batch)
+            weights = jnp.sqrt(weights / total).astype(values.dtype)
+            return jnp.where(weights > 0, weights * values, 0.0)
+
+        return self._gram(losses, batch, params, vector)
+
+    def gram_product(
+        self, fn: Callable[[Params, Batch], PyTree], params: Params, vector: PyTree
+    ) -> PyTree:
+        """Jᵀ J v / B with J the Jacobian of `fn(params, batch)`, on the curvature batch.
+
+        B is the number of examples; the mask has no part in it.
+        """
+        batch = self._curvature_batch()
+        count = self._psum(jnp.asarray(float(_batch_size(batch)), jnp.float32))
+        product = self._gram(lambda b, key, p: fn(p, b), batch, params, vector)
+        return tree.scale(1.0 / count, product)
+
+    def _gram(
+        self,
+        fn: Callable[[Batch, Key | None, Params], PyTree],
+        batch: Batch,
+        params: Params,
+        vector: PyTree,
+    ) -> PyTree:
+        """Σ Jᵀ J v over microbatches and devices."""
+
+        def part(batch: Batch, key: Key | None) -> Any:
+            _, jvp = jax.linearize(lambda p: fn(batch, key, p), params)
+            return jax.linear_transpose(jvp, params)(jvp(vector))[0], ()
+
+        with jax.default_matmul_precision("highest"):
+            return self._scan(part, batch)[0]
+
     def fisher_diagonal(self, params: Params, key: Key) -> Params:
         """One draw, unbiased, of diag(Σᵢ mᵢ gᵢ gᵢᵀ / Σᵢ mᵢ), the empirical Fisher's diagonal.
 

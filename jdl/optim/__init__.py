@@ -4,10 +4,22 @@ Each module is named after its function. They are imported here at once: an impo
 later on would put it in the place of the function.
 """
 
+from jdl.optim.gauss_newton import gauss_newton as gauss_newton
 from jdl.optim.hessian_free import hessian_free as hessian_free
 from jdl.optim.lbfgs import lbfgs as lbfgs
+from jdl.optim.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
+from jdl.optim.natural_gradient import natural_gradient as natural_gradient
 from jdl.optim.newton import newton as newton
 from jdl.optim.nonlinear_cg import nonlinear_cg as nonlinear_cg
 from jdl.optim.registry import by_name as by_name
 
-__all__ = ["by_name", "hessian_free", "lbfgs", "newton", "nonlinear_cg"]
+__all__ = [
+    "by_name",
+    "gauss_newton",
+    "hessian_free",
+    "lbfgs",
+    "levenberg_marquardt",
+    "natural_gradient",
+    "newton",
+    "nonlinear_cg",
+]

@@ -172,11 +172,15 @@ def hessian_free(
         grad: PyTree | None = None,
         value_fn: Any = None,
         objective: Any = None,
+        whole_params: Params | None = None,
         reused: Any = False,
         **extra: Any,
     ) -> tuple[PyTree, HessianFreeState]:
         del extra
-        here = local("hessian_free", updates, params, value, grad, value_fn, objective)
+        here = local(
+            "hessian_free", updates, params, value, grad, value_fn, objective, whole_params
+        )
+        objective = here.objective
         check.argument(
             curvature != "gauss_newton" or objective is not None,
             "objective",

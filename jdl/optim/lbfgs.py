@@ -157,11 +157,12 @@ def lbfgs(
         grad: PyTree | None = None,
         value_fn: Any = None,
         objective: Any = None,
+        whole_params: Params | None = None,
         reused: Any = False,
         **extra: Any,
     ) -> tuple[PyTree, LBFGSState]:
         del extra
-        here = local("lbfgs", updates, params, value, grad, value_fn, objective)
+        here = local("lbfgs", updates, params, value, grad, value_fn, objective, whole_params)
         rate = state.learning_rate
         if callable(learning_rate):
             rate = schedule_value(learning_rate, state.diagnostics.iterations)
@@ -256,7 +257,7 @@ def _two_loop(grad: PyTree, state: LBFGSState) -> PyTree:
     newest = pair(state.y, (state.stored - 1) % m)
 
     def scaled(x: PyTree) -> PyTree:
-        if jax.tree.structure(state.scale) != jax.tree.structure(x):
+        if not jax.tree.leaves(state.scale):
             return x
         return jax.tree.map(lambda d, x: d.astype(x.dtype) * x, state.scale, x)
 

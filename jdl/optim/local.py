@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
+from jdl.optim.part import Part, PartialObjective
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 
@@ -28,6 +29,7 @@ class Local(NamedTuple):
       noise: how much f may vary around θ for rounding alone.
       finite: whether value and gradient are.
       stationary: whether the gradient is zero.
+      objective: the one handed over, as a function of θ; None without.
     """
 
     params: Params
@@ -38,6 +40,7 @@ class Local(NamedTuple):
     noise: jax.Array
     finite: jax.Array
     stationary: jax.Array
+    objective: Any
 
 
 def local(
@@ -48,6 +51,7 @@ def local(
     grad: PyTree | None,
     value_fn: Callable[..., Any] | None,
     objective: Any | None,
+    whole_params: Params | None = None,
 ) -> Local:
     """Gathers an update's extra arguments.
 
@@ -59,6 +63,8 @@ def local(
       grad: ∇f(params).
       value_fn: params -> value or (value, anything); called with the parameters alone.
       objective: a `jdl.Objective`, or None; stands in for a missing `value_fn`.
+      whole_params: all parameters, where `params` is the part of them that optax.masked or
+        optax.partition let through; the others then stay where they are.
 
     Raises:
       ArgumentError: if an argument is missing or does not fit the parameters.
@@ -73,14 +79,19 @@ def local(
             "update(grads, state, params, value=value, grad=grads, value_fn=value_fn)."
         )
     structure: Any = jax.tree.structure(params)
+    assert value_fn is not None  # among `needed`
+    if jax.tree.structure(grad) != structure and whole_params is not None:
+        part = Part(params, whole_params)
+        grad, value_fn = part.of(grad), part.function(value_fn)
+        objective = None if objective is None else PartialObjective(objective, part)
     for name, given in (("updates", updates), ("grad", grad)):
         check.argument(
             jax.tree.structure(given) == structure,
             name,
             f"a pytree of the structure of params, {structure}",
             jax.tree.structure(given),
-            f"{optimizer} moves all parameters or none: it cannot stand inside optax.masked or "
-            "optax.partition, which hand it part of them.",
+            f"Inside optax.masked or optax.partition, which hand {optimizer} part of the "
+            "parameters, call update(..., whole_params=params) to say where the others are.",
         )
     dtype = scalar_dtype(params)
 
@@ -88,16 +99,15 @@ def local(
         out = out[0] if isinstance(out, tuple) else out
         return jnp.asarray(out).astype(dtype)
 
-    assert value_fn is not None  # among `needed`
-    fn = value_fn
+    fn, whole = value_fn, objective
 
     def plain_value(p: Params) -> jax.Array:
         return scalar(fn(p))
 
     def value_and_grad(p: Params) -> tuple[jax.Array, Params]:
-        if objective is None:
+        if whole is None:
             return jax.value_and_grad(plain_value)(p)
-        v, g, _ = objective.value_and_grad(p)
+        v, g, _ = whole.value_and_grad(p)
         return scalar(v), g
 
     value = scalar(value)
@@ -110,6 +120,7 @@ def local(
         noise=noise_floor(value, params),
         finite=jnp.isfinite(value) & tree.all_finite(grad),
         stationary=tree.vdot(grad, grad) == 0,
+        objective=whole,
     )
 
 

@@ -18,9 +18,9 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
+from jdl.optim import spectral
 from jdl.optim.diagnostics import Diagnostics, Termination
 from jdl.optim.local import (
-    Local,
     ScalarOrSchedule,
     check_params,
     check_scale,
@@ -107,14 +107,7 @@ def newton(
 
     def init(params: Params) -> NewtonState:
         check_params("newton", params)
-        size = tree.size(params)
-        check.argument(
-            size <= max_parameters,
-            "params",
-            f"at most {max_parameters} numbers, for a dense Hessian of their square",
-            size,
-            "Use jdl.optim.hessian_free, which needs no matrix, or raise `max_parameters`.",
-        )
+        spectral.check_size("newton", params, max_parameters)
         return NewtonState(
             learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
             damping=jnp.array(damping, jnp.float32),
@@ -131,11 +124,13 @@ def newton(
         grad: PyTree | None = None,
         value_fn: Any = None,
         objective: Any = None,
+        whole_params: Params | None = None,
         reused: Any = False,
         **extra: Any,
     ) -> tuple[PyTree, NewtonState]:
         del extra
-        here = local("newton", updates, params, value, grad, value_fn, objective)
+        here = local("newton", updates, params, value, grad, value_fn, objective, whole_params)
+        objective = here.objective
         rate = state.learning_rate
         if callable(learning_rate):
             rate = schedule_value(learning_rate, state.diagnostics.iterations)
@@ -143,74 +138,41 @@ def newton(
         scale = rate.astype(dtype)
         active = here.finite & ~here.stationary
 
-        hessian = _dense_hessian(here, objective, chunk_size)
-        sound = jnp.all(jnp.isfinite(hessian))
-        size = hessian.shape[0]
-        # An eigensolver given NaN may not return; a Hessian that is not finite becomes I.
-        eigenvalues, vectors = jnp.linalg.eigh(
-            jnp.where(sound, hessian, jnp.eye(size, dtype=dtype)), symmetrize_input=True
-        )
+        product = hessian_product(here.value_fn, here.params)
+        if objective is not None:
+            product = lambda v: objective.hvp(here.params, v)  # noqa: E731
+        spectrum = spectral.of_symmetric(spectral.dense(product, here.params, chunk_size, dtype))
+        eigenvalues, size = spectrum.values, spectrum.values.size
         flat, unravel = ravel_pytree(updates)
-        raw = ravel_pytree(here.grad)[0].astype(dtype)
-        with jax.default_matmul_precision("highest"):
-            slopes, raw_slopes = vectors.T @ flat.astype(dtype), vectors.T @ raw
+        slopes = spectral.rotate(spectrum, flat.astype(dtype))
+        raw_slopes = spectral.rotate(spectrum, ravel_pytree(here.grad)[0].astype(dtype))
+
+        def step_of(coordinates: jax.Array) -> PyTree:
+            with jax.default_matmul_precision("highest"):
+                return unravel((spectrum.vectors @ coordinates).astype(flat.dtype))
 
         largest = jnp.max(jnp.abs(eigenvalues))
         # Smaller eigenvalues are rounding errors; with none at all, −g is the only step there is.
         floor = jnp.where(largest > 0, jnp.finfo(dtype).eps * largest, 1.0)
         if saddle_free:
-            spectrum = jnp.maximum(jnp.abs(eigenvalues), floor)
+            curvatures = jnp.maximum(jnp.abs(eigenvalues), floor)
         else:
-            spectrum = eigenvalues + jnp.maximum(floor - eigenvalues[0], 0.0)
-        mean = jnp.mean(spectrum)
+            curvatures = eigenvalues + jnp.maximum(floor - eigenvalues[0], 0.0)
 
-        class Try(NamedTuple):
-            tried: jax.Array
-            damping: jax.Array
-            radius: jax.Array
-            step: jax.Array  # in the eigenvectors' coordinates
-            value: jax.Array
-            ratio: jax.Array
-
-        def going(t: Try) -> jax.Array:
-            return active & ~good(t) & (t.tried < max_evaluations)
-
-        def good(t: Try) -> jax.Array:
-            return (t.tried > 0) & (t.ratio > 1e-4) & jnp.isfinite(t.value)
-
-        def body(t: Try) -> Try:
-            again = t.tried > 0
-            # Far too little damping is left behind quickly; so is a region far too large.
-            lam = jnp.where(again, jnp.maximum(4.0 * t.damping, 1e-3 * mean), t.damping)
-            length = jnp.linalg.norm(t.step)
-            radius = jnp.where(again, 0.25 * jnp.minimum(t.radius, length), t.radius)
-            if trust_region is not None:
-                lam = _damping_for(radius, slopes, spectrum)
-            step = -slopes / (spectrum + lam)
-            with jax.default_matmul_precision("highest"):
-                delta = unravel((vectors @ step).astype(flat.dtype))
-            value = here.value_fn(tree.add_scaled(here.params, scale, delta))
-            # In the eigenvectors' coordinates the model is a sum.
-            model = scale * jnp.vdot(raw_slopes, step)
-            model += 0.5 * scale * scale * jnp.vdot(spectrum, step * step)
-            ratio = damping_rules.reduction_ratio(here.value, value, model, here.noise)
-            return Try(t.tried + 1, lam, radius, step, value, ratio)
-
-        end = jax.lax.while_loop(
-            going,
-            body,
-            Try(
-                jnp.zeros((), jnp.int32),
-                state.damping.astype(dtype),
-                state.radius.astype(dtype),
-                jnp.zeros_like(slopes),
-                here.value,
-                jnp.full((), jnp.nan, dtype),
-            ),
+        end = spectral.search(
+            here,
+            curvatures,
+            slopes,
+            raw_slopes,
+            step_of,
+            scale=scale,
+            damping=state.damping.astype(dtype),
+            radius=state.radius.astype(dtype),
+            use_radius=trust_region is not None,
+            max_evaluations=max_evaluations,
+            active=active,
         )
-        moved = good(end)
-        with jax.default_matmul_precision("highest"):
-            delta = unravel((vectors @ end.step).astype(flat.dtype))
+        moved, delta = end.good, step_of(end.step)
         nothing = jax.tree.map(jnp.zeros_like, here.params)
         # After a success λ falls, and below what rounding leaves of the spectrum it is none.
         calm = damping_rules.levenberg_marquardt(
@@ -232,7 +194,7 @@ def newton(
             state.diagnostics,
             step_size=jnp.where(moved, scale, 0.0),
             termination=diag.ending(
-                code, here.finite & (sound | ~active), here.stationary, descends
+                code, here.finite & (spectrum.sound | ~active), here.stationary, descends
             ),
             values=end.tried,
             hessian_products=size * share,
@@ -252,36 +214,3 @@ def newton(
         return step, new
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _dense_hessian(here: Local, objective: Any, chunk_size: int) -> jax.Array:
-    """∇²f(θ) as an [n, n] array, `chunk_size` columns at a time."""
-    flat, unravel = ravel_pytree(here.params)
-    if objective is None:
-        product = hessian_product(here.value_fn, here.params)
-    else:
-        product = lambda v: objective.hvp(here.params, v)  # noqa: E731
-
-    def column(i: jax.Array) -> jax.Array:
-        unit = jnp.zeros_like(flat).at[i].set(1.0)
-        return ravel_pytree(product(unravel(unit)))[0]
-
-    rows = jax.lax.map(column, jnp.arange(flat.size), batch_size=min(chunk_size, flat.size))
-    return rows.astype(here.value.dtype)
-
-
-def _damping_for(radius: jax.Array, slopes: jax.Array, spectrum: jax.Array) -> jax.Array:
-    """The λ ≥ 0 whose step has length Δ, or 0 where the undamped step is shorter.
-
-    1 / ‖δ(λ)‖ is nearly linear in λ, so Newton's iteration on it converges in a few steps, from
-    the left without overshooting.
-    """
-
-    def body(_: Any, lam: jax.Array) -> jax.Array:
-        d = spectrum + lam
-        step = slopes / d
-        length = jnp.linalg.norm(step)
-        falling = jnp.vdot(step, step / d) / jnp.maximum(length * length, 1e-30)
-        return jnp.maximum(lam + (length / radius - 1.0) / jnp.maximum(falling, 1e-30), 0.0)
-
-    return jax.lax.fori_loop(0, 20, body, jnp.zeros_like(radius))

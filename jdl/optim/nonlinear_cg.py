@@ -145,11 +145,14 @@ def nonlinear_cg(
         grad: PyTree | None = None,
         value_fn: Any = None,
         objective: Any = None,
+        whole_params: Params | None = None,
         reused: Any = False,
         **extra: Any,
     ) -> tuple[PyTree, NonlinearCGState]:
         del extra
-        here = local("nonlinear_cg", updates, params, value, grad, value_fn, objective)
+        here = local(
+            "nonlinear_cg", updates, params, value, grad, value_fn, objective, whole_params
+        )
         dtype = here.value.dtype
         rate = state.learning_rate
         if callable(learning_rate):

@@ -5,11 +5,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optax
+import optax.contrib
 
 from jdl.core import check
+from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.hessian_free import hessian_free
 from jdl.optim.lbfgs import lbfgs
+from jdl.optim.levenberg_marquardt import levenberg_marquardt
 from jdl.optim.local import ScalarOrSchedule
+from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
 
@@ -61,6 +65,10 @@ def _nesterov(
     return optax.sgd(learning_rate, momentum=momentum, nesterov=True, **options)
 
 
+def _adafactor(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
+    return optax.adafactor(learning_rate, **{"multiply_by_parameter_scale": False, **options})
+
+
 def _first_order(make: Callable[..., Any], learning_rate: float, low: float, high: float) -> Entry:
     def with_rate_as_state(rate: Any, **options: Any) -> optax.GradientTransformation:
         # The same arithmetic, but the rate is a field of the state rather than of the program.
@@ -79,10 +87,25 @@ REGISTRY: dict[str, Entry] = {
     "nesterov": _first_order(_nesterov, 0.01, 1e-4, 0.3),
     "adam": _first_order(optax.adam, 1e-3, 1e-5, 3e-2),
     "adamw": _first_order(optax.adamw, 1e-3, 1e-5, 3e-2),
+    "nadam": _first_order(optax.nadam, 1e-3, 1e-5, 3e-2),
+    "radam": _first_order(optax.radam, 1e-3, 1e-5, 3e-2),
+    "rmsprop": _first_order(optax.rmsprop, 1e-3, 1e-5, 3e-2),
+    "adagrad": _first_order(optax.adagrad, 1e-2, 1e-4, 1.0),
+    "adafactor": _first_order(_adafactor, 1e-2, 1e-4, 0.3),
+    "lamb": _first_order(optax.lamb, 1e-3, 1e-5, 3e-2),
+    "lars": _first_order(optax.lars, 0.1, 1e-3, 10.0),
+    "lion": _first_order(optax.lion, 1e-4, 1e-6, 3e-3),
+    "muon": _first_order(optax.contrib.muon, 1e-2, 1e-4, 0.3),
+    "sophia": _first_order(optax.contrib.sophia, 1e-3, 1e-5, 3e-2),
     "lbfgs": Entry(lbfgs, 1.0, True, "large", Search("learning_rate", 1e-2, 1.0)),
     "cg": Entry(nonlinear_cg, 1.0, True, "large", Search("learning_rate", 1e-2, 1.0)),
     "newton": Entry(newton, 1.0, True, "large", Search("damping", 1e-4, 10.0)),
     "hf": Entry(hessian_free, 1.0, True, "large", Search("damping", 1e-3, 100.0)),
+    "gauss_newton": Entry(gauss_newton, 1.0, True, "large", Search("learning_rate", 1e-2, 1.0)),
+    "lm": Entry(levenberg_marquardt, 1.0, True, "large", Search("damping", 1e-6, 10.0)),
+    "natural_gradient": Entry(
+        natural_gradient, 0.3, True, "mini", Search("learning_rate", 1e-2, 1.0)
+    ),
 }
 
 
@@ -92,7 +115,9 @@ def by_name(
     """The optimizer of that name.
 
     Args:
-      name: sgd, momentum, nesterov, adam, adamw (optax's), lbfgs, cg, newton or hf.
+      name: sgd, momentum, nesterov, adam, adamw, nadam, radam, rmsprop, adagrad, adafactor, lamb,
+        lars, lion, muon, sophia (all optax's; sophia's update needs `obj_fn` too), lbfgs, cg,
+        newton, hf, gauss_newton, lm (Levenberg-Marquardt) or natural_gradient.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
         it scales the first trial step, and is best left alone.
       **options: further arguments of the optimizer.
@@ -104,7 +129,8 @@ def by_name(
     Traceback (most recent call last):
         ...
     jdl.core.check.ArgumentError: `optimizer` must be one of sgd, momentum, nesterov, adam, adamw, \
-lbfgs, cg, newton, hf, got 'lbgfs'. Did you mean 'lbfgs'?
+nadam, radam, rmsprop, adagrad, adafactor, lamb, lars, lion, muon, sophia, lbfgs, cg, newton, hf, \
+gauss_newton, lm, natural_gradient, got 'lbgfs'. Did you mean 'lbfgs'?
     >>> import jax.numpy as jnp
     >>> state = by_name("adam", 0.01).init(jnp.zeros(2))
     >>> round(float(optax.tree.get(state, "learning_rate")), 3)

@@ -1,0 +1,98 @@
+"""Least squares as Gauss-Newton and Levenberg-Marquardt see it: residuals, or an objective."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from jdl.core import check, tree
+from jdl.core.types import Params, PyTree
+from jdl.optim import spectral
+from jdl.optim.local import Local, local
+from jdl.optim.part import Part
+
+Residuals = Callable[[Params], PyTree]
+
+
+class Curvature(NamedTuple):
+    """Jᵀ J, dense.
+
+    Attributes:
+      matrix: J itself, [m, n], or the Gauss-Newton matrix, [n, n].
+      is_jacobian: which of the two.
+      products: what it cost, in Gauss-Newton products of the full batch.
+    """
+
+    matrix: jax.Array
+    is_jacobian: bool
+    products: float
+
+    @property
+    def diagonal(self) -> jax.Array:
+        """Of Jᵀ J, [n]."""
+        if self.is_jacobian:
+            return jnp.sum(jnp.square(self.matrix), axis=0)
+        return jnp.diag(self.matrix)
+
+    def spectrum(self, scale: jax.Array) -> spectral.Spectrum:
+        """Of D⁻¹ Jᵀ J D⁻¹, for D = diag(scale)."""
+        if self.is_jacobian:
+            return spectral.of_jacobian(self.matrix / scale[None])
+        return spectral.of_symmetric(self.matrix / (scale[:, None] * scale[None]))
+
+
+def local_of(
+    optimizer: str,
+    updates: PyTree,
+    params: Params | None,
+    value: Any,
+    grad: PyTree | None,
+    value_fn: Any,
+    objective: Any,
+    whole_params: Params | None,
+    residual_fn: Residuals | None,
+) -> tuple[Local, Residuals | None]:
+    """An update's extra arguments; see `jdl.optim.local.local`.
+
+    `residual_fn` goes before `objective`, and stands in for a missing `value_fn`.
+    """
+    check.argument(
+        residual_fn is not None or objective is not None,
+        "residual_fn",
+        "given, or an objective",
+        None,
+        f"{optimizer} needs least squares' own structure: pass residual_fn=r with f = ½‖r‖², or "
+        "objective=jdl.Objective.from_fns(predict, loss, batch).",
+    )
+    if value_fn is None and residual_fn is not None:
+        value_fn = _half_square(residual_fn)
+    here = local(optimizer, updates, params, value, grad, value_fn, objective, whole_params)
+    whole: Any = jax.tree.structure(whole_params)
+    masked = whole_params is not None and whole != jax.tree.structure(params)
+    if residual_fn is not None and masked:
+        residual_fn = Part(params, whole_params).function(residual_fn)
+    return here, residual_fn
+
+
+def _half_square(residual_fn: Residuals) -> Callable[[Params], Any]:
+    def value(params: Params) -> Any:
+        residuals = residual_fn(params)
+        return 0.5 * tree.vdot(residuals, residuals)
+
+    return value
+
+
+def curvature(here: Local, residual_fn: Residuals | None, chunk_size: int) -> Curvature:
+    """Jᵀ J at θ, `chunk_size` columns at a time."""
+    dtype = here.value.dtype
+    size = ravel_pytree(here.params)[0].size
+    if residual_fn is None:
+        product = lambda v: here.objective.gnvp(here.params, v)  # noqa: E731
+        matrix = spectral.dense(product, here.params, chunk_size, dtype)
+        return Curvature(matrix, False, size * here.objective.curvature_share())
+    with jax.default_matmul_precision("highest"):
+        _, push = jax.linearize(residual_fn, here.params)
+        # A column is a tangent pushed forward: half of a product.
+        return Curvature(spectral.dense(push, here.params, chunk_size, dtype), True, size / 2)
