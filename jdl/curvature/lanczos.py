@@ -1,0 +1,195 @@
+r"""Lanczos's method: an orthonormal basis V of the Krylov space, in which A is nearly diagonal.
+
+    A V = V T + r e_mᵀ,    T = S Θ Sᵀ,    ‖A V sᵢ − θᵢ V sᵢ‖ = ‖r‖ |s_mi|
+
+Each new vector is orthogonalized against all before it, a second time where the first took most of
+it away; without, converged eigenvalues come back as ghosts. A full basis is restarted thickly: the
+best Ritz vectors stay. The basis lies in main memory; the products may come from a device.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdl.core import check
+from jdl.core.types import PyTree
+from jdl.curvature.operators import Operator
+
+CHUNK = 2**16
+WHICH = ("largest", "smallest", "magnitude")
+
+
+class Eigenpairs(NamedTuple):
+    """Eigenvalues and -vectors, the wanted end first.
+
+    Attributes:
+      values: θ, [k].
+      vectors: of unit length, [k, n].
+      residuals: ‖A v − θ v‖ as Lanczos estimates it, [k].
+      products: how many were made.
+      converged: whether all residuals are within the tolerance.
+      memory: bytes of the basis.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    residuals: np.ndarray
+    products: int
+    converged: bool
+    memory: int
+
+    def vector(self, i: int, operator: Operator) -> PyTree:
+        """The i-th eigenvector as a pytree like the parameters."""
+        return operator.unravel(self.vectors[i])
+
+
+class Basis:
+    """The Krylov basis and A's projection on it, grown by one product at a time."""
+
+    def __init__(self, operator: Operator, most: int, start: np.ndarray):
+        self.operator = operator
+        self.vectors = np.empty((most + 1, operator.size), operator.dtype)
+        self.projected = np.zeros((most, most))
+        self.vectors[0] = start / np.linalg.norm(start)
+        self.length = 0  # products made with the basis
+        self.beta = 0.0  # ‖r‖
+
+    def grow(self) -> bool:
+        """One more product; False where the space is invariant, and all is known about it."""
+        j = self.length
+        w = self.operator.product(self.vectors[j])
+        check.argument(
+            bool(np.all(np.isfinite(w))), "operator", "one with finite products", "NaN or infinity"
+        )
+        w = np.array(w, self.operator.dtype)
+        scale = float(np.linalg.norm(w))
+        coefficients = self._orthogonalize(w, j + 1)
+        if np.linalg.norm(w) < 0.7 * scale:
+            coefficients += self._orthogonalize(w, j + 1)
+        self.projected[: j + 1, j] = self.projected[j, : j + 1] = coefficients
+        self.beta = float(np.linalg.norm(w))
+        self.length = j + 1
+        tiny = 10 * float(np.finfo(self.operator.dtype).eps) * max(scale, self._size())
+        if self.beta <= tiny:
+            self.beta = 0.0
+            return False
+        self.vectors[j + 1] = w / self.beta
+        return True
+
+    def ritz(self) -> tuple[np.ndarray, np.ndarray]:
+        """Θ, ascending, and S."""
+        return np.linalg.eigh(self.projected[: self.length, : self.length])
+
+    def restart(self, kept: np.ndarray, values: np.ndarray, s: np.ndarray) -> None:
+        """Keeps the Ritz vectors numbered `kept`, and the last residual."""
+        p, j = len(kept), self.length
+        mix = s[:, kept].T.astype(self.operator.dtype)
+        for at in range(0, self.operator.size, CHUNK):  # in place, but for a chunk of columns
+            columns = slice(at, at + CHUNK)
+            self.vectors[:p, columns] = mix @ self.vectors[:j, columns]
+        self.vectors[p] = self.vectors[j]
+        self.projected[:] = 0.0
+        self.projected[range(p), range(p)] = values[kept]
+        self.length = p
+
+    def _orthogonalize(self, w: np.ndarray, rows: int) -> np.ndarray:
+        h = self.vectors[:rows] @ w
+        w -= h @ self.vectors[:rows]
+        return h.astype(np.float64)
+
+    def _size(self) -> float:
+        j = self.length
+        return float(np.max(np.abs(self.projected[:j, :j]), initial=0.0))
+
+
+def top_eigenpairs(
+    operator: Operator,
+    k: int = 10,
+    *,
+    which: str = "largest",
+    tolerance: float = 1e-3,
+    max_products: int = 1000,
+    memory: int = 2**31,
+    seed: int = 0,
+) -> Eigenpairs:
+    """The k eigenpairs at one end of the spectrum.
+
+    Args:
+      operator: see `operator`.
+      k: how many, 1 ≤ k ≤ n.
+      which: "largest", "smallest" (by sign too), or "magnitude".
+      tolerance: on a residual relative to its eigenvalue, as in ARPACK, > 0; the eigenvalue's own
+        error is about its square.
+      max_products: products at most.
+      memory: bytes the basis may take; a basis of fewer vectors restarts more often. It always
+        takes at least 2 k + 2 vectors of n numbers.
+      seed: of the random first vector.
+
+    Raises:
+      ArgumentError: if a product is not finite.
+
+    >>> from jdl.curvature.operators import operator
+    >>> import jax.numpy as jnp
+    >>> curved = operator(lambda x: 0.5 * jnp.sum(jnp.arange(1.0, 51.0) * x**2), jnp.zeros(50))
+    >>> top_eigenpairs(curved, 2).values.round(2).tolist()
+    [50.0, 49.0]
+
+    References:
+      Wu & Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems (2000).
+      Lehoucq, Sorensen & Yang, ARPACK users' guide (1998), section 4.6: the test of convergence.
+    """
+    n = operator.size
+    check.argument(isinstance(k, int) and 1 <= k <= n, "k", f"between 1 and the size {n}", k)
+    check.one_of("which", which, WHICH)
+    check.in_range("tolerance", tolerance, 0.0, open_low=True)
+    check.positive_int("max_products", max_products)
+    affordable = memory // (n * np.dtype(operator.dtype).itemsize) - 1
+    most = int(min(n, max(2 * k + 2, min(affordable, max_products))))
+    rng = np.random.default_rng(seed)
+    basis = Basis(operator, most, rng.standard_normal(n))
+    products, converged = 0, False
+    while True:
+        growing = basis.grow()
+        products += 1
+        if basis.length < min(k, n) and growing:
+            if products >= max_products:
+                break
+            continue
+        values, s = basis.ritz()
+        order = _order(values, which)[:k]
+        residuals = basis.beta * np.abs(s[-1, order])
+        floor = np.finfo(operator.dtype).eps ** (2 / 3) * np.max(np.abs(values))
+        converged = bool(np.all(residuals <= tolerance * np.maximum(np.abs(values[order]), floor)))
+        if (converged and len(order) == min(k, n)) or products >= max_products:
+            break
+        if not growing:  # an invariant space smaller than wanted: go on from a fresh direction
+            if basis.length >= n:
+                break
+            _refresh(basis, rng)
+        elif basis.length == most:
+            p = min(k + (most - k) // 2, most - 1)
+            basis.restart(_order(values, which)[:p], values, s)
+    values, s = basis.ritz()
+    order = _order(values, which)[:k]
+    vectors = s[:, order].T.astype(operator.dtype) @ basis.vectors[: basis.length]
+    return Eigenpairs(
+        values[order],
+        vectors,
+        basis.beta * np.abs(s[-1, order]),
+        products,
+        converged,
+        basis.vectors.nbytes,
+    )
+
+
+def _order(values: np.ndarray, which: str) -> np.ndarray:
+    keys = {"largest": -values, "smallest": values, "magnitude": -np.abs(values)}[which]
+    return np.argsort(keys, kind="stable")
+
+
+def _refresh(basis: Basis, rng: np.random.Generator) -> None:
+    """A random next vector, orthogonal to the basis."""
+    w: Any = rng.standard_normal(basis.operator.size).astype(basis.operator.dtype)
+    for _ in range(2):
+        basis._orthogonalize(w, basis.length)
+    basis.vectors[basis.length] = w / np.linalg.norm(w)

@@ -1,0 +1,166 @@
+r"""A loss averaged over all batches of a data set, around given parameters.
+
+    f(θ) = Σ_b w_b f_b(θ) / Σ_b w_b,    w_b the examples of batch b
+
+and likewise its gradient and its products. A single batch's curvature is a noisy and, at the top of
+the spectrum, an upward biased picture of it: `rayleigh_by_batch` shows by how much batches differ.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from jdl.core import check
+from jdl.core.objective import Objective
+from jdl.core.types import Batch, Params
+
+KINDS = ("hessian", "gauss_newton", "fisher")
+
+
+class Landscape:
+    """A data set's loss around parameters; vectors are flat, as `ravel_pytree` orders them.
+
+    Args:
+      make: `make(batch) -> jdl.Objective`. Give it train=False: dropout's noise is no curvature.
+      batches: an iterable of batches that can be passed over again (a list, or a data set of
+        `jdl.data` with finite epochs); each product passes over it once.
+      params: where to look, a pytree of floating-point arrays.
+      kept_bytes: batches are kept on the device after the first pass where they take no more.
+
+    >>> predict = lambda w, batch: batch["x"] @ w
+    >>> loss = lambda outputs, batch: 0.5 * jnp.square(outputs - batch["y"])
+    >>> rows = [{"x": jnp.eye(2)[i : i + 1] * (i + 1.0), "y": jnp.ones(1)} for i in range(2)]
+    >>> land = Landscape(lambda b: Objective.from_fns(predict, loss, b), rows, jnp.zeros(2))
+    >>> land.value(), land.product("hessian", np.ones(2, np.float32)).tolist()
+    (0.5, [0.5, 2.0])
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Batch], Objective],
+        batches: Iterable[Batch],
+        params: Params,
+        *,
+        kept_bytes: int = 2**30,
+    ):
+        check.argument(
+            not isinstance(batches, Iterator),
+            "batches",
+            "an iterable that can be passed over again",
+            type(batches).__name__,
+            "Make a list of it.",
+        )
+        flat, self.unravel = ravel_pytree(params)
+        check.argument(
+            flat.size > 0 and jnp.issubdtype(flat.dtype, jnp.floating),
+            "params",
+            "a pytree of floating-point arrays",
+            str(flat.dtype),
+        )
+        self.params = params
+        self.flat = np.asarray(flat)
+        self._make, self._batches, self._kept_bytes = make, batches, kept_bytes
+        self._kept: list[Objective] | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of parameters, n."""
+        return self.flat.size
+
+    def objectives(self) -> Iterator[Objective]:
+        """One objective a batch, in order."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Objective] | None = []
+        total = 0
+        for batch in self._batches:
+            objective = self._make(batch)
+            if kept is not None:
+                total += sum(x.nbytes for x in jax.tree.leaves(objective.batch))
+                if total > self._kept_bytes:
+                    kept = None
+                else:
+                    objective = jax.tree.map(jnp.asarray, objective)
+                    kept.append(objective)
+            yield objective
+        if kept == []:
+            raise check.DataError("The data set gives no batch.")
+        self._kept = kept
+
+    def value(self, params: Params | None = None) -> float:
+        """f(θ), at the landscape's own parameters or others."""
+        at = self.params if params is None else params
+        return float(self._mean(lambda o: _value(o, at)))
+
+    def gradient(self, params: Params | None = None) -> np.ndarray:
+        """∇f(θ), [n]."""
+        at = self.params if params is None else params
+        return np.asarray(self._mean(lambda o: _gradient(o, at)))
+
+    def gradients(self) -> Iterator[tuple[np.ndarray, float]]:
+        """∇f_b(θ) and w_b of each batch."""
+        for objective in self.objectives():
+            yield np.asarray(_gradient(objective, self.params)), _examples(objective)
+
+    def product(self, kind: str, vector: Any) -> np.ndarray:
+        """The Hessian's, Gauss-Newton's or empirical Fisher's product with a vector, [n]."""
+        one = _product(check.one_of("kind", kind, KINDS))
+        v = self.unravel(jnp.asarray(vector, self.flat.dtype))
+        return np.asarray(self._mean(lambda o: one(o, self.params, v)))
+
+    def rayleigh_by_batch(self, kind: str, vectors: np.ndarray) -> np.ndarray:
+        """⟨v, M_b v⟩ / ⟨v, v⟩ for each batch b and vector v, [batches, k]."""
+        one = _product(check.one_of("kind", kind, KINDS))
+        found = []
+        for objective in self.objectives():
+            row = []
+            for vector in vectors:
+                v = jnp.asarray(vector, self.flat.dtype)
+                product = one(objective, self.params, self.unravel(v))
+                row.append(float(jnp.vdot(v, product) / jnp.vdot(v, v)))
+            found.append(row)
+        return np.asarray(found)
+
+    def _mean(self, part: Callable[[Objective], jax.Array]) -> jax.Array:
+        total: Any = None
+        weight = 0.0
+        for objective in self.objectives():
+            w = _examples(objective)
+            scaled = jnp.asarray(w, jnp.float32) * part(objective).astype(jnp.float32)
+            total = scaled if total is None else total + scaled
+            weight += w
+        return total / jnp.asarray(max(weight, 1.0), jnp.float32)
+
+
+def _examples(objective: Objective) -> float:
+    mask = objective.batch.get("mask")
+    if mask is not None:
+        return float(np.sum(np.asarray(mask)))
+    return float(jax.tree.leaves(dict(objective.batch))[0].shape[0])
+
+
+@jax.jit
+def _value(objective: Objective, params: Params) -> jax.Array:
+    return objective.value(params)
+
+
+@jax.jit
+def _gradient(objective: Objective, params: Params) -> jax.Array:
+    return ravel_pytree(objective.grad(params))[0]
+
+
+@functools.cache
+def _product(kind: str) -> Callable[..., jax.Array]:
+    name = {"hessian": "hvp", "gauss_newton": "gnvp", "fisher": "efvp"}[kind]
+
+    @jax.jit
+    def product(objective: Objective, params: Params, vector: Params) -> jax.Array:
+        return ravel_pytree(getattr(objective, name)(params, vector))[0]
+
+    return product

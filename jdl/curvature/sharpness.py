@@ -1,0 +1,84 @@
+r"""How far the loss rises within a small distance of the parameters.
+
+    sharpness = max over ‖δ‖ ≤ ρ of f(θ + δ) − f(θ)
+
+found by projected gradient ascent from the gradient's own direction, and along the sharpest
+eigenvector where one is given; a lower bound of the maximum, as any ascent's.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jdl.core import check
+from jdl.curvature.landscape import Landscape
+
+
+class Sharpness(NamedTuple):
+    """The rise of a loss near given parameters.
+
+    Attributes:
+      rise: the greatest found.
+      first_step: that of ρ ∇f / ‖∇f‖, which SAM descends.
+      rho: ρ.
+      value: f(θ).
+      evaluations: gradients and values taken, each a pass over the data.
+    """
+
+    rise: float
+    first_step: float
+    rho: float
+    value: float
+    evaluations: int
+
+
+def sharpness(
+    landscape: Landscape,
+    *,
+    rho: float = 0.05,
+    steps: int = 5,
+    direction: np.ndarray | None = None,
+) -> Sharpness:
+    """The greatest rise found within ‖δ‖ ≤ ρ.
+
+    Args:
+      landscape: the loss and where to look.
+      rho: ρ > 0, in the parameters' units.
+      steps: of ascent, ≥ 1.
+      direction: a vector [n] to try both ways first: the sharpest eigenvector.
+
+    References:
+      Foret et al., Sharpness-aware minimization (2021), section 2.
+      Keskar et al., On large-batch training for deep learning (2017), section 2.2.2.
+    """
+    check.in_range("rho", rho, 0.0, open_low=True)
+    check.positive_int("steps", steps)
+    value, start = landscape.value(), landscape.gradient()
+    evaluations = 2
+
+    def at(delta: np.ndarray) -> float:
+        nonlocal evaluations
+        evaluations += 1
+        return landscape.value(landscape.unravel(landscape.flat + delta)) - value
+
+    def on_sphere(v: np.ndarray) -> np.ndarray:
+        length = float(np.linalg.norm(v))
+        return (rho / length) * v if length > 0 else v
+
+    tried = [on_sphere(start)]
+    if direction is not None:
+        both = on_sphere(np.asarray(direction, start.dtype))
+        tried += [both, -both]
+    rises = [at(delta) for delta in tried]
+    best = int(np.argmax(rises))
+    delta, rise = tried[best], rises[best]
+    for _ in range(steps):
+        gradient = landscape.gradient(landscape.unravel(landscape.flat + delta))
+        evaluations += 1
+        # On the sphere the gradient's direction is the linear model's maximum.
+        new = on_sphere(gradient)
+        new_rise = at(new)
+        if not new_rise > rise:
+            break
+        delta, rise = new, new_rise
+    return Sharpness(max(rise, 0.0), rises[0], rho, value, evaluations)
