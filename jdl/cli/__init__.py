@@ -1,6 +1,7 @@
 """The command `jdl`. One file a command, imported only when it is the one asked for.
 
-Exit codes: 0 done, 2 the user's mistake, 1 a fault of ours, 130 interrupted.
+Exit codes: 0 done, 2 the user's mistake, 1 a fault of ours, 75 stopped by SIGTERM after saving,
+130 interrupted.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ COMMANDS = {
     "demo": "train one CNN with five optimizers on the bundled digits, and write the report",
     "train": "train a model on a tar of images",
     "evaluate": "loss and metrics of a trained run on a tar of images",
+    "curvature": "a trained run's loss landscape: eigenvalues, density, noise, sharpness",
     "predict": "a trained run's predictions, one JSON object a line",
     "compare": "first against second order: one model, several optimizers, one report",
     "index": "what a tar holds: members, classes, damage",
@@ -80,6 +82,9 @@ def _run(name: str, arguments: list[str]) -> int:
         module.run(parsed)
     except UserError as error:
         return _mistake(str(error), name)
+    except SystemExit as end:  # SIGTERM, with everything saved
+        print(f"jdl {name}: {end}", file=sys.stderr)
+        return int(end.code or 0)
     except KeyboardInterrupt:
         print(f"jdl {name}: interrupted; what was written stays.", file=sys.stderr)
         return 130

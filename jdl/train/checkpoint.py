@@ -127,12 +127,8 @@ class Checkpoints:
             yield
         except Exception as error:
             whole = [s for s in self._manager.all_steps(read=True) if s != step]
-            kept = (
-                f"The checkpoint of step {max(whole)} is whole." if whole else "There is none yet."
-            )
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
+            kept = f"That of step {max(whole)} is whole." if whole else "There is none yet."
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise check.TrainingError(
                 f"A checkpoint could not be written to {self._manager.directory}: {reason}. {kept}"
             ) from error

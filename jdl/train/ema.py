@@ -20,7 +20,7 @@ class AveragingState(NamedTuple):
 
     inner: Any
     average: Params
-    count: jax.Array  # int32, updates so far
+    updates: jax.Array  # int32, how many so far
 
 
 def averaging(
@@ -49,7 +49,7 @@ def averaging(
         updates: PyTree, state: AveragingState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, AveragingState]:
         updates, inner = wrapped.update(updates, state.inner, params, **extra)
-        count = state.count + 1
+        count = state.updates + 1
         t = count.astype(jnp.float32)
         d = jnp.minimum(decay, (1.0 + t) / (10.0 + t))
 

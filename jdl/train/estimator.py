@@ -149,6 +149,7 @@ class Estimator:
                 keep_best,
             )
         self.model: Model = as_model(model)
+        self.loss: Loss = loss
         self.workdir = None if workdir is None else Path(workdir)
         self.seed = seed
         self.compile_seconds = 0.0
@@ -261,10 +262,8 @@ class Estimator:
           Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75.
           UserError: another process is training in the same run directory.
         """
-        lock = (
-            nullcontext() if self.workdir is None or jax.process_index() else RunLock(self.workdir)
-        )
-        with lock:
+        alone = self.workdir is None or jax.process_index() > 0
+        with nullcontext() if alone else RunLock(self.workdir):
             limits = (steps, max_steps, epochs, seconds)
             return self._train(data, limits, validation, validate_every)
 

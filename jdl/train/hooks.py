@@ -188,7 +188,8 @@ def learning_rate_range_test(
         type(state.opt_state).__name__,
         "Take the optimizer by name, or wrap it in optax.inject_hyperparams.",
     )
-    rates, losses = [], []
+    rates: list[float] = []
+    losses: list[float] = []
     for wanted in np.geomspace(low, high, steps):
         opt_state = optax.tree.set(
             state.opt_state,

@@ -205,7 +205,7 @@ def placement(
 
 
 def _refuse_line_searches(state: PyTree) -> None:
-    """The line searches of optax differentiate `value_fn` for themselves, never averaging over devices.
+    """The line searches of optax differentiate `value_fn` themselves and average over no devices.
 
     Each device would follow its own gradients, and a loop that ends at different times on different
     devices waits for ever.

@@ -32,10 +32,8 @@ def dead_shares(model: Model, params: Any, state: Any, *inputs: Any) -> list[jax
     closed = jax.make_jaxpr(forward)(params, state, *inputs)
     found: list[jax.Array] = []
     _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves((params, state, *inputs)), found)
-    return [
-        jnp.mean((~jnp.any(x > 0, axis=tuple(range(x.ndim - 1)))).astype(jnp.float32))
-        for x in found
-    ]
+    alive = [jnp.any(x > 0, axis=tuple(range(x.ndim - 1))) for x in found]
+    return [1.0 - jnp.mean(x.astype(jnp.float32)) for x in alive]
 
 
 def _evaluate(jaxpr: Any, consts: Any, arguments: Any, found: list[jax.Array]) -> list[Any]:

@@ -158,8 +158,7 @@ def build(
         new = TrainState(state.step + 1, params, aux.model_state, opt_state, state.key)
         if skip_nonfinite:
             ok = jnp.isfinite(value) & tree.all_finite(params)
-            kept = tree.where(ok, new[1:4], state[1:4])
-            new = TrainState(new.step, *kept, new.key)
+            new = tree.where(ok, new, state)._replace(step=new.step)
             logs["step_skipped"] = 1.0 - ok.astype(jnp.float32)
         return new, logs
 
