@@ -383,7 +383,7 @@ class BatchIterator(grain.DatasetIterator):
             epoch, record, skipped, in_epoch = (int(state[field]) for field in fields)
         except (KeyError, TypeError, ValueError) as error:
             raise check.DataError(f"This is no position in the data: {state!r}.") from error
-        if min(epoch, skipped, in_epoch) < 0 or not 0 <= record <= self.dataset.num_records:
+        if min(epoch, skipped, in_epoch) < 0 or not 0 <= record <= self.dataset.plan.num_records:
             raise check.DataError(f"There is no such position in the data: {state!r}.")
         self._stop()
         # A remainder too small for a batch of the present size may be all that is left.

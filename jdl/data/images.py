@@ -48,7 +48,7 @@ class Crop(NamedTuple):
     across: float
 
     def box(
-        self, height: float, width: float, size: tuple[int, int]
+        self, height: int, width: int, size: tuple[int, int]
     ) -> tuple[float, float, float, float]:
         """Top, left, height and width of the window in an image of that height and width.
 
@@ -56,7 +56,7 @@ class Crop(NamedTuple):
         (0.0, 50.0, 100.0, 100.0)
         """
         high = self.scale * min(height, width * size[0] / size[1])
-        wide = high * size[1] / size[0]
+        wide = min(high * size[1] / size[0], float(width))  # but for rounding it is no larger
         return (height - high) * self.down, (width - wide) * self.across, high, wide
 
 

@@ -121,7 +121,7 @@ class Mixture(Order):
 
     BLOCK = 1000
 
-    def __init__(self, counts: Sequence[int], weights: Sequence[float], *, seed: int):
+    def __init__(self, counts: Sequence[int], weights: Sequence[float | int], *, seed: int):
         super().__init__(sum(counts), shuffle=True, seed=seed)
         self._counts, self._weights = list(counts), [float(w) for w in weights]
         exact = np.array(self._weights) / sum(self._weights) * self.BLOCK

@@ -137,9 +137,7 @@ class _Piped:
 class PipedBatches(ImageBatches):
     """The data set that `standard_input` gives."""
 
-    def __init__(self, source: Any, *arguments: Any, **options: Any):
-        super().__init__(source, *arguments, **options)
-        self._masked = True
+    _masked = True
 
     @property
     def num_records(self) -> int:

@@ -46,7 +46,7 @@ def from_tar(
     shuffle: bool | None = None,
     seed: int = 0,
     split: str | Holdout | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | int] | None = None,
     window: int | None = None,
     classes: Sequence[str] | None = None,
     on_error: str = "raise",
@@ -178,7 +178,7 @@ def from_tar(
 def _order(
     source: TarSource,
     paths: Paths,
-    weights: Sequence[float] | None,
+    weights: Sequence[float | int] | None,
     window: int | None,
     shuffle: bool,
     seed: int,
@@ -270,7 +270,6 @@ class ImageBatches(Batches):
             "max_pixels": max_pixels,
         }
         self._mean_std, self._augmentation = mean_std, augmentation
-        self._masked = plan.padded or skip
         self._shape = (*size, 1 if grayscale else 3)
         one = int(np.prod(self._shape))
         batch_bytes = plan.rows * one * np.dtype(dtype).itemsize
@@ -279,6 +278,11 @@ class ImageBatches(Batches):
         fits = len(source) * one <= cache_bytes
         keeps = fits and not workers and not augmentation.random_windows
         self._cache = _Cache(len(source), self._shape) if keeps else None
+
+    @property
+    def _masked(self) -> bool:
+        """Whether every batch has a mask."""
+        return self.plan.padded or self._skip
 
     @property
     def element_spec(self) -> dict[str, Any]:
@@ -446,7 +450,7 @@ def _refuse_damage(source: TarSource) -> None:
         )
 
 
-def _fingerprint(source: TarSource) -> str:
+def _fingerprint(source: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for index in source.indexes:
         digest.update(f"{index.stamp['size']} {index.stamp['digest']};".encode())

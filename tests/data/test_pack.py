@@ -1,0 +1,265 @@
+"""Packing, read back with tarfile, NumPy and Pillow."""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jdl.core.check import ArgumentError, DataError
+from jdl.data import TarSource, describe, standard_input
+from jdl.data.pack import header, pack, read_idx
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (23, 9, 7), dtype=np.uint8)
+LABELS = np.arange(23, dtype=np.uint8) % 4
+
+
+def encode(pixels, format="PNG"):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format)
+    return out.getvalue()
+
+
+def members(path):
+    with tarfile.open(path) as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar if info.isreg()]
+
+
+def pixels(data):
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def idx(array):
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.tobytes()
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    for i, image in enumerate(PIXELS):
+        file = root / f"train/{LABELS[i]}" / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(image))
+    (root / "notes.txt").write_text("no image")
+    (root / "train/0/._00.png").write_text("macOS")
+    return root
+
+
+def digest(paths):
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+
+
+def test_a_folder(folder, tmp_path):
+    done = pack(str(folder), str(tmp_path / "a-%03d.tar"), shard_images=10)
+    assert [os.path.basename(s) for s in done.shards] == ["a-000.tar", "a-001.tar", "a-002.tar"]
+    found = [member for shard in done.shards for member in members(shard)]
+    expected = sorted((f"train/{LABELS[i]}/{i:02d}.png", encode(PIXELS[i])) for i in range(23))
+    assert found == expected
+    assert done.bytes == sum(os.path.getsize(shard) for shard in done.shards)
+    listed = subprocess.run(["tar", "-tf", done.shards[2]], capture_output=True, check=True)
+    assert len(listed.stdout.splitlines()) == 3
+    assert describe(done.shards).damage == []
+    os.utime(folder / "train/0/00.png", (1, 1))
+    again = pack(str(folder), str(tmp_path / "b-%03d.tar"), shard_images=10)
+    assert digest(again.shards) == digest(done.shards)
+    small = pack(str(folder), str(tmp_path / "c-%05d.tar"), shard_bytes=8192)
+    assert max(os.path.getsize(shard) for shard in small.shards) <= 8192
+    assert sum(len(members(shard)) for shard in small.shards) == 23
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_idx_files(tmp_path, ending):
+    root = tmp_path / "mnist"
+    root.mkdir()
+    wrap = gzip.compress if ending else bytes
+    (root / f"train-images-idx3-ubyte{ending}").write_bytes(wrap(idx(PIXELS)))
+    (root / f"train-labels-idx1-ubyte{ending}").write_bytes(wrap(idx(LABELS)))
+    (root / f"t10k-images-idx3-ubyte{ending}").write_bytes(wrap(idx(PIXELS[:5])))
+    (root / f"t10k-labels-idx1-ubyte{ending}").write_bytes(wrap(idx(LABELS[:5])))
+    pack(str(root), str(tmp_path / "a.tar"))
+    source = TarSource(tmp_path / "a.tar", split="train")
+    assert len(source) == 23
+    for i in range(23):
+        number = int(source.name(i)[-9:-4])
+        np.testing.assert_array_equal(pixels(source[i].data), PIXELS[number])
+        assert source.classes[source[i].label] == str(LABELS[number])
+    assert len(TarSource(tmp_path / "a.tar", split="test")) == 5
+    one = pack(str(root / f"train-images-idx3-ubyte{ending}"), str(tmp_path / "one.tar"))
+    assert one.members == 23
+    np.testing.assert_array_equal(read_idx(root / f"train-images-idx3-ubyte{ending}"), PIXELS)
+    (root / "bad-idx3-ubyte").write_bytes(idx(PIXELS)[:-1])
+    with pytest.raises(DataError, match="its header says"):
+        read_idx(root / "bad-idx3-ubyte")
+    (root / "bad-idx3-ubyte").write_bytes(b"\0\0\x08\x04" + b"\xff" * 20)
+    with pytest.raises(DataError, match="its header says"):
+        read_idx(root / "bad-idx3-ubyte")
+
+
+def test_npz(tmp_path):
+    path = tmp_path / "a.npz"
+    colors = RNG.integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
+    np.savez(path, x_train=PIXELS, y_train=LABELS, x_test=colors, y_test=np.array(list("abca")))
+    pack(str(path), str(tmp_path / "a.tar"))
+    train, test = (TarSource(tmp_path / "a.tar", split=split) for split in ("train", "test"))
+    assert (len(train), len(test), test.classes) == (23, 4, ("a", "b", "c"))
+    np.testing.assert_array_equal(pixels(train[0].data), PIXELS[0])
+    np.testing.assert_array_equal(pixels(test[3].data), colors[3])
+    for arrays, words in [
+        ({"images": PIXELS.astype(np.float32)}, "uint8"),
+        ({"images": PIXELS, "labels": LABELS[:3]}, "a label for each"),
+        ({"weights": PIXELS}, "holds no images: it has weights"),
+        ({"images": np.array([{}, {}], object)}, "cannot be read"),
+    ]:
+        np.savez(path, **arrays)
+        with pytest.raises(DataError, match=words):
+            pack(str(path), str(tmp_path / "b.tar"))
+    assert not (tmp_path / "b.tar").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_another_tar(folder, tmp_path):
+    first = pack(str(folder), str(tmp_path / "a.tar")).shards[0]
+    with open(first, "rb") as file:
+        whole = file.read()
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(whole))
+    second = pack(str(tmp_path / "a.tar.gz"), str(tmp_path / "b.tar")).shards[0]
+    assert digest([first]) == digest([second])
+    damaged = bytearray(whole)
+    damaged[1024 + 5] ^= 1
+    (tmp_path / "d.tar").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"checksum.*on_error"):
+        pack(str(tmp_path / "d.tar"), str(tmp_path / "c.tar"))
+    done = pack(str(tmp_path / "d.tar"), str(tmp_path / "c.tar"), on_error="skip")
+    assert (done.members, len(done.skipped)) == (22, 1)
+
+
+def test_sidecars_travel_with_their_images(tmp_path):
+    with tarfile.open(tmp_path / "w.tar", "w") as tar:
+        for name, data in [("a.png", encode(PIXELS[0])), ("a.cls", b"7"), ("b.exe", b"no")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    pack(str(tmp_path / "w.tar"), str(tmp_path / "x.tar"))
+    assert [name for name, _ in members(tmp_path / "x.tar")] == ["a.png", "a.cls"]
+    assert TarSource(tmp_path / "x.tar", label="cls").classes == ("7",)
+
+
+def test_resizing(folder, tmp_path):
+    photo = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    (folder / "train/0/photo.jpeg").write_bytes(encode(photo, "JPEG"))
+    (folder / "train/0/bad.png").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"bad\.png"):
+        pack(str(folder), str(tmp_path / "a.tar"), size=(8, 6))
+    done = pack(str(folder), str(tmp_path / "a.tar"), size=(8, 6), on_error="skip")
+    assert [name for name, _ in done.skipped] == ["'train/0/bad.png'"]
+    found = dict(members(done.shards[0]))
+    assert len(found) == 24
+    assert {pixels(data).shape for data in found.values()} == {(8, 6), (8, 6, 3)}
+    assert found["train/0/photo.jpg"][:3] == b"\xff\xd8\xff"
+    expected = Image.fromarray(PIXELS[0]).resize((6, 8), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(pixels(found["train/0/00.png"]), np.asarray(expected))
+
+
+def test_mistakes(folder, tmp_path):
+    for out, words in [("a.zip", r"\.tar"), ("%05d-%05d.tar", "one %05d"), ("a%s.tar", "%05d")]:
+        with pytest.raises(ArgumentError, match=words):
+            pack(str(folder), str(tmp_path / out))
+    with pytest.raises(ArgumentError, match="more than one shard"):
+        pack(str(folder), str(tmp_path / "a.tar"), shard_images=5)
+    pack(str(folder), str(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match="is there already"):
+        pack(str(folder), str(tmp_path / "a.tar"))
+    pack(str(folder), str(tmp_path / "a.tar"), overwrite=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        pack(str(tmp_path / "empty"), str(tmp_path / "b.tar"))
+    with pytest.raises(DataError, match="no archive"):
+        pack(str(tmp_path / "nowhere"), str(tmp_path / "b.tar"))
+
+
+@pytest.mark.parametrize("name", ["a.png", "d" * 90 + "/" + "n" * 90 + ".png", "ü" * 200 + ".png"])
+def test_headers_are_tars(name):
+    data = header(name, 3) + b"abc" + bytes(509) + bytes(1024)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        (info,) = tar.getmembers()
+        assert (info.name, info.size, info.mtime, info.uid, info.mode) == (name, 3, 0, 0, 0o644)
+
+
+# ---------------------------------------------------------------------- standard input
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    opened = []
+
+    def feed(data):
+        reading, writing = os.pipe()
+
+        def write():
+            with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb") as file:
+                file.write(data)
+
+        threading.Thread(target=write, daemon=True).start()
+        opened.append(io.TextIOWrapper(os.fdopen(reading, "rb")))
+        monkeypatch.setattr(sys, "stdin", opened[-1])
+
+    yield feed
+    for file in opened:
+        file.close()
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_standard_input(folder, tmp_path, pipe, compress):
+    path = pack(str(folder), str(tmp_path / "a.tar")).shards[0]
+    with open(path, "rb") as file:
+        whole = file.read()
+    expected = TarSource(path)
+    options = {"size": (9, 7), "batch_size": 5, "grayscale": True, "classes": expected.classes}
+    pipe(compress(whole))
+    iterator = iter(standard_input(**options))
+    batches = [next(iterator), next(iterator)]
+    state = iterator.get_state()
+    batches += list(iterator)
+    assert [int(b["mask"].sum()) for b in batches] == [5, 5, 5, 5, 3]
+    rows = [row for b in batches for row in b["image"][b["mask"] > 0][..., 0]]
+    for i in range(23):
+        np.testing.assert_array_equal(rows[i], pixels(expected[i].data))
+    labels = np.concatenate([b["label"] for b in batches])[:23]
+    np.testing.assert_array_equal(labels, expected.labels(np.arange(23)))
+    iterator.close()
+    pipe(compress(whole))
+    resumed = iter(standard_input(**options))
+    resumed.set_state(state)
+    np.testing.assert_array_equal(next(resumed)["image"], batches[2]["image"])
+    resumed.close()
+    pipe(compress(whole)[:-2000] if compress is gzip.compress else whole[:-3000])
+    with pytest.raises(DataError, match="Standard input is damaged: truncated"):
+        list(standard_input(**options))
+    pipe(whole)
+    done = pack("-", str(tmp_path / "b.tar"))
+    assert digest(done.shards) == digest([path])
+
+
+def test_standard_input_mistakes(tmp_path, pipe):
+    with pytest.raises(ArgumentError, match="classes"):
+        standard_input(size=(4, 4), batch_size=2)
+    data = standard_input(size=(4, 4), batch_size=2, label=None)
+    with pytest.raises(DataError, match="comes once"):
+        data.repeat()
+    with pytest.raises(DataError, match="is not known"):
+        len(str(data.num_records))
