@@ -33,7 +33,17 @@ _NAMES = {
     "classifier": "jdl.train.premade",
     "autoencoder": "jdl.train.premade",
 }
-_ROOMS = ("losses", "metrics", "models", "optim", "solvers", "data", "train", "compare")
+_ROOMS = (
+    "losses",
+    "metrics",
+    "models",
+    "optim",
+    "solvers",
+    "curvature",
+    "data",
+    "train",
+    "compare",
+)
 
 __all__ = ["__version__", *_NAMES, *_ROOMS]
 

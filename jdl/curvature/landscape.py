@@ -7,6 +7,7 @@ the spectrum, an upward biased picture of it: `rayleigh_by_batch` shows by how m
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ class Landscape:
       batches: an iterable of batches that can be passed over again (a list, or a data set of
         `jdl.data` with finite epochs); each product passes over it once.
       params: where to look, a pytree of floating-point arrays.
+      max_batches: pass over the first so many only; None for all.
       kept_bytes: batches are kept on the device after the first pass where they take no more.
 
     >>> predict = lambda w, batch: batch["x"] @ w
@@ -46,6 +48,7 @@ class Landscape:
         batches: Iterable[Batch],
         params: Params,
         *,
+        max_batches: int | None = None,
         kept_bytes: int = 2**30,
     ):
         check.argument(
@@ -64,7 +67,10 @@ class Landscape:
         )
         self.params = params
         self.flat = np.asarray(flat)
+        if max_batches is not None:
+            check.positive_int("max_batches", max_batches)
         self._make, self._batches, self._kept_bytes = make, batches, kept_bytes
+        self._max_batches = max_batches
         self._kept: list[Objective] | None = None
 
     @property
@@ -79,7 +85,7 @@ class Landscape:
             return
         kept: list[Objective] | None = []
         total = 0
-        for batch in self._batches:
+        for batch in itertools.islice(self._batches, self._max_batches):
             objective = self._make(batch)
             if kept is not None:
                 total += sum(x.nbytes for x in jax.tree.leaves(objective.batch))
@@ -92,6 +98,11 @@ class Landscape:
         if kept == []:
             raise check.DataError("The data set gives no batch.")
         self._kept = kept
+
+    def examples(self) -> tuple[int, int]:
+        """How many batches there are, and how many examples."""
+        sizes = [_examples(objective) for objective in self.objectives()]
+        return len(sizes), round(sum(sizes))
 
     def value(self, params: Params | None = None) -> float:
         """f(θ), at the landscape's own parameters or others."""

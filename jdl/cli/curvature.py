@@ -1,0 +1,277 @@
+"""The loss landscape at a trained run's parameters, averaged over batches.
+
+Top eigenvalues with their spread between batches, spectral density, trace, gradient noise scale and
+sharpness. Writes curvature.png and curvature.json into the run directory.
+
+Examples:
+  jdl curvature --workdir runs/cnn-digits-adam
+  jdl curvature --workdir runs/photos --data held-out.tar --images 4096 --matrix gauss_newton
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jdl.curvature import Density, Landscape, Operator
+
+ALONE = 4  # batches whose own top eigenvalue is found
+
+
+@dataclass
+class Args:
+    """Which run, on what, how far."""
+
+    workdir: Path
+    """the run directory of `jdl train`"""
+    data: str | None = None
+    """a tar, a glob, a brace range, or digits; by default what the run was trained on"""
+    split: str | None = None
+    """first folder of the members; by default train where there is one; all for all"""
+    matrix: Literal["hessian", "gauss_newton", "fisher"] = "hessian"
+    """whose spectrum: the Hessian's, Gauss-Newton's, or the empirical Fisher's"""
+    images: int = 1024
+    """how many images, drawn at random, to average over; 0 for all"""
+    batch_size: int = 128
+    """images at a time; also the batches whose spread is shown"""
+    top: int = 10
+    """how many eigenvalues"""
+    steps: int = 40
+    """Lanczos steps for the density"""
+    probes: int = 2
+    """random directions for the density"""
+    max_products: int = 200
+    """matrix-vector products at most for the eigenvalues, each a pass over the images"""
+    rho: float = 0.05
+    """radius of the ball in which the loss's rise is sought"""
+    seed: int = 0
+    """of the images drawn and the random directions"""
+
+
+def run(args: Args) -> None:
+    """Writes the picture and the numbers."""
+    from jdl import curvature
+    from jdl.cli import progress
+    from jdl.cli.run_config import RunConfig, default_split, use_compilation_cache
+    from jdl.core import check
+    from jdl.core.objective import Objective
+    from jdl.train.step import scale_images
+    from jdl.train.writers import write_atomically
+
+    for name in ("batch_size", "top", "steps", "probes", "max_products"):
+        flag = "--" + name.replace("_", "-")
+        check.argument(getattr(args, name) >= 1, flag, "at least 1", getattr(args, name))
+    check.argument(args.images >= 0, "--images", "at least 0", args.images)
+    check.in_range("--rho", args.rho, 0.0, open_low=True)
+    config = RunConfig.load(args.workdir)
+    data = args.data or config.data
+    split = default_split(data, args.split, "train")
+    use_compilation_cache()
+    started = time.perf_counter()
+    options: dict[str, Any] = {"batch_size": args.batch_size, "epochs": 1, "shuffle": True}
+    images = config.images(data, split, seed=args.seed, **options)
+    estimator = config.estimator(args.workdir)
+    next(iter(estimator.predict_batches(images)))  # takes up the checkpoint
+    model, model_state = estimator.model, estimator.model_state
+
+    def objective(batch: Any) -> Objective:
+        return Objective(
+            model, estimator.loss, model_state, scale_images(batch, "image"), train=False
+        )
+
+    land = curvature.Landscape(
+        objective,
+        images,
+        estimator.params,
+        max_batches=math.ceil(args.images / args.batch_size) if args.images else None,
+    )
+    batches, examples = land.examples()
+    say = _Stages()
+    op = curvature.operator(land, kind=args.matrix)
+    loss, slope = land.value(), float((land.gradient() ** 2).sum() ** 0.5)
+    say(f"{op.size:,} parameters, {examples:,} images in {batches} batches, loss {loss:.4g}")
+    top = curvature.top_eigenpairs(
+        op, min(args.top, op.size), max_products=args.max_products, seed=args.seed
+    )
+    say(f"top eigenvalues: {top.products} products, {top.memory / 2**20:.0f} MB of vectors")
+    by_batch = land.rayleigh_by_batch(args.matrix, top.vectors)
+    alone = _alone(land, args.matrix, args.seed)
+    say("the same batch by batch")
+    density = curvature.spectral_density(op, steps=args.steps, probes=args.probes, seed=args.seed)
+    say(f"density: {density.products} products, {density.memory / 2**20:.0f} MB of vectors")
+    trace = curvature.trace(op, products=12, seed=args.seed)
+    noise = curvature.noise_scale(land) if batches >= 4 else None
+    sharp = curvature.sharpness(land, rho=args.rho, direction=top.vectors[0])
+    say("trace, noise scale, sharpness")
+    spread = by_batch.std(axis=0, ddof=1) if batches > 1 else [None] * len(top.values)
+    grid, heights = _curve(density)
+    found = {
+        "workdir": str(args.workdir),
+        "step": estimator.step,
+        "data": data,
+        "split": split,
+        "matrix": args.matrix,
+        "parameters": op.size,
+        "images": examples,
+        "batches": batches,
+        "batch_size": args.batch_size,
+        "loss": loss,
+        "gradient_norm": slope,
+        "eigenvalues": top.values.tolist(),
+        "eigenvalue_residuals": top.residuals.tolist(),
+        "eigenvalues_converged": top.converged,
+        "eigenvalue_products": top.products,
+        "eigenvalue_spread_over_batches": list(spread),
+        "top_eigenvalue_of_single_batches": alone,
+        "trace": trace.value,
+        "trace_error": trace.error,
+        "density": {"eigenvalue": grid.tolist(), "density": heights.tolist()},
+        "noise_scale": None if noise is None else noise.value,
+        "noise_scale_low": None if noise is None else noise.low,
+        "noise_scale_high": None if noise is None else noise.high,
+        "sharpness": sharp.rise,
+        "sharpness_first_step": sharp.first_step,
+        "rho": args.rho,
+        "memory_bytes": max(top.memory, density.memory),
+        "seconds": time.perf_counter() - started,
+    }
+    write_atomically(args.workdir / "curvature.json", json.dumps(_finite(found), indent=1) + "\n")
+    _draw(args.workdir / "curvature.png", found, by_batch)
+    rows = [
+        [f"{i + 1}", f"{value:.4g}", "" if s is None else f"{s:.2g}", f"{residual:.1g}"]
+        for i, (value, s, residual) in enumerate(
+            zip(top.values, spread, top.residuals, strict=True)
+        )
+    ]
+    progress.table(["", "eigenvalue", "± over batches", "residual"], rows, args.matrix)
+    if not top.converged:
+        print(f"not all converged within {args.max_products} products; see --max-products")
+    print(f"top eigenvalue of single batches: {', '.join(f'{x:.4g}' for x in alone)}")
+    print(f"trace {trace.value:.4g} ± {trace.error:.2g}")
+    if noise is None:
+        print("noise scale: needs 4 batches or more; see --images, --batch-size")
+    else:
+        print(f"noise scale {noise.value:.4g} images ({noise.low:.4g} to {noise.high:.4g})")
+    print(f"sharpness: the loss rises by {sharp.rise:.4g} within {args.rho:g}")
+    print(f"wrote {args.workdir / 'curvature.png'} and curvature.json")
+
+
+class _Stages:
+    """What is done, with the seconds it took, on stderr."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        import sys
+
+        now = time.perf_counter()
+        print(f"{text} ({now - self._last:.1f} s)", file=sys.stderr)
+        self._last = now
+
+
+def _alone(land: "Landscape", kind: str, seed: int) -> list[float]:
+    """The top eigenvalue that each of a few batches shows by itself."""
+    import itertools
+
+    from jdl import curvature
+
+    found = []
+    for objective in itertools.islice(land.objectives(), ALONE):
+        op: Operator = curvature.operator(objective, land.params, kind=kind)
+        top = curvature.top_eigenpairs(op, 1, tolerance=0.01, max_products=60, seed=seed)
+        found.append(float(top.values[0]))
+    return found
+
+
+def _curve(density: "Density") -> tuple[Any, Any]:
+    """The smoothed density on a grid."""
+    import numpy as np
+
+    low, high = float(density.nodes.min()), float(density.nodes.max())
+    width = max(0.01 * (high - low), 1e-12)
+    grid = np.linspace(low - 4 * width, high + 4 * width, 400)
+    return grid, density.smooth(grid, width)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _draw(path: Path, found: dict[str, Any], by_batch: Any) -> None:
+    """Density on the left, top eigenvalues with the batches' own on the right."""
+    import os
+    import tempfile
+
+    import matplotlib
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from jdl.compare.drawing import INK, LINES, MUTED, STYLE
+
+    blue, orange = LINES[0], LINES[1]
+    names = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton", "fisher": "empirical Fisher"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 3.7), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
+        grid, heights = (np.asarray(found["density"][k]) for k in ("eigenvalue", "density"))
+        least = 0.3 / found["parameters"] / (grid[-1] - grid[0])
+        left.fill_between(grid, np.maximum(heights, least), least, color=blue, alpha=0.25, lw=0)
+        left.plot(grid, np.maximum(heights, least), color=blue)
+        left.set_yscale("log")
+        left.set_ylim(bottom=least)
+        left.plot(
+            found["eigenvalues"],
+            [0.02] * len(found["eigenvalues"]),
+            "|",
+            color=orange,
+            ms=9,
+            transform=left.get_xaxis_transform(),
+        )
+        left.set_title(f"Density of the {names[found['matrix']]}'s eigenvalues")
+        left.set_xlabel("eigenvalue  (ticks: the largest)")
+        left.set_ylabel("share of eigenvalues per unit")
+
+        index = np.arange(1, len(found["eigenvalues"]) + 1)
+        for row in by_batch:
+            right.plot(index, row, "o", color=MUTED, ms=3, alpha=0.45, mew=0)
+        right.plot(index, found["eigenvalues"], "o", color=blue, ms=6, mew=0)
+        alone = found["top_eigenvalue_of_single_batches"]
+        right.plot([1.0] * len(alone), alone, "_", color=orange, ms=14, mew=1.6)
+        right.set_ylim(bottom=min(0.0, float(np.min(by_batch))))
+        right.set_title("The largest, averaged and batch by batch")
+        right.set_xlabel("rank")
+        right.set_xticks(index if len(index) <= 15 else index[::5])
+        top = 0.97
+        for text, colour in (
+            (f"● average of {found['images']:,} images", blue),
+            (f"● same directions, {found['batch_size']} images each", MUTED),
+            ("— largest of a single batch by itself", orange),
+        ):
+            right.text(
+                0.98, top, text, color=colour, ha="right", va="top", transform=right.transAxes
+            )
+            top -= 0.075
+        figure.suptitle(
+            f"{found['workdir']} at step {found['step']}: {found['parameters']:,} parameters, "
+            f"loss {found['loss']:.3g}, trace {found['trace']:.3g}",
+            color=INK,
+            fontsize=9.0,
+        )
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                figure.savefig(file, format="png", dpi=150)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
