@@ -90,6 +90,9 @@ class Archive:
         """Raises DataError unless the archive at the path is still the one of that stamp."""
         raise NotImplementedError
 
+    def rest(self) -> None:
+        """Gives back what it keeps in memory until it is read again."""
+
     def close(self) -> None:
         """Lets go of it."""
 
@@ -197,17 +200,28 @@ class Forward(Archive):
         self.path, self.size, self.rewinds = path, UNKNOWN, raw is not None
         self._read_from, self._raw = read_from, raw
         self._lock = threading.Lock()
-        self._begin()
+        self._file: inflate.Readable | None = None
+        self._pieces: Iterator[inflate.Piece] = iter(())
+        self._window, self._start = bytearray(), 0
 
     def _begin(self) -> None:
         self._file = self._read_from(0)
         self._pieces = inflate.pieces(self._file, _PIECE)
         self._window, self._start = bytearray(), 0
 
+    def rest(self) -> None:
+        """Gives back its memory, if it can begin again when it is asked for more."""
+        with self._lock:
+            if self._file is not None and self.rewinds:
+                self._file.close()
+                self._file, self._pieces, self._window = None, iter(()), bytearray()
+
     def pread(self, size: int, offset: int) -> bytes:
         """See `Archive`."""
         with self._lock:
-            if offset < self._start:
+            if self._file is None:
+                self._begin()
+            elif offset < self._start:
                 if not self.rewinds:
                     raise check.DataError("Standard input cannot be read twice.")
                 self._file.close()
@@ -242,8 +256,8 @@ class Forward(Archive):
 
     def close(self) -> None:
         """See `Archive`."""
+        self.rest()
         if self._raw is not None:
-            self._file.close()
             self._raw.close()
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from jdl.data import labels as lb
 from jdl.data import tar_scan
+from jdl.data.archive import STDIN
 from jdl.data.paths import Paths, expand
 from jdl.data.tar import TarSource
 from jdl.data.tar_index import TarIndex, open_index
@@ -109,7 +110,10 @@ def splits(paths: Paths, *, keep_index: bool = True) -> tuple[str, ...]:
     ('train', 'test')
     """
     there = {
-        first for path in expand(paths) for first in _splits(open_index(path, keep=keep_index))
+        first
+        for path in expand(paths)
+        if path != STDIN  # it comes once, and not for this
+        for first in _splits(open_index(path, keep=keep_index))
     }
     return tuple(name for name in ("train", "test") if name in there)
 

@@ -15,6 +15,7 @@ from jdl.data.archive import STDIN, is_url
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _MAX_FILES = 1_000_000
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 
@@ -22,8 +23,9 @@ _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 def expand(paths: Paths) -> list[str]:
     """The files that `paths` means, in a stable order.
 
-    A path that exists is taken as it is, whatever characters it has; a folder means the `*.tar`
-    in it; `{0..3}` and `{a,b}` are written out, keeping leading zeros; `*`, `?` and `[…]` match.
+    A path that exists is taken as it is, whatever characters it has; URLs are not looked up; a
+    folder means the `*.tar` in it, or the compressed ones if there is no plain one; `{0..3}` and
+    `{a,b}` are written out, keeping leading zeros; `*`, `?` and `[…]` match.
 
     Raises:
       DataError: if a file does not exist, or a pattern matches none.
@@ -39,7 +41,10 @@ def expand(paths: Paths) -> list[str]:
 
 def _expand_one(path: str) -> list[str]:
     if os.path.isdir(path):
-        inside = sorted(str(p) for p in Path(path).glob("*.tar") if p.is_file())
+        files = sorted(str(p) for p in Path(path).iterdir() if p.is_file())
+        inside = [p for p in files if p.endswith(".tar")] or [
+            p for p in files if p.endswith(_COMPRESSED)
+        ]
         if not inside:
             raise check.DataError(f"The folder {path!r} holds no *.tar file.")
         return inside

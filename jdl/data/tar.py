@@ -353,6 +353,9 @@ class TarSource:
         offsets = index.columns.offsets[rows].tolist()
         handle = self._handle(archive)
         kept = archive in self._files
+        if self._last is not None and self._last is not handle:
+            self._last.rest()
+        self._last = handle
         try:
             handle.check_unchanged(index.stamp)
             fits = [(s, at) for s, at in zip(sizes, offsets, strict=True) if s <= _MAX_ENCODED]
@@ -373,6 +376,8 @@ class TarSource:
             if not kept:
                 handle.close()
 
+    _last: Archive | None = None  # the one read last
+
     def _handle(self, archive: int) -> Archive:
         handle = self._files.get(archive)
         if handle is not None:
@@ -388,13 +393,14 @@ class TarSource:
 
     def _open_files(self) -> None:
         self._files: dict[int, Archive] = {}
+        self._last = None
         self._lock = threading.Lock()
         # No earlier than when no thread can be reading: a closed descriptor's number may come to
         # mean another file.
         weakref.finalize(self, _close_all, self._files)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_files", "_lock")
+        own = ("_files", "_last", "_lock")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -427,3 +427,19 @@ def test_members_kept_apart_by_a_slow_server(serve):
     start = time.perf_counter()
     assert len(list(source.read_many(np.arange(32)))) == 32
     assert time.perf_counter() - start < 32 * 0.05 / 2
+
+
+def test_streaming_many_shards_keeps_one_in_memory(tmp_path):
+    """Each open decompressor holds a window of a megabyte or more."""
+    data = np.random.default_rng(0).bytes(4 << 20)
+    for k in range(12):
+        path = write_tar(tmp_path / f"{k:02d}", [(f"c/{k}.png", png(k)), ("x.bin", data)])
+        with open(path, "rb") as file:
+            (tmp_path / f"{k:02d}.tar.gz").write_bytes(gzip.compress(file.read(), 0))
+        os.unlink(path)
+    source = TarSource(tmp_path)
+    list(source.read_many(np.arange(12)))
+    tracemalloc.start()
+    assert len(list(source.read_many(np.arange(12)))) == 12
+    assert tracemalloc.get_traced_memory()[1] < 6 << 20
+    tracemalloc.stop()
