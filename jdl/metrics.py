@@ -4,9 +4,11 @@ The trainer averages them over examples, exactly, whatever the remainder of the 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jdl.core import check
@@ -54,3 +56,53 @@ def squared_error(
     """
     difference = outputs.astype(jnp.float32) - batch[target].astype(jnp.float32)
     return jnp.sum(jnp.square(difference).reshape(difference.shape[0], -1), axis=1)
+
+
+def confusion_matrix(
+    outputs: Float[Array, "B K"], batch: Batch, target: str = "label"
+) -> Float[Array, "K K"]:
+    """How many of the batch's examples of each class (rows) were taken for each (columns).
+
+    Not a metric but a sum over examples, for `Estimator.evaluate(data, sums=…)`; it heeds
+    `batch["mask"]`, and leaves out labels beyond the K classes.
+
+    >>> outputs = jnp.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
+    >>> confusion_matrix(outputs, {"label": jnp.array([1, 1, 0])}).tolist()
+    [[0.0, 1.0], [1.0, 1.0]]
+    """
+    labels, classes = batch[target], outputs.shape[-1]
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = jnp.argmax(labels, axis=-1)
+    weights = batch.get("mask", jnp.ones(labels.shape[0])).astype(jnp.float32)
+    # A negative index would count from the end; one beyond it is dropped.
+    rows = jnp.where(labels < 0, classes, labels.astype(jnp.int32))
+    counts = jnp.zeros((classes, classes), jnp.float32)
+    return counts.at[rows, jnp.argmax(outputs, axis=-1)].add(weights, mode="drop")
+
+
+class ClassScores(NamedTuple):
+    """Scores of each class, float64[K]; NaN where there is nothing to divide by.
+
+    Attributes:
+      examples: how many are of the class.
+      precision: right ones / those taken for the class.
+      recall: right ones / those of the class.
+      f1: the harmonic mean of the two.
+    """
+
+    examples: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+
+def class_scores(confusion: np.ndarray) -> ClassScores:
+    """Precision, recall and F1 of each class, from a confusion matrix [K, K].
+
+    >>> class_scores(np.array([[3, 1], [0, 4]])).recall.tolist()
+    [0.75, 1.0]
+    """
+    confusion = np.asarray(confusion, np.float64)
+    right, of, taken = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ClassScores(of, right / taken, right / of, 2 * right / (of + taken))

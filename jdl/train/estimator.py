@@ -31,7 +31,7 @@ from jdl.train.lock import RunLock
 from jdl.train.parallel import SplitRule, placement
 from jdl.train.step import TrainState, build
 from jdl.train.termination import Stopped, Termination
-from jdl.train.writers import JsonlWriter
+from jdl.train.writers import Writers
 
 logger = logging.getLogger("jdl.train")
 
@@ -72,6 +72,7 @@ class Estimator:
         devices as well, or "pmap".
       split_rule: `rule(path, shape, num_devices) -> axis or None`, what "fsdp" splits.
       log_every: steps between two rows of the log.
+      logs: what to write besides `metrics.jsonl`: "csv" for `metrics.csv`, "tensorboard".
       save_every: steps between two checkpoints; None for one at the end of `train` only.
       keep: how many checkpoints to keep, the newest ones.
       keep_every: besides, all whose step is a multiple of this; None for none.
@@ -116,6 +117,7 @@ class Estimator:
         parallel: str = "jit",
         split_rule: SplitRule | None = None,
         log_every: int = 10,
+        logs: Sequence[str] = (),
         save_every: int | None = 1000,
         keep: int = 3,
         keep_every: int | None = None,
@@ -176,8 +178,11 @@ class Estimator:
             skip_nonfinite=on_nonfinite == "skip",
             log_norms=log_norms,
         )
-        self._evaluate_batch = jax.jit(self._program.evaluate)
+        self._evaluations: dict[Any, Callable[..., Any]] = {}
         self._predict_batch = jax.jit(self._program.predict)
+        self._predict_inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+        self._rewind_to: int | None = None  # step that the logs are to go back to before training
+        self._writers = None if self.workdir is None else Writers(self.workdir, logs)
         self._log_every, self._save_every = log_every, save_every
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._averages, self._on_nonfinite = ema is not None, on_nonfinite
@@ -334,6 +339,10 @@ class Estimator:
         validate: tuple[Data | None, int | None],
     ) -> None:
         """The loop: nothing in it waits for the step just dispatched."""
+        # Not before: an evaluation beside a running training must leave its log alone.
+        if self._rewind_to is not None and jax.process_index() == 0 and self._writers is not None:
+            self._writers.rewind(self._rewind_to)
+        self._rewind_to = None
         with Termination() as termination, self._clock as clock, self._profile as profile:
             began, first = clock.seconds, self._steps_done
             while last_step is None or self._steps_done < last_step:
@@ -443,33 +452,66 @@ class Estimator:
 
     # ------------------------------------------------------------------ EVALUATE
 
-    def evaluate(self, data: Data, *, name: str | None = None) -> dict[str, float]:
+    def evaluate(
+        self,
+        data: Data,
+        *,
+        name: str | None = None,
+        sums: Mapping[str, Callable[[Outputs, Batch], jax.Array]] | None = None,
+    ) -> dict[str, Any]:
         """The mean loss and metrics over one pass of the data, every example counted once.
 
         Args:
           data: as for `train`; a data set of `jdl.data` is passed over once, whatever its own
             `epochs`, with the last batch's remainder.
           name: the `split` under which the row is logged; by default the data's own, or "evaluate".
+          sums: name -> `function(outputs, batch) -> array`, to be summed over the batches as is,
+            such as `jdl.metrics.confusion_matrix`; not logged.
 
         Returns:
-          `{"loss": …, metric: …}`.
+          `{"loss": …, metric: …}`, and the `sums` as float64 arrays.
         """
-        sums: dict[str, float] = {}
+        totals: dict[str, float] = {}
+        tables: dict[str, Any] = {}
         count = 0.0
+        evaluate_batch = self._evaluation(sums or {})
         state = None
         for batch in self._once(data):
             state = state or self._held(batch)
             params = self._serving(state)
-            found, examples = self._evaluate_batch(params, state.model_state, batch)
+            (found, examples), of_batch = evaluate_batch(params, state.model_state, batch)
             for key, value in as_floats(found).items():
-                sums[key] = sums.get(key, 0.0) + value
+                totals[key] = totals.get(key, 0.0) + value
+            for key, table in jax.device_get(of_batch).items():
+                tables[key] = tables.get(key, 0.0) + np.asarray(table, np.float64)
             count += float(examples)
         if count == 0:
             raise check.DataError("The evaluation data holds no example.")
-        values = {key: value / count for key, value in sums.items()}
+        check.argument(
+            not tables.keys() & totals.keys(),
+            "sums",
+            f"named other than {list(totals)}",
+            list(tables),
+        )
+        values = {key: value / count for key, value in totals.items()}
         split = name or getattr(data, "split", None) or Mode.EVALUATE.value
         self._report(self._steps_done, self.seconds, None, split, values)
-        return values
+        return values | tables
+
+    def _evaluation(self, sums: Mapping[str, Any]) -> Callable[..., Any]:
+        """One compiled pass over a batch; with `sums`, which share its forward pass."""
+        named = tuple(sums.items())
+        if named not in self._evaluations:
+            program = self._program
+
+            def evaluate(params: Params, model_state: Any, batch: Batch) -> Any:
+                found = program.evaluate(params, model_state, batch)
+                # The compiler sees that this forward pass is the one above.
+                outputs = program.predict(params, model_state, batch) if named else None
+                return found, {name: function(outputs, batch) for name, function in named}
+
+            self._evaluations[named] = jax.jit(evaluate)
+        return self._evaluations[named]
 
     # ------------------------------------------------------------------ PREDICT
 
@@ -489,6 +531,45 @@ class Estimator:
             kept = slice(None) if mask is None else np.asarray(mask) > 0
             host = jax.device_get((dict(batch), outputs))
             yield jax.tree.map(lambda x, kept=kept: x[kept], host)
+
+    def predict_by(
+        self, predict: Callable[[Params, Any, Batch], Outputs], *, inputs: Sequence[str]
+    ) -> "Estimator":
+        """Predictions by a function of one's own instead of the model's outputs.
+
+        Args:
+          predict: `predict(params, model_state, batch) -> outputs`, pure.
+          inputs: the entries of the batch that it reads.
+
+        Returns:
+          This Estimator.
+        """
+        self._predict_batch, self._predict_inputs = jax.jit(predict), tuple(inputs)
+        return self
+
+    def export(self, path: str | Path, data: Data, **options: Any) -> Path:
+        """Writes the predict function and its parameters to one file, which needs no code of ours.
+
+        Args:
+          path: the file; `jdl.train.export.load` reads it.
+          data: as for `predict`; its first batch tells shapes and types.
+          **options: as for `jdl.train.export.save`.
+        """
+        from jdl.train.export import save
+
+        batch = next(iter(self._once(data)), None)
+        if batch is None:
+            raise check.DataError("The data holds no example to take the inputs' shapes from.")
+        state = self._held(batch)
+        inputs = {name: batch[name] for name in self._predict_inputs}
+        return save(
+            path,
+            self._predict_batch,
+            jax.device_get(self._serving(state)),
+            jax.device_get(state.model_state),
+            inputs,
+            **options,
+        )
 
     # ------------------------------------------------------------------ inner workings
 
@@ -562,8 +643,7 @@ class Estimator:
         if self.workdir is not None:
             if self._restore(self._manager(), batch):
                 return
-            # What a run that saved nothing has written.
-            JsonlWriter(self.workdir / "metrics.jsonl").rewind(0)
+            self._rewind_to = 0  # what a run that saved nothing has written
         start = time.perf_counter()
         self._state = jax.block_until_ready(init(key, batch))
         self.compile_seconds += time.perf_counter() - start
@@ -579,9 +659,7 @@ class Estimator:
         self._clock = Clock(meta["seconds"])
         self._position = meta["position"]
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
-        if jax.process_index() == 0:
-            assert self.workdir is not None
-            JsonlWriter(self.workdir / "metrics.jsonl").rewind(self._steps_done)
+        self._rewind_to = self._steps_done
         return True
 
     def _compiled_step(self, batch: Batch) -> Callable[..., Any]:
@@ -630,8 +708,8 @@ class Estimator:
     ) -> None:
         row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
         row.estimator = self
-        if self.workdir is not None and jax.process_index() == 0:
-            JsonlWriter(self.workdir / "metrics.jsonl").write(row)
+        if self._writers is not None and jax.process_index() == 0:
+            self._writers.write(row)
         for hook in self._hooks:
             hook(row)
 

@@ -23,6 +23,7 @@ from jdl.core.types import Batch, Key, Loss, Metric, ModelState, Outputs, Params
 from jdl.optim import diagnostics
 
 Logs = dict[str, jax.Array]
+Metrics = Callable[[Outputs, Batch], Mapping[str, jax.Array]]  # all at once, float[B] each
 
 # What every second-order optimizer says of its step, and the trainer logs.
 UNIFORM_FIELDS = (
@@ -69,7 +70,7 @@ def build(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
-    metrics: Mapping[str, Metric] | None = None,
+    metrics: Mapping[str, Metric] | Metrics | None = None,
     inputs: str | tuple[str, ...] = "image",
     regularizer: Callable[[Params], jax.Array] | None = None,
     microbatches: int = 1,
@@ -84,8 +85,9 @@ def build(
       model: the pure functions.
       loss: `loss(outputs, batch) -> float[B]`.
       optimizer: any optax transformation.
-      metrics: name -> `metric(outputs, batch) -> float[B]`, logged beside the loss.
-      inputs: the batch's entry that the model is given, or a tuple of several.
+      metrics: name -> `metric(outputs, batch) -> float[B]`, logged beside the loss; or one function
+        that gives a dict of them.
+      inputs: the batch's entry that the model is given, or a tuple of several; () for the batch.
       regularizer: a scalar function of the parameters, added to the loss in training.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples for curvature products, spread evenly over the batch; None for
@@ -95,10 +97,18 @@ def build(
       log_norms: whether to log the norms of gradient and update.
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    measures: dict[str, Metric] = dict(metrics or {})
-    check.argument("loss" not in measures, "metrics", "named other than 'loss'", list(measures))
+
+    def measured(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+        if callable(metrics):
+            return dict(metrics(outputs, batch))
+        return {name: metric(outputs, batch) for name, metric in (metrics or {}).items()}
+
+    if metrics is not None and not callable(metrics):
+        check.argument("loss" not in metrics, "metrics", "named other than 'loss'", list(metrics))
 
     def model_inputs(batch: Batch) -> tuple[Any, ...]:
+        if inputs == ():
+            return (batch,)
         names = (inputs,) if isinstance(inputs, str) else inputs
         for name in names:
             check.argument(
@@ -147,7 +157,7 @@ def build(
                 objective=objective,
             )
             params = optax.apply_updates(state.params, updates)
-        sums, count = _sums(measures, aux.outputs, batch)
+        sums, count = _sums(measured(aux.outputs, batch), batch)
         if axis_name is not None:
             sums, count = jax.lax.psum((sums, count), axis_name)
         logs = {"loss": value, **{k: v / jnp.maximum(count, 1.0) for k, v in sums.items()}}
@@ -168,7 +178,7 @@ def build(
     def evaluate(params: Params, model_state: ModelState, batch: Batch) -> tuple[Logs, jax.Array]:
         batch = scale_images(batch, inputs)
         outputs = forward(params, model_state, batch)
-        return _sums({"loss": loss, **measures}, outputs, batch)
+        return _sums({"loss": loss(outputs, batch), **measured(outputs, batch)}, batch)
 
     def predict(params: Params, model_state: ModelState, batch: Batch) -> Outputs:
         return forward(params, model_state, scale_images(batch, inputs))
@@ -192,14 +202,13 @@ def scale_images(batch: Batch, inputs: str | tuple[str, ...]) -> dict[str, Any]:
     return {name: scaled(name, x) for name, x in batch.items()}
 
 
-def _sums(measures: Mapping[str, Metric], outputs: Outputs, batch: Batch) -> tuple[Logs, jax.Array]:
+def _sums(values: Mapping[str, jax.Array], batch: Batch) -> tuple[Logs, jax.Array]:
     """Each measure's sum over the examples that the mask keeps, and their number."""
     mask = batch.get("mask")
     size = jax.tree.leaves(dict(batch))[0].shape[0]
     kept = jnp.ones(size) if mask is None else mask.astype(jnp.float32)
 
-    def total(name: str, measure: Metric) -> jax.Array:
-        values = measure(outputs, batch)
+    def total(name: str, values: jax.Array) -> jax.Array:
         check.argument(
             values.shape == (size,),
             f"metrics[{name!r}]",
@@ -208,7 +217,7 @@ def _sums(measures: Mapping[str, Metric], outputs: Outputs, batch: Batch) -> tup
         )
         return jnp.sum(jnp.where(kept > 0, values.astype(jnp.float32) * kept, 0.0))
 
-    return {name: total(name, measure) for name, measure in measures.items()}, jnp.sum(kept)
+    return {name: total(name, x) for name, x in values.items()}, jnp.sum(kept)
 
 
 def _optimizer_logs(opt_state: Any, step: jax.Array) -> Logs:

@@ -1,12 +1,35 @@
-"""Where a run's numbers go: `metrics.jsonl`, one flat object a line."""
+"""Where a run's numbers go: `metrics.jsonl` always, `metrics.csv` and TensorBoard besides.
 
+All writers take rows `{"step", "seconds", "epoch", "split", values…}`, and can rewind: a run that
+goes on from an earlier checkpoint first drops what lies beyond it, so that no log has gaps or
+doubles.
+"""
+
+import csv
+import io
 import json
 import math
 import os
+import struct
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from jdl.core import check
+
+Row = Mapping[str, Any]
+
+
+class Writer(Protocol):
+    """What keeps rows."""
+
+    def write(self, row: Row) -> None:
+        """Takes one row."""
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows of steps after `step`."""
 
 
 def write_atomically(path: str | Path, text: str) -> None:
@@ -27,18 +50,14 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 class JsonlWriter:
-    """Appends rows `{"step", "seconds", "epoch", "split", values…}` to a file.
-
-    A run that goes on from an earlier checkpoint first drops the rows beyond it, so that the log
-    has neither gaps nor doubles.
-    """
+    """One flat JSON object a line; a number that is not finite becomes null."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one row; a number that is not finite becomes null."""
+    def write(self, row: Row) -> None:
+        """Appends one row."""
         clean = {k: None if _not_finite(v) else v for k, v in row.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
@@ -48,6 +67,139 @@ class JsonlWriter:
         kept = [row for row in read_jsonl(self.path) if row.get("step", 0) <= step]
         if self.path.exists():
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+class CsvWriter:
+    """One line a row under a line of names; what a row lacks, or is not finite, is left empty.
+
+    A row with a name that is new widens the table, which is then written anew.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._columns: list[str] | None = None  # of the file, once read
+
+    def write(self, row: Row) -> None:
+        """Appends one row."""
+        if self._columns is None:
+            self._columns = self._read()[0]
+        if new := [name for name in row if name not in self._columns]:
+            self._write_all([*self._columns, *new], self._read()[1])
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(_cells(row))
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows of steps after `step`, and a last line cut short."""
+        columns, rows = self._read()
+        if self.path.exists():
+            self._write_all(columns, [row for row in rows if int(row["step"]) <= step])
+
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        if not self.path.exists():
+            return [], []
+        text = self.path.read_text(encoding="utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        whole = [row for row in reader if None not in row and None not in row.values()]
+        return list(reader.fieldnames or []), whole
+
+    def _write_all(self, columns: list[str], rows: Iterable[Row]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, text.getvalue())
+        self._columns = columns
+
+
+class TensorBoardWriter:
+    """Scalars for TensorBoard, one folder a split; event types from the package tensorboardX.
+
+    Event files only grow: to rewind is to write that all after the step is void, which TensorBoard
+    heeds. What is written is in the file at once: tensorboardX's own writer would leave it with a
+    thread, and a killed run would lose it.
+    """
+
+    def __init__(self, directory: str | Path):
+        try:
+            from tensorboardX.proto import event_pb2
+            from tensorboardX.record_writer import masked_crc32c
+        except ImportError:
+            raise check.MissingExtraError("tensorboardX", "tensorboard", "TensorBoard") from None
+        self.directory = Path(directory)
+        self._events, self._checksum = event_pb2, masked_crc32c
+        self._files: dict[str, Path] = {}
+        self._void_from: int | None = None
+
+    def write(self, row: Row) -> None:
+        """Writes the row's numbers, and its seconds on the training clock."""
+        split = str(row["split"])
+        event = self._events.Event(wall_time=time.time(), step=row["step"])
+        for name, value in row.items():
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if number and name != "step":
+                event.summary.value.add(tag=name, simple_value=value)
+        self._append(self._files.get(split) or self._begin(split), event)
+
+    def rewind(self, step: int) -> None:
+        """Voids the numbers of steps after `step`."""
+        self._files, self._void_from = {}, step + 1
+        if self.directory.exists():
+            for folder in self.directory.iterdir():
+                self._begin(folder.name)
+
+    def _begin(self, split: str) -> Path:
+        """Makes the split's next file; TensorBoard reads them in the order of their names."""
+        folder = self.directory / split.replace("/", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{len(list(folder.iterdir())):06d}"
+        path = self._files[split] = folder / name
+        void = self._void_from or 0
+        self._append(path, self._events.Event(step=void, file_version="brain.Event:2"))
+        if self._void_from is not None:
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._append(path, self._events.Event(step=void, session_log=start))
+        return path
+
+    def _append(self, path: Path, event: Any) -> None:
+        """One record: length and its checksum, bytes and theirs."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        parts = [length, self._crc(length), data, self._crc(data)]
+        with path.open("ab") as file:
+            file.write(b"".join(parts))
+
+    def _crc(self, data: bytes) -> bytes:
+        return struct.pack("<I", self._checksum(data))
+
+
+class Writers:
+    """Several writers as one: `metrics.jsonl`, and what is asked for besides.
+
+    Args:
+      workdir: the run directory.
+      besides: "csv" for `metrics.csv`, "tensorboard" for the folder `tensorboard`.
+    """
+
+    def __init__(self, workdir: str | Path, besides: Iterable[str] = ()):
+        workdir = Path(workdir)
+        kinds: dict[str, Callable[[], Writer]] = {
+            "csv": lambda: CsvWriter(workdir / "metrics.csv"),
+            "tensorboard": lambda: TensorBoardWriter(workdir / "tensorboard"),
+        }
+        names = [check.one_of("logs", name, kinds) for name in besides]
+        self._all: list[Writer] = [JsonlWriter(workdir / "metrics.jsonl")]
+        self._all += [kinds[name]() for name in dict.fromkeys(names)]
+
+    def write(self, row: Row) -> None:
+        """Gives one row to all."""
+        for writer in self._all:
+            writer.write(row)
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows of steps after `step` from all."""
+        for writer in self._all:
+            writer.rewind(step)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -66,3 +218,12 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+def _cells(row: Row) -> dict[str, Any]:
+    def cell(value: Any) -> Any:
+        if value is None or _not_finite(value):
+            return ""
+        return value if isinstance(value, str | int | float) else json.dumps(value)
+
+    return {name: cell(value) for name, value in row.items()}

@@ -1,0 +1,174 @@
+"""A predict function and its parameters as one file, to be run without its model's code.
+
+The file is a zip archive, nothing in it compressed: `predict.stablehlo`, made by `jax.export`;
+`leaf-00000` …, the bytes of the parameters and the model's state; `about.json`. JAX keeps such
+functions readable for months after the version that wrote them. Sizes are checked and nothing is
+unpickled, but a function from a stranger is still a stranger's program.
+"""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from jdl.core import check
+from jdl.core.types import Batch, Outputs, PyTree
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_FUNCTION, _ABOUT, _LEAF = "predict.stablehlo", "about.json", "leaf-{:05d}"
+
+
+def save(
+    path: str | Path,
+    predict: Callable[[PyTree, PyTree, Batch], Outputs],
+    params: PyTree,
+    model_state: PyTree,
+    inputs: Batch,
+    *,
+    platforms: Sequence[str] = PLATFORMS,
+    any_batch_size: bool = True,
+) -> Path:
+    """Writes `predict(params, model_state, batch) -> outputs` with its first two arguments.
+
+    Args:
+      path: the file.
+      predict: a pure function that gives arrays, or dicts, lists and tuples of them.
+      params: its first argument, arrays.
+      model_state: its second, arrays.
+      inputs: a batch with the entries that it reads; what tells shapes and types.
+      platforms: what it is to run on.
+      any_batch_size: whether the leading axis is left open; else it is that of `inputs`.
+
+    Returns:
+      The path.
+    """
+    _flatbuffers()
+    for platform in platforms:
+        check.one_of("platforms", platform, PLATFORMS)
+    leaves, structure = jax.tree.flatten((params, model_state))
+
+    def function(leaves: list[Any], batch: dict[str, Any]) -> Outputs:
+        params, model_state = jax.tree.unflatten(structure, leaves)
+        return predict(params, model_state, batch)
+
+    leading: Any = export.symbolic_shape("b")[0] if any_batch_size else None
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        first = x.shape[:1] if leading is None else (leading,)
+        return jax.ShapeDtypeStruct((*first, *x.shape[1:]), x.dtype)
+
+    whole = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    made = export.export(jax.jit(function), platforms=tuple(platforms))(
+        whole, {name: shape(x) for name, x in inputs.items()}
+    )
+    about = {
+        "jax": jax.__version__,
+        "inputs": {
+            name: {
+                "shape": [None if any_batch_size else len(x), *x.shape[1:]],
+                "dtype": str(x.dtype),
+            }
+            for name, x in inputs.items()
+        },
+        "leaves": len(leaves),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with zipfile.ZipFile(half, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(_ABOUT, json.dumps(about))
+            archive.writestr(_FUNCTION, bytes(made.serialize()))
+            for i, leaf in enumerate(leaves):
+                with archive.open(_LEAF.format(i), "w", force_zip64=True) as member:
+                    member.write(np.ascontiguousarray(leaf).tobytes())
+        with half.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+    return path
+
+
+class Predictor:
+    """A predict function read from a file.
+
+    Attributes:
+      inputs: name -> (shape, dtype) of the entries it reads; None stands for any batch size.
+      platforms: what it runs on.
+    """
+
+    def __init__(self, exported: export.Exported, leaves: list[Any], about: Mapping[str, Any]):
+        self._call, self._leaves = jax.jit(exported.call), leaves
+        self.platforms = tuple(exported.platforms)
+        self.inputs = {
+            name: (tuple(x["shape"]), np.dtype(x["dtype"])) for name, x in about["inputs"].items()
+        }
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """The outputs for a batch, a dict of arrays; entries it does not read are ignored."""
+        given = {}
+        for name, (shape, dtype) in self.inputs.items():
+            check.argument(name in batch, "batch", f"a dict with {list(self.inputs)}", list(batch))
+            x = batch[name]
+            same = len(x.shape) == len(shape) and all(
+                theirs in (mine, None) for mine, theirs in zip(x.shape, shape, strict=True)
+            )
+            wanted = f"{dtype}{['B' if n is None else n for n in shape]}"
+            got = f"{x.dtype}{list(x.shape)}"
+            check.argument(same and x.dtype == dtype, f"batch[{name!r}]", wanted, got)
+            given[name] = x
+        return self._call(self._leaves, given)
+
+
+def load(path: str | Path) -> Predictor:
+    """What `save` wrote.
+
+    Args:
+      path: the file.
+
+    Raises:
+      DataError: it is no such file, or damaged.
+    """
+    _flatbuffers()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+            if not stored:  # so that nothing in it is larger than the file
+                raise ValueError("a member is compressed")
+            about = json.loads(archive.read(_ABOUT))
+            number = int(about["leaves"])
+            if number != sum(name.startswith("leaf-") for name in archive.namelist()):
+                raise ValueError("arrays are missing")
+            exported = export.deserialize(bytearray(archive.read(_FUNCTION)))
+            leaves = [
+                _array(archive.read(_LEAF.format(i)), exported.in_avals[i]) for i in range(number)
+            ]
+        return Predictor(exported, leaves, about)
+    except FileNotFoundError:
+        raise check.DataError(f"There is no file {str(path)!r}.") from None
+    except Exception as error:
+        raise check.DataError(
+            f"{str(path)!r} is no exported predict function, or a damaged one: {error}."
+        ) from error
+
+
+def _array(data: bytes, like: Any) -> jax.Array:
+    if len(data) != math.prod(like.shape) * like.dtype.itemsize:
+        raise ValueError("an array has not the size that the function asks for")
+    return jnp.asarray(np.frombuffer(data, like.dtype).reshape(like.shape))
+
+
+def _flatbuffers() -> None:
+    try:
+        import flatbuffers  # noqa: F401  jax.export needs it and does not require it
+    except ImportError:
+        raise check.MissingExtraError("flatbuffers", "export", "Exporting") from None
