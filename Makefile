@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all check format bench-step bench-start bench-data clean
+.PHONY: help setup demo test test-all check format bench-step bench-start bench-data bench-kfac clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,3 +47,6 @@ bench-start: $(READY)  ## seconds from `jdl train` to the first step, cold and c
 
 bench-data: $(READY)  ## images a second out of a tar, against webdataset and the decoder alone
 	$(BIN)/python tests/benchmarks/bench_data.py
+
+bench-kfac: $(READY)  ## K-FAC at its defaults against tuned Nesterov and Adam: make bench-kfac DATA=folder
+	$(BIN)/python tests/benchmarks/bench_kfac.py --data $(or $(DATA),data) $(ARGS)

@@ -6,6 +6,7 @@ later on would put it in the place of the function.
 
 from jdl.optim.gauss_newton import gauss_newton as gauss_newton
 from jdl.optim.hessian_free import hessian_free as hessian_free
+from jdl.optim.kfac import kfac as kfac
 from jdl.optim.lbfgs import lbfgs as lbfgs
 from jdl.optim.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from jdl.optim.natural_gradient import natural_gradient as natural_gradient
@@ -17,6 +18,7 @@ __all__ = [
     "by_name",
     "gauss_newton",
     "hessian_free",
+    "kfac",
     "lbfgs",
     "levenberg_marquardt",
     "natural_gradient",

@@ -10,6 +10,7 @@ import optax.contrib
 from jdl.core import check
 from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.hessian_free import hessian_free
+from jdl.optim.kfac import kfac
 from jdl.optim.lbfgs import lbfgs
 from jdl.optim.levenberg_marquardt import levenberg_marquardt
 from jdl.optim.local import ScalarOrSchedule
@@ -106,6 +107,7 @@ REGISTRY: dict[str, Entry] = {
     "natural_gradient": Entry(
         natural_gradient, 0.3, True, "mini", Search("learning_rate", 1e-2, 1.0)
     ),
+    "kfac": Entry(kfac, 1.0, True, "mini", Search("damping", 1e-4, 10.0)),
 }
 
 
@@ -117,7 +119,7 @@ def by_name(
     Args:
       name: sgd, momentum, nesterov, adam, adamw, nadam, radam, rmsprop, adagrad, adafactor, lamb,
         lars, lion, muon, sophia (all optax's; sophia's update needs `obj_fn` too), lbfgs, cg,
-        newton, hf, gauss_newton, lm (Levenberg-Marquardt) or natural_gradient.
+        newton, hf, gauss_newton, lm (Levenberg-Marquardt), natural_gradient or kfac.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
         it scales the first trial step, and is best left alone.
       **options: further arguments of the optimizer.
