@@ -30,6 +30,8 @@ class RunConfig:
     grayscale: bool
     classes: tuple[str, ...]
     on_error: str
+    precision: str | None = None
+    ema: float | None = None
 
     def save(self, workdir: Path) -> None:
         """Writes the run's settings, or refuses where a run with others has been saved."""
@@ -69,7 +71,7 @@ class RunConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise check.DataError(f"{path} is not readable as TOML: {error}.") from error
         fields = {f.name for f in dataclasses.fields(cls)}
-        optional = {"learning_rate", "curvature_batch_size", "split"}
+        optional = {"learning_rate", "curvature_batch_size", "split", "precision", "ema"}
         missing = sorted(fields - optional - table.keys())
         if missing:
             raise check.DataError(f"{path} lacks {', '.join(missing)}.")
@@ -93,6 +95,8 @@ class RunConfig:
             seed=self.seed,
             microbatches=self.microbatches,
             curvature_batch_size=self.curvature_batch_size,
+            precision=self.precision,
+            ema=self.ema,
             hooks=hooks,
             **options,
         )

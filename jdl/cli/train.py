@@ -4,8 +4,11 @@ Examples:
   jdl train cnn
   jdl train cnn --data 'photos-*.tar' --optimizer adam --steps 500 --workdir runs/photos
   jdl train autoencoder --optimizer hf --batch-size 1024 --steps 50
+  mpirun -n 2 jdl train cnn --distributed
 """
 
+import contextlib
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +58,20 @@ class Args:
     """the run directory; by default runs/MODEL-DATA-OPTIMIZER"""
     save_every: int = 1000
     """steps between checkpoints"""
+    precision: Literal["bfloat16", "float16"] | None = None
+    """what the model computes in; parameters, losses and optimizer stay float32"""
+    ema: float | None = None
+    """decay of an average of the parameters, which evaluation then uses, such as 0.999"""
+    rematerialize: bool = False
+    """compute activations once more for the gradient instead of keeping them"""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """what to do when a loss is not finite"""
+    parallel: Literal["jit", "fsdp", "pmap"] = "jit"
+    """how devices share the work; fsdp splits large parameters over them"""
+    distributed: bool = False
+    """one of several processes that train together, started by SLURM, mpirun or such"""
+    deterministic: bool = False
+    """have XLA choose reproducible kernels on GPUs, some of them slower"""
 
 
 def run(args: Args) -> None:
@@ -69,7 +86,12 @@ def run(args: Args) -> None:
     )
     from jdl.core import check
     from jdl.optim import registry
+    from jdl.train import distributed, parallel
 
+    if args.deterministic:
+        parallel.make_deterministic()
+    if args.distributed:
+        distributed.initialize()
     chosen = recipe(args.model)
     optimizer = args.optimizer or chosen.optimizer
     entry = registry.REGISTRY[check.one_of("optimizer", optimizer, registry.REGISTRY)]
@@ -115,13 +137,35 @@ def run(args: Args) -> None:
         grayscale=not args.color,
         classes=classes,
         on_error=args.on_error,
+        precision=args.precision,
+        ema=args.ema,
     )
-    config.save(workdir)
+    if _leads():
+        config.save(workdir)
     use_compilation_cache()
-    _train(config, workdir, data, steps, args.save_every)
+    options = {
+        "save_every": args.save_every,
+        "rematerialize": args.rematerialize,
+        "on_nonfinite": args.on_nonfinite,
+        "parallel": args.parallel,
+    }
+    if _leads():
+        _train(config, workdir, data, steps, options)
+    else:  # the same work, and nothing said of it
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            _train(config, workdir, data, steps, options)
 
 
-def _train(config: "RunConfig", workdir: Path, data: Any, steps: int, save_every: int) -> None:
+def _leads() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _train(
+    config: "RunConfig", workdir: Path, data: Any, steps: int, options: dict[str, Any]
+) -> None:
     from jdl.cli import progress
     from jdl.cli.run_config import default_split
     from jdl.train.curves import draw
@@ -132,7 +176,7 @@ def _train(config: "RunConfig", workdir: Path, data: Any, steps: int, save_every
         f"to step {steps}; writing to {workdir}"
     )
     shown = progress.StepProgress(steps, config.batch_size)
-    estimator = config.estimator(workdir, hooks=[shown], save_every=save_every)
+    estimator = config.estimator(workdir, hooks=[shown], **options)
     with shown:
         estimator.train(data, max_steps=steps)
     rows = []
@@ -148,6 +192,8 @@ def _train(config: "RunConfig", workdir: Path, data: Any, steps: int, save_every
         rows.append([split or "all", *(f"{v:.4f}" for v in values.values())])
         columns = ["split", *values]
     progress.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
+    if not _leads():
+        return
     picture = draw(workdir / "metrics.jsonl", workdir / "curves.png")
     print(f"metrics: {workdir / 'metrics.jsonl'}\ncurves:  {picture}")
     if data.skipped:

@@ -166,6 +166,68 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
     return Model(init, apply)
 
 
+def in_precision(model: Model, dtype: Any) -> Model:
+    """The same model, computing in `dtype`; parameters, state and outputs stay float32.
+
+    Losses, gradients and everything an optimizer does with them are float32 too, since parameters
+    are cast inside the function that is differentiated.
+
+    Args:
+      model: any model.
+      dtype: such as "bfloat16".
+
+    >>> line = from_fns(lambda key, x: jnp.ones(()), lambda slope, x: slope * x)
+    >>> half = in_precision(line, "bfloat16")
+    >>> half.apply(jnp.float32(1 / 3), {}, jnp.ones(1))[0].tolist(), round(1 / 3, 8)
+    ([0.333984375], 0.33333333)
+    """
+    narrow = jnp.dtype(dtype)
+    check.argument(jnp.issubdtype(narrow, jnp.floating), "precision", "a floating type", dtype)
+
+    def cast(x: Any, to: Any) -> Any:
+        floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+        return jnp.asarray(x, to) if floating else x
+
+    def apply(
+        params: Params,
+        state: ModelState,
+        *inputs: Any,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, ModelState]:
+        params, inputs = jax.tree.map(lambda x: cast(x, narrow), (params, inputs))
+        with jax.numpy_dtype_promotion("standard"):  # float32 state meets narrow activations
+            outputs, new_state = model.apply(params, state, *inputs, key=key, train=train)
+        new_state = jax.tree.map(lambda x, old: cast(x, old.dtype), new_state, state)
+        return jax.tree.map(lambda x: cast(x, jnp.float32), outputs), new_state
+
+    return Model(model.init, apply)
+
+
+def rematerialized(model: Model) -> Model:
+    """The same model, which keeps no activations for its gradient but computes them once more.
+
+    >>> line = from_fns(lambda key, x: jnp.ones(()), lambda slope, x: jnp.sin(slope * x))
+    >>> spared = rematerialized(line)
+    >>> float(jax.grad(lambda s: spared.apply(s, {}, jnp.ones(()))[0])(0.0))
+    1.0
+    """
+
+    def apply(
+        params: Params,
+        state: ModelState,
+        *inputs: Any,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Outputs, ModelState]:
+        def whole(params: Params, state: ModelState, inputs: Any, key: Key | None) -> Any:
+            return model.apply(params, state, *inputs, key=key, train=train)
+
+        return jax.checkpoint(whole)(params, state, inputs, key)
+
+    return Model(model.init, apply)
+
+
 def as_model(model: Any) -> Model:
     """`model` itself, or the `Model` of a Linen module."""
     if isinstance(model, Model):

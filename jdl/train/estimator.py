@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from jdl.core import check, tree
-from jdl.core.model import Model, as_model
+from jdl.core.model import Model, as_model, in_precision, rematerialized
 from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
 from jdl.optim import registry
 from jdl.train.checkpoint import Checkpoints
@@ -28,7 +28,7 @@ from jdl.train.ema import average, averaging
 from jdl.train.feed import Feed, record_names
 from jdl.train.hooks import Profile, StopTraining
 from jdl.train.lock import RunLock
-from jdl.train.parallel import SplitRule, placement
+from jdl.train.parallel import SplitRule, own_rows, placement
 from jdl.train.step import TrainState, build
 from jdl.train.termination import Stopped, Termination
 from jdl.train.writers import Writers
@@ -67,6 +67,10 @@ class Estimator:
       regularizer: a scalar function of the parameters, added to the loss in training.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples of the batch that curvature products use; None for all.
+      precision: a type such as "bfloat16" for the model to compute in; parameters, losses,
+        gradients and optimizer stay float32. None for float32 throughout.
+      rematerialize: whether to compute activations once more for the gradient instead of keeping
+        them.
       devices: the devices to share each batch; None for all.
       parallel: "jit", or "fsdp" to split large parameters and their optimizer state over the
         devices as well, or "pmap".
@@ -113,6 +117,8 @@ class Estimator:
         regularizer: Callable[[Params], jax.Array] | None = None,
         microbatches: int = 1,
         curvature_batch_size: int | None = None,
+        precision: str | None = None,
+        rematerialize: bool = False,
         devices: Sequence[jax.Device] | None = None,
         parallel: str = "jit",
         split_rule: SplitRule | None = None,
@@ -151,6 +157,10 @@ class Estimator:
                 keep_best,
             )
         self.model: Model = as_model(model)
+        if precision is not None:
+            self.model = in_precision(self.model, precision)
+        if rematerialize:
+            self.model = rematerialized(self.model)
         self.loss: Loss = loss
         self.workdir = None if workdir is None else Path(workdir)
         self.seed = seed
@@ -193,6 +203,7 @@ class Estimator:
         self._steps_done = 0
         self._clock = Clock()
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._plan: Any = None  # XLA's account of the step's memory
         self._position: Any = None
         self._feed: tuple[Data, bool, Feed] | None = None
         self._checkpoints: dict[str, Checkpoints] = {}
@@ -232,6 +243,23 @@ class Estimator:
         """Time spent in training steps: without compilation, evaluation, logging and saving."""
         return self._clock.seconds
 
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that a step needs on each device, by the compiler's account; {} before the first.
+
+        `state` is reused for the state after; `peak` counts state, batch and all in between, and
+        `seen` is the device's own account of its peak, where it keeps one.
+        """
+        if self._plan is None:
+            return {}
+        plan = self._plan
+        state = plan.alias_size_in_bytes
+        peak = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+        peak += plan.output_size_in_bytes - state
+        stats = self._placement.devices[0].memory_stats() or {}
+        seen = {"seen": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+        return {"state": state, "peak": peak, **seen}
+
     # ------------------------------------------------------------------ TRAIN
 
     def train(
@@ -267,8 +295,8 @@ class Estimator:
           Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75.
           UserError: another process is training in the same run directory.
         """
-        alone = self.workdir is None or jax.process_index() > 0
-        with nullcontext() if alone else RunLock(self.workdir):
+        locked = self.workdir is not None and jax.process_index() == 0
+        with RunLock(self.workdir) if locked else nullcontext():  # type: ignore[arg-type]
             limits = (steps, max_steps, epochs, seconds)
             return self._train(data, limits, validation, validate_every)
 
@@ -287,6 +315,13 @@ class Estimator:
             check.positive_int(name, limits[name])
         if seconds is not None:
             check.in_range("seconds", seconds, 0.0, open_low=True)
+            check.argument(
+                jax.process_count() == 1,
+                "seconds",
+                "left out where several processes train together, whose clocks differ",
+                seconds,
+                "Give steps instead.",
+            )
 
         feed = self._feed_for(data, repeat=bool(given) or seconds is not None)
         batch = feed.prefetch()
@@ -516,20 +551,26 @@ class Estimator:
     # ------------------------------------------------------------------ PREDICT
 
     def predict(self, data: Data) -> Outputs:
-        """The model's outputs for every example, in order, as NumPy arrays with leading axis N."""
+        """The model's outputs for every example, in order, as NumPy arrays with leading axis N.
+
+        Where several processes work together, each is given those of its own rows.
+        """
         batches = [outputs for _, outputs in self.predict_batches(data)]
         if not batches:
             raise check.DataError("The data to predict holds no example.")
         return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
     def predict_batches(self, data: Data) -> Iterator[tuple[Batch, Outputs]]:
-        """Pairs (batch, outputs), batch by batch, in constant memory; padding is left out."""
+        """Pairs (batch, outputs), batch by batch, in constant memory; padding is left out.
+
+        Where several processes work together, each is given its own rows.
+        """
         for batch in self._once(data):
             state = self._held(batch)
             outputs = self._predict_batch(self._serving(state), state.model_state, batch)
-            mask = batch.get("mask")
-            kept = slice(None) if mask is None else np.asarray(mask) > 0
-            host = jax.device_get((dict(batch), outputs))
+            host = own_rows((dict(batch), outputs))
+            mask = host[0].get("mask")
+            kept = slice(None) if mask is None else mask > 0
             yield jax.tree.map(lambda x, kept=kept: x[kept], host)
 
     def predict_by(
@@ -670,7 +711,9 @@ class Estimator:
             start = time.perf_counter()
             lowered = self._placement.lower_step(self._program.train, self._current(), batch)
             _refuse_changed_types(self._current(), lowered.out_info[0])
-            self._compiled[signature] = _naming_shapes(lowered.compile(), shapes)
+            compiled = lowered.compile()
+            self._plan = compiled.memory_analysis()
+            self._compiled[signature] = _naming_shapes(compiled, shapes)
             self.compile_seconds += time.perf_counter() - start
         return self._compiled[signature]
 

@@ -9,6 +9,7 @@ its own, share a batch in the first two.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from jdl.core.types import Batch, PyTree
 
 MODES = ("jit", "fsdp", "pmap")
 AXIS = "data"
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 SPLIT_FROM = 2**14  # elements: smaller arrays cost less memory whole than time in pieces
 
 # (path of a leaf of the train state, its shape, devices) -> the axis to split, or None
@@ -202,6 +204,34 @@ def placement(
     mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
     whole = NamedSharding(mesh, PartitionSpec())
     return Placement(whole, NamedSharding(mesh, PartitionSpec(AXIS)), tuple(devices), mode, rule)
+
+
+def own_rows(tree: PyTree) -> PyTree:
+    """The rows of batches or outputs that lie with this process, as NumPy arrays."""
+
+    def rows(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+    return jax.tree.map(rows, tree)
+
+
+def make_deterministic() -> None:
+    """Has XLA choose reproducible kernels on GPUs, where it would take faster ones by default.
+
+    Raises:
+      UserError: a device has been used already, after which it is too late.
+    """
+    from jax._src import xla_bridge
+
+    if xla_bridge.backends_are_initialized():
+        raise check.UserError(
+            "Reproducible kernels must be asked for before JAX is first used. Set "
+            f"XLA_FLAGS={DETERMINISTIC} in the environment instead."
+        )
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 
 
 def _refuse_line_searches(state: PyTree) -> None:

@@ -1,6 +1,5 @@
-"""Real processes, killed, stopped, doubled and starved of disk: nothing is lost, nothing differs."""
+"""Real processes killed, stopped, doubled, starved of disk: nothing is lost, nothing differs."""
 
-import json
 import os
 import random
 import signal
@@ -10,8 +9,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+
+from tests.train.processes import checkpoints, final, wait_for
 
 SCRIPT = Path(__file__).with_name("run_training.py")
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -30,38 +30,6 @@ def finish(workdir, optimizer, steps, *options):
     process = start(workdir, optimizer, steps, *options)
     output, _ = process.communicate(timeout=240)
     return process.returncode, output
-
-
-def checkpoints(workdir):
-    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
-
-
-def wait_for(condition, process=None, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        assert process is None or process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-
-
-def final(workdir, step):
-    """Everything the last checkpoint holds, and the log without its clock."""
-    with ocp.CheckpointManager(
-        workdir / "checkpoints",
-        item_handlers={
-            "state": ocp.StandardCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
-        },
-    ) as manager:
-        found = manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()),
-        )
-    state = {path: np.asarray(x) for path, x in found.state.items()}
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    clock = {"seconds", "data_wait"}
-    rows = [{k: v for k, v in json.loads(x).items() if k not in clock} for x in lines]
-    return state, found.meta["position"], rows
 
 
 @pytest.mark.parametrize(("optimizer", "kills"), [("adam", 8), ("lbfgs", 6), ("hf", 6)])

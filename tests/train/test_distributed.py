@@ -1,0 +1,150 @@
+"""Several real processes on loopback: the numbers of one, and none left waiting for another."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.processes import checkpoints, final, wait_for
+
+SCRIPT = Path(__file__).with_name("run_distributed.py")
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment(**more):
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | more
+
+
+def start(number, workdir, steps, *options):
+    """That many processes, given their coordinates by hand."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(workdir), str(steps), *options],
+            env=environment(
+                JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+                JAX_NUM_PROCESSES=str(number),
+                JAX_PROCESS_ID=str(i),
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(number)
+    ]
+
+
+def outputs(processes, timeout=240):
+    return [p.communicate(timeout=timeout)[0] for p in processes]
+
+
+def run(number, workdir, steps, *options):
+    processes = start(number, workdir, steps, *options)
+    texts = outputs(processes)
+    assert [p.returncode for p in processes] == [0] * number, texts
+    return texts
+
+
+def evaluation(text):
+    loss, accuracy, rows = re.search(r"evaluation (\S+) (\S+) (\d+)", text).groups()
+    return float(loss), float(accuracy), int(rows)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "parallel"), [("adam", "jit"), ("adam", "fsdp"), ("hf", "jit")]
+)
+def test_two_processes_give_the_numbers_of_one(optimizer, parallel, tmp_path):
+    options = ("--optimizer", optimizer, "--parallel", parallel)
+    (alone,) = run(1, tmp_path / "one", 6, *options)
+    together = run(2, tmp_path / "two", 6, *options)
+    one = evaluation(alone)
+    for text in together:
+        assert "of 2" in text
+        loss, accuracy, _ = evaluation(text)
+        assert loss == pytest.approx(one[0], rel=2e-4)
+        assert accuracy == pytest.approx(one[1], abs=1e-6)
+    assert one[2] == 101
+    assert sum(evaluation(text)[2] for text in together) == 101  # each record exactly once
+    state, position, rows = final(tmp_path / "one", 6)
+    other_state, other_position, other_rows = final(tmp_path / "two", 6)
+    assert position == other_position
+    assert [r["step"] for r in rows] == [r["step"] for r in other_rows]  # one writer
+    for path, x in state.items():
+        np.testing.assert_allclose(x, other_state[path], rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    run(1, tmp_path / "whole", 14)
+    run(2, tmp_path / "moved", 7)
+    run(1, tmp_path / "moved", 9)
+    run(2, tmp_path / "moved", 14)
+    state, position, _ = final(tmp_path / "whole", 14)
+    other, other_position, _ = final(tmp_path / "moved", 14)
+    assert position == other_position
+    for path, x in state.items():
+        np.testing.assert_allclose(x, other[path], rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["raise", "kill"])
+def test_when_one_fails_all_end_soon_and_say_why(kind, rank, tmp_path):
+    processes = start(2, tmp_path, 10**6, "--fail", kind, "--rank", str(rank))
+    failing, other = processes[rank], processes[1 - rank]
+    failing.communicate(timeout=120)
+    began = time.monotonic()
+    text = other.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 20
+    assert other.returncode != 0
+    if kind == "raise":
+        assert f"process {rank} failed: ValueError: this one raises" in text
+    else:
+        assert re.search(r"(?i)gloo|heartbeat|closed|gone|unavailable|died", text), text
+
+
+def test_one_that_is_late_is_waited_for(tmp_path):
+    began = time.monotonic()
+    run(2, tmp_path, 8, "--fail", "late")
+    assert time.monotonic() - began > 40
+
+
+def test_sigterm_to_one_saves_on_all_at_the_same_step(tmp_path):
+    processes = start(2, tmp_path, 10**6, "--slow", "0.01")
+    wait_for(lambda: checkpoints(tmp_path), processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    texts = outputs(processes, timeout=60)
+    assert [p.returncode for p in processes] == [75, 75], texts
+    last = checkpoints(tmp_path)[-1]
+    run(2, tmp_path, last + 2)
+    assert checkpoints(tmp_path)[-1] == last + 2
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+def test_mpirun_starts_it(tmp_path):
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
+    found = subprocess.run(
+        [*command, str(SCRIPT), str(tmp_path), "4"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    if "not detected" in found.stderr or "find each other" in found.stderr:
+        pytest.skip("JAX does not detect this mpirun")
+    assert found.returncode == 0, found.stderr
+    assert "process 0 of 2" in found.stdout
+    assert "process 1 of 2" in found.stdout
