@@ -483,13 +483,13 @@ def retried(what: str, action: Callable[[], Any]) -> Any:
     for number in range(1, _TRIES + 1):
         try:
             return action()
-        except (FileNotFoundError, PermissionError) as error:
-            raise check.DataError(
-                f"Cannot {what}: no such file, or no permission ({error})."
-            ) from error
         except ValueError:
             raise
         except Exception as error:  # each file system has errors of its own
+            if _final(error):
+                raise check.DataError(
+                    f"Cannot {what}: no such file, or no permission ({error})."
+                ) from error
             if number == _TRIES:
                 reason = str(error) or type(error).__name__
                 raise check.DataError(f"Cannot {what}, tried {_TRIES} times: {reason}.") from error
@@ -497,6 +497,14 @@ def retried(what: str, action: Callable[[], Any]) -> Any:
             time.sleep(pause)
             pause *= 2
     raise AssertionError
+
+
+def _final(error: Exception) -> bool:
+    """Whether trying again is of no use; fsspec says "not found" of broken connections too."""
+    if not isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    status = getattr(error.__cause__, "status", 404 if error.__cause__ is None else 599)
+    return 400 <= status < 500
 
 
 def _file_system(path: str) -> tuple[Any, str]:

@@ -5,8 +5,12 @@ larger than asked for is decoded at a fraction of its size, which its coding mak
 DCT), and resized from there; `exact=True` decodes it whole, as Pillow does. Resizing is Pillow's
 bilinear filter, whose support grows with the reduction (no aliasing).
 
-Measured mean deviation from Pillow's full decode, of 255, on photographs brought to 128 × 128 gray
-(`make bench-data`): DEVIATIONS.
+Mean deviation from Pillow's full decode, of 255, of 400 photographs brought to 128 × 128 gray, and
+of the worst of them (`make bench-data`):
+
+    from          simplejpeg    Pillow alone    exact
+    500 × 375     2.8, 8.9      1.4, 4.4        0, 0
+    250 × 250     1.8, 4.7      1.8, 4.7        0, 0
 
 The bytes may be anybody's: only the formats below are tried, and an image of more than
 `max_pixels` is refused when its header is read, before memory is spent on it.

@@ -200,8 +200,6 @@ def _order(
         return Mixture(np.add.reduceat(source.counts, [0, *ends[:-1]]).tolist(), weights, seed=seed)
     if in_order or (window is not None and shuffle):
         width = (window or WINDOW) if shuffle else 1
-        if in_order:
-            _tell_stream(source, width)
         return WindowOrder(source.counts, window=width, seed=seed)
     if source.mode == "seekable":
         logger.warning(
@@ -377,6 +375,8 @@ class ImageBatches(Batches):
         order, plan = self.order, self.plan
         if not isinstance(order, WindowOrder):
             return super().start_loading(epoch, record)
+        if self.source.mode == "stream":
+            _tell_stream(self.source, order.window)
         window = Window(self.source, order)
 
         def read(number: int) -> Any:
