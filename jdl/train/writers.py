@@ -7,6 +7,7 @@ doubles.
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -188,13 +189,24 @@ class Writers:
             "tensorboard": lambda: TensorBoardWriter(workdir / "tensorboard"),
         }
         names = [check.one_of("logs", name, kinds) for name in besides]
-        self._all: list[Writer] = [JsonlWriter(workdir / "metrics.jsonl")]
+        self._lines = JsonlWriter(workdir / "metrics.jsonl")
+        self._all: list[Writer] = [self._lines]
         self._all += [kinds[name]() for name in dict.fromkeys(names)]
 
     def write(self, row: Row) -> None:
-        """Gives one row to all."""
+        """Gives one row to all, but for an evaluation that was made and told before."""
+        if row["split"] != "train" and self._told_before(row):
+            return
         for writer in self._all:
             writer.write(row)
+
+    def _told_before(self, row: Row) -> bool:
+        def essence(row: Row) -> dict[str, Any]:
+            return {k: v for k, v in row.items() if k not in ("seconds", "epoch")}
+
+        before = reversed(read_jsonl(self._lines.path))
+        same_step = itertools.takewhile(lambda x: x.get("step") == row["step"], before)
+        return any(essence(x) == essence(row) for x in same_step)
 
     def rewind(self, step: int) -> None:
         """Drops the rows of steps after `step` from all."""

@@ -84,3 +84,18 @@ def test_double_precision_arrays_train_as_single_ones():
     wide = {"image": one["image"].astype(np.float64), "label": one["label"].astype(np.int64)}
     found = [make("sgd").train([batch] * 3).params for batch in (one, wide)]
     jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_a_finished_run_started_again_tells_nothing_twice(tmp_path):
+    for _ in range(2):
+        run = make("adam", workdir=tmp_path, log_every=1).train(data(), max_steps=3)
+        run.evaluate(data(), name="test")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    told = [(row["step"], row["split"]) for row in map(json.loads, lines)]
+    assert told == [(1, "train"), (2, "train"), (3, "train"), (3, "test")]
+
+
+def test_every_so_many_checkpoints_are_kept_for_good(tmp_path):
+    make("adam", workdir=tmp_path, save_every=2, keep=1, keep_every=4).train(data(), max_steps=10)
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {4, 8, 10}
