@@ -1,6 +1,7 @@
 """The models by name, and the settings recommended for each."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jdl.core import check
@@ -11,10 +12,15 @@ class Recipe(NamedTuple):
 
     Attributes:
       build: `build(image_shape, num_classes) -> model`.
-      kind: "classifier" or "autoencoder".
+      kind: "classifier", which `jdl predict` asks for classes, "autoencoder" or another word.
       optimizer: the recommended optimizer's name.
       steps: the recommended number of steps, on the bundled digits.
       batch_size: the recommended batch size.
+      estimator: `estimator(model, optimizer, **options) -> Estimator`; by default the premade one
+        of the kind.
+      prepare: `prepare(model, data, workdir, seed) -> model`, before the first step of a run.
+      pictures: `pictures(estimator, data, workdir) -> paths` of what it drew at the end of a run;
+        `data` is the last split evaluated.
     """
 
     build: Callable[[tuple[int, ...], int], Any]
@@ -22,6 +28,9 @@ class Recipe(NamedTuple):
     optimizer: str
     steps: int
     batch_size: int
+    estimator: Callable[..., Any] | None = None
+    prepare: Callable[[Any, Any, Path, int], Any] | None = None
+    pictures: Callable[[Any, Any, Path], list[Path]] | None = None
 
 
 def recipe(name: str) -> Recipe:

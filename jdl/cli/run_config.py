@@ -80,16 +80,25 @@ class RunConfig:
         }
         return cls(**known)
 
-    def estimator(self, workdir: Path, hooks: Sequence[Any] = (), **options: Any) -> Any:
-        """The Estimator of these settings."""
+    def build_model(self) -> Any:
+        """The model of these settings."""
+        from jdl.cli.recipes import recipe
+
+        return recipe(self.model).build(self.image_shape, len(self.classes))
+
+    def estimator(
+        self, workdir: Path, hooks: Sequence[Any] = (), model: Any = None, **options: Any
+    ) -> Any:
+        """The Estimator of these settings; `model` may be one prepared."""
         from jdl.cli.recipes import recipe
         from jdl.optim import registry
         from jdl.train import premade
 
         chosen = recipe(self.model)
-        make = {"classifier": premade.classifier, "autoencoder": premade.autoencoder}[chosen.kind]
+        premades = {"classifier": premade.classifier, "autoencoder": premade.autoencoder}
+        make = chosen.estimator or premades[chosen.kind]
         return make(
-            chosen.build(self.image_shape, len(self.classes)),
+            self.build_model() if model is None else model,
             registry.by_name(self.optimizer, self.learning_rate),
             workdir=workdir,
             seed=self.seed,

@@ -167,8 +167,11 @@ def _train(
     config: "RunConfig", workdir: Path, data: Any, steps: int, options: dict[str, Any]
 ) -> None:
     from jdl.cli import progress
+    from jdl.cli.recipes import recipe
     from jdl.cli.run_config import default_split
     from jdl.train.curves import draw
+
+    chosen = recipe(config.model)
 
     print(
         f"{config.model} on {data.num_records} images of {config.data} "
@@ -176,7 +179,10 @@ def _train(
         f"to step {steps}; writing to {workdir}"
     )
     shown = progress.StepProgress(steps, config.batch_size)
-    estimator = config.estimator(workdir, hooks=[shown], **options)
+    model = config.build_model()
+    if chosen.prepare is not None and not any((workdir / "checkpoints").glob("[0-9]*")):
+        model = chosen.prepare(model, data, workdir, config.seed)
+    estimator = config.estimator(workdir, hooks=[shown], model=model, **options)
     with shown:
         estimator.train(data, max_steps=steps)
     rows = []
@@ -196,6 +202,9 @@ def _train(
         return
     picture = draw(workdir / "metrics.jsonl", workdir / "curves.png")
     print(f"metrics: {workdir / 'metrics.jsonl'}\ncurves:  {picture}")
+    if chosen.pictures is not None:
+        for path in chosen.pictures(estimator, held, workdir):
+            print(f"picture: {path}")
     if data.skipped:
         print(f"skipped: {data.skipped} images that could not be read")
 
