@@ -6,6 +6,7 @@ for P random first vectors: m steps of Lanczos give the Gauss quadrature of each
 measure, whose mean over directions is φ.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ class Density(NamedTuple):
         bumps = np.exp(-0.5 * z * z) / (width * np.sqrt(2 * np.pi))
         return bumps @ self.weights.ravel() / len(self.nodes)
 
-    def mean_of(self, f: np.ufunc | type[float]) -> tuple[float, float]:
+    def mean_of(self, f: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
         """Tr f(A) / n, and its standard error over the probes."""
         each = np.sum(f(self.nodes) * self.weights, axis=1)
         spread = float(np.std(each, ddof=1) / np.sqrt(len(each))) if len(each) > 1 else np.nan

@@ -33,7 +33,7 @@ class GradientDescentState(NamedTuple):
       x: the last step without its momentum; () where there is none.
       iteration: updates made.
       t: Nesterov's sequence, 1 at a fresh start.
-      stepsize: the first trial of the next line search.
+      stepsize: the last step whose decrease stood out of the rounding noise.
       diagnostics: see `jdl.optim.diagnostics`; () for steps of given length.
     """
 
@@ -65,7 +65,7 @@ def gradient_descent(
             x=jax.tree.map(jnp.array, params) if acceleration else (),
             iteration=jnp.zeros((), jnp.int32),
             t=jnp.ones((), dtype),
-            stepsize=jnp.ones((), dtype),
+            stepsize=jnp.full((), decrease_factor, dtype),
             diagnostics=diag.init() if searches else (),
         )
 
@@ -87,13 +87,16 @@ def gradient_descent(
         down = tree.scale(-1.0, updates)
         told: Any = state.diagnostics
         if searches:
+            # Growing steps where noise hides whether they descend would end in divergence.
+            promised = 0.5 * state.stepsize * tree.vdot(updates, here.grad).astype(dtype)
+            visible = promised > 10.0 * here.noise
             found = linesearch.backtracking(
                 here.value_fn,
                 here.params,
                 down,
                 here.value,
                 tree.vdot(down, here.grad),
-                initial_step=state.stepsize,
+                initial_step=jnp.where(visible, 1.0 / decrease_factor, 1.0) * state.stepsize,
                 noise=here.noise,
                 c1=0.5,  # f lies below the parabola of curvature 1/s: FISTA's condition
                 shrink=decrease_factor,
@@ -101,7 +104,8 @@ def gradient_descent(
                 active=here.finite & ~here.stationary,
             )
             step = found.step.astype(dtype)
-            next_step = jnp.where(step > 0, step / decrease_factor, 1e-3 * state.stepsize)
+            trusted = jnp.where(visible, step, state.stepsize)
+            next_step = jnp.where(step > 0, trusted, 1e-3 * state.stepsize)
             code = diag.ending(found.termination, here.finite, here.stationary, jnp.asarray(True))
             told = diag.advance(
                 told, step_size=step, termination=code, values=found.evaluations, reused=reused
@@ -151,6 +155,8 @@ class GradientDescent(Iterative):
     >>> solver.run(jnp.zeros(2)).params.round(3).tolist()
     [1.0, 1.0]
     """
+
+    patience = 60  # momentum overshoots, and comes back
 
     def __init__(
         self,

@@ -25,8 +25,6 @@ from jdl.solvers import box, implicit, problem, status
 from jdl.solvers.problem import Problem
 from jdl.solvers.status import Status
 
-PATIENCE = 10  # iterations without visible progress after which a run ends
-
 
 class SolverState(NamedTuple):
     """Where a run is; all but `aux`, `grad` and `internal_state` are scalars.
@@ -41,9 +39,10 @@ class SolverState(NamedTuple):
       status: a `Status` code.
       num_fun_eval: evaluations of f so far, with or without the gradient.
       num_grad_eval: evaluations of ∇f so far.
-      stalled: updates in a row that changed nothing visible.
+      stalled: updates since `best_value` or `best_error` last improved visibly.
       failures: updates in a row whose line search found no decrease.
-      best_error: the least error so far.
+      best_value: f when it last fell by more than its rounding noise.
+      best_error: the error when it last fell by a twentieth.
       internal_state: the optimizer's own state.
       extra: what a solver of a special kind adds; () for the others.
     """
@@ -59,6 +58,7 @@ class SolverState(NamedTuple):
     num_grad_eval: jax.Array
     stalled: jax.Array
     failures: jax.Array
+    best_value: jax.Array
     best_error: jax.Array
     internal_state: Any
     extra: Any = ()
@@ -123,6 +123,7 @@ class Iterative:
     refusals: ClassVar[dict[str, str]] = {}
     # The first failure makes an optimizer forget its history, the second is that of −gradient.
     failures_allowed: int = 2
+    patience: int = 15  # updates without visible progress after which a run ends
 
     def __init__(
         self,
@@ -342,6 +343,7 @@ class Iterative:
             num_grad_eval=one,
             stalled=zero,
             failures=zero,
+            best_value=value,
             best_error=error,
             internal_state=memory,
             extra=extra,
@@ -443,12 +445,12 @@ class Iterative:
             stepsize = told.step_size.astype(stepsize.dtype)
             failed = told.termination == diag.Termination.NO_DECREASE
         error = tree.norm(_optimality(asked, new, grad)).astype(state.error.dtype)
-        change = jnp.abs(value - state.value).astype(state.error.dtype)
         if told is None:  # without a line search, slow is not stuck: only standing still is
             moved = jax.tree.map(lambda a, b: jnp.any(a != b), params, new)
-            flat = ~jnp.any(jnp.stack(jax.tree.leaves(moved)))
+            lower = smaller = jnp.any(jnp.stack(jax.tree.leaves(moved)))
         else:
-            flat = (change <= noise_floor(value, new)) & ~(error < 0.95 * state.best_error)
+            lower = value < state.best_value - noise_floor(value, new).astype(value.dtype)
+            smaller = error < 0.95 * state.best_error
         state = SolverState(
             iter_num=state.iter_num + 1,
             value=value,
@@ -459,9 +461,10 @@ class Iterative:
             status=state.status,
             num_fun_eval=state.num_fun_eval + gradients + values + evaluated,
             num_grad_eval=state.num_grad_eval + gradients + evaluated,
-            stalled=jnp.where(flat, state.stalled + 1, 0),
+            stalled=jnp.where(lower | smaller, 0, state.stalled + 1),
             failures=jnp.where(failed, state.failures + 1, 0),
-            best_error=jnp.minimum(state.best_error, error),
+            best_value=jnp.where(lower, value, state.best_value),
+            best_error=jnp.where(smaller, error, state.best_error),
             internal_state=inner,
             extra=extra,
         )
@@ -479,7 +482,7 @@ class Iterative:
         for holds, ending in (  # later ones overrule earlier ones
             (state.iter_num >= self.maxiter, Status.MAX_ITERATIONS),
             (given_up, Status.LINE_SEARCH_FAILED),
-            (hidden | (state.stalled >= PATIENCE), Status.NO_PROGRESS),
+            (hidden | (state.stalled >= self.patience), Status.NO_PROGRESS),
             (self._converged(params, state), Status.CONVERGED),
             (~finite, Status.NOT_FINITE),
         ):

@@ -83,7 +83,7 @@ def make(
             objective,
         )
 
-    def split(out: Any) -> tuple[jax.Array, Any]:
+    def split(out: Any) -> tuple[Any, Any]:
         value, aux = out if has_aux else (out, None)
         return value, aux
 
@@ -162,6 +162,7 @@ def as_arrays(params: PyTree) -> PyTree:
     """Python numbers as arrays, integers among them as floats: what jaxopt's users hand over."""
 
     def leaf(x: Any) -> Any:
-        return jnp.asarray(float(x)) if isinstance(x, int | float) else jnp.asarray(x)
+        x = jnp.asarray(float(x)) if isinstance(x, int | float) else jnp.asarray(x)
+        return jnp.asarray(x, x.dtype)  # of a firm type: a weak one would compile anew
 
     return jax.tree.map(leaf, params)

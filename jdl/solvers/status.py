@@ -32,12 +32,12 @@ _WORDS = {
     Status.MAX_ITERATIONS: "stopped after the iterations allowed, short of the tolerance",
     Status.LINE_SEARCH_FAILED: (
         "stopped: the line search found no decrease, along -gradient either; the gradient may "
-        "disagree with the function (see jdl.solvers.check_gradient), or the function be rough"
+        "disagree with the function (check_gradient tells), or the function be rough"
     ),
     Status.NOT_FINITE: "stopped: value or gradient is not finite",
     Status.NO_PROGRESS: (
-        "stopped: value and error change no more; the tolerance is below what the numbers' type "
-        "resolves here, or the step is too small to move them"
+        "stopped: value and error fall no more; the tolerance is below what the numbers' type "
+        "resolves here, or steps are too small, or the gradient is wrong (check_gradient tells)"
     ),
 }
 

@@ -1,0 +1,118 @@
+"""Derivatives of solutions: forward, reverse, of bounds, of closures, of unrolled iterations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdl import solvers
+from jdl.solvers import implicit
+from jdl.solvers.least_squares import _triangular_factor
+
+A = jnp.array([[3.0, 1.0, 0.0], [1.0, 4.0, 1.0], [0.0, 1.0, 5.0]])
+
+
+def quadratic(x, b):
+    return 0.5 * jnp.vdot(x, A @ x) - jnp.vdot(b, x)
+
+
+B = jnp.array([1.0, 2.0, -3.0])
+INVERSE = np.linalg.inv(np.asarray(A, np.float64))
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "Newton"])
+def test_forward_and_reverse_mode_are_the_inverse(name):
+    solver = getattr(solvers, name)(quadratic, tol=1e-5)
+    solution = lambda b: solver.run(jnp.zeros(3), b).params  # noqa: E731
+    np.testing.assert_allclose(jax.jacrev(solution)(B), INVERSE, atol=1e-4)
+    np.testing.assert_allclose(jax.jacfwd(solution)(B), INVERSE, atol=1e-4)
+
+
+def test_closures_and_a_solve_of_one_s_own():
+    calls = []
+
+    def solve(product, b):
+        calls.append(1)
+        return implicit.dense(product, b)
+
+    def first(b):
+        solver = solvers.LBFGS(lambda x: quadratic(x, b), tol=1e-5, implicit_diff_solve=solve)
+        return solver.run(jnp.zeros(3)).params[0]
+
+    np.testing.assert_allclose(jax.jit(jax.grad(first))(B), INVERSE[0], atol=1e-4)
+    assert calls
+
+
+def test_in_a_box_only_free_variables_have_derivatives_and_bounds_have_them_too():
+    solver = solvers.LBFGSB(quadratic, tol=1e-5)
+    upper = jnp.array([jnp.inf, 0.3, jnp.inf])  # the second variable's bound is active
+
+    def solution(upper, b):
+        return solver.run(jnp.zeros(3), (-jnp.inf, upper), b).params
+
+    x = solution(upper, B)
+    free = np.array([0, 2])
+    block = np.linalg.inv(np.asarray(A)[np.ix_(free, free)])
+    expected = block @ (np.asarray(B)[free] - np.asarray(A)[free, 1] * 0.3)
+    np.testing.assert_allclose(x, [expected[0], 0.3, expected[1]], atol=1e-4)
+    by_bound, by_b = jax.jacrev(solution, (0, 1))(upper, B)
+    full = np.zeros((3, 3))
+    full[np.ix_(free, free)] = block
+    np.testing.assert_allclose(by_b, full, atol=1e-4)
+    np.testing.assert_allclose(by_bound[1, 1], 1.0, atol=1e-4)
+    np.testing.assert_allclose(by_bound[free, 1], -block @ np.asarray(A)[free, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["OptaxSolver", "GradientDescent"])
+def test_iterations_of_given_length_are_differentiated_themselves(name):
+    def run(rate):
+        options = {"maxiter": 5, "tol": 0.0, "implicit_diff": False}
+        if name == "OptaxSolver":
+            solver = solvers.OptaxSolver(quadratic, optax.sgd(rate), **options)
+        else:
+            solver = solvers.GradientDescent(
+                quadratic, stepsize=lambda i: rate, acceleration=False, **options
+            )
+        return jnp.sum(solver.run(jnp.zeros(3), B).params)
+
+    def by_hand(rate):
+        x = jnp.zeros(3)
+        for _ in range(5):
+            x = x - rate * (A @ x - B)
+        return jnp.sum(x)
+
+    assert float(jax.grad(run)(0.1)) == pytest.approx(float(jax.grad(by_hand)(0.1)), rel=1e-5)
+
+
+def test_a_warm_start_goes_on_with_the_optimizer_s_memory():
+    solver = solvers.LBFGS(quadratic, tol=1e-5)
+    first = solver.run(jnp.zeros(3), B)
+    cold = solver.run(first.params, 1.5 * B)
+    warm = solver.run(first, 1.5 * B)
+    np.testing.assert_allclose(warm.params, INVERSE @ np.asarray(1.5 * B), atol=1e-4)
+    assert int(warm.state.iter_num) <= int(cold.state.iter_num)
+
+
+def test_the_triangular_factor_has_the_matrix_s_singular_values():
+    rng = np.random.default_rng(0)
+    u = np.linalg.qr(rng.normal(size=(3000, 12)))[0]
+    v = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    for condition in (1e1, 1e5):
+        matrix = ((u * np.logspace(0, -np.log10(condition), 12)) @ v.T).astype(np.float32)
+        factor = np.asarray(_triangular_factor(jnp.asarray(matrix.T)), np.float64)
+        expected = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+        found = np.linalg.svd(factor, compute_uv=False)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        np.testing.assert_allclose(factor.T @ factor, matrix.T @ matrix, atol=1e-5)
+
+
+def test_tall_least_squares_goes_by_the_reduced_jacobian():
+    rng = np.random.default_rng(1)
+    t = jnp.linspace(0.0, 4.0, 12000)
+    model = lambda p: p[0] * jnp.exp(-p[1] * t) + p[2] * jnp.cos(3.0 * t)  # noqa: E731
+    y = model(jnp.array([2.0, 0.7, 0.5])) + 0.01 * jnp.asarray(rng.normal(size=12000), jnp.float32)
+    solver = solvers.LevenbergMarquardt(lambda p: model(p) - y, tol=1e-2)
+    params, state = solver.run(jnp.array([1.0, 0.3, 0.0]))
+    np.testing.assert_allclose(params, [2.0, 0.7, 0.5], atol=2e-3)
+    assert int(state.iter_num) <= 10

@@ -1,0 +1,233 @@
+"""How runs end, what they say, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jdl
+from jdl import solvers
+from jdl.core.check import ArgumentError, DataError
+from jdl.solvers import Status
+
+
+def bowl(x):
+    return jnp.sum(jnp.square(x - 1.0) * jnp.array([1.0, 10.0]))
+
+
+def rosenbrock(x):
+    return 100.0 * jnp.square(x[1] - jnp.square(x[0])) + jnp.square(1.0 - x[0])
+
+
+SOLVERS = {
+    "LBFGS": solvers.LBFGS,
+    "NonlinearCG": solvers.NonlinearCG,
+    "Newton": solvers.Newton,
+    "HessianFree": solvers.HessianFree,
+    "GradientDescent": solvers.GradientDescent,
+    "OptaxSolver": lambda fun, **options: solvers.OptaxSolver(fun, optax.sgd(0.04), **options),
+    "boxed": lambda fun, **options: solvers.LBFGS(fun, bounds=(-5.0, 5.0), **options),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_each_solver_converges_and_stops_at_nan_and_after_its_iterations(name):
+    def fun(x, ruin):
+        return bowl(x) + ruin
+
+    solver = SOLVERS[name](fun, tol=1e-3, maxiter=300)
+    params, state = solver.run(jnp.zeros(2), 0.0)
+    np.testing.assert_allclose(params, 1.0, atol=1e-3)
+    assert int(state.status) == Status.CONVERGED
+    assert float(state.error) <= 1e-3
+    assert 0 < int(state.iter_num) < 300
+    state = solver.run(jnp.zeros(2), jnp.nan).state
+    assert int(state.status) == Status.NOT_FINITE
+    assert int(state.iter_num) == 0
+    assert "not finite" in solver.message(state)
+
+
+def test_too_few_iterations_are_told():
+    solver = solvers.LBFGS(rosenbrock, maxiter=3)
+    state = solver.run(jnp.array([-1.2, 1.0])).state
+    assert (int(state.status), int(state.iter_num)) == (Status.MAX_ITERATIONS, 3)
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "NonlinearCG", "GradientDescent", "boxed"])
+def test_a_tolerance_below_the_resolution_ends_without_progress(name):
+    def fun(x):  # the gradient cannot come below 1e-4 or so in float32
+        return 1e3 * bowl(x) + jnp.sum(jnp.square(x + 3.3))
+
+    solver = SOLVERS[name](fun, tol=1e-12, maxiter=2000)
+    params, state = solver.run(jnp.array([0.3, 0.7]))
+    assert int(state.status) in (Status.NO_PROGRESS, Status.CONVERGED)
+    assert int(state.iter_num) < 1000
+    assert int(state.status) == Status.CONVERGED or "resolves" in solver.message(state)
+    np.testing.assert_allclose(params, [1.0 - 4.3 / 1001, 1.0 - 4.3 / 10001], atol=1e-3)
+
+
+def test_a_wrong_gradient_is_a_failed_line_search_and_the_check_names_it():
+    wrong = lambda x: (bowl(x) - 11.0, -jax.grad(bowl)(x))  # noqa: E731
+    state = solvers.LBFGS(wrong, value_and_grad=True).run(jnp.zeros(2)).state
+    assert int(state.status) == Status.LINE_SEARCH_FAILED
+    assert bool(state.failed_linesearch)
+    with pytest.raises(ArgumentError, match="200"):
+        jdl.minimize(wrong, jnp.zeros(2), value_and_grad=True, check_gradient=True)
+    twice = lambda x: (bowl(x), 2.0 * jax.grad(bowl)(x))  # noqa: E731
+    with pytest.raises(ArgumentError, match="gradient"):
+        solvers.check_gradient(twice, jnp.zeros(2), value_and_grad=True)
+    right = lambda x: (rosenbrock(x), jax.grad(rosenbrock)(x))  # noqa: E731
+    assert solvers.check_gradient(right, jnp.array([-1.2, 1.0]), value_and_grad=True) < 0.03
+
+
+def test_a_point_that_is_stationary_already_needs_no_update():
+    state = solvers.LBFGS(bowl).run(jnp.ones(2)).state
+    assert (int(state.status), int(state.iter_num)) == (Status.CONVERGED, 0)
+
+
+@pytest.mark.parametrize(
+    ("fun", "params", "said"),
+    [
+        (lambda x: x, jnp.zeros(2), "real scalar"),
+        (lambda x: jnp.sum(x).astype(jnp.int32), jnp.zeros(2), "real scalar"),
+        (lambda x: (jnp.sum(x), x), jnp.zeros(2), "has_aux=True"),
+        (lambda x: jnp.sum(jnp.abs(x)), jnp.zeros(2, jnp.complex64), "real and imaginary"),
+        (lambda x: jnp.sum(x), jnp.zeros(2, jnp.int32), "floating-point"),
+        (lambda x: jnp.sum(x), {}, "at least one array"),
+    ],
+)
+def test_what_cannot_be_minimized_is_refused_in_words(fun, params, said):
+    with pytest.raises(ArgumentError, match=said):
+        solvers.LBFGS(fun).run(params)
+
+
+def test_a_gradient_of_other_shapes_is_refused():
+    with pytest.raises(ArgumentError, match="gradient"):
+        solvers.LBFGS(lambda x: (bowl(x), jnp.zeros(3)), value_and_grad=True).run(jnp.zeros(2))
+
+
+def test_shapes_that_change_between_iterations_are_refused():
+    solver = solvers.LBFGS(lambda x: jnp.sum(x * x))
+    state = solver.init_state(jnp.ones(3))
+    with pytest.raises(ArgumentError, match=r"float32\[2\]"):
+        solver.update(jnp.ones(2), state)
+    data = iter([jnp.ones(4), jnp.ones(3)])
+    stochastic = solvers.OptaxSolver(lambda x, data: jnp.sum(x) * jnp.sum(data), optax.sgd(0.1))
+    with pytest.raises(DataError, match="Item 1"):
+        stochastic.run_iterator(jnp.ones(2), data)
+    with pytest.raises(DataError, match="nothing"):
+        stochastic.run_iterator(jnp.ones(2), iter([]))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: solvers.LBFGS(bowl, stepsize=0.1), "OptaxSolver"),
+        (lambda: solvers.LBFGS(bowl, use_gamma=False), "use_gamma"),
+        (lambda: solvers.LBFGS(bowl, linesearch="backtracking"), "linesearch"),
+        (lambda: solvers.LBFGS(bowl, linesearch_init="max"), "linesearch_init"),
+        (lambda: solvers.LBFGS(bowl, unroll=True), "implicit_diff=True"),
+        (lambda: solvers.LBFGS(bowl, tol=-1.0), "tol"),
+        (lambda: solvers.LBFGS(bowl, maxiter=-1), "maxiter"),
+        (lambda: solvers.NonlinearCG(bowl, method="fletcher-reeves"), "dai-yuan"),
+        (lambda: solvers.LevenbergMarquardt(bowl, geodesic=True), "geodesic"),
+        (lambda: solvers.LevenbergMarquardt(bowl, solver="cholesky"), "solver"),
+        (lambda: solvers.HessianFree(bowl, curvature="gauss_newton"), "Objective"),
+        (lambda: solvers.LBFGSB(bowl).run(jnp.zeros(2), 3.0), "bounds"),
+        (lambda: solvers.LBFGS(bowl, bounds=(0.0, jnp.ones(3))).run(jnp.zeros(2)), "shape"),
+        (lambda: jdl.minimize(bowl, jnp.zeros(2), method="lbgfs"), "lbfgs"),
+    ],
+)
+def test_options_without_a_meaning_are_refused_in_words(make, said):
+    with pytest.raises(ArgumentError, match=said):
+        make()
+
+
+def test_names_that_are_not_here_say_where_to_go():
+    with pytest.raises(AttributeError, match="bounds"):
+        solvers.ProjectedGradient  # noqa: B018
+    with pytest.raises(TypeError, match="histroy_size"):
+        solvers.LBFGS(bowl, histroy_size=3)
+
+
+def test_verbose_prints_a_table_and_a_callback_sees_each_iteration(capsys):
+    seen = []
+    solver = solvers.LBFGS(
+        rosenbrock, verbose=True, callback=lambda params, state: seen.append((params, state))
+    )
+    params, state = solver.run(jnp.array([-1.2, 1.0]))
+    assert [int(s.iter_num) for _, s in seen] == list(range(1, int(state.iter_num) + 1))
+    np.testing.assert_array_equal(seen[-1][0], params)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == "LBFGS"
+    assert lines[1].split() == ["iteration", "value", "error", "step", "calls"]
+    assert len(lines) == 2 + len(seen)
+    assert float(lines[-1].split()[1]) == pytest.approx(float(state.value), rel=1e-4)
+
+
+def test_a_run_is_compiled_once():
+    traces = []
+
+    def fun(x, c):
+        traces.append(1)
+        return jnp.sum(jnp.square(x - c))
+
+    solver = solvers.LBFGS(fun)
+    solver.run(jnp.zeros(2), jnp.ones(2))
+    count = len(traces)
+    solver.run(jnp.full(2, 0.5), jnp.zeros(2))
+    assert len(traces) == count
+
+
+def test_without_jit_the_function_sees_numbers():
+    seen = []
+
+    def fun(x):
+        seen.append(isinstance(x, jax.core.Tracer))
+        return bowl(x)
+
+    value_and_grad = lambda x: (fun(x), jax.grad(bowl)(x))  # noqa: E731
+    solver = solvers.OptaxSolver(value_and_grad, optax.sgd(0.04), value_and_grad=True, jit=False)
+    solver.implicit_diff = False
+    np.testing.assert_allclose(solver.run(jnp.zeros(2)).params, 1.0, atol=1e-2)
+    assert False in seen
+
+
+def test_minimize_tells_what_happened():
+    result = jdl.minimize(rosenbrock, jnp.array([-1.2, 1.0]), tol=1e-3)
+    assert result.success
+    assert result.status is Status.CONVERGED
+    assert result.iterations == int(result.state.iter_num)
+    text = str(result)
+    for said in ("minimize by lbfgs", "converged", "iterations", "float32[2]"):
+        assert said in text
+    assert repr(result) == text
+
+
+def test_minimize_by_every_method():
+    residuals = lambda x: jnp.stack([10.0 * (x[1] - x[0] ** 2), 1.0 - x[0]])  # noqa: E731
+    start = jnp.array([-1.2, 1.0])
+    for method in ("gauss_newton", "levenberg_marquardt"):
+        result = jdl.minimize(residuals, start, method=method, maxiter=200)
+        np.testing.assert_allclose(result.params, 1.0, atol=1e-3)
+    result = jdl.minimize(rosenbrock, start, method=optax.adam(0.05), maxiter=3000, tol=1e-3)
+    np.testing.assert_allclose(result.params, 1.0, atol=1e-2)
+
+
+def test_minimize_is_for_concrete_arrays():
+    with pytest.raises(ArgumentError, match="LBFGS"):
+        jax.jit(lambda x: jdl.minimize(bowl, x).value)(jnp.zeros(2))
+
+
+def test_an_objective_is_minimized_with_gauss_newton_products():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 3)), jnp.float32)
+    y = x @ jnp.array([1.0, -2.0, 0.5])
+    objective = jdl.Objective.from_fns(
+        lambda w, batch: batch["x"] @ w,
+        lambda outputs, batch: 0.5 * jnp.square(outputs - batch["y"]),
+        {"x": x, "y": y},
+    )
+    for method in ("hessian_free", "lbfgs", "newton"):
+        result = jdl.minimize(objective, jnp.zeros(3), method=method, tol=1e-4)
+        np.testing.assert_allclose(result.params, [1.0, -2.0, 0.5], atol=1e-3)
