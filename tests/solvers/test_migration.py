@@ -47,6 +47,7 @@ def zeros():
     return {"w": jnp.zeros((8, 3)), "b": jnp.zeros(3)}
 
 
+@pytest.mark.slow
 def test_lbfgs_logistic_regression(both):
     def script(lib):
         solver = lib.LBFGS(fun=logistic, maxiter=200, tol=1e-4, history_size=8)
@@ -62,6 +63,7 @@ def test_lbfgs_logistic_regression(both):
     assert int(ours[3]) <= 1.3 * int(theirs[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LBFGS", "NonlinearCG", "GradientDescent"])
 def test_ridge_regression_with_a_step_by_step_loop(name, both):
     def script(lib):
@@ -87,7 +89,9 @@ def test_rosenbrock(both):
     np.testing.assert_allclose(theirs, np.ones(4), atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["GaussNewton", "LevenbergMarquardt"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("GaussNewton", marks=pytest.mark.slow), "LevenbergMarquardt"]
+)
 def test_nonlinear_least_squares(name, both):
     def script(lib):
         solver = getattr(lib, name)(residual_fun=decay_residuals, maxiter=50, tol=1e-3)
@@ -107,6 +111,7 @@ def test_nonlinear_least_squares(name, both):
     np.testing.assert_allclose(ours[0], reference.x, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_levenberg_marquardt_by_madsen_and_nielsen_s_criterion(both):
     def script(lib):
         options = {"stop_criterion": "madsen-nielsen", "xtol": 1e-4, "gtol": 1e-4}
@@ -117,6 +122,7 @@ def test_levenberg_marquardt_by_madsen_and_nielsen_s_criterion(both):
     np.testing.assert_allclose(ours, theirs, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_optax_solver_over_an_iterator(both):
     def batches():
         while True:
@@ -135,17 +141,15 @@ def test_optax_solver_over_an_iterator(both):
 
 
 def test_optax_solver_s_run_is_optax_itself(both):
-    script = lambda lib: (
-        lib.OptaxSolver(  # noqa: E731
-            ridge, optax.adam(0.1), maxiter=37, tol=0.0
-        )
-        .run(jnp.zeros(8), 0.1, (X, Y))
-        .params
-    )
+    def script(lib):
+        solver = lib.OptaxSolver(ridge, optax.adam(0.1), maxiter=37, tol=0.0)
+        return solver.run(jnp.zeros(8), 0.1, (X, Y)).params
+
     ours, theirs = both(script)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_auxiliary_output_is_that_of_the_solution(both):
     def fun(w, lam, data):
         return ridge(w, lam, data), {"norm": jnp.sum(jnp.square(w))}
@@ -159,6 +163,7 @@ def test_auxiliary_output_is_that_of_the_solution(both):
     assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LBFGS", "NonlinearCG", "GradientDescent"])
 def test_a_function_that_gives_its_own_gradient(name, both):
     def fun(w, lam, data):
@@ -166,19 +171,23 @@ def test_a_function_that_gives_its_own_gradient(name, both):
         r = x @ w - y
         return ridge(w, lam, data), x.T @ r / 200 + lam * w
 
-    script = lambda lib: (
-        getattr(lib, name)(  # noqa: E731
-            fun, value_and_grad=True, tol=1e-4, maxiter=300
-        )
-        .run(jnp.zeros(8), 0.1, (X, Y))
-        .params
-    )
+    def script(lib):
+        solver = getattr(lib, name)(fun, value_and_grad=True, tol=1e-4, maxiter=300)
+        return solver.run(jnp.zeros(8), 0.1, (X, Y)).params
+
     ours, theirs = both(script)
     np.testing.assert_allclose(ours, closed_form(0.1), atol=1e-3)
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["LBFGS", "NonlinearCG", "GradientDescent"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LBFGS",
+        pytest.param("NonlinearCG", marks=pytest.mark.slow),
+        pytest.param("GradientDescent", marks=pytest.mark.slow),
+    ],
+)
 def test_implicit_differentiation_of_a_regularization_parameter(name, both):
     def script(lib):
         solver = getattr(lib, name)(ridge, tol=1e-5, maxiter=500)
@@ -202,6 +211,7 @@ def test_implicit_differentiation_of_a_regularization_parameter(name, both):
     assert float(theirs[1]) == pytest.approx(slope, rel=5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GaussNewton", "LevenbergMarquardt"])
 def test_implicit_differentiation_of_least_squares(name, both):
     def script(lib):
@@ -244,6 +254,7 @@ def test_box_constraints(both):
     np.testing.assert_allclose(theirs, reference.x, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_newton_and_hessian_free_find_what_jaxopt_s_lbfgs_finds(both):
     def script(lib):
         names = ("Newton", "HessianFree") if hasattr(lib, "HessianFree") else ("LBFGS",)
