@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all check format bench-step bench-start bench-data bench-kfac clean
+.PHONY: help setup demo test test-all check format bench-step bench-start bench-data bench-kfac bench-optim bench-solvers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,3 +50,9 @@ bench-data: $(READY)  ## images a second out of a tar, against webdataset and th
 
 bench-kfac: $(READY)  ## K-FAC at its defaults against tuned Nesterov and Adam: make bench-kfac DATA=folder
 	$(BIN)/python tests/benchmarks/bench_kfac.py --data $(or $(DATA),data) $(ARGS)
+
+bench-optim: $(READY)  ## second-order methods against their peers, on MNIST's first 5,000 digits
+	$(BIN)/python tests/benchmarks/bench_optim.py $(ARGS)
+
+bench-solvers: $(READY)  ## run-to-convergence solvers against jaxopt, optax, optimistix, SciPy; Lanczos against ARPACK
+	$(BIN)/python tests/benchmarks/bench_solvers.py
