@@ -14,6 +14,7 @@ depends on the loss; any per-example function will do:
 The first two are found by trying the loss on random outputs and targets, when a step is traced.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -62,21 +63,31 @@ def route(loss: Loss, outputs: Outputs, batch: Batch) -> str:
     return "dense" if size <= MOST_DENSE else "gradient"
 
 
-def draw(kind: str, loss: Loss, outputs: Outputs, batch: Batch, key: Key) -> Outputs:
-    """One u an example, of the structure of `outputs`, by the route `kind`."""
-    keys = jax.random.split(key, len(jax.tree.leaves(outputs)))
-    keys = jax.tree.unflatten(jax.tree.structure(outputs), list(keys))
-    noise = jax.tree.map(lambda z, k: jax.random.rademacher(k, z.shape, _wide(z)), outputs, keys)
-    if kind == "dense":
-        # Any root will do, and the signs' own covariance is the identity.
-        return _cast(_dense_root(loss, outputs, batch, noise), outputs)
+def draw(kind: str, loss: Loss, outputs: Outputs, batch: Batch, keys: Key) -> Outputs:
+    """One u an example, of the structure of `outputs`, by the route `kind`.
+
+    Args:
+      kind: one of `ROUTES`.
+      loss: `loss(outputs, batch) -> float[B]`.
+      outputs: where the Hessian is taken.
+      batch: the examples.
+      keys: one an example, so that u does not depend on how examples are shared out.
+    """
+    leaves, structure = jax.tree.flatten(outputs)
     if kind == "gradient":
-        size = jax.tree.leaves(outputs)[0].shape[0]
-        signs = jax.random.rademacher(key, (size,), jnp.float32)
-        return _cast(
-            jax.tree.map(lambda g: g * _rows(signs, g), _grad(loss, outputs, batch)), outputs
-        )
-    return _cast(_root(kind, loss, outputs, batch, noise), outputs)
+        signs = jax.vmap(lambda key: jax.random.rademacher(key, (), jnp.float32))(keys)
+        grads = _grad(loss, outputs, batch)
+        return _cast(jax.tree.map(lambda g: g * _rows(signs, g), grads), outputs)
+
+    def row(key: Key) -> list[jax.Array]:
+        return [
+            jax.random.rademacher(jax.random.fold_in(key, i), z.shape[1:], _wide(z))
+            for i, z in enumerate(leaves)
+        ]
+
+    noise = jax.tree.unflatten(structure, jax.vmap(row)(keys))
+    root = _dense_root if kind == "dense" else functools.partial(_root, kind)
+    return _cast(root(loss, outputs, batch, noise), outputs)
 
 
 def columns(kind: str, loss: Loss, outputs: Outputs, batch: Batch) -> tuple[int, Callable]:

@@ -109,8 +109,7 @@ def second_moments(
     batch = objective._curvature_batch()
     total = objective._weight(batch)
     kind = "gradient" if curvature == "empirical" else find_route(objective, params)
-    if objective.axis_name is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(objective.axis_name))
+    device = 0 if objective.axis_name is None else jax.lax.axis_index(objective.axis_name)
 
     def part(batch: Batch, own_key: Key | None) -> Any:
         weights = batch.get("mask")
@@ -141,7 +140,10 @@ def second_moments(
             return moments, squares
 
         if curvature != "exact":
-            return pulled(fisher.draw(kind, objective.loss, outputs, batch, key)), ()
+            # Each example has its own key, whichever device it is on. Slices of a batch share them.
+            numbers = device * size + jnp.arange(size)
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
+            return pulled(fisher.draw(kind, objective.loss, outputs, batch, keys)), ()
 
         count, column = fisher.columns(kind, objective.loss, outputs, batch)
         signs = jax.random.rademacher(key, (count, size), jnp.float32)
