@@ -112,7 +112,21 @@ class Objective:
         only to functions that name them.
         """
         del obj_fn, objective
-        return self._value(params, self.batch)
+        if self.axis_name is None:
+            return self._value(params, self.batch)
+
+        # Who differentiates this, optax's line searches and Sophia do, gets the gradient over all
+        # devices; JAX's own rule for psum would leave each device with another.
+        @jax.custom_jvp
+        def value(params: Params) -> jax.Array:
+            return self._value(params, self.batch)
+
+        @value.defjvp
+        def rule(primals: tuple[Params], tangents: tuple[PyTree]) -> tuple[jax.Array, jax.Array]:
+            f, grad, _ = self.value_and_grad(*primals)
+            return f, tree.vdot(grad, *tangents).astype(f.dtype)
+
+        return value(params)
 
     def value_and_grad(self, params: Params, **_: Any) -> tuple[jax.Array, Params, Aux]:
         """f(θ), ∇f(θ), and the outputs and new model state of the same evaluation."""

@@ -6,8 +6,12 @@ B is the Gauss-Newton matrix (or the Hessian) on the objective's curvature batch
 products B v. What makes the method robust is around that solve: Levenberg-Marquardt damping λ by
 the reduction ratio, an early stop once CG's progress slows, backtracking over its iterates by the
 true f, a warm start from the last δ, and a line search that no step escapes.
+
+On mini-batches few CG iterations, some 8, do better than many: the first lie along strong
+curvature, which a batch tells well, and λ may then fall; later ones fit the batch alone.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jdl.core import check, tree
-from jdl.core.types import Params, PyTree
+from jdl.core.types import Batch, Params, PyTree
 from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
 from jdl.optim import linear_cg, linesearch
@@ -30,17 +34,20 @@ from jdl.optim.local import (
     local,
     schedule_value,
 )
+from jdl.optim.preconditioner import Preconditioner, diagonal
 
 
 class HessianFreeState(NamedTuple):
-    """What Hessian-free optimization carries from step to step: one or two gradients' memory.
+    """What Hessian-free optimization carries from step to step: a gradient's memory.
+
+    The diagonal preconditioner takes another.
 
     Attributes:
       learning_rate: the factor on CG's solution, float32; change it with `optax.tree.set`.
       damping: λ for the next step, float32; likewise.
       radius: Δ of the trust region, where one is used, float32.
       direction: the last δ, which the next CG starts from.
-      diagonal: running mean of the curvature's diagonal; () without a preconditioner.
+      preconditioner: its state; () without.
       diagnostics: see `jdl.optim.diagnostics`.
     """
 
@@ -48,7 +55,7 @@ class HessianFreeState(NamedTuple):
     damping: jax.Array
     radius: jax.Array
     direction: PyTree
-    diagonal: PyTree
+    preconditioner: PyTree
     diagnostics: Diagnostics
 
 
@@ -66,9 +73,10 @@ def hessian_free(
     tolerance: float = 1e-3,
     warm_start: float = 0.95,
     num_candidates: int = 8,
-    preconditioner: str | None = None,
-    preconditioner_power: float = 0.75,
-    preconditioner_decay: float = 0.95,
+    preconditioner: str | Preconditioner | None = None,
+    weight_decay: float = 0.0,
+    structural_damping: float = 0.0,
+    hidden: Callable[[Params, Batch], PyTree] | None = None,
     c1: float = 1e-2,
     max_evaluations: int = 40,
     seed: int = 0,
@@ -95,11 +103,13 @@ def hessian_free(
       warm_start: factor on the last δ to start CG from, in [0, 1]; 0 starts from zero.
       num_candidates: how many CG iterates, spaced by factors of 1.3 and ending with the last, are
         kept for backtracking, ≥ 1; each takes a gradient's memory during the step.
-      preconditioner: "diagonal" for M = (diag + λ)^power, or None. The diagonal is the empirical
-        Fisher's where there is an objective, else the Hessian's by Hutchinson's estimate; one
-        random draw a step enters a running mean.
-      preconditioner_power: in (0, 1].
-      preconditioner_decay: of the running mean, in [0, 1).
+      preconditioner: "diagonal" for M = (diag + λ)^¾, a `jdl.optim.preconditioner.Preconditioner`
+        such as `diagonal(power=1.0)`, or None.
+      weight_decay: μ ≥ 0; adds ½ μ ‖θ‖² to f, in values, gradient and curvature alike.
+      structural_damping: κ ≥ 0, for recurrent networks; adds κ λ Hᵀ H / B to the curvature CG
+        solves with, H the Jacobian of the hidden units' activations, so that steps which would
+        upset them are short. ρ is judged without it. Needs `hidden` and an objective.
+      hidden: `hidden(params, batch) -> activations`, all of a batch's, any pytree.
       c1: sufficient decrease of the line search, in (0, 1).
       max_evaluations: trials of the line search at most, ≥ 1.
       seed: of the preconditioner's draws.
@@ -126,12 +136,22 @@ def hessian_free(
       Martens, Deep learning via Hessian-free optimization (2010), section 4.
       Martens & Sutskever, Training deep and recurrent networks with Hessian-free optimization
       (2012), sections 20.5 to 20.11.
-      Chapelle & Erhan, Improved preconditioner for Hessian free optimization (2011).
       Steihaug, The conjugate gradient method and trust regions (1983).
     """
     check_scale("learning_rate", learning_rate)
     check.one_of("curvature", curvature, ["auto", "gauss_newton", "hessian"])
-    check.one_of("preconditioner", preconditioner, ["diagonal", None])
+    if not isinstance(preconditioner, Preconditioner):
+        check.one_of("preconditioner", preconditioner, ["diagonal", None])
+    solver = diagonal() if preconditioner == "diagonal" else preconditioner
+    assert not isinstance(solver, str)
+    check.in_range("weight_decay", weight_decay, 0.0)
+    check.in_range("structural_damping", structural_damping, 0.0)
+    check.argument(
+        (structural_damping > 0) == (hidden is not None),
+        "hidden",
+        "hidden(params, batch) -> activations with structural damping, and None without",
+        hidden,
+    )
     check.in_range("damping", damping, 0.0)
     check.in_range("damping_increase", damping_increase, 1.0)
     check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True)
@@ -139,8 +159,6 @@ def hessian_free(
     check.in_range("progress", progress, 0.0)
     check.in_range("tolerance", tolerance, 0.0, 1.0)
     check.in_range("warm_start", warm_start, 0.0, 1.0)
-    check.in_range("preconditioner_power", preconditioner_power, 0.0, 1.0, open_low=True)
-    check.in_range("preconditioner_decay", preconditioner_decay, 0.0, 1.0)
     check.in_range("c1", c1, 0.0, 1.0, open_low=True)
     for name, count in (
         ("max_linear_iterations", max_linear_iterations),
@@ -159,7 +177,7 @@ def hessian_free(
             damping=jnp.array(first_damping, jnp.float32),
             radius=jnp.array(trust_region or jnp.inf, jnp.float32),
             direction=jax.tree.map(jnp.zeros_like, params),
-            diagonal=jax.tree.map(jnp.zeros_like, params) if preconditioner else (),
+            preconditioner=() if solver is None else solver.init(params),
             diagnostics=diag.init(first_damping),
         )
 
@@ -189,6 +207,9 @@ def hessian_free(
             "Pass objective=jdl.Objective.from_fns(predict, loss, batch), or use "
             'curvature="hessian".',
         )
+        undecayed = here.value_fn
+        if weight_decay:
+            here, updates = _decayed(here, updates, weight_decay)
         rate = state.learning_rate
         if callable(learning_rate):
             rate = schedule_value(learning_rate, state.diagnostics.iterations)
@@ -198,26 +219,32 @@ def hessian_free(
         active = here.finite & ~here.stationary
 
         if use_gauss_newton:
-            plain_product = lambda v: objective.gnvp(here.params, v)  # noqa: E731
+            data_product = lambda v: objective.gnvp(here.params, v)  # noqa: E731
         elif objective is not None:
-            plain_product = lambda v: objective.hvp(here.params, v)  # noqa: E731
+            data_product = lambda v: objective.hvp(here.params, v)  # noqa: E731
         else:
-            plain_product = hessian_product(here.value_fn, here.params)
+            data_product = hessian_product(undecayed, here.params)
 
-        solve, diagonal = None, state.diagonal
-        if preconditioner is not None:
+        def plain_product(v: PyTree) -> PyTree:
+            return tree.add_scaled(data_product(v), weight_decay, v)
+
+        def damped_product(v: PyTree) -> PyTree:
+            product = tree.add_scaled(plain_product(v), damping_now, v)
+            if hidden is None:
+                return product
+            jitter = objective.gram_product(hidden, here.params, v)
+            return tree.add_scaled(product, structural_damping * damping_now, jitter)
+
+        solve, solver_state = None, state.preconditioner
+        if solver is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.diagnostics.iterations)
-            drawn = _draw_diagonal(here, objective, plain_product, key)
-            usable = active & tree.all_finite(drawn)
-            decay = jnp.asarray(preconditioner_decay, jnp.float32)
-            mixed = tree.add_scaled(tree.scale(decay, diagonal), 1.0 - decay, drawn)
-            diagonal = tree.where(usable, mixed, diagonal)
-            draws = (state.diagnostics.iterations + 1).astype(jnp.float32)
-            mean = tree.scale(1.0 / (1.0 - decay**draws), diagonal)
-            solve = _preconditioner(mean, damping_now, preconditioner_power)
+            count = state.diagnostics.iterations
+            solver_state, solve = solver.step(
+                solver_state, here, plain_product, damping_now, count, key, active
+            )
 
         solution = linear_cg.linear_cg(
-            lambda v: tree.add_scaled(plain_product(v), damping_now, v),
+            damped_product,
             tree.scale(-1.0, updates),
             tree.scale(warm_start, state.direction)
             if warm_start > 0 and trust_region is None
@@ -253,7 +280,11 @@ def hessian_free(
             active=active,
         )
         moved = found.step > 0
-        ratio = _ratio(here, updates, delta, model, damping_now, scale, candidate_value)
+        extra_curvature = damping_now * tree.vdot(delta, delta)
+        if hidden is not None:
+            jitter = objective.gram_product(hidden, here.params, delta)
+            extra_curvature += structural_damping * damping_now * tree.vdot(delta, jitter)
+        ratio = _ratio(here, updates, delta, model, extra_curvature, scale, candidate_value)
         ratio = jnp.where(descends & moved, ratio, -jnp.inf)
         next_damping, next_radius = damping_now, state.radius
         if trust_region is None:
@@ -278,14 +309,15 @@ def hessian_free(
         code = diag.ending(found.termination, here.finite, here.stationary, descends)
         concave = (code == Termination.ACCEPTED) & (solution.reason == linear_cg.CURVATURE)
         products = solution.products.astype(jnp.float32)
-        products += float(preconditioner is not None and objective is None)
+        if solver is not None and objective is None:
+            products += solver.products
         share = 1.0 if objective is None else objective.curvature_share()
         told = diag.advance(
             state.diagnostics,
             step_size=found.step,
             termination=jnp.where(concave, Termination.NEGATIVE_CURVATURE, code),
             values=found.evaluations + tried,
-            gradients=share if preconditioner and objective is not None else 0.0,
+            gradients=share * solver.gradients if solver and objective is not None else 0.0,
             hessian_products=0.0 if use_gauss_newton else products * share,
             gauss_newton_products=products * share if use_gauss_newton else 0.0,
             linear_iterations=solution.iterations,
@@ -299,7 +331,7 @@ def hessian_free(
             damping=jnp.where(active, next_damping, damping_now).astype(jnp.float32),
             radius=jnp.where(active, next_radius, state.radius).astype(jnp.float32),
             direction=tree.where(moved & descends, delta, nothing),
-            diagonal=diagonal,
+            preconditioner=solver_state,
             diagnostics=told,
         )
         return tree.where(moved, tree.scale(found.step, direction), nothing), new
@@ -346,37 +378,31 @@ def _ratio(
     updates: PyTree,
     delta: PyTree,
     model: jax.Array,
-    damping: jax.Array,
+    damped: jax.Array,
     scale: jax.Array,
     new_value: jax.Array,
 ) -> jax.Array:
-    """ρ of θ + scale · δ against the undamped model, whose curvature is read off CG's q."""
-    curvature = model - tree.vdot(updates, delta) - 0.5 * damping * tree.vdot(delta, delta)
+    """ρ of θ + scale · δ against the undamped model, whose curvature is read off CG's q.
+
+    `damped` is what damping added to ⟨δ, B δ⟩.
+    """
+    curvature = model - tree.vdot(updates, delta) - 0.5 * damped
     predicted = scale * tree.vdot(here.grad, delta) + scale * scale * curvature
     return damping_rules.reduction_ratio(here.value, new_value, predicted, here.noise)
 
 
-def _draw_diagonal(here: Local, objective: Any, product: Any, key: jax.Array) -> PyTree:
-    """One random draw of the curvature's diagonal."""
-    if objective is not None:
-        return objective.fisher_diagonal(here.params, key)
-    leaves, structure = jax.tree.flatten(here.params)
-    keys = jax.random.split(key, len(leaves))
-    signs = jax.tree.unflatten(
-        structure,
-        [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
+def _decayed(here: Local, updates: PyTree, weight_decay: float) -> tuple[Local, PyTree]:
+    """The objective around θ, and the model's gradient, with ½ μ ‖θ‖² added."""
+
+    def penalty(params: Params) -> jax.Array:
+        return 0.5 * weight_decay * tree.vdot(params, params).astype(here.value.dtype)
+
+    value_fn = here.value_fn
+    grad = tree.add_scaled(here.grad, weight_decay, here.params)
+    here = here._replace(
+        value=here.value + penalty(here.params),
+        grad=grad,
+        value_fn=lambda params: value_fn(params) + penalty(params),
+        stationary=tree.vdot(grad, grad) == 0,
     )
-    return jax.tree.map(lambda s, p: jnp.abs(s * p), signs, product(signs))
-
-
-def _preconditioner(diagonal: PyTree, damping: jax.Array, power: float) -> Any:
-    """R -> M⁻¹ r with M = (diag + λ)^power."""
-    # λ may be zero: a floor far below the mean keeps M positive.
-    mean = sum(jnp.sum(d.astype(jnp.float32)) for d in jax.tree.leaves(diagonal))
-    floor = damping.astype(jnp.float32) + 1e-6 * mean / tree.size(diagonal) + 1e-30
-
-    def inverse(d: jax.Array) -> jax.Array:
-        return (jnp.maximum(d, 0.0) + floor.astype(d.dtype)) ** -power
-
-    inverses = jax.tree.map(inverse, diagonal)
-    return lambda r: jax.tree.map(jnp.multiply, inverses, r)
+    return here, tree.add_scaled(updates, weight_decay, here.params)
