@@ -26,7 +26,7 @@ class Holdout(NamedTuple):
     >>> test = Holdout("test", 0.5, group=1)
     >>> people = ["faces/ann/1.jpg", "faces/ann/2.jpg", "faces/bob/1.jpg", "faces/eve/1.jpg"]
     >>> [test.holds(name) for name in people]
-    [True, True, False, True]
+    [False, False, True, False]
     """
 
     part: str

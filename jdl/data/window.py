@@ -119,21 +119,11 @@ class Window:
             self._held = {}
             self._draws.skip(start)
             self._read(sorted(self._draws.slots))
-        while self._draws.place < start:
-            self._step()
-        numbers, data = [], []
-        for _ in range(start, stop):
-            number, held = self._step()
-            numbers.append(number)
-            data.append(held)
-        return self._draws.records(numbers), data
-
-    def _step(self) -> tuple[int, bytes | BadImage]:
-        out, coming = self._draws.draw()
-        held = self._held.pop(out)
-        if coming is not None:
-            self._read([coming])
-        return out, held
+        between = start - self._draws.place  # what other hosts take
+        drawn = [self._draws.draw() for _ in range(self._draws.place, stop)]
+        self._read([coming for _, coming in drawn if coming is not None])
+        data = [self._held.pop(out) for out, _ in drawn]
+        return self._draws.records([out for out, _ in drawn[between:]]), data[between:]
 
     def _read(self, numbers: list[int]) -> None:
         for start in range(0, len(numbers), 256):
