@@ -81,7 +81,7 @@ def from_tar(
       grayscale: one channel rather than three.
       batch_size: rows in every batch, B.
       epochs: how often to go through the data; None for ever.
-      shuffle: a new order each epoch; by default only where there is no end.
+      shuffle: a new order each epoch; by default only where there is no end, or weights.
       seed: names the orders, and all that is random in augmentation.
       split: only members whose path begins with this folder, or one side of a split by hash, such
         as `"train:0.1:folder"` (see `TarSource`).
@@ -152,12 +152,19 @@ def from_tar(
             f"{where} has no label: `label={label!r}` finds none in its name or beside it. For "
             "images without labels pass label=None."
         )
-    shuffled = epochs is None if shuffle is None else shuffle
+    shuffled = (epochs is None or weights is not None) if shuffle is None else shuffle
+    order = _order(source, paths, weights, window, shuffled, seed)
+    check.argument(
+        not (workers and isinstance(order, WindowOrder)),
+        "workers",
+        "0 for what is read in order: one reader feeds threads",
+        workers,
+    )
     plan = Plan.checked(len(source), batch_size, epochs, drop_remainder).sharded(*shard)
     return ImageBatches(
         source,
         plan,
-        _order(source, paths, weights, window, shuffled, seed),
+        order,
         size=height_width or _common_size(source, grayscale, exact, max_pixels),
         resize=height_width is not None,
         labelled=label is not None,

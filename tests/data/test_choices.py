@@ -190,7 +190,9 @@ def test_mixing_archives(tmp_path):
         with pytest.raises(ArgumentError, match="weights"):
             from_tar([a, str(tmp_path / "b-*.tar")], weights=weights, **options)
     with pytest.raises(ArgumentError, match="shuffle"):
-        from_tar([a, b[0]], weights=[1, 1], batch_size=2, epochs=1)
+        from_tar([a, b[0]], weights=[1, 1], batch_size=2, shuffle=False)
+    with pytest.raises(ArgumentError, match="workers"):
+        from_tar(a, window=4, workers=1, **options)
 
 
 # ---------------------------------------------------------------------- hosts
