@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jdl.core.types import Mode as Mode
     from jdl.solvers.minimize import minimize as minimize
     from jdl.train.estimator import Estimator as Estimator
+    from jdl.train.model_fn import Spec as Spec
+    from jdl.train.model_fn import from_model_fn as from_model_fn
     from jdl.train.premade import autoencoder as autoencoder
     from jdl.train.premade import classifier as classifier
 
@@ -31,6 +33,8 @@ _NAMES = {
     "minimize": "jdl.solvers",
     "Estimator": "jdl.train.estimator",
     "classifier": "jdl.train.premade",
+    "from_model_fn": "jdl.train.model_fn",
+    "Spec": "jdl.train.model_fn",
     "autoencoder": "jdl.train.premade",
 }
 _ROOMS = (

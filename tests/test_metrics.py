@@ -21,9 +21,7 @@ def test_top_k_accuracy(case):
     for k in (1, 3, 5, 9):
         found = metrics.top_k_accuracy(k)(jnp.asarray(outputs), {"label": jnp.asarray(labels)})
         k = min(k, 5)
-        expected = (
-            1.0 if k == 5 else sk.top_k_accuracy_score(labels, outputs, k=k, labels=range(5))
-        )
+        expected = 1.0 if k == 5 else sk.top_k_accuracy_score(labels, outputs, k=k, labels=range(5))
         assert float(found.mean()) == pytest.approx(expected, abs=1e-6)
 
 

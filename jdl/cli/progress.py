@@ -1,19 +1,24 @@
 """How far a run is: a live line on a terminal, a plain line every few seconds elsewhere."""
 
 import time
+from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 EVERY = 5.0  # seconds between plain lines
+RECENT = 20  # rows of the log that speed is measured over
 
 
 class StepProgress:
-    """A hook for an Estimator that shows steps, loss and images a second.
+    """A hook for an Estimator that shows steps, loss, speed and the time that is left.
+
+    Speed is that of the last few rows of the log: images a second, and a step's time on the
+    training clock, without evaluation and saving; `wait` is the share of it spent waiting for data.
 
     Args:
       total: the step the run is to end at.
@@ -24,15 +29,15 @@ class StepProgress:
         self._console = Console(stderr=True)
         self._total, self._batch_size = total, batch_size
         self._printed = time.monotonic()
-        self._first: tuple[int, float] | None = None
+        self._recent: deque[_Point] = deque(maxlen=RECENT)
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=None),
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            expand=True,
         )
         self._task = self._bar.add_task("train", total=total, numbers="compiling …")
 
@@ -48,17 +53,60 @@ class StepProgress:
         """Takes one row of the log."""
         if row["split"] != "train":
             return
-        numbers = f"loss {row['loss']:.4g}"
-        if self._first is None:
-            self._first = (row["step"], row["seconds"])
-        elif row["seconds"] > self._first[1]:
-            rate = (row["step"] - self._first[0]) / (row["seconds"] - self._first[1])
-            numbers += f"  {rate * self._batch_size:.0f} images/s"
+        waited = row.get("data_wait", 0.0)
+        if self._recent and row["step"] <= self._recent[-1].step:
+            self._recent.clear()  # rolled back
+        self._recent.append(_Point(row["step"], row["seconds"], time.monotonic()))
+        numbers = "  ".join([f"loss {row['loss']:.4g}", *self._speed(waited)])
         if self._console.is_terminal:
             self._bar.update(self._task, completed=row["step"], numbers=numbers)
         elif time.monotonic() - self._printed >= EVERY or row["step"] == self._total:
             self._printed = time.monotonic()
-            self._console.print(f"step {row['step']}/{self._total}  {numbers}", highlight=False)
+            self._console.print(
+                f"step {row['step']}/{self._total}  {numbers}", highlight=False, soft_wrap=True
+            )
+
+    def _speed(self, waited: float) -> list[str]:
+        first, last = self._recent[0], self._recent[-1]
+        steps, seconds = last.step - first.step, last.seconds - first.seconds
+        if steps < 1 or seconds <= 0.0:
+            return []
+        left = (self._total - last.step) * (last.at - first.at) / steps
+        return [
+            f"{steps * self._batch_size / seconds:.4g} images/s",
+            f"{_seconds(seconds / steps)}/step",
+            f"wait {waited:.0%}",
+            f"ETA {_clock(left)}",
+        ]
+
+
+class _Point(NamedTuple):
+    step: int
+    seconds: float  # on the training clock
+    at: float  # on the wall's
+
+
+def _seconds(value: float) -> str:
+    """Seconds to three digits, in a unit that suits them.
+
+    >>> _seconds(0.01234), _seconds(0.00005), _seconds(2.5)
+    ('12.3 ms', '50 µs', '2.5 s')
+    """
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if value * factor >= 1.0:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> _clock(3725.4), _clock(59.7)
+    ('1:02:05', '1:00')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def table(columns: list[str], rows: list[list[str]], title: str = "") -> None:

@@ -112,12 +112,14 @@ class RunConfig:
 
     def images(self, data: str, split: str | None, *, labelled: bool = True, **options: Any) -> Any:
         """A data set of the images' size and the classes that this run was trained on."""
-        if not labelled:
-            options["label"] = None  # and a record that cannot be read ends the command
-        else:
-            options |= {"classes": self.classes, "on_error": self.on_error}
+        options |= {"classes": self.classes} if labelled else {"label": None}
         return open_images(
-            data, split=split, size=self.image_shape[:2], grayscale=self.grayscale, **options
+            data,
+            split=split,
+            size=self.image_shape[:2],
+            grayscale=self.grayscale,
+            on_error=self.on_error,
+            **options,
         )
 
 

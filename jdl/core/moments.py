@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jdl.core import check, fisher, layers, tree
 from jdl.core.layers import Bases, Layers, Probe
-from jdl.core.objective import Objective, _batch_size
+from jdl.core.objective import Objective, _batch_size, require_of_outputs
 from jdl.core.types import Batch, Key, Outputs, Params, PyTree
 
 CURVATURES = ("fisher", "empirical", "exact")
@@ -65,6 +65,7 @@ def find_route(objective: Objective, params: Params) -> str:
     """How draws from the loss's output Hessian are made: see `jdl.core.fisher`."""
     batch = _slice_of(objective)
     outputs = jax.eval_shape(lambda p: objective._apply(p, batch, objective.key)[0], params)
+    require_of_outputs(objective.loss)
     return fisher.route(objective.loss, outputs, batch)
 
 

@@ -173,6 +173,7 @@ class Objective:
         J is the outputs' Jacobian and ∇²ℓ the loss's Hessian with respect to the outputs; where
         ℓ is convex, G is positive semi-definite.
         """
+        require_of_outputs(self.loss)
         batch = self._curvature_batch()
         total = self._weight(batch)
 
@@ -370,6 +371,17 @@ class Objective:
 
     def _psum(self, x: PyTree) -> PyTree:
         return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
+
+
+def require_of_outputs(loss: Loss) -> None:
+    """Refuses a loss that a model function computed itself: of the outputs it has no curvature."""
+    check.argument(
+        getattr(loss, "of_outputs", True),
+        "loss",
+        "a function of the model's outputs for optimizers by Gauss-Newton or Kronecker factors",
+        "its values",
+        "Give Spec(outputs=…, loss=function), or take another optimizer: adam, lbfgs, cg, newton.",
+    )
 
 
 def _batch_size(batch: Batch) -> int:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jdl.models.autoencoder import Autoencoder as Autoencoder
     from jdl.models.cnn import CNN as CNN
+    from jdl.models.function import Function as Function
+    from jdl.models.function import param as param
     from jdl.models.mlp import MLP as MLP
     from jdl.models.rnn import RNN as RNN
 
@@ -14,6 +16,8 @@ _NAMES = {
     "MLP": "jdl.models.mlp",
     "RNN": "jdl.models.rnn",
     "Autoencoder": "jdl.models.autoencoder",
+    "Function": "jdl.models.function",
+    "param": "jdl.models.function",
 }
 
 __all__ = list(_NAMES)

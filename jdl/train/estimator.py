@@ -29,7 +29,7 @@ from jdl.train.feed import Feed, record_names
 from jdl.train.hooks import Profile, StopTraining
 from jdl.train.lock import RunLock
 from jdl.train.parallel import SplitRule, own_rows, placement
-from jdl.train.step import TrainState, build
+from jdl.train.step import Metrics, TrainState, build
 from jdl.train.termination import Stopped, Termination
 from jdl.train.writers import Writers
 
@@ -59,7 +59,8 @@ class Estimator:
       loss: `loss(outputs, batch) -> float[B]`, one value an example.
       optimizer: any optax transformation, first or second order, or a name: sgd, momentum,
         nesterov, adam, adamw, lbfgs, cg, newton, hf.
-      metrics: name -> `metric(outputs, batch) -> float[B]`, averaged over examples.
+      metrics: name -> `metric(outputs, batch) -> float[B]`, averaged over examples; or one function
+        that gives a dict of such values.
       workdir: the run directory, for `metrics.jsonl` and `checkpoints/`; a run started again in it
         goes on from its last checkpoint. None keeps everything in memory.
       seed: of the initial parameters and all that is random in training.
@@ -110,7 +111,7 @@ class Estimator:
         loss: Loss,
         optimizer: str | optax.GradientTransformation,
         *,
-        metrics: Mapping[str, Metric] | None = None,
+        metrics: Mapping[str, Metric] | Metrics | None = None,
         workdir: str | Path | None = None,
         seed: int = 0,
         inputs: str | Sequence[str] = "image",

@@ -8,6 +8,7 @@ block ends without an error; nothing is left of it otherwise.
 """
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -167,7 +168,7 @@ class _NpzTable:
                     if dtype.kind != "U":
                         shutil.copyfileobj(file, member, 1 << 16)
                         continue
-                    while lines := [json.loads(x) for x, _ in zip(file, range(_CHUNK))]:  # noqa: B905
+                    while lines := [json.loads(x) for x in itertools.islice(file, _CHUNK)]:
                         member.write(np.array(lines, dtype).tobytes())
         with self._path.open("rb+") as made:
             _sync(made)

@@ -1,0 +1,106 @@
+"""A model's parameters with shapes and counts, and the FLOPs of one image by XLA's cost analysis.
+
+Examples:
+  jdl summary cnn --size 128
+  jdl summary runs/photos
+  jdl summary rnn --json
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+
+@dataclass
+class Args:
+    """Which model, for what images."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|DIR")]
+    """mlp, cnn, rnn, autoencoder, or the run directory of `jdl train`"""
+    size: str | None = None
+    """HEIGHT or HEIGHTxWIDTH of the images; by default 8, that of the digits"""
+    color: bool = False
+    """three channels rather than one"""
+    classes: int = 10
+    """how many classes there are"""
+    batch_size: int = 1
+    """images that the FLOPs are counted with; they are told for one"""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """print one JSON object"""
+
+
+def run(args: Args) -> None:
+    """Prints the table."""
+    import jax
+    import numpy as np
+
+    from jdl.cli.recipes import RECIPES, recipe
+    from jdl.cli.run_config import FILE, RunConfig, parse_size
+    from jdl.core import check
+    from jdl.train.summary import summarize
+
+    for name in ("classes", "batch_size"):
+        value = getattr(args, name)
+        check.argument(value >= 1, f"--{name.replace('_', '-')}", "at least 1", value)
+    workdir = Path(args.model)
+    if args.model not in RECIPES and (workdir / FILE).exists():
+        config = RunConfig.load(workdir)
+        given = [name for name in ("size", "color") if getattr(args, name)]
+        check.argument(not given, f"--{''.join(given[:1])}", "left out for a run", args.model)
+        model, shape, classes = config.model, tuple(config.image_shape), len(config.classes)
+        what = f"{config.model} of {workdir}"
+    else:
+        check.one_of("MODEL", args.model, [*RECIPES, "a run directory of `jdl train`"])
+        size = parse_size(args.size, "digits")
+        model, shape, classes = args.model, (*size, 3 if args.color else 1), args.classes
+        what = model
+    net = recipe(model).build(shape, classes)
+    found = summarize(net, jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32)))
+    if args.as_json:
+        print(json.dumps(_as_json(found, shape)))
+        return
+    _show(found, f"{what}, images {'×'.join(map(str, shape))}")
+
+
+def _as_json(found: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "image_shape": list(shape),
+        "parameters": found.parameters,
+        "bytes": found.bytes,
+        "forward_flops": found.forward_flops,
+        "gradient_flops": found.gradient_flops,
+        "arrays": [entry._asdict() for entry in found.entries],
+    }
+
+
+def _show(found: Any, title: str) -> None:
+    from jdl.cli import progress
+
+    rows = []
+    for entry in found.entries:
+        of_all = f"{entry.size / found.parameters:.1%}" if entry.kind == "params" else "state"
+        shape = "×".join(map(str, entry.shape)) or "scalar"
+        rows.append([entry.name, shape, entry.dtype, f"{entry.size:,}", of_all])
+    progress.table(["array", "shape", "type", "elements", "share"], rows, title)
+    print(f"parameters: {found.parameters:,} in {_units(found.bytes, 1024, 'iB')}")
+    for name, flops in (("outputs", found.forward_flops), ("with gradient", found.gradient_flops)):
+        told = "not told by this compiler" if flops is None else _units(flops, 1000, "FLOP")
+        print(f"{name + ', an image:':25}{told}")
+
+
+def _units(value: float, base: int, unit: str) -> str:
+    """Three digits and a prefix.
+
+    >>> _units(1_234_567, 1000, "FLOP")
+    '1.23 MFLOP'
+    """
+    prefixes = ["", "k" if base == 1000 else "K", "M", "G", "T", "P"]
+    power = 0
+    while value >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    if unit == "iB" and not power:
+        return f"{value:.0f} B"
+    return f"{value:.3g} {prefixes[power]}{unit}"

@@ -1,0 +1,49 @@
+"""A plain function as a Linen module: what it builds inside is its parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+class Function(nn.Module):
+    """`function(*args)`, which may make Linen modules, and parameters of its own by `param`.
+
+    Attributes:
+      function: called with the module's arguments; what it returns is returned.
+
+    >>> import jax.numpy as jnp
+    >>> def line(x):
+    ...     return nn.Dense(1)(x) + param("shift", nn.initializers.ones, (1, 1))
+    >>> variables = Function(line).init(jax.random.key(0), jnp.ones((2, 3)))
+    >>> sorted(variables["params"])
+    ['Dense_0', 'shift']
+    """
+
+    function: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns."""
+        return self.function(*args)
+
+
+class _Parameter(nn.Module):
+    init_fn: Callable[..., jax.Array]
+    args: tuple[Any, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("value", self.init_fn, *self.args)
+
+
+def param(name: str, init: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    """A parameter of the function that calls this, inside `Function` or another Linen module.
+
+    Args:
+      name: unique within the function.
+      init: `init(key, *args) -> array`, such as one of `jax.nn.initializers`.
+      *args: the rest of its arguments, the shape say.
+    """
+    return _Parameter(init, args, name=name)()
