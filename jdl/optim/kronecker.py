@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdl.core import moments, tree
+from jdl.core import check, moments, tree
 from jdl.core.layers import Bases, Layers, Probe, dtype_of
 from jdl.core.objective import Objective
 from jdl.core.types import Key, Params, PyTree
+from jdl.optim.local import Local
 from jdl.optim.part import PartialObjective
+from jdl.optim.preconditioner import Inverse, Preconditioner
 
 
 class Pair(NamedTuple):
@@ -323,6 +325,54 @@ def assignment(sizes: Sequence[int], count: int) -> list[int]:
         chosen[i] = min(range(count), key=load.__getitem__)
         load[chosen[i]] += sizes[i] ** 3
     return chosen
+
+
+def preconditioner(
+    curvature: str = "fisher", decay: float = 0.9, max_size: int = 4096
+) -> Preconditioner:
+    """The factors for conjugate gradients: `hessian_free(preconditioner="kronecker")`.
+
+    Each step refreshes the factors, at one gradient of the curvature batch, and inverts them with
+    its own λ.
+
+    Args:
+      curvature: as for `kfac`.
+      decay: of the factors' running mean, in [0, 1).
+      max_size: a side with more coordinates has a diagonal factor, ≥ 1.
+    """
+    check.one_of("curvature", curvature, moments.CURVATURES)
+    check.in_range("decay", decay, 0.0, 1.0)
+    check.positive_int("max_size", max_size)
+
+    def step(
+        state: Kronecker,
+        here: Local,
+        product: Any,
+        damping: jax.Array,
+        count: jax.Array,
+        key: Key,
+        active: jax.Array,
+    ) -> tuple[Kronecker, Inverse]:
+        del product, count
+        check.argument(
+            here.objective is not None,
+            "objective",
+            "given, for layers' inputs and output gradients come through it",
+            here.objective,
+            "Pass objective=jdl.Objective.from_fns(predict, loss, batch).",
+        )
+        objective = plain(here.objective)
+        found = moments.find_layers(objective, here.params)
+
+        def refreshed(state: Kronecker) -> Kronecker:
+            state = refresh_moments(objective, here.params, found, state, key, curvature, decay)
+            mesh = mesh_of(jax.tree.leaves(here.params)[0])
+            return refresh_inverses(found, state, damping, axis_name=objective.axis_name, mesh=mesh)
+
+        state = jax.lax.cond(active, refreshed, lambda state: state, state)
+        return state, lambda vector: apply(found, state, vector, damping)
+
+    return Preconditioner(lambda params: init(params, max_size=max_size), step, gradients=1.0)
 
 
 def mesh_of(x: Any) -> Any:
