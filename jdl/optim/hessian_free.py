@@ -22,7 +22,7 @@ from jdl.core import check, tree
 from jdl.core.types import Batch, Params, PyTree
 from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
-from jdl.optim import linear_cg, linesearch
+from jdl.optim import kronecker, linear_cg, linesearch
 from jdl.optim.diagnostics import Diagnostics, Termination
 from jdl.optim.local import (
     Local,
@@ -40,7 +40,9 @@ from jdl.optim.preconditioner import Preconditioner, diagonal
 class HessianFreeState(NamedTuple):
     """What Hessian-free optimization carries from step to step: a gradient's memory.
 
-    The diagonal preconditioner takes another.
+    The diagonal preconditioner takes another; the Kronecker factors of a layer of m inputs and n
+    outputs 2 (m² + n²) numbers. During an update CG holds six gradients more, the diagonal
+    preconditioner two, and `num_candidates` iterates.
 
     Attributes:
       learning_rate: the factor on CG's solution, float32; change it with `optax.tree.set`.
@@ -103,8 +105,8 @@ def hessian_free(
       warm_start: factor on the last δ to start CG from, in [0, 1]; 0 starts from zero.
       num_candidates: how many CG iterates, spaced by factors of 1.3 and ending with the last, are
         kept for backtracking, ≥ 1; each takes a gradient's memory during the step.
-      preconditioner: "diagonal" for M = (diag + λ)^¾, a `jdl.optim.preconditioner.Preconditioner`
-        such as `diagonal(power=1.0)`, or None.
+      preconditioner: "diagonal" for M = (diag + λ)^¾, "kronecker" for K-FAC's factors, a
+        `jdl.optim.preconditioner.Preconditioner` such as `diagonal(power=1.0)`, or None.
       weight_decay: μ ≥ 0; adds ½ μ ‖θ‖² to f, in values, gradient and curvature alike.
       structural_damping: κ ≥ 0, for recurrent networks; adds κ λ Hᵀ H / B to the curvature CG
         solves with, H the Jacobian of the hidden units' activations, so that steps which would
@@ -141,9 +143,12 @@ def hessian_free(
     check_scale("learning_rate", learning_rate)
     check.one_of("curvature", curvature, ["auto", "gauss_newton", "hessian"])
     if not isinstance(preconditioner, Preconditioner):
-        check.one_of("preconditioner", preconditioner, ["diagonal", None])
-    solver = diagonal() if preconditioner == "diagonal" else preconditioner
-    assert not isinstance(solver, str)
+        check.one_of("preconditioner", preconditioner, ["diagonal", "kronecker", None])
+    named: dict[str, Callable[[], Preconditioner]] = {
+        "diagonal": diagonal,
+        "kronecker": kronecker.preconditioner,
+    }
+    solver = named[preconditioner]() if isinstance(preconditioner, str) else preconditioner
     check.in_range("weight_decay", weight_decay, 0.0)
     check.in_range("structural_damping", structural_damping, 0.0)
     check.argument(
