@@ -250,6 +250,11 @@ def test_standard_input(folder, tmp_path, pipe, compress):
     pipe(compress(whole)[:-2000] if compress is gzip.compress else whole[:-3000])
     with pytest.raises(DataError, match="Standard input is damaged: truncated"):
         list(standard_input(**options))
+    spoilt = bytearray(whole)
+    spoilt[3 * 1024 + 7] ^= 1
+    pipe(compress(bytes(spoilt)))
+    batches = list(standard_input(on_error="skip", **options))
+    assert sum(int(batch["mask"].sum()) for batch in batches) == 22
     pipe(whole)
     done = pack("-", str(tmp_path / "b.tar"))
     assert digest(done.shards) == digest([path])
