@@ -187,7 +187,7 @@ def profile(problem, repeats=5):
     objective, params = Objective(problem.model, problem.loss, {}, batch), problem.params
     found = moments.find_layers(objective, params)
     key, lam = jax.random.key(0), jnp.float32(0.1)
-    some = moments.rows(objective, 250)
+    some = moments.rows(objective, 128)
 
     def timed(f, *args):
         f = jax.jit(f)

@@ -17,7 +17,7 @@ from jdl.core import moments
 from jdl.core.check import ArgumentError
 from jdl.core.objective import Objective
 from jdl.models.layers import max_pool
-from jdl.optim import kronecker
+from jdl.optim import hessian_free, kronecker
 from jdl.optim.kfac import describe, kfac, shares, solve_pair
 
 
@@ -492,3 +492,28 @@ def test_arguments_are_checked():
         kfac().update(
             grad, kfac().init(params), params, value=value, grad=grad, value_fn=objective.value
         )
+
+
+# ------------------------------------------------------------------ as a preconditioner
+
+
+def test_where_the_factors_are_exact_conjugate_gradients_are_done_at_once():
+    # One linear layer, squared error: A ⊗ I is the curvature, and A is ill-conditioned.
+    scales = jnp.asarray(10.0 ** np.linspace(-1.0, 1.0, 12), jnp.float32)
+    x = jnp.asarray(numbers(40, 12), jnp.float32) * scales[None]
+    y = jnp.asarray(numbers(40, 3, seed=1), jnp.float32)
+    objective = Objective.from_fns(lambda p, b: b["x"] @ p["w"], squares, {"x": x, "y": y})
+    iterations = {}
+    for name, chosen in (
+        ("none", None),
+        ("drawn", "kronecker"),
+        ("exact", kronecker.preconditioner("exact")),
+    ):
+        optimizer = hessian_free(
+            preconditioner=chosen, damping=1e-5, tolerance=1e-3, progress=0.0, warm_start=0.0
+        )
+        _, state, _ = run(optimizer, objective, {"w": jnp.zeros((12, 3))}, 1)
+        iterations[name] = int(state.diagnostics.linear_iterations)
+    assert iterations["exact"] <= 5
+    assert iterations["drawn"] <= 9
+    assert iterations["none"] >= 18
