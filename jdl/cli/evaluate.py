@@ -77,8 +77,15 @@ def run(args: Args) -> None:
             values["confusion"] = confusion.astype(int).tolist()
         if args.per_class and scores is not None:
             values["per_class"] = [
-                {"class": name, **{k: _json(v) for k, v in zip(scores._fields, row, strict=True)}}
-                for name, *row in zip(config.classes, *scores, strict=True)
+                {
+                    "class": name,
+                    "examples": int(n),
+                    **{
+                        k: None if math.isnan(x) else float(x)
+                        for k, x in zip(scores._fields[1:], row, strict=True)
+                    },
+                }
+                for name, n, *row in zip(config.classes, *scores, strict=True)
             ]
         print(json.dumps(values))
         return
@@ -113,10 +120,3 @@ def _show_confusion(confusion: Any, classes: tuple[str, ...]) -> None:
     most = [divmod(int(i), len(classes)) for i in np.argsort(-wrong, axis=None)[:20]]
     rows = [[classes[i], classes[j], str(wrong[i, j])] for i, j in most if wrong[i, j]]
     progress.table(["class", "taken for", "images"], rows, "the most frequent confusions")
-
-
-def _json(value: float) -> float | None:
-    """A number as JSON has it: whole ones without a fraction, none for what is undefined."""
-    if math.isnan(value):
-        return None
-    return int(value) if float(value).is_integer() and value > 1 else float(value)

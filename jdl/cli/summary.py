@@ -85,7 +85,7 @@ def _show(found: Any, title: str) -> None:
         shape = "×".join(map(str, entry.shape)) or "scalar"
         rows.append([entry.name, shape, entry.dtype, f"{entry.size:,}", of_all])
     progress.table(["array", "shape", "type", "elements", "share"], rows, title)
-    print(f"parameters: {found.parameters:,} in {_units(found.bytes, 1024, 'iB')}")
+    print(f"parameters: {found.parameters:,} in {_units(float(found.bytes), 1024, 'iB')}")
     for name, flops in (("outputs", found.forward_flops), ("with gradient", found.gradient_flops)):
         told = "not told by this compiler" if flops is None else _units(flops, 1000, "FLOP")
         print(f"{name + ', an image:':25}{told}")

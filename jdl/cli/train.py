@@ -58,6 +58,8 @@ class Args:
     """the run directory; by default runs/MODEL-DATA-OPTIMIZER"""
     save_every: int = 1000
     """steps between checkpoints"""
+    logs: tuple[Literal["csv", "tensorboard"], ...] = ()
+    """what to write besides metrics.jsonl: csv for metrics.csv, tensorboard for its event files"""
     precision: Literal["bfloat16", "float16"] | None = None
     """what the model computes in; parameters, losses and optimizer stay float32"""
     ema: float | None = None
@@ -145,6 +147,7 @@ def run(args: Args) -> None:
     use_compilation_cache()
     options = {
         "save_every": args.save_every,
+        "logs": args.logs,
         "rematerialize": args.rematerialize,
         "on_nonfinite": args.on_nonfinite,
         "parallel": args.parallel,

@@ -90,7 +90,7 @@ def torch_loop(images, labels, batch_size, channels_last):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        return float(loss), float(accuracy)
+        return float(loss.detach()), float(accuracy)
 
     return run
 
@@ -249,7 +249,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3, help="of the CNN, a round")
     args = parser.parse_args()
     compilations()
-    overhead(args.rounds, 400)
+    overhead(args.rounds, 2000)
     checkpoint_cost("MLP 784-256-10, batch 128", SMALL, 100, args.rounds)
     against_peers(args.rounds, args.steps)
     checkpoint_cost("default CNN, 128x128x1, batch 64", LARGE, 1, 3)
