@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all check format bench-step bench-start bench-data bench-kfac bench-optim bench-solvers clean
+.PHONY: help setup demo test test-all check format bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ bench-step: $(READY)  ## our train step against a bare jit loop
 
 bench-start: $(READY)  ## seconds from `jdl train` to the first step, cold and cached
 	$(BIN)/python tests/benchmarks/bench_start.py
+
+bench-train: $(READY)  ## training against a bare loop, and PyTorch and Keras where installed; checkpoints' cost
+	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
 
 bench-data: $(READY)  ## images a second out of a tar, against webdataset and the decoder alone
 	$(BIN)/python tests/benchmarks/bench_data.py
