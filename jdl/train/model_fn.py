@@ -14,6 +14,30 @@
     estimator = jdl.from_model_fn(model_fn, workdir="runs/photos")
 
 It is called when a mode is compiled, not at every step.
+
+Old names and ours:
+
+    tf.estimator.Estimator(model_fn, model_dir)   jdl.from_model_fn(fn, workdir=…)
+    EstimatorSpec(mode, predictions, loss,        jdl.Spec(predictions, loss, optimizer, metrics):
+      train_op, eval_metric_ops)                  losses and metrics one value an example, no means
+    ModeKeys.TRAIN, EVAL, PREDICT                 jdl.Mode.TRAIN, EVALUATE, PREDICT
+    optimizer.minimize(loss)                      the optimizer itself, or its name
+    tf.layers, tf.get_variable                    Flax Linen modules, jdl.models.param
+    params                                        functools.partial(model_fn, …)
+    DNNClassifier and other premade ones          jdl.classifier(jdl.models.MLP()), jdl.autoencoder
+    input_fn                                      a function without arguments that gives batches,
+                                                  dicts of arrays; jdl.data.from_tar, from_arrays
+    train(input_fn, steps, max_steps)             jdl.Estimator.train(data, steps=…, max_steps=…)
+    train_and_evaluate(…, EvalSpec)               train(data, validation=…, validate_every=…)
+    evaluate, predict                             jdl.Estimator.evaluate, predict, predict_batches
+    export_saved_model                            jdl.Estimator.export
+    RunConfig: save_checkpoints_steps,            save_every, keep, seed, log_every
+      keep_checkpoint_max, tf_random_seed,        of jdl.Estimator
+      log_step_count_steps
+    BestExporter                                  keep_best=("accuracy", "max")
+    SessionRunHook                                hooks, see jdl.train.hooks
+    summaries in model_dir                        logs=("tensorboard",)
+    MirroredStrategy, TPUStrategy                 devices=…, parallel="jit", "fsdp" or "pmap"
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -188,3 +188,27 @@ def test_prediction_in_a_new_process_needs_labels_once(tmp_path):
         again.predict(unlabelled)
     again.initialize(data())
     np.testing.assert_array_equal(again.predict(unlabelled)["logits"], expected)
+
+
+def test_the_names_that_old_ones_are_led_to_exist():
+    import importlib
+    import inspect
+    import re
+
+    from jdl.train import model_fn
+
+    page = model_fn.__doc__.split("Old names and ours:")[1]
+    names = set(re.findall(r"\bjdl(?:\.\w+)+", page))
+    assert len(names) > 10
+    for name in names:
+        found = jdl
+        for part in name.split(".")[1:]:
+            try:
+                found = getattr(found, part)
+            except AttributeError:
+                found = importlib.import_module(f"{found.__name__}.{part}")
+    options = inspect.signature(jdl.Estimator).parameters
+    assert {"save_every", "keep", "seed", "log_every", "keep_best", "hooks", "logs"} <= set(options)
+    assert {"validation", "validate_every"} <= set(
+        inspect.signature(jdl.Estimator.train).parameters
+    )
