@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from jdl.core.check import DataError, UserError
-from jdl.data import TarSource, archive, describe, from_tar, inflate
+from jdl.data import TarSource, archive, describe, from_tar, inflate, remote
 from jdl.data.window import WindowOrder
 
 zstd = pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
@@ -328,7 +328,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def serve(plain, tmp_path, monkeypatch):
     pytest.importorskip("aiohttp")
     monkeypatch.setenv("JDL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(archive, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.001)
     servers = []
 
     def start(content=None, **options):
@@ -376,7 +376,7 @@ def test_a_remote_index_is_kept_and_renewed(serve):
     assert server.requests - before < 10
     server.etag = '"2"'
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(archive, "_RECHECK", 0.0)
+        patched.setattr(remote, "_RECHECK", 0.0)
         with pytest.raises(DataError, match="has changed"):
             first[0]
     assert len(TarSource(server.url)) == N
