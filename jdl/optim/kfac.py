@@ -1,6 +1,6 @@
 r"""K-FAC: the natural gradient by Kronecker factors, its length and momentum from an exact model.
 
-    Δ = −(F + λI)⁻¹ g  by factors,      δ = αΔ + μδ₋,
+    Δ = (F + λI)⁻¹ g  by factors,      δ = −αΔ + μδ₋,
     (α, μ) minimize  q(δ) = ⟨g, δ⟩ + ½⟨δ, (B + λI) δ⟩
 
 Factors are averaged over steps and inverted now and then. B, the exact Gauss-Newton matrix, is met
@@ -82,7 +82,7 @@ def kfac(
     factors_every: int = 5,
     inverses_every: int = 20,
     factors_decay: float = 0.95,
-    model_rows: int = 250,
+    model_rows: int = 128,
     kl_clip: float | None = None,
     weight_decay: float = 0.0,
     averaging: float | None = None,
@@ -260,9 +260,9 @@ def kfac(
         gradient = updates
         if weight_decay:
             gradient = tree.add_scaled(updates, weight_decay, here.params)
-        direction = tree.scale(-1.0, kronecker.apply(found, factors, gradient, lam))
+        natural = kronecker.apply(found, factors, gradient, lam)
         some = moments.rows(objective, model_rows)
-        vectors = (direction, state.direction)
+        vectors = (natural, state.direction)
         model = moments.quadratic(some, here.params, vectors)
         bent = model.curvature.astype(scalar)
         gram = _matrix(lambda i, j: tree.vdot(vectors[i], vectors[j])).astype(scalar)
@@ -273,34 +273,37 @@ def kfac(
             weights = weights * jnp.sqrt(kl_clip / jnp.maximum(divergence, kl_clip))
         weights = weights * rate.astype(scalar)
 
-        def trial(scale: jax.Array) -> tuple[jax.Array, PyTree]:
-            """ρ of the step at this scale, and the step."""
+        def stepped(scale: jax.Array) -> PyTree:
             w = scale * weights
-            step = tree.add_scaled(tree.scale(w[0], direction), w[1], state.direction)
-            moved = some.value(tree.add_scaled(here.params, 1.0, step)).astype(scalar)
+            return tree.add_scaled(tree.scale(w[0], natural), w[1], state.direction)
+
+        def reduction(scale: jax.Array) -> jax.Array:
+            """ρ of the step at this scale."""
+            w = scale * weights
+            moved = some.value(tree.add_scaled(here.params, 1.0, stepped(scale))).astype(scalar)
             curved = 0.5 * w @ bent @ w
             there = w @ model.slopes.astype(scalar) + curved
             surprise = moved - model.value.astype(scalar) - there
             foretold = w @ slopes + curved + 0.5 * weight_decay * w @ gram @ w
-            ratio = damping_rules.reduction_ratio(
+            return damping_rules.reduction_ratio(
                 here.value, here.value + foretold + surprise, foretold, here.noise
             )
-            return ratio, step
 
-        def misled(carry: Any) -> jax.Array:
+        def going(carry: Any) -> jax.Array:
             tries, _, ratio, _ = carry
             return ~(ratio > 0) & (tries <= max_backtracks) & active
 
         def halved(carry: Any) -> Any:
-            tries, scale, _, _ = carry
-            return tries + 1, 0.5 * scale, *trial(0.5 * scale)
+            tries, scale, _, first_ratio = carry
+            scale = jnp.where(tries == 0, scale, 0.5 * scale)
+            ratio = reduction(scale)
+            return tries + 1, scale, ratio, jnp.where(tries == 0, ratio, first_ratio)
 
-        one = jnp.ones((), scalar)
-        ratio, step = trial(one)
-        start = (jnp.ones((), jnp.int32), one, ratio, step)
-        tries, scale, last_ratio, step = jax.lax.while_loop(misled, halved, start)
+        unknown = jnp.asarray(-jnp.inf, scalar)
+        start = (jnp.zeros((), jnp.int32), jnp.ones((), scalar), unknown, unknown)
+        tries, scale, last_ratio, ratio = jax.lax.while_loop(going, halved, start)
         moved = (last_ratio > 0) & active
-        step = tree.where(moved, step, jax.tree.map(jnp.zeros_like, here.params))
+        step = tree.where(moved, stepped(scale), jax.tree.map(jnp.zeros_like, here.params))
 
         factor = damping_decrease**damping_every
         next_damping = damping_rules.levenberg_marquardt(
@@ -319,14 +322,14 @@ def kfac(
         work = _add_work(state.work, found, factors, objective, share, drawn, inverted, tries)
         told = diag.advance(
             state.diagnostics,
-            step_size=jnp.where(moved, scale * weights[0], 0.0),
+            step_size=jnp.where(moved, -scale * weights[0], 0.0),
             termination=diag.ending(code, here.finite, here.stationary, jnp.asarray(True)),
             values=tries.astype(jnp.float32) * share,
             gradients=drawn.astype(jnp.float32) * objective.curvature_share(),
             # Two tangents pushed forward are about one pushed forward and pulled back.
             gauss_newton_products=share,
             damping=lam,
-            reduction_ratio=ratio,
+            reduction_ratio=jnp.where(active, ratio, jnp.nan),
             reused=reused,
         )
         return step, KfacState(
