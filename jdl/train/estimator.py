@@ -1,15 +1,14 @@
 """The Estimator: a model, a loss and an optimizer, trained, evaluated and asked for predictions.
 
 It is composed of parts that serve alone: `step.build` makes the pure functions, `parallel` places
-and compiles them, `loop.run` drives them, `checkpoint` and `writers` keep what they make.
+and `compiled` compiles them, `feed` brings batches, `keeper` saves and restores and writes the log.
 """
 
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +17,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jdl.core import check, tree
+from jdl.core import check
 from jdl.core.model import Model, as_model, in_precision, rematerialized
 from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
 from jdl.optim import registry
-from jdl.train.checkpoint import Checkpoints
 from jdl.train.clock import Clock, Finished, LateLog, as_floats
+from jdl.train.compiled import CompiledSteps
 from jdl.train.ema import average, averaging
-from jdl.train.feed import Feed, record_names
+from jdl.train.feed import Data, Feed, batches_per_epoch, opened, record_names
 from jdl.train.hooks import Profile, StopTraining
-from jdl.train.lock import RunLock
+from jdl.train.keeper import Keeper, NonFiniteError
 from jdl.train.parallel import SplitRule, own_rows, placement
 from jdl.train.step import Metrics, TrainState, build
 from jdl.train.termination import Stopped, Termination
-from jdl.train.writers import Writers
 
 logger = logging.getLogger("jdl.train")
 
 MAX_ROLLBACKS = 8
-_all_finite = jax.jit(tree.all_finite)
-
-Data = Iterable[Batch] | Callable[[], Iterable[Batch]]
 
 
 class Report(dict[str, Any]):
     """One row of a run's log: step, seconds, epoch, split and the values."""
 
     estimator: "Estimator"
-
-
-class NonFiniteError(check.TrainingError):
-    """A loss or parameters are not finite."""
 
 
 class Estimator:
@@ -138,10 +129,8 @@ class Estimator:
         check.argument(callable(loss), "loss", "a function of (outputs, batch)", loss)
         check.positive_int("microbatches", microbatches)
         check.positive_int("log_every", log_every)
-        check.positive_int("keep", keep)
-        for name, every in (("save_every", save_every), ("keep_every", keep_every)):
-            if every is not None:
-                check.positive_int(name, every)
+        if save_every is not None:
+            check.positive_int("save_every", save_every)
         check.one_of("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
         check.argument(
             on_nonfinite != "rollback" or workdir is not None,
@@ -149,14 +138,6 @@ class Estimator:
             'given with on_nonfinite="rollback", which goes back to its checkpoints',
             workdir,
         )
-        if keep_best is not None:
-            pair = isinstance(keep_best, tuple) and len(keep_best) == 2
-            check.argument(
-                pair and keep_best[1] in ("min", "max"),
-                "keep_best",
-                'a metric and "min" or "max", such as ("accuracy", "max")',
-                keep_best,
-            )
         self.model: Model = as_model(model)
         if precision is not None:
             self.model = in_precision(self.model, precision)
@@ -165,7 +146,6 @@ class Estimator:
         self.loss: Loss = loss
         self.workdir = None if workdir is None else Path(workdir)
         self.seed = seed
-        self.compile_seconds = 0.0
         self.classes: tuple[str, ...] | None = None  # of the training data
         self._placement = placed = placement(devices, parallel, split_rule)
         if curvature_batch_size is not None and placed.mode == "pmap":
@@ -192,10 +172,9 @@ class Estimator:
         self._evaluations: dict[Any, Callable[..., Any]] = {}
         self._predict_batch = jax.jit(self._program.predict)
         self._predict_inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
-        self._rewind_to: int | None = None  # step that the logs are to go back to before training
-        self._writers = None if self.workdir is None else Writers(self.workdir, logs)
+        self._steps = CompiledSteps(self._program.train, placed)
+        self._keeper = Keeper(self.workdir, logs, keep, keep_every, keep_best)
         self._log_every, self._save_every = log_every, save_every
-        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._averages, self._on_nonfinite = ema is not None, on_nonfinite
         self._profile = Profile(profile, self.workdir)
         self._hooks = tuple(hooks)
@@ -203,11 +182,9 @@ class Estimator:
         self._lent = False  # whether someone may hold on to arrays of the state
         self._steps_done = 0
         self._clock = Clock()
-        self._compiled: dict[str, Callable[..., Any]] = {}
-        self._plan: Any = None  # XLA's account of the step's memory
+        self._init_seconds = 0.0
         self._position: Any = None
         self._feed: tuple[Data, bool, Feed] | None = None
-        self._checkpoints: dict[str, Checkpoints] = {}
         self._trail: deque[tuple[int, Any]] = deque(maxlen=256)  # where recent steps' data began
 
     # ------------------------------------------------------------------ what it holds
@@ -245,21 +222,14 @@ class Estimator:
         return self._clock.seconds
 
     @property
-    def memory(self) -> dict[str, int]:
-        """Bytes that a step needs on each device, by the compiler's account; {} before the first.
+    def compile_seconds(self) -> float:
+        """Time spent compiling, which is in no clock."""
+        return self._init_seconds + self._steps.seconds
 
-        `state` is reused for the state after; `peak` counts state, batch and all in between, and
-        `seen` is the device's own account of its peak, where it keeps one.
-        """
-        if self._plan is None:
-            return {}
-        plan = self._plan
-        state = plan.alias_size_in_bytes
-        peak = plan.argument_size_in_bytes + plan.temp_size_in_bytes
-        peak += plan.output_size_in_bytes - state
-        stats = self._placement.devices[0].memory_stats() or {}
-        seen = {"seen": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
-        return {"state": state, "peak": peak, **seen}
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that a step needs on each device, see `CompiledSteps.memory`."""
+        return self._steps.memory
 
     # ------------------------------------------------------------------ TRAIN
 
@@ -296,8 +266,7 @@ class Estimator:
           Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75.
           UserError: another process is training in the same run directory.
         """
-        locked = self.workdir is not None and jax.process_index() == 0
-        with RunLock(self.workdir) if locked else nullcontext():  # type: ignore[arg-type]
+        with self._keeper.lock():
             limits = (steps, max_steps, epochs, seconds)
             return self._train(data, limits, validation, validate_every)
 
@@ -335,16 +304,14 @@ class Estimator:
         if steps is not None:
             last_step = self._steps_done + steps
         if epochs is not None:
-            last_step = self._steps_done + epochs * _batches_per_epoch(data)
+            last_step = self._steps_done + epochs * batches_per_epoch(data)
         if last_step is not None and self._steps_done >= last_step:
             return self
         self.classes = getattr(data, "classes", None) or self.classes
         if validation is not None:
-            validate_every = validate_every or _batches_per_epoch(data)
+            validate_every = validate_every or batches_per_epoch(data)
             check.positive_int("validate_every", validate_every)
-        step_fn = self._compiled_step(batch)
-        if self._lent:  # the step reuses the memory of the state it is given
-            self._state, self._lent = jax.tree.map(jnp.copy, self._state), False
+        step_fn = self._steps.for_batch(self._current(), batch)
         deadline = None if seconds is None else self.seconds + seconds
         rollbacks, rate = 0, math.inf
         while True:
@@ -375,10 +342,7 @@ class Estimator:
         validate: tuple[Data | None, int | None],
     ) -> None:
         """The loop: nothing in it waits for the step just dispatched."""
-        # Not before: an evaluation beside a running training must leave its log alone.
-        if self._rewind_to is not None and jax.process_index() == 0 and self._writers is not None:
-            self._writers.rewind(self._rewind_to)
-        self._rewind_to = None
+        self._keeper.begin()
         with Termination() as termination, self._clock as clock, self._profile as profile:
             began, first = clock.seconds, self._steps_done
             while last_step is None or self._steps_done < last_step:
@@ -387,7 +351,9 @@ class Estimator:
                 if batch is None:
                     break
                 profile.before(self._steps_done + 1)
-                self._state, logs = step_fn(self._state, batch)
+                if self._lent:  # the step reuses the memory of the state it is given
+                    self._state, self._lent = jax.tree.map(jnp.copy, self._state), False
+                self._state, logs = step_fn(self._current(), batch)
                 self._steps_done += 1
                 self._position = feed.position
                 if self._steps_done != last_step:
@@ -419,20 +385,8 @@ class Estimator:
     def _validate(self, data: Data) -> None:
         self._clock.stop()
         values = self.evaluate(data, name="validation")
-        if self._keep_best is not None and self.workdir is not None:
-            self._save_if_best(values)
+        self._keeper.save_if_best(self._current(), self._meta(), values)
         self._clock.start()
-
-    def _save_if_best(self, values: Mapping[str, float]) -> None:
-        assert self._keep_best is not None
-        name, mode = self._keep_best
-        check.one_of("keep_best", name, values)
-        best = self._manager("best", keep=1)
-        before = best.meta()
-        sign = 1.0 if mode == "max" else -1.0
-        if before is None or sign * values[name] > sign * before["values"][name]:
-            best.save(self._steps_done, self._current(), self._meta() | {"values": dict(values)})
-            best.wait()
 
     def restore_best(self, data: Data) -> "Estimator":
         """Takes up the checkpoint of the best validation so far.
@@ -440,25 +394,23 @@ class Estimator:
         Args:
           data: what `train` is given.
         """
-        feed = Feed(_opened(data), self._placement.put_step_batch)
+        feed = Feed(opened(data), self._placement.put_step_batch)
         batch = feed.prefetch()
-        if batch is None or self.workdir is None or not (self.workdir / "best").exists():
+        if batch is None or not self._restore(self._placement.whole_batch(batch), best=True):
             raise check.UserError(
                 "There is no best checkpoint: train with a work directory, keep_best and "
                 "validation data."
             )
-        self._restore(self._manager("best", keep=1), self._placement.whole_batch(batch))
         return self
 
     def _roll_back(
-        self, data: Data, feed: Feed, error: "NonFiniteError", last_rate: float
+        self, data: Data, feed: Feed, error: NonFiniteError, last_rate: float
     ) -> tuple[Feed, float]:
         """The last checkpoint again, with half the learning rate or half of the last half."""
         batch = feed.prefetch()
-        if batch is None or self._manager().latest_step() is None:
+        self._keeper.wait()
+        if batch is None or not self._restore(self._placement.whole_batch(batch)):
             raise error
-        self._manager().wait()
-        self._restore(self._manager(), self._placement.whole_batch(batch))
         state = self._current()
         rate = optax.tree.get(state.opt_state, "learning_rate", None)
         if rate is None:
@@ -621,14 +573,14 @@ class Estimator:
         Args:
           data: as for `train`.
         """
-        batches = _opened(data)
+        batches = opened(data)
         batches = batches.repeat() if hasattr(batches, "repeat") else batches
         feed = Feed(batches, self._placement.put_step_batch)
         first = feed.prefetch()
         if first is None:
             raise check.DataError("The data gives no batch.")
         return (
-            self._compiled_step(first),
+            self._steps.for_batch(self._current(), first),
             jax.tree.map(jnp.copy, self._current()),
             iter(feed.take, None),
         )
@@ -637,7 +589,7 @@ class Estimator:
         """The feed of the same data goes on; a new one starts where the last checkpoint was."""
         if self._feed is not None and self._feed[0] is data and self._feed[1] == repeat:
             return self._feed[2]
-        batches = _opened(data)
+        batches = opened(data)
         if repeat and hasattr(batches, "repeat"):
             batches = batches.repeat()
         put = self._placement.put_step_batch
@@ -653,7 +605,7 @@ class Estimator:
 
     def _once(self, data: Data) -> Iterator[Batch]:
         """The batches of one pass, on the devices."""
-        batches = _opened(data)
+        batches = opened(data)
         if hasattr(batches, "once"):
             batches = batches.once()
         placed = self._placement
@@ -673,7 +625,7 @@ class Estimator:
     def _held(self, batch: Batch) -> TrainState:
         """The state, restored from the run directory if need be."""
         if self._state is None and self.workdir is not None:
-            if self._manager().latest_step() is None:
+            if self._keeper.latest_step() is None:
                 raise check.UserError(f"{self.workdir} holds no checkpoint: train first.")
             self._prepare(batch)
         return self._current()
@@ -682,18 +634,16 @@ class Estimator:
         """Makes the initial state, or takes up the run directory's last checkpoint."""
         key = jax.random.key(self.seed)
         init = self._placement.compile_init(self._program.init, key, batch)
-        if self.workdir is not None:
-            if self._restore(self._manager(), batch):
-                return
-            self._rewind_to = 0  # what a run that saved nothing has written
+        if self._restore(batch):
+            return
         start = time.perf_counter()
         self._state = jax.block_until_ready(init(key, batch))
-        self.compile_seconds += time.perf_counter() - start
+        self._init_seconds += time.perf_counter() - start
 
-    def _restore(self, checkpoints: Checkpoints, batch: Batch) -> bool:
-        """Takes up the newest of these checkpoints, if there is one."""
+    def _restore(self, batch: Batch, *, best: bool = False) -> bool:
+        """Takes up the newest checkpoint, or the best, if there is one."""
         expected = jax.eval_shape(self._program.init, jax.random.key(self.seed), batch)
-        restored = checkpoints.restore(expected, self._placement.shardings(expected))
+        restored = self._keeper.restore(expected, self._placement.shardings(expected), best=best)
         if restored is None:
             return False
         self._state, meta = restored
@@ -701,22 +651,7 @@ class Estimator:
         self._clock = Clock(meta["seconds"])
         self._position = meta["position"]
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
-        self._rewind_to = self._steps_done
         return True
-
-    def _compiled_step(self, batch: Batch) -> Callable[..., Any]:
-        """The step, compiled ahead for batches of this shape."""
-        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
-        signature = str(shapes)
-        if signature not in self._compiled:
-            start = time.perf_counter()
-            lowered = self._placement.lower_step(self._program.train, self._current(), batch)
-            _refuse_changed_types(self._current(), lowered.out_info[0])
-            compiled = lowered.compile()
-            self._plan = compiled.memory_analysis()
-            self._compiled[signature] = _naming_shapes(compiled, shapes)
-            self.compile_seconds += time.perf_counter() - start
-        return self._compiled[signature]
 
     def _on_finished(self, data: Data, feed: Feed) -> Callable[[Finished], None]:
         per_epoch = getattr(data, "batches_per_epoch", None)
@@ -734,8 +669,8 @@ class Estimator:
 
         return on_finished
 
-    def _nonfinite(self, data: Data, finished: Finished) -> "NonFiniteError":
-        kept = self._manager().latest_step() if self.workdir is not None else None
+    def _nonfinite(self, data: Data, finished: Finished) -> NonFiniteError:
+        kept = self._keeper.latest_step()
         position = dict(self._trail).get(finished.step - 1)
         names = record_names(data, position)
         if names:
@@ -752,36 +687,17 @@ class Estimator:
     ) -> None:
         row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
         row.estimator = self
-        if self._writers is not None and jax.process_index() == 0:
-            self._writers.write(row)
+        self._keeper.write(row)
         for hook in self._hooks:
             hook(row)
-
-    def _manager(self, name: str = "checkpoints", keep: int | None = None) -> Checkpoints:
-        if name not in self._checkpoints:
-            assert self.workdir is not None
-            number = self._keep if keep is None else keep
-            every = self._keep_every if name == "checkpoints" else None
-            self._checkpoints[name] = Checkpoints(self.workdir / name, number, every)
-        return self._checkpoints[name]
 
     def _meta(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "position": self._position, "classes": self.classes}
 
     def _save(self, wait: bool = False) -> None:
-        if self.workdir is None:
-            return
         running = self._clock.running
         self._clock.stop()
-        state = self._current()
-        if not bool(_all_finite(state.params)):
-            raise NonFiniteError(
-                f"The parameters are not finite after step {self._steps_done}; they are not saved, "
-                f"and the checkpoint of step {self._manager().latest_step()} is the last good one."
-            )
-        self._manager().save(self._steps_done, state, self._meta())
-        if wait:
-            self._manager().wait()
+        self._keeper.save(self._current(), self._meta(), wait=wait)
         if running:
             self._clock.start()
 
@@ -792,54 +708,3 @@ def _as_optimizer(optimizer: str | optax.GradientTransformation) -> optax.Gradie
     ok = hasattr(optimizer, "init") and hasattr(optimizer, "update")
     check.argument(ok, "optimizer", "an optax transformation or a name", optimizer)
     return optimizer
-
-
-def _opened(data: Data) -> Any:
-    """The batches; of each, this process's rows, where several processes train together."""
-    batches = data() if callable(data) else data
-    if jax.process_count() > 1 and hasattr(batches, "shard"):
-        batches = batches.shard(jax.process_index(), jax.process_count())
-    return batches
-
-
-def _batches_per_epoch(data: Data) -> int:
-    number = getattr(data, "batches_per_epoch", None)
-    check.argument(
-        number is not None,
-        "epochs",
-        "left out for data that does not tell its batches_per_epoch",
-        type(data).__name__,
-        "Give steps instead.",
-    )
-    return int(number)  # type: ignore[arg-type]
-
-
-def _refuse_changed_types(before: Any, after: Any) -> None:
-    """A state whose types change from step to step would recompile, or fail, at the next."""
-
-    def types(tree: Any) -> dict[str, str]:
-        leaves = jax.tree.leaves_with_path(tree)
-        return {jax.tree_util.keystr(p): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
-
-    old, new = types(before), types(after)
-    changed = [f"{p}: {old.get(p)} -> {new.get(p)}" for p in old | new if old.get(p) != new.get(p)]
-    if changed:
-        raise check.TrainingError(
-            f"The step changes the types of its state, first {changed[0]}. "
-            "Mend the optimizer or the model so that they stay the same."
-        )
-
-
-def _naming_shapes(compiled: Any, shapes: Any) -> Callable[..., Any]:
-    def step(state: TrainState, batch: Batch) -> Any:
-        try:
-            return compiled(state, batch)
-        except TypeError as error:
-            found = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
-            if found == shapes:
-                raise
-            raise check.DataError(
-                f"A batch differs from the first one: it has {found}, the first had {shapes}."
-            ) from error
-
-    return step

@@ -4,9 +4,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
+
 from jdl.core import check
 from jdl.core.types import Batch
 
+Data = Iterable[Batch] | Callable[[], Iterable[Batch]]
 Put = Callable[[Batch], dict[str, Any]]
 
 
@@ -66,3 +69,24 @@ def record_names(data: Any, position: Any) -> list[str]:
         return []
     span = plan.span(position["epoch"], position["record"], 0)
     return [source.name(record) for record in order.records(*span)]
+
+
+def opened(data: Data) -> Any:
+    """The batches; of each, this process's rows, where several processes train together."""
+    batches = data() if callable(data) else data
+    if jax.process_count() > 1 and hasattr(batches, "shard"):
+        batches = batches.shard(jax.process_index(), jax.process_count())
+    return batches
+
+
+def batches_per_epoch(data: Data) -> int:
+    """How many batches the data tells that an epoch has."""
+    number = getattr(data, "batches_per_epoch", None)
+    check.argument(
+        number is not None,
+        "epochs",
+        "left out for data that does not tell its batches_per_epoch",
+        type(data).__name__,
+        "Give steps instead.",
+    )
+    return int(number)  # type: ignore[arg-type]

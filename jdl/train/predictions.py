@@ -9,7 +9,8 @@ import numpy as np
 
 from jdl.core import check
 from jdl.core.types import Batch, Outputs
-from jdl.train.estimator import Data, Estimator
+from jdl.train.estimator import Estimator
+from jdl.train.feed import Data
 from jdl.train.tables import open_table
 
 Columns = Callable[[Batch, Outputs], Mapping[str, Any]]

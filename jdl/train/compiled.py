@@ -1,0 +1,95 @@
+"""The step, compiled ahead of the loop, once for each shape of batch."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jdl.core import check
+from jdl.core.types import Batch
+from jdl.train.parallel import Placement
+from jdl.train.step import Logs, TrainState
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Logs]]
+
+
+class CompiledSteps:
+    """Compiles a step for the batches it is shown.
+
+    Args:
+      train: the pure step.
+      placement: where it is to run.
+
+    Attributes:
+      seconds: time spent compiling.
+    """
+
+    def __init__(self, train: Step, placement: Placement):
+        self._train, self._placement = train, placement
+        self._steps: dict[str, Step] = {}
+        self._plan: Any = None  # XLA's account of the last one's memory
+        self.seconds = 0.0
+
+    def for_batch(self, state: TrainState, batch: Batch) -> Step:
+        """The step for batches of this shape; it reuses the memory of the state it is given."""
+        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
+        signature = str(shapes)
+        if signature not in self._steps:
+            start = time.perf_counter()
+            lowered = self._placement.lower_step(self._train, state, batch)
+            _refuse_changed_types(state, lowered.out_info[0])
+            compiled = lowered.compile()
+            self._plan = compiled.memory_analysis()
+            self._steps[signature] = _naming_shapes(compiled, shapes)
+            self.seconds += time.perf_counter() - start
+        return self._steps[signature]
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that a step needs on each device, by the compiler's account; {} before the first.
+
+        `state` is reused for the state after; `peak` counts state, batch and all in between, and
+        `seen` is the device's own account of its peak, where it keeps one.
+        """
+        plan = self._plan
+        if plan is None:
+            return {}
+        state = plan.alias_size_in_bytes
+        peak = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+        peak += plan.output_size_in_bytes - state
+        stats = self._placement.devices[0].memory_stats() or {}
+        seen = {"seen": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+        return {"state": state, "peak": peak, **seen}
+
+
+def _refuse_changed_types(before: Any, after: Any) -> None:
+    """A state whose types change from step to step would recompile, or fail, at the next."""
+
+    def types(tree: Any) -> dict[str, str]:
+        leaves = jax.tree.leaves_with_path(tree)
+        return {jax.tree_util.keystr(p): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+
+    old, new = types(before), types(after)
+    changed = [f"{p}: {old.get(p)} -> {new.get(p)}" for p in old | new if old.get(p) != new.get(p)]
+    if changed:
+        raise check.TrainingError(
+            f"The step changes the types of its state, first {changed[0]}. "
+            "Mend the optimizer or the model so that they stay the same."
+        )
+
+
+def _naming_shapes(compiled: Any, shapes: Any) -> Step:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
+        try:
+            stepped: tuple[TrainState, Logs] = compiled(state, batch)
+            return stepped
+        except TypeError as error:
+            found = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
+            if found == shapes:
+                raise
+            raise check.DataError(
+                f"A batch differs from the first one: it has {found}, the first had {shapes}."
+            ) from error
+
+    return step

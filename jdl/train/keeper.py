@@ -1,0 +1,152 @@
+"""What a run keeps: its checkpoints and its log, in its directory, or nothing without one."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jdl.core import check, tree
+from jdl.core.types import PyTree
+from jdl.train.checkpoint import Checkpoints, Restored
+from jdl.train.lock import RunLock
+from jdl.train.step import TrainState
+from jdl.train.writers import Row, Writers
+
+_all_finite = jax.jit(tree.all_finite)
+
+
+class NonFiniteError(check.TrainingError):
+    """A loss or parameters are not finite."""
+
+
+class Keeper:
+    """Saves and restores a run, and writes its log.
+
+    Where several processes train together, all save and restore, and one writes the log.
+
+    Args:
+      workdir: the run directory; None keeps nothing.
+      logs: what to write besides `metrics.jsonl`, see `Writers`.
+      keep: how many checkpoints, the newest ones.
+      keep_every: besides, all whose step is a multiple of this.
+      keep_best: besides, the one with the best value of a metric, ("accuracy", "max") say.
+    """
+
+    def __init__(
+        self,
+        workdir: Path | None,
+        logs: Iterable[str],
+        keep: int,
+        keep_every: int | None,
+        keep_best: tuple[str, str] | None,
+    ):
+        check.positive_int("keep", keep)
+        if keep_every is not None:
+            check.positive_int("keep_every", keep_every)
+        if keep_best is not None:
+            pair = isinstance(keep_best, tuple) and len(keep_best) == 2
+            check.argument(
+                pair and keep_best[1] in ("min", "max"),
+                "keep_best",
+                'a metric and "min" or "max", such as ("accuracy", "max")',
+                keep_best,
+            )
+        self.workdir = workdir
+        self._leads = jax.process_index() == 0
+        self._writers = None if workdir is None else Writers(workdir, logs)
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._opened: dict[str, Checkpoints] = {}
+        self._rewind_to: int | None = None  # step the log is to go back to before training
+
+    def lock(self) -> AbstractContextManager[Any]:
+        """Keeps other processes from training in the same directory."""
+        return RunLock(self.workdir) if self.workdir is not None and self._leads else nullcontext()
+
+    # ------------------------------------------------------------------ the log
+
+    def write(self, row: Row) -> None:
+        """Appends a row to the log."""
+        if self._writers is not None and self._leads:
+            self._writers.write(row)
+
+    def begin(self) -> None:
+        """Drops from the log what a run since restored had written beyond its checkpoint.
+
+        Not before training begins: an evaluation beside a running training leaves its log alone.
+        """
+        if self._rewind_to is not None and self._writers is not None and self._leads:
+            self._writers.rewind(self._rewind_to)
+        self._rewind_to = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, or None."""
+        return None if self.workdir is None else self._checkpoints().latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any], *, wait: bool) -> None:
+        """Saves the state after this step.
+
+        Raises:
+          NonFiniteError: its parameters are not finite; the last checkpoint stays the newest.
+          TrainingError: it cannot be written.
+        """
+        if self.workdir is None:
+            return
+        if not bool(_all_finite(state.params)):
+            raise NonFiniteError(
+                f"The parameters are not finite after step {int(state.step)}; they are not saved, "
+                f"and the checkpoint of step {self.latest_step()} is the last good one."
+            )
+        self._checkpoints().save(int(state.step), state, meta)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._checkpoints().wait()
+
+    def save_if_best(
+        self, state: TrainState, meta: dict[str, Any], values: Mapping[str, float]
+    ) -> None:
+        """Saves the state in `best/` if the metric of `keep_best` has never been as good."""
+        if self._keep_best is None or self.workdir is None:
+            return
+        name, mode = self._keep_best
+        check.one_of("keep_best", name, values)
+        best = self._checkpoints("best")
+        before = best.meta()
+        sign = 1.0 if mode == "max" else -1.0
+        if before is None or sign * values[name] > sign * before["values"][name]:
+            best.save(int(state.step), state, meta | {"values": dict(values)})
+            best.wait()
+
+    def restore(
+        self, expected: PyTree, shardings: PyTree, *, best: bool = False
+    ) -> Restored | None:
+        """The newest checkpoint, or the best one; None where there is none.
+
+        Args:
+          expected: the shapes of the state.
+          shardings: where its arrays are to lie.
+          best: whether to take the one in `best/`.
+        """
+        if self.workdir is None or (best and not (self.workdir / "best").exists()):
+            return None
+        found = self._checkpoints("best" if best else "checkpoints").restore(expected, shardings)
+        self._rewind_to = 0 if found is None else int(found.state.step)
+        return found
+
+    def _checkpoints(self, name: str = "checkpoints") -> Checkpoints:
+        if name not in self._opened:
+            assert self.workdir is not None
+            directory = self.workdir / name
+            is_best = name == "best"
+            self._opened[name] = (
+                Checkpoints(directory, 1)
+                if is_best
+                else Checkpoints(directory, self._keep, self._keep_every)
+            )
+        return self._opened[name]
