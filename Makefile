@@ -21,7 +21,7 @@ demo: $(READY)  ## the main job: one CNN, five optimizers, one report (under 4 m
 	$(BIN)/jdl demo
 
 test: $(READY)  ## the tests that a change needs, under 10 minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: $(READY)  ## the slow tests too: several processes, killed processes, notebooks
 	$(BIN)/python -m pytest -m slow
