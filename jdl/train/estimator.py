@@ -498,7 +498,9 @@ class Estimator:
                 outputs = program.predict(params, model_state, batch) if named else None
                 return found, {name: function(outputs, batch) for name, function in named}
 
-            self._evaluations[named] = jax.jit(evaluate)
+            # Whole everywhere, so that each of several processes can read it.
+            whole = self._placement.state
+            self._evaluations[named] = jax.jit(evaluate, out_shardings=whole)
         return self._evaluations[named]
 
     # ------------------------------------------------------------------ PREDICT
