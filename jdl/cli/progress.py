@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 EVERY = 5.0  # seconds between plain lines
 RECENT = 20  # rows of the log that speed is measured over
@@ -31,10 +31,9 @@ class StepProgress:
         self._printed = time.monotonic()
         self._recent: deque[_Point] = deque(maxlen=RECENT)
         self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}"),
+            MofNCompleteColumn(table_column=Column("step", min_width=2 * len(str(total)) + 1)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the words leave
+            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
             console=self._console,
             transient=True,
             expand=True,
@@ -57,7 +56,7 @@ class StepProgress:
         if self._recent and row["step"] <= self._recent[-1].step:
             self._recent.clear()  # rolled back
         self._recent.append(_Point(row["step"], row["seconds"], time.monotonic()))
-        numbers = "  ".join([f"loss {row['loss']:.4g}", *self._speed(waited)])
+        numbers = "  ".join([f"loss {row['loss']:.3g}", *self._speed(waited)])
         if self._console.is_terminal:
             self._bar.update(self._task, completed=row["step"], numbers=numbers)
         elif time.monotonic() - self._printed >= EVERY or row["step"] == self._total:
