@@ -334,7 +334,7 @@ def hessian_free(
             learning_rate=rate,
             # An update that could not even start says nothing about the model.
             damping=jnp.where(active, next_damping, damping_now).astype(jnp.float32),
-            radius=jnp.where(active, next_radius, state.radius).astype(jnp.float32),
+            radius=jnp.where(active, next_radius.astype(jnp.float32), state.radius),
             direction=tree.where(moved & descends, delta, nothing),
             preconditioner=solver_state,
             diagnostics=told,

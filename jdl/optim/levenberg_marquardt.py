@@ -214,8 +214,8 @@ def levenberg_marquardt(
         usable = active & spectrum.sound
         new = LevenbergMarquardtState(
             learning_rate=rate,
-            damping=jnp.where(usable, next_damping, state.damping).astype(jnp.float32),
-            radius=jnp.where(usable, next_radius, state.radius).astype(jnp.float32),
+            damping=jnp.where(usable, next_damping.astype(jnp.float32), state.damping),
+            radius=jnp.where(usable, next_radius.astype(jnp.float32), state.radius),
             scale=tree.where(usable, unravel(grown.astype(flat.dtype)), state.scale),
             diagnostics=told,
         )

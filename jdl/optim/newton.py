@@ -204,10 +204,8 @@ def newton(
         )
         new = NewtonState(
             learning_rate=rate,
-            damping=jnp.where(active, next_damping, state.damping.astype(dtype)).astype(
-                jnp.float32
-            ),
-            radius=jnp.where(active, next_radius, state.radius).astype(jnp.float32),
+            damping=jnp.where(active, next_damping.astype(jnp.float32), state.damping),
+            radius=jnp.where(active, next_radius.astype(jnp.float32), state.radius),
             diagnostics=told,
         )
         step = tree.where(moved, tree.scale(scale, delta), nothing)

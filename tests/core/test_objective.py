@@ -174,3 +174,47 @@ def test_a_loss_without_example_axis_is_refused():
 def test_unknown_keywords_of_line_searches_are_swallowed():
     params, objective = make()
     assert jnp.isfinite(objective.value(params, obj_fn=1, objective=2))
+
+
+def examples_gradients(params, objective):
+    """[B, n], one gradient an example."""
+    flat, unravel = ravel_pytree(params)
+
+    def losses_of(p):
+        outputs, _ = objective._apply(unravel(p), objective.batch, objective.key)
+        return objective.loss(outputs, objective.batch)
+
+    return jax.jacobian(losses_of)(flat)
+
+
+def test_fisher_diagonal_is_unbiased():
+    params, objective = make()
+    gradients = examples_gradients(params, objective)
+    exact = jnp.mean(jnp.square(gradients), axis=0)
+    keys = jax.random.split(jax.random.key(3), 4000)
+    draws = jax.lax.map(
+        lambda key: ravel_pytree(objective.fisher_diagonal(params, key))[0], keys, batch_size=500
+    )
+    error = jnp.std(draws, axis=0) / 4000**0.5
+    assert float(jnp.max(jnp.abs(draws.mean(0) - exact) / (error + 1e-7))) < 5.0
+    assert float(jnp.min(draws)) >= 0.0
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_empirical_fisher_and_gram_products_are_their_matrices(microbatches):
+    params, objective = make(microbatches=microbatches)
+    flat, unravel = ravel_pytree(params)
+    v = direction(params)
+    gradients = examples_gradients(params, objective)
+    wanted = gradients.T @ (gradients @ ravel_pytree(v)[0]) / 12
+    np.testing.assert_allclose(
+        ravel_pytree(objective.efvp(params, v))[0], wanted, rtol=1e-3, atol=1e-5
+    )
+
+    def hidden(p, batch):
+        return jnp.tanh(batch["image"] @ p["Dense_0"]["kernel"])
+
+    states = jax.jacobian(lambda p: hidden(unravel(p), objective.batch).ravel())(flat)
+    wanted = states.T @ (states @ ravel_pytree(v)[0]) / 12
+    found = objective.gram_product(hidden, params, v)
+    np.testing.assert_allclose(ravel_pytree(found)[0], wanted, rtol=1e-3, atol=1e-5)

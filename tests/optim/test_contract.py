@@ -573,3 +573,18 @@ def test_first_order_ones_are_optax_to_the_bit():
             ours, state, _ = make_step(by_name(name, 0.1))(ours, state, objective)
             theirs, their_state, _ = make_step(optimizer)(theirs, their_state, objective)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("name", SECOND)
+@pytest.mark.parametrize("options", [{}, {"trust_region": 1.0}])
+def test_strict_types_hold_in_float64(name, options):
+    if options and name not in ("newton", "hf", "lm"):
+        pytest.skip("without a trust region")
+    with jax.enable_x64(True):
+        objective, params = problem(np.float64)
+        optimizer = by_name(name, **options)
+        state = optimizer.init(params)
+        _, after = jax.eval_shape(
+            functools.partial(strict_update, optimizer), objective, params, state
+        )
+        assert types(after) == types(state)
