@@ -47,22 +47,26 @@ def hessian(
 
         return jax.lax.map(column, jnp.arange(flat.size), batch_size=min(chunk_size, flat.size))
 
-    @jax.jit
-    def of_objective(objective: Objective) -> jax.Array:
+    @jax.jit  # the parameters are an argument: constants would be folded, at length
+    def of_objective(objective: Objective, params: Params) -> jax.Array:
         return columns(lambda v: objective.hvp(params, v))
 
-    if isinstance(of, Landscape):
-        found: Any = of._mean(of_objective)
-    elif isinstance(of, Objective):
-        found = of_objective(of)
-    else:
-        fun = of
+    fun: Any = of
 
+    @jax.jit
+    def of_function(params: Params) -> jax.Array:
         def product(v: PyTree) -> PyTree:
             with jax.default_matmul_precision("highest"):
                 return jax.jvp(jax.grad(fun), (params,), (v,))[1]
 
-        found = jax.jit(lambda: columns(product))()
+        return columns(product)
+
+    if isinstance(of, Landscape):
+        found: Any = of._mean(lambda objective: of_objective(objective, params))
+    elif isinstance(of, Objective):
+        found = of_objective(of, params)
+    else:
+        found = of_function(params)
     matrix = np.asarray(found)
     return 0.5 * (matrix + matrix.T)
 
@@ -90,21 +94,21 @@ def jacobian(
     _check_size(flat.size, max_parameters)
 
     @jax.jit
-    def rows() -> jax.Array:
+    def rows(flat: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             out, pull = jax.vjp(lambda x: ravel_pytree(fn(unravel(x)))[0], flat)
             one = lambda i: pull(jnp.zeros_like(out).at[i].set(1.0))[0]  # noqa: E731
             return jax.lax.map(one, jnp.arange(out.size), batch_size=min(chunk_size, out.size))
 
     @jax.jit
-    def columns() -> jax.Array:
+    def columns(flat: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             _, push = jax.linearize(lambda x: ravel_pytree(fn(unravel(x)))[0], flat)
             one = lambda i: push(jnp.zeros_like(flat).at[i].set(1.0))  # noqa: E731
             return jax.lax.map(one, jnp.arange(flat.size), batch_size=min(chunk_size, flat.size))
 
     outputs = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(jax.eval_shape(fn, params)))
-    return np.asarray(rows()) if outputs <= flat.size else np.asarray(columns()).T
+    return np.asarray(rows(flat)) if outputs <= flat.size else np.asarray(columns(flat)).T
 
 
 def _check_size(size: int, most: int) -> None:

@@ -67,13 +67,13 @@ def operator(
     )
     fun = of
 
-    @jax.jit
-    def hvp(v: jax.Array) -> jax.Array:
+    @jax.jit  # the parameters are an argument: constants would be folded, at length
+    def hvp(flat: jax.Array, v: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             return jax.jvp(jax.grad(lambda x: fun(unravel(x))), (flat,), (v,))[1]
 
     return Operator(
-        lambda v: np.asarray(hvp(jnp.asarray(v, flat.dtype))),
+        lambda v: np.asarray(hvp(flat, jnp.asarray(v, flat.dtype))),
         flat.size,
         np.dtype(flat.dtype),
         unravel,

@@ -4,10 +4,10 @@
 
 One process, compiled beforehand, contestants in turn; a time is the process's CPU seconds over the
 number of cores, since wall clocks of a shared machine tell of its other users; medians over rounds,
-as ratios to jdl's. Every run goes on until the gradient's norm is `tolerance` times that at the
-start (for optimistix, whose own tests are on steps and values, until its tightest test that still
-ends says so); `error` is that ratio afterwards, by one and the same gradient, and a run that misses
-the tolerance has not arrived.
+as ratios to jdl's. Every run goes on until the gradient's norm is 1e-5 of that at the start, for
+the Rosenbrocks 1e-3 (optimistix, which tests steps and values, is given rtol and atol that take it
+there if it can get there). `error` is what a run leaves, by one and the same gradient; `arrived`
+says whether it got there, or which share of its problems did.
 """
 
 import argparse
@@ -282,7 +282,6 @@ def eigenvalues():
     op = curvature.operator(fun, w)
     exact = np.linalg.eigvalsh(curvature.hessian(fun, w).astype(np.float64))[::-1][:10]
     for tolerance in (1e-2, 1e-3, 1e-4):
-        ours = curvature.top_eigenpairs(op, 10, tolerance=tolerance)
         count = 0
 
         def product(v):
@@ -292,15 +291,25 @@ def eigenvalues():
 
         linear = scipy.sparse.linalg.LinearOperator((w.size, w.size), product, dtype=np.float32)
         arpack = scipy.sparse.linalg.eigsh(
-            linear, 10, which="LA", tol=tolerance, return_eigenvectors=False
+            linear,
+            10,
+            which="LA",
+            tol=tolerance,
+            v0=np.random.default_rng(0).standard_normal(w.size).astype(np.float32),
+            return_eigenvectors=False,
         )
+        theirs = np.abs(np.sort(arpack)[::-1] - exact).max()
+        for own in (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5):  # the same accuracy, or better
+            ours = curvature.top_eigenpairs(op, 10, tolerance=own)
+            if np.abs(ours.values - exact).max() <= max(theirs, 1e-6 * exact[0]):
+                break
         row = {
-            "case": f"ten eigenvalues of {w.size}, tolerance {tolerance:g}",
+            "case": f"ten eigenvalues of {w.size}, eigsh's tolerance {tolerance:g}",
             "products": ours.products,
             "eigsh_products": count,
             "ratio": round(ours.products / count, 3),
             "error": float(f"{np.abs(ours.values - exact).max() / exact[0]:.2g}"),
-            "eigsh_error": float(f"{np.abs(np.sort(arpack)[::-1] - exact).max() / exact[0]:.2g}"),
+            "eigsh_error": float(f"{theirs / exact[0]:.2g}"),
         }
         print(json.dumps(row), flush=True)
 
