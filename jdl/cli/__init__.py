@@ -82,7 +82,12 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         module.run(parsed)
     except UserError as error:
-        return _mistake(str(error), name)
+        code = _mistake(str(error), name)
+        if getattr(parsed, "distributed", False):
+            from jdl.train import distributed
+
+            distributed.announce(error, code)
+        return code
     except SystemExit as end:  # SIGTERM, with everything saved
         print(f"jdl {name}: {end}", file=sys.stderr)
         return int(end.code or 0)

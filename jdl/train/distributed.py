@@ -33,7 +33,8 @@ def initialize(
     """Joins this process to the others; to be called before anything else of JAX.
 
     What is not given is taken from `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`, else from what JAX detects: SLURM, Open MPI, Kubernetes, Cloud TPU.
+    `JAX_PROCESS_ID`, else from what JAX detects: SLURM, Open MPI, Kubernetes, Cloud TPU. Where the
+    launcher has called `jax.distributed.initialize` itself, as Ray can, its runtime is taken.
 
     Args:
       coordinator: host:port of process 0.
@@ -44,9 +45,21 @@ def initialize(
     Raises:
       UserError: the processes do not find each other.
     """
-    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _number("JAX_NUM_PROCESSES", num_processes)
-    process_id = _number("JAX_PROCESS_ID", process_id)
+    if not jax.distributed.is_initialized():
+        coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+        _join(coordinator, num_processes, _number("JAX_PROCESS_ID", process_id))
+    wanted = num_processes if expected is None else expected
+    if wanted is not None and jax.process_count() != wanted:
+        raise check.UserError(
+            f"{wanted} processes were to train together, and JAX sees {jax.process_count()}."
+        )
+    sys.excepthook = _announcing(sys.excepthook)
+    if jax.process_count() > 1:
+        threading.Thread(target=_watch, daemon=True, name="jdl-watch").start()
+
+
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     bind = None
     if coordinator is not None and coordinator.rsplit(":", 1)[0] in ("127.0.0.1", "localhost"):
         bind = coordinator  # else it would listen on all interfaces
@@ -66,21 +79,15 @@ def initialize(
             "detects (SLURM, Open MPI 4, Kubernetes, Cloud TPU), or set JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID for each."
         ) from error
-    wanted = num_processes if expected is None else expected
-    if wanted is not None and jax.process_count() != wanted:
-        raise check.UserError(
-            f"{wanted} processes were to train together, and JAX sees {jax.process_count()}."
-        )
-    sys.excepthook = _announcing(sys.excepthook)
-    if jax.process_count() > 1:
-        threading.Thread(target=_watch, daemon=True, name="jdl-watch").start()
 
 
-def announce(error: BaseException) -> None:
-    """Tells the other processes that this one fails, and ends it at once.
+def announce(error: BaseException, code: int = 1) -> None:
+    """Tells the other processes, if there are any, that this one fails, and ends it at once.
 
     To wait for them, as JAX does at exit, would leave them waiting for this one in turn.
     """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
     told = _failure(wait=2.0)  # what breaks here may be another's failure
     if told is None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -88,7 +95,7 @@ def announce(error: BaseException) -> None:
         time.sleep(3 * _POLL_SECONDS)  # till the others have heard; process 0 carries the message
     else:
         print(f"jdl: ended, because {told}", file=sys.stderr)
-    _leave()
+    _leave(code)
 
 
 def _number(name: str, given: int | None) -> int | None:
@@ -149,12 +156,14 @@ def _watch() -> None:
     while True:
         time.sleep(_POLL_SECONDS)
         told = _failure(wait=0.0)
+        if _client() is None:  # shut down in good order
+            return
         if told is not None and not told.startswith(own):
-            print(f"jdl: ended, because {told}", file=sys.stderr)
-            _leave()
+            print(f"jdl: ended, because {told}", file=sys.__stderr__)  # even where that is silenced
+            _leave(1)
 
 
-def _leave() -> None:
+def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)

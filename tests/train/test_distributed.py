@@ -1,5 +1,6 @@
 """Several real processes on loopback: the numbers of one, and none left waiting for another."""
 
+import json
 import os
 import re
 import shutil
@@ -29,17 +30,21 @@ def environment(**more):
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | more
 
 
+def coordinates(port, number, i):
+    return environment(
+        JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+        JAX_NUM_PROCESSES=str(number),
+        JAX_PROCESS_ID=str(i),
+    )
+
+
 def start(number, workdir, steps, *options):
     """That many processes, given their coordinates by hand."""
     port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(workdir), str(steps), *options],
-            env=environment(
-                JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
-                JAX_NUM_PROCESSES=str(number),
-                JAX_PROCESS_ID=str(i),
-            ),
+            env=coordinates(port, number, i),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -132,19 +137,125 @@ def test_sigterm_to_one_saves_on_all_at_the_same_step(tmp_path):
     assert checkpoints(tmp_path)[-1] == last + 2
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
-def test_mpirun_starts_it(tmp_path):
-    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
+def test_a_mistake_in_one_command_is_told_to_all(tmp_path):
+    command = "import sys; from jdl.cli import main; sys.exit(main())"
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", command, "train", "mlp", "--distributed", "--data", data],
+            env=coordinates(port, 2, i),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i, data in enumerate(("missing.tar", "digits"))
+    ]
+    began = time.monotonic()
+    mistaken, other = outputs(processes, timeout=60)
+    assert time.monotonic() - began < 40
+    assert [p.returncode for p in processes] == [2, 1]
+    assert mistaken.strip() == "jdl train: error: There is no archive 'missing.tar'."
+    assert "jdl: ended, because process 0 failed: DataError: There is no archive" in other
+
+
+def test_a_runtime_shut_down_in_good_order_ends_nobody():
+    script = """
+import time
+from jdl.train import distributed
+distributed.initialize(expected=2)
+import jax
+jax.distributed.shutdown()
+time.sleep(2)
+print("still here")
+"""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=coordinates(port, 2, i),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    texts = outputs(processes, timeout=60)
+    assert [p.returncode for p in processes] == [0, 0], texts
+    assert all("still here" in text for text in texts)
+
+
+def test_the_launcher_may_have_initialized_already():
+    script = """
+import os
+import jax
+jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 1, 0)
+from jdl.train import distributed
+distributed.initialize(expected=2)
+"""
     found = subprocess.run(
-        [*command, str(SCRIPT), str(tmp_path), "4"],
+        [sys.executable, "-c", script],
+        env=coordinates(free_port(), 1, 0),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "2 processes were to train together, and JAX sees 1." in found.stderr
+
+
+def launched(command, workdir):
+    return subprocess.run(
+        [*command, sys.executable, str(SCRIPT), str(workdir), "4"],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+def test_mpirun_starts_it(tmp_path):
+    found = launched(["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"], tmp_path)
     if "not detected" in found.stderr or "find each other" in found.stderr:
         pytest.skip("JAX does not detect this mpirun")
     assert found.returncode == 0, found.stderr
     assert "process 0 of 2" in found.stdout
     assert "process 1 of 2" in found.stdout
+
+
+@pytest.mark.skipif(shutil.which("srun") is None, reason="SLURM's srun is not installed")
+def test_slurm_starts_it(tmp_path):
+    nodes = subprocess.run(["sinfo", "-h"], capture_output=True, text=True, timeout=60, check=False)
+    if nodes.returncode != 0 or " idle " not in nodes.stdout:
+        pytest.skip("SLURM has no idle node here")
+    found = launched(["srun", "--immediate=30", "-n", "2"], tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "process 0 of 2" in found.stdout
+    assert "process 1 of 2" in found.stdout
+
+
+@pytest.mark.parametrize("how", ["inside", "config", "copies"])
+def test_ray_trains_together_or_says_that_it_does_not(how, tmp_path):
+    pytest.importorskip("ray.train", reason="Ray's trainer is not installed")
+    found = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("run_ray.py")), str(tmp_path), how],
+        env=environment(RAY_DEDUP_LOGS="0", RAY_USAGE_STATS_ENABLED="0"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    text = found.stdout + found.stderr
+    if how == "copies":
+        assert found.returncode != 0
+        assert "The processes do not find each other" in text
+        return
+    assert found.returncode == 0, text
+    assert {line[-14:] for line in text.splitlines() if line.endswith("of 2")} == {
+        "process 0 of 2",
+        "process 1 of 2",
+    }
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]  # one writer
