@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all check format bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers clean
+.PHONY: help setup demo test test-all check format bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,3 +59,6 @@ bench-optim: $(READY)  ## second-order methods against their peers, on MNIST's f
 
 bench-solvers: $(READY)  ## run-to-convergence solvers against jaxopt, optax, optimistix, SciPy; Lanczos against ARPACK
 	$(BIN)/python tests/benchmarks/bench_solvers.py
+
+bench-classics: $(READY)  ## the classics at full size on MNIST: make bench-classics DATA=folder
+	$(BIN)/python tests/benchmarks/bench_classics.py --data $(or $(DATA),data/mnist) $(ARGS)

@@ -80,6 +80,10 @@ def _reconstructions(batch: Any, logits: Any) -> dict[str, Any]:
     """Pixels in [0, 1], and their squared error summed over an image."""
     import numpy as np
 
+    from jdl.models.autoencoder import Reconstruction
+
+    if isinstance(logits, Reconstruction):  # of the images as they are
+        logits = logits.outputs if logits.of_clean is None else logits.of_clean
     found = (0.5 * (1.0 + np.tanh(0.5 * logits))).astype(np.float32)
     difference = found - batch["image"].astype(np.float32) / 255.0
     error = np.square(difference).reshape(len(found), -1).sum(axis=1)

@@ -69,9 +69,137 @@ def _autoencoder(image_shape: tuple[int, ...], num_classes: int) -> Any:
     return Autoencoder(widths=widths, kernel_init=sparse_init(15))
 
 
+def _autoencoder_pictures(estimator: Any, data: Any, workdir: Path) -> list[Path]:
+    from jdl.cli import pictures
+
+    def encode(x: Any) -> Any:
+        net = _autoencoder(x.shape[1:], 0)
+        return net.apply({"params": estimator.params}, x, method="encode")
+
+    drawn = pictures.of_autoencoder(estimator, data, workdir)
+    return [*drawn, pictures.codes(encode, data, workdir, tuple(data.classes))]
+
+
+def _denoising(image_shape: tuple[int, ...], num_classes: int) -> Any:
+    del num_classes
+    import math
+
+    from jdl.models.autoencoder import Autoencoder, denoising
+
+    widths = (1000, 500) if math.prod(image_shape) >= 256 else (256, 128)
+    return denoising(Autoencoder(widths=widths, activation="relu", code_activation="relu"))
+
+
+def _denoising_estimator(model: Any, optimizer: Any, **options: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from jdl.train import premade
+
+    def gain(outputs: Any, batch: Any) -> Any:
+        """Decibels that the peak signal-to-noise ratio gains."""
+
+        def error(x: Any) -> Any:
+            difference = jnp.square(x - batch["image"])
+            return jnp.mean(difference.reshape(x.shape[0], -1), axis=1) + 1e-12
+
+        cleaned = jax.nn.sigmoid(outputs.outputs)
+        return 10 * (jnp.log10(error(outputs.corrupted)) - jnp.log10(error(cleaned)))
+
+    return premade.autoencoder(model, optimizer, **{"metrics": {"psnr_gain": gain}, **options})
+
+
+def _denoising_pictures(estimator: Any, data: Any, workdir: Path) -> list[Path]:
+    from jdl.cli import pictures
+
+    return pictures.of_autoencoder(estimator, data, workdir)
+
+
+def _rbm(image_shape: tuple[int, ...], num_classes: int) -> Any:
+    del num_classes
+    import math
+
+    from jdl.models.rbm import RBM
+
+    return RBM(hidden=500 if math.prod(image_shape) >= 256 else 128, chains=64)
+
+
+def _rbm_estimator(model: Any, optimizer: Any, **options: Any) -> Any:
+    from jdl.train import boltzmann
+
+    return boltzmann.rbm(model, optimizer, **options)
+
+
+def _rbm_pictures(estimator: Any, data: Any, workdir: Path) -> list[Path]:
+    from jdl.cli import pictures
+
+    x, _ = pictures.some_images(data, 1)
+    return pictures.of_rbm(_rbm(x.shape[1:], 0), estimator, data, workdir)
+
+
+def _dbn(image_shape: tuple[int, ...], num_classes: int) -> Any:
+    import math
+
+    from jdl.models.mlp import MLP
+
+    widths = (500, 500, 2000) if math.prod(image_shape) >= 256 else (128, 128, 256)
+    return MLP(widths=widths, num_outputs=num_classes, activation="sigmoid")
+
+
+def _pretrained(model: Any, data: Any, workdir: Path, seed: int) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from jdl.cli import pictures
+    from jdl.models.dbn import DBN, starting_at
+    from jdl.train import boltzmann
+
+    dbn, steps = DBN(widths=model.widths, k=5), 3000
+    print(f"pretraining: {len(model.widths)} layers, {steps} steps each", flush=True)
+    params = boltzmann.pretrain(
+        dbn,
+        data,
+        steps=steps,
+        optimizer=lambda i: boltzmann.momentum_switch(0.3, after=500),
+        seed=seed,
+        workdir=workdir / "pretraining",
+        log_every=100,
+    )
+    x, _ = pictures.some_images(data, 48)
+    dreams = dbn.generate(params, jax.random.key(seed), 48, steps=300, start=jnp.asarray(x))
+    picture = pictures.tiles(dreams.reshape(4, 12, *x.shape[1:]), workdir / "dreams.png")
+    print(f"picture: {picture}")
+    return starting_at(model, dbn.unrolled_mlp(params, model.num_outputs)[1])
+
+
+def _dbn_pictures(estimator: Any, data: Any, workdir: Path) -> list[Path]:
+    from jdl.cli import pictures
+
+    x, _ = pictures.some_images(data, 1)
+    kernel = estimator.params["Dense_0"]["kernel"]
+    return [pictures.filters(kernel, x.shape[1:], workdir / "filters.png")]
+
+
 RECIPES = {
     "mlp": Recipe(_mlp, "classifier", "adam", 400, 64),
     "cnn": Recipe(_cnn, "classifier", "adam", 400, 64),
     "rnn": Recipe(_rnn, "classifier", "adam", 600, 64),
-    "autoencoder": Recipe(_autoencoder, "autoencoder", "adam", 1500, 64),
+    "autoencoder": Recipe(
+        _autoencoder, "autoencoder", "adam", 1500, 64, pictures=_autoencoder_pictures
+    ),
+    "denoising": Recipe(
+        _denoising,
+        "autoencoder",
+        "adam",
+        1500,
+        64,
+        estimator=_denoising_estimator,
+        pictures=_denoising_pictures,
+    ),
+    "rbm": Recipe(
+        _rbm, "rbm", "momentum", 3000, 64, estimator=_rbm_estimator, pictures=_rbm_pictures
+    ),
+    "dbn": Recipe(
+        _dbn, "classifier", "adam", 3000, 64, prepare=_pretrained, pictures=_dbn_pictures
+    ),
 }

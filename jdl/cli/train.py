@@ -29,7 +29,7 @@ class Args:
     """What to train, on what, how long."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """mlp, cnn, rnn (an image's rows as a sequence) or autoencoder"""
+    """mlp, cnn, rnn (an image's rows as a sequence), autoencoder, denoising, rbm or dbn"""
     data: str = "digits"
     """a tar, a glob, a brace range such as a-{00..07}.tar, or the bundled digits"""
     optimizer: str | None = None

@@ -5,10 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jdl.models.autoencoder import Autoencoder as Autoencoder
+    from jdl.models.autoencoder import ConvAutoencoder as ConvAutoencoder
+    from jdl.models.autoencoder import Variational as Variational
     from jdl.models.cnn import CNN as CNN
+    from jdl.models.dbn import DBN as DBN
     from jdl.models.function import Function as Function
     from jdl.models.function import param as param
     from jdl.models.mlp import MLP as MLP
+    from jdl.models.rbm import RBM as RBM
     from jdl.models.rnn import RNN as RNN
 
 _NAMES = {
@@ -18,6 +22,10 @@ _NAMES = {
     "Autoencoder": "jdl.models.autoencoder",
     "Function": "jdl.models.function",
     "param": "jdl.models.function",
+    "ConvAutoencoder": "jdl.models.autoencoder",
+    "Variational": "jdl.models.autoencoder",
+    "RBM": "jdl.models.rbm",
+    "DBN": "jdl.models.dbn",
 }
 
 __all__ = list(_NAMES)

@@ -1,13 +1,49 @@
-"""The deep autoencoder: compression through a narrow code."""
+r"""Autoencoders: compression through a narrow code, and what keeps a wide one from copying.
 
+    outputs = decode(code),  code = encode(x)
+
+`Autoencoder` (dense, with tied weights if wanted), `ConvAutoencoder` and `Variational` are
+networks; `penalized` adds sparsity or contraction to one, `denoising` corrupts what it sees.
+"""
+
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from jdl.models.layers import Activation, activation
+from jdl.core import check
+from jdl.core.model import Model, as_model
+from jdl.core.types import Key, ModelState, Params
+from jdl.models.convolution import conv_general_dilated
+from jdl.models.layers import Activation, activation, max_pool
+
+NOISES = ("masking", "gaussian", "salt_and_pepper")
+
+
+class Reconstruction(NamedTuple):
+    """What an autoencoder gives that has more to say than its outputs.
+
+    Attributes:
+      outputs: logits or real values, [B, ...].
+      penalty: to be added to the loss, [B].
+      of_clean: outputs for the inputs as they are; None where there is no corruption.
+      corrupted: what the outputs were made of; None likewise.
+    """
+
+    outputs: jax.Array
+    penalty: jax.Array
+    of_clean: jax.Array | None = None
+    corrupted: jax.Array | None = None
+
+
+def as_reconstruction(outputs: Any) -> Reconstruction:
+    """`outputs`, or plain outputs with no penalty."""
+    if isinstance(outputs, Reconstruction):
+        return outputs
+    return Reconstruction(outputs, jnp.zeros(outputs.shape[0], jnp.float32))
 
 
 class Autoencoder(nn.Module):
@@ -22,10 +58,10 @@ class Autoencoder(nn.Module):
       widths: units of the encoder's layers, the code's last; the decoder mirrors them.
       activation: of all layers but the code and the last.
       code_activation: of the code.
+      tied: whether the decoder's kernels are the encoder's, transposed.
       kernel_init, bias_init: initializers; `jdl.models.layers.sparse_init(15)` is Martens'.
       dtype: type of the computation; None for the parameters' own.
 
-    >>> import jax.numpy as jnp
     >>> net = Autoencoder(widths=(32, 4))
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
     >>> net.apply(variables, jnp.ones((2, 8, 8, 1))).shape
@@ -41,6 +77,7 @@ class Autoencoder(nn.Module):
     widths: Sequence[int] = (1000, 500, 250, 30)
     activation: Activation = "sigmoid"
     code_activation: Activation = "linear"
+    tied: bool = False
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros
     dtype: Any = None
@@ -53,6 +90,15 @@ class Autoencoder(nn.Module):
             bias_init=self.bias_init,
             name=name,
         )
+
+    def _back(self, h: jax.Array, width: int, name: str, mirrored: int) -> jax.Array:
+        """One layer of the decoder, the mirror image of that layer of the encoder."""
+        if not self.tied:
+            return self._dense(width, name)(h)
+        kernel = self.variables["params"][f"encoder_{mirrored}"]["kernel"]
+        bias = self.param(f"{name}_bias", self.bias_init, (width,))
+        h, kernel, bias = nn.dtypes.promote_dtype(h, kernel, bias, dtype=self.dtype)
+        return h @ kernel.T + bias[None]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,8 +119,265 @@ class Autoencoder(nn.Module):
     @nn.compact
     def decode(self, code: jax.Array, shape: Sequence[int]) -> jax.Array:
         """Reconstructions [B, *shape] of codes [B, widths[-1]]."""
-        h = code
+        h, depth = code, len(self.widths)
         for i, width in enumerate(reversed(self.widths[:-1])):
-            h = activation(self.activation)(self._dense(width, f"decoder_{i}")(h))
-        outputs = self._dense(int(np.prod(shape)), "reconstruction")(h)
+            h = self._back(h, width, f"decoder_{i}", depth - 1 - i)
+            h = activation(self.activation)(h)
+        outputs = self._back(h, math.prod(shape), "reconstruction", 0)
         return outputs.reshape(code.shape[0], *shape)
+
+
+class ConvAutoencoder(nn.Module):
+    """Convolutions and pooling down to a code; upsampling and convolutions back.
+
+    Each stage halves height and width, so that both must be multiples of 2 to their number.
+
+    Attributes:
+      filters: of each stage on the way down.
+      code: units of the code.
+      kernel_size: height and width of the convolutions.
+      activation: of all layers but the code and the last.
+      dtype: type of the computation; None for the parameters' own.
+
+    >>> net = ConvAutoencoder(filters=(4, 8), code=5)
+    >>> variables = net.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
+    >>> net.apply(variables, jnp.ones((2, 8, 8, 1))).shape
+    (2, 8, 8, 1)
+
+    References:
+      Masci, Meier, Cireşan and Schmidhuber, Stacked convolutional auto-encoders for hierarchical
+      feature extraction, ICANN 2011.
+    """
+
+    filters: Sequence[int] = (16, 32)
+    code: int = 30
+    kernel_size: Sequence[int] = (3, 3)
+    activation: Activation = "relu"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The reconstruction of images [B, H, W, C]."""
+        return self.decode(self.encode(x), x.shape[1:])
+
+    def _conv(self, filters: int, name: str) -> nn.Conv:
+        return nn.Conv(
+            filters,
+            tuple(self.kernel_size),
+            dtype=self.dtype,
+            conv_general_dilated=conv_general_dilated,
+            name=name,
+        )
+
+    @nn.compact
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Codes [B, code] of images [B, H, W, C]."""
+        check.argument(x.ndim == 4, "x", "of shape [B, H, W, C]", x.shape)
+        by = 2 ** len(self.filters)
+        whole = x.shape[1] % by == 0 and x.shape[2] % by == 0
+        check.argument(
+            whole, "x", f"of a height and width that are multiples of {by}", x.shape[1:3]
+        )
+        phi = activation(self.activation)
+        for i, filters in enumerate(self.filters):
+            x = max_pool(phi(self._conv(filters, f"down_{i}")(x)), (2, 2), (2, 2))
+        return nn.Dense(self.code, dtype=self.dtype, name="code")(x.reshape(x.shape[0], -1))
+
+    @nn.compact
+    def decode(self, code: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Images [B, H, W, C] of codes [B, code], with `shape` (H, W, C)."""
+        height, width, channels = shape
+        by, phi = 2 ** len(self.filters), activation(self.activation)
+        small = (height // by, width // by, self.filters[-1])
+        h = phi(nn.Dense(math.prod(small), dtype=self.dtype, name="expand")(code))
+        h = h.reshape(code.shape[0], *small)
+        for i, filters in enumerate([*reversed(self.filters[:-1]), channels]):
+            h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+            h = self._conv(filters, f"up_{i}")(h)
+            h = phi(h) if i < len(self.filters) - 1 else h
+        return h
+
+
+class Variational(nn.Module):
+    r"""The variational autoencoder, with Gaussian code and standard normal prior.
+
+        code = μ(x) + exp(½ log σ²(x)) · ε,   penalty = ½ Σ (μ² + σ² − log σ² − 1)
+
+    With `sigmoid_cross_entropy` and β = 1, loss + penalty is the negative evidence lower bound, in
+    nats. In evaluation the code is μ.
+
+    Attributes:
+      widths: units of the encoder's hidden layers; the decoder mirrors them.
+      code: units of the code.
+      activation: of the hidden layers.
+      beta: weight of the penalty.
+      dtype: type of the computation; None for the parameters' own.
+
+    >>> net = Variational(widths=(16,), code=2)
+    >>> variables = net.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
+    >>> net.apply(variables, jnp.ones((2, 8, 8, 1))).outputs.shape
+    (2, 8, 8, 1)
+
+    References:
+      Kingma and Welling, Auto-encoding variational Bayes, ICLR 2014, appendix B; Higgins et al.,
+      β-VAE, ICLR 2017.
+    """
+
+    widths: Sequence[int] = (500, 250)
+    code: int = 30
+    activation: Activation = "relu"
+    beta: float = 1.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> Reconstruction:
+        """Reconstruction and penalty of inputs [B, ...]."""
+        mean, log_variance = self.encode(x)
+        code = mean
+        if train:
+            noise = jax.random.normal(self.make_rng("dropout"), mean.shape, mean.dtype)
+            code = mean + jnp.exp(0.5 * log_variance) * noise
+        variance = jnp.exp(log_variance)
+        divergence = 0.5 * jnp.sum(jnp.square(mean) + variance - log_variance - 1, axis=1)
+        return Reconstruction(self.decode(code, x.shape[1:]), self.beta * divergence)
+
+    @nn.compact
+    def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """μ and log σ², each [B, code]."""
+        h = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(self.widths):
+            h = activation(self.activation)(
+                nn.Dense(width, dtype=self.dtype, name=f"encoder_{i}")(h)
+            )
+        dense = [nn.Dense(self.code, dtype=self.dtype, name=n) for n in ("mean", "log_variance")]
+        return dense[0](h), dense[1](h)
+
+    @nn.compact
+    def decode(self, code: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Outputs [B, *shape] of codes [B, code]; of normal random codes, samples of the model."""
+        h = code
+        for i, width in enumerate(reversed(self.widths)):
+            h = activation(self.activation)(
+                nn.Dense(width, dtype=self.dtype, name=f"decoder_{i}")(h)
+            )
+        outputs = nn.Dense(math.prod(shape), dtype=self.dtype, name="reconstruction")(h)
+        return outputs.reshape(code.shape[0], *shape)
+
+
+def penalized(
+    net: Any, *, sparsity: float = 0.0, contraction: float = 0.0, probes: int = 1
+) -> Model:
+    r"""An autoencoder with a penalty on its code.
+
+        penalty = sparsity · |code|₁ + contraction · ‖∂code/∂x‖²_F
+
+    The Jacobian's norm is the mean of |∂code/∂x u|² over directions u ~ N(0, I), each one
+    forward-mode product: unbiased, and as dear as a forward pass. In evaluation the directions are
+    always the same.
+
+    Args:
+      net: an `Autoencoder` or another Linen module with a method `encode(x) -> [B, F]`.
+      sparsity: ≥ 0.
+      contraction: ≥ 0.
+      probes: directions an example, ≥ 1.
+
+    Returns:
+      A `Model` that gives a `Reconstruction`.
+
+    References:
+      Rifai et al., Contractive auto-encoders, ICML 2011.
+    """
+    check.in_range("sparsity", sparsity, 0.0)
+    check.in_range("contraction", contraction, 0.0)
+    check.positive_int("probes", probes)
+    base = as_model(net)
+
+    def apply(
+        params: Params,
+        state: ModelState,
+        x: jax.Array,
+        *,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Reconstruction, ModelState]:
+        outputs, new_state = base.apply(params, state, x, key=key, train=train)
+        outputs = as_reconstruction(outputs)
+
+        def encode(x: jax.Array) -> jax.Array:
+            return net.apply({"params": params, **state}, x, method="encode")
+
+        penalty = outputs.penalty
+        if sparsity:
+            penalty = penalty + sparsity * jnp.sum(jnp.abs(encode(x)), axis=1)
+        if contraction:
+            probe_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 1)
+            norms = [
+                jnp.sum(jnp.square(jax.jvp(encode, (x,), (u,))[1]), axis=1)
+                for u in jax.random.normal(probe_key, (probes, *x.shape), x.dtype)
+            ]
+            penalty = penalty + contraction / probes * sum(norms[1:], norms[0])
+        return outputs._replace(penalty=penalty), new_state
+
+    return Model(base.init, apply)
+
+
+def corrupt(x: jax.Array, key: Key, noise: str, level: float) -> jax.Array:
+    """`x` with noise.
+
+    Args:
+      x: values in [0, 1] for "salt_and_pepper", any for others.
+      key: a random key.
+      noise: "masking" sets a share `level` of the values to 0, "salt_and_pepper" to 0 or 1,
+        "gaussian" adds N(0, level²).
+      level: the share, in [0, 1], or the standard deviation, ≥ 0.
+
+    >>> corrupt(jnp.ones(10_000), jax.random.key(0), "masking", 0.25).mean().round(2)
+    Array(0.75, dtype=float32)
+    """
+    check.one_of("noise", noise, NOISES)
+    check.in_range("level", level, 0.0, math.inf if noise == "gaussian" else 1.0)
+    if noise == "gaussian":
+        return x + level * jax.random.normal(key, x.shape, x.dtype)
+    u = jax.random.uniform(key, x.shape, x.dtype)
+    set_to = jnp.zeros_like(x) if noise == "masking" else (u < level / 2).astype(x.dtype)
+    return jnp.where(u < level, set_to, x)
+
+
+def denoising(model: Any, noise: str = "gaussian", level: float = 0.5) -> Model:
+    """An autoencoder that is to reproduce its inputs from corrupted ones.
+
+    In evaluation the noise is always the same. `of_clean` are the outputs for inputs as they are:
+    what a user's own noisy images are cleaned with.
+
+    Args:
+      model: an autoencoder.
+      noise: as for `corrupt`.
+      level: as for `corrupt`.
+
+    Returns:
+      A `Model` that gives a `Reconstruction`.
+
+    References:
+      Vincent et al., Stacked denoising autoencoders, Journal of Machine Learning Research 11, 2010.
+    """
+    check.one_of("noise", noise, NOISES)
+    check.in_range("level", level, 0.0, math.inf if noise == "gaussian" else 1.0)
+    base = as_model(model)
+
+    def apply(
+        params: Params,
+        state: ModelState,
+        x: jax.Array,
+        *,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Reconstruction, ModelState]:
+        noise_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 0)
+        noisy = corrupt(x, noise_key, noise, level)
+        outputs, new_state = base.apply(params, state, noisy, key=key, train=train)
+        clean, _ = base.apply(params, state, x, key=None, train=False)
+        return as_reconstruction(outputs)._replace(
+            of_clean=as_reconstruction(clean).outputs, corrupted=noisy
+        ), new_state
+
+    return Model(base.init, apply)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jdl.core import check
 from jdl.models.convolution import conv_general_dilated
-from jdl.models.layers import Activation, activation, max_pool
+from jdl.models.layers import Activation, Initializer, activation, initializer, max_pool
 
 
 class Block(NamedTuple):
@@ -44,7 +44,8 @@ class CNN(nn.Module):
       units: width of the dense layer.
       activation: of the dense layer.
       dropout: share of dense units dropped in training, in [0, 1).
-      kernel_init, bias_init: initializers of every layer.
+      kernel_init: of every layer, a name of `jdl.models.layers.INITIALIZERS` or a function.
+      bias_init: of every layer.
       dtype: type of the computation; None for the parameters' own.
 
     >>> cnn = CNN(num_classes=3, blocks=(Block(filters=4), Block(filters=8, padding="edge")))
@@ -62,7 +63,7 @@ class CNN(nn.Module):
     units: int = 1024
     activation: Activation = "relu"
     dropout: float = 0.4
-    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+    kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros
     dtype: Any = None
 
@@ -72,7 +73,7 @@ class CNN(nn.Module):
         check.argument(image.ndim == 4, "image", "of shape [B, H, W, C]", image.shape)
         layer = {
             "dtype": self.dtype,
-            "kernel_init": self.kernel_init,
+            "kernel_init": initializer(self.kernel_init),
             "bias_init": self.bias_init,
         }
         x = image

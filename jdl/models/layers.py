@@ -1,4 +1,4 @@
-"""What several architectures share: activations by name, max pooling, the sparse initializer."""
+"""What several architectures share: activations and initializers by name, max pooling."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ from jdl.core import check
 from jdl.core.types import Key
 
 Activation: TypeAlias = str | Callable[[jax.Array], jax.Array]
+Initializer: TypeAlias = str | Callable[..., jax.Array]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -21,6 +22,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": nn.gelu,
     "silu": nn.silu,
     "elu": nn.elu,
+    "selu": nn.selu,
+    "softsign": nn.soft_sign,
     "softplus": nn.softplus,
     "linear": lambda x: x,
 }
@@ -88,3 +91,24 @@ def sparse_init(incoming: int = 15, scale: float = 1.0) -> Callable[..., jax.Arr
         return jnp.where(rank < incoming, jnp.asarray(scale, dtype) * weights, 0).reshape(shape)
 
     return init
+
+
+INITIALIZERS: dict[str, Callable[..., jax.Array]] = {
+    "he": nn.initializers.he_normal(),
+    "glorot": nn.initializers.glorot_uniform(),
+    "lecun": nn.initializers.lecun_normal(),
+    "orthogonal": nn.initializers.orthogonal(),
+    "sparse": sparse_init(15),
+    "normal": nn.initializers.normal(0.01),
+}
+
+
+def initializer(name: Initializer) -> Callable[..., jax.Array]:
+    """The initializer of that name; a function stands for itself.
+
+    >>> initializer("orthogonal")(jax.random.key(0), (3, 3)).shape
+    (3, 3)
+    """
+    if callable(name):
+        return name
+    return INITIALIZERS[check.one_of("initializer", name, INITIALIZERS)]

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jdl.models.layers import Activation, activation
+from jdl.models.layers import Activation, Initializer, activation, initializer
 
 
 class MLP(nn.Module):
@@ -21,7 +21,9 @@ class MLP(nn.Module):
       num_outputs: units of the last layer, the number of classes for a classifier.
       activation: φ, a name of `jdl.models.layers.ACTIVATIONS` or a function.
       dropout: share of hidden units dropped in training, in [0, 1).
-      kernel_init, bias_init: initializers; `jdl.models.layers.sparse_init(15)` is Martens'.
+      kernel_init: a name of `jdl.models.layers.INITIALIZERS`, "sparse" being Martens', or a
+        function.
+      bias_init: of the hidden layers' biases.
       dtype: type of the computation; None for the parameters' own.
 
     >>> import jax.numpy as jnp
@@ -39,7 +41,7 @@ class MLP(nn.Module):
     num_outputs: int = 10
     activation: Activation = "relu"
     dropout: float = 0.0
-    kernel_init: Callable[..., jax.Array] = nn.initializers.he_normal()
+    kernel_init: Initializer = nn.initializers.he_normal()
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros
     dtype: Any = None
 
@@ -47,12 +49,13 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Outputs [B, num_outputs] for inputs [B, ...]."""
         x = x.reshape(x.shape[0], -1)
+        kernel_init = initializer(self.kernel_init)
         for width in self.widths:
             x = nn.Dense(
-                width, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init
+                width, dtype=self.dtype, kernel_init=kernel_init, bias_init=self.bias_init
             )(x)
             x = activation(self.activation)(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(
-            self.num_outputs, dtype=self.dtype, kernel_init=self.kernel_init, name="outputs"
+            self.num_outputs, dtype=self.dtype, kernel_init=kernel_init, name="outputs"
         )(x)

@@ -9,6 +9,7 @@ import optax
 
 from jdl import losses, metrics
 from jdl.core import check
+from jdl.models.autoencoder import Reconstruction, as_reconstruction
 from jdl.train.estimator import Estimator
 
 
@@ -48,7 +49,8 @@ def autoencoder(
     Logs the squared error, summed over an example's elements, in the papers' measure.
 
     Args:
-      model: gives reconstructions of the shape of its input.
+      model: gives reconstructions of the shape of its input, or a
+        `jdl.models.autoencoder.Reconstruction`, whose penalty joins the loss.
       optimizer: any optax transformation, or a name.
       loss: "sigmoid_cross_entropy" for pixels in [0, 1], the model giving logits, or
         "squared_error".
@@ -63,8 +65,13 @@ def autoencoder(
     loss_fn, link = functions[check.one_of("loss", loss, functions)]
     to_input: Callable[..., Any] = functools.partial(loss_fn, target=target)
 
-    def squared_error(outputs: jax.Array, batch: Any) -> jax.Array:
-        return metrics.squared_error(link(outputs), batch, target=target)
+    def penalized(outputs: Any, batch: Any) -> jax.Array:
+        plain = not isinstance(outputs, Reconstruction)
+        return to_input(outputs, batch) if plain else to_input(outputs[0], batch) + outputs.penalty
+
+    def squared_error(outputs: Any, batch: Any) -> jax.Array:
+        seen = as_reconstruction(outputs).outputs
+        return metrics.squared_error(link(seen), batch, target=target)
 
     options = {"metrics": {"squared_error": squared_error}} | options
-    return Estimator(model, to_input, optimizer, **options)
+    return Estimator(model, penalized, optimizer, **options)

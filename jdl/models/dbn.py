@@ -1,0 +1,336 @@
+r"""The deep belief net: restricted Boltzmann machines stacked one on the other.
+
+    P(v, h¹, …, hᴸ) = P(v | h¹) ⋯ P(hᴸ⁻² | hᴸ⁻¹) · P(hᴸ⁻¹, hᴸ)
+
+Each machine learns the features of those below. The stack then generates, by Gibbs sampling in the
+top machine and one pass down, or unrolls into an MLP or a deep autoencoder to be fine-tuned.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdl.core import check
+from jdl.core.model import Model, as_model
+from jdl.core.types import Batch, Key, ModelState, Params
+from jdl.models.autoencoder import Autoencoder
+from jdl.models.mlp import MLP
+from jdl.models.rbm import RBM, Energies
+
+
+@dataclass(frozen=True)
+class DBN:
+    """A stack of RBMs. Its parameters are a list of theirs, the lowest first.
+
+    Attributes:
+      widths: hidden units of each.
+      visible: kind of the lowest one's visible units, "bernoulli" or "gaussian".
+      num_classes: label units joined to the top machine's visible ones; 0 for none.
+      linear_code: whether the topmost units are Gaussian, for an autoencoder's linear code.
+      k, chains: of each machine's training, as for `RBM`.
+
+    >>> dbn = DBN(widths=(6, 4))
+    >>> params = [
+    ...     dbn.layer(i, []).init(jax.random.key(i), jnp.ones((2, n)))[0]
+    ...     for i, n in enumerate((9, 6))
+    ... ]
+    >>> dbn.features(params, jnp.ones((2, 3, 3))).shape
+    (2, 4)
+
+    References:
+      Hinton, Osindero and Teh, A fast learning algorithm for deep belief nets, Neural Computation
+      18, 2006.
+    """
+
+    widths: Sequence[int] = (500, 500, 2000)
+    visible: str = "bernoulli"
+    num_classes: int = 0
+    linear_code: bool = False
+    k: int = 1
+    chains: int = 0
+
+    def __post_init__(self) -> None:
+        check.argument(len(self.widths) > 0, "widths", "at least one width", self.widths)
+        for width in self.widths:
+            check.positive_int("widths", width)
+
+    def rbm(self, i: int) -> RBM:
+        """The machine of layer i."""
+        top = i == len(self.widths) - 1
+        return RBM(
+            hidden=self.widths[i],
+            visible=self.visible if i == 0 else "bernoulli",
+            hidden_units="gaussian" if top and self.linear_code else "bernoulli",
+            num_classes=self.num_classes if top else 0,
+            k=self.k,
+            chains=0 if top and self.linear_code else self.chains,
+        )
+
+    def layer(self, i: int, below: Sequence[Params]) -> Model:
+        """The machine of layer i as a `Model` of the data, which passes through those below.
+
+        Their parameters are model state: nothing but the data is stored between layers.
+        """
+        check.argument(0 <= i < len(self.widths), "i", f"below {len(self.widths)}", i)
+        base = as_model(self.rbm(i))
+        below = list(below)
+
+        def init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
+            x, *label = inputs
+            params, state = base.init(key, self._up(below, x), *label)
+            return params, {"own": state, "below": below}
+
+        def apply(
+            params: Params,
+            state: ModelState,
+            *inputs: Any,
+            key: Key | None = None,
+            train: bool = False,
+        ) -> tuple[Energies, ModelState]:
+            x, *label = inputs
+            h = self._up(jax.lax.stop_gradient(state["below"]), x)
+            outputs, own = base.apply(params, state["own"], h, *label, key=key, train=train)
+            return outputs, {"own": own, "below": state["below"]}
+
+        return Model(init, apply)
+
+    def _up(self, below: Sequence[Params], x: jax.Array) -> jax.Array:
+        h = x.reshape(x.shape[0], -1)
+        for i, params in enumerate(below):
+            machine = self.rbm(i)
+            check.argument(
+                h.shape[1] == params["visible_bias"].size,
+                "params",
+                f"of {h.shape[1]} visible units in layer {i}",
+                params["visible_bias"].size,
+            )
+            h = machine.hidden_mean(machine.hidden_input(params, h))
+        return h
+
+    # ------------------------------------------------------------------ the whole stack
+
+    def features(self, params: Sequence[Params], x: jax.Array) -> jax.Array:
+        """E[h] of the topmost units, [B, widths[-1]], of inputs [B, ...]."""
+        self._check_depth(params)
+        *below, top = params
+        h = self._up(below, x)
+        h = jnp.pad(h, [(0, 0), (0, self.num_classes)])
+        machine = self.rbm(len(below))
+        return machine.hidden_mean(machine.hidden_input(top, h))
+
+    def generate(
+        self,
+        params: Sequence[Params],
+        key: Key,
+        count: int,
+        *,
+        steps: int = 1000,
+        label: jax.Array | None = None,
+        start: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the machine dreams: means of the visible units, [count, V].
+
+        Args:
+          params: of all layers.
+          key: a random key.
+          count: how many.
+          steps: Gibbs steps in the top machine.
+          label: int[count], classes to hold; only where there are label units.
+          start: inputs [count, ...] whose features the chains start from; None for random units.
+        """
+        self._check_depth(params)
+        *below, top = params
+        machine = self.rbm(len(below))
+        pixels = top["visible_bias"].size - self.num_classes
+        start_key, label_key, chain_key = jax.random.split(key, 3)
+        if start is None:
+            v = jax.random.bernoulli(start_key, 0.5, (count, pixels)).astype(jnp.float32)
+        else:
+            v = self._up(below, start)
+        known = None
+        if self.num_classes:
+            held = label is not None
+            drawn = jax.random.randint(label_key, (count,), 0, self.num_classes)
+            v = machine.joined(v, label if held else drawn)
+            known = jnp.arange(v.shape[1]) >= (pixels if held else v.shape[1])
+        else:
+            check.argument(label is None, "label", "None: there are no label units", "labels")
+        v = machine.sample(top, chain_key, v, steps, known)
+        h = machine.hidden_mean(machine.hidden_input(top, v))
+        h = machine.visible_mean(machine.visible_input(top, h))[:, :pixels]
+        for i in reversed(range(len(below))):
+            lower = self.rbm(i)
+            h = lower.visible_mean(lower.visible_input(below[i], h))
+        return h
+
+    def unrolled_mlp(self, params: Sequence[Params], num_outputs: int) -> tuple[MLP, Params]:
+        """A sigmoid MLP that begins where the stack ends.
+
+        Its last layer holds the top machine's label weights, or zeros where there are none.
+        """
+        self._check_depth(params)
+        check.argument(
+            self.num_classes in (0, num_outputs),
+            "num_outputs",
+            f"the {self.num_classes} classes of the label units",
+            num_outputs,
+        )
+        net = MLP(widths=tuple(self.widths), num_outputs=num_outputs, activation="sigmoid")
+        layers = {f"Dense_{i}": self._dense(params, i) for i in range(len(self.widths))}
+        top, n = params[-1], self._top_inputs(params)
+        outputs = {
+            "kernel": jnp.zeros((self.widths[-1], num_outputs)),
+            "bias": jnp.zeros(num_outputs),
+        }
+        if self.num_classes:
+            outputs = {"kernel": top["kernel"][n:].T, "bias": top["visible_bias"][n:]}
+        return net, {**layers, "outputs": outputs}
+
+    def unrolled_autoencoder(self, params: Sequence[Params]) -> tuple[Autoencoder, Params]:
+        """A deep autoencoder, up the stack and down again; its outputs are logits."""
+        self._check_depth(params)
+        check.argument(self.num_classes == 0, "num_classes", "0 for an autoencoder", "label units")
+        depth = len(self.widths)
+        net = Autoencoder(
+            widths=tuple(self.widths),
+            activation="sigmoid",
+            code_activation="linear" if self.linear_code else "sigmoid",
+        )
+        up = {f"encoder_{i}": self._dense(params, i) for i in range(depth)}
+        names = [*(f"decoder_{i}" for i in range(depth - 1)), "reconstruction"]
+        down = {
+            name: {"kernel": p["kernel"].T, "bias": p["visible_bias"]}
+            for name, p in zip(names, reversed(params), strict=True)
+        }
+        return net, up | down
+
+    # ------------------------------------------------------------------ inner workings
+
+    def _check_depth(self, params: Sequence[Params]) -> None:
+        depth = len(self.widths)
+        check.argument(len(params) == depth, "params", f"of {depth} layers", len(params))
+
+    def _top_inputs(self, params: Sequence[Params]) -> int:
+        return int(params[-1]["visible_bias"].size) - self.num_classes
+
+    def _dense(self, params: Sequence[Params], i: int) -> Params:
+        p = params[i]
+        n = p["kernel"].shape[0] if i < len(params) - 1 else self._top_inputs(params)
+        return {"kernel": p["kernel"][:n], "bias": p["hidden_bias"]}
+
+
+def starting_at(model: Any, params: Params) -> Model:
+    """The same model, whose initial parameters are these: for fine-tuning.
+
+    Raises:
+      ArgumentError: on initialization, where their shapes are not the model's own.
+
+    >>> net = starting_at(MLP(widths=(), num_outputs=2), {"outputs": {"kernel": jnp.ones((3, 2))}})
+    >>> net.init(jax.random.key(0), jnp.ones((1, 3)))
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.ArgumentError: `params` must be shaped as the model's, \
+{'outputs': {'bias': (2,), 'kernel': (3, 2)}}, got {'outputs': {'kernel': (3, 2)}}.
+    """
+    base = as_model(model)
+
+    def init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
+        own, state = base.init(key, *inputs)
+        shapes, mine = (jax.tree.map(jnp.shape, tree) for tree in (own, params))
+        check.argument(shapes == mine, "params", f"shaped as the model's, {shapes}", mine)
+        return params, state
+
+    return Model(init, base.apply)
+
+
+# ---------------------------------------------------------------------- wake and sleep
+
+
+def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
+    r"""The up-down algorithm: the whole stack fine-tuned as a generative model.
+
+    Recognition weights R (up) and generative weights G (down) of all layers but the top part ways;
+    all samples are held fixed, and the loss is one sum:
+
+        −Σₗ log P_G(hˡ | hˡ⁺¹)   of a wake pass up,
+        −Σₗ log P_R(hˡ⁺¹ | hˡ)   of a sleep pass down, after k Gibbs steps in the top machine,
+        F(top wake state) − F(top sleep state).
+
+    Args:
+      dbn: a stack of binary machines.
+      params: of its layers, after greedy training.
+      k: Gibbs steps in the top machine.
+
+    Returns:
+      A `Model` with parameters `{"up", "down", "top"}` whose outputs are the losses, float[B]:
+      train it with `jdl.models.dbn.as_loss`. `merged(params)` turns them back into a stack's.
+
+    References:
+      Hinton, Osindero and Teh 2006, section 5 and appendix B.
+    """
+    dbn._check_depth(params)
+    check.positive_int("k", k)
+    binary = dbn.visible == "bernoulli" and not dbn.linear_code
+    check.argument(binary, "dbn", "of binary units", dbn)
+    depth = len(dbn.widths) - 1
+    machines = [dbn.rbm(i) for i in range(depth + 1)]
+    start = {
+        "up": [{"kernel": p["kernel"], "bias": p["hidden_bias"]} for p in params[:-1]],
+        "down": [{"kernel": p["kernel"], "bias": p["visible_bias"]} for p in params[:-1]],
+        "top": params[-1],
+    }
+
+    def up(p: Params, i: int, h: jax.Array) -> jax.Array:
+        return h @ p["up"][i]["kernel"] + p["up"][i]["bias"][None]
+
+    def down(p: Params, i: int, h: jax.Array) -> jax.Array:
+        return h @ p["down"][i]["kernel"].T + p["down"][i]["bias"][None]
+
+    def drawn(logits: jax.Array, key: Key) -> jax.Array:
+        return (jax.random.uniform(key, logits.shape) < jax.nn.sigmoid(logits)).astype(logits.dtype)
+
+    def cost(logits: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.sum(jax.nn.softplus(logits) - target * logits, axis=1)
+
+    def apply(
+        p: Params, state: ModelState, *inputs: Any, key: Key | None = None, train: bool = False
+    ) -> tuple[jax.Array, ModelState]:
+        del train
+        x, *label = inputs
+        keys = jax.random.split(jax.random.key(0) if key is None else key, 2 * depth + 2)
+        fixed = jax.lax.stop_gradient(p)
+        wake = [x.reshape(x.shape[0], -1)]
+        for i in range(depth):
+            wake.append(drawn(up(fixed, i, wake[i]), keys[i]))
+        machine = machines[depth]
+        top = machine.joined(wake[depth], *label)
+        asleep = machine.sample(fixed["top"], keys[-1], top, k)
+        pixels = asleep.shape[1] - dbn.num_classes
+        sleep = {depth: asleep[:, :pixels]}
+        for i in reversed(range(depth)):
+            sleep[i] = drawn(down(fixed, i, sleep[i + 1]), keys[depth + i])
+        losses = machine.free_energy(p["top"], top) - machine.free_energy(p["top"], asleep)
+        for i in range(depth):
+            losses = losses + cost(down(p, i, wake[i + 1]), wake[i])
+            losses = losses + cost(up(p, i, sleep[i]), sleep[i + 1])
+        return losses, state
+
+    return Model(lambda key, *inputs: (start, {}), apply)
+
+
+def as_loss(outputs: jax.Array, batch: Batch) -> jax.Array:
+    """The loss of a model whose outputs are losses."""
+    del batch
+    return outputs
+
+
+def merged(params: Params) -> list[Params]:
+    """A stack's parameters after `up_down`: generative weights, recognition biases."""
+    layers = [
+        {"kernel": g["kernel"], "visible_bias": g["bias"], "hidden_bias": r["bias"]}
+        for g, r in zip(params["down"], params["up"], strict=True)
+    ]
+    return [*layers, params["top"]]

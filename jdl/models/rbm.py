@@ -1,0 +1,415 @@
+r"""The restricted Boltzmann machine, trained as one objective.
+
+    E(v, h) = ε(v) − cᵀh − s(v)ᵀ W h
+    F(v)    = −log Σₕ exp −E(v, h) = ε(v) − Σⱼ softplus(cⱼ + s(v)ᵀ Wⱼ)
+
+with ε(v) = −bᵀv and s(v) = v for binary units, |v − b|²/2σ² and v/σ for Gaussian ones.
+Contrastive divergence is the gradient of
+
+    F(v) − F(ṽ)
+
+where ṽ comes from k steps of Gibbs sampling and is held fixed: it starts from v (CD-k), or from
+chains that go on from step to step (PCD), which are model state, so they are saved and resumed.
+
+Parameters are a dict: `kernel` [V, H], `visible_bias` [V], `hidden_bias` [H]. Of the V visible
+units the last K are the softmax label units, if there are any.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jdl.core import check
+from jdl.core.types import Batch, Key, Params
+
+
+class Energies(NamedTuple):
+    """What an RBM gives for a batch.
+
+    Attributes:
+      positive: F(v), [B].
+      negative: F(ṽ), [B]; the mean over all chains where they persist.
+      visible: the mean-field reconstruction of the inputs, [B, ...].
+      hidden: P(hⱼ = 1 | v), [B, H]; for Gaussian hidden units their means.
+      classes: −F(x, y) for each label y, [B, K]: logits of P(y | x).
+    """
+
+    positive: jax.Array
+    negative: jax.Array
+    visible: jax.Array
+    hidden: jax.Array
+    classes: jax.Array
+
+
+def contrastive_divergence(outputs: Energies, batch: Batch) -> jax.Array:
+    """F(v) − F(ṽ), the loss whose gradient is (persistent) contrastive divergence.
+
+    Its value says nothing of the likelihood. It suits optimizers that use the gradient alone; those
+    that search along a line meet other samples, of the same random numbers, at each trial point.
+    """
+    del batch
+    return outputs.positive - outputs.negative
+
+
+def sparse_divergence(target: float, cost: float) -> Callable[[Energies, Batch], jax.Array]:
+    """Contrastive divergence + cost · Σⱼ cross-entropy(target, P(hⱼ = 1 | v)).
+
+    The penalty's derivative with respect to a unit's input is cost · (P(hⱼ) − target).
+
+    Args:
+      target: wanted activity of the hidden units, in (0, 1).
+      cost: ≥ 0.
+
+    References:
+      Hinton, A practical guide to training restricted Boltzmann machines, 2010, section 11.
+    """
+    check.in_range("target", target, 1e-6, 1 - 1e-6)
+    check.in_range("cost", cost, 0.0)
+
+    def loss(outputs: Energies, batch: Batch) -> jax.Array:
+        q = jnp.clip(outputs.hidden, 1e-6, 1 - 1e-6)
+        entropy = -target * jnp.log(q) - (1 - target) * jnp.log1p(-q)
+        return contrastive_divergence(outputs, batch) + cost * jnp.sum(entropy, axis=1)
+
+    return loss
+
+
+def log_odds(mean: Any) -> Callable[..., jax.Array]:
+    """An initializer of visible biases: log p/(1 − p) of the data's mean, within ±log 199.
+
+    >>> log_odds([0.5, 0.0])(jax.random.key(0), (2,)).round(2).tolist()
+    [0.0, -5.289999961853027]
+    """
+    mean = jnp.clip(jnp.ravel(jnp.asarray(mean, jnp.float32)), 0.005, 0.995)
+
+    def init(key: Key, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        del key
+        bias = jnp.log(mean) - jnp.log1p(-mean)
+        return jnp.zeros(shape, dtype).at[: mean.size].set(bias.astype(dtype))
+
+    return init
+
+
+class RBM(nn.Module):
+    """A restricted Boltzmann machine; `contrastive_divergence` is its loss.
+
+    Inputs [B, ...] are flattened. With `num_classes` it is called with labels too, and models both.
+    In evaluation ṽ is the mean-field reconstruction, without sampling.
+
+    Attributes:
+      hidden: hidden units, H.
+      visible: "bernoulli" for values in [0, 1], taken as probabilities, or "gaussian".
+      hidden_units: "bernoulli", or "gaussian" of variance 1, as for a linear code.
+      num_classes: softmax label units, K.
+      sigma: standard deviation of Gaussian visible units, given the hidden ones.
+      k: Gibbs steps per training step.
+      chains: how many persistent chains (PCD); 0 to start each step from the data (CD).
+      fast_rate: learning rate of fast PCD's additional weights, which only the chains see; 0 for
+        none.
+      fast_decay: what remains of them after a step.
+      sample_visible: whether ṽ is sampled, rather than its mean taken.
+      kernel_init, visible_bias_init, hidden_bias_init: initializers.
+
+    >>> rbm = RBM(hidden=5)
+    >>> variables = rbm.init(jax.random.key(0), jnp.ones((2, 4)))
+    >>> rbm.apply(variables, jnp.ones((2, 4))).hidden.shape
+    (2, 5)
+    >>> rbm.free_energy(variables["params"], jnp.zeros((1, 4))).round(4).tolist()  # −5 log 2
+    [-3.4656999111175537]
+
+    References:
+      Hinton, Training products of experts by minimizing contrastive divergence, Neural Computation
+      14, 2002; Tieleman, Training restricted Boltzmann machines using approximations to the
+      likelihood gradient, ICML 2008 (PCD); Tieleman and Hinton, Using fast weights to improve
+      persistent contrastive divergence, ICML 2009; Hinton, A practical guide to training
+      restricted Boltzmann machines, 2010.
+    """
+
+    hidden: int = 500
+    visible: str = "bernoulli"
+    hidden_units: str = "bernoulli"
+    num_classes: int = 0
+    sigma: float = 1.0
+    k: int = 1
+    chains: int = 0
+    fast_rate: float = 0.0
+    fast_decay: float = 0.95
+    sample_visible: bool = True
+    kernel_init: Callable[..., jax.Array] = nn.initializers.normal(0.01)
+    visible_bias_init: Callable[..., jax.Array] = nn.initializers.zeros
+    hidden_bias_init: Callable[..., jax.Array] = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, label: jax.Array | None = None, train: bool = False
+    ) -> Energies:
+        """Energies of inputs [B, ...] and of where the Gibbs chain leads from them."""
+        self._check()
+        v = self.joined(x, label)
+        size = v.shape[1]
+        params = {
+            "kernel": self.param("kernel", self.kernel_init, (size, self.hidden)),
+            "visible_bias": self.param("visible_bias", self.visible_bias_init, (size,)),
+            "hidden_bias": self.param("hidden_bias", self.hidden_bias_init, (self.hidden,)),
+        }
+        chain = fast = None
+        if self.chains:
+            start = (self.chains, self.hidden)
+            chain = self.variable("chains", "hidden", self._first_chains, start)
+            if self.fast_rate:
+                fast = self.variable("chains", "fast", lambda: jax.tree.map(jnp.zeros_like, params))
+        hidden = self.hidden_mean(self.hidden_input(params, v))
+        means = self.visible_mean(self.visible_input(params, hidden))
+        frozen = jax.lax.stop_gradient(params)
+        if not train or self.is_initializing():
+            negative = self.free_energy(params, jax.lax.stop_gradient(means))
+        elif chain is None:
+            key = self.make_rng("dropout")
+            sample = self._contrast(frozen, v, key)
+            negative = self.free_energy(params, jax.lax.stop_gradient(sample))
+        else:
+            seen = frozen if fast is None else jax.tree.map(jnp.add, frozen, fast.value)
+            h = chain.value.astype(v.dtype)
+            sample, h = self.gibbs(seen, h, self.make_rng("dropout"), self.k)
+            chain.value = h.astype(jnp.int8)
+            if fast is not None:
+                fast.value = self._faster(fast.value, frozen, v, sample)
+            mean = jnp.mean(self.free_energy(params, jax.lax.stop_gradient(sample)))
+            negative = jnp.broadcast_to(mean, v.shape[:1])
+        positive = self.free_energy(params, v)
+        if self.visible == "bernoulli":
+            positive = jnp.where(jnp.all((v >= 0) & (v <= 1), axis=1), positive, jnp.nan)
+        n = size - self.num_classes
+        pixels = means[:, :n].reshape(x.shape)
+        return Energies(positive, negative, pixels, hidden, self.class_logits(params, v[:, :n]))
+
+    # ------------------------------------------------------------------ pure functions of params
+
+    @nn.nowrap
+    def joined(self, x: Any, label: Any = None) -> jax.Array:
+        """Visible units [B, V] of inputs [B, ...] and int labels [B] or probabilities [B, K].
+
+        Raises:
+          ArgumentError: labels are missing or too many, or, outside of `jit`, values are not in
+            [0, 1] where units are binary. Within `jit` such values give a NaN.
+        """
+        x = jnp.asarray(x)
+        check.argument(x.ndim >= 2, "x", "of shape [B, ...]", x.shape)
+        v = x.reshape(x.shape[0], -1)
+        v = v if jnp.issubdtype(v.dtype, jnp.floating) else v.astype(jnp.float32)
+        if self.visible == "bernoulli" and not isinstance(v, jax.core.Tracer):
+            low, high = float(jnp.min(v)), float(jnp.max(v))
+            check.argument(
+                low >= 0 and high <= 1,
+                "x",
+                "in [0, 1] for binary visible units",
+                f"values from {low:g} to {high:g}",
+                'Scale them, or use visible="gaussian" on standardized data.',
+            )
+        if self.num_classes == 0:
+            check.argument(label is None, "label", "None: there are no label units", type(label))
+            return v
+        check.argument(
+            label is not None, "label", f"given, for {self.num_classes} label units", label
+        )
+        label = jnp.asarray(label)
+        if jnp.issubdtype(label.dtype, jnp.integer):
+            label = jax.nn.one_hot(label, self.num_classes, dtype=v.dtype)
+        return jnp.concatenate([v, label.astype(v.dtype)], axis=1)
+
+    @nn.nowrap
+    def free_energy(self, params: Params, v: jax.Array) -> jax.Array:
+        """F(v), [B], of visible units [B, V], in nats."""
+        return self.visible_energy(params["visible_bias"], v) - jnp.sum(
+            self.log_hidden(self.hidden_input(params, v)), axis=1
+        )
+
+    @nn.nowrap
+    def visible_energy(self, bias: jax.Array, v: jax.Array) -> jax.Array:
+        """ε(v), [B]."""
+        if self.visible == "bernoulli":
+            return -v @ bias
+        n = v.shape[1] - self.num_classes
+        apart = (v[:, :n] - bias[None, :n]) / self.sigma
+        return 0.5 * jnp.sum(jnp.square(apart), axis=1) - v[:, n:] @ bias[n:]
+
+    @nn.nowrap
+    def log_hidden(self, a: jax.Array) -> jax.Array:
+        """What a hidden unit of input a adds to −F."""
+        return jax.nn.softplus(a) if self.hidden_units == "bernoulli" else 0.5 * jnp.square(a)
+
+    @nn.nowrap
+    def hidden_input(self, params: Params, v: jax.Array) -> jax.Array:
+        """Inputs of the hidden units, c + s(v)ᵀ W, [B, H]."""
+        return self._scaled(v, 1.0 / self.sigma) @ params["kernel"] + params["hidden_bias"][None]
+
+    @nn.nowrap
+    def visible_input(self, params: Params, h: jax.Array) -> jax.Array:
+        """Inputs of the visible units, [B, V]: log odds b + W h, or Gaussian means b + σ W h."""
+        return params["visible_bias"][None] + self._scaled(h @ params["kernel"].T, self.sigma)
+
+    @nn.nowrap
+    def hidden_mean(self, a: jax.Array) -> jax.Array:
+        """E[h], of hidden input."""
+        return jax.nn.sigmoid(a) if self.hidden_units == "bernoulli" else a
+
+    @nn.nowrap
+    def visible_mean(self, a: jax.Array) -> jax.Array:
+        """E[v], of visible input."""
+        n = a.shape[1] - self.num_classes
+        pixels = jax.nn.sigmoid(a[:, :n]) if self.visible == "bernoulli" else a[:, :n]
+        return (
+            jnp.concatenate([pixels, jax.nn.softmax(a[:, n:])], 1) if self.num_classes else pixels
+        )
+
+    @nn.nowrap
+    def draw_hidden(self, a: jax.Array, key: Key) -> jax.Array:
+        """h, sampled, of hidden input."""
+        if self.hidden_units == "gaussian":
+            return a + jax.random.normal(key, a.shape, a.dtype)
+        return (jax.random.uniform(key, a.shape, a.dtype) < jax.nn.sigmoid(a)).astype(a.dtype)
+
+    @nn.nowrap
+    def draw_visible(self, a: jax.Array, key: Key) -> jax.Array:
+        """v, sampled, of visible input."""
+        key, label_key = jax.random.split(key)
+        n = a.shape[1] - self.num_classes
+        x = a[:, :n]
+        if self.visible == "gaussian":
+            x = x + self.sigma * jax.random.normal(key, x.shape, x.dtype)
+        else:
+            x = (jax.random.uniform(key, x.shape, x.dtype) < jax.nn.sigmoid(x)).astype(x.dtype)
+        if not self.num_classes:
+            return x
+        drawn = jax.random.categorical(label_key, a[:, n:])
+        return jnp.concatenate([x, jax.nn.one_hot(drawn, self.num_classes, dtype=a.dtype)], 1)
+
+    @nn.nowrap
+    def gibbs(
+        self, params: Params, h: jax.Array, key: Key, steps: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """(v, h) after `steps` of v ~ P(v | h), h ~ P(h | v) from hidden units [B, H]."""
+
+        def step(i: Any, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            v_key, h_key = jax.random.split(jax.random.fold_in(key, i))
+            v = self.draw_visible(self.visible_input(params, state[1]), v_key)
+            return v, self.draw_hidden(self.hidden_input(params, v), h_key)
+
+        none = jnp.zeros((h.shape[0], params["visible_bias"].size), h.dtype)
+        return jax.lax.fori_loop(0, steps, step, (none, h))
+
+    @nn.nowrap
+    def sample(
+        self, params: Params, key: Key, v: jax.Array, steps: int, known: jax.Array | None = None
+    ) -> jax.Array:
+        """Visible units [B, V] after Gibbs steps from `v`, those held that `known` marks.
+
+        Args:
+          params: the parameters.
+          key: a random key.
+          v: where to start, [B, V].
+          steps: how many, ≥ 1.
+          known: 1 or True for units to hold at their value in `v`, of a shape that broadcasts to
+            [B, V]; None for none. Held pixels ask what the rest looks like; held labels, what the
+            machine takes for such an image.
+        """
+        held = _held(known, v)
+
+        def step(i: Any, now: jax.Array) -> jax.Array:
+            h_key, v_key = jax.random.split(jax.random.fold_in(key, i))
+            h = self.draw_hidden(self.hidden_input(params, now), h_key)
+            return jnp.where(held, v, self.draw_visible(self.visible_input(params, h), v_key))
+
+        return jax.lax.fori_loop(0, check.positive_int("steps", steps), step, v)
+
+    @nn.nowrap
+    def mean_field(
+        self, params: Params, v: jax.Array, steps: int, known: jax.Array | None = None
+    ) -> jax.Array:
+        """`sample` with means for samples: the naive mean-field equations, iterated."""
+        held = _held(known, v)
+
+        def step(_: Any, now: jax.Array) -> jax.Array:
+            h = self.hidden_mean(self.hidden_input(params, now))
+            return jnp.where(held, v, self.visible_mean(self.visible_input(params, h)))
+
+        return jax.lax.fori_loop(0, check.positive_int("steps", steps), step, v)
+
+    @nn.nowrap
+    def transform(self, params: Params, x: Any, label: Any = None) -> jax.Array:
+        """E[h | x], [B, H]: features for another model."""
+        return self.hidden_mean(self.hidden_input(params, self.joined(x, label)))
+
+    @nn.nowrap
+    def class_logits(self, params: Params, x: jax.Array) -> jax.Array:
+        """−F(x, y) for each label, [B, K]: exactly log P(y | x), but for a constant."""
+        x = x.reshape(x.shape[0], -1)
+        n = params["visible_bias"].size - self.num_classes
+        pixels = jnp.pad(x, [(0, 0), (0, self.num_classes)])
+        a = self.hidden_input(params, pixels)[:, None] + params["kernel"][None, n:]
+        return params["visible_bias"][None, n:] + jnp.sum(self.log_hidden(a), axis=2)
+
+    # ------------------------------------------------------------------ inner workings
+
+    @nn.nowrap
+    def _check(self) -> None:
+        check.one_of("visible", self.visible, ("bernoulli", "gaussian"))
+        check.one_of("hidden_units", self.hidden_units, ("bernoulli", "gaussian"))
+        check.positive_int("hidden", self.hidden)
+        check.positive_int("k", self.k)
+        check.in_range("sigma", self.sigma, 0.0, open_low=True)
+        check.in_range("fast_rate", self.fast_rate, 0.0)
+        check.in_range("fast_decay", self.fast_decay, 0.0, 1.0)
+        for name in ("num_classes", "chains"):
+            value = getattr(self, name)
+            check.argument(isinstance(value, int) and value >= 0, name, "an integer ≥ 0", value)
+        check.argument(
+            self.hidden_units == "bernoulli" or (self.chains == 0 and self.visible == "bernoulli"),
+            "hidden_units",
+            '"bernoulli" for persistent chains or Gaussian visible units',
+            self.hidden_units,
+        )
+        check.argument(
+            self.chains > 0 or self.fast_rate == 0, "chains", "positive for fast weights", 0
+        )
+
+    @nn.nowrap
+    def _scaled(self, v: jax.Array, factor: float) -> jax.Array:
+        """`v`, its Gaussian units times `factor`."""
+        if self.visible == "bernoulli" or factor == 1.0:
+            return v
+        n = v.shape[1] - self.num_classes
+        return jnp.concatenate([v[:, :n] * factor, v[:, n:]], axis=1)
+
+    def _first_chains(self, shape: tuple[int, int]) -> jax.Array:
+        return jax.random.bernoulli(self.make_rng("params"), 0.5, shape).astype(jnp.int8)
+
+    @nn.nowrap
+    def _contrast(self, params: Params, v: jax.Array, key: Key) -> jax.Array:
+        """ṽ of CD-k."""
+        first, rest, last = jax.random.split(key, 3)
+        h = self.draw_hidden(self.hidden_input(params, v), first)
+        if self.k > 1:
+            h = self.gibbs(params, h, rest, self.k - 1)[1]
+        a = self.visible_input(params, h)
+        return self.draw_visible(a, last) if self.sample_visible else self.visible_mean(a)
+
+    @nn.nowrap
+    def _faster(self, fast: Params, params: Params, v: jax.Array, sample: jax.Array) -> Params:
+        """Fast weights after this step's gradient."""
+
+        def divergence(p: Params) -> jax.Array:
+            return jnp.mean(self.free_energy(p, v)) - jnp.mean(self.free_energy(p, sample))
+
+        grads = jax.grad(divergence)(params)
+        return jax.tree.map(lambda f, g: self.fast_decay * f - self.fast_rate * g, fast, grads)
+
+
+def _held(known: jax.Array | None, v: jax.Array) -> jax.Array:
+    if known is None:
+        return jnp.zeros(v.shape, bool)
+    known = jnp.asarray(known).astype(bool)
+    return jnp.broadcast_to(known.reshape((1,) * (v.ndim - known.ndim) + known.shape), v.shape)

@@ -1,0 +1,58 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdl.core import check
+from jdl.models.layers import ACTIVATIONS, INITIALIZERS, activation, initializer
+from jdl.models.mlp import MLP
+
+KEY = jax.random.key(0)
+
+# name -> standard deviation of the weights of a layer of 400 inputs and 200 units
+DEVIATIONS = {
+    "he": np.sqrt(2 / 400),
+    "glorot": np.sqrt(2 / 600),
+    "lecun": np.sqrt(1 / 400),
+    "orthogonal": np.sqrt(1 / 400),
+    "sparse": np.sqrt(15 / 400),
+    "normal": 0.01,
+}
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_initial_weights_have_their_scale(name):
+    weights = np.asarray(initializer(name)(KEY, (400, 200), jnp.float32))
+    assert weights.std() == pytest.approx(DEVIATIONS[name], rel=0.05)
+    assert weights.mean() == pytest.approx(0.0, abs=0.01)
+    if name == "orthogonal":
+        np.testing.assert_allclose(weights.T @ weights, np.eye(200), atol=1e-5)
+    if name == "sparse":
+        assert ((weights != 0).sum(axis=0) == 15).all()
+
+
+def test_activations_against_their_formulas():
+    x = np.linspace(-3, 3, 25, dtype=np.float32)
+    expected = {
+        "relu": np.maximum(x, 0),
+        "leaky_relu": np.where(x > 0, x, 0.01 * x),
+        "sigmoid": 1 / (1 + np.exp(-x)),
+        "tanh": np.tanh(x),
+        "silu": x / (1 + np.exp(-x)),
+        "elu": np.where(x > 0, x, np.expm1(x)),
+        "selu": 1.05070098 * np.where(x > 0, x, 1.67326324 * np.expm1(x)),
+        "softplus": np.log1p(np.exp(x)),
+        "softsign": x / (1 + np.abs(x)),
+        "linear": x,
+    }
+    assert expected.keys() == ACTIVATIONS.keys() - {"gelu"}
+    for name, values in expected.items():
+        np.testing.assert_allclose(activation(name)(jnp.asarray(x)), values, rtol=1e-4, atol=1e-6)
+
+
+def test_a_net_takes_both_by_name_and_an_unknown_one_is_told():
+    net = MLP(widths=(20,), num_outputs=2, activation="tanh", kernel_init="sparse")
+    params = net.init(KEY, jnp.ones((1, 30)))["params"]
+    assert ((params["Dense_0"]["kernel"] != 0).sum(axis=0) == 15).all()
+    with pytest.raises(check.ArgumentError, match="Did you mean 'sparse'"):
+        MLP(kernel_init="spars").init(KEY, jnp.ones((1, 3)))
