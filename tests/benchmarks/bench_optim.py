@@ -171,7 +171,10 @@ def logistic_contestants(x, y):
         def solve():
             # Its own criterion is the largest entry of the gradient.
             model = LogisticRegression(
-                C=1 / (DECAY * COUNT), solver="newton-cg", tol=float(TARGET * first) / 8
+                C=1 / (DECAY * COUNT),
+                solver="newton-cg",
+                tol=float(TARGET * first) / 2,
+                max_iter=30,
             ).fit(data, labels)
             w, b = jnp.asarray(model.coef_.T, jnp.float32), model.intercept_
             # Its intercepts are free up to a constant.
@@ -221,7 +224,7 @@ def logistic_contestants(x, y):
         return solve
 
     newton_cg = hessian_free(
-        damping=1e-4, tolerance=0.25, progress=0.0, warm_start=0.0, num_candidates=1
+        damping=1e-3, tolerance=0.1, progress=0.0, warm_start=0.0, num_candidates=1
     )
     contestants = {
         "jdl lbfgs": ours(lbfgs()),
