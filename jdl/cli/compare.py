@@ -24,6 +24,10 @@ class Args:
     """how many seeds: 3 or more for a result to publish"""
     seconds: float = 30.0
     """training seconds of each trial, without compilation and evaluation"""
+    epochs: float | None = None
+    """a budget of passes over the data, in place of seconds"""
+    work: float | None = None
+    """a budget of work, in gradients of the whole training set, in place of seconds"""
     size: str | None = None
     """HEIGHT or HEIGHTxWIDTH to scale images to; by default 128, and 8 for the digits"""
     color: bool = False
@@ -58,16 +62,22 @@ def run(args: Args) -> None:
             size=parse_size(args.size, args.data),
             grayscale=not args.color,
         )
-    study(problem, names, args.seeds, args.seconds, args.workdir)
+    others = {"epochs": args.epochs, "work": args.work}
+    given = {kind: amount for kind, amount in others.items() if amount is not None}
+    check.argument(len(given) <= 1, "--epochs, --work", "given one at a time", given)
+    kind, amount = next(iter(given.items()), ("seconds", args.seconds))
+    study(problem, names, args.seeds, (amount, kind), args.workdir)
 
 
-def study(problem: Any, optimizers: list[Any], seeds: int, seconds: float, workdir: Path) -> Any:
+def study(
+    problem: Any, optimizers: list[Any], seeds: int, budget: tuple[float, str], workdir: Path
+) -> Any:
     """Runs a study with progress on stderr, and shows what came out."""
     import sys
 
     from jdl.cli import progress
     from jdl.cli.run_config import use_compilation_cache
-    from jdl.compare import Study, table, write_report
+    from jdl.compare import Budget, Study, table, write_report
     from jdl.compare.results import headline
 
     use_compilation_cache()
@@ -85,7 +95,12 @@ def study(problem: Any, optimizers: list[Any], seeds: int, seconds: float, workd
             print(f"{where}: {event.kind} {event.words or ''}".rstrip(), file=sys.stderr)
 
     results = Study(
-        [problem], optimizers, seeds=seeds, seconds=seconds, workdir=workdir, on_event=on_event
+        [problem],
+        optimizers,
+        seeds=seeds,
+        budget=Budget(*budget),
+        workdir=workdir,
+        on_event=on_event,
     ).run()
     header, rows = table(results, problem.name)
     progress.table(list(header), [list(row) for row in rows], problem.name)

@@ -33,4 +33,4 @@ def run(args: Args) -> None:
     # Curvature from a quarter of the data, and a bounded inner solve: both are in the report.
     hf = named("hf", curvature_batch_size=360, max_linear_iterations=20)
     optimizers = ["sgd", "adam", "lbfgs", "cg", hf]
-    compare.study(digits_cnn(), optimizers, 1, args.seconds, args.workdir)
+    compare.study(digits_cnn(), optimizers, 1, (args.seconds, "seconds"), args.workdir)

@@ -1,5 +1,6 @@
 """Optimizers compared under one clock, in a report that can be published."""
 
+from jdl.compare.budget import Budget
 from jdl.compare.optimizers import Entry, named
 from jdl.compare.problems import Problem, digits_cnn, tar_problem
 from jdl.compare.report import write as write_report
@@ -7,6 +8,7 @@ from jdl.compare.results import Results, Target, load, table
 from jdl.compare.study import Event, Study
 
 __all__ = [
+    "Budget",
     "Entry",
     "Event",
     "Problem",

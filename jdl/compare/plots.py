@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdl.compare import drawing
+from jdl.compare.budget import Budget
 from jdl.compare.results import Results, Row, Trial, reached
 
 FLOOR = 1e-8  # below, a mean of float32 losses is rounding; lower ones are drawn here
@@ -80,7 +81,7 @@ def panel_figure(results: Results, problem: str, panel: Panel) -> Any:
 
 
 def _draw(axes: Any, results: Results, problem: str, panel: Panel) -> None:
-    target, budget = results.target(problem), results.seconds
+    target, budget = results.target(problem), results.budget
     axes.set_yscale("log")
     axes.set_xscale("log")
     for place, optimizer in enumerate(results.optimizers):
@@ -132,7 +133,7 @@ def _point(row: Row, panel: Panel) -> tuple[float, float]:
     return row[panel.x], panel.value(row[panel.y])
 
 
-def _usable(trial: Trial, panel: Panel, budget: float) -> list[Row]:
+def _usable(trial: Trial, panel: Panel, budget: Budget) -> list[Row]:
     """The evaluations that a log axis can show."""
     return [
         row
@@ -142,7 +143,7 @@ def _usable(trial: Trial, panel: Panel, budget: float) -> list[Row]:
 
 
 def _on_one_grid(
-    trials: Sequence[Trial], panel: Panel, budget: float
+    trials: Sequence[Trial], panel: Panel, budget: Budget
 ) -> tuple[np.ndarray, np.ndarray]:
     """The seeds' curves [seed, x] at common places x, straight between evaluations on log axes.
 

@@ -25,11 +25,11 @@ from jdl.optim import diagnostics
 from jdl.train.writers import write_atomically
 
 RULES = (
-    "The budget is seconds of training: the clock stands still during compilation, evaluation and "
+    "All have the same budget. The training clock stands still during compilation, evaluation and "
     "logging. A step that would end beyond the budget is not begun, and one that does all the "
     "same does not count.",
     "A target counts as reached at the first evaluation that meets it, without interpolation. "
-    "Evaluations lie at the same times for every optimizer, each the same factor after the last; "
+    "Evaluations lie at the same places for every optimizer, each the same factor after the last; "
     "a long step is evaluated when it ends.",
     "Work is what the optimizer evaluated, in gradients of the whole training set: line searches "
     "and curvature products count by their nominal cost (a value alone ⅓, a Gauss-Newton product "
@@ -222,7 +222,7 @@ def _escape(text: str) -> str:
 def _question(results: Results, problem: str) -> str:
     seeds = len(results.study["seeds"])
     return (
-        f"{len(results.optimizers)} optimizers, {results.seconds:g} s of training each, "
+        f"{len(results.optimizers)} optimizers, {results.budget} each, "
         f"{seeds} seed{'' if seeds == 1 else 's'}, from the same initial parameters. The target, "
         f"{results.target(problem)}, was fixed before anything ran. {res.ending(results, problem)}"
     )

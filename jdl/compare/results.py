@@ -15,10 +15,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jdl.compare.budget import Budget
 from jdl.core import check
 from jdl.train.writers import read_jsonl
 
-FORMAT = 1  # of a study's directory; changes when old ones can no longer be read
+FORMAT = 2  # of a study's directory; changes when old ones can no longer be read
 
 Row = dict[str, Any]  # one line of metrics.jsonl
 
@@ -79,9 +80,10 @@ class Trial(NamedTuple):
     compile_seconds: float
     settings: Mapping[str, Any]
 
-    def within(self, budget: float) -> tuple[Row, ...]:
-        """The evaluations that count: nobody gets a second more than the budget."""
-        return tuple(row for row in self.evaluations if row["seconds"] <= budget)
+    def within(self, budget: Budget) -> tuple[Row, ...]:
+        """The evaluations that count: nobody gets more than the budget."""
+        most = float(budget.amount) * (1.0 + 1e-9)
+        return tuple(row for row in self.evaluations if row[budget.column] <= most)
 
 
 class Results(NamedTuple):
@@ -91,9 +93,9 @@ class Results(NamedTuple):
     trials: tuple[Trial, ...]
 
     @property
-    def seconds(self) -> float:
-        """The budget of each trial, on the training clock."""
-        return float(self.study["seconds"])
+    def budget(self) -> Budget:
+        """What each trial may spend."""
+        return Budget(**self.study["budget"])
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -142,6 +144,7 @@ class Line(NamedTuple):
     optimizer: str
     trials: int
     reached: int  # trials that met the target
+    judged: Spread  # what it took to the target, in the budget's unit
     seconds: Spread  # to the target
     work: Spread  # to the target
     train_loss: Spread  # at the last evaluation within the budget
@@ -153,7 +156,7 @@ class Line(NamedTuple):
     troubles: tuple[str, ...]  # one sentence for each trial that did not end well
 
 
-def reached(trial: Trial, target: Target, budget: float) -> Row | None:
+def reached(trial: Trial, target: Target, budget: Budget) -> Row | None:
     """The first evaluation within the budget that meets the target, or None."""
     return next((row for row in trial.within(budget) if target.met(row)), None)
 
@@ -164,7 +167,7 @@ def lines(results: Results, problem: str) -> list[Line]:
 
 
 def _line(results: Results, problem: str, optimizer: str) -> Line:
-    target, budget = results.target(problem), results.seconds
+    target, budget = results.target(problem), results.budget
     trials = results.of(problem, optimizer)
     first = [reached(trial, target, budget) for trial in trials]
     last = [(trial.within(budget) or ({},))[-1] for trial in trials]
@@ -189,6 +192,7 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
         optimizer=optimizer,
         trials=len(trials),
         reached=sum(row is not None for row in first),
+        judged=to_target(budget.column),
         seconds=to_target("seconds"),
         work=to_target("work"),
         train_loss=final("train_loss"),
@@ -227,28 +231,32 @@ def table(results: Results, problem: str) -> tuple[list[str], list[list[str]]]:
 
 def headline(results: Results, problem: str) -> str:
     """Who reached the target first, and whether the seeds leave room for luck."""
-    target, budget = results.target(problem), results.seconds
-    found = sorted(lines(results, problem), key=lambda line: line.seconds.median)
+    target, budget = results.target(problem), results.budget
+    found = sorted(lines(results, problem), key=lambda line: line.judged.median)
     seeds = max(line.trials for line in found)
+
+    def spent(amount: float) -> str:
+        return budget.spoken(formatted(budget.column, amount))
+
     winner, others = found[0], found[1:]
     if not any(line.reached for line in found):
-        return f"No optimizer reached {target} within {budget:g} s of training."
-    if math.isinf(winner.seconds.median):
+        return f"No optimizer reached {target} within {budget}."
+    if math.isinf(winner.judged.median):
         some = ", ".join(f"{x.optimizer} ({x.reached} of {x.trials})" for x in found if x.reached)
-        return f"No optimizer reached {target} within {budget:g} s in most seeds; some did: {some}."
-    first = f"{winner.optimizer} reached {target} first, after {_seconds(winner.seconds.median)}"
+        return f"No optimizer reached {target} within {budget} in most seeds; some did: {some}."
+    first = f"{winner.optimizer} reached {target} first, after {spent(winner.judged.median)}"
     if seeds > 1:
-        first += f" (median of {seeds} seeds, {_range(winner.seconds)} s)"
+        first += f" (median of {seeds} seeds, {budget.spoken(_range(winner.judged))})"
     if not others:
         return f"{first}."
     second = others[0]
-    if math.isinf(second.seconds.median):
+    if math.isinf(second.judged.median):
         missed = f"in {winner.reached} of {winner.trials} seeds" if seeds > 1 else "at all"
-        return f"{first}; it alone reached it {missed} within {budget:g} s."
-    first += f"; next {second.optimizer}, after {_seconds(second.seconds.median)}"
+        return f"{first}; it alone reached it {missed} within {budget}."
+    first += f"; next {second.optimizer}, after {spent(second.judged.median)}"
     if seeds == 1:
         return f"{first}. One seed: whether that is luck, only more seeds can tell."
-    if winner.seconds.high < min(line.seconds.low for line in others):
+    if winner.judged.high < min(line.judged.low for line in others):
         return f"{first}. Its slowest seed beat every other's fastest."
     return f"{first}. The seeds' ranges overlap, so the order may be luck."
 
@@ -260,7 +268,7 @@ def ending(results: Results, problem: str) -> str:
     if math.isinf(lowest.train_loss.median):
         return ""
     loss = shown(lowest.train_loss, "train_loss")
-    text = f"After {results.seconds:g} s {lowest.optimizer} had the lowest training loss, {loss}"
+    text = f"After {results.budget} {lowest.optimizer} had the lowest training loss, {loss}"
     scored = [line for line in found if "test_accuracy" in line.test]
     if scored:
         best = max(scored, key=lambda line: line.test["test_accuracy"].median)
@@ -309,10 +317,6 @@ def _to_target(line: Line, spread: Spread) -> str:
     if line.reached == line.trials:
         return shown(spread, "")
     return f"{shown(spread, '')}, {line.reached} of {line.trials}"
-
-
-def _seconds(value: float) -> str:
-    return f"{formatted('', value)} s"
 
 
 def _range(spread: Spread) -> str:

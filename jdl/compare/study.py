@@ -22,6 +22,7 @@ import jax
 
 from jdl.compare import machine
 from jdl.compare import results as res
+from jdl.compare.budget import Budget
 from jdl.compare.optimizers import Entry, as_entry, plain
 from jdl.compare.problems import Problem
 from jdl.compare.results import Results, Row, Trial
@@ -56,13 +57,15 @@ class Study:
 
     For one seed all optimizers start from the same parameters, those that share a batch size see
     the data in the same order, and all are evaluated by one compiled program. Each has the same
-    budget of seconds on the training clock, which stands still during compilation and evaluation.
+    budget: seconds on the training clock, which stands still during compilation and evaluation, or
+    epochs, work or steps.
 
     Args:
       problems: one or several.
       optimizers: `Entry`s, or names for default settings.
       seeds: how many, or which.
-      seconds: each trial's budget.
+      seconds: each trial's budget, on the training clock.
+      budget: a budget of another kind, in place of `seconds`.
       workdir: the study's directory; a study started again there goes on with what is missing.
       evaluations: how many of each trial, besides the one before the first step.
       devices: to train on; by default one, so that "full" need not be a multiple of several.
@@ -83,6 +86,7 @@ class Study:
         *,
         seeds: int | Sequence[int] = 1,
         seconds: float = 30.0,
+        budget: Budget | None = None,
         workdir: str | Path,
         evaluations: int = 30,
         devices: Sequence[jax.Device] | None = None,
@@ -93,7 +97,7 @@ class Study:
         if isinstance(seeds, int):
             seeds = range(check.positive_int("seeds", seeds))
         self.seeds = tuple(int(seed) for seed in seeds)
-        self.seconds = float(check.in_range("seconds", seconds, 0.0, 1e9, open_low=True))
+        self.budget = Budget.checked(*(budget or (seconds, "seconds")))
         self.evaluations = check.positive_int("evaluations", evaluations)
         self.workdir = Path(workdir)
         self._devices = jax.devices()[:1] if devices is None else list(devices)
@@ -173,7 +177,7 @@ class Study:
                 problem,
                 entry,
                 seed,
-                seconds=self.seconds,
+                budget=self.budget,
                 evaluations=self.evaluations,
                 train_on=feeds.training(problem, entry, seed, self._devices),
                 evaluate=evaluate,
@@ -205,7 +209,7 @@ class Study:
             )
         study = {
             "format": res.FORMAT,
-            "seconds": self.seconds,
+            "budget": self.budget._asdict(),
             "evaluations": self.evaluations,
             "seeds": list(self.seeds),
             "problems": [_described(problem) for problem in self.problems],
@@ -223,7 +227,7 @@ class Study:
         return {
             "format": res.FORMAT,
             "seed": seed,
-            "seconds": self.seconds,
+            "budget": self.budget._asdict(),
             "evaluations": self.evaluations,
             "devices": len(self._devices),
             "problem": described,

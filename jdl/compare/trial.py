@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdl.compare.budget import Budget
 from jdl.compare.feeds import Evaluation, Training
 from jdl.compare.optimizers import Entry
 from jdl.compare.problems import Problem
@@ -49,8 +50,8 @@ class Outcome(NamedTuple):
     initial_params: str  # a digest: equal for all optimizers of one seed
 
 
-def schedule(seconds: float, evaluations: int) -> list[float]:
-    """The times of the evaluations: from ½ % of the budget, each the same factor after the last.
+def schedule(amount: float, evaluations: int) -> list[float]:
+    """When to evaluate: from ½ % of the budget on, each the same factor after the last.
 
     A time-to-target is then known to that factor, wherever it lies.
 
@@ -58,7 +59,7 @@ def schedule(seconds: float, evaluations: int) -> list[float]:
     [0.5, 2.92, 17.1, 100.0]
     """
     factor = 200 ** (1 / max(evaluations - 1, 1))
-    return [seconds * factor ** (k - evaluations) for k in range(1, evaluations + 1)]
+    return [amount * factor ** (k - evaluations) for k in range(1, evaluations + 1)]
 
 
 def run(
@@ -66,7 +67,7 @@ def run(
     entry: Entry,
     seed: int,
     *,
-    seconds: float,
+    budget: Budget,
     evaluations: int,
     train_on: Training,
     evaluate: Evaluation,
@@ -79,7 +80,7 @@ def run(
       problem: what to solve.
       entry: the optimizer.
       seed: of the initial parameters.
-      seconds: the budget on the training clock.
+      budget: how much it may spend.
       evaluations: how many, besides the one at step 0.
       train_on: the batches, see `training`.
       evaluate: the problem's evaluation.
@@ -123,8 +124,6 @@ def run(
         return Outcome(status, words, estimator.compile_seconds, digest)
 
     def measure() -> float:
-        found = diagnostics.read(estimator.state.opt_state)
-        work = estimator.step if found is None else float(found.gradient_equivalents)
         values = evaluate(estimator.params, estimator.model_state)
         write(
             {
@@ -132,35 +131,57 @@ def run(
                 "seconds": estimator.seconds,
                 "epoch": estimator.step * passes,
                 "split": EVALUATION,
-                "work": work * passes,
+                "work": work(),
                 **values,
             }
         )
         return values["train_loss"]
 
+    def work() -> float:
+        found = diagnostics.read(estimator.state.opt_state)
+        done = estimator.step if found is None else float(found.gradient_equivalents)
+        return done * passes
+
+    def spent() -> float:
+        counts = {"steps": estimator.step, "epochs": estimator.step * passes}
+        return float(counts[budget.kind]) if budget.kind in counts else work()
+
     if not math.isfinite(measure()):
         return ended("diverged", "The loss of the initial parameters is not finite.")
-    step_seconds = 0.0
-    for point in schedule(seconds, evaluations):
-        if estimator.seconds >= point and estimator.step:
-            continue  # a long step has passed this point by
-        margin = max(step_seconds, OVERRUN * seconds)
-        left = min(point, seconds - margin) - estimator.seconds
-        if estimator.step and left <= 0:
-            break  # the next step would end beyond the budget
-        before = estimator.step, estimator.seconds
+    step_cost = 0.0  # of the last steps, in the budget's unit
+    for point in schedule(budget.amount, evaluations):
+        before = estimator.step
         try:
-            estimator.train(data, seconds=max(left, 1e-9))
+            if budget.kind == "seconds":
+                if estimator.seconds >= point and estimator.step:
+                    continue  # a long step has passed this point by
+                margin = max(step_cost, OVERRUN * budget.amount)
+                left = min(point, budget.amount - margin) - estimator.seconds
+                if estimator.step and left <= 0:
+                    break  # the next step would end beyond the budget
+                began = estimator.seconds
+                estimator.train(data, seconds=max(left, 1e-9))
+                step_cost = (estimator.seconds - began) / max(estimator.step - before, 1)
+                total = estimator.seconds
+            else:
+                while spent() < point * (1.0 - 1e-9):
+                    began = spent()
+                    if estimator.step and began + step_cost > budget.amount * (1.0 + 1e-9):
+                        break
+                    estimator.train(data, steps=1)
+                    step_cost = spent() - began
+                total = spent()
+                if estimator.step == before:
+                    continue
         except check.TrainingError as error:
             return ended("diverged", str(error))
-        step_seconds = (estimator.seconds - before[1]) / max(estimator.step - before[0], 1)
         if not math.isfinite(measure()):
             return ended("diverged", f"The training loss is not finite at step {estimator.step}.")
-        if not before[0] and estimator.seconds > seconds:
+        if not before and total > budget.amount * (1.0 + 1e-9):
+            took, needed = budget.spoken(f"{step_cost:.3g}"), budget.spoken(f"{2 * step_cost:.2g}")
             return ended(
                 "budget",
-                f"One step took {step_seconds:.3g} s, more than the budget of {seconds:g} s: "
-                f"give at least {2 * step_seconds:.2g} s.",
+                f"One step took {took}, more than the budget of {budget}: give at least {needed}.",
             )
     return ended("done")
 

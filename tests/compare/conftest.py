@@ -51,7 +51,7 @@ def plant(tmp_path):
         seeds = sorted({seed for _, seed in rows})
         study = {
             "format": FORMAT,
-            "seconds": 10.0,
+            "budget": {"amount": 10.0, "kind": "seconds"},
             "evaluations": 3,
             "seeds": seeds,
             "problems": [

@@ -51,7 +51,9 @@ def test_divergence_takes_the_last_value_away(plant):
     assert rows[0][header.index("train loss")] == "diverged"
     assert rows[0][header.index("test accuracy")] == "–"
     assert only(results, "a").troubles == ("seed 0: loss is nan",)
-    assert ending(results, "planted").startswith("After 10 s b had the lowest training loss, 0.01")
+    assert ending(results, "planted").startswith(
+        "After 10 s of training b had the lowest training loss, 0.01"
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_no_study_and_one_of_another_version_are_told(plant, tmp_path):
     with pytest.raises(DataError, match=r"there is no study\.toml"):
         load(tmp_path / "nowhere")
     workdir = plant({("a", 0): FAST})
-    text = (workdir / "study.toml").read_text().replace("format = 1", "format = 99")
+    text = (workdir / "study.toml").read_text().replace("format = 2", "format = 99")
     (workdir / "study.toml").write_text(text)
     with pytest.raises(DataError, match="format 99"):
         load(workdir)

@@ -4,15 +4,18 @@ import optax
 import pytest
 
 from jdl import optim
-from jdl.compare import Entry, Study, Target, named, table
+from jdl.compare import Budget, Entry, Study, Target, named, table
 from jdl.compare.feeds import Repeated, training
+from jdl.compare.results import headline
 from jdl.compare.trial import schedule
 from jdl.core.check import ArgumentError, DataError
 
 
 def run(problem, optimizers, workdir, **options):
     events = []
-    options = {"seconds": 0.05, "evaluations": 4, "on_event": events.append} | options
+    options = {"evaluations": 4, "on_event": events.append} | options
+    if "seconds" not in options:
+        options = {"budget": Budget(8.0, "epochs")} | options  # the same on a machine at work
     study = Study(problem, optimizers, workdir=workdir, **options)
     return study.run(), events
 
@@ -164,3 +167,25 @@ def test_settings_by_name_are_all_listed():
     assert settings["damping"] > 0
     assert named("adam").settings() == {"batch_size": 64, "learning_rate": 0.001}
     assert str(Target("test_loss", "at most", 0.5)) == "test loss ≤ 0.5"
+
+
+@pytest.mark.parametrize(("amount", "kind"), [(12, "steps"), (3, "epochs"), (20, "work")])
+def test_budgets_of_other_kinds_are_kept(amount, kind, problem, lbfgs, tmp_path):
+    budget = Budget(amount, kind)
+    results, _ = run(problem, [sgd(batch_size=9), lbfgs], tmp_path, budget=budget)
+    assert results.budget == budget
+    for trial in results.trials:
+        last = trial.evaluations[-1]
+        assert trial.status == "done"
+        assert last[budget.column] <= amount * (1 + 1e-9)
+        assert last[budget.column] > 0.5 * amount
+    assert f"within {budget}" in headline(results, "blobs") or "first, after" in headline(
+        results, "blobs"
+    )
+
+
+def test_a_step_that_costs_more_than_the_budget_is_told(problem, lbfgs, tmp_path):
+    results, _ = run(problem, [lbfgs], tmp_path, budget=Budget(0.5, "work"))
+    (trial,) = results.trials
+    assert trial.status == "budget"
+    assert "One step took" in trial.words

@@ -1,0 +1,152 @@
+"""Whether one optimizer beats another, over problems and seeds, and how surely.
+
+Everything is computed from what it took to reach the target, in the budget's own unit; a trial that
+did not reach it took ∞, and is never dropped.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jdl.compare.results import Results, reached
+from jdl.core import check
+
+
+class Profile(NamedTuple):
+    """One optimizer's performance profile.
+
+    Attributes:
+      ratios: τ, ascending from 1.
+      shares: the share of trials solved within τ times what the best took.
+      score: the mean share over τ in [1, 4], the area under the profile.
+    """
+
+    ratios: tuple[float, ...]
+    shares: tuple[float, ...]
+    score: float
+
+
+class Duel(NamedTuple):
+    """Two optimizers over all problems and seeds.
+
+    Attributes:
+      wins: how often the first took less.
+      losses: how often it took more; ties, both ∞ among them, count for neither.
+      p_value: of the exact two-sided sign test: how likely a result at least as lopsided would be
+        if each were as likely to win.
+    """
+
+    wins: int
+    losses: int
+    p_value: float
+
+
+def cost_to_target(results: Results) -> dict[str, np.ndarray]:
+    """Optimizer -> what each (problem, seed) took to the target, ∞ where it was missed."""
+    budget = results.budget
+
+    def cost(problem: str, optimizer: str, seed: int) -> float:
+        for trial in results.of(problem, optimizer):
+            if trial.seed == seed:
+                row = reached(trial, results.target(problem), budget)
+                return math.inf if row is None else float(row[budget.column])
+        return math.inf
+
+    return {
+        optimizer: np.array(
+            [
+                cost(problem, optimizer, seed)
+                for problem in results.problems
+                for seed in results.study["seeds"]
+            ]
+        )
+        for optimizer in results.optimizers
+    }
+
+
+def performance_profiles(costs: dict[str, np.ndarray], up_to: float = 4.0) -> dict[str, Profile]:
+    """The performance profile of each optimizer.
+
+    ρ(τ) is the share of trials that took at most τ times the best of all optimizers on the same
+    problem and seed. Trials that nobody solved count as unsolved by all.
+
+    Args:
+      costs: optimizer -> what each trial took, in one order for all.
+      up_to: where τ ends.
+
+    >>> found = performance_profiles({"a": np.array([1.0, 4.0]), "b": np.array([2.0, 2.0])})
+    >>> found["a"].shares[0], found["b"].shares[-1]
+    (0.5, 1.0)
+
+    References:
+      Dolan & Moré, Benchmarking optimization software with performance profiles (2002), section 2.
+      Dahl et al., Benchmarking neural network training algorithms (2023): the integral to τ = 4.
+    """
+    best = np.min(np.stack(list(costs.values())), axis=0)
+    solved = np.isfinite(best)
+    ratios = {}
+    for name, cost in costs.items():
+        ratio = np.full(len(best), np.inf)
+        np.divide(cost, best, out=ratio, where=solved & (best > 0))
+        ratio[solved & (best == 0)] = np.where(cost[solved & (best == 0)] == 0, 1.0, np.inf)
+        ratios[name] = ratio
+    steps = sorted({1.0, up_to} | {r for x in ratios.values() for r in x if 1.0 <= r <= up_to})
+    profiles = {}
+    for name, ratio in ratios.items():
+        shares = [float(np.mean(ratio <= tau)) for tau in steps]
+        pairs = zip(shares, np.diff(steps), strict=False)
+        area = sum(share * width for share, width in pairs)
+        profiles[name] = Profile(tuple(steps), tuple(shares), float(area / (up_to - 1.0)))
+    return profiles
+
+
+def duel(one: np.ndarray, other: np.ndarray) -> Duel:
+    """Who took less, trial by trial, and whether that may be chance.
+
+    >>> duel(np.array([1.0, 1.0, 1.0, 1.0, 1.0]), np.array([2.0, 3.0, 2.0, math.inf, 2.0]))
+    Duel(wins=5, losses=0, p_value=0.0625)
+    """
+    wins, losses = int(np.sum(one < other)), int(np.sum(one > other))
+    number = wins + losses
+    tail = sum(math.comb(number, k) for k in range(min(wins, losses) + 1)) / 2**number
+    return Duel(wins, losses, min(1.0, 2.0 * tail))
+
+
+def win_matrix(costs: dict[str, np.ndarray]) -> dict[tuple[str, str], Duel]:
+    """Every pair's duel."""
+    return {(a, b): duel(costs[a], costs[b]) for a in costs for b in costs if a != b}
+
+
+def median_interval(
+    values: Sequence[float] | np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The bootstrap interval of the median, by percentiles.
+
+    Args:
+      values: one a seed; ∞ where the target was missed.
+      level: the share of draws inside, in (0, 1).
+      draws: how many resamples.
+      seed: of the resampling.
+
+    >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    (1.0, 5.0)
+
+    References:
+      Efron & Tibshirani, An introduction to the bootstrap (1993), chapter 13.
+    """
+    check.in_range("level", level, 0.0, 1.0, open_low=True)
+    x = np.asarray(values, float)
+    medians = np.sort(_medians(x, draws, seed))
+    low = math.floor((1.0 - level) / 2.0 * draws)
+    return float(medians[low]), float(medians[draws - 1 - low])
+
+
+def _medians(x: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    samples = np.sort(x[np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))], axis=1)
+    middle = len(x) // 2
+    if len(x) % 2:
+        return samples[:, middle]
+    low, high = samples[:, middle - 1], samples[:, middle]
+    return np.where(np.isfinite(high), (low + np.where(np.isfinite(high), high, 0.0)) / 2, high)
