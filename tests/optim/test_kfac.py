@@ -253,11 +253,11 @@ def test_what_is_not_finite_never_enters_the_factors():
 
 def test_the_kl_clip_bounds_the_change_of_predictions():
     objective, params = problem(loss=functools.partial(losses.sigmoid_cross_entropy, target="y"))
-    lengths = []
+    lengths, quadratic = [], jax.jit(moments.quadratic)
     for clip in (None, 1e-3):
         moved, _, _ = run(made(damping=0.01, kl_clip=clip), objective, params, 1)
         step = jax.tree.map(jnp.subtract, moved, params)
-        (curvature,) = moments.quadratic(objective, params, [step]).curvature.reshape(-1)
+        (curvature,) = quadratic(objective, params, [step]).curvature.reshape(-1)
         lengths.append(0.5 * float(curvature))
     assert lengths[0] > 1e-2
     assert lengths[1] == pytest.approx(1e-3, rel=1e-2)
@@ -323,7 +323,11 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "shape"), [(Convolutional(), (6, 6, 1)), (Recurrent(), (5, 2))], ids=["cnn", "lstm"]
+    ("module", "shape"),
+    [
+        pytest.param(Convolutional(), (6, 6, 1), id="cnn"),
+        pytest.param(Recurrent(), (5, 2), id="lstm", marks=pytest.mark.slow),
+    ],
 )
 def test_networks_learn_with_dropout_and_batch_norm(module, shape):
     data = {
@@ -400,6 +404,7 @@ def test_part_of_the_parameters():
 # ------------------------------------------------------------------ devices
 
 
+@pytest.mark.slow
 def test_under_a_mesh_the_inverses_are_split_and_steps_are_the_same():
     objective, params = problem(size=32)
     # exact factors: under pmap each device draws for itself
