@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from jdl.compare import drawing, machine, plots
+from jdl.compare import drawing, machine, plots, statistics
 from jdl.compare import results as res
 from jdl.compare.results import Results
 from jdl.optim import diagnostics
@@ -117,7 +117,7 @@ def page(results: Results) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_title(results)}</title><style>{STYLE % tuple(colors)}</style></head><body>\n"
-        f"<h1>{_title(results)}</h1>\n{body}{_settings(results)}{_foot(results)}</body></html>\n"
+        f"<h1>{_title(results)}</h1>\n{body}{_standings(results)}{_settings(results)}{_foot(results)}</body></html>\n"
     )
 
 
@@ -161,6 +161,17 @@ def _problem(results: Results, problem: str, place: int) -> str:
             )
     found.append(f"<h3>The problem</h3>{_facts(about)}")
     return "\n".join(found) + "\n"
+
+
+def _standings(results: Results) -> str:
+    found = standings(results)
+    if found is None:
+        return ""
+    header, rows, note = found
+    return (
+        "<h3>Over all problems and seeds</h3>"
+        f'{_table(header, rows, results)}<p class="note">{_escape(note)}</p>'
+    )
 
 
 def _settings(results: Results) -> str:
@@ -260,6 +271,45 @@ def troubles(results: Results, problem: str) -> list[str]:
     return found
 
 
+def standings(results: Results) -> tuple[list[str], list[list[str]], str] | None:
+    """Who beat whom over problems and seeds; None where there is too little to tell.
+
+    Returns:
+      Column names, a row an optimizer, and what they mean.
+    """
+    costs = statistics.cost_to_target(results)
+    trials = len(next(iter(costs.values())))
+    if trials < 3 or len(costs) < 2:
+        return None
+    profiles = statistics.performance_profiles(costs)
+    duels = statistics.win_matrix(costs)
+    header = ["optimizer", "reached", "profile score", *(f"against {x}" for x in costs)]
+
+    def against(one: str, other: str) -> str:
+        if one == other:
+            return "–"
+        found = duels[one, other]
+        return f"{found.wins}–{found.losses} (p {found.p_value:.2g})"
+
+    rows = [
+        [
+            name,
+            f"{int(np.isfinite(cost).sum())} of {trials}",
+            f"{profiles[name].score:.2f}",
+            *(against(name, other) for other in costs),
+        ]
+        for name, cost in costs.items()
+    ]
+    return (
+        header,
+        rows,
+        f"{trials} pairs of problem and seed. Wins and losses by {results.budget.kind} to the "
+        "target, a miss losing to any that reached it; p by the exact two-sided sign test, of one "
+        "pair, not corrected for their number. Profile score: the mean share of trials solved "
+        "within τ times what the best took, over τ from 1 to 4.",
+    )
+
+
 def describe_steps(results: Results, problem: str) -> list[Steps]:
     """One line for each optimizer that told of its steps."""
     found = []
@@ -300,6 +350,10 @@ def markdown(results: Results) -> str:
             cells = [[s.optimizer, f"{s.number:,}", *s.cells] for s in described]
             found += ["Medians over the steps of the second-order methods:", ""]
             found += [*_pipes(STEP_HEADER, cells), ""]
+    over_all = standings(results)
+    if over_all is not None:
+        header, rows, note = over_all
+        found += ["## Over all problems and seeds", "", *_pipes(header, rows), "", note, ""]
     found += ["## Settings", ""]
     for entry in results.study["optimizers"]:
         told = ", ".join(f"{k} = {_value(v)}" for k, v in entry["settings"].items())

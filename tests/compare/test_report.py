@@ -133,3 +133,21 @@ def test_names_at_the_ends_keep_apart():
     assert all(b - a >= 10 - 1e-3 for a, b in itertools.pairwise(near))
     assert near[0] >= 0
     assert places[3] == 5.0
+
+
+def test_standings_tell_wins_and_how_surely(plant):
+    rows = {}
+    for seed in range(5):
+        rows["fast", seed] = [(0.0, 1.0, 0.0), (2.0, 0.05, 0.0), (9.0, 0.04, 0.5)]
+        rows["slow", seed] = [(0.0, 1.0, 0.0), (4.0, 0.05, 0.0), (9.0, 0.03, 0.5)]
+    results = load(plant(rows))
+    header, table_rows, note = report.standings(results)
+    assert table_rows[0][:3] == ["fast", "5 of 5", "1.00"]
+    assert table_rows[0][header.index("against slow")] == "5–0 (p 0.062)"
+    assert table_rows[1][header.index("against fast")] == "0–5 (p 0.062)"
+    assert "5 pairs of problem and seed" in note
+    assert "Over all problems and seeds" in report.page(results)
+    assert (
+        report.standings(load(plant({("a", 0): [(0.0, 1.0, 0.0)], ("b", 0): [(0.0, 1.0, 0.0)]})))
+        is None
+    )
