@@ -110,6 +110,9 @@ def second_moments(
     batch = objective._curvature_batch()
     total = objective._weight(batch)
     kind = "gradient" if curvature == "empirical" else find_route(objective, params)
+    # Squared once they are summed over devices, gradients of all examples' draws are the same
+    # however those are shared out. Slices of a batch share keys, and are squared one by one.
+    whole = objective.microbatches == 1 and curvature != "exact"
     device = 0 if objective.axis_name is None else jax.lax.axis_index(objective.axis_name)
 
     def part(batch: Batch, own_key: Key | None) -> Any:
@@ -134,11 +137,9 @@ def second_moments(
                     u,
                 )
             grads, moments = pull(u)
-            leaves = jax.tree.leaves(grads)
-            squares = {
-                i: jnp.square(leaves[i].astype(layers.dtype_of(leaves[i]))) for i in found.unknown
-            }
-            return moments, squares
+            leaves = [x.astype(layers.dtype_of(x)) for x in jax.tree.leaves(grads)]
+            slopes = {i: leaves[i] for i in found.unknown}
+            return moments, slopes if whole else jax.tree.map(jnp.square, slopes)
 
         if curvature != "exact":
             # Each example has its own key, whichever device it is on. Slices of a batch share them.
@@ -159,6 +160,8 @@ def second_moments(
         return jax.lax.scan(body, zeros, jnp.arange(count))
 
     (moments, squares), _ = objective._scan(part, batch)
+    if whole:
+        squares = jax.tree.map(jnp.square, squares)
 
     def mean(x: PyTree, by: jax.Array) -> PyTree:
         return jax.tree.map(lambda x: x / jnp.maximum(by, 1e-30).astype(x.dtype), x)
