@@ -55,6 +55,7 @@ def run(args: Args) -> None:
     """Writes the picture and the numbers."""
     from jdl import curvature
     from jdl.cli import progress
+    from jdl.cli.recipes import recipe
     from jdl.cli.run_config import RunConfig, default_split, use_compilation_cache
     from jdl.core import check
     from jdl.core.objective import Objective
@@ -67,6 +68,8 @@ def run(args: Args) -> None:
     check.argument(args.images >= 0, "--images", "at least 0", args.images)
     check.in_range("--rho", args.rho, 0.0, open_low=True)
     config = RunConfig.load(args.workdir)
+    if recipe(config.model).kind in ("gan", "trees"):
+        raise check.UserError(f"jdl curvature has no picture of a {config.model}'s loss.")
     data = args.data or config.data
     split = default_split(data, args.split, "train")
     use_compilation_cache()

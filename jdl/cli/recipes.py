@@ -1,6 +1,6 @@
 """The models by name, and the settings recommended for each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ class Recipe(NamedTuple):
       prepare: `prepare(model, data, workdir, seed) -> model`, before the first step of a run.
       pictures: `pictures(estimator, data, workdir) -> paths` of what it drew at the end of a run;
         `data` is the last split evaluated.
+      options: of the recommended optimizer.
+      data: what `--data` means where it is not given: "digits", or "trees" for generated ones.
     """
 
     build: Callable[[tuple[int, ...], int], Any]
@@ -31,6 +33,8 @@ class Recipe(NamedTuple):
     estimator: Callable[..., Any] | None = None
     prepare: Callable[[Any, Any, Path, int], Any] | None = None
     pictures: Callable[[Any, Any, Path], list[Path]] | None = None
+    options: Mapping[str, Any] = {}
+    data: str = "digits"
 
 
 def recipe(name: str) -> Recipe:
@@ -180,6 +184,78 @@ def _dbn_pictures(estimator: Any, data: Any, workdir: Path) -> list[Path]:
     return [pictures.filters(kernel, x.shape[1:], workdir / "filters.png")]
 
 
+def _recursive(image_shape: tuple[int, ...], num_classes: int) -> Any:
+    from jdl.models.recursive import TreeLSTM
+
+    return TreeLSTM(num_outputs=num_classes, vocabulary=image_shape[0], kind="nary", hidden=48)
+
+
+def _recursive_estimator(model: Any, optimizer: Any, **options: Any) -> Any:
+    from jdl.cli.generated import INPUTS
+    from jdl.train.premade import classifier
+
+    return classifier(model, optimizer, inputs=INPUTS, **options)
+
+
+def _tree_pictures(estimator: Any, data: Any, workdir: Path) -> list[Path]:
+    from jdl.cli.generated import WORDS
+    from jdl.cli.tree_pictures import draw_trees
+
+    net = _recursive((len(WORDS) + 2,), 2).clone(every_node=True)
+    return [draw_trees(net, estimator.params, data.arrays, WORDS, workdir / "trees.png")]
+
+
+def _gan(image_shape: tuple[int, ...], num_classes: int) -> Any:
+    del num_classes
+    from jdl.models.gan import GAN
+
+    height, width, channels = image_shape
+    return GAN.of_shape((height, width, channels))
+
+
+def _gan_estimator(
+    gan: Any,
+    optimizer: Any,
+    *,
+    workdir: Path,
+    hooks: Any = (),
+    ema: float | None = None,
+    **options: Any,
+) -> Any:
+    import jax.numpy as jnp
+
+    from jdl.cli.gan_pictures import SamplesOverTime
+    from jdl.models.gan import optimizers
+    from jdl.optim import diagnostics
+    from jdl.train.estimator import Estimator
+
+    if diagnostics.read(optimizer.init({"x": jnp.zeros(2)})) is not None:
+        raise check.UserError(
+            "A GAN's loss is no function to be minimized, and second-order methods have nothing to "
+            "go by. Choose a first-order --optimizer, such as adam."
+        )
+    return Estimator(
+        gan.model,
+        gan.loss,
+        optimizers(optimizer, optimizer),
+        metrics={"discriminator": gan.discriminator_loss, "generator": gan.generator_loss},
+        workdir=workdir,
+        ema=0.99 if ema is None else ema,
+        hooks=[*hooks, SamplesOverTime(gan, workdir)],
+        **options,
+    )
+
+
+def _gan_pictures(estimator: Any, data: Any, workdir: Path) -> list[Path]:
+    from jdl.cli.gan_pictures import draw_samples
+    from jdl.cli.run_config import RunConfig
+
+    del data  # samples are compared with what was trained on
+    config = RunConfig.load(workdir)
+    train = config.images(config.data, config.split, batch_size=256)
+    return draw_samples(config.build_model(), estimator, train, workdir)
+
+
 RECIPES = {
     "mlp": Recipe(_mlp, "classifier", "adam", 400, 64),
     "cnn": Recipe(_cnn, "classifier", "adam", 400, 64),
@@ -201,5 +277,25 @@ RECIPES = {
     ),
     "dbn": Recipe(
         _dbn, "classifier", "adam", 3000, 64, prepare=_pretrained, pictures=_dbn_pictures
+    ),
+    "recursive": Recipe(
+        _recursive,
+        "trees",
+        "adam",
+        1500,
+        64,
+        estimator=_recursive_estimator,
+        pictures=_tree_pictures,
+        data="trees",
+    ),
+    "gan": Recipe(
+        _gan,
+        "gan",
+        "adam",
+        3000,
+        64,
+        estimator=_gan_estimator,
+        pictures=_gan_pictures,
+        options={"b1": 0.5},
     ),
 }

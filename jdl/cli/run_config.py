@@ -97,9 +97,10 @@ class RunConfig:
         chosen = recipe(self.model)
         premades = {"classifier": premade.classifier, "autoencoder": premade.autoencoder}
         make = chosen.estimator or premades[chosen.kind]
+        tuned = chosen.options if self.optimizer == chosen.optimizer else {}
         return make(
             self.build_model() if model is None else model,
-            registry.by_name(self.optimizer, self.learning_rate),
+            registry.by_name(self.optimizer, self.learning_rate, **tuned),
             workdir=workdir,
             seed=self.seed,
             microbatches=self.microbatches,
@@ -124,8 +125,13 @@ class RunConfig:
 
 
 def open_images(data: str, *, size: tuple[int, ...], **options: Any) -> Any:
-    """The data set of a `--data` argument: a tar, a glob, a brace range, or `digits`."""
+    """The data set of a `--data` argument: a tar, a glob, a brace range, `digits`, or `trees`."""
     from jdl.data import from_tar, resolve
+
+    if data == "trees":
+        from jdl.cli.generated import trees_of
+
+        return trees_of(**options)
 
     return from_tar(resolve(data), size=(size[0], size[1]), **options)
 
@@ -134,6 +140,8 @@ def default_split(data: str, wanted: str | None, default: str) -> str | None:
     """The split asked for; else `default` where the archive has it; else none."""
     if wanted is not None:
         return None if wanted == "all" else wanted
+    if data == "trees":
+        return default
     from jdl.data import resolve, splits
 
     return default if default in splits(resolve(data)) else None

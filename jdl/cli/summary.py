@@ -57,7 +57,10 @@ def run(args: Args) -> None:
         size = parse_size(args.size, "digits")
         model, shape, classes = args.model, (*size, 3 if args.color else 1), args.classes
         what = model
+    if recipe(model).data == "trees":
+        raise check.UserError(f"jdl summary counts what images take; {model} reads trees.")
     net = recipe(model).build(shape, classes)
+    net = getattr(net, "model", net)  # a GAN's two nets
     found = summarize(net, jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32)))
     if args.as_json:
         print(json.dumps(_as_json(found, shape)))

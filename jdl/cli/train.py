@@ -29,9 +29,11 @@ class Args:
     """What to train, on what, how long."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """mlp, cnn, rnn (an image's rows as a sequence), autoencoder, denoising, rbm or dbn"""
-    data: str = "digits"
-    """a tar, a glob, a brace range such as a-{00..07}.tar, or the bundled digits"""
+    """mlp, cnn, rnn (an image's rows as a sequence), autoencoder, denoising, rbm, dbn,
+    recursive or gan"""
+    data: str | None = None
+    """a tar, a glob, a brace range such as a-{00..07}.tar, or the bundled digits; for recursive
+    generated trees"""
     optimizer: str | None = None
     """sgd momentum nesterov adam adamw lbfgs cg newton hf; by default the model's"""
     learning_rate: float | None = None
@@ -95,6 +97,13 @@ def run(args: Args) -> None:
     if args.distributed:
         distributed.initialize()
     chosen = recipe(args.model)
+    source = args.data or chosen.data
+    check.argument(
+        (source == "trees") == (chosen.data == "trees"),
+        "--data",
+        "left out for recursive, which learns generated trees, and images for all others",
+        source,
+    )
     optimizer = args.optimizer or chosen.optimizer
     entry = registry.REGISTRY[check.one_of("optimizer", optimizer, registry.REGISTRY)]
     for name in ("steps", "batch_size", "curvature_batch_size", "microbatches", "save_every"):
@@ -102,13 +111,13 @@ def run(args: Args) -> None:
         check.argument(
             value is None or value >= 1, f"--{name.replace('_', '-')}", "at least 1", value
         )
-    workdir = args.workdir or Path("runs") / f"{args.model}-{_stem(args.data)}-{optimizer}"
-    size = parse_size(args.size, args.data)
-    split = default_split(args.data, args.split, "train")
+    workdir = args.workdir or Path("runs") / f"{args.model}-{_stem(source)}-{optimizer}"
+    size = parse_size(args.size, source)
+    split = default_split(source, args.split, "train")
 
     def images(batch_size: int, **options: Any) -> Any:
         return open_images(
-            args.data,
+            source,
             size=size,
             grayscale=not args.color,
             on_error=args.on_error,
@@ -127,7 +136,7 @@ def run(args: Args) -> None:
     steps = args.steps or (chosen.steps if entry.batches == "mini" else LARGE_STEPS)
     config = RunConfig(
         model=args.model,
-        data=args.data,
+        data=source,
         optimizer=optimizer,
         learning_rate=args.learning_rate,
         batch_size=batch_size,
@@ -135,7 +144,7 @@ def run(args: Args) -> None:
         microbatches=args.microbatches,
         seed=args.seed,
         split=split,
-        image_shape=(*size, 3 if args.color else 1),
+        image_shape=getattr(data, "shape", None) or (*size, 3 if args.color else 1),
         grayscale=not args.color,
         classes=classes,
         on_error=args.on_error,
@@ -177,7 +186,7 @@ def _train(
     chosen = recipe(config.model)
 
     print(
-        f"{config.model} on {data.num_records} images of {config.data} "
+        f"{config.model} on {data.num_records} examples of {config.data} "
         f"({len(config.classes)} classes), {config.optimizer}, batches of {config.batch_size}, "
         f"to step {steps}; writing to {workdir}"
     )

@@ -1,5 +1,6 @@
 """Batches of arrays that are in memory already."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ def from_arrays(
     shuffle: bool | None = None,
     seed: int = 0,
     drop_remainder: bool | None = None,
+    classes: tuple[str, ...] | None = None,
 ) -> "ArrayBatches":
     """Batches `{"image": features[B, …], "label": targets[B, …]}`, of any shapes and types.
 
@@ -26,7 +28,7 @@ def from_arrays(
     every batch has an entry `"mask"`, float32[B], 1 for rows that count.
 
     Args:
-      features: an array with leading axis n.
+      features: an array with leading axis n, or a dict of several, which keep their names.
       targets: an array with the same leading axis; None for batches of features alone.
       batch_size: rows in every batch, B.
       epochs: how often to go through the data; None for ever.
@@ -34,6 +36,7 @@ def from_arrays(
       seed: names the orders.
       drop_remainder: leave out an epoch's last rows that fill no batch; by default only where
         there is no end.
+      classes: the names of the classes, for whoever asks the data set.
 
     >>> data = from_arrays(np.eye(5), np.arange(5), batch_size=2, epochs=1)
     >>> [batch["label"].tolist() for batch in data]
@@ -41,22 +44,24 @@ def from_arrays(
     >>> [batch["mask"].tolist() for batch in data][-1]
     [1.0, 0.0]
     """
-    arrays = {"image": np.asarray(features)}
+    named = features if isinstance(features, Mapping) else {"image": features}
+    arrays = {name: np.asarray(array) for name, array in named.items()}
     if targets is not None:
         arrays["label"] = np.asarray(targets)
     for name, array in arrays.items():
-        argument = "features" if name == "image" else "targets"
+        argument = "targets" if name == "label" and targets is not None else "features"
         check.argument(array.dtype != object, argument, "one array of numbers", type(features))
         check.argument(array.ndim > 0, argument, "an array with a leading axis of rows", array)
     shapes = {name: array.shape for name, array in arrays.items()}
-    n = len(arrays["image"])
-    check.argument(n > 0, "features", "an array of at least one row", shapes["image"])
+    check.argument(bool(arrays), "features", "at least one array", features)
+    n = len(next(iter(arrays.values())))
+    check.argument(n > 0, "features", "an array of at least one row", shapes)
     same = all(len(array) == n for array in arrays.values())
-    check.argument(same, "targets", f"an array of {n} rows, as `features` has", shapes.get("label"))
+    check.argument(same, "targets", f"an array of {n} rows, as `features` has", shapes)
     check.argument(isinstance(seed, int) and not isinstance(seed, bool), "seed", "an integer", seed)
     plan = Plan.checked(n, batch_size, epochs, drop_remainder)
     order = Order(n, shuffle=epochs is None if shuffle is None else shuffle, seed=seed)
-    return ArrayBatches(arrays, plan, order)
+    return ArrayBatches(arrays, plan, order, classes)
 
 
 class ArrayBatches(Batches):
@@ -66,9 +71,15 @@ class ArrayBatches(Batches):
       arrays: name -> array [n, …].
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], plan: Plan, order: Order):
+    def __init__(
+        self,
+        arrays: dict[str, np.ndarray],
+        plan: Plan,
+        order: Order,
+        classes: tuple[str, ...] | None = None,
+    ):
         kinds = ";".join(f"{name} {a.dtype.str} {a.shape}" for name, a in arrays.items())
-        super().__init__(plan, order, classes=None, fingerprint=f"arrays: {kinds}")
+        super().__init__(plan, order, classes=classes, fingerprint=f"arrays: {kinds}")
         self.arrays = arrays
 
     @property

@@ -11,14 +11,20 @@ if TYPE_CHECKING:
     from jdl.models.dbn import DBN as DBN
     from jdl.models.function import Function as Function
     from jdl.models.function import param as param
+    from jdl.models.gan import GAN as GAN
     from jdl.models.mlp import MLP as MLP
     from jdl.models.rbm import RBM as RBM
+    from jdl.models.recursive import RecursiveNet as RecursiveNet
+    from jdl.models.recursive import TreeLSTM as TreeLSTM
     from jdl.models.rnn import RNN as RNN
 
 _NAMES = {
     "CNN": "jdl.models.cnn",
+    "GAN": "jdl.models.gan",
     "MLP": "jdl.models.mlp",
     "RNN": "jdl.models.rnn",
+    "RecursiveNet": "jdl.models.recursive",
+    "TreeLSTM": "jdl.models.recursive",
     "Autoencoder": "jdl.models.autoencoder",
     "Function": "jdl.models.function",
     "param": "jdl.models.function",

@@ -1,0 +1,88 @@
+"""What a generator makes: over time, at the end, between two points, beside its nearest images."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jdl.cli.pictures import tiles
+
+COLUMNS = 12
+
+
+class SamplesOverTime:
+    """A hook that writes a row of samples of the same noise, at steps that double.
+
+    Args:
+      gan: the GAN.
+      workdir: its run directory; rows are `samples/00000010.png` and so on.
+    """
+
+    def __init__(self, gan: Any, workdir: Path):
+        self.gan, self.folder, self._next = gan, workdir / "samples", 1
+
+    def __call__(self, row: Any) -> None:
+        """Writes a row when it is time."""
+        if row["split"] != "train" or row["step"] < self._next:
+            return
+        self._next = 2 * row["step"]
+        images = draw_from(self.gan, row.estimator, COLUMNS, seed=1)
+        tiles(images[None], self.folder / f"{row['step']:08d}.png")
+
+
+def draw_samples(gan: Any, estimator: Any, data: Any, workdir: Path) -> list[Path]:
+    """Writes `samples.png`, `samples_over_time.png`, `walk.png` and `nearest.png`."""
+    import jax
+
+    from jdl.models.gan import walk
+    from jdl.models.scores import nearest
+
+    images = draw_from(gan, estimator, 10 * COLUMNS, seed=2)
+    written = [tiles(images.reshape(10, COLUMNS, *images.shape[1:]), workdir / "samples.png")]
+    moments = sorted((workdir / "samples").glob("*.png"))
+    if moments:
+        written.append(_stack(moments, workdir / "samples_over_time.png"))
+    z = walk(jax.random.key(3), 8, COLUMNS, gan.latent)
+    between = _sample(gan, estimator, z.reshape(-1, gan.latent))
+    written.append(tiles(between.reshape(8, COLUMNS, *images.shape[1:]), workdir / "walk.png"))
+    table = np.concatenate([np.asarray(b["image"])[_kept(b)] for b in data.once()])
+    table = table / np.float32(255) if table.dtype == np.uint8 else table
+    some = images[:COLUMNS]
+    found = nearest(some, table)
+    written.append(tiles(np.stack([some, table[found.place]]), workdir / "nearest.png"))
+    return written
+
+
+def draw_from(gan: Any, estimator: Any, count: int, seed: int) -> np.ndarray:
+    """Samples of the averaged generator, float32[count, H, W, C]."""
+    import jax
+
+    return _sample(gan, estimator, jax.random.normal(jax.random.key(seed), (count, gan.latent)))
+
+
+def _sample(gan: Any, estimator: Any, z: Any) -> np.ndarray:
+    return np.asarray(gan.sample(estimator.ema_params, estimator.model_state, z))
+
+
+def _kept(batch: Any) -> Any:
+    return np.asarray(batch["mask"]) > 0 if "mask" in batch else slice(None)
+
+
+def _stack(paths: list[Path], to: Path) -> Path:
+    """The pictures, one below the other, each with its step."""
+    from PIL import Image, ImageDraw
+
+    pictures = []
+    for path in paths:
+        with Image.open(path) as file:
+            pictures.append((path.stem, file.convert("RGB")))
+    margin = 60
+    widest = margin + max(p.width for _, p in pictures)
+    whole = Image.new("RGB", (widest, sum(p.height for _, p in pictures)), "white")
+    draw, y = ImageDraw.Draw(whole), 0
+    for name, picture in pictures:
+        draw.text((4, y + picture.height // 2 - 6), str(int(name)), fill="black")
+        whole.paste(picture, (margin, y))
+        y += picture.height
+    whole.save(to)
+    return to

@@ -1,0 +1,202 @@
+r"""Recursive nets: one cell applied at every node of a tree, children before parents.
+
+Trees come packed by height (`jdl.models.trees.pack`), so one step of a scan computes all nodes of
+one height of all trees, and every shape is static: no tree compiles anything anew.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jdl.core import check, tree
+from jdl.core.types import Batch, PyTree
+from jdl.models.layers import Activation, activation
+
+# cell(inputs [B, W, ·], children's states [B, W, K, ·], which exist [B, W, K]) -> states [B, W, ·]
+Cell = Callable[[jax.Array, PyTree, jax.Array], PyTree]
+
+
+def by_level(
+    cell: Cell, inputs: jax.Array, zeros: PyTree, children: jax.Array, schedule: jax.Array
+) -> PyTree:
+    """The state of every node.
+
+    Args:
+      cell: gives nodes' states from their inputs and their children's states, 0 for absent ones.
+      inputs: float[B, N, ·], of each node.
+      zeros: a state of zeros, [·] each.
+      children: int[B, N, K], N for none.
+      schedule: int[B, L, W], the nodes of each height from 1 on, N for none.
+
+    Returns:
+      Arrays [B, N, ·], as `zeros` has them; those of padding mean nothing.
+    """
+    size, nodes, most = children.shape
+    leaf = jax.tree.map(lambda z: jnp.zeros((size, nodes, most, *z.shape), z.dtype), zeros)
+    states = cell(inputs, leaf, jnp.zeros(children.shape, bool))
+
+    def level(states: PyTree, at: jax.Array) -> tuple[PyTree, None]:
+        below = _rows(children, at, nodes)
+        new = cell(
+            _rows(inputs, at, 0),
+            jax.tree.map(lambda s: _rows(s, below, 0), states),
+            below < nodes,
+        )
+        put = jax.vmap(lambda s, i, x: s.at[i].set(x, mode="drop"))
+        return jax.tree.map(lambda s, x: put(s, at, x), states, new), None
+
+    return jax.lax.scan(level, states, jnp.moveaxis(schedule, 1, 0))[0]
+
+
+def _rows(x: jax.Array, at: jax.Array, absent: int) -> jax.Array:
+    """x[b, at[b]] for each b, and `absent` where there is no such row."""
+    return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=absent))(x, at)
+
+
+def tree_cross_entropy(outputs: jax.Array, batch: Batch) -> jax.Array:
+    """−Σ log softmax(outputs)[label] over a tree's labelled nodes, in nats, float[B].
+
+    Args:
+      outputs: logits [B, N, C] of a net with `every_node=True`.
+      batch: `batch["labels"]` holds int[B, N], −1 where there is no label.
+    """
+    labels = jnp.asarray(batch["labels"])
+    logits = outputs.astype(tree.accumulator(outputs.dtype))
+    picked = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], axis=-1
+    )[..., 0]
+    return -jnp.sum(jnp.where(labels >= 0, picked, 0.0), axis=1)
+
+
+def root_accuracy(outputs: jax.Array, batch: Batch) -> jax.Array:
+    """1 where the root's largest logit is its label, else 0, float[B]; for `every_node=True`."""
+    return (jnp.argmax(outputs[:, 0], axis=-1) == batch["label"]).astype(jnp.float32)
+
+
+class TreeLSTM(nn.Module):
+    r"""The Tree-LSTM: memory that flows from children to their parent through gates.
+
+        i, o = σ(W x + U h̃ + b),  u = tanh(W x + U h̃ + b),  f_k = σ(W x + U h_k + b)
+        c = i ⊙ u + Σ_k f_k ⊙ c_k,   h = o ⊙ tanh(c)
+
+    with h̃ = Σ_k h_k ("child_sum", any number of children, order without meaning); or with U of its
+    own for each place among the children, and f_k seeing all of them ("nary", at most `children`).
+
+    Attributes:
+      num_outputs: logits, the number of classes.
+      vocabulary: how many word numbers there are: 2 + the words known.
+      hidden: units of h and of c.
+      kind: "child_sum" or "nary".
+      embedding: units that a word is embedded in; None for `hidden`.
+      every_node: whether to give logits [B, N, num_outputs] of all nodes, for
+        `tree_cross_entropy`, or [B, num_outputs] of the roots.
+
+    >>> from jdl.models.trees import pack, parse
+    >>> packed = pack([parse("(1 (0 no) (1 way))")], {"no": 2, "way": 3}, ["0", "1"])
+    >>> inputs = [packed[name] for name in ("word", "children", "schedule")]
+    >>> net = TreeLSTM(num_outputs=2, vocabulary=4, hidden=8)
+    >>> net.apply(net.init(jax.random.key(0), *inputs), *inputs).shape
+    (1, 2)
+
+    References:
+      Tai, Socher and Manning, Improved semantic representations from tree-structured long
+      short-term memory networks, ACL 2015, sections 3.1 and 3.2.
+    """
+
+    num_outputs: int
+    vocabulary: int
+    hidden: int = 64
+    kind: str = "child_sum"
+    embedding: int | None = None
+    every_node: bool = False
+
+    @nn.compact
+    def __call__(self, word: ArrayLike, children: ArrayLike, schedule: ArrayLike) -> jax.Array:
+        """Logits for packed trees."""
+        check.one_of("kind", self.kind, ("child_sum", "nary"))
+        word, children, schedule = jnp.asarray(word), jnp.asarray(children), jnp.asarray(schedule)
+        width, most = self.hidden, children.shape[-1]
+        nary = self.kind == "nary"
+        x = _embedded(self, word, self.embedding or width)
+        inputs = nn.Dense(4 * width, name="input")(x)  # i, o, u and f
+        init = nn.initializers.lecun_normal()
+        fan = most if nary else 1
+        gates = self.param("gates", init, (fan * width, 3 * width), jnp.float32)
+        forget = self.param("forget", init, (fan * width, fan * width), jnp.float32)
+
+        def cell(x: jax.Array, states: tuple[jax.Array, jax.Array], there: jax.Array) -> Any:
+            h, c = states  # [B, W, K, D]
+            joined = h.reshape(*h.shape[:2], -1) if nary else jnp.sum(h, axis=2)
+            i, o, u = jnp.split(x[..., : 3 * width] + joined @ gates, 3, axis=-1)
+            f = (joined @ forget).reshape(h.shape) if nary else h @ forget
+            f = nn.sigmoid(x[..., None, 3 * width :] + f) * there[..., None].astype(c.dtype)
+            memory = nn.sigmoid(i) * jnp.tanh(u) + jnp.sum(f * c, axis=2)
+            return nn.sigmoid(o) * jnp.tanh(memory), memory
+
+        zero = jnp.zeros(width, inputs.dtype)
+        h, _ = by_level(cell, inputs, (zero, zero), children, schedule)
+        return _logits(self, h)
+
+
+class RecursiveNet(nn.Module):
+    r"""The plain recursive net: a parent is one layer on its children.
+
+        leaf: h = x,    inner node: h = φ(x + Σ_k U_k h_k + b)
+
+    x is the word's embedding, 0 for a node without one.
+
+    Attributes:
+      num_outputs: logits, the number of classes.
+      vocabulary: how many word numbers there are: 2 + the words known.
+      hidden: units of h, and of the words' embeddings.
+      activation: φ.
+      every_node: as for `TreeLSTM`.
+
+    References:
+      Socher, Lin, Ng and Manning, Parsing natural scenes and natural language with recursive neural
+      networks, ICML 2011; Socher et al., Recursive deep models for semantic compositionality over a
+      sentiment treebank, EMNLP 2013, section 4.1.
+    """
+
+    num_outputs: int
+    vocabulary: int
+    hidden: int = 64
+    activation: Activation = "tanh"
+    every_node: bool = False
+
+    @nn.compact
+    def __call__(self, word: ArrayLike, children: ArrayLike, schedule: ArrayLike) -> jax.Array:
+        """Logits for packed trees."""
+        word, children, schedule = jnp.asarray(word), jnp.asarray(children), jnp.asarray(schedule)
+        width, most = self.hidden, children.shape[-1]
+        x = _embedded(self, word, width)
+        kernel = self.param(
+            "composition", nn.initializers.lecun_normal(), (most * width, width), jnp.float32
+        )
+        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+        phi = activation(self.activation)
+
+        def cell(x: jax.Array, h: jax.Array, there: jax.Array) -> jax.Array:
+            joined = h.reshape(*h.shape[:2], -1) @ kernel
+            inner = phi(x + joined + jnp.broadcast_to(bias, joined.shape))
+            return jnp.where(jnp.any(there, axis=2)[..., None], inner, x)
+
+        h = by_level(cell, x, jnp.zeros(width, x.dtype), children, schedule)
+        return _logits(self, h)
+
+
+def _embedded(net: Any, word: jax.Array, width: int) -> jax.Array:
+    """Words as vectors [B, N, width]; no word is the vector of zeros."""
+    check.argument(word.ndim == 2, "word", "of shape [B, N]", word.shape)
+    table = nn.Embed(
+        net.vocabulary, width, embedding_init=nn.initializers.normal(0.5), name="embedding"
+    )
+    return table(word) * (word > 0)[..., None].astype(table.embedding.dtype)
+
+
+def _logits(net: Any, h: jax.Array) -> jax.Array:
+    return nn.Dense(net.num_outputs, name="outputs")(h if net.every_node else h[:, 0])

@@ -1,0 +1,108 @@
+"""Sequences as data: ragged ones padded, text as numbers, and problems that need a long memory."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jdl.core import check
+
+Arrays = tuple[np.ndarray, np.ndarray]  # sequences float32[n, T, F], targets
+
+
+def pad(sequences: Sequence[np.ndarray], steps: int | None = None) -> dict[str, np.ndarray]:
+    """Sequences of many lengths as one array, zeros after their ends, and their lengths.
+
+    Args:
+      sequences: arrays [Tᵢ, …] of one kind, Tᵢ ≥ 1.
+      steps: T; None for the longest.
+
+    Returns:
+      `{"image": [n, T, …], "lengths": int32[n]}`.
+
+    Raises:
+      ArgumentError: a sequence of length zero, or longer than `steps`.
+
+    >>> pad([np.ones(2), np.ones(3)])["image"].tolist()
+    [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    arrays = [np.asarray(sequence) for sequence in sequences]
+    check.argument(bool(arrays), "sequences", "at least one sequence", sequences)
+    for i, array in enumerate(arrays):
+        check.argument(
+            array.ndim >= 1 and len(array) > 0,
+            f"sequences[{i}]",
+            "of at least one step",
+            array.shape,
+            "Leave empty sequences out.",
+        )
+    lengths = np.array([len(array) for array in arrays], np.int32)
+    steps = int(lengths.max()) if steps is None else steps
+    check.argument(lengths.max() <= steps, "steps", f"at least {lengths.max()}", steps)
+    padded = np.zeros((len(arrays), steps, *arrays[0].shape[1:]), arrays[0].dtype)
+    for i, array in enumerate(arrays):
+        padded[i, : len(array)] = array
+    return {"image": padded, "lengths": lengths}
+
+
+def windows(text: str, length: int, stride: int | None = None) -> tuple[np.ndarray, str]:
+    """Pieces of a text as numbers int32[n, length], and the alphabet that they count in.
+
+    >>> windows("abcab", 2)
+    (array([[0, 1],
+           [2, 0]], dtype=int32), 'abc')
+    """
+    check.positive_int("length", length)
+    check.argument(len(text) >= length, "text", f"of at least {length} characters", len(text))
+    alphabet = "".join(sorted(set(text)))
+    table = {c: number for number, c in enumerate(alphabet)}
+    coded = np.array([table[c] for c in text], np.int32)
+    starts = range(0, len(coded) - length + 1, stride or length)
+    return np.stack([coded[start : start + length] for start in starts]), alphabet
+
+
+def adding(n: int, steps: int, rng: np.random.Generator) -> Arrays:
+    """Add two marked numbers among many: sequences [n, T, 2] of (number, mark), sums [n, 1].
+
+    Numbers are uniform in [0, 1]; one mark falls in the first half, one in the second. To answer 1
+    always has a mean squared error of 1/6.
+
+    References:
+      Hochreiter and Schmidhuber, Long short-term memory, Neural Computation 9, 1997, section 5.4.
+    """
+    return _marked(n, steps, rng, np.add)
+
+
+def multiplication(n: int, steps: int, rng: np.random.Generator) -> Arrays:
+    """As `adding`, with the product for the sum."""
+    return _marked(n, steps, rng, np.multiply)
+
+
+def _marked(
+    n: int, steps: int, rng: np.random.Generator, function: Callable[..., np.ndarray]
+) -> Arrays:
+    check.argument(steps >= 2, "steps", "at least 2", steps)
+    numbers = rng.uniform(size=(n, steps)).astype(np.float32)
+    first = rng.integers(0, steps // 2, n)
+    second = rng.integers(steps // 2, steps, n)
+    rows, marks = np.arange(n), np.zeros((n, steps), np.float32)
+    marks[rows, first] = marks[rows, second] = 1.0
+    targets = function(numbers[rows, first], numbers[rows, second])
+    return np.stack([numbers, marks], axis=-1), targets[:, None]
+
+
+def temporal_order(n: int, steps: int, rng: np.random.Generator) -> Arrays:
+    """Which of A, B came first and which second, among distractors: [n, T, 6], classes int32[n].
+
+    The two come at 10–20 % and 50–60 % of the sequence, as one-hot symbols; there are four classes.
+
+    References:
+      Hochreiter and Schmidhuber 1997, section 5.6; Martens and Sutskever 2011, section 6.
+    """
+    check.argument(steps >= 10, "steps", "at least 10", steps)
+    symbols = rng.integers(2, 6, (n, steps))
+    first = rng.integers(steps // 10, steps // 5, n)
+    second = rng.integers(steps // 2, steps * 6 // 10, n)
+    rows, which = np.arange(n), rng.integers(0, 2, (n, 2))
+    symbols[rows, first], symbols[rows, second] = which[:, 0], which[:, 1]
+    one_hot = np.eye(6, dtype=np.float32)[symbols]
+    return one_hot, (2 * which[:, 0] + which[:, 1]).astype(np.int32)

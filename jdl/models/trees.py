@@ -1,0 +1,459 @@
+r"""Trees as data: read, generated, and packed into arrays of static shape, level by level.
+
+A node's height is 0 for a leaf, else one more than its highest child's. Nodes of one height depend
+on none of each other, so a net computes them at once; a batch of trees takes as many steps as the
+highest has levels. `pack` numbers a tree's nodes by falling height, the root first:
+
+    word      int32[n, N]     each node's word; 0 for none, 1 for an unknown one
+    children  int32[n, N, K]  each node's children in order; N for none
+    schedule  int32[n, L, W]  the nodes of height 1, of height 2, …; N for none
+    label     int32[n]        the root's class; −1 for none
+    labels    int32[n, N]     each node's class; −1 for none and for padding
+
+N, K, L and W are a `Layout`. All trees packed in one layout run through one compiled program.
+"""
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jdl.core import check
+
+MAX_NODES = 100_000  # of one tree; a file that claims more is refused
+MAX_DEPTH = 200  # of a generated tree
+_UNKNOWN = 1
+
+
+class Tree(NamedTuple):
+    """A tree, or dependency structure, as parallel tuples of one entry a node.
+
+    Attributes:
+      words: "" for a node without one.
+      parents: the number of each node's parent; −1 for the root. Children are ordered by number.
+      labels: names of classes, "" for none.
+    """
+
+    words: tuple[str, ...]
+    parents: tuple[int, ...]
+    labels: tuple[str, ...]
+
+
+class Layout(NamedTuple):
+    """The static shape that trees are packed in.
+
+    Attributes:
+      nodes: N, the most nodes of a tree.
+      levels: L, the greatest height.
+      width: W, the most nodes of one height, leaves apart.
+      children: K, the most children of a node.
+    """
+
+    nodes: int
+    levels: int
+    width: int
+    children: int
+
+    @classmethod
+    def of(cls, trees: Iterable[Tree]) -> "Layout":
+        """The smallest layout that holds all of these trees.
+
+        >>> Layout.of([parse("(3 (2 It) (4 (2 really) (3 works)))")])
+        Layout(nodes=5, levels=2, width=1, children=2)
+        """
+        shapes = [_shape(tree, heights(tree)) for tree in trees]
+        check.argument(bool(shapes), "trees", "at least one tree", shapes)
+        return cls(*(max(sizes) for sizes in zip(*shapes, strict=True)))
+
+
+def _shape(tree: Tree, height: np.ndarray) -> tuple[int, int, int, int]:
+    widths = np.bincount(height)[1:]
+    counts = Counter(tree.parents)
+    counts.pop(-1, None)
+    width = int(widths.max()) if widths.size else 1
+    return len(height), max(int(height.max()), 1), width, max(counts.values(), default=1)
+
+
+def heights(tree: Tree) -> np.ndarray:
+    """Each node's height, int[n]; raises for what is no tree.
+
+    Raises:
+      DataError: no nodes, several roots or none, a parent that does not exist, a cycle.
+
+    >>> heights(Tree(("a", "b", "c"), (1, -1, 1), ("", "", ""))).tolist()
+    [0, 1, 0]
+    >>> heights(Tree(("a", "b", "c"), (1, 0, -1), ("", "", "")))
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.DataError: A tree has a cycle: from nodes 0, 1 no root is reached.
+    """
+    n = len(tree.parents)
+    if n == 0:
+        raise check.DataError("A tree is empty: it has no nodes.")
+    if not len(tree.words) == len(tree.labels) == n:
+        raise check.DataError("A tree's words, parents and labels differ in number.")
+    waiting = [0] * n
+    roots = []
+    for node, parent in enumerate(tree.parents):
+        if parent == -1:
+            roots.append(node)
+        elif 0 <= parent < n:
+            waiting[parent] += 1
+        else:
+            raise check.DataError(f"Node {node} of a tree of {n} nodes has the parent {parent}.")
+    if len(roots) > 1:
+        raise check.DataError(f"A tree has {len(roots)} roots, nodes {_some(roots)}.")
+    height = np.zeros(n, np.int64)
+    ready = [node for node in range(n) if not waiting[node]]
+    for node in ready:  # grows as parents become ready
+        parent = tree.parents[node]
+        if parent >= 0:
+            height[parent] = max(height[parent], height[node] + 1)
+            waiting[parent] -= 1
+            if not waiting[parent]:
+                ready.append(parent)
+    if len(ready) < n:
+        stuck = sorted(set(range(n)) - set(ready))
+        raise check.DataError(f"A tree has a cycle: from nodes {_some(stuck)} no root is reached.")
+    return height
+
+
+def _some(nodes: Sequence[int]) -> str:
+    return ", ".join(map(str, nodes[:5])) + (", …" if len(nodes) > 5 else "")
+
+
+# ------------------------------------------------------------------ reading
+
+
+def parse(text: str) -> Tree:
+    """The tree of one bracketed expression, as in the Stanford Sentiment Treebank or the Penn one.
+
+        tree = ( label word ) | ( label tree … )
+
+    Raises:
+      DataError: empty, brackets that do not match, words beside brackets, text after the end.
+
+    >>> tree = parse("(3 (2 It) (4 works))")
+    >>> tree.words, tree.parents, tree.labels
+    (('', 'It', 'works'), (-1, 0, 0), ('3', '2', '4'))
+    """
+    words: list[str | None] = []
+    labels: list[str | None] = []
+    parents: list[int] = []
+    has_children: list[bool] = []
+    node = -1  # the innermost open one
+    done = False
+
+    def refuse(problem: str) -> check.DataError:
+        shown = text.strip()
+        return check.DataError(f"{problem}: {shown[:60]}{'…' if len(shown) > 60 else ''}")
+
+    for match in re.finditer(r"[()]|[^\s()]+", text):
+        token = match.group()
+        if done:
+            raise refuse("There is text after a tree's end")
+        if token == "(":
+            if len(parents) >= MAX_NODES:
+                raise refuse(f"A tree has more than {MAX_NODES} nodes")
+            if node >= 0:
+                if words[node] is not None:
+                    raise refuse(f"A node has the word {words[node]!r} and children")
+                has_children[node] = True
+            parents.append(node)
+            words.append(None)
+            labels.append(None)
+            has_children.append(False)
+            node = len(parents) - 1
+        elif node < 0:
+            raise refuse("A tree begins with no opening bracket")
+        elif token == ")":
+            if words[node] is None and not has_children[node]:
+                raise refuse("A node is empty: it has neither a word nor children")
+            node = parents[node]
+            done = node < 0
+        elif has_children[node] or words[node] is not None:
+            raise refuse(f"A node has {token!r} beside its children or its word")
+        elif labels[node] is None:
+            labels[node] = token
+        else:
+            words[node] = token
+    if not parents:
+        raise check.DataError("A tree is empty: there is no bracket.")
+    if not done:
+        raise refuse("A bracket is never closed")
+    return Tree(tuple(w or "" for w in words), tuple(parents), tuple(x or "" for x in labels))
+
+
+def read_bracketed(path: str | Path) -> Iterator[Tree]:
+    """The trees of a file that holds one bracketed tree a line; blank lines are passed over.
+
+    Raises:
+      DataError: a line that is no tree; the message says which.
+    """
+    for number, line in _lines(path):
+        if line.strip():
+            try:
+                yield parse(line)
+            except check.DataError as error:
+                raise check.DataError(f"{path}, line {number}: {error}") from error
+
+
+def read_conllu(path: str | Path) -> Iterator[Tree]:
+    """The dependency trees of a CoNLL-U file, whose nodes are words and labels are relations.
+
+    Multiword tokens (1-2) and empty nodes (1.1) are passed over: the words they stand for, and the
+    basic tree without them, are there.
+
+    Raises:
+      DataError: a line that is not CoNLL-U, heads that make no tree; the message says which.
+    """
+    rows: list[tuple[str, int, str]] = []
+    first = 1
+
+    def tree() -> Tree:
+        words, heads, relations = zip(*rows, strict=True)
+        found = Tree(words, tuple(head - 1 for head in heads), relations)
+        try:
+            heights(found)
+        except check.DataError as error:
+            raise check.DataError(f"{path}, sentence at line {first}: {error}") from error
+        return found
+
+    for number, line in _lines(path):
+        line = line.rstrip("\r\n")
+        if not line.strip():
+            if rows:
+                yield tree()
+            rows, first = [], number + 1
+            continue
+        if line.startswith("#"):
+            continue
+        fields = line.split("\t")
+        if len(fields) != 10:
+            raise check.DataError(
+                f"{path}, line {number}: CoNLL-U has 10 fields, parted by tabs, got {len(fields)}."
+            )
+        if re.fullmatch(r"\d+[-.]\d+", fields[0]):
+            continue
+        numbers = fields[0].isdecimal() and fields[6].isdecimal()
+        if not numbers or int(fields[0]) != len(rows) + 1:
+            raise check.DataError(
+                f"{path}, line {number}: the word must be number {len(rows) + 1} and its head a "
+                f"number, got {fields[0]!r} and {fields[6]!r}."
+            )
+        if len(rows) >= MAX_NODES:
+            raise check.DataError(f"{path}, line {number}: a sentence of over {MAX_NODES} words.")
+        rows.append((fields[1], int(fields[6]), fields[7]))
+    if rows:
+        yield tree()
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    limit = 64 * MAX_NODES
+    try:
+        with open(path, encoding="utf-8") as file:
+            number = 0
+            while line := file.readline(limit):
+                number += 1
+                if len(line) == limit:
+                    raise check.DataError(f"{path}, line {number}: longer than {limit} characters.")
+                yield number, line
+    except OSError as error:
+        raise check.DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise check.DataError(f"{path} is not UTF-8 text: {error.reason}.") from error
+
+
+# ------------------------------------------------------------------ packing
+
+
+def vocabulary(trees: Iterable[Tree], minimum: int = 1) -> dict[str, int]:
+    """Numbers, from 2, of all words seen at least `minimum` times; 0 is no word, 1 an unknown one.
+
+    >>> vocabulary([parse("(1 (0 no) (1 (0 no) (1 way)))")])
+    {'no': 2, 'way': 3}
+    """
+    counts = Counter(word for tree in trees for word in tree.words if word)
+    kept = sorted(word for word, count in counts.items() if count >= minimum)
+    return {word: number for number, word in enumerate(kept, start=_UNKNOWN + 1)}
+
+
+def pack(
+    trees: Sequence[Tree],
+    words: Mapping[str, int],
+    classes: Sequence[str],
+    layout: Layout | None = None,
+) -> dict[str, np.ndarray]:
+    """The arrays of these trees: word, children, schedule, label, labels; see the top of the file.
+
+    Args:
+      trees: at least one.
+      words: the numbers of words, as `vocabulary` gives them; others are unknown.
+      classes: the names of labels, in the order of their numbers.
+      layout: what to pack in; None for the smallest.
+
+    Raises:
+      DataError: a tree that is none, or that the layout does not hold, or an unknown label.
+
+    >>> packed = pack([parse("(1 (0 no) (1 way))")], {"no": 2, "way": 3}, ["0", "1"])
+    >>> packed["word"].tolist(), packed["children"].tolist(), packed["schedule"].tolist()
+    ([[0, 2, 3]], [[[1, 2], [3, 3], [3, 3]]], [[[0]]])
+    """
+    layout = Layout.of(trees) if layout is None else layout
+    numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
+    n, nodes = len(trees), layout.nodes
+    word = np.zeros((n, nodes), np.int32)
+    children = np.full((n, nodes, layout.children), nodes, np.int32)
+    schedule = np.full((n, layout.levels, layout.width), nodes, np.int32)
+    labels = np.full((n, nodes), -1, np.int32)
+    for i, tree in enumerate(trees):
+        height = heights(tree)
+        shape = _shape(tree, height)
+        if any(has > most for has, most in zip(shape, layout, strict=True)):
+            raise check.DataError(f"Tree {i} needs {Layout(*shape)}, more than {layout}.")
+        order = np.argsort(-height, kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        filled = [0] * len(order)
+        for node, parent in enumerate(tree.parents):
+            at = place[node]
+            word[i, at] = words.get(tree.words[node], _UNKNOWN) if tree.words[node] else 0
+            if tree.labels[node] not in numbers:
+                raise check.DataError(
+                    f"Tree {i} has the label {tree.labels[node]!r}, none of {list(classes)}."
+                )
+            labels[i, at] = numbers[tree.labels[node]]
+            if parent >= 0:
+                children[i, place[parent], filled[parent]] = at
+                filled[parent] += 1
+        for level in range(1, int(height.max()) + 1):
+            (of_level,) = np.nonzero(height == level)
+            schedule[i, level - 1, : len(of_level)] = place[of_level]
+    packed = {"word": word, "children": children, "schedule": schedule}
+    return packed | {"label": labels[:, 0].copy(), "labels": labels}
+
+
+# ------------------------------------------------------------------ generated
+
+
+class Grammar(NamedTuple):
+    """Expressions: what stands at leaves and what at inner nodes.
+
+    Attributes:
+      constants: word -> value.
+      operators: word -> (number of operands, function of them).
+    """
+
+    constants: Mapping[str, int]
+    operators: Mapping[str, tuple[int, Callable[..., int]]]
+
+
+LOGIC = Grammar(
+    {"false": 0, "true": 1},
+    {
+        "not": (1, lambda a: 1 - a),
+        "and": (2, operator.and_),
+        "or": (2, operator.or_),
+        "xor": (2, operator.xor),
+    },
+)
+
+
+def arithmetic(modulus: int = 5) -> Grammar:
+    """Sums, differences and products of 0, …, modulus − 1, modulo `modulus`."""
+    check.argument(2 <= modulus <= 100, "modulus", "an integer from 2 to 100", modulus)
+
+    def wrapped(function: Callable[[int, int], int]) -> tuple[int, Callable[..., int]]:
+        return 2, lambda a, b: function(a, b) % modulus
+
+    functions = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    return Grammar(
+        {str(value): value for value in range(modulus)},
+        {word: wrapped(function) for word, function in functions.items()},
+    )
+
+
+def grow(grammar: Grammar, depth: int, rng: np.random.Generator, max_nodes: int = 127) -> Tree:
+    """A random expression of height `depth`, every node labelled with its value.
+
+    One operand of each node on some path to the root is as high as can be; all others' heights are
+    uniform below. What would have more than `max_nodes` nodes is drawn again.
+
+    >>> tree = grow(LOGIC, 3, np.random.default_rng(0))
+    >>> int(heights(tree)[0]), set(tree.labels) <= {"0", "1"}
+    (3, True)
+    """
+    check.argument(0 <= depth <= MAX_DEPTH, "depth", f"from 0 to {MAX_DEPTH}", depth)
+    check.argument(max_nodes > depth, "max_nodes", f"more than depth = {depth}", max_nodes)
+    constants, operators = list(grammar.constants), list(grammar.operators)
+
+    def draw() -> Tree | None:
+        words: list[str] = []
+        parents: list[int] = []
+        todo = [(-1, depth)]
+        while todo:
+            parent, height = todo.pop()
+            if len(words) + len(todo) >= max_nodes:
+                return None
+            parents.append(parent)
+            if height == 0:
+                words.append(constants[rng.integers(len(constants))])
+                continue
+            words.append(operators[rng.integers(len(operators))])
+            arity = grammar.operators[words[-1]][0]
+            below = rng.integers(0, height, arity)
+            below[rng.integers(arity)] = height - 1
+            todo += [(len(words) - 1, int(h)) for h in below[::-1]]
+        return Tree(tuple(words), tuple(parents), _values(grammar, words, parents))
+
+    for _ in range(10_000):
+        tree = draw()
+        if tree is not None:
+            return tree
+    raise check.ArgumentError(
+        f"`max_nodes` must be larger for trees of depth {depth}, got {max_nodes}."
+    )
+
+
+def _values(grammar: Grammar, words: Sequence[str], parents: Sequence[int]) -> tuple[str, ...]:
+    """Each node's value; children come after their parent, so the last are the first known."""
+    operands: list[list[int]] = [[] for _ in words]
+    values = [0] * len(words)
+    for node in reversed(range(len(words))):
+        known = operands[node][::-1]
+        if words[node] in grammar.operators:
+            values[node] = grammar.operators[words[node]][1](*known)
+        else:
+            values[node] = grammar.constants[words[node]]
+        if parents[node] >= 0:
+            operands[parents[node]].append(values[node])
+    return tuple(map(str, values))
+
+
+def expression(tree: Tree) -> list[str]:
+    """The tree as a flat string's tokens, brackets around what has children, for a sequence model.
+
+    >>> expression(Tree(("not", "true"), (-1, 0), ("0", "1")))
+    ['(', 'not', 'true', ')']
+    """
+    children: list[list[int]] = [[] for _ in tree.parents]
+    for node, parent in enumerate(tree.parents):
+        if parent >= 0:
+            children[parent].append(node)
+    heights(tree)  # raises for what is no tree
+    tokens: list[str] = []
+    todo: list[int | str] = [tree.parents.index(-1)]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            tokens.append(item)
+            continue
+        inner = children[item]
+        tokens += ["("] * bool(inner) + [tree.words[item]] * bool(tree.words[item])
+        todo += [")"] * bool(inner)
+        todo += inner[::-1]
+    return tokens

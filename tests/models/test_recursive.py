@@ -1,0 +1,282 @@
+"""Recursive nets against a plain recursion, and the readers against what is wrong with files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdl import losses, metrics
+from jdl.core import check
+from jdl.data import from_arrays
+from jdl.models import trees
+from jdl.models.recursive import RecursiveNet, TreeLSTM, root_accuracy, tree_cross_entropy
+from jdl.models.trees import LOGIC, Layout, Tree, grow, pack, parse, read_bracketed, read_conllu
+from jdl.train.estimator import Estimator
+
+INPUTS = ("word", "children", "schedule")
+WORDS = trees.vocabulary([Tree((*LOGIC.constants, *LOGIC.operators), (-1,), ("",))])
+NETS = {
+    "child_sum": TreeLSTM(num_outputs=2, vocabulary=8, hidden=5, every_node=True),
+    "nary": TreeLSTM(num_outputs=2, vocabulary=8, hidden=5, kind="nary", every_node=True),
+    "plain": RecursiveNet(num_outputs=2, vocabulary=8, hidden=5, every_node=True),
+}
+
+
+def expressions(n, depths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [grow(LOGIC, depths[i % len(depths)], rng) for i in range(n)]
+
+
+def sigmoid(x):
+    return 1 / (1 + jnp.exp(-x))
+
+
+def plain_recursion(kind, params, tree, most):
+    """Σ −log p(label) over the tree's nodes, by recursion in Python, from the papers' equations."""
+    p = params
+    total = 0.0
+
+    def visit(node):
+        nonlocal total
+        below = [visit(k) for k, parent in enumerate(tree.parents) if parent == node]
+        x = p["embedding"]["embedding"][WORDS[tree.words[node]]]
+        d = p["outputs"]["kernel"].shape[0]
+        if kind == "plain":
+            h, c = x, None
+            if below:
+                h = x + p["bias"]
+                for k, (hk, _) in enumerate(below):
+                    h = h + hk @ p["composition"][k * d : (k + 1) * d]
+                h = jnp.tanh(h)
+        else:
+            a = x @ p["input"]["kernel"] + p["input"]["bias"]
+            blocks = range(most) if kind == "nary" else [0] * len(below)
+            gates = a[: 3 * d] + sum(
+                (
+                    hk @ p["gates"][k * d : (k + 1) * d]
+                    for k, (hk, _) in zip(blocks, below, strict=False)
+                ),
+                start=jnp.zeros(3 * d),
+            )
+            i, o, u = gates[:d], gates[d : 2 * d], gates[2 * d :]
+            c = sigmoid(i) * jnp.tanh(u)
+            for k, (hk, ck) in enumerate(below):
+                if kind == "nary":
+                    f = sum(
+                        hl @ p["forget"][m * d : (m + 1) * d, k * d : (k + 1) * d]
+                        for m, (hl, _) in enumerate(below)
+                    )
+                else:
+                    f = hk @ p["forget"]
+                c = c + sigmoid(a[3 * d :] + f) * ck
+            h = sigmoid(o) * jnp.tanh(c)
+        logits = h @ p["outputs"]["kernel"] + p["outputs"]["bias"]
+        label = int(tree.labels[node])
+        total = total + jnp.log(jnp.sum(jnp.exp(logits))) - logits[label]
+        return h, c
+
+    visit(tree.parents.index(-1))
+    return total
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_value_and_gradient_equal_a_recursion_in_python(kind):
+    some = expressions(3, (0, 1, 3))
+    batch = pack(some, WORDS, ["0", "1"])
+    with jax.enable_x64(True):
+        net = NETS[kind]
+        params = net.init(jax.random.key(1), *(batch[name] for name in INPUTS))["params"]
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+
+        def ours(params):
+            outputs = net.apply({"params": params}, *(batch[name] for name in INPUTS))
+            return jnp.sum(tree_cross_entropy(outputs, batch))
+
+        def theirs(params):
+            return sum(plain_recursion(kind, params, tree, 2) for tree in some)
+
+        value, grads = jax.jit(jax.value_and_grad(ours))(params)
+        expected, expected_grads = jax.jit(jax.value_and_grad(theirs))(params)
+        np.testing.assert_allclose(value, expected, rtol=1e-10)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_padding_changes_nothing(kind):
+    some = expressions(4, (1, 3))
+    tight = pack(some, WORDS, ["0", "1"])
+    nodes, levels, width, children = Layout.of(some)
+    wide = pack(some, WORDS, ["0", "1"], Layout(nodes + 7, levels + 3, width + 4, children))
+    net = NETS[kind]
+    params = net.init(jax.random.key(1), *(tight[name] for name in INPUTS))
+
+    def value_and_grad(batch):
+        def value(params):
+            outputs = net.apply(params, *(batch[name] for name in INPUTS))
+            return jnp.sum(tree_cross_entropy(outputs, batch)), root_accuracy(outputs, batch)
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        value_and_grad(tight),
+        value_and_grad(wide),
+    )
+
+
+def test_order_matters_to_nary_and_not_to_child_sum():
+    a, b = parse("(1 (0 true) (1 false))"), parse("(1 (0 false) (1 true))")
+    for kind, same in (("child_sum", True), ("nary", False), ("plain", False)):
+        batch = pack([a, b], WORDS, ["0", "1"])
+        inputs = [batch[name] for name in INPUTS]
+        net = NETS[kind]
+        outputs = net.apply(net.init(jax.random.key(0), *inputs), *inputs)[:, 0]
+        assert np.allclose(outputs[0], outputs[1], atol=1e-6) == same
+
+
+def test_learns_logic_and_is_right_on_deeper_trees():
+    train, deeper = expressions(2000, (1, 2, 3, 4)), expressions(200, (6, 7), seed=1)
+    layout = Layout.of([*train, *deeper])
+    arrays = pack(train, WORDS, ["0", "1"], layout)
+    data = from_arrays(arrays, batch_size=50, shuffle=True, seed=0)
+    net = TreeLSTM(num_outputs=2, vocabulary=8, hidden=24, kind="nary", every_node=True)
+    estimator = Estimator(
+        net,
+        tree_cross_entropy,
+        optax.adam(1e-2),
+        metrics={"accuracy": root_accuracy},
+        inputs=INPUTS,
+    )
+    estimator.train(data, steps=120)
+    held = pack(deeper, WORDS, ["0", "1"], layout)
+    found = estimator.evaluate(lambda: iter([held]))
+    assert found["accuracy"] >= 0.98
+
+
+def test_a_root_net_is_a_classifier():
+    batch = pack(expressions(6, (2,)), WORDS, ["0", "1"])
+    inputs = [batch[name] for name in INPUTS]
+    net = TreeLSTM(num_outputs=2, vocabulary=8, hidden=5)
+    logits = net.apply(net.init(jax.random.key(0), *inputs), *inputs)
+    assert losses.softmax_cross_entropy(logits, batch).shape == (6,)
+    assert metrics.accuracy(logits, batch).shape == (6,)
+
+
+# ------------------------------------------------------------------ trees as data
+
+
+@pytest.mark.parametrize("grammar", [LOGIC, trees.arithmetic(7)])
+@pytest.mark.parametrize("depth", [0, 1, 5])
+def test_generated_expressions_say_their_value(grammar, depth):
+    rng = np.random.default_rng(3)
+    names = {"false": "0", "true": "1", "xor": "!=", "not": "not "}
+    for _ in range(20):
+        tree = grow(grammar, depth, rng)
+        assert trees.heights(tree).max() == depth
+
+        def written(node, tree=tree):
+            word = names.get(tree.words[node], tree.words[node])
+            below = [written(k) for k, parent in enumerate(tree.parents) if parent == node]
+            if len(below) < 2:
+                return f"({word}{''.join(below)})"
+            return f"({below[0]} {word} {below[1]})"
+
+        value = int(eval(written(0)))  # our own text of digits and operators
+        modulus = 7 if grammar is not LOGIC else 2
+        assert tree.labels[0] == str(value % modulus)
+
+
+def test_flat_tokens_can_be_read_as_the_tree():
+    tree = grow(LOGIC, 4, np.random.default_rng(0))
+    tokens = trees.expression(tree)
+    assert [t for t in tokens if t not in "()"] == list(tree.words)
+    depth = np.cumsum([{"(": 1, ")": -1}.get(t, 0) for t in tokens])
+    assert depth.max() == 4
+    assert depth[-1] == 0
+
+
+def test_reads_the_sentiment_format(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_text("(3 (2 It) (4 (2 's) (4 (3 a) (4 lovely))))\n\n(1 bad)\n", encoding="utf-8")
+    first, second = read_bracketed(path)
+    assert first.words == ("", "It", "", "'s", "", "a", "lovely")
+    assert first.parents == (-1, 0, 0, 2, 2, 4, 4)
+    assert first.labels == ("3", "2", "4", "2", "4", "3", "4")
+    assert second == Tree(("bad",), (-1,), ("1",))
+
+
+CONLLU = (
+    "# text = Vamos nos\n1-2\tVámonos\t_\t_\t_\t_\t_\t_\t_\t_\n"
+    "1\tVamos\tir\tVERB\t_\t_\t0\troot\t_\t_\n2\tnos\tnos\tPRON\t_\t_\t1\tobj\t_\t_\n"
+    "2.1\tempty\t_\t_\t_\t_\t_\t_\t_\t_\n"
+)
+
+
+def test_reads_conllu(tmp_path):
+    path = tmp_path / "a.conllu"
+    path.write_text(CONLLU + "\n" + CONLLU, encoding="utf-8")
+    assert list(read_conllu(path)) == [Tree(("Vamos", "nos"), (-1, 0), ("root", "obj"))] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("()", "empty"),
+        ("(3 (2 a)", "never closed"),
+        ("(3 a))", "after a tree's end"),
+        ("3 a", "no opening bracket"),
+        ("(3 a (2 b))", "the word 'a' and children"),
+        ("(3 (2 a) b)", "beside its children"),
+        ("(3", "never closed"),
+        ("(3)", "neither a word nor children"),
+    ],
+)
+def test_refuses_brackets_that_are_no_tree(line, said, tmp_path):
+    path = tmp_path / "bad.txt"
+    path.write_text("(1 good)\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(check.DataError, match=r"line 2: .*" + said):
+        list(read_bracketed(path))
+
+
+def row(number, head):
+    return f"{number}\tw\tw\tX\t_\t_\t{head}\tdep\t_\t_\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (row(1, 2) + row(2, 1), "cycle"),
+        (row(1, 0) + row(2, 2), "cycle"),
+        (row(1, 0) + row(2, 0), "2 roots"),
+        (row(1, 0) + row(2, 9), "the parent 8"),
+        (row(1, 0) + row(3, 1), "number 2"),
+        ("1\tword\n", "10 fields"),
+        (row(1, "_"), "its head a number"),
+    ],
+)
+def test_refuses_heads_that_make_no_tree(text, said, tmp_path):
+    path = tmp_path / "bad.conllu"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(check.DataError, match=said):
+        list(read_conllu(path))
+
+
+def test_deep_and_hostile_text_neither_recurses_nor_grows():
+    deep = "(0 " * 5000 + "(1 x)" + ")" * 5000
+    assert trees.heights(parse(deep)).max() == 5000
+    with pytest.raises(check.DataError, match="more than"):
+        parse("(" * (trees.MAX_NODES + 1))
+
+
+def test_refuses_what_does_not_fit():
+    tree = expressions(1, (3,))
+    with pytest.raises(check.DataError, match="more than"):
+        pack(tree, WORDS, ["0", "1"], Layout(2, 1, 1, 2))
+    with pytest.raises(check.DataError, match="none of"):
+        pack(tree, WORDS, ["yes", "no"])
+    with pytest.raises(check.DataError, match="empty"):
+        pack([Tree((), (), ())], WORDS, ["0"])
+    with pytest.raises(check.ArgumentError, match="at least one tree"):
+        Layout.of([])
