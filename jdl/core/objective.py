@@ -104,14 +104,20 @@ class Objective:
     # ------------------------------------------------------------------ evaluations
 
     def value(
-        self, params: Params, *, obj_fn: Any = None, objective: Any = None, **_: Any
+        self,
+        params: Params,
+        *,
+        obj_fn: Any = None,
+        objective: Any = None,
+        whole_params: Any = None,
+        **_: Any,
     ) -> jax.Array:
         """f(θ). Keywords are ignored.
 
-        Two are named because optax's line searches pass on all extra arguments of an update, and
+        Some are named because optax's line searches pass on all extra arguments of an update, and
         only to functions that name them.
         """
-        del obj_fn, objective
+        del obj_fn, objective, whole_params
         if self.axis_name is None:
             return self._value(params, self.batch)
 

@@ -1,9 +1,10 @@
 """Part of the parameters, as optax.masked and optax.partition hand it over.
 
 A function of all parameters becomes one of the part, the others held where they are. A part has the
-structure of the whole, with `optax.MaskedNode()` for each leaf that it lacks.
+structure of the whole, with `optax.MaskedNode()` for each leaf or branch that it lacks.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,18 +31,34 @@ class Part:
         self.whole = whole
         leaves, structure = jax.tree.flatten(part, is_leaf=_is_masked)
         self.structure: Any = structure
-        self.lacking = [_is_masked(leaf) for leaf in leaves]
+        # A masked node may stand for a whole branch; how many arrays each leaf of the part covers.
+        branches: list[Any] = []
+        with contextlib.suppress(ValueError, TypeError):
+            branches = self.structure.flatten_up_to(whole)
         check.argument(
-            len(self.lacking) == len(jax.tree.leaves(whole)),
+            len(branches) == len(leaves)
+            and all(
+                _is_masked(x) or len(jax.tree.leaves(branch)) == 1
+                for x, branch in zip(leaves, branches, strict=False)
+            ),
             "whole_params",
             "all parameters, of which the optimizer is handed some",
             jax.tree.structure(whole),
         )
+        self.lacking = [
+            _is_masked(x)
+            for x, branch in zip(leaves, branches, strict=True)
+            for _ in jax.tree.leaves(branch)
+        ]
+        self._covered = [len(jax.tree.leaves(branch)) for branch in branches]
 
     def of(self, whole: PyTree) -> PyTree:
         """The part of a tree shaped as the whole."""
-        leaves = zip(jax.tree.leaves(whole), self.lacking, strict=True)
-        return self.structure.unflatten([optax.MaskedNode() if out else x for x, out in leaves])
+        leaves = iter(zip(jax.tree.leaves(whole), self.lacking, strict=True))
+        groups = [[next(leaves) for _ in range(number)] for number in self._covered]
+        return self.structure.unflatten(
+            [group[0][0] if group and not group[0][1] else optax.MaskedNode() for group in groups]
+        )
 
     def filled(self, part: PyTree, others: Params | None = None) -> PyTree:
         """The whole with this part in it, and `others` (the held values) elsewhere."""

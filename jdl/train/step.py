@@ -3,7 +3,7 @@
     value, grads, aux = objective.value_and_grad(params)
     updates, opt_state = optimizer.update(grads, opt_state, params,
         value=value, grad=grads, value_fn=objective.value, obj_fn=objective.value,
-        objective=objective)
+        objective=objective, whole_params=params)
     params = optax.apply_updates(params, updates)
 
 All functions here are pure and not yet compiled; `jdl.train.parallel` compiles them.
@@ -155,6 +155,7 @@ def build(
                 value_fn=objective.value,
                 obj_fn=objective.value,
                 objective=objective,
+                whole_params=state.params,  # for one that is handed a part of them
             )
             params = optax.apply_updates(state.params, updates)
         sums, count = _sums(measured(aux.outputs, batch), batch)

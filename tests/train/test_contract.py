@@ -142,3 +142,21 @@ def test_second_order_steps_log_their_diagnostics():
     assert {"damping", "reduction_ratio", "linear_iterations", "termination"} <= logs.keys()
     assert float(logs["gradient_equivalents"]) > 1.0
     assert int(logs["linear_iterations"]) >= 1
+
+
+def test_a_part_of_the_parameters_is_trained_by_each_method():
+    """The last layer by L-BFGS, everything else by Adam."""
+
+    def labels(params):
+        return {name: "last" if name == "Dense_1" else "rest" for name in params}
+
+    optimizer = optax.partition({"last": optim.lbfgs(), "rest": optax.adam(0.01)}, labels)
+    program = program_of(MODELS["linen"](), optimizer)
+    state = jax.jit(program.init)(jax.random.key(0), a_batch())
+    step = jax.jit(program.train)
+    losses_seen = []
+    for _ in range(8):
+        state, logs = step(state, a_batch())
+        losses_seen.append(float(logs["loss"]))
+    assert losses_seen[-1] < 0.7 * losses_seen[0]
+    assert float(logs["evaluations"]) >= 8  # L-BFGS gave its account
