@@ -6,7 +6,7 @@ structure of the whole, with `optax.MaskedNode()` for each leaf or branch that i
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Part:
         # A masked node may stand for a whole branch; how many arrays each leaf of the part covers.
         branches: list[Any] = []
         with contextlib.suppress(ValueError, TypeError):
-            branches = self.structure.flatten_up_to(whole)
+            branches = cast(Any, structure).flatten_up_to(whole)
         check.argument(
             len(branches) == len(leaves)
             and all(
