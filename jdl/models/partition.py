@@ -203,16 +203,37 @@ def log_likelihood(
     return float(-np.concatenate(parts).mean() - log_z)
 
 
-def pseudo_log_likelihood(rbm: RBM, params: Params, v: jax.Array, key: Key) -> jax.Array:
-    """An unbiased estimate of Σᵢ log P(vᵢ | v₋ᵢ), [B], of binary units: V log P of a random one."""
+def pseudo_log_likelihood(
+    rbm: RBM, params: Params, v: jax.Array, key: Key | None = None
+) -> jax.Array:
+    """Σᵢ log P(vᵢ | v₋ᵢ), [B], of binary visible units [B, V], in nats.
+
+    Args:
+      rbm: the machine.
+      params: its parameters.
+      v: visible units.
+      key: for an unbiased estimate, V log P of one random unit; it is noisy. None for the sum over
+        all units, V times as dear.
+    """
     check.argument(
         rbm.visible == "bernoulli" and rbm.num_classes == 0,
         "rbm",
         "one of binary visible units without labels",
         rbm,
     )
-    at = jax.random.randint(key, v.shape[:1], 0, v.shape[1])
-    flip = jax.nn.one_hot(at, v.shape[1], dtype=v.dtype)
-    flipped = v + flip * (1 - 2 * v)
-    gap = rbm.free_energy(params, flipped) - rbm.free_energy(params, v)
-    return v.shape[1] * jax.nn.log_sigmoid(gap)
+    a, size = rbm.hidden_input(params, v), v.shape[1]
+    held = jnp.sum(rbm.log_hidden(a), axis=1)
+
+    def log_p(unit: jax.Array) -> jax.Array:
+        """Log P of the unit int[B] of each example."""
+        change = 1 - 2 * jnp.take_along_axis(v, unit[:, None], axis=1)
+        flipped = jnp.sum(rbm.log_hidden(a + change * params["kernel"][unit]), axis=1)
+        gain = flipped - held + change[:, 0] * params["visible_bias"][unit]
+        return jax.nn.log_sigmoid(-gain)
+
+    if key is not None:
+        return size * log_p(jax.random.randint(key, v.shape[:1], 0, size))
+    units = jnp.broadcast_to(jnp.arange(size)[:, None], (size, v.shape[0]))
+    return jax.lax.fori_loop(
+        0, size, lambda i, total: total + log_p(units[i]), jnp.zeros(v.shape[0], v.dtype)
+    )

@@ -299,6 +299,8 @@ class RBM(nn.Module):
             return v, self.draw_hidden(self.hidden_input(params, v), h_key)
 
         none = jnp.zeros((h.shape[0], params["visible_bias"].size), h.dtype)
+        if steps == 1:  # without a loop, XLA finds what the free energy shares with it
+            return step(0, (none, h))
         return jax.lax.fori_loop(0, steps, step, (none, h))
 
     @nn.nowrap
