@@ -1,4 +1,4 @@
-"""The unsupervised models from the command line: train, evaluate, predict, pictures."""
+"""Models from the command line: train, evaluate, predict, pictures."""
 
 import json
 
@@ -13,6 +13,8 @@ PICTURES = {
     "denoising": ("reconstructions", "curves"),
     "autoencoder": ("reconstructions", "codes", "curves"),
     "dbn": ("dreams", "filters", "curves"),
+    "gan": ("samples", "samples_over_time", "walk", "nearest", "curves"),
+    "recursive": ("trees", "curves"),
 }
 
 
@@ -34,12 +36,14 @@ def test_a_run_reloads_and_leaves_pictures(model, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["evaluate", "--workdir", run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    measure = {"rbm": "free_energy", "denoising": "psnr_gain", "dbn": "accuracy"}
+    measure = {"rbm": "free_energy", "denoising": "psnr_gain", "gan": "generator"}
+    measure |= dict.fromkeys(("dbn", "recursive"), "accuracy")
     assert np.isfinite(found[measure.get(model, "squared_error")])
     out = tmp_path / "p.npz"
     assert cli.main(["predict", "--workdir", run, "--out", str(out)]) == 0
     with np.load(out) as saved:
-        assert all(len(saved[name]) == 359 for name in saved.files)
+        examples = 1000 if model == "recursive" else 359
+        assert all(len(saved[name]) == examples for name in saved.files)
         if model == "rbm":
             assert saved["hidden"].shape == (359, 128)
             mean = saved["positive"].mean()
