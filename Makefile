@@ -24,7 +24,7 @@ test: $(READY)  ## the tests that a change needs, under 10 minutes
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: $(READY)  ## the slow tests too: several processes, killed processes, notebooks
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 check: $(READY)  ## lint, format, types, import arrows
 	$(BIN)/ruff check .

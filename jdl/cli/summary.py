@@ -94,7 +94,7 @@ def _show(found: Any, title: str) -> None:
         print(f"{name + ', an image:':25}{told}")
 
 
-def _units(value: float, base: int, unit: str) -> str:
+def _units(value: float | int, base: int, unit: str) -> str:
     """Three digits and a prefix.
 
     >>> _units(1_234_567, 1000, "FLOP")

@@ -229,7 +229,7 @@ def find(predict: Callable[[PyTree], Any], params: PyTree) -> Layers:
 
     >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(())}
     >>> def predict(p):
-    ...     return jnp.tanh(jnp.ones((5, 3)) @ p["w"] + p["b"]) * p["scale"]
+    ...     return jnp.tanh(jnp.ones((5, 3)) @ p["w"] + p["b"][None]) * p["scale"]
     >>> found = find(predict, params)
     >>> [(layer.kind, layer.kernel, layer.bias) for layer in found.known.values()]
     [('dense', 2, 0)]

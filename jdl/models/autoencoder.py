@@ -107,7 +107,7 @@ class Autoencoder(nn.Module):
         return self.decode(code, x.shape[1:])
 
     @nn.compact
-    def encode(self, x: jax.Array) -> jax.Array:
+    def encode(self, x: Any) -> jax.Array:
         """Codes [B, widths[-1]] of inputs [B, ...]."""
         h = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths):
@@ -170,7 +170,7 @@ class ConvAutoencoder(nn.Module):
         )
 
     @nn.compact
-    def encode(self, x: jax.Array) -> jax.Array:
+    def encode(self, x: Any) -> jax.Array:
         """Codes [B, code] of images [B, H, W, C]."""
         check.argument(x.ndim == 4, "x", "of shape [B, H, W, C]", x.shape)
         by = 2 ** len(self.filters)
@@ -242,7 +242,7 @@ class Variational(nn.Module):
         return Reconstruction(self.decode(code, x.shape[1:]), self.beta * divergence)
 
     @nn.compact
-    def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
         """μ and log σ², each [B, code]."""
         h = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths):

@@ -356,7 +356,7 @@ def describe(
     >>> batch = {"x": jnp.ones((4, 3)), "label": jnp.ones((4, 2))}
     >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(2)}
     >>> def predict(p, b):
-    ...     return (b["x"] @ p["w"] + p["b"]) * p["scale"][None]
+    ...     return (b["x"] @ p["w"] + p["b"][None]) * p["scale"][None]
     >>> print(describe(Objective.from_fns(predict, squared_error, batch), params))
     factored: ['w'] with ['b'] (dense, 4×4 and 2×2)
     diagonal: ['scale'] (used by mul)

@@ -63,7 +63,8 @@ class LBFGS(Iterative):
     >>> params, state = solver.run(jnp.zeros(2), jnp.array([1.0, 2.0]))
     >>> params.round(3).tolist(), solver.message(state)[:9]
     ([1.0, 2.0], 'converged')
-    >>> LBFGS(f, bounds=(0.0, 1.5)).run(jnp.zeros(2), jnp.array([1.0, 2.0])).params.tolist()
+    >>> boxed = LBFGS(f, bounds=(0.0, 1.5)).run(jnp.zeros(2), jnp.array([1.0, 2.0]))
+    >>> [round(float(x), 3) for x in boxed.params]
     [1.0, 1.5]
 
     References:
