@@ -48,8 +48,8 @@ class Estimator:
     Args:
       model: a `jdl.Model` or a Flax Linen module.
       loss: `loss(outputs, batch) -> float[B]`, one value an example.
-      optimizer: any optax transformation, first or second order, or a name: sgd, momentum,
-        nesterov, adam, adamw, lbfgs, cg, newton, hf.
+      optimizer: any optax transformation, first or second order, or a name of
+        `jdl.optim.registry`: sgd, adam, lbfgs, hf, kfac …
       metrics: name -> `metric(outputs, batch) -> float[B]`, averaged over examples; or one function
         that gives a dict of such values.
       workdir: the run directory, for `metrics.jsonl` and `checkpoints/`; a run started again in it

@@ -1,8 +1,8 @@
 """What to do at each row of a run's log: plain functions, given to `Estimator(hooks=[…])`.
 
 A hook is called with one row, `{"step", "seconds", "epoch", "split", values…}`; `row.estimator` is
-the Estimator that made it. One that raises `StopTraining` ends `train` in good order; whatever else
-it raises ends it as an error.
+the Estimator that made it, whose parameters may be a step or more ahead of the row. One that raises
+`StopTraining` ends `train` in good order; whatever else it raises ends it as an error.
 """
 
 import json

@@ -191,11 +191,14 @@ class Writers:
         names = [check.one_of("logs", name, kinds) for name in besides]
         self._lines = JsonlWriter(workdir / "metrics.jsonl")
         self._all: list[Writer] = [self._lines]
+        self._stepped = False
         self._all += [kinds[name]() for name in dict.fromkeys(names)]
 
     def write(self, row: Row) -> None:
         """Gives one row to all, but for an evaluation that was made and told before."""
-        if row["split"] != "train" and self._told_before(row):
+        # Only a run that has made no step since it was taken up can evaluate the same again.
+        self._stepped = self._stepped or row["split"] == "train"
+        if not self._stepped and self._told_before(row):
             return
         for writer in self._all:
             writer.write(row)

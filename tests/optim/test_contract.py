@@ -171,7 +171,9 @@ def test_is_strict_about_types_and_ranks(name):
     optimizer = by_name(name)
     update = jax.jit(functools.partial(strict_update, optimizer))
     updates, state = update(objective, params, optimizer.init(params))
-    update(objective, optax.apply_updates(params, updates), state)
+    params = optax.apply_updates(params, updates)
+    _, state = update(objective, params, state)
+    assert int(diagnostics.read(state).iterations) == 2
 
 
 @pytest.mark.parametrize("name", each(SECOND))
