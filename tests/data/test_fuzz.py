@@ -224,20 +224,13 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_fuzz
+resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 done = test_fuzz.run_all(Path({str(tmp_path)!r}), range({MANY}))
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 print(done.used, done.refused, grown)
 """
-
-    def limit():
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
-
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=limit
-    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     used, refused, grown = map(int, ran.stdout.split())
     print(f"{used} read, {refused} refused, {grown / 2**20:.0f} MiB")
