@@ -1,0 +1,273 @@
+"""A trunk: a trained network as a function from images to the activations of named layers.
+
+Every network here - published ones, files of weights, runs of `jdl train`, a Linen module in a
+notebook - becomes one, and all of vision works on any of them.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from jdl.core import check
+from jdl.core.model import Model
+from jdl.core.types import ModelState, Params
+
+Features = dict[str, jax.Array]  # layer -> activations, [N, h, w, C] or [N, C]
+
+_LUMA = (0.299, 0.587, 0.114)
+
+
+class Trunk(NamedTuple):
+    """A network whose layers can be asked for by name.
+
+    `apply` and `logits` are pure: hand them to `jax.jit` and `jax.grad`, with `params` as an
+    argument. Images are float32 [N, H, W, 3], RGB in [0, 1], of any size; what a network wants
+    instead (other ranges, gray, one size) is made of them inside.
+
+    Attributes:
+      name: what it was loaded as.
+      layers: names in the order of computation.
+      params: whatever `apply` takes.
+      apply: `apply(params, images, layers) -> {layer: activations}`; computes no further than the
+        last layer asked for.
+      logits: `logits(params, images) -> [N, K]`, or None where there is no head.
+      classes: names of the K classes, where known.
+      size: the (height, width) it was trained at, where it has one.
+
+    >>> doubled = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
+    >>> doubled.features(jnp.ones((1, 4, 4, 3)), "twice")["twice"].shape
+    (1, 4, 4, 3)
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    params: Params
+    apply: Callable[..., Features]
+    logits: Callable[..., jax.Array] | None = None
+    classes: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+
+    def features(self, images: Any, layers: str | Sequence[str]) -> Features:
+        """The activations of the layers, for images [N, H, W, 3] in [0, 1].
+
+        Raises:
+          ArgumentError: for an unknown layer, with the nearest ones; for what are no images.
+        """
+        names = self.known(layers)
+        check_images(images)
+        return self.apply(self.params, jnp.asarray(images), names)
+
+    def known(self, layers: str | Sequence[str]) -> tuple[str, ...]:
+        """The layers as a tuple, if the trunk has them all."""
+        names = (layers,) if isinstance(layers, str) else tuple(layers)
+        check.argument(bool(names), "layers", "at least one layer", names)
+        for name in names:
+            if name not in self.layers:
+                near = difflib.get_close_matches(str(name), self.layers, n=4, cutoff=0.4)
+                raise check.ArgumentError(
+                    f"`layer` must be one of the {len(self.layers)} layers of {self.name}, "
+                    f"got {name!r}. The nearest: {', '.join(near or self.layers[:4])}."
+                )
+        return names
+
+
+def check_images(images: Any) -> None:
+    """Raises unless these are floating-point images [N, H, W, 3] with at least one pixel."""
+    shape = tuple(getattr(images, "shape", ()))
+    ok = len(shape) == 4 and shape[3] == 3 and all(n > 0 for n in shape)
+    check.argument(ok, "images", "of shape [N, H, W, 3], none of them 0", shape)
+    floating = jnp.issubdtype(images.dtype, jnp.floating)
+    check.argument(floating, "images", "floating-point numbers in [0, 1]", str(images.dtype))
+
+
+def of_linen(
+    module: nn.Module,
+    params: Params,
+    state: ModelState | None = None,
+    *,
+    image_shape: tuple[int, int, int],
+    name: str = "",
+    classes: Sequence[str] = (),
+) -> Trunk:
+    """The trunk of a trained Linen module.
+
+    Its layers are its submodules' paths, such as "Conv_0" or "encoder/Dense_1", and "output".
+
+    Args:
+      module: called with images [N, *image_shape].
+      params: of the module.
+      state: its other collections; batch statistics, say.
+      image_shape: (height, width, channels) that it was trained on; images are resized to it, and
+        made gray for one channel.
+      name: for messages; by default the module's class.
+      classes: names of its outputs, if it is a classifier.
+
+    >>> from jdl.models import CNN
+    >>> cnn = CNN(num_classes=3, units=8)
+    >>> params = cnn.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))["params"]
+    >>> trunk = of_linen(cnn, params, image_shape=(8, 8, 1))
+    >>> trunk.layers
+    ('Conv_0', 'Conv_1', 'Dense_0', 'Dropout_0', 'logits', 'output')
+    >>> trunk.features(jnp.ones((2, 30, 40, 3)), "Conv_1")["Conv_1"].shape
+    (2, 4, 4, 32)
+    """
+
+    def outputs(variables: Any, images: jax.Array) -> Features:
+        x = as_trained(images, image_shape)
+        out, caught = module.apply(
+            variables, x, capture_intermediates=True, mutable=["intermediates"]
+        )
+        found: Features = {}
+        _collect(caught["intermediates"], (), found)
+        if isinstance(out, jax.Array):
+            found["output"] = out
+        return found
+
+    return _of_function(
+        outputs, {"params": params, **(state or {})}, image_shape, name or type(module).__name__,
+        classes,
+    )  # fmt: skip
+
+
+def of_model(
+    model: Model,
+    params: Params,
+    state: ModelState | None = None,
+    *,
+    image_shape: tuple[int, int, int],
+    name: str = "model",
+    classes: Sequence[str] = (),
+) -> Trunk:
+    """The trunk of any `Model`, whatever it was made of.
+
+    Its layers are the results of its convolutions and matrix products, numbered as computed:
+    "conv_1", "dot_1", and "output". Loops count as one step, not looked into.
+
+    >>> from jdl.core.model import from_fns
+    >>> weights = jnp.ones((12, 5))
+    >>> model = from_fns(lambda key, x: weights, lambda w, x: jnp.tanh(x.reshape(-1, 12) @ w))
+    >>> of_model(model, weights, image_shape=(2, 2, 3)).layers
+    ('dot_1', 'output')
+    """
+
+    def outputs(variables: Any, images: jax.Array) -> Features:
+        x = as_trained(images, image_shape)
+        closed, shape = jax.make_jaxpr(
+            lambda v, x: model.apply(v["params"], v["state"], x)[0], return_shape=True
+        )(variables, x)
+        found: Features = {}
+        leaves = _record(closed.jaxpr, closed.consts, jax.tree.leaves((variables, x)), found)
+        if isinstance(shape, jax.ShapeDtypeStruct):
+            found["output"] = leaves[0]
+        return found
+
+    return _of_function(
+        outputs, {"params": params, "state": {} if state is None else state}, image_shape, name,
+        classes,
+    )  # fmt: skip
+
+
+def as_trained(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
+    """RGB images brought to the height, width and channels that a model was trained on."""
+    height, width, channels = image_shape
+    if channels == 1:
+        images = jnp.sum(images * jnp.asarray(_LUMA, images.dtype), axis=3, keepdims=True)
+    if images.shape[1:3] == (height, width):
+        return images
+    shape = (images.shape[0], height, width, channels)
+    return jax.image.resize(images, shape, "linear")
+
+
+def _of_function(
+    outputs: Callable[[Any, jax.Array], Features],
+    variables: Any,
+    image_shape: tuple[int, int, int],
+    name: str,
+    classes: Sequence[str],
+) -> Trunk:
+    """The trunk of a function that computes every layer; what is not asked for, XLA drops."""
+    check.argument(
+        len(image_shape) == 3 and image_shape[2] in (1, 3),
+        "image_shape",
+        "(height, width, channels) with 1 or 3 channels",
+        image_shape,
+    )
+    height, width = image_shape[:2]
+    example = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    order: list[str] = []
+
+    def noting_order(variables: Any, images: jax.Array) -> Features:
+        found = outputs(variables, images)
+        order.extend(found)
+        return found
+
+    shapes = jax.eval_shape(noting_order, variables, example)
+
+    def apply(variables: Any, images: jax.Array, layers: Sequence[str]) -> Features:
+        found = outputs(variables, images)
+        return {layer: found[layer] for layer in layers}
+
+    def logits(variables: Any, images: jax.Array) -> jax.Array:
+        return outputs(variables, images)["output"]
+
+    is_head = "output" in shapes and len(shapes["output"].shape) == 2
+    return Trunk(
+        name=name,
+        layers=tuple(order),
+        params=variables,
+        apply=apply,
+        logits=logits if is_head else None,
+        classes=tuple(classes),
+        size=(height, width),
+    )
+
+
+def _collect(tree: Any, path: tuple[str, ...], found: Features) -> None:
+    """Adds the arrays that submodules gave; a second call's is "Dense_0#2"."""
+    for key, value in tree.items():
+        if key == "__call__":
+            for i, out in enumerate(value):
+                if path and isinstance(out, jax.Array):
+                    found["/".join(path) + (f"#{i + 1}" if i else "")] = out
+        elif isinstance(value, dict):
+            _collect(value, (*path, key), found)
+
+
+_LAYERS = {"conv_general_dilated": "conv", "canonical_conv": "conv", "dot_general": "dot"}
+_CALLS = ("jit", "pjit", "closed_call", "remat", "checkpoint")
+
+
+def _record(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: Features) -> list[Any]:
+    """Evaluates a jaxpr, noting the results of convolutions and products."""
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values |= zip(jaxpr.invars, args, strict=True)
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        name, inputs = eqn.primitive.name, [read(atom) for atom in eqn.invars]
+        if name in _CALLS:
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            consts = getattr(inner, "consts", ())
+            outs = _record(getattr(inner, "jaxpr", inner), consts, inputs, found)
+        else:
+            outs = _bind(eqn.primitive, inputs, eqn.params)
+        if name in _LAYERS:
+            kind = _LAYERS[name]
+            number = 1 + sum(layer.startswith(f"{kind}_") for layer in found)
+            found[f"{kind}_{number}"] = outs[0]
+        values |= zip(eqn.outvars, outs, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _bind(primitive: Any, inputs: Sequence[Any], params: Any) -> Sequence[Any]:
+    bound = primitive.get_bind_params(params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # before JAX 0.10
+    outs = primitive.bind(*functions, *inputs, **params)
+    return outs if primitive.multiple_results else [outs]
