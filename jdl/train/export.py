@@ -35,6 +35,9 @@ def save(
     *,
     platforms: Sequence[str] = PLATFORMS,
     any_batch_size: bool = True,
+    shapes: Mapping[str, str] | None = None,
+    constraints: Sequence[str] = (),
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `predict(params, model_state, batch) -> outputs` with its first two arguments.
 
@@ -46,6 +49,9 @@ def save(
       inputs: a batch with the entries that it reads; what tells shapes and types.
       platforms: what it is to run on.
       any_batch_size: whether the leading axis is left open; else it is that of `inputs`.
+      shapes: entry -> its shape with sizes left open, such as "b, 4*h, 4*w, 3".
+      constraints: on these sizes, such as "h >= 2".
+      notes: what a reader is to know, of JSON's types.
 
     Returns:
       The path.
@@ -59,25 +65,26 @@ def save(
         params, model_state = jax.tree.unflatten(structure, leaves)
         return predict(params, model_state, batch)
 
-    leading: Any = export.symbolic_shape("b")[0] if any_batch_size else None
+    scope = export.SymbolicScope(tuple(constraints))
 
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
-        first = x.shape[:1] if leading is None else (leading,)
-        return jax.ShapeDtypeStruct((*first, *x.shape[1:]), x.dtype)
+    def shape(name: str, x: Any) -> jax.ShapeDtypeStruct:
+        sizes = ["b" if any_batch_size else len(x), *x.shape[1:]]
+        text = (shapes or {}).get(name, ",".join(map(str, sizes)))
+        return jax.ShapeDtypeStruct(export.symbolic_shape(text, scope=scope), x.dtype)
 
     whole = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-    made = export.export(jax.jit(function), platforms=tuple(platforms))(
-        whole, {name: shape(x) for name, x in inputs.items()}
-    )
+    given = {name: shape(name, x) for name, x in inputs.items()}
+    made = export.export(jax.jit(function), platforms=tuple(platforms))(whole, given)
     about = {
         "jax": jax.__version__,
         "inputs": {
             name: {
-                "shape": [None if any_batch_size else len(x), *x.shape[1:]],
+                "shape": [n if isinstance(n, int) else None for n in x.shape],
                 "dtype": str(x.dtype),
             }
-            for name, x in inputs.items()
+            for name, x in given.items()
         },
+        "notes": dict(notes or {}),
         "leaves": len(leaves),
     }
     path = Path(path)
@@ -102,13 +109,15 @@ class Predictor:
     """A predict function read from a file.
 
     Attributes:
-      inputs: name -> (shape, dtype) of the entries it reads; None stands for any batch size.
+      inputs: name -> (shape, dtype) of the entries it reads; None stands for any size.
       platforms: what it runs on.
+      notes: what `save` was given.
     """
 
     def __init__(self, exported: export.Exported, leaves: list[Any], about: Mapping[str, Any]):
         self._call, self._leaves = jax.jit(exported.call), leaves
         self.platforms = tuple(exported.platforms)
+        self.notes = dict(about.get("notes", {}))
         self.inputs = {
             name: (tuple(x["shape"]), np.dtype(x["dtype"])) for name, x in about["inputs"].items()
         }
@@ -122,7 +131,7 @@ class Predictor:
             same = len(x.shape) == len(shape) and all(
                 theirs in (mine, None) for mine, theirs in zip(x.shape, shape, strict=True)
             )
-            wanted = f"{dtype}{['B' if n is None else n for n in shape]}"
+            wanted = f"{dtype}{['any' if n is None else n for n in shape]}"
             got = f"{x.dtype}{list(x.shape)}"
             check.argument(same and x.dtype == dtype, f"batch[{name!r}]", wanted, got)
             given[name] = x

@@ -1,0 +1,195 @@
+r"""The style network: from a photograph to a painting in one pass, for any size and several styles.
+
+    image → 9×9 → halve → halve → residual blocks → double → double → 9×9 → painting
+
+After every convolution h is normalised over its image alone, and takes scale and shift from the
+style (conditional instance normalisation); a mixture w of styles gives a mixture of both:
+
+    y = γ (h − μ) / √(σ² + ε) + β,      γ = Σₛ wₛ γₛ,  β = Σₛ wₛ βₛ
+
+Edges are reflected rather than padded with zeros, and the image is enlarged by repeating pixels
+before a convolution: transposed convolutions leave a checkerboard.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jdl.core import check
+from jdl.models.convolution import conv_general_dilated
+
+STRIDE = 4  # heights and widths are multiples of this
+
+_EPSILON = 1e-5
+
+
+class StyleNet(nn.Module):
+    """The transformation network of Johnson et al., with instance norm, for one or several styles.
+
+    `__call__(images, mixture, statistics=None)` gives the paintings [B, H, W, 3] in [0, 1] and the
+    means and variances [B, statistics_size] that its layers normalised by. Where `statistics` hold
+    a number, it is used instead of the image's own; where they hold NaN, the own. So a part of a
+    picture is painted as the whole would be (Chen et al. 2022, thumbnail instance normalisation).
+
+    Attributes:
+      filters: of the three scales, full, half and quarter.
+      blocks: residual blocks at the quarter scale.
+      styles: how many, S; `mixture` is [B, S].
+
+    >>> net = StyleNet(filters=(4, 8, 8), blocks=1, styles=2)
+    >>> image, mixture = jnp.ones((1, 16, 12, 3)), jnp.array([[0.5, 0.5]])
+    >>> painting, statistics = net.apply(
+    ...     net.init(jax.random.key(0), image, mixture), image, mixture
+    ... )
+    >>> painting.shape, statistics.shape == (1, net.statistics_size)
+    ((1, 16, 12, 3), True)
+
+    References:
+      Johnson, Alahi and Fei-Fei, Perceptual losses for real-time style transfer and
+      super-resolution, ECCV 2016; its supplement has the network.
+      Ulyanov, Vedaldi and Lempitsky, Instance normalization, 2016.
+      Dumoulin, Shlens and Kudlur, A learned representation for artistic style, ICLR 2017.
+      Odena, Dumoulin and Olah, Deconvolution and checkerboard artifacts, Distill 2016.
+    """
+
+    filters: Sequence[int] = (32, 64, 128)
+    blocks: int = 5
+    styles: int = 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of every normalisation, in order."""
+        full, half, quarter = self.filters
+        return (full, half, quarter, *[quarter] * (2 * self.blocks), half, full)
+
+    @property
+    def statistics_size(self) -> int:
+        """A mean and a variance for every channel that is normalised."""
+        return 2 * sum(self.widths)
+
+    @property
+    def reach(self) -> int:
+        """How many pixels away an output still depends on an input, but for the statistics."""
+        # 9×9, 3×3, 3×3 at half, two 3×3 a block at a quarter; then back: half, full, 9×9; and
+        # up to 2 from where the coarse pixels lie.
+        return 4 + 1 + 2 + 4 * 2 * self.blocks + 2 + 1 + 4 + 2
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, mixture: jax.Array, statistics: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Paintings and the statistics used; heights and widths are multiples of 4."""
+        check.argument(
+            images.ndim == 4 and images.shape[3] == 3, "images", "of shape [B, H, W, 3]",
+            images.shape,
+        )  # fmt: skip
+        check.argument(
+            mixture.ndim == 2 and mixture.shape[1] == self.styles, "mixture",
+            f"of shape [B, {self.styles}]", mixture.shape,
+        )  # fmt: skip
+        full, half, quarter = self.filters
+        norms = _Norms(self.styles, mixture, statistics)
+        x = norms(conv(full, 9)(2.0 * images - 1.0), relu=True)
+        x = norms(conv(half, 3, 2)(x), relu=True)
+        x = norms(conv(quarter, 3, 2)(x), relu=True)
+        for _ in range(self.blocks):
+            h = norms(conv(quarter, 3)(x), relu=True)
+            x = x + norms(conv(quarter, 3)(h), relu=False)
+        x = norms(conv(half, 3)(doubled(x)), relu=True)
+        x = norms(conv(full, 3)(doubled(x)), relu=True)
+        return nn.sigmoid(conv(3, 9)(x)), jnp.concatenate(norms.used, axis=1)
+
+
+class _Norms:
+    """Instance norms one after the other, each with its own share of the statistics."""
+
+    def __init__(self, styles: int, mixture: jax.Array, statistics: jax.Array | None):
+        self._styles, self._mixture, self._given, self._at = styles, mixture, statistics, 0
+        self.used: list[jax.Array] = []
+
+    def __call__(self, x: jax.Array, *, relu: bool) -> jax.Array:
+        end = self._at + 2 * x.shape[-1]
+        given = None if self._given is None else self._given[:, self._at : end]
+        self._at = end
+        y, used = InstanceNorm(self._styles)(x, self._mixture, given)
+        self.used.append(used)
+        return nn.relu(y) if relu else y
+
+
+class InstanceNorm(nn.Module):
+    """Conditional instance normalisation of [B, H, W, C], by the means and variances it also gives.
+
+    Attributes:
+      styles: how many scales and shifts it holds.
+
+    >>> norm, x = InstanceNorm(1), jnp.arange(8.0).reshape(1, 4, 2, 1)
+    >>> y, used = norm.apply(norm.init(jax.random.key(0), x, jnp.ones((1, 1))), x, jnp.ones((1, 1)))
+    >>> used.tolist(), round(float(y.std()), 4)
+    ([[3.5, 5.25]], 1.0)
+    """
+
+    styles: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mixture: jax.Array, given: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The normalised [B, H, W, C], and [B, 2C]: means, then variances."""
+        channels = x.shape[-1]
+        scales = self.param("scale", nn.initializers.ones, (self.styles, channels))
+        shifts = self.param("shift", nn.initializers.zeros, (self.styles, channels))
+        mean = jnp.mean(x, axis=(1, 2))
+        variance = jnp.mean(jnp.square(x - mean[:, None, None, :]), axis=(1, 2))
+        used = jnp.concatenate([mean, variance], axis=1)
+        if given is not None:
+            used = jnp.where(jnp.isnan(given), used, given)
+            mean, variance = used[:, :channels], used[:, channels:]
+        factor = (mixture @ scales) * jax.lax.rsqrt(variance + jnp.asarray(_EPSILON, x.dtype))
+        shift = mixture @ shifts - mean * factor
+        return x * factor[:, None, None, :] + shift[:, None, None, :], used
+
+
+def conv(filters: int, size: int, stride: int = 1) -> Any:
+    """A convolution over an image whose edges are reflected; its bias is the norm's after it."""
+
+    def apply(x: jax.Array) -> jax.Array:
+        return nn.Conv(
+            filters,
+            (size, size),
+            (stride, stride),
+            padding="VALID",
+            use_bias=filters == 3,  # nothing normalises the last one
+            conv_general_dilated=conv_general_dilated,
+        )(reflected(x, size // 2))
+
+    return apply
+
+
+def reflected(x: jax.Array, by: int) -> jax.Array:
+    """[B, H, W, C] with `by` rows and columns more on all sides, mirrored about the edge's pixels.
+
+    As `jnp.pad(mode="reflect")`, which needs to know sizes that an exported function leaves open.
+
+    >>> reflected(jnp.arange(3.0).reshape(1, 1, 3, 1).repeat(3, 1), 2)[0, 0, :, 0].tolist()
+    [2.0, 1.0, 0.0, 1.0, 2.0, 1.0, 0.0]
+    """
+    for axis in (1, 2):
+        before = jax.lax.slice_in_dim(x, 1, by + 1, axis=axis)
+        size = x.shape[axis]
+        after = jax.lax.slice_in_dim(x, size - by - 1, size - 1, axis=axis)
+        x = jnp.concatenate([jnp.flip(before, axis), x, jnp.flip(after, axis)], axis=axis)
+    return x
+
+
+def doubled(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] at twice the height and width, every pixel four times.
+
+    >>> doubled(jnp.arange(2.0).reshape(1, 1, 2, 1))[0, :, :, 0].tolist()
+    [[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
+    """
+    b, h, w, c = x.shape
+    wide = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return wide.reshape(b, 2 * h, 2 * w, c)
