@@ -264,8 +264,10 @@ def _minimizer(a: Point, b: Point, noise: jax.Array) -> jax.Array:
     h = b.step - a.step
     secant = a.step - a.slope * h / (b.slope - a.slope)
     d1 = a.slope + b.slope - 3 * (b.value - a.value) / h
-    square = d1 * d1 - a.slope * b.slope
-    d2 = jnp.sign(h) * jnp.sqrt(jnp.maximum(square, 0.0))
+    largest = jnp.maximum(jnp.abs(d1), jnp.maximum(jnp.abs(a.slope), jnp.abs(b.slope)))
+    unit = jnp.maximum(largest, jnp.finfo(d1.dtype).tiny)  # squares of slopes may overflow
+    square = jnp.square(d1 / unit) - (a.slope / unit) * (b.slope / unit)
+    d2 = jnp.sign(h) * unit * jnp.sqrt(jnp.maximum(square, 0.0))
     cubic = b.step - h * (b.slope + d2 - d1) / (b.slope - a.slope + 2 * d2)
     cubic = jnp.where(square >= 0, cubic, jnp.nan)
     # The cubic amplifies errors in values; where they are a tenth of the difference, slopes rule.
