@@ -20,7 +20,7 @@ ARROWS = {
     "data": {"core"},
     "solvers": {"core", "optim"},
     "train": {"core", "losses", "metrics", "models", "optim", "curvature"},
-    "vision": {"core", "losses", "metrics", "models", "optim", "train"},
+    "vision": {"core", "losses", "metrics", "models", "optim", "solvers", "train", "data"},
     "compare": {"core", "losses", "metrics", "models", "optim", "train", "data", "vision"},
 }
 FLAX_ROOMS = {"models", "vision"}

@@ -5,7 +5,7 @@ notebook - becomes one, and all of vision works on any of them.
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ from jdl.core.model import Model
 from jdl.core.types import ModelState, Params
 
 Features = dict[str, jax.Array]  # layer -> activations, [N, h, w, C] or [N, C]
+Edits = Mapping[str, jax.Array]  # layer -> what is added to its activations
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -25,17 +26,18 @@ _LUMA = (0.299, 0.587, 0.114)
 class Trunk(NamedTuple):
     """A network whose layers can be asked for by name.
 
-    `apply` and `logits` are pure: hand them to `jax.jit` and `jax.grad`, with `params` as an
-    argument. Images are float32 [N, H, W, 3], RGB in [0, 1], of any size; what a network wants
-    instead (other ranges, gray, one size) is made of them inside.
+    `apply` is pure: hand it to `jax.jit` and `jax.grad`, with `params` as an argument. Images are
+    float32 [N, H, W, 3], RGB in [0, 1], of any size; what a network wants instead (other ranges,
+    gray, one size) is made of them inside.
 
     Attributes:
       name: what it was loaded as.
       layers: names in the order of computation.
       params: whatever `apply` takes.
-      apply: `apply(params, images, layers) -> {layer: activations}`; computes no further than the
-        last layer asked for.
-      logits: `logits(params, images) -> [N, K]`, or None where there is no head.
+      apply: `apply(params, images, layers, edits=None) -> {layer: activations}`, compiled no
+        further than the last layer asked for; `edits`, {layer: array}, are added to the
+        activations of the layers they name.
+      head: the layer that holds a classifier's logits [N, K], or None.
       classes: names of the K classes, where known.
       size: the (height, width) it was trained at, where it has one.
 
@@ -48,7 +50,7 @@ class Trunk(NamedTuple):
     layers: tuple[str, ...]
     params: Params
     apply: Callable[..., Features]
-    logits: Callable[..., jax.Array] | None = None
+    head: str | None = None
     classes: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
 
@@ -60,7 +62,18 @@ class Trunk(NamedTuple):
         """
         names = self.known(layers)
         check_images(images)
-        return self.apply(self.params, jnp.asarray(images), names)
+        return jax.jit(self.apply, static_argnums=2)(self.params, jnp.asarray(images), names)
+
+    def logits(self, params: Params, images: jax.Array) -> jax.Array:
+        """A classifier's logits [N, K]; pure, like `apply`."""
+        head = self.with_head()
+        return self.apply(params, images, (head,))[head]
+
+    def with_head(self) -> str:
+        """The name of the layer of the logits, or an error where there is none."""
+        if self.head is None:
+            raise check.ArgumentError(f"`model` must be a classifier; {self.name} has no classes.")
+        return self.head
 
     def known(self, layers: str | Sequence[str]) -> tuple[str, ...]:
         """The layers as a tuple, if the trunk has them all."""
@@ -117,11 +130,19 @@ def of_linen(
     (2, 4, 4, 32)
     """
 
-    def outputs(variables: Any, images: jax.Array) -> Features:
-        x = as_trained(images, image_shape)
-        out, caught = module.apply(
-            variables, x, capture_intermediates=True, mutable=["intermediates"]
-        )
+    def outputs(variables: Any, images: jax.Array, edits: Edits) -> Features:
+        def edited(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            out = call(*args, **kwargs)
+            path = "/".join(context.module.path)
+            return out + edits[path] if context.method_name == "__call__" and path in edits else out
+
+        with nn.intercept_methods(edited):
+            out, caught = module.apply(
+                variables,
+                as_trained(images, image_shape),
+                capture_intermediates=True,
+                mutable=["intermediates"],
+            )
         found: Features = {}
         _collect(caught["intermediates"], (), found)
         if isinstance(out, jax.Array):
@@ -155,13 +176,14 @@ def of_model(
     ('dot_1', 'output')
     """
 
-    def outputs(variables: Any, images: jax.Array) -> Features:
+    def outputs(variables: Any, images: jax.Array, edits: Edits) -> Features:
         x = as_trained(images, image_shape)
         closed, shape = jax.make_jaxpr(
             lambda v, x: model.apply(v["params"], v["state"], x)[0], return_shape=True
         )(variables, x)
         found: Features = {}
-        leaves = _record(closed.jaxpr, closed.consts, jax.tree.leaves((variables, x)), found)
+        flat = jax.tree.leaves((variables, x))
+        leaves = _record(closed.jaxpr, closed.consts, flat, found, edits)
         if isinstance(shape, jax.ShapeDtypeStruct):
             found["output"] = leaves[0]
         return found
@@ -184,7 +206,7 @@ def as_trained(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Arra
 
 
 def _of_function(
-    outputs: Callable[[Any, jax.Array], Features],
+    outputs: Callable[[Any, jax.Array, Edits], Features],
     variables: Any,
     image_shape: tuple[int, int, int],
     name: str,
@@ -198,30 +220,29 @@ def _of_function(
         image_shape,
     )
     height, width = image_shape[:2]
-    example = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     order: list[str] = []
 
     def noting_order(variables: Any, images: jax.Array) -> Features:
-        found = outputs(variables, images)
+        found = outputs(variables, images, {})
         order.extend(found)
         return found
 
+    example = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     shapes = jax.eval_shape(noting_order, variables, example)
 
-    def apply(variables: Any, images: jax.Array, layers: Sequence[str]) -> Features:
-        found = outputs(variables, images)
+    def apply(
+        variables: Any, images: jax.Array, layers: Sequence[str], edits: Edits | None = None
+    ) -> Features:
+        found = outputs(variables, images, edits or {})
         return {layer: found[layer] for layer in layers}
 
-    def logits(variables: Any, images: jax.Array) -> jax.Array:
-        return outputs(variables, images)["output"]
-
-    is_head = "output" in shapes and len(shapes["output"].shape) == 2
+    is_classifier = bool(classes) and "output" in shapes and len(shapes["output"].shape) == 2
     return Trunk(
         name=name,
         layers=tuple(order),
         params=variables,
         apply=apply,
-        logits=logits if is_head else None,
+        head="output" if is_classifier else None,
         classes=tuple(classes),
         size=(height, width),
     )
@@ -242,7 +263,9 @@ _LAYERS = {"conv_general_dilated": "conv", "canonical_conv": "conv", "dot_genera
 _CALLS = ("jit", "pjit", "closed_call", "remat", "checkpoint")
 
 
-def _record(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: Features) -> list[Any]:
+def _record(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: Features, edits: Edits
+) -> list[Any]:
     """Evaluates a jaxpr, noting the results of convolutions and products."""
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values |= zip(jaxpr.invars, args, strict=True)
@@ -255,19 +278,20 @@ def _record(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: Featu
         if name in _CALLS:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             consts = getattr(inner, "consts", ())
-            outs = _record(getattr(inner, "jaxpr", inner), consts, inputs, found)
+            outs = _record(getattr(inner, "jaxpr", inner), consts, inputs, found, edits)
         else:
             outs = _bind(eqn.primitive, inputs, eqn.params)
         if name in _LAYERS:
             kind = _LAYERS[name]
-            number = 1 + sum(layer.startswith(f"{kind}_") for layer in found)
-            found[f"{kind}_{number}"] = outs[0]
+            layer = f"{kind}_{1 + sum(each.startswith(f'{kind}_') for each in found)}"
+            outs = [outs[0] + edits[layer] if layer in edits else outs[0]]
+            found[layer] = outs[0]
         values |= zip(eqn.outvars, outs, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _bind(primitive: Any, inputs: Sequence[Any], params: Any) -> Sequence[Any]:
+def _bind(primitive: Any, inputs: Sequence[Any], params: Any) -> list[Any]:
     bound = primitive.get_bind_params(params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # before JAX 0.10
     outs = primitive.bind(*functions, *inputs, **params)
-    return outs if primitive.multiple_results else [outs]
+    return list(outs) if primitive.multiple_results else [outs]

@@ -1,0 +1,162 @@
+"""What the published networks are made of, and how their layers come to have names."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jdl.core import check
+from jdl.core.types import Params
+from jdl.models.convolution import conv_general_dilated
+
+Note = Callable[[str, jax.Array], jax.Array]
+Forward = Callable[[Params, jax.Array, Note], Any]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of 1
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class _Enough(Exception):
+    """Every layer asked for has been computed."""
+
+
+def addressable(forward: Forward) -> Callable[..., dict[str, jax.Array]]:
+    """Makes a network's layers addressable by name.
+
+    Args:
+      forward: `forward(params, images, note)`, which passes every layer's activations through
+        `note(name, activations)` and goes on with what it gives back.
+
+    Returns:
+      `apply(params, images, layers, edits={})`, which computes as far as the last of the layers and
+      gives {layer: activations}; `edits` are added to the activations of the layers they name.
+
+    >>> double = addressable(lambda p, x, note: note("once more", 2 * note("twice", 2 * x)))
+    >>> double(None, jnp.ones(1), ["once more"], {"twice": jnp.ones(1)})["once more"].tolist()
+    [6.0]
+    """
+
+    def apply(
+        params: Params,
+        images: jax.Array,
+        layers: Sequence[str],
+        edits: Mapping[str, jax.Array] | None = None,
+    ) -> dict[str, jax.Array]:
+        edits, missing, found = edits or {}, set(layers), {}
+
+        def note(name: str, x: jax.Array) -> jax.Array:
+            check.argument(
+                0 not in x.shape,
+                "images",
+                f"large enough for layer {name!r}, which has no pixel left",
+                tuple(images.shape),
+                "Take larger images or an earlier layer.",
+            )
+            if name in edits:
+                x = x + edits[name]
+            if name in missing:
+                found[name] = x
+                missing.discard(name)
+                if not missing:
+                    raise _Enough
+            return x
+
+        with contextlib.suppress(_Enough):
+            forward(params, images, note)
+        return found
+
+    return apply
+
+
+def names_of(forward: Forward, params: Params, size: tuple[int, int]) -> tuple[str, ...]:
+    """The layers of a network, in the order of computation, without computing it.
+
+    Args:
+      forward: as for `addressable`.
+      params: of the network, or their shapes.
+      size: a (height, width) that it takes.
+    """
+    names: list[str] = []
+
+    def note(name: str, x: jax.Array) -> jax.Array:
+        names.append(name)
+        return x
+
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    jax.eval_shape(lambda p, x: (forward(p, x, note), None)[1], params, images)
+    return tuple(names)
+
+
+def normalized(images: jax.Array) -> jax.Array:
+    """RGB in [0, 1] as torchvision's networks want it: less the mean, by the deviation."""
+    mean = jnp.asarray(IMAGENET_MEAN, images.dtype).reshape(1, 1, 1, 3)
+    return (images - mean) / jnp.asarray(IMAGENET_STD, images.dtype).reshape(1, 1, 1, 3)
+
+
+def conv(x: jax.Array, layer: Params, *, stride: int = 1, padding: Any = "SAME") -> jax.Array:
+    """A convolution of [N, H, W, C] with {"kernel": [h, w, C, D], "bias": [D]}; bias if any."""
+    out = conv_general_dilated(
+        x, layer["kernel"], (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return out + layer["bias"].reshape(1, 1, 1, -1) if "bias" in layer else out
+
+
+def dense(x: jax.Array, layer: Params) -> jax.Array:
+    """A product of [N, F] with {"kernel": [F, D], "bias": [D]}."""
+    return x @ layer["kernel"] + layer["bias"].reshape(1, -1)
+
+
+def max_pool(x: jax.Array, window: int, *, ceil: bool = False, padding: int = 0) -> jax.Array:
+    """The maximum over windows two pixels apart, of [N, H, W, C].
+
+    Args:
+      x: activations.
+      window: height and width.
+      ceil: also windows that reach over the lower or right edge.
+      padding: pixels, none of them a maximum, around the image.
+
+    >>> max_pool(jnp.arange(25.0).reshape(1, 5, 5, 1), 3)[0, :, :, 0].tolist()
+    [[12.0, 14.0], [22.0, 24.0]]
+    """
+    for axis in (1, 2):
+        size = x.shape[axis] + 2 * padding
+        count = -(-(size - window) // 2) + 1 if ceil else (size - window) // 2 + 1
+        count = max(count, 0)
+        after = max(2 * (count - 1) + window - size, 0) if count else 0
+        if padding or after:
+            around = [(0, 0, 0)] * 4
+            around[axis] = (padding, padding + after, 0)
+            x = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), around)
+        parts = [
+            lax.slice_in_dim(x, i, min(i + 2 * count - 1, x.shape[axis]), 2, axis)
+            if count
+            else lax.slice_in_dim(x, 0, 0, axis=axis)
+            for i in range(window)
+        ]
+        x = parts[0]
+        for part in parts[1:]:
+            x = jnp.maximum(x, part)
+    return x
+
+
+def average_to(x: jax.Array, size: int) -> jax.Array:
+    """Means over a size × size grid of boxes that cover [N, H, W, C] and may overlap by a pixel.
+
+    >>> average_to(jnp.arange(3.0).reshape(1, 1, 3, 1), 2)[0, :, :, 0].tolist()
+    [[0.5, 1.5], [0.5, 1.5]]
+    """
+    for axis in (1, 2):
+        n = x.shape[axis]
+        boxes = [
+            jnp.mean(
+                lax.slice_in_dim(x, i * n // size, -(-(i + 1) * n // size), axis=axis),
+                axis=axis,
+                keepdims=True,
+            )
+            for i in range(size)
+        ]
+        x = jnp.concatenate(boxes, axis)
+    return x

