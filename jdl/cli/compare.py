@@ -1,10 +1,13 @@
-"""First against second order: one model, several optimizers, equal seconds, one report.
+"""First against second order: several optimizers, the same problems, equal budgets, one report.
 
 Examples:
   jdl compare --seconds 10
   jdl compare --data photos.tar --model cnn --optimizers sgd,adam,lbfgs,hf --seeds 3 --seconds 30
+  jdl compare --problem digits-cnn,logistic,mine.py --trials 8 --seeds 3
+  jdl compare --problem autoencoder-mnist --data FOLDER --optimizers kfac,adam --seconds 600
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,15 @@ class Args:
     """What to compare, on what, how long."""
 
     data: str = "digits"
-    """a tar, a glob, a brace range, or the bundled digits"""
+    """a tar, a glob, a brace range, the bundled digits, or what a named problem needs"""
+    problem: str = ""
+    """names, with commas, in place of --model: digits-cnn logistic mnist-mlp mnist-cnn
+    autoencoder-curves autoencoder-mnist autoencoder-faces adding-rnn quadratic rosenbrock, or a
+    Python file with model, loss and data"""
     model: str = "cnn"
     """mlp, cnn or rnn"""
     optimizers: str = "sgd,adam,lbfgs,cg,hf"
-    """names, with commas: sgd momentum nesterov adam adamw lbfgs cg newton hf"""
+    """names, with commas: sgd momentum nesterov adam adamw lbfgs cg newton hf kfac and more"""
     seeds: int = 1
     """how many seeds: 3 or more for a result to publish"""
     seconds: float = 30.0
@@ -28,6 +35,15 @@ class Args:
     """a budget of passes over the data, in place of seconds"""
     work: float | None = None
     """a budget of work, in gradients of the whole training set, in place of seconds"""
+    trials: int = 0
+    """values of learning rate or damping to try for each optimizer, the same number for all; 0 for
+    the defaults alone"""
+    tuning_share: float = 1.0
+    """of a trial's budget, for a tuning trial"""
+    clock: str = "wall"
+    """wall, or cpu: the process's CPU time divided by the cores, on a machine that others use"""
+    share: str = "1/1"
+    """K/N: run the K-th of N shares only, for several processes or hosts with one --workdir"""
     size: str | None = None
     """HEIGHT or HEIGHTxWIDTH to scale images to; by default 128, and 8 for the digits"""
     color: bool = False
@@ -37,74 +53,144 @@ class Args:
 
 
 def run(args: Args) -> None:
-    """Runs the trials, prints the table, writes the report."""
-    from jdl.cli.recipes import RECIPES, recipe
-    from jdl.cli.run_config import parse_size
-    from jdl.compare import digits_cnn, tar_problem
+    """Runs the trials, prints the tables, writes the report."""
+    from jdl.compare import Tuning
     from jdl.core import check
-    from jdl.data import resolve
     from jdl.optim import registry
 
-    classifiers = [name for name, r in RECIPES.items() if r.kind == "classifier"]
-    chosen = recipe(check.one_of("--model", args.model, classifiers))
     check.argument(args.seeds >= 1, "--seeds", "at least 1", args.seeds)
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
-    names = [name for name in args.optimizers.replace(" ", "").split(",") if name]
-    check.argument(bool(names), "--optimizers", "names with commas between them", args.optimizers)
+    check.argument(args.trials >= 0, "--trials", "0 or more", args.trials)
+    names = _listed("--optimizers", args.optimizers)
     for name in names:
         check.one_of("--optimizers", name, registry.REGISTRY)
-    if args.data == "digits" and args.model == "cnn" and args.size is None:
-        problem = digits_cnn()
-    else:
-        problem = tar_problem(
-            resolve(args.data),
-            chosen.build,
-            size=parse_size(args.size, args.data),
-            grayscale=not args.color,
-        )
     others = {"epochs": args.epochs, "work": args.work}
     given = {kind: amount for kind, amount in others.items() if amount is not None}
     check.argument(len(given) <= 1, "--epochs, --work", "given one at a time", given)
     kind, amount = next(iter(given.items()), ("seconds", args.seconds))
-    study(problem, names, args.seeds, (amount, kind), args.workdir)
+    share = _share(args.share)
+    problems, failures = _problems(args)
+    study(
+        problems,
+        names,
+        args.seeds,
+        (amount, kind),
+        args.workdir,
+        tuning=Tuning(args.trials, args.tuning_share) if args.trials else None,
+        clock=args.clock,
+        share=share,
+    )
+    if failures:
+        raise check.UserError("Of the problems, some could not be made: " + " ".join(failures))
+
+
+def _listed(option: str, text: str) -> list[str]:
+    from jdl.core import check
+
+    names = [name for name in text.replace(" ", "").split(",") if name]
+    check.argument(bool(names), option, "names with commas between them", text)
+    return names
+
+
+def _share(text: str) -> tuple[int, int]:
+    from jdl.core import check
+
+    parts = text.split("/")
+    ok = len(parts) == 2 and all(part.isdecimal() for part in parts)
+    ok = ok and 1 <= int(parts[0]) <= int(parts[1])
+    check.argument(ok, "--share", "K/N with 1 ≤ K ≤ N, such as 2/8", text)
+    return int(parts[0]), int(parts[1])
+
+
+def _problems(args: Args) -> tuple[list[Any], list[str]]:
+    """The problems that can be made, and what is wrong with the others."""
+    from jdl.cli.recipes import RECIPES, recipe
+    from jdl.cli.run_config import parse_size
+    from jdl.compare import CATALOGUE, by_name, digits_cnn, tar_problem
+    from jdl.core import check
+    from jdl.data import resolve
+
+    if args.problem:
+        names = _listed("--problem", args.problem)
+        for name in names:
+            if not name.endswith(".py"):
+                check.one_of("--problem", name, CATALOGUE)
+        data = None if args.data == "digits" else args.data
+        made, failures = [], []
+        for name in names:
+            try:
+                made.append(by_name(name, data))
+            except check.UserError as error:
+                failures.append(str(error))
+                print(f"jdl compare: {name}: {error}", file=sys.stderr)
+        if not made:
+            raise check.UserError("No problem could be made: " + " ".join(failures))
+        return made, failures
+    classifiers = [name for name, r in RECIPES.items() if r.kind == "classifier"]
+    chosen = recipe(check.one_of("--model", args.model, classifiers))
+    if args.data == "digits" and args.model == "cnn" and args.size is None:
+        return [digits_cnn()], []
+    problem = tar_problem(
+        resolve(args.data),
+        chosen.build,
+        size=parse_size(args.size, args.data),
+        grayscale=not args.color,
+    )
+    return [problem], []
 
 
 def study(
-    problem: Any, optimizers: list[Any], seeds: int, budget: tuple[float, str], workdir: Path
+    problems: Any,
+    optimizers: list[Any],
+    seeds: int,
+    budget: tuple[float, str],
+    workdir: Path,
+    *,
+    tuning: Any = None,
+    clock: str = "wall",
+    share: tuple[int, int] = (1, 1),
 ) -> Any:
     """Runs a study with progress on stderr, and shows what came out."""
-    import sys
-
     from jdl.cli import progress
     from jdl.cli.run_config import use_compilation_cache
     from jdl.compare import Budget, Study, table, write_report
+    from jdl.compare.report import tuning_table
     from jdl.compare.results import headline
 
     use_compilation_cache()
 
     def on_event(event: Any) -> None:
-        where = f"[{event.number}/{event.total}] {event.optimizer} seed {event.seed}"
+        where = f"[{event.number}/{event.total}] {event.problem}: {event.optimizer}"
         if event.kind == "row":
             row = event.row
             accuracy = row.get("test_accuracy")
             shown = "" if accuracy is None else f"  test accuracy {accuracy:.3f}"
             loss = row.get("train_loss")
             loss_shown = "" if loss is None else f"  train loss {loss:.3g}"
-            print(f"{where}  {row['seconds']:6.1f} s{loss_shown}{shown}", file=sys.stderr)
+            seconds = f"seed {event.seed}  {row['seconds']:6.1f} s"
+            print(f"{where} {seconds}{loss_shown}{shown}", file=sys.stderr)
+        elif event.kind == "tune":
+            print(f"{where}: tried {event.words}", file=sys.stderr)
         elif event.kind in ("begin", "end", "skip"):
-            print(f"{where}: {event.kind} {event.words or ''}".rstrip(), file=sys.stderr)
+            words = f"seed {event.seed}: {event.kind} {event.words or ''}"
+            print(f"{where} {words}".rstrip(), file=sys.stderr)
 
     results = Study(
-        [problem],
+        problems,
         optimizers,
         seeds=seeds,
         budget=Budget(*budget),
         workdir=workdir,
+        tuning=tuning,
+        clock=clock,
         on_event=on_event,
-    ).run()
-    header, rows = table(results, problem.name)
-    progress.table(list(header), [list(row) for row in rows], problem.name)
-    print(headline(results, problem.name))
+    ).run(share)
+    for name in results.problems:
+        header, rows = table(results, name)
+        progress.table(list(header), [list(row) for row in rows], name)
+        if (tuned := tuning_table(results, name)) is not None:
+            progress.table(tuned[0], tuned[1], f"{name}: tuning")
+        print(headline(results, name))
     print(f"report:  {write_report(workdir)}")
     print(f"metrics: {workdir / 'metrics.jsonl'}")
     return results

@@ -111,6 +111,16 @@ def name_lines(figure: Any, axes: Any) -> None:
         text.set_path_effects(halo)
 
 
+def color_of(optimizers: Sequence[str], optimizer: str) -> int:
+    """The place of an optimizer's colour; tuned and untuned share one.
+
+    >>> [color_of(["adam", "adam-tuned", "hf"], x) for x in ("adam", "adam-tuned", "hf")]
+    [0, 0, 1]
+    """
+    bases = list(dict.fromkeys(name.removesuffix("-tuned") for name in optimizers))
+    return bases.index(optimizer.removesuffix("-tuned")) % len(LINES)
+
+
 def spread(
     ends: Sequence[tuple[float, float]],
     widths: Sequence[float],

@@ -1,7 +1,7 @@
 """What a study's trials are fed: the batches to train on, and one evaluation for all of them."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -34,14 +34,8 @@ def training(
     problem: Problem, entry: Entry, seed: int, devices: Sequence[jax.Device] | None = None
 ) -> Training:
     """What an entry trains on: in the same order for all that share seed and batch size."""
-    if entry.batch_size != "full":
-        check.argument(
-            entry.batch_size <= problem.size,
-            "batch_size",
-            f"at most the {problem.size} training examples of {problem.name}",
-            entry.batch_size,
-        )
-        return Training(problem.train(entry.batch_size, seed, None), entry.microbatches or 1)
+    if (rows := step_rows(problem, entry)) < problem.size:
+        return Training(problem.train(rows, seed, None), entry.microbatches or 1)
     # The order within the whole changes sums by rounding only: one for all seeds.
     whole = next(iter(problem.train(problem.size, 0, 1)))
     numbers = problem.size * _numbers(problem)
@@ -52,6 +46,11 @@ def training(
     if problem.size % share:
         (whole,) = _padded([whole], -(-problem.size // share) * share)
     return Training(Repeated(placement.put_batch(whole)), slices)
+
+
+def step_rows(problem: Problem, entry: Entry) -> int:
+    """How many examples a step sees: the batch size, or all there are."""
+    return problem.size if entry.batch_size == "full" else min(entry.batch_size, problem.size)
 
 
 def _numbers(problem: Problem) -> int:
@@ -78,12 +77,22 @@ class Repeated:
 
 
 class Evaluation:
-    """The loss and the metrics on the training and the test data: one program for all optimizers.
+    """The loss and the metrics on training and other data: one program for all optimizers.
 
     Compiled once a problem, it gives every optimizer literally the same evaluation.
+
+    Args:
+      problem: whose model, loss and metrics.
+      devices: as for `Estimator`.
+      splits: name -> data; by default the problem's training and test data.
     """
 
-    def __init__(self, problem: Problem, devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self,
+        problem: Problem,
+        devices: Sequence[jax.Device] | None = None,
+        splits: Mapping[str, Data] | None = None,
+    ):
         placement = parallel.placement(devices)
         rows = min(EVALUATION_BATCH, problem.size, max(1, MICROBATCH_NUMBERS // _numbers(problem)))
         rows = -(-rows // placement.num_devices) * placement.num_devices
@@ -98,9 +107,9 @@ class Evaluation:
         )
         self._data = {
             split: _passes(factory, rows, placement.put_batch)
-            for split, factory in (("train", problem.train), ("test", problem.test))
-            if factory is not None
+            for split, factory in (splits or problem.evaluated()).items()
         }
+        self._penalty = None if problem.regularizer is None else jax.jit(problem.regularizer)
 
     def __call__(self, params: Any, model_state: Any) -> dict[str, float]:
         """{"train_loss": …, "test_loss": …, "train_<metric>": …, "test_<metric>": …}."""
@@ -116,6 +125,8 @@ class Evaluation:
             if count == 0:
                 raise check.DataError(f"The {split} data holds no example.")
             values |= {f"{split}_{name}": value / count for name, value in sums.items()}
+        if self._penalty is not None:
+            values["train_loss"] += float(self._penalty(params))
         return values
 
 

@@ -7,10 +7,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import optax
 
 from jdl.core import check
+from jdl.optim.registry import Search
 
 BatchSize: TypeAlias = int | Literal["full"]
 
 MINI_BATCH = 64  # examples of a step, for methods that thrive on small ones
+TUNED = "-tuned"  # ends the name of an entry whose setting was chosen
 
 
 class Entry(NamedTuple):
@@ -24,6 +26,8 @@ class Entry(NamedTuple):
       microbatches: slices a batch is cut into, to bound memory; None for as many as the full batch
         needs, and one for any other.
       options: what `make` was told; only listed.
+      search: what to tune, and over which range; None for nothing.
+      tuned: `tuned(value)` gives the entry with another value of it.
 
     >>> entry = Entry("sgd", lambda: optax.sgd(0.1), batch_size=32, options={"learning_rate": 0.1})
     >>> entry.settings()
@@ -36,6 +40,8 @@ class Entry(NamedTuple):
     curvature_batch_size: int | None = None
     microbatches: int | None = None
     options: Mapping[str, Any] = {}
+    search: Search | None = None
+    tuned: Callable[[float], "Entry"] | None = None
 
     def settings(self) -> dict[str, Any]:
         """Every setting, as plain values fit for TOML."""
@@ -63,7 +69,7 @@ def named(
       name: sgd, momentum, nesterov, adam, adamw, lbfgs, cg, newton, hf …
       label: what to call it, where one name appears with several settings.
       batch_size: examples of a step; by default "full" for methods with a line search or curvature
-        products, which sampling noise misleads, and 64 for the others.
+        products, which sampling noise misleads, and 64 for the others. Never more than there are.
       curvature_batch_size: examples for curvature products; None for the whole batch.
       microbatches: as for `Entry`.
       learning_rate: None for the optimizer's own default.
@@ -83,7 +89,27 @@ def named(
         batch_size = "full" if known.batches == "large" else MINI_BATCH
     rate = known.learning_rate if learning_rate is None else learning_rate
     settings = _defaults(known.make) | {"learning_rate": rate} | options
-    return Entry(label or name, make, batch_size, curvature_batch_size, microbatches, settings)
+
+    def tuned(value: float) -> Entry:
+        return named(
+            name,
+            label=f"{label or name}{TUNED}",
+            batch_size=batch_size,
+            curvature_batch_size=curvature_batch_size,
+            microbatches=microbatches,
+            **{"learning_rate": learning_rate, **options, known.search.parameter: value},
+        )
+
+    return Entry(
+        label or name,
+        make,
+        batch_size,
+        curvature_batch_size,
+        microbatches,
+        settings,
+        known.search,
+        tuned,
+    )
 
 
 def _defaults(make: Callable[..., Any]) -> dict[str, Any]:

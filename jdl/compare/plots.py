@@ -1,6 +1,7 @@
-"""The pictures of a study: curves over seeds, and what each second-order step did.
+"""The pictures of a study: curves over seeds, second-order steps, tuning, performance profiles.
 
-Methods of second order are drawn solid, of first order dashed.
+Methods of second order are drawn solid, of first order dashed; untuned ones thin where they are
+also tuned.
 """
 
 import math
@@ -11,8 +12,10 @@ import numpy as np
 
 from jdl.compare import drawing
 from jdl.compare.budget import Budget
-from jdl.compare.results import Results, Row, Trial, reached
+from jdl.compare.results import Results, Row, Trial, reached, tuning_cost, tunings
+from jdl.compare.statistics import cost_to_target, performance_profiles
 
+UNITS = {"seconds": "seconds of training", "epoch": "epochs", "work": "work", "step": "steps"}
 FLOOR = 1e-8  # below, a mean of float32 losses is rounding; lower ones are drawn here
 
 
@@ -25,6 +28,7 @@ class Panel(NamedTuple):
     x_label: str
     y_label: str
     value: Callable[[float], float]  # of the column, as drawn
+    charged: bool = False  # whether curves begin after what tuning took
 
 
 def panels(results: Results, problem: str) -> list[Panel]:
@@ -40,6 +44,29 @@ def panels(results: Results, problem: str) -> list[Panel]:
         loss("epoch", "Loss against passes over the data", "epochs"),
         loss("work", "Loss against work", "work: gradients of the whole training set"),
     ]
+    if results.tuned:
+        column = results.budget.column
+        before = "and of tuning before them"
+        found.append(
+            loss(column, "Loss, tuning included", f"{UNITS[column]} {before}")._replace(
+                charged=True
+            )
+        )
+    metric = results.target(problem).metric
+    if metric not in ("train_loss", "test_accuracy"):
+        words = metric.replace("_", " ")
+        accuracy = metric.endswith("accuracy")
+        found.insert(
+            0,
+            Panel(
+                "seconds",
+                metric,
+                f"{words.capitalize()} against time",
+                "seconds of training",
+                f"{words[:-8]}error (%)" if accuracy else words,
+                _error if accuracy else lambda value: max(value, FLOOR),
+            ),
+        )
     columns = {c for t in results.trials if t.problem == problem for r in t.evaluations for c in r}
     if "test_accuracy" in columns:
         # An error on a log axis shows the difference between 98 and 99 % that matters.
@@ -51,10 +78,14 @@ def panels(results: Results, problem: str) -> list[Panel]:
                 "Test error against time",
                 "seconds of training",
                 "test error (%)",
-                lambda accuracy: max(100.0 * (1.0 - accuracy), 0.05),
+                _error,
             ),
         )
     return found
+
+
+def _error(accuracy: float) -> float:
+    return max(100.0 * (1.0 - accuracy), 0.05)
 
 
 def curves(results: Results, problem: str) -> Any:
@@ -84,23 +115,38 @@ def _draw(axes: Any, results: Results, problem: str, panel: Panel) -> None:
     target, budget = results.target(problem), results.budget
     axes.set_yscale("log")
     axes.set_xscale("log")
-    for place, optimizer in enumerate(results.optimizers):
+    for optimizer in results.optimizers:
         trials = results.of(problem, optimizer)
-        color = drawing.LINES[place % len(drawing.LINES)]
+        color = drawing.LINES[drawing.color_of(results.optimizers, optimizer)]
+        before = 0.0
+        if panel.charged:
+            before = tuning_cost(results.tuned.get((problem, optimizer), ()), panel.x)
         grid, values = _on_one_grid(trials, panel, budget)
+        grid = grid + before
+        faint = f"{optimizer}-tuned" in results.optimizers
         if not len(grid):
             continue
         middle = np.nanmedian(values, axis=0)
         dashes = "-" if any(trial.steps for trial in trials) else (0, (4.5, 1.6))
-        axes.plot(grid, middle, color=color, linestyle=dashes, label=optimizer, zorder=3)
+        axes.plot(
+            grid,
+            middle,
+            color=color,
+            linestyle=dashes,
+            label=optimizer,
+            zorder=3,
+            linewidth=0.9 if faint else None,
+        )
         if len(values) > 1:
             low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
             axes.fill_between(grid, low, high, color=color, alpha=0.16, linewidth=0, zorder=2)
         for trial in trials:
             row = reached(trial, target, budget)
             if row is not None and row[panel.x] > 0:
+                x, y = _point(row, panel)
                 axes.plot(
-                    *_point(row, panel),
+                    x + before,
+                    y,
                     "o",
                     color=color,
                     markersize=5.5,
@@ -110,7 +156,8 @@ def _draw(axes: Any, results: Results, problem: str, panel: Panel) -> None:
                 )
             last = _usable(trial, panel, budget)[-1:]
             if trial.status == "diverged" and last:
-                axes.plot(*_point(last[0], panel), "x", color=color, markersize=7, zorder=5)
+                x, y = _point(last[0], panel)
+                axes.plot(x + before, y, "x", color=color, markersize=7, zorder=5)
     if target.metric == panel.y:
         level = panel.value(target.threshold)
         axes.axhline(level, color=drawing.MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
@@ -202,8 +249,8 @@ def steps(results: Results, problem: str) -> Any | None:
     drawn = []
     for field in FIELDS:
         lines = [
-            (place, optimizer, points)
-            for place, optimizer in enumerate(results.optimizers)
+            (drawing.color_of(results.optimizers, optimizer), optimizer, points)
+            for optimizer in results.optimizers
             for trial in results.of(problem, optimizer)[:1]  # one seed: steps do not average
             if (points := [p for p in step_values(trial, field) if not field.log or p[1] > 0])
         ]
@@ -225,7 +272,7 @@ def steps(results: Results, problem: str) -> Any | None:
                 axes.plot(
                     seconds,
                     values,
-                    color=drawing.LINES[color % len(drawing.LINES)],
+                    color=drawing.LINES[color],
                     label=optimizer,
                     linewidth=1.1,
                     marker=few,
@@ -238,3 +285,99 @@ def steps(results: Results, problem: str) -> Any | None:
         for axes in figure.axes:
             drawing.name_lines(figure, axes)
         return figure
+
+
+# ------------------------------------------------------------------ tuning, and all problems
+
+
+def sensitivity(results: Results, problem: str) -> Any | None:
+    """What each value tried ended with, one panel a parameter; None where nothing was tuned.
+
+    Rings are trials that were cut; crosses, on the upper edge, ones that diverged or failed; the
+    large dot is the value chosen.
+    """
+    found = tunings(results, problem)
+    parameters = list(dict.fromkeys(t.parameter for t in found.values()))
+    if not parameters:
+        return None
+    with drawing.figures() as figure_module:
+        figure = figure_module.Figure(figsize=(4.8 * len(parameters), 3.4))
+        for place, parameter in enumerate(parameters, 1):
+            axes = figure.add_subplot(1, len(parameters), place)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            for name, tuned in found.items():
+                if tuned.parameter == parameter:
+                    color = drawing.LINES[drawing.color_of(results.optimizers, name)]
+                    _values_tried(axes, tuned, name.removesuffix("-tuned"), color)
+            criterion = next(t.criterion for t in found.values())
+            axes.set_title(f"Sensitivity to the {parameter.replace('_', ' ')}", pad=6)
+            axes.set_xlabel(parameter.replace("_", " "))
+            axes.set_ylabel(criterion.replace("_", " ") + " at the end")
+            drawing.leave_room(axes)
+        figure.tight_layout(w_pad=2.0)
+        for axes in figure.axes:
+            drawing.name_lines(figure, axes)
+        return figure
+
+
+def _values_tried(axes: Any, tuned: Any, name: str, color: str) -> None:
+    ordered = sorted(tuned.trials)
+    lost = [value for value, last, _ in ordered if not math.isfinite(last)]
+    axes.plot(
+        lost,
+        np.ones(len(lost)),
+        "x",
+        color=color,
+        transform=axes.get_xaxis_transform(),
+        clip_on=False,
+        markersize=6,
+    )
+    kept = [(value, max(last, FLOOR), status) for value, last, status in ordered if last < math.inf]
+    if not kept:
+        return
+    x, y, _ = zip(*kept, strict=True)
+    axes.plot(x, y, color=color, label=name, linewidth=1.2)
+    for value, last, status in kept:
+        axes.plot(
+            value,
+            last,
+            "o",
+            color=color,
+            markersize=8 if value == tuned.value else 4.5,
+            markerfacecolor=color if status == "done" else drawing.PAPER,
+        )
+
+
+def profiles(results: Results) -> Any | None:
+    """Performance profiles over problems and seeds; None where there is too little to tell."""
+    costs = cost_to_target(results)
+    trials = len(next(iter(costs.values())))
+    if trials < 3 or len(costs) < 2:
+        return None
+    with drawing.figures() as figure_module:
+        figure = figure_module.Figure(figsize=(5.0, 3.4))
+        axes = figure.add_subplot()
+        for name, profile in performance_profiles(costs).items():
+            axes.step(
+                profile.ratios,
+                profile.shares,
+                where="post",
+                color=drawing.LINES[drawing.color_of(results.optimizers, name)],
+                linestyle="-" if _is_second_order(results, name) else (0, (4.5, 1.6)),
+                linewidth=0.9 if f"{name}-tuned" in results.optimizers else None,
+                label=name,
+            )
+        axes.set_xlim(1.0, 4.8)
+        axes.set_xticks([1, 2, 3, 4])
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_title("Performance profile", pad=6)
+        axes.set_xlabel("times what the best took to the target")
+        axes.set_ylabel("share of problems and seeds")
+        figure.tight_layout()
+        drawing.name_lines(figure, axes)
+        return figure
+
+
+def _is_second_order(results: Results, name: str) -> bool:
+    return any(trial.steps for trial in results.trials if trial.optimizer == name)

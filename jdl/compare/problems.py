@@ -6,15 +6,35 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from jdl import losses, metrics
 from jdl.compare.results import Target
-from jdl.core.types import Batch, Loss, Metric
+from jdl.core import check
+from jdl.core.types import Batch, Loss, Metric, Params
+from jdl.data import Holdout
 
 # (batch_size, seed, epochs) -> batches. For `epochs=None` without end, shuffled by the seed, whole;
 # for `epochs=1` every example once, the last batch smaller, or padded with a "mask".
 Data: TypeAlias = Callable[[int, int, int | None], Iterable[Batch]]
 
 Build: TypeAlias = Callable[[tuple[int, ...], int], Any]  # (image shape, classes) -> model
+
+VALIDATION = 1 / 6  # of the training examples, that settings are chosen on
+
+
+class Split(NamedTuple):
+    """The training data in two: what trials train on while settings are chosen, and are judged by.
+
+    Attributes:
+      train: as `Problem.train`, without the validation's examples.
+      validation: those.
+      size: how many examples the first has.
+    """
+
+    train: Data
+    validation: Data
+    size: int
 
 
 class Problem(NamedTuple):
@@ -31,6 +51,10 @@ class Problem(NamedTuple):
       metrics: name -> `metric(outputs, batch) -> float[B]`, evaluated besides the loss.
       inputs: the entry of the batch that the model is given, or a tuple of several.
       about: what the report lists, by plain values; where it differs, a trial is run anew.
+      regularizer: a scalar function of the parameters, part of the training loss.
+      split: the training data in two, for tuning; None where settings are to be chosen by the
+        training loss.
+      version: changes whenever results of before cannot be compared with those of after.
     """
 
     name: str
@@ -43,35 +67,71 @@ class Problem(NamedTuple):
     metrics: Mapping[str, Metric] = {"accuracy": metrics.accuracy}
     inputs: str | tuple[str, ...] = "image"
     about: Mapping[str, Any] = {}
+    regularizer: Callable[[Params], Any] | None = None
+    split: Split | None = None
+    version: int = 1
+
+    def evaluated(self) -> dict[str, Data]:
+        """What a trial is judged by: training and test data."""
+        given = {"train": self.train, "test": self.test}
+        return {name: data for name, data in given.items() if data is not None}
 
 
-def digits_cnn(target: Target | None = None) -> Problem:
-    """The bundled 8×8 handwritten digits and a small CNN, which every method can solve in seconds.
+def arrays_problem(
+    name: str,
+    model: Callable[[], Any],
+    loss: Loss,
+    train: Mapping[str, np.ndarray],
+    test: Mapping[str, np.ndarray] | None = None,
+    *,
+    validation: float = VALIDATION,
+    **fields: Any,
+) -> Problem:
+    """A problem whose data are arrays in memory.
 
-    No dropout: a method that sees all the data at each step is to see one and the same function.
-
-    >>> problem = digits_cnn()
-    >>> problem.size, str(problem.target)
-    (1438, 'test accuracy ≥ 95 %')
+    Args:
+      name: its label.
+      model: makes the model.
+      loss: `loss(outputs, batch) -> float[B]`.
+      train: entry of the batch -> array [n, …].
+      test: likewise; None where nothing is held out.
+      validation: the share of `train` that settings are chosen on, in [0, 1); 0 for none.
+      **fields: further fields of `Problem`, `target` among them.
     """
-    from jdl.data import digits_path
-
-    def build(image_shape: tuple[int, ...], num_classes: int) -> Any:
-        del image_shape
-        from jdl.models.cnn import CNN, Block
-
-        blocks = (Block(filters=16, kernel_size=(3, 3)), Block(filters=32, kernel_size=(3, 3)))
-        return CNN(num_classes=num_classes, blocks=blocks, units=64, dropout=0.0)
-
-    return tar_problem(
-        digits_path(),
-        build,
-        name="digits-cnn",
-        target=target or Target("test_accuracy", "at least", 0.95),
-        about={"data": "the 1,797 bundled handwritten digits (UCI / scikit-learn, CC BY 4.0)"},
-        grayscale=True,
-        keep_index=False,
+    check.in_range("validation", validation, 0.0, 0.9)
+    size = len(next(iter(train.values())))
+    order = np.random.default_rng(0).permutation(size)
+    held = round(size * validation)
+    split = None
+    if held:
+        parts = [{k: x[rows] for k, x in train.items()} for rows in (order[held:], order[:held])]
+        split = Split(_of_arrays(parts[0]), _of_arrays(parts[1]), size - held)
+    about = {
+        "test examples": 0 if test is None else len(next(iter(test.values()))),
+        "model": one_line(model()),
+        "loss": getattr(loss, "__name__", None) or getattr(loss, "func", loss).__name__,
+        **fields.pop("about", {}),
+    }
+    return Problem(
+        name,
+        model,
+        loss,
+        _of_arrays(train),
+        None if test is None else _of_arrays(test),
+        size,
+        about=about,
+        split=split,
+        **fields,
     )
+
+
+def _of_arrays(arrays: Mapping[str, np.ndarray]) -> Data:
+    def batches(batch_size: int, seed: int, epochs: int | None) -> Iterable[Batch]:
+        from jdl.data import from_arrays
+
+        return from_arrays(dict(arrays), batch_size=batch_size, seed=seed, epochs=epochs)
+
+    return batches
 
 
 def plain_cnn(image_shape: tuple[int, ...], num_classes: int) -> Any:
@@ -80,6 +140,16 @@ def plain_cnn(image_shape: tuple[int, ...], num_classes: int) -> Any:
 
     units = 1024 if min(image_shape[:2]) >= 64 else 128
     return CNN(num_classes=num_classes, units=units, dropout=0.0)
+
+
+class _OfTraining(Holdout):
+    """One side of a split by hash of the members under `train/`."""
+
+    __slots__ = ()
+
+    def chooser(self) -> Callable[[str], bool]:
+        holds = super().chooser()
+        return lambda name: name.removeprefix("./").startswith("train/") and holds(name)
 
 
 def tar_problem(
@@ -97,7 +167,8 @@ def tar_problem(
     """A problem of the images in tar archives.
 
     Where their members lie under `train/` and `test/`, the one is trained on and the other tested
-    on; else everything is trained on and nothing is held out.
+    on; else everything is trained on and nothing is held out. Settings are chosen on a sixth of the
+    training images, by a hash of their names.
 
     Args:
       paths: as for `jdl.data.from_tar`.
@@ -125,7 +196,7 @@ def tar_problem(
         from_tar(paths, split=test_split, batch_size=1, classes=classes, **options)
     built = model(image_shape, len(classes or ()))
 
-    def data(split: str | None) -> Data:
+    def data(split: str | Holdout | None) -> Data:
         def batches(batch_size: int, seed: int, epochs: int | None) -> Iterable[Batch]:
             return from_tar(
                 paths,
@@ -139,17 +210,24 @@ def tar_problem(
 
         return batches
 
+    def side(part: str) -> Holdout:
+        return (_OfTraining if held_out else Holdout)(part, VALIDATION)
+
+    split = None
+    if first.num_records >= 60:  # of fewer, a sixth by chance may be none
+        kept: Any = data(side("train"))(1, 0, 1)
+        split = Split(data(side("train")), data(side("test")), kept.num_records)
     archives = [Path(path).name for path in expand(paths)]
     if name is None:
         name = f"{Path(archives[0]).stem}-{type(built).__name__.lower()}"
         name = re.sub(r"[^A-Za-z0-9._+=-]+", "_", name)
-    split = "test" if held_out else "train"
+    part = "test" if held_out else "train"
     listed = {
         "archives": archives,
         "image": "×".join(map(str, image_shape)),
         "classes": len(classes or ()),
         "held out": "test/" if held_out else "nothing: the metrics are of the training data",
-        "model": _one_line(built),
+        "model": one_line(built),
         "loss": getattr(loss, "__name__", repr(loss)),
         **{key: value for key, value in options.items() if key != "keep_index"},
         **about,
@@ -161,18 +239,19 @@ def tar_problem(
         train=data(train_split),
         test=data(test_split) if held_out else None,
         size=first.num_records,
-        target=target or Target(f"{split}_accuracy", "at least", 0.9),
+        target=target or Target(f"{part}_accuracy", "at least", 0.9),
         metrics=metrics,
         inputs=inputs,
         about=listed,
+        split=split,
     )
 
 
-def _one_line(model: Any) -> str:
+def one_line(model: Any) -> str:
     """A model as its constructor's call, functions by their names.
 
     >>> from jdl.models import MLP
-    >>> _one_line(MLP(num_outputs=3, widths=(8,)))[:31]
+    >>> one_line(MLP(num_outputs=3, widths=(8,)))[:31]
     'MLP(widths=(8,), num_outputs=3,'
     """
     if not dataclasses.is_dataclass(model):

@@ -2,7 +2,7 @@
 
 report.html   headline, pictures, table, steps, settings, machine, data; light and dark
 report.md     the same in short
-curves.png, curves.svg, steps.png   (with the problem's name where there are several)
+curves, steps, sensitivity, profiles   .png and .svg; of several problems with their names
 results.csv   every evaluation
 """
 
@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from jdl.compare import drawing, machine, plots, statistics
+from jdl.compare import drawing, machine, plots, statistics, tuning
 from jdl.compare import results as res
 from jdl.compare.results import Results
 from jdl.optim import diagnostics
@@ -92,15 +92,20 @@ def write(workdir: str | Path, results: Results | None = None) -> Path:
     results = res.load(workdir) if results is None else results
     for problem in results.problems:
         suffix = "" if len(results.problems) == 1 else f"-{problem}"
-        figure = plots.curves(results, problem)
-        drawing.save(figure, workdir / f"curves{suffix}.png")
-        drawing.save(figure, workdir / f"curves{suffix}.svg")
-        if (figure := plots.steps(results, problem)) is not None:
-            drawing.save(figure, workdir / f"steps{suffix}.png")
+        drawn = {"curves": plots.curves, "steps": plots.steps, "sensitivity": plots.sensitivity}
+        for name, draw in drawn.items():
+            _save(draw(results, problem), workdir / f"{name}{suffix}")
+    _save(plots.profiles(results), workdir / "profiles")
     write_atomically(workdir / "results.csv", csv_text(results))
     write_atomically(workdir / "report.md", markdown(results))
     write_atomically(workdir / "report.html", page(results))
     return workdir / "report.html"
+
+
+def _save(figure: Any | None, stem: Path) -> None:
+    if figure is not None:
+        for ending in (".png", ".svg"):
+            drawing.save(figure, stem.with_name(stem.name + ending))
 
 
 # ------------------------------------------------------------------ the page
@@ -159,6 +164,18 @@ def _problem(results: Results, problem: str, place: int) -> str:
                 f'<p class="note">Seed {results.study["seeds"][0]}. Medians in the table are over '
                 "all steps of all seeds; costs are in gradients of the step's batch.</p>"
             )
+    if (table := tuning_table(results, problem)) is not None:
+        header, rows, note = table
+        found.append(f"<h3>Tuning</h3>{_table(header, rows, results)}")
+        found.append(f'<p class="note">{_escape(note)}</p>')
+        svg = drawing.inline_svg(
+            plots.sensitivity(results, problem), f"p{place}t", "What each value tried ended with."
+        )
+        found.append(f"<div class='scroll'><div style='min-width:20rem'>{svg}</div></div>")
+        found.append(
+            '<p class="note">Large dots: chosen. Rings: cut early. Crosses on the upper edge: '
+            "diverged or failed.</p>"
+        )
     found.append(f"<h3>The problem</h3>{_facts(about)}")
     return "\n".join(found) + "\n"
 
@@ -168,24 +185,41 @@ def _standings(results: Results) -> str:
     if found is None:
         return ""
     header, rows, note = found
+    svg = drawing.inline_svg(
+        plots.profiles(results), "profile", "Performance profiles; the scores above sum them up."
+    )
     return (
         "<h3>Over all problems and seeds</h3>"
         f'{_table(header, rows, results)}<p class="note">{_escape(note)}</p>'
+        f"<figure style='margin:0;max-width:30rem'>{svg}</figure>"
     )
 
 
 def _settings(results: Results) -> str:
-    rows = [
-        [entry["name"], ", ".join(f"{k} = {_value(v)}" for k, v in entry["settings"].items())]
-        for entry in results.study["optimizers"]
-    ]
+    rows = [[name, told] for name, told in settings(results)]
     return "<h3>Settings</h3>" + _table(["optimizer", "settings"], rows, results, wide=1)
+
+
+def settings(results: Results) -> list[tuple[str, str]]:
+    """Each optimizer's settings in a line; of a tuned one, what was chosen on which problem."""
+    found = []
+    for entry in results.study["optimizers"]:
+        own = dict(entry["settings"])
+        if search := entry.get("search"):
+            values = {p: res.tunings(results, p).get(entry["name"]) for p in results.problems}
+            own[search["parameter"]] = ", ".join(
+                f"{'none' if t is None or t.value is None else format(t.value, '.4g')}"
+                + (f" on {problem}" if len(values) > 1 else "")
+                for problem, t in values.items()
+            )
+        found.append((entry["name"], ", ".join(f"{k} = {_value(v)}" for k, v in own.items())))
+    return found
 
 
 def _foot(results: Results) -> str:
     where = results.study["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    rules = "".join(f"<li>{_escape(rule)}</li>" for rule in RULES)
+    rules = "".join(f"<li>{_escape(rule)}</li>" for rule in rules_of(results))
     flags = f" XLA_FLAGS: {where['xla_flags']}." if where["xla_flags"] else ""
     data = "data:text/csv;charset=utf-8," + quote(csv_text(results))
     return (
@@ -207,7 +241,7 @@ def _table(
     head = "".join(f"<th{kind}>{_escape(name)}</th>" for kind, name in pairs)
     lines = []
     for row in rows:
-        color = results.optimizers.index(row[0]) % len(drawing.LINES)
+        color = drawing.color_of(results.optimizers, row[0])
         key = f'<span class="key" style="background:var(--line-{color})"></span>'
         cells = [f"<td>{key}{_escape(row[0])}</td>"]
         pairs = zip(kinds[1:], row[1:], strict=True)
@@ -268,7 +302,66 @@ def troubles(results: Results, problem: str) -> list[str]:
             found.append(
                 f"Seed {seed}: the optimizers did not start from the same loss: {initial}."
             )
+    machines = {
+        json.dumps(trial.settings["machine"], sort_keys=True)
+        for trial in results.trials
+        if trial.problem == problem and "machine" in trial.settings
+    }
+    if len(machines) > 1:
+        found.append(
+            f"The trials ran on {len(machines)} machines that differ (see each config.toml): their "
+            "seconds cannot be compared, their work and epochs can."
+        )
     return found
+
+
+def rules_of(results: Results) -> list[str]:
+    """How this study was measured."""
+    found = list(RULES)
+    if results.study.get("clock") == "cpu":
+        found.insert(1, "Seconds are the process's CPU time divided by the machine's cores.")
+    if results.tuned:
+        found.append(tuning.RULE)
+    return found
+
+
+def tuning_table(results: Results, problem: str) -> tuple[list[str], list[list[str]], str] | None:
+    """What was chosen and what that cost; None where nothing was tuned.
+
+    Returns:
+      Column names, a row a tuned optimizer, and how it was done.
+    """
+    found = res.tunings(results, problem)
+    if not found:
+        return None
+    unit = results.budget.kind
+    header = ["optimizer", "parameter", "chosen", "range tried", "trials", "cut", "diverged"]
+    header += [f"{unit} of tuning", f"{unit} to target, tuning included"]
+    rows = []
+    for name, tuned in found.items():
+        values = [value for value, _, _ in tuned.trials]
+        ends = Counter(status for _, _, status in tuned.trials)
+        rows.append(
+            [
+                name,
+                tuned.parameter.replace("_", " "),
+                "none" if tuned.value is None else f"{tuned.value:.4g}",
+                f"{min(values):.2g}–{max(values):.2g}",
+                str(len(values)),
+                str(ends["cut"]),
+                str(ends["diverged"] + ends["failed"]),
+                res.formatted(results.budget.column, tuned.cost),
+                "not reached" if np.isinf(tuned.judged.low) else res.shown(tuned.judged, ""),
+            ]
+        )
+    how = results.study["tuning"]
+    criterion = next(iter(found.values())).criterion.replace("_", " ")
+    note = (
+        f"{how['trials']} trials for every optimizer, the default first and then quasi-random "
+        f"values, each with {100 * how['share']:g} % of the budget, chosen by the {criterion} at "
+        f"the end, with a seed of its own. {tuning.RULE}"
+    )
+    return header, rows, note
 
 
 def standings(results: Results) -> tuple[list[str], list[list[str]], str] | None:
@@ -349,19 +442,24 @@ def markdown(results: Results) -> str:
         if described := describe_steps(results, problem):
             cells = [[s.optimizer, f"{s.number:,}", *s.cells] for s in described]
             found += ["Medians over the steps of the second-order methods:", ""]
-            found += [*_pipes(STEP_HEADER, cells), ""]
+            found += [*_pipes(STEP_HEADER, cells), "", f"![Steps](steps{suffix}.png)", ""]
+        if (table := tuning_table(results, problem)) is not None:
+            header, rows, note = table
+            found += ["## Tuning", "", *_pipes(header, rows), "", note, ""]
+            found += [f"![What each value tried ended with](sensitivity{suffix}.png)", ""]
     over_all = standings(results)
     if over_all is not None:
         header, rows, note = over_all
         found += ["## Over all problems and seeds", "", *_pipes(header, rows), "", note, ""]
+        found += ["![Performance profile](profiles.png)", ""]
     found += ["## Settings", ""]
-    for entry in results.study["optimizers"]:
-        told = ", ".join(f"{k} = {_value(v)}" for k, v in entry["settings"].items())
-        found.append(f"- **{entry['name']}**: {told}")
+    found += [f"- **{name}**: {told}" for name, told in settings(results)]
     where = results.study["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    found += ["", "## How it was measured", "", *(f"- {rule}" for rule in RULES)]
+    found += ["", "## How it was measured", "", *(f"- {rule}" for rule in rules_of(results))]
     found += ["", f"{machine.sentence(where)}. {versions}."]
+    found += ["", "Every evaluation: [results.csv](results.csv). Every step: "]
+    found[-1] += "[metrics.jsonl](metrics.jsonl)."
     return "\n".join(found) + "\n"
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jdl.compare.budget import Budget
+from jdl.compare.tuning import Curve
 from jdl.core import check
 from jdl.train.writers import read_jsonl
 
-FORMAT = 2  # of a study's directory; changes when old ones can no longer be read
+FORMAT = 3  # of a study's directory; changes when old ones can no longer be read
 
 Row = dict[str, Any]  # one line of metrics.jsonl
 
@@ -62,7 +63,8 @@ class Trial(NamedTuple):
 
     Attributes:
       status: "done"; "diverged", where the loss stopped being finite; "budget", where not one
-        step fitted; "failed", where an error ended it; "missing", where it has not run.
+        step fitted; "failed", where an error ended it; "cut", where tuning saw no hope; "missing",
+        where it has not run.
       words: what happened, in a sentence; empty where all went well.
       evaluations: rows in order, the first at step 0.
       steps: what a second-order method said of each of its steps.
@@ -91,6 +93,7 @@ class Results(NamedTuple):
 
     study: Mapping[str, Any]
     trials: tuple[Trial, ...]
+    tuned: Mapping[tuple[str, str], tuple[Trial, ...]] = {}  # (problem, optimizer) -> its tuning
 
     @property
     def budget(self) -> Budget:
@@ -148,7 +151,7 @@ class Line(NamedTuple):
     seconds: Spread  # to the target
     work: Spread  # to the target
     train_loss: Spread  # at the last evaluation within the budget
-    test: dict[str, Spread]  # ditto: metric -> spread
+    test: dict[str, Spread]  # ditto: metric -> spread; the target's metric among them
     steps: Spread
     epochs: Spread
     compile_seconds: Spread
@@ -188,6 +191,8 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
         return Spread.of(row.get(column, 0.0) for row in last)
 
     tests = sorted({c for row in last for c in row if c.startswith("test_") and c != "test_loss"})
+    if target.metric not in ("train_loss", "test_loss", *tests):
+        tests.insert(0, target.metric)
     return Line(
         optimizer=optimizer,
         trials=len(trials),
@@ -207,6 +212,87 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
 
 def _or(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
+
+
+# ------------------------------------------------------------------ tuning
+
+
+def criterion_curve(rows: Iterable[Row], criterion: str, budget: Budget) -> Curve:
+    """What a trial had after what it spent, by the criterion, small values good."""
+    sign = -1.0 if criterion.endswith("accuracy") else 1.0
+    return Curve(
+        tuple(
+            (float(row[budget.column]), sign * float(value))
+            for row in rows
+            if (value := row.get(criterion)) is not None and math.isfinite(value)
+        )
+    )
+
+
+def final_value(trial: Trial) -> float:
+    """The criterion of a tuning trial at its end, small values good; ∞ unless it was done."""
+    told = trial.settings.get("tuning")
+    if trial.status != "done" or told is None:
+        return math.inf
+    budget = Budget(**trial.settings["budget"])
+    points = criterion_curve(trial.within(budget), told["criterion"], budget).points
+    return points[-1][1] if points else math.inf
+
+
+def chosen(trials: Iterable[Trial]) -> float | None:
+    """The value that tuning chose: that of the trial that ended best; None where none did."""
+    best = min(trials, key=final_value, default=None)
+    if best is None or math.isinf(final_value(best)):
+        return None
+    return float(best.settings["tuning"]["value"])
+
+
+def tuning_cost(trials: Iterable[Trial], column: str) -> float:
+    """What all the tuning trials spent, by a column of their rows."""
+    return sum(trial.evaluations[-1][column] for trial in trials if trial.evaluations)
+
+
+class Tuned(NamedTuple):
+    """What choosing one optimizer's setting on one problem came to.
+
+    Attributes:
+      parameter: its name.
+      value: the one chosen; None where no trial ended well.
+      trials: (value, criterion at the end, how it ended) of each, in the order they ran.
+      criterion: the column that was to be least.
+      cost: what all trials spent, in the budget's unit.
+      judged: what it took to the target with that cost, once for all seeds.
+    """
+
+    parameter: str
+    value: float | None
+    trials: tuple[tuple[float, float, str], ...]
+    criterion: str
+    cost: float
+    judged: Spread
+
+
+def tunings(results: Results, problem: str) -> dict[str, Tuned]:
+    """Each tuned optimizer's tuning on this problem."""
+    found = {}
+    for optimizer in results.optimizers:
+        trials = results.tuned.get((problem, optimizer), ())
+        told = [t.settings["tuning"] for t in trials if "tuning" in t.settings]
+        if not told:
+            continue
+        criterion, column = told[0]["criterion"], results.budget.column
+        ends = []
+        for trial, its in zip(trials, told, strict=False):
+            points = criterion_curve(trial.evaluations, criterion, results.budget).points
+            last = points[-1][1] if points and trial.status != "diverged" else math.inf
+            ends.append((float(its["value"]), abs(last), trial.status))
+        cost = tuning_cost(trials, column)
+        line = _line(results, problem, optimizer)
+        charged = Spread(*(x + cost for x in line.judged))
+        found[optimizer] = Tuned(
+            told[0]["parameter"], chosen(trials), tuple(ends), criterion, cost, charged
+        )
+    return found
 
 
 # ------------------------------------------------------------------ in words
@@ -331,6 +417,11 @@ def trial_directory(workdir: str | Path, problem: str, optimizer: str, seed: int
     return Path(workdir) / problem / f"{optimizer}-seed{seed}"
 
 
+def tuning_directory(workdir: str | Path, problem: str, optimizer: str, number: int) -> Path:
+    """Where a tuning trial's files lie."""
+    return Path(workdir) / problem / "tuning" / optimizer / str(number)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The file's content; empty where there is no file."""
     if not path.exists():
@@ -353,12 +444,33 @@ def load(workdir: str | Path) -> Results:
         raise check.DataError(f"{workdir} holds no study: there is no study.toml in it.")
     check_format(workdir, study)
     trials = [
-        load_trial(workdir, problem["name"], entry["name"], seed)
+        load_trial(
+            trial_directory(workdir, problem["name"], entry["name"], seed),
+            problem["name"],
+            entry["name"],
+            seed,
+        )
         for problem in study["problems"]
         for seed in study["seeds"]
         for entry in study["optimizers"]
     ]
-    return Results(study, tuple(trials))
+    tuned = {
+        (problem["name"], entry["name"]): load_tuning(
+            workdir, problem["name"], entry["search"]["of"]
+        )
+        for problem in study["problems"]
+        for entry in study["optimizers"]
+        if "search" in entry
+    }
+    return Results(study, tuple(trials), tuned)
+
+
+def load_tuning(workdir: str | Path, problem: str, optimizer: str) -> tuple[Trial, ...]:
+    """The tuning trials of one optimizer on one problem, in the order they ran."""
+    found: list[Trial] = []
+    while (directory := tuning_directory(workdir, problem, optimizer, len(found))).exists():
+        found.append(load_trial(directory, problem, optimizer, len(found)))
+    return tuple(found)
 
 
 def check_format(workdir: Path, study: Mapping[str, Any]) -> None:
@@ -370,9 +482,8 @@ def check_format(workdir: Path, study: Mapping[str, Any]) -> None:
         )
 
 
-def load_trial(workdir: Path, problem: str, optimizer: str, seed: int) -> Trial:
+def load_trial(directory: Path, problem: str, optimizer: str, seed: int) -> Trial:
     """The trial as its directory holds it; one without a `result.json` has not ended."""
-    directory = trial_directory(workdir, problem, optimizer, seed)
     try:
         result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -385,7 +496,8 @@ def load_trial(workdir: Path, problem: str, optimizer: str, seed: int) -> Trial:
         status=result["status"],
         words=result["words"],
         evaluations=tuple(row for row in rows if row["split"] == EVALUATION),
-        steps=tuple(row for row in rows if row["split"] == STEP),
+        # One of first order says nothing of its steps but the loss.
+        steps=tuple(row for row in rows if row["split"] == STEP and "termination" in row),
         compile_seconds=result.get("compile_seconds", 0.0),
         settings=read_toml(directory / "config.toml"),
     )

@@ -4,15 +4,22 @@
     <workdir>/metrics.jsonl                               the rows of all trials
     <workdir>/<problem>/<optimizer>-seed<k>/config.toml   one trial's settings
                                            /metrics.jsonl its rows
+                                           /checkpoints/  where it goes on when cut short
                                            /result.json   how it ended; written last
+    <workdir>/<problem>/tuning/<optimizer>/<k>/           the k-th value tried, likewise
 
 A trial with a `result.json` and the same `config.toml` is done and is not run again; one of other
 settings is moved aside, never overwritten.
 """
 
+import errno
 import gc
 import json
+import logging
+import math
 import re
+import shutil
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,23 +29,33 @@ import jax
 
 from jdl.compare import machine
 from jdl.compare import results as res
+from jdl.compare import tuning as tune
 from jdl.compare.budget import Budget
-from jdl.compare.optimizers import Entry, as_entry, plain
+from jdl.compare.optimizers import TUNED, Entry, as_entry, plain
 from jdl.compare.problems import Problem
 from jdl.compare.results import Results, Row, Trial
+from jdl.compare.tuning import Tuning
 from jdl.core import check
 from jdl.train.writers import JsonlWriter, write_atomically
+
+logger = logging.getLogger("jdl.compare")
+
+CLOCKS = {
+    "wall": time.perf_counter,
+    "cpu": lambda: time.process_time() / machine.describe()["cores"],
+}
 
 
 class Event(NamedTuple):
     """Something to show to whoever waits.
 
     Attributes:
-      kind: "prepare", "begin", "row", "end", or "skip" for a trial found done.
+      kind: "prepare", "begin", "row", "end", "skip" for a trial found done, or "tune" for a tuning
+        trial's end.
       problem, optimizer, seed: which trial; empty and -1 for "prepare".
       number, total: the trial's place among all, from 1.
       row: the evaluation just made, for "row".
-      status, words: how the trial ended, for "end" and "skip"; words say what is prepared, too.
+      status, words: how the trial ended, for "end", "skip" and "tune"; what is prepared.
     """
 
     kind: str
@@ -68,6 +85,9 @@ class Study:
       budget: a budget of another kind, in place of `seconds`.
       workdir: the study's directory; a study started again there goes on with what is missing.
       evaluations: how many of each trial, besides the one before the first step.
+      tuning: how settings are chosen; None for the optimizers as they are.
+      clock: "wall", or "cpu" for the process's CPU time divided by the machine's cores, which other
+        work on the machine disturbs less.
       devices: to train on; by default one, so that "full" need not be a multiple of several.
       on_event: told what happens, as it happens.
 
@@ -89,6 +109,8 @@ class Study:
         budget: Budget | None = None,
         workdir: str | Path,
         evaluations: int = 30,
+        tuning: Tuning | None = None,
+        clock: str = "wall",
         devices: Sequence[jax.Device] | None = None,
         on_event: Callable[[Event], None] | None = None,
     ):
@@ -99,6 +121,8 @@ class Study:
         self.seeds = tuple(int(seed) for seed in seeds)
         self.budget = Budget.checked(*(budget or (seconds, "seconds")))
         self.evaluations = check.positive_int("evaluations", evaluations)
+        self.tuning = None if tuning is None else tuning.checked()
+        self.clock = check.one_of("clock", clock, CLOCKS)
         self.workdir = Path(workdir)
         self._devices = jax.devices()[:1] if devices is None else list(devices)
         self._on_event = on_event or (lambda event: None)
@@ -116,82 +140,234 @@ class Study:
         Seed by seed, so that a study cut short has compared all optimizers on the seeds it has.
         """
         return [
-            res.load_trial(self.workdir, problem.name, entry.name, seed)
+            res.load_trial(
+                res.trial_directory(self.workdir, problem.name, name, seed),
+                problem.name,
+                name,
+                seed,
+            )
             for problem in self.problems
             for seed in self.seeds
-            for entry in self.optimizers
+            for name in self._names()
         ]
 
-    def run(self) -> Results:
+    def run(self, share: tuple[int, int] = (1, 1)) -> Results:
         """Runs what has not run yet, and gives all results.
 
-        A trial that fails or diverges is recorded as such; the others go on.
+        A trial that fails or diverges is recorded as such, and so are those of a problem whose data
+        cannot be read; the others go on.
+
+        Args:
+          share: (k, n) to run the k-th of n shares only, k from 1: all trials of every n-th pair of
+            problem and optimizer. Several processes with different k share a directory.
         """
+        k, n = share
+        check.argument(1 <= k <= n, "share", "(k, n) with 1 ≤ k ≤ n", share)
         self._take_directory()
-        number, total = 0, len(self.problems) * len(self.seeds) * len(self.optimizers)
-        for problem in self.problems:
-            evaluate = None
-            for seed in self.seeds:
-                for entry in self.optimizers:
-                    number += 1
-                    event = Event("begin", problem.name, entry.name, seed, number, total)
-                    done = self._done(problem, entry, seed)
-                    if done is not None:
-                        self._on_event(
-                            event._replace(kind="skip", status=done.status, words=done.words)
-                        )
-                        continue
-                    if evaluate is None:
-                        evaluate = self._evaluation(problem)
-                    self._run_trial(problem, entry, seed, evaluate, event)
-                    self._merge()
+        total = len(self.problems) * len(self.seeds) * len(self._names())
+        for i, problem in enumerate(self.problems):
+            # Several problems' optimizers are dealt out one after another.
+            mine = [
+                entry
+                for j, entry in enumerate(self.optimizers)
+                if (i * len(self.optimizers) + j) % n == k - 1
+            ]
+            held = _Held(self, problem)
+            contestants = self._contestants(problem, mine, held)
+            for place, seed in enumerate(self.seeds):
+                # There and back, so that nobody is always first.
+                for name, entry, words in contestants[:: -1 if place % 2 else 1]:
+                    number = 1 + self._number(problem, name, seed)
+                    event = Event("begin", problem.name, name, seed, number, total)
+                    self._one(problem, name, entry, seed, held, event, words)
         self._merge()
+        if n == 1:
+            self._write_study()  # with the settings that were chosen
         return res.load(self.workdir)
+
+    def _names(self) -> list[str]:
+        """All that are reported: as they are, and tuned."""
+        found = []
+        for entry in self.optimizers:
+            is_tuned = self.tuning is not None and entry.search is not None
+            if not is_tuned or self.tuning.defaults:  # type: ignore[union-attr]
+                found.append(entry.name)
+            if is_tuned:
+                found.append(entry.name + TUNED)
+        return found
+
+    def _number(self, problem: Problem, name: str, seed: int) -> int:
+        """The trial's place among all."""
+        names = self._names()
+        place = self.problems.index(problem) * len(self.seeds) + self.seeds.index(seed)
+        return place * len(names) + names.index(name)
+
+    def _contestants(
+        self, problem: Problem, entries: Sequence[Entry], held: "_Held"
+    ) -> list[tuple[str, Entry | None, str]]:
+        """What is reported on this problem: name, entry, and why there is none."""
+        found: list[tuple[str, Entry | None, str]] = []
+        for entry in entries:
+            if self.tuning is None or entry.search is None or entry.tuned is None:
+                found.append((entry.name, entry, ""))
+                continue
+            if self.tuning.defaults:
+                found.append((entry.name, entry, ""))
+            value = self._tune(problem, entry, held)
+            tuned = None if value is None else entry.tuned(value)
+            words = "" if tuned else f"None of {self.tuning.trials} tuning trials came to its end."
+            found.append((entry.name + TUNED, tuned, words))
+        return found
 
     # ------------------------------------------------------------------ one trial
 
-    def _evaluation(self, problem: Problem) -> Any:
-        from jdl.compare.feeds import Evaluation
+    def _one(
+        self,
+        problem: Problem,
+        name: str,
+        entry: Entry | None,
+        seed: int,
+        held: "_Held",
+        event: Event,
+        words: str,
+    ) -> None:
+        """One reported trial, unless it is done."""
+        directory = res.trial_directory(self.workdir, problem.name, name, seed)
+        if entry is None:
+            if not (directory / "result.json").exists():
+                self._on_event(event)
+                self._record(directory, _failed(words))
+                self._on_event(event._replace(kind="end", status="failed", words=words))
+            return
+        config = self._config(problem, entry, seed)
+        done = res.load_trial(directory, problem.name, name, seed)
+        if done.status not in ("missing", "failed") and done.settings == config:
+            self._on_event(event._replace(kind="skip", status=done.status, words=done.words))
+            return
+        self._on_event(event)
 
-        self._on_event(Event("prepare", problem.name, words=f"reading the data of {problem.name}"))
-        return Evaluation(problem, self._devices)
+        def told(row: Row) -> None:
+            self._on_event(event._replace(kind="row", row=row))
+
+        ended = self._run_trial(
+            problem, entry, seed, directory, config, self.budget, held.evaluation, told
+        )
+        self._on_event(event._replace(kind="end", status=ended.status, words=ended.words))
+        self._merge()
 
     def _run_trial(
-        self, problem: Problem, entry: Entry, seed: int, evaluate: Any, event: Event
-    ) -> None:
+        self,
+        problem: Problem,
+        entry: Entry,
+        seed: int,
+        directory: Path,
+        config: dict[str, Any],
+        budget: Budget,
+        evaluation: Callable[[], Any],
+        told: Callable[[Row], None],
+        cut: Callable[[Row], bool] = lambda row: False,
+    ) -> Any:
+        """Runs a trial in its directory and records how it ended."""
         from jdl.compare import feeds, trial
+        from jdl.train.lock import RunLock
 
-        directory = self._cleared(problem, entry, seed)
-        write_atomically(directory / "config.toml", _toml(self._config(problem, entry, seed)))
-        writer = JsonlWriter(directory / "metrics.jsonl")
-
-        def write(row: Row) -> None:
-            writer.write(row)
-            if row["split"] == res.EVALUATION:
-                self._on_event(event._replace(kind="row", row=row))
-
-        self._on_event(event)
-        gc.collect()  # so that the last trial's garbage is not collected on this one's clock
         try:
-            ended = trial.run(
-                problem,
-                entry,
-                seed,
-                budget=self.budget,
-                evaluations=self.evaluations,
-                train_on=feeds.training(problem, entry, seed, self._devices),
-                evaluate=evaluate,
-                write=write,
-                devices=self._devices,
-            )
+            with RunLock(directory.parent / f".{directory.name}"):
+                _prepare(directory, config)
+                writer = JsonlWriter(directory / "metrics.jsonl")
+
+                def write(row: Row) -> None:
+                    writer.write(row)
+                    told(row)
+
+                gc.collect()  # so that the last trial's garbage is not collected on this clock
+                ended = trial.run(
+                    problem,
+                    entry,
+                    seed,
+                    budget=budget,
+                    evaluations=self.evaluations,
+                    train_on=feeds.training(problem, entry, seed, self._devices),
+                    evaluate=evaluation(),
+                    write=write,
+                    devices=self._devices,
+                    directory=directory,
+                    clock=CLOCKS[self.clock],
+                    cut=cut,
+                )
         except Exception as error:
-            (directory / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            words = f"{type(error).__name__}: {first_line} (more in {directory / 'error.txt'})"
-            ended = trial.Outcome("failed", words, 0.0, "")
+            ended = _failed(_told(error, directory, traceback.format_exc()))
+        self._record(directory, ended)
+        return ended
+
+    def _record(self, directory: Path, ended: Any) -> None:
+        """Writes how a trial ended, its last file."""
         text = json.dumps(ended._asdict(), indent=1) + "\n"
-        write_atomically(directory / "result.json", text)
-        self._on_event(event._replace(kind="end", status=ended.status, words=ended.words))
+        try:
+            write_atomically(directory / "result.json", text)
+        except OSError as error:
+            logger.warning("%s could not be written: %s", directory / "result.json", error)
+
+    # ------------------------------------------------------------------ tuning
+
+    def _tune(self, problem: Problem, entry: Entry, held: "_Held") -> float | None:
+        """The value chosen for this optimizer on this problem; None where no trial ended well."""
+        tuning, search, tuned = self.tuning, entry.search, entry.tuned
+        assert tuning is not None
+        assert search is not None
+        assert tuned is not None
+        own = problem.name, entry.name
+        budget = Budget(self.budget.amount * tuning.share, self.budget.kind)
+        criterion = tuning.criterion_of(problem.split is not None)
+        inner = problem
+        if problem.split is not None and criterion.startswith("validation_"):
+            inner = problem._replace(train=problem.split.train, size=problem.split.size)
+        earlier: list[tune.Curve] = []
+        default = entry.options.get(search.parameter)
+        for number, value in enumerate(tune.values(search, tuning.trials, default)):
+            directory = res.tuning_directory(self.workdir, *own, number)
+            config = self._config(inner, tuned(value), tune.SEED) | {
+                "budget": budget._asdict(),
+                "tuning": {"parameter": search.parameter, "value": value, "criterion": criterion},
+            }
+            found = res.load_trial(directory, *own, tune.SEED)
+            if found.status in ("missing", "failed") or found.settings != config:
+                rows: list[Row] = list(found.evaluations) if found.settings == config else []
+
+                def cut(row: Row, rows: list[Row] = rows) -> bool:
+                    rows.append(row)
+                    return tune.hopeless(
+                        res.criterion_curve(rows, criterion, budget), earlier, budget.amount
+                    )
+
+                self._run_trial(
+                    inner,
+                    tuned(value),
+                    tune.SEED,
+                    directory,
+                    config,
+                    budget,
+                    held.tuning_evaluation,
+                    lambda row: None,
+                    cut,
+                )
+                shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+                found = res.load_trial(directory, *own, tune.SEED)
+            earlier.append(res.criterion_curve(found.within(budget), criterion, budget))
+            last = earlier[-1].points[-1][1] if earlier[-1].points else math.nan
+            words = f"{search.parameter} = {value:g}: {criterion.replace('_', ' ')} {last:.4g}"
+            ending = "" if found.status == "done" else f" ({found.status})"
+            self._on_event(
+                Event(
+                    "tune",
+                    *own,
+                    number=number + 1,
+                    total=tuning.trials,
+                    status=found.status,
+                    words=words + ending,
+                )
+            )
+        return res.chosen(res.load_tuning(self.workdir, *own))
 
     # ------------------------------------------------------------------ the directory
 
@@ -207,53 +383,52 @@ class Study:
                 "a new directory, or that of a study",
                 str(self.workdir),
             )
-        study = {
+        self._write_study()
+
+    def _write_study(self) -> None:
+        known = {entry.name: entry for entry in self.optimizers}
+        optimizers = []
+        for name in self._names():
+            entry = known.get(name) or known[name.removesuffix(TUNED)]
+            told: dict[str, Any] = {"name": name, "settings": entry.settings()}
+            if name not in known and entry.search is not None:
+                told["search"] = {"of": entry.name, **entry.search._asdict()}
+            optimizers.append(told)
+        study: dict[str, Any] = {
             "format": res.FORMAT,
             "budget": self.budget._asdict(),
+            "clock": self.clock,
             "evaluations": self.evaluations,
             "seeds": list(self.seeds),
-            "problems": [_described(problem) for problem in self.problems],
-            "optimizers": [
-                {"name": entry.name, "settings": entry.settings()} for entry in self.optimizers
+            "problems": [
+                _described(problem) | {"validates": problem.split is not None}
+                for problem in self.problems
             ],
+            "optimizers": optimizers,
             "machine": machine.describe(),
         }
+        if self.tuning is not None:
+            study["tuning"] = self.tuning._asdict()
         write_atomically(self.workdir / "study.toml", _toml(study))
 
     def _config(self, problem: Problem, entry: Entry, seed: int) -> dict[str, Any]:
         """All that decides a trial's outcome; two trials of one config are the same trial."""
+        from jdl.compare.feeds import step_rows
+
         described = _described(problem)
         del described["target"]  # judges the rows, does not change them
         return {
             "format": res.FORMAT,
             "seed": seed,
             "budget": self.budget._asdict(),
+            "clock": self.clock,
             "evaluations": self.evaluations,
             "devices": len(self._devices),
             "problem": described,
             "optimizer": {"name": entry.name, "settings": entry.settings()},
+            "rows_of_a_step": step_rows(problem, entry),
             "machine": machine.describe(),
         }
-
-    def _done(self, problem: Problem, entry: Entry, seed: int) -> Trial | None:
-        """The trial as it ran before, unless it was another, or an error ended it."""
-        found = res.load_trial(self.workdir, problem.name, entry.name, seed)
-        if found.status in ("missing", "failed"):
-            return None
-        return found if found.settings == self._config(problem, entry, seed) else None
-
-    def _cleared(self, problem: Problem, entry: Entry, seed: int) -> Path:
-        """The trial's directory, empty; what had ended there lies under `earlier`."""
-        directory = res.trial_directory(self.workdir, problem.name, entry.name, seed)
-        if (directory / "result.json").exists():
-            earlier = directory.parent / "earlier"
-            earlier.mkdir(exist_ok=True)
-            number = len(list(earlier.glob(f"{directory.name}-*"))) + 1
-            directory.rename(earlier / f"{directory.name}-{number}")
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in ("config.toml", "metrics.jsonl", "error.txt"):  # of a trial cut short
-            (directory / name).unlink(missing_ok=True)
-        return directory
 
     def _merge(self) -> None:
         """Writes the rows of all trials into one file, each with the trial it is of."""
@@ -264,12 +439,83 @@ class Study:
                 (*t.evaluations, *t.steps), key=lambda row: (row["step"], row["split"])
             )
         ]
-        write_atomically(self.workdir / "metrics.jsonl", "".join(line + "\n" for line in lines))
+        try:
+            write_atomically(self.workdir / "metrics.jsonl", "".join(line + "\n" for line in lines))
+        except OSError as error:  # each trial has its own rows: nothing is lost
+            logger.warning("%s could not be written: %s", self.workdir / "metrics.jsonl", error)
+
+
+class _Held:
+    """The evaluations of one problem, made when first asked for, for all its trials."""
+
+    def __init__(self, study: Study, problem: Problem):
+        self._study, self._problem = study, problem
+        self._made: dict[str, Any] = {}
+
+    def evaluation(self) -> Any:
+        """Of training and test data."""
+        return self._of("test", self._problem.evaluated())
+
+    def tuning_evaluation(self) -> Any:
+        """Of what tuning trials train on, and are chosen by."""
+        split = self._problem.split
+        if split is None:
+            return self._of("train", {"train": self._problem.train})
+        return self._of("tune", {"train": split.train, "validation": split.validation})
+
+    def _of(self, kind: str, splits: dict[str, Any]) -> Any:
+        from jdl.compare.feeds import Evaluation
+
+        if kind not in self._made:
+            words = f"reading the data of {self._problem.name}"
+            self._study._on_event(Event("prepare", self._problem.name, words=words))
+            self._made[kind] = Evaluation(self._problem, self._study._devices, splits)
+        return self._made[kind]
+
+
+def _prepare(directory: Path, config: dict[str, Any]) -> None:
+    """Makes the trial's directory ready: to go on in, or empty.
+
+    What had ended there lies under `earlier`; what was cut short without a checkpoint is dropped.
+    """
+    if (directory / "result.json").exists():
+        earlier = directory.parent / "earlier"
+        earlier.mkdir(exist_ok=True)
+        number = len(list(earlier.glob(f"{directory.name}-*"))) + 1
+        directory.rename(earlier / f"{directory.name}-{number}")
+    elif (directory / "checkpoints").exists():
+        if res.read_toml(directory / "config.toml") == config:
+            return
+        shutil.rmtree(directory / "checkpoints")
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("config.toml", "metrics.jsonl", "error.txt"):
+        (directory / name).unlink(missing_ok=True)
+    write_atomically(directory / "config.toml", _toml(config))
+
+
+def _failed(words: str) -> Any:
+    from jdl.compare.trial import Outcome
+
+    return Outcome("failed", words, 0.0, "")
+
+
+def _told(error: Exception, directory: Path, trace: str) -> str:
+    """What went wrong, in a line; the whole trace lies in the trial's directory."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"The disk of {directory} is full. Make room and start the study again."
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "error.txt").write_text(trace, encoding="utf-8")
+    except OSError:
+        return f"{type(error).__name__}: {first_line}"
+    return f"{type(error).__name__}: {first_line} (more in {directory / 'error.txt'})"
 
 
 def _described(problem: Problem) -> dict[str, Any]:
     return {
         "name": problem.name,
+        "version": problem.version,
         "examples": problem.size,
         "target": problem.target._asdict(),
         "about": {name: plain(value) for name, value in problem.about.items()},
@@ -284,7 +530,8 @@ def _check_names(argument: str, names: list[str]) -> None:
     )
     for name in names:
         must = "named by letters, digits and . _ + = - (they become directories)"
-        fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", name) and name != "earlier"
+        reserved = ("earlier", "tuning")
+        fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", name) and name not in reserved
         check.argument(bool(fits), argument, must, name)
 
 

@@ -80,6 +80,8 @@ class Estimator:
         "skip" the step; or "rollback" to the last checkpoint, with half the learning rate.
       log_norms: whether to log the norms of gradients and updates.
       profile: (first, last) step to trace into `profile/`, for TensorBoard or Perfetto.
+      clock: reads the time that training seconds are counted in; `time.process_time` is disturbed
+        less where a machine is shared.
       hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
         ends the run.
 
@@ -124,6 +126,7 @@ class Estimator:
         on_nonfinite: str = "stop",
         log_norms: bool = False,
         profile: tuple[int, int] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
         hooks: Sequence[Callable[[Report], None]] = (),
     ):
         check.argument(callable(loss), "loss", "a function of (outputs, batch)", loss)
@@ -181,7 +184,8 @@ class Estimator:
         self._state: TrainState | None = None
         self._lent = False  # whether someone may hold on to arrays of the state
         self._steps_done = 0
-        self._clock = Clock()
+        self._clock = Clock(now=clock)
+        self._now = clock
         self._init_seconds = 0.0
         self._position: Any = None
         self._feed: tuple[Data, bool, Feed] | None = None
@@ -243,6 +247,7 @@ class Estimator:
         seconds: float | None = None,
         validation: Data | None = None,
         validate_every: int | None = None,
+        save: bool = True,
     ) -> "Estimator":
         """Trains, going on from where the last call or the last checkpoint stopped.
 
@@ -257,6 +262,7 @@ class Estimator:
           seconds: how many more seconds on the training clock, alone or beside a step limit.
           validation: data to evaluate on in between, under the split "validation".
           validate_every: steps between two such evaluations; by default an epoch.
+          save: whether to write a checkpoint at the end; else at `save_every` and `save` alone.
 
         Returns:
           This Estimator.
@@ -268,7 +274,10 @@ class Estimator:
         """
         with self._keeper.lock():
             limits = (steps, max_steps, epochs, seconds)
-            return self._train(data, limits, validation, validate_every)
+            trained = self._train(data, limits, validation, validate_every)
+            if trained and save:
+                self._save(wait=True)
+        return self
 
     def _train(
         self,
@@ -276,7 +285,7 @@ class Estimator:
         limits_given: tuple[int | None, int | None, int | None, float | None],
         validation: Data | None,
         validate_every: int | None,
-    ) -> "Estimator":
+    ) -> bool:
         steps, max_steps, epochs, seconds = limits_given
         limits = {"steps": steps, "max_steps": max_steps, "epochs": epochs}
         given = [name for name, value in limits.items() if value is not None]
@@ -306,7 +315,7 @@ class Estimator:
         if epochs is not None:
             last_step = self._steps_done + epochs * batches_per_epoch(data)
         if last_step is not None and self._steps_done >= last_step:
-            return self
+            return False
         self.classes = getattr(data, "classes", None) or self.classes
         if validation is not None:
             validate_every = validate_every or batches_per_epoch(data)
@@ -329,8 +338,7 @@ class Estimator:
                     raise
                 log.drop()
                 feed, rate = self._roll_back(data, feed, error, rate)
-        self._save(wait=True)
-        return self
+        return True
 
     def _run(
         self,
@@ -427,6 +435,12 @@ class Estimator:
         self._report(self._steps_done, self.seconds, None, "rollback", {"learning_rate": smaller})
         self._feed = None
         return self._feed_for(data, repeat=True), smaller
+
+    def save(self) -> "Estimator":
+        """Writes a checkpoint of this step into the run directory, if there is one."""
+        with self._keeper.lock():
+            self._save(wait=True)
+        return self
 
     def initialize(self, data: Data) -> "Estimator":
         """Makes the initial parameters, or takes up the last checkpoint, without a step.
@@ -650,7 +664,7 @@ class Estimator:
             return False
         self._state, meta = restored
         self._steps_done = int(self._state.step)
-        self._clock = Clock(meta["seconds"])
+        self._clock = Clock(meta["seconds"], self._now)
         self._position = meta["position"]
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
         return True

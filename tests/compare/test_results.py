@@ -3,7 +3,7 @@ import math
 import pytest
 
 from jdl.compare import load, table
-from jdl.compare.results import Target, ending, headline, lines
+from jdl.compare.results import FORMAT, Target, ending, headline, lines
 from jdl.core.check import DataError
 
 FAST = [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.09, 0.9), (9.0, 0.2, 0.95)]
@@ -91,7 +91,7 @@ def test_no_study_and_one_of_another_version_are_told(plant, tmp_path):
     with pytest.raises(DataError, match=r"there is no study\.toml"):
         load(tmp_path / "nowhere")
     workdir = plant({("a", 0): FAST})
-    text = (workdir / "study.toml").read_text().replace("format = 2", "format = 99")
+    text = (workdir / "study.toml").read_text().replace(f"format = {FORMAT}", "format = 99")
     (workdir / "study.toml").write_text(text)
     with pytest.raises(DataError, match="format 99"):
         load(workdir)

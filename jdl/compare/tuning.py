@@ -1,0 +1,121 @@
+"""Equal tuning: as many trials for every optimizer, at the same quasi-random places of its range.
+
+The first trial is the default; trial k of every optimizer after it lies at the same share uₖ of
+the optimizer's own search range, on a log scale:
+
+    value = low · (high / low)^uₖ
+
+Settings are chosen on validation data by one seed that the reported trials do not use.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jdl.core import check
+from jdl.optim.registry import Search
+
+SEED = 10_000  # of initial parameters and data order while tuning
+FIRST, FROM = 3, 0.1
+
+RULE = (
+    "A trial is cut when its best value so far is worse than the median of what the earlier trials "
+    "of the same optimizer had at best by then; never before a tenth of the budget, nor among the "
+    f"first {FIRST}."
+)
+
+
+class Tuning(NamedTuple):
+    """How settings are chosen, the same for every optimizer.
+
+    Attributes:
+      trials: how many values each optimizer is tried with.
+      share: the budget of a tuning trial, in parts of a reported trial's, in (0, 1].
+      criterion: the column that is to be least (largest where it ends in accuracy); the training
+        loss stands in where a problem has nothing to validate on.
+      defaults: whether the untuned optimizers are reported as well.
+    """
+
+    trials: int
+    share: float = 1.0
+    criterion: str = "validation_loss"
+    defaults: bool = True
+
+    def checked(self) -> "Tuning":
+        """Itself, if its values are sound."""
+        check.positive_int("trials", self.trials)
+        check.in_range("share", self.share, 0.0, 1.0, open_low=True)
+        return self
+
+    def criterion_of(self, validates: bool) -> str:
+        """The column to go by, for a problem that has validation data or not."""
+        if not validates and self.criterion.startswith("validation_"):
+            return "train_loss"
+        return self.criterion
+
+
+def values(search: Search, trials: int, default: float | None = None) -> list[float]:
+    """The values to try: the default, then log-uniform ones by van der Corput's sequence.
+
+    >>> values(Search("learning_rate", 1e-4, 1.0), 4, 0.5)
+    [0.5, 0.01, 0.001, 0.1]
+
+    References:
+      Bergstra & Bengio, Random search for hyper-parameter optimization (2012), section 5.
+    """
+    ratio = search.high / search.low
+    first = [] if default is None else [float(default)]
+    drawn = [search.low * ratio ** place(k) for k in range(1, trials + 1 - len(first))]
+    return first + [float(f"{value:.4g}") for value in drawn]
+
+
+def place(k: int) -> float:
+    """The k-th number of van der Corput's sequence in base 2: k's digits mirrored.
+
+    >>> [place(k) for k in (1, 2, 3, 4)]
+    [0.5, 0.25, 0.75, 0.125]
+    """
+    found, unit = 0.0, 0.5
+    while k:
+        found, k, unit = found + unit * (k % 2), k // 2, unit / 2
+    return found
+
+
+class Curve(NamedTuple):
+    """What one trial had after what it spent: (spent, value) in order, small values good."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def best(self, spent: float) -> float | None:
+        """The best value by then; None where the trial did not get that far."""
+        if not self.points or self.points[-1][0] < spent * (1.0 - 0.05):
+            return None
+        return min((value for at, value in self.points if at <= spent), default=None)
+
+
+def hopeless(now: Curve, earlier: Sequence[Curve], budget: float) -> bool:
+    """Whether a trial is to be cut, by the median stopping rule; see `RULE`.
+
+    Args:
+      now: the trial's curve so far.
+      earlier: those of the optimizer's earlier trials.
+      budget: what a trial may spend.
+
+    >>> good = [Curve(((1.0, 0.5), (9.0, x))) for x in (0.1, 0.2, 0.3)]
+    >>> hopeless(Curve(((1.0, 0.5), (5.0, 0.6))), good, 10.0)
+    False
+    >>> hopeless(Curve(((1.0, 0.7), (5.0, 0.6))), good, 10.0)
+    True
+
+    References:
+      Golovin et al., Google Vizier: a service for black-box optimization (2017), section 3.2.
+    """
+    if len(earlier) < FIRST or not now.points:
+        return False
+    spent = now.points[-1][0]
+    if spent < FROM * budget:
+        return False
+    there = [best for curve in earlier if (best := curve.best(spent)) is not None]
+    if not there:
+        return False
+    return min(value for _, value in now.points) > statistics.median(there)
