@@ -1,0 +1,403 @@
+r"""Inceptionism: a picture changed until a network sees more of what it already sees in it.
+
+    x ← clip(x + α (S ∗ ∇f / mean|∇f|) − τ ∇TV(x)),      f(x) = Σ_layers mean(F²) / 2
+
+F are a layer's activations at x. Other goals: mean(F_c), to please one channel, and the mean over
+places i of maxⱼ Fᵢ·Gⱼ, where G are the activations of a guide, another picture whose features are
+to appear. S blurs at three widths at once, which favours low frequencies. The dream is dreamt at
+several sizes, octaves, from small to large, each going on with the details of the one before; the
+picture is shifted a little at every step, so that the grid of the network's strides does not show.
+
+Gradients are taken tile by tile, of at most `tile` × `tile` pixels, so that memory does not grow
+with the picture but for a few copies of itself.
+
+References:
+  Mordvintsev, Olah and Tyka, Inceptionism: going deeper into neural networks, Google Research,
+  2015; and their published notebook, for octaves, jitter and guides.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jdl.core import check
+from jdl.core.types import Params
+from jdl.vision import images
+from jdl.vision.trunk import Features, Trunk
+
+GUIDE_PLACES = 1024  # of a guide that are compared with
+SMALLEST = 32  # pixels of an octave's shorter side
+
+
+class Goal(NamedTuple):
+    """What is to be seen more of.
+
+    Attributes:
+      layers: of the trunk.
+      channels: to please, of every layer; () for all.
+      guide: activations of another picture, [M, C] of each layer; None for none.
+    """
+
+    layers: tuple[str, ...]
+    channels: tuple[int, ...] = ()
+    guide: Features | None = None
+
+
+class Settings(NamedTuple):
+    """How a dream is dreamt.
+
+    Attributes:
+      octaves: sizes, at most.
+      scale: of one octave against the one before, above 1.
+      steps: at each octave.
+      step_size: by how much a pixel changes on average at a step, of 1.
+      jitter: pixels by which the picture is shifted at a step, at most.
+      smoothing: width of the blur of gradients, in pixels; 0 for none.
+      variation: τ, the weight of the total-variation prior; 0 for none.
+      blur: width of a blur of the picture itself after each step, in pixels; 0 for none.
+      tile: pixels of a side up to which gradients are taken at once.
+    """
+
+    octaves: int = 4
+    scale: float = 1.4
+    steps: int = 16
+    step_size: float = 0.012
+    jitter: int = 16
+    smoothing: float = 0.5
+    variation: float = 0.0
+    blur: float = 0.0
+    tile: int = 512
+
+    def checked(self) -> "Settings":
+        """These, if all are in range."""
+        for name in ("octaves", "steps", "tile"):
+            check.positive_int(name, getattr(self, name))
+        check.argument(self.tile >= SMALLEST, "tile", f"at least {SMALLEST}", self.tile)
+        check.in_range("scale", self.scale, 1.0, 4.0, open_low=True)
+        check.in_range("step_size", self.step_size, 0.0, 1.0, open_low=True)
+        check.in_range("jitter", self.jitter, 0, 512)
+        check.in_range("smoothing", self.smoothing, 0.0, 16.0)
+        check.in_range("variation", self.variation, 0.0)
+        check.in_range("blur", self.blur, 0.0, 16.0)
+        return self
+
+
+def goal(
+    trunk: Trunk,
+    layers: str | Sequence[str],
+    *,
+    channels: int | Sequence[int] = (),
+    guide: Any = None,
+) -> Goal:
+    """A goal, checked against the trunk.
+
+    Args:
+      trunk: whose layers are meant.
+      layers: their names.
+      channels: to please rather than whole layers.
+      guide: an image [H, W, 3] in [0, 1] whose features are to appear.
+
+    Raises:
+      ArgumentError: for layers or channels that there are not.
+    """
+    names = trunk.known(layers)
+    wanted = (channels,) if isinstance(channels, int) else tuple(channels)
+    check.argument(
+        guide is None or not wanted, "guide", "left out where channels are given", wanted
+    )
+    if wanted:
+        check_channels(trunk, names, wanted)
+    found = None
+    if guide is not None:
+        found = {
+            name: _some_places(x)
+            for name, x in trunk.features(images.as_image(guide, "guide")[None], names).items()
+        }
+    return Goal(names, wanted, found)
+
+
+def check_channels(trunk: Trunk, layers: Sequence[str], channels: Sequence[int]) -> None:
+    """Raises unless every layer has all of the channels."""
+    example = jax.ShapeDtypeStruct((1, *(trunk.size or (224, 224)), 3), jnp.float32)
+    apply = partial(trunk.apply, layers=tuple(layers))
+    for name, shape in jax.eval_shape(apply, trunk.params, example).items():
+        count = shape.shape[-1]
+        for channel in channels:
+            must = f"an integer from 0 to {count - 1}, the channels of {name}"
+            check.argument(0 <= channel < count, "channel", must, channel)
+
+
+def _some_places(x: jax.Array) -> jax.Array:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat[:: -(-flat.shape[0] // GUIDE_PLACES)]
+
+
+def score(goal: Goal, features: Features) -> jax.Array:
+    """f, of the activations [1, h, w, C] or [1, C] of the goal's layers."""
+    total = jnp.zeros((), jnp.float32)
+    for name in goal.layers:
+        x = features[name]
+        if goal.guide is not None:
+            alike = x.reshape(-1, x.shape[-1]) @ goal.guide[name].T
+            total += jnp.mean(jnp.max(alike, axis=1)) / x.shape[-1]
+        elif goal.channels:
+            total += jnp.mean(x[..., jnp.asarray(goal.channels)])
+        else:
+            total += 0.5 * jnp.mean(jnp.square(x))
+    return total
+
+
+def dream(
+    trunk: Trunk,
+    image: Any,
+    goal: Goal,
+    settings: Settings | None = None,
+    *,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """The picture dreamt over, float32 [H, W, 3] in [0, 1], of the same size.
+
+    Args:
+      trunk: the network that dreams.
+      image: [H, W, 3] in [0, 1], or uint8; gray and alpha are understood.
+      goal: what it is to see more of.
+      settings: how.
+      seed: of the shifts.
+      on_step: called with (steps done, of how many).
+
+    Raises:
+      ArgumentError: for a picture too small for the layer.
+
+    >>> doubled = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
+    >>> gray = np.full((40, 50, 3), 0.5, np.float32)
+    >>> seen = dream(doubled, gray, goal(doubled, "twice"), Settings(octaves=2, steps=3))
+    >>> seen.shape, bool(seen.mean() > 0.5)
+    ((40, 50, 3), True)
+    """
+    how = (settings or Settings()).checked()
+    base = images.as_image(image)
+    sizes = octave_sizes(base.shape[:2], how)
+    rng = np.random.default_rng(seed)
+    detail = np.zeros((*sizes[0], 3), np.float32)
+    for i, size in enumerate(sizes):
+        start = images.resized(base, size)
+        x = jnp.asarray(np.clip(start + images.resized(detail, size), 0, 1))
+        for j in range(how.steps):
+            x = _step(trunk, x, goal, how, rng)
+            if on_step is not None:
+                on_step(i * how.steps + j + 1, len(sizes) * how.steps)
+        dreamt = np.asarray(x)
+        detail = dreamt - start
+    if not np.isfinite(dreamt).all():
+        raise check.TrainingError("The dream is not finite; the trunk's weights may be spoilt.")
+    return np.clip(dreamt, 0, 1)
+
+
+def octave_sizes(size: tuple[int, ...], how: Settings) -> list[tuple[int, int]]:
+    """(height, width) of the octaves, from small to the picture's own.
+
+    >>> octave_sizes((100, 200), Settings(octaves=3, scale=2.0))
+    [(50, 100), (100, 200)]
+    """
+    sizes = []
+    for k in range(how.octaves):
+        by = how.scale**-k
+        height, width = round(size[0] * by), round(size[1] * by)
+        if k and min(height, width) < SMALLEST:
+            break
+        sizes.append((height, width))
+    return sizes[::-1]
+
+
+def zoom(
+    trunk: Trunk,
+    image: Any,
+    goal: Goal,
+    settings: Settings | None = None,
+    *,
+    frames: int,
+    zoom: float = 1.04,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Iterator[np.ndarray]:
+    """A video that flies into the dream: each frame dreams on in the middle of the one before.
+
+    Args:
+      trunk: the network that dreams.
+      image: as for `dream`.
+      goal: as for `dream`.
+      settings: of the first frame; the others dream a quarter of its steps.
+      frames: how many.
+      zoom: by how much each is enlarged against the one before, above 1.
+      seed: of the shifts.
+      on_step: called with (steps done, of how many), within a frame.
+
+    Yields:
+      Pictures of the image's size.
+    """
+    check.positive_int("frames", frames)
+    check.in_range("zoom", zoom, 1.0, 2.0, open_low=True)
+    how = (settings or Settings()).checked()
+    after = how._replace(octaves=min(how.octaves, 2), steps=max(1, how.steps // 4))
+    x = images.as_image(image)
+    for i in range(frames):
+        x = dream(trunk, x, goal, after if i else how, seed=seed + i, on_step=on_step)
+        yield x
+        x = np.clip(enlarged(x, zoom), 0, 1)
+
+
+def enlarged(image: np.ndarray, by: float) -> np.ndarray:
+    """The middle of a picture [H, W, 3], enlarged to the picture's size."""
+    height, width = image.shape[:2]
+    out = jax.image.scale_and_translate(
+        jnp.asarray(image),
+        (height, width),
+        (0, 1),
+        jnp.asarray([by, by], jnp.float32),
+        jnp.asarray([height * (1 - by) / 2, width * (1 - by) / 2], jnp.float32),
+        "cubic",
+    )
+    return np.asarray(out)
+
+
+# ---------------------------------------------------------------------- one step
+
+
+def _step(
+    trunk: Trunk, x: jax.Array, goal: Goal, how: Settings, rng: np.random.Generator
+) -> jax.Array:
+    """Shifts the picture, sums its tiles' gradients, and goes uphill."""
+    shift = jnp.asarray(rng.integers(-how.jitter, how.jitter + 1, 2), jnp.int32)
+    shape = tuple(min(n, how.tile) for n in x.shape[:2])
+    program: dict[str, Any] = {"apply": trunk.apply, "layers": goal.layers}
+    program |= {"channels": goal.channels, "shape": shape}
+    if shape == x.shape[:2]:
+        gradient = _shifted_gradient(trunk.params, x, goal.guide, shift, **program)
+    else:
+        gradient, covered = jnp.zeros_like(x), jnp.zeros((*x.shape[:2], 1), x.dtype)
+        for corner in _corners(x.shape[:2], shape, rng):
+            gradient, covered = _add_tile(
+                trunk.params, x, goal.guide, jnp.asarray(corner), gradient, covered, **program
+            )
+        gradient = gradient / covered
+    return ascended(
+        x,
+        gradient,
+        how.step_size,
+        how.variation,
+        smoothing=how.smoothing,
+        blur=how.blur,
+    )
+
+
+def _corners(
+    size: tuple[int, ...], shape: tuple[int, ...], rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Corners of tiles that cover the picture, at a new place each time; none reaches outside."""
+    starts = []
+    for n, t in zip(size, shape, strict=True):
+        first = -int(rng.integers(0, t)) if n > t else 0
+        starts.append(sorted({min(max(s, 0), n - t) for s in range(first, n, t)}))
+    return [(down, across) for down in starts[0] for across in starts[1]]
+
+
+def _gradient(
+    params: Params, x: jax.Array, guide: Any, apply: Any, layers: Any, channels: Any
+) -> Any:
+    def value(x: jax.Array) -> jax.Array:
+        return score(Goal(layers, channels, guide), apply(params, x[None], layers))
+
+    return jax.grad(value)(x)
+
+
+_STATIC = ("apply", "layers", "channels", "shape")
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def _shifted_gradient(
+    params: Params, x: jax.Array, guide: Any, shift: jax.Array, *, shape: Any, **program: Any
+) -> jax.Array:
+    del shape
+    rolled = jnp.roll(x, shift, axis=(0, 1))
+    return jnp.roll(_gradient(params, rolled, guide, **program), -shift, axis=(0, 1))
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnums=(4, 5))
+def _add_tile(
+    params: Params,
+    x: jax.Array,
+    guide: Any,
+    corner: jax.Array,
+    gradient: jax.Array,
+    covered: jax.Array,
+    *,
+    shape: tuple[int, int],
+    **program: Any,
+) -> tuple[jax.Array, jax.Array]:
+    at = (corner[0], corner[1], jnp.zeros_like(corner[0]))
+    here = _gradient(params, lax.dynamic_slice(x, at, (*shape, 3)), guide, **program)
+    here += lax.dynamic_slice(gradient, at, (*shape, 3))
+    count = 1 + lax.dynamic_slice(covered, at, (*shape, 1))
+    return (
+        lax.dynamic_update_slice(gradient, here, at),
+        lax.dynamic_update_slice(covered, count, at),
+    )
+
+
+@partial(jax.jit, static_argnames=("smoothing", "blur"))
+def ascended(
+    x: jax.Array,
+    gradient: jax.Array,
+    step_size: float,
+    variation: float,
+    *,
+    smoothing: float,
+    blur: float,
+) -> jax.Array:
+    """One step uphill under the priors; x and its gradient are [H, W, 3]."""
+    if smoothing:
+        narrow, middle, wide = (blurred(gradient, smoothing * 2**k) for k in (0, 1, 2))
+        gradient = narrow + middle + wide
+    gradient = gradient / (jnp.mean(jnp.abs(gradient)) + 1e-12)
+    rough = jax.grad(total_variation)(x)
+    x = jnp.clip(x + step_size * (gradient - variation * rough), 0, 1)
+    return jnp.clip(blurred(x, blur), 0, 1) if blur else x
+
+
+def total_variation(x: jax.Array) -> jax.Array:
+    """Σ √(∂₁x² + ∂₂x²) over a picture [H, W, C], smoothed at 0.
+
+    >>> edge = jnp.array([[0.0, 1.0], [0.0, 1.0]])[:, :, None]
+    >>> round(float(total_variation(edge)), 1)
+    2.0
+    """
+    down = jnp.pad(jnp.diff(x, axis=0), ((0, 1), (0, 0), (0, 0)))
+    across = jnp.pad(jnp.diff(x, axis=1), ((0, 0), (0, 1), (0, 0)))
+    return jnp.sum(jnp.sqrt(jnp.square(down) + jnp.square(across) + 1e-6) - 1e-3)
+
+
+def blurred(x: jax.Array, width: float) -> jax.Array:
+    """A picture [H, W, C] convolved with a Gaussian of that standard deviation, edges repeated.
+
+    >>> blurred(jnp.ones((4, 4, 1)), 1.0).round(3).min().item()
+    1.0
+    """
+    reach = max(1, math.ceil(3 * width))
+    offsets = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * np.square(offsets / width))
+    weights /= weights.sum()
+    for axis in (0, 1):
+        around = [(0, 0)] * x.ndim
+        around[axis] = (reach, reach)
+        padded, n = jnp.pad(x, around, mode="edge"), x.shape[axis]
+        x = jnp.zeros_like(x)
+        for i, w in enumerate(weights):
+            x += float(w) * lax.slice_in_dim(padded, i, i + n, axis=axis)
+    return x

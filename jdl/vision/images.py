@@ -1,0 +1,258 @@
+"""Pictures in and out: photographs as float32 [H, W, 3] in [0, 1], and PNGs, whole or not at all.
+
+Photographs may be anybody's; `jdl.data.decode` bounds what they may cost. Gray becomes RGB, alpha
+is dropped, EXIF's orientation is followed.
+"""
+
+import contextlib
+import io
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jdl.core import check
+
+LARGEST_FILE = 1 << 29  # bytes
+LARGEST_SIDE = 16384  # pixels of a picture made here
+ANIMATED = (".gif", ".webp")
+_GAP = 4
+
+
+def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
+    """A photograph as float32 [H, W, 3] in [0, 1].
+
+    Args:
+      path: a JPEG, PNG, WebP, BMP, GIF, PGM or PPM file of at most 8192 × 8192 pixels.
+      longest: pixels of the longer side, to which a larger photograph is reduced; None for none.
+
+    Raises:
+      DataError: saying why the file cannot be read as an image.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     written = write(Path(folder) / "gray.png", np.full((2, 5, 3), 0.2))
+    ...     image = read(written)
+    >>> image.shape, float(image[0, 0, 0].round(3))
+    ((2, 5, 3), 0.2)
+    """
+    from jdl.data.images import BadImage, decode
+
+    path = Path(path)
+    if not path.is_file():
+        raise check.DataError(f"{path}: there is no such image file.")
+    if path.stat().st_size > LARGEST_FILE:
+        raise check.DataError(f"{path} is larger than the {LARGEST_FILE} bytes allowed.")
+    try:
+        data = path.read_bytes()
+        pixels = decode(data)
+        height, width = pixels.shape[:2]
+        if longest is not None and max(height, width) > check.positive_int("longest", longest):
+            by = longest / max(height, width)
+            size = max(1, round(height * by)), max(1, round(width * by))
+            pixels = decode(data, size=size, exact=True)
+    except BadImage as error:
+        raise check.DataError(f"{path} is no image: {error}.") from error
+    except OSError as error:
+        raise check.DataError(f"{path} cannot be read: {error.strerror}.") from error
+    if 0 in pixels.shape:
+        raise check.DataError(f"{path} is an image without pixels.")
+    return np.repeat(pixels, 3 // pixels.shape[2], axis=2).astype(np.float32) / 255
+
+
+def as_image(image: Any, name: str = "image") -> np.ndarray:
+    """An array as float32 [H, W, 3] in [0, 1]: uint8 is scaled, gray repeated, alpha dropped.
+
+    >>> as_image(np.full((2, 2), 255, np.uint8))[0, 0].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    ok = array.ndim == 3 and array.shape[2] in (1, 3, 4) and 0 not in array.shape
+    check.argument(ok, name, "of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]", array.shape)
+    if array.dtype == np.uint8:
+        array = array.astype(np.float32) / 255
+    check.argument(
+        np.issubdtype(array.dtype, np.floating), name, "uint8 or floating", str(array.dtype)
+    )
+    inside = bool(np.all((array >= 0) & (array <= 1)))
+    check.argument(inside, name, "finite and in [0, 1]", "values outside")
+    array = array[:, :, :3].astype(np.float32)
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
+
+
+def eight_bits(image: Any) -> np.ndarray:
+    """Values in [0, 1] as uint8, clipped; not finite ones are refused."""
+    array = np.asarray(image, np.float32)
+    if not np.isfinite(array).all():
+        raise check.TrainingError("The picture is not finite; nothing is written.")
+    return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
+
+
+def check_out(path: str | Path, suffixes: Sequence[str] = (".png",)) -> Path:
+    """The path, if a picture can be written there; asked before the work is done."""
+    path = Path(path)
+    ok = path.suffix.lower() in suffixes and not path.is_dir()
+    check.argument(ok, "out", f"a file ending in {' or '.join(suffixes)}", str(path))
+    near = path.parent
+    while not near.exists():
+        near = near.parent
+    ok = near.is_dir() and os.access(near, os.W_OK)
+    check.argument(ok, "out", "in a folder that can be written", str(path))
+    return path
+
+
+def write(path: str | Path, image: Any) -> Path:
+    """Writes values in [0, 1], [H, W, 3] or [H, W], as a PNG that appears when it is whole."""
+    from PIL import Image
+
+    path = check_out(path)
+    picture = Image.fromarray(eight_bits(image))
+    with _appearing(path) as file:
+        picture.save(file, "PNG")
+    return path
+
+
+def write_frames(
+    path: str | Path, frames: Iterable[Any], *, per_second: float = 15.0
+) -> list[Path]:
+    """Writes an animated .gif or .webp, or numbered PNGs where the name has a %d in it.
+
+    Args:
+      path: such as "zoom.webp" or "zoom-%04d.png".
+      frames: values in [0, 1], [H, W, 3].
+      per_second: frames of an animated file.
+    """
+    from PIL import Image
+
+    path = check_frames_out(path)
+    check.in_range("per_second", per_second, 0.0, 100.0, open_low=True)
+    if "%" in path.name:
+        return [write(path.with_name(path.name % i), frame) for i, frame in enumerate(frames, 1)]
+    pictures = [Image.fromarray(eight_bits(frame)) for frame in frames]
+    check.argument(bool(pictures), "frames", "at least one", 0)
+    packed = io.BytesIO()
+    duration = round(1000 / per_second)
+    pictures[0].save(
+        packed,
+        path.suffix[1:].upper(),
+        save_all=True,
+        append_images=pictures[1:],
+        duration=duration,
+        loop=0,
+        **({"quality": 90} if path.suffix.lower() == ".webp" else {}),
+    )
+    with _appearing(path) as file:
+        file.write(packed.getvalue())
+    return [path]
+
+
+def check_frames_out(path: str | Path) -> Path:
+    """The path, if frames can be written there."""
+    path = Path(path)
+    if "%" not in path.name:
+        return check_out(path, ANIMATED)
+    try:
+        ok = path.name % 1 != path.name % 2
+    except (TypeError, ValueError):
+        ok = False
+    check.argument(ok, "out", "a name with one number in it, such as zoom-%04d.png", str(path))
+    return check_out(path)
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when all has been written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def resized(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """[H, W, C] at another (height, width), float32; reductions do not alias.
+
+    >>> resized(np.ones((8, 6, 3)), (4, 3)).shape
+    (4, 3, 3)
+    """
+    from PIL import Image
+
+    array = np.asarray(image, np.float32)
+    if array.shape[:2] == tuple(size):
+        return array
+    planes = [
+        Image.fromarray(np.ascontiguousarray(array[:, :, c])).resize(
+            (size[1], size[0]), Image.Resampling.BICUBIC
+        )
+        for c in range(array.shape[2])
+    ]
+    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+
+
+def colored(values: Any, colors: str = "inferno") -> np.ndarray:
+    """Values in [0, 1], of any shape, as RGB by a colour map of matplotlib's."""
+    import matplotlib
+
+    return matplotlib.colormaps[colors](np.clip(np.asarray(values), 0, 1))[..., :3].astype(
+        np.float32
+    )
+
+
+def sheet(
+    images: Sequence[Any],
+    *,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    side: int | None = None,
+) -> np.ndarray:
+    """Several pictures [H, W, 3] on one sheet, in rows, with captions below them.
+
+    Args:
+      images: each is scaled to the first one's size.
+      columns: by default such that the sheet is about square.
+      captions: one for each, or none.
+      side: of the longer side of each; by default that of the first.
+
+    >>> sheet([np.zeros((10, 20, 3))] * 5, columns=3).shape
+    (24, 68, 3)
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    check.argument(len(images) > 0, "images", "at least one", 0)
+    ok = captions is None or len(captions) == len(images)
+    check.argument(ok, "captions", f"{len(images)} of them", captions)
+    height, width = np.asarray(images[0]).shape[:2]
+    if side is not None:
+        by = side / max(height, width)
+        height, width = max(1, round(height * by)), max(1, round(width * by))
+    below = 0 if captions is None else max(12, width // 10)
+    columns = columns or math.ceil(math.sqrt(len(images) * (height + below) / width))
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    total = (rows * (height + below + _GAP) - _GAP, columns * (width + _GAP) - _GAP)
+    check.argument(max(total) <= LARGEST_SIDE, "images", "fewer or smaller", total)
+    canvas = Image.new("RGB", (total[1], total[0]), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(10, 0.8 * below))
+    for i, image in enumerate(images):
+        down, across = (i // columns) * (height + below + _GAP), (i % columns) * (width + _GAP)
+        tile = Image.fromarray(eight_bits(image))
+        enlarged = tile.width < width and tile.height < height
+        how = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+        canvas.paste(tile.resize((width, height), how), (across, down))
+        if captions is not None:
+            at = (across + width // 2, down + height + below // 2)
+            pen.text(at, captions[i], fill="black", anchor="mm", font=font)
+    return np.asarray(canvas).astype(np.float32) / 255
