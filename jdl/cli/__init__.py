@@ -23,7 +23,7 @@ COMMANDS = {
     "compare": "first against second order: one model, several optimizers, one report",
     "index": "what a tar holds: members, classes, damage",
     "pack": "rewrite a folder, IDX files, an .npz or a tar as plain, sharded tars",
-    "bench": "how fast this machine is: data",
+    "bench": "how fast this machine is: data, train, optim",
 }
 
 USAGE = """usage: jdl COMMAND [OPTIONS]

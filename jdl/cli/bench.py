@@ -3,6 +3,8 @@
 Examples:
   jdl bench data photos.tar
   jdl bench data 'photos-{00..07}.tar' --size 224 --color --seconds 10
+  jdl bench train cnn --size 64
+  jdl bench optim mlp --size 28
 """
 
 import importlib
@@ -12,7 +14,11 @@ from typing import Annotated
 import tyro
 
 # what -> the module whose `run(args)` measures it
-BENCHES = {"data": "jdl.cli.bench_data"}
+BENCHES = {
+    "data": "jdl.cli.bench_data",
+    "train": "jdl.cli.bench_train",
+    "optim": "jdl.cli.bench_optim",
+}
 
 
 @dataclass
@@ -20,13 +26,15 @@ class Args:
     """What to measure, on what."""
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
-    """data: images a second out of a tar, by threads and by worker processes"""
-    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.tar")] = "digits"
-    """a tar, a glob, a brace range, or the bundled digits"""
+    """data: images a second out of a tar, by threads and by worker processes; train: our loop
+    against a bare jit loop; optim: curvature products and steps of optimizers, in gradients"""
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.tar|MODEL")] = ""
+    """data: a tar, a glob, a brace range, by default the bundled digits; train, optim: cnn, mlp or
+    rnn"""
     seconds: float = 3.0
-    """of each measurement"""
+    """of each measurement of data; of all of them together otherwise"""
     size: str | None = None
-    """HEIGHT or HEIGHTxWIDTH to scale images to; by default 128, and 8 for the digits"""
+    """HEIGHT or HEIGHTxWIDTH of the images; by default 128, and 8 for the digits and optim"""
     color: bool = False
     """keep three channels"""
     batch_size: int = 64
@@ -40,5 +48,6 @@ def run(args: Args) -> None:
     from jdl.core import check
 
     what = check.one_of("what", args.what, BENCHES)
+    check.positive_int("--batch-size", args.batch_size)
     check.in_range("--seconds", args.seconds, 0.0, 3600.0, open_low=True)
     importlib.import_module(BENCHES[what]).run(args)

@@ -20,10 +20,11 @@ def run(args: "Args") -> None:
     from jdl.cli.run_config import parse_size
     from jdl.data import from_tar, resolve
 
+    target = args.target or "digits"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     several = sorted({1, 2, cores or 1})
     options: dict[str, Any] = {
-        "size": parse_size(args.size, args.target),
+        "size": parse_size(args.size, target),
         "grayscale": not args.color,
         "batch_size": args.batch_size,
         "label": None,
@@ -31,7 +32,7 @@ def run(args: "Args") -> None:
         "on_error": "skip",
         "cache_bytes": 0,
     }
-    probe = from_tar(resolve(args.target), **options)
+    probe = from_tar(resolve(target), **options)
     source = probe.source
     rates: dict[str, float] = {}
 
@@ -43,7 +44,7 @@ def run(args: "Args") -> None:
 
     def batches(**how: Any) -> Callable[[], Iterator[int]]:
         def make() -> Iterator[int]:
-            iterator = iter(from_tar(resolve(args.target), **options, **how))
+            iterator = iter(from_tar(resolve(target), **options, **how))
             try:
                 for batch in iterator:
                     yield int(np.sum(batch["mask"]))
@@ -67,7 +68,7 @@ def run(args: "Args") -> None:
     progress.table(
         ["", "images/s"],
         [[how, f"{rate:.0f}"] for how, rate in rates.items()],
-        f"{args.target}: {len(source)} images, batches of {shape}, {cores} cores",
+        f"{target}: {len(source)} images, batches of {shape}, {cores} cores",
     )
     best = max((how for how in rates if how != "reading alone"), key=lambda how: rates[how])
     print(f"fastest: {best}. Without arguments from_tar uses a thread a core.")

@@ -328,21 +328,23 @@ def assignment(sizes: Sequence[int], count: int) -> list[int]:
 
 
 def preconditioner(
-    curvature: str = "fisher", decay: float = 0.9, max_size: int = 4096
+    curvature: str = "fisher", decay: float = 0.9, max_size: int = 4096, every: int = 1
 ) -> Preconditioner:
     """The factors for conjugate gradients: `hessian_free(preconditioner="kronecker")`.
 
-    Each step refreshes the factors, at one gradient of the curvature batch, and inverts them with
-    its own λ.
+    The factors are refreshed, at one gradient of the curvature batch, and inverted with that step's
+    own λ; older inverses still precondition, only less well.
 
     Args:
       curvature: as for `kfac`.
       decay: of the factors' running mean, in [0, 1).
       max_size: a side with more coordinates has a diagonal factor, ≥ 1.
+      every: steps from one refresh to the next, ≥ 1.
     """
     check.one_of("curvature", curvature, moments.CURVATURES)
     check.in_range("decay", decay, 0.0, 1.0)
     check.positive_int("max_size", max_size)
+    check.positive_int("every", every)
 
     def step(
         state: Kronecker,
@@ -353,7 +355,7 @@ def preconditioner(
         key: Key,
         active: jax.Array,
     ) -> tuple[Kronecker, Inverse]:
-        del product, count
+        del product
         check.argument(
             here.objective is not None,
             "objective",
@@ -369,10 +371,13 @@ def preconditioner(
             mesh = mesh_of(jax.tree.leaves(here.params)[0])
             return refresh_inverses(found, state, damping, axis_name=objective.axis_name, mesh=mesh)
 
-        state = jax.lax.cond(active, refreshed, lambda state: state, state)
+        due = active & ((count % every == 0) | (state.refreshes == 0))
+        state = jax.lax.cond(due, refreshed, lambda state: state, state)
         return state, lambda vector: apply(found, state, vector, damping)
 
-    return Preconditioner(lambda params: init(params, max_size=max_size), step, gradients=1.0)
+    return Preconditioner(
+        lambda params: init(params, max_size=max_size), step, gradients=1.0 / every
+    )
 
 
 def mesh_of(x: Any) -> Any:

@@ -118,3 +118,27 @@ def test_bench_data(tar, capsys):
     assert all(np.isfinite(rate) and rate > 0 for rate in rates.values())
     assert cli.main(["bench", "dta"]) == 2
     assert "Did you mean 'data'" in capsys.readouterr().err
+
+
+def test_bench_train_compares_with_a_bare_loop(capsys):
+    arguments = ["bench", "train", "mlp", "--size", "8", "--batch-size", "4", "--seconds", "0.05"]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rates = found["images_per_second"]
+    assert found["ratio"] == pytest.approx(rates["jdl"] / rates["bare jit loop"])
+    assert cli.main(["bench", "train", "cn"]) == 2
+    assert "Did you mean 'cnn'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_optim_tells_costs_in_gradients(capsys):
+    arguments = ["bench", "optim", "mlp", "--size", "4", "--batch-size", "4", "--seconds", "0.01"]
+    assert cli.main([*arguments, "--json"]) == 0
+    costs = {row["what"]: row for row in json.loads(capsys.readouterr().out)["costs"]}
+    assert costs["gradient"]["gradients"] == 1.0
+    assert {"Gauss-Newton product", "Hessian product", "step of hf"} <= costs.keys()
+    assert costs["step of sgd"]["counted"] is None
+    assert costs["step of hf"]["counted"] > 2
+    assert all(row["seconds"] > 0 for row in costs.values())
+    assert cli.main(arguments) == 0
+    assert "Gauss-Newton product" in capsys.readouterr().out
