@@ -57,15 +57,11 @@ def run(args: "Args") -> None:
         def step(carry: Any, optimizer: Any = optimizer) -> Any:
             params, opt_state = carry
             value, grad, _ = objective.value_and_grad(params)
-            updates, opt_state = optimizer.update(
-                grad,
-                opt_state,
-                params,
-                value=value,
-                grad=grad,
-                value_fn=objective.value,
-                objective=objective,
-            )
+            extra = {"value_fn": objective.value, "objective": objective}
+            with jax.numpy_dtype_promotion("standard"):  # optax itself is not strict
+                updates, opt_state = optimizer.update(
+                    grad, opt_state, params, value=value, grad=grad, **extra
+                )
             return tree.add_scaled(params, 1.0, updates), opt_state
 
         compiled = jax.jit(step)

@@ -81,7 +81,7 @@ def _bare_loop(model: Any, images: Any, labels: Any, batch_size: int) -> Callabl
     optimizer = _optimizer()
 
     def scaled(image: Any) -> Any:
-        return image.astype(jnp.float32) / 255.0
+        return jnp.asarray(image, jnp.float32) / 255.0
 
     params, state = model.init(jax.random.key(0), scaled(images[:1]))
     carry = (params, state, optimizer.init(params))
