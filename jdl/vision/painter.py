@@ -1,0 +1,198 @@
+"""A trained style network at work: any size, any mixture of its styles, from a run or a file.
+
+A picture larger than a tile is painted tile by tile, in memory that does not grow with it. Means
+and variances of the whole come from a reduced copy (Chen et al. 2022, thumbnail instance
+normalisation); tiles overlap by as far as an output sees and only what sees nothing of their cut
+edges is kept, so that they meet without a seam.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jdl.core import check
+from jdl.vision.images import as_image, resized
+from jdl.vision.style import mixed
+from jdl.vision.transformer import STRIDE, StyleNet
+
+TILE = 1024
+SMALLEST = 2 * STRIDE  # pixels that the network's reflected edges need
+
+_KIND = "style network"
+
+
+class Painter(NamedTuple):
+    """A style network with its parameters.
+
+    Attributes:
+      apply: `apply(params, images, mixture, statistics) -> (paintings, statistics)`, as `StyleNet`.
+      params: its first argument.
+      styles: names of its styles, S.
+      reach: pixels away from which an output still sees an input.
+      statistics_size: numbers that a whole picture is normalised by.
+    """
+
+    apply: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    params: Any
+    styles: tuple[str, ...]
+    reach: int
+    statistics_size: int
+
+    def __call__(
+        self, picture: Any, shares: Mapping[str, float] | None = None, *, tile: int = TILE
+    ) -> np.ndarray:
+        """The picture painted, float32 [H, W, 3] in [0, 1].
+
+        Args:
+          picture: [H, W, 3], floating in [0, 1] or uint8; gray and alpha as `images.as_image`.
+          shares: style -> how much of it; the first style alone by default.
+          tile: pixels of the side of what is painted at once, a multiple of 4.
+
+        Raises:
+          ArgumentError: for an unknown style, naming the nearest; for a tile too small.
+        """
+        least = 4 * self.margin
+        ok = isinstance(tile, int) and tile % STRIDE == 0 and tile >= least
+        check.argument(ok, "tile", f"a multiple of {STRIDE}, at least {least}", tile)
+        mixture = np.asarray(self.mixture(shares))
+        picture = as_image(picture, "picture")
+        height, width = picture.shape[:2]
+        whole = padded(picture)
+        if max(whole.shape[:2]) <= tile:
+            return self._paint(whole, mixture)[0][:height, :width]
+        by = tile / max(whole.shape[:2])
+        small = resized(picture, (max(int(height * by), 1), max(int(width * by), 1)))
+        statistics = self._paint(padded(np.clip(small, 0.0, 1.0)), mixture)[1]
+        painting = np.empty_like(whole)
+        for rows, kept_rows in spans(whole.shape[0], tile, self.margin):
+            for columns, kept_columns in spans(whole.shape[1], tile, self.margin):
+                part = self._paint(whole[rows, columns], mixture, statistics)[0]
+                inside = tuple(
+                    slice(kept.start - at.start, kept.stop - at.start)
+                    for kept, at in ((kept_rows, rows), (kept_columns, columns))
+                )
+                painting[kept_rows, kept_columns] = part[inside]
+        return painting[:height, :width]
+
+    @property
+    def margin(self) -> int:
+        """`reach`, rounded up to whole coarse pixels."""
+        return -(-self.reach // STRIDE) * STRIDE
+
+    def mixture(self, shares: Mapping[str, float] | None) -> jax.Array:
+        """Shares by name as [1, S], of sum 1."""
+        shares = {self.styles[0]: 1.0} if shares is None else shares
+        for name in shares:
+            check.one_of("style", name, self.styles)
+        return mixed([shares.get(name, 0.0) for name in self.styles], len(self.styles))
+
+    def export(self, path: str | Path) -> Path:
+        """Writes function and parameters to one file, for any size, that `load` reads.
+
+        Raises:
+          MissingExtraError: without the package flatbuffers.
+        """
+        from jdl.train import export
+
+        def predict(params: Any, state: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+            del state
+            paintings, statistics = self.apply(
+                params, batch["image"], batch["mixture"], batch["statistics"]
+            )
+            return {"image": paintings, "statistics": statistics}
+
+        def zeros(*shape: int) -> np.ndarray:
+            return np.zeros(shape, np.float32)
+
+        inputs = {
+            "image": zeros(1, SMALLEST, SMALLEST, 3),
+            "mixture": zeros(1, len(self.styles)),
+            "statistics": zeros(1, self.statistics_size),
+        }
+        return export.save(
+            path,
+            predict,
+            jax.device_get(self.params),
+            {},
+            inputs,
+            shapes={"image": f"b, {STRIDE}*h, {STRIDE}*w, 3"},
+            constraints=("h >= 2", "w >= 2"),
+            notes={"kind": _KIND, "styles": list(self.styles), "reach": self.reach},
+        )
+
+    def _paint(
+        self, image: np.ndarray, mixture: np.ndarray, statistics: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One picture by its own statistics, or by those given."""
+        if statistics is None:
+            statistics = np.full((1, self.statistics_size), np.nan, np.float32)
+        found = jax.device_get(self.apply(self.params, image[None], mixture, statistics))
+        return found[0][0], found[1]
+
+
+def of_net(net: StyleNet, params: Any, styles: tuple[str, ...]) -> Painter:
+    """The painter of a network and its parameters."""
+    check.argument(len(styles) == net.styles, "styles", f"{net.styles} names", styles)
+
+    @jax.jit
+    def apply(params: Any, images: Any, mixture: Any, statistics: Any) -> tuple[Any, Any]:
+        return net.apply({"params": params}, images, mixture, statistics)
+
+    return Painter(apply, params, styles, net.reach, net.statistics_size)
+
+
+def load(path: str | Path) -> Painter:
+    """The painter of a run directory of `jdl style train`, or of an exported file.
+
+    Raises:
+      UserError: saying why it is neither.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from jdl.vision.style_run import StyleRun
+
+        return StyleRun.load(path).painter(path)
+    from jdl.train import export
+
+    predict = export.load(path)
+    notes = predict.notes
+    if notes.get("kind") != _KIND or "statistics" not in predict.inputs:
+        raise check.DataError(f"{str(path)!r} is an exported function, but of no style network.")
+
+    def apply(params: Any, images: Any, mixture: Any, statistics: Any) -> tuple[Any, Any]:
+        del params
+        out = predict({"image": images, "mixture": mixture, "statistics": statistics})
+        return out["image"], out["statistics"]
+
+    size = predict.inputs["statistics"][0][1]
+    return Painter(apply, None, tuple(notes["styles"]), int(notes["reach"]), int(size))
+
+
+def padded(picture: np.ndarray) -> np.ndarray:
+    """[H, W, 3] with its lower and right edges repeated up to a size that the network takes.
+
+    >>> padded(np.zeros((5, 13, 3))).shape
+    (8, 16, 3)
+    """
+    around = [(0, max(-(-n // STRIDE) * STRIDE, SMALLEST) - n) for n in picture.shape[:2]]
+    return np.pad(picture, [*around, (0, 0)], mode="edge")
+
+
+def spans(size: int, tile: int, margin: int) -> Iterator[tuple[slice, slice]]:
+    """Where tiles of one length lie along a side, and what is kept of each.
+
+    >>> [(s.start, s.stop, k.start, k.stop) for s, k in spans(20, 12, 2)]
+    [(0, 12, 0, 10), (8, 20, 10, 20)]
+    """
+    if size <= tile:
+        yield slice(0, size), slice(0, size)
+        return
+    done = 0
+    while done < size:
+        start = min(max(done - margin, 0), size - tile)
+        end = size if start + tile == size else start + tile - margin
+        yield slice(start, start + tile), slice(done, end)
+        done = end

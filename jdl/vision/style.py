@@ -1,0 +1,381 @@
+r"""Artistic style by optimising an image: Gatys, Ecker and Bethge.
+
+    f(x) = a · content(x) + b · style(x) + c · variation(x)
+
+    content    mean over its layers of  ‖F(x) − F(photograph)‖² / ‖F(painting)‖²   (per value)
+    style      mean over its layers of  ‖G(x) − G(painting)‖² / ‖G(painting)‖²,   G = Fᵀ F / (h w)
+    variation  mean squared difference of neighbouring pixels, and of the excess over [0, 1]
+
+F are a trunk's activations and G their Gram matrices: which features appear together, wherever in
+the picture. Every layer is measured in units of the painting whose style is wanted, so weights mean
+the same with any trunk, any layers, any size. (The paper's Gram matrices are not divided; its
+layers then weigh by their number of channels and the size of their values.)
+
+`Target` and `terms` serve the style network's training too, with a batch of photographs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jdl.core import check
+from jdl.optim.lbfgs import lbfgs
+from jdl.vision.trunk import Features, Trunk, check_images
+
+STARTS = ("photograph", "noise")
+
+
+class Layers(NamedTuple):
+    """Where content and style are compared."""
+
+    content: tuple[str, ...]
+    style: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Both, each once."""
+        return tuple(dict.fromkeys(self.content + self.style))
+
+
+class Weights(NamedTuple):
+    """a, b and c of the objective."""
+
+    content: float = 1.0
+    style: float = 30.0
+    variation: float = 10.0
+
+    def checked(self) -> "Weights":
+        """These, if none is negative and content and style are not both nothing."""
+        for name, value in self._asdict().items():
+            check.in_range(f"weights.{name}", value, 0.0)
+        check.argument(self.content + self.style > 0, "weights", "not all 0", tuple(self))
+        return self
+
+
+class Palette(NamedTuple):
+    """What S paintings have to give.
+
+    Attributes:
+      grams: style layer -> [S, C, C].
+      energy: content layer -> the mean square of its activations.
+    """
+
+    grams: dict[str, jax.Array]
+    energy: dict[str, jax.Array]
+
+
+class Target(NamedTuple):
+    """What B images are held against.
+
+    Attributes:
+      content: layer -> the photographs' activations, [B, h, w, C].
+      energy: content layer -> what their squared difference is divided by.
+      grams: style layer -> [B, C, C].
+    """
+
+    content: Features
+    energy: dict[str, jax.Array]
+    grams: dict[str, jax.Array]
+
+
+class Terms(NamedTuple):
+    """The three terms before they are weighted, float32[B] each."""
+
+    content: jax.Array
+    style: jax.Array
+    variation: jax.Array
+
+    def total(self, weights: Weights) -> jax.Array:
+        """The objective, [B]."""
+        a, b, c = (float(w) for w in weights)
+        return a * self.content + b * self.style + c * self.variation
+
+
+class Painted(NamedTuple):
+    """An image with the content of one and the style of others.
+
+    Attributes:
+      image: float32 [H, W, 3] in [0, 1].
+      losses: the objective before each step and after the last, at the final scale.
+      terms: of the last image, not clipped.
+    """
+
+    image: np.ndarray
+    losses: np.ndarray
+    terms: Terms
+
+
+def usual_layers(trunk: Trunk) -> Layers:
+    """Where style is usually read: the first rectified layer of each resolution, the finest five.
+
+    Content is read one rectified layer after the second coarsest of these. For VGG16 that is the
+    paper's choice: relu1_1, relu2_1, … relu5_1, and relu4_2.
+    """
+    height, width = trunk.size or (224, 224)
+    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda p, x: trunk.apply(p, x, trunk.layers), trunk.params, image)
+    maps = [n for n in trunk.layers if len(shapes[n].shape) == 4 and shapes[n].shape[1] > 1]
+    maps = [n for n in maps if "relu" in n] or maps
+    if not maps:
+        raise check.UserError(f"{trunk.name} has no layer with an image's rows and columns.")
+    firsts = {shapes[n].shape[1]: n for n in reversed(maps)}  # height -> its first layer
+    style = tuple(sorted(firsts.values(), key=maps.index))[:5]
+    content = maps.index(style[max(0, len(style) - 2)]) + 1
+    return Layers((maps[min(content, len(maps) - 1)],), style)
+
+
+def gram(features: jax.Array) -> jax.Array:
+    """Fᵀ F / (h w) of activations [B, h, w, C], as [B, C, C].
+
+    >>> gram(jnp.arange(4.0).reshape(1, 2, 1, 2)).tolist()
+    [[[2.0, 3.0], [3.0, 5.0]]]
+    """
+    check.argument(features.ndim == 4, "layer", "one with rows and columns", features.shape)
+    flat = features.reshape(features.shape[0], -1, features.shape[3])
+    return jnp.einsum("bpc,bpd->bcd", flat, flat) / jnp.asarray(flat.shape[1], flat.dtype)
+
+
+def variation(images: jax.Array) -> jax.Array:
+    """Squared differences of neighbours, and squares of what is outside [0, 1]: means, [B].
+
+    >>> variation(jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1).repeat(2, 1)).tolist()
+    [1.0]
+    """
+
+    def mean_square(x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(x), axis=(1, 2, 3)) if x.size else jnp.zeros(len(x), x.dtype)
+
+    down, across = jnp.diff(images, axis=1), jnp.diff(images, axis=2)
+    return mean_square(down) + mean_square(across) + mean_square(images - jnp.clip(images, 0, 1))
+
+
+def palette(trunk: Trunk, pictures: Sequence[Any], layers: Layers) -> Palette:
+    """What these pictures, [H, W, 3] in [0, 1] and of any sizes, have to give."""
+    check.argument(len(pictures) > 0, "pictures", "at least one", len(pictures))
+    study = jax.jit(
+        lambda params, image: trunk.apply(params, image, trunk.known(layers.all)),
+    )
+    grams: dict[str, list[jax.Array]] = {name: [] for name in layers.style}
+    energies: dict[str, list[jax.Array]] = {name: [] for name in layers.content}
+    for picture in pictures:
+        found = study(trunk.params, _batch(picture))
+        for name in layers.style:
+            grams[name].append(gram(found[name])[0])
+        for name in layers.content:
+            energies[name].append(jnp.mean(jnp.square(found[name])))
+    return Palette(
+        {name: jnp.stack(x) for name, x in grams.items()},
+        {name: jnp.mean(jnp.stack(x)) for name, x in energies.items()},
+    )
+
+
+def target(palette: Palette, mixture: jax.Array, photographs: Features) -> Target:
+    """What images with the content of `photographs` and these styles are held against.
+
+    Args:
+      palette: of S paintings.
+      mixture: the share of each, [B, S].
+      photographs: their activations at the content layers.
+    """
+    grams = {n: jnp.einsum("bs,scd->bcd", mixture, g) for n, g in palette.grams.items()}
+    return Target({n: photographs[n] for n in palette.energy}, palette.energy, grams)
+
+
+def terms(images: jax.Array, found: Features, target: Target) -> Terms:
+    """How far images [B, H, W, 3] with the activations `found` are from the target."""
+
+    def mean(values: list[jax.Array]) -> jax.Array:
+        return jnp.mean(jnp.stack(values), axis=0) if values else jnp.zeros(len(images))
+
+    content = [
+        jnp.mean(jnp.square(found[n] - wanted), axis=(1, 2, 3)) / target.energy[n]
+        for n, wanted in target.content.items()
+    ]
+    style = [
+        jnp.sum(jnp.square(gram(found[n]) - wanted), axis=(1, 2))
+        / jnp.sum(jnp.square(wanted), axis=(1, 2))
+        for n, wanted in target.grams.items()
+    ]
+    return Terms(mean(content), mean(style), variation(images))
+
+
+def objective(
+    trunk: Trunk, layers: Layers, weights: Weights
+) -> Callable[[jax.Array, Any, Target], jax.Array]:
+    """f(image [1, H, W, 3], trunk's parameters, target), a scalar to be differentiated."""
+    names = trunk.known(layers.all)
+
+    def f(image: jax.Array, params: Any, target: Target) -> jax.Array:
+        return terms(image, trunk.apply(params, image, names), target).total(weights)[0]
+
+    return f
+
+
+def transfer(
+    trunk: Trunk,
+    photograph: Any,
+    paintings: Sequence[Any],
+    *,
+    shares: Sequence[float] | None = None,
+    weights: Weights = Weights(),  # noqa: B008  it is a tuple
+    layers: Layers | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    steps: int = 100,
+    scales: int = 1,
+    start: str = "photograph",
+    seed: int = 0,
+    hook: Callable[[int, float], None] | None = None,
+) -> Painted:
+    """The photograph painted in the style of the paintings.
+
+    Args:
+      trunk: the network whose activations are compared.
+      photograph: [H, W, 3] in [0, 1].
+      paintings: one or several [h, w, 3] in [0, 1]; strokes keep their size in pixels.
+      shares: how much of each style; equal ones by default.
+      weights: of content, style and variation.
+      layers: where both are compared; by default `usual_layers`.
+      optimizer: any optax transformation of the image, first or second order; by default L-BFGS.
+      steps: its steps at each scale, ≥ 1.
+      scales: begin at 2^(1−scales) of the size and double, which paints large shapes first.
+      start: "photograph", or "noise".
+      seed: of the noise.
+      hook: called with (step, loss before it).
+
+    Raises:
+      ArgumentError: for arguments out of range, an unknown layer, what is no picture.
+      TrainingError: the loss is not finite.
+
+    References:
+      Gatys, Ecker and Bethge, Image style transfer using convolutional neural networks, CVPR 2016.
+    """
+    check.positive_int("steps", steps)
+    check.positive_int("scales", scales)
+    check.one_of("start", start, STARTS)
+    weights.checked()
+    optimizer = optax.with_extra_args_support(lbfgs() if optimizer is None else optimizer)
+    layers = usual_layers(trunk) if layers is None else layers
+    mixture = mixed(shares, len(paintings))
+    f = objective(trunk, layers, weights)
+    step = _stepper(f, optimizer)
+    features = jax.jit(lambda params, x: trunk.apply(params, x, trunk.known(layers.all)))
+
+    whole, pictures = _batch(photograph), [_batch(p) for p in paintings]
+    least = min(whole.shape[1:3]) // 2 ** (scales - 1)
+    check.argument(least >= 16, "scales", "fewer: the first would have less than 16 pixels", scales)
+    image = None
+    for i in reversed(range(scales)):
+        here = _resized(whole, tuple(n // 2**i for n in whole.shape[1:3]))
+        sizes = [tuple(max(n // 2**i, 1) for n in p.shape[1:3]) for p in pictures]
+        styles = [_resized(p, n)[0] for p, n in zip(pictures, sizes, strict=True)]
+        wanted = target(palette(trunk, styles, layers), mixture, features(trunk.params, here))
+        if image is not None:
+            image = _resized(image, here.shape[1:3])
+        else:
+            noise = jax.random.uniform(jax.random.key(seed), here.shape)
+            image = here if start == "photograph" else noise
+        image, losses = _minimize(step, optimizer, image, (trunk.params, wanted), steps, hook)
+    assert image is not None
+    found = jax.jit(lambda x, p, t: terms(x, trunk.apply(p, x, layers.all), t))(
+        image, trunk.params, wanted
+    )
+    losses.append(float(found.total(weights)[0]))
+    return Painted(np.clip(np.asarray(image[0]), 0.0, 1.0), np.asarray(losses), found)
+
+
+def mixed(shares: Sequence[float] | None, count: int) -> jax.Array:
+    """Shares of `count` styles as [1, count], of sum 1; equal ones for None.
+
+    >>> mixed([3, 1], 2).tolist()
+    [[0.75, 0.25]]
+    """
+    given = [1.0] * count if shares is None else [float(s) for s in shares]
+    check.argument(len(given) == count, "shares", f"{count} numbers, one a style", shares)
+    ok = all(0 <= s < np.inf for s in given) and sum(given) > 0
+    check.argument(ok, "shares", "not negative, and not all 0", shares)
+    return jnp.asarray([given], jnp.float32) / jnp.asarray(sum(given), jnp.float32)
+
+
+def with_colors_of(photograph: Any, painted: Any) -> np.ndarray:
+    """The painting's brightness with the photograph's colours, both [H, W, 3] in [0, 1].
+
+    >>> gray, red = np.full((1, 1, 3), 0.4), np.array([[[0.5, 0.0, 0.0]]])
+    >>> with_colors_of(red, gray).round(2).tolist()
+    [[[0.75, 0.25, 0.25]]]
+
+    References:
+      Gatys et al., Controlling perceptual factors in neural style transfer, CVPR 2017, section 5.1.
+    """
+    luma = np.array([0.299, 0.587, 0.114], np.float32)
+    photograph, painted = (np.asarray(x, np.float32) for x in (photograph, painted))
+    change = (painted - photograph) @ luma
+    return np.clip(photograph + change[..., None], 0.0, 1.0)
+
+
+State = tuple[jax.Array, Any]  # the image and the optimizer's state
+
+
+def _stepper(
+    f: Callable[..., jax.Array], optimizer: optax.GradientTransformationExtraArgs
+) -> Callable[[State, Any], tuple[State, jax.Array]]:
+    """One step of any optimizer on an image; gives f before it too."""
+
+    @jax.jit
+    def step(state: State, fixed: Any) -> tuple[State, jax.Array]:
+        image, opt_state = state
+
+        def value_fn(image: jax.Array, **_: Any) -> jax.Array:
+            return f(image, *fixed)
+
+        # A line search has evaluated where it ended: that is not done again.
+        if optax.tree.get(opt_state, "grad", None) is not None:
+            value, grad = optax.value_and_grad_from_state(value_fn)(image, state=opt_state)
+        else:
+            value, grad = jax.value_and_grad(value_fn)(image)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(
+                grad, opt_state, image, value=value, grad=grad, value_fn=value_fn
+            )
+        return (optax.apply_updates(image, updates), opt_state), value
+
+    return step
+
+
+def _minimize(
+    step: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    image: jax.Array,
+    fixed: Any,
+    steps: int,
+    hook: Callable[[int, float], None] | None,
+) -> tuple[jax.Array, list[float]]:
+    """The image after so many steps, and the losses before each."""
+    state = (image, jax.jit(optimizer.init)(image))
+    losses = []
+    for i in range(steps):
+        state, value = step(state, fixed)
+        losses.append(float(value))
+        if not np.isfinite(losses[-1]):
+            raise check.TrainingError(
+                f"The loss is {losses[-1]} at step {i}. Take a smaller learning rate."
+            )
+        if hook is not None:
+            hook(i, losses[-1])
+    return state[0], losses
+
+
+def _batch(picture: Any) -> jax.Array:
+    images = jnp.asarray(picture, jnp.float32)[None]
+    check_images(images)
+    return images
+
+
+def _resized(images: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    if images.shape[1:3] == tuple(size):
+        return images
+    shape = (images.shape[0], *size, images.shape[3])
+    return jnp.clip(jax.image.resize(images, shape, "cubic"), 0.0, 1.0)
