@@ -46,6 +46,7 @@ _ROOMS = (
     "curvature",
     "data",
     "train",
+    "vision",
     "compare",
 )
 

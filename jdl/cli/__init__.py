@@ -20,9 +20,14 @@ COMMANDS = {
     "curvature": "a trained run's loss landscape: eigenvalues, density, noise, sharpness",
     "predict": "a trained run's predictions, a row an image: .npz, .jsonl or .csv",
     "summary": "a model's parameters, with shapes and counts, and its FLOPs",
+    "activations": "what a network's layers see in a picture, and what they prefer",
+    "dream": "a picture dreamt over by a network; a class's own picture",
     "compare": "first against second order: one model, several optimizers, one report",
     "index": "what a tar holds: members, classes, damage",
     "pack": "rewrite a folder, IDX files, an .npz or a tar as plain, sharded tars",
+    "runs": "the runs below a folder, with their best metrics",
+    "doctor": "backend, devices, memory, decoder, extras, and how to get the rest",
+    "completion": "completion for bash, zsh or fish",
     "bench": "how fast this machine is: data, train, optim",
 }
 
@@ -73,11 +78,18 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     module = importlib.import_module(f"jdl.cli.{name}")
+    from jdl.core.check import UserError
+
     try:
+        if any(a.partition("=")[0] == "--config" for a in arguments):
+            from jdl.cli.config_file import expand
+
+            arguments = expand(arguments, module.Args)
         parsed = _parse(name, module, arguments)
+    except UserError as error:
+        return _mistake(str(error), name)
     except SystemExit as end:
         return int(end.code or 0)
-    from jdl.core.check import UserError
 
     try:
         module.run(parsed)

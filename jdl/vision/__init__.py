@@ -7,13 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jdl.vision.pretrained import load as load
     from jdl.vision.trunk import Trunk as Trunk
 
 # public name -> the module that defines it
 _NAMES = {
     "Trunk": "trunk",
+    "load": "pretrained",
 }
-_MODULES = ("trunk", "pretrained")
+_MODULES = ("activations", "dream", "images", "pretrained", "reverse", "trunk")
 
 __all__ = [*_NAMES, *_MODULES]
 

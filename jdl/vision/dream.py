@@ -1,12 +1,13 @@
 r"""Inceptionism: a picture changed until a network sees more of what it already sees in it.
 
-    x ← clip(x + α (S ∗ ∇f / mean|∇f|) − τ ∇TV(x)),      f(x) = Σ_layers mean(F²) / 2
+    x ← clip(x + α (g / mean|g| − τ ∇TV(x))),      g = S ∗ ∇f P,      f(x) = Σ_layers mean(F²) / 2
 
 F are a layer's activations at x. Other goals: mean(F_c), to please one channel, and the mean over
 places i of maxⱼ Fᵢ·Gⱼ, where G are the activations of a guide, another picture whose features are
-to appear. S blurs at three widths at once, which favours low frequencies. The dream is dreamt at
-several sizes, octaves, from small to large, each going on with the details of the one before; the
-picture is shifted a little at every step, so that the grid of the network's strides does not show.
+to appear. S blurs at three widths at once, which favours low frequencies; P, the covariance of the
+colours of photographs, favours theirs. The dream is dreamt at several sizes, octaves, from small to
+large, each going on with the details of the one before; the picture is shifted a little at every
+step, so that the grid of the network's strides does not show.
 
 Gradients are taken tile by tile, of at most `tile` × `tile` pixels, so that memory does not grow
 with the picture but for a few copies of itself.
@@ -31,6 +32,8 @@ from jdl.core.types import Params
 from jdl.vision import images
 from jdl.vision.trunk import Features, Trunk
 
+# The root of the covariance of RGB in photographs: lightness, blue to yellow, green to red.
+COLORS = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], np.float32)
 GUIDE_PLACES = 1024  # of a guide that are compared with
 SMALLEST = 32  # pixels of an octave's shorter side
 
@@ -59,6 +62,7 @@ class Settings(NamedTuple):
       step_size: by how much a pixel changes on average at a step, of 1.
       jitter: pixels by which the picture is shifted at a step, at most.
       smoothing: width of the blur of gradients, in pixels; 0 for none.
+      natural: whether to favour the colours of photographs.
       variation: τ, the weight of the total-variation prior; 0 for none.
       blur: width of a blur of the picture itself after each step, in pixels; 0 for none.
       tile: pixels of a side up to which gradients are taken at once.
@@ -70,6 +74,7 @@ class Settings(NamedTuple):
     step_size: float = 0.012
     jitter: int = 16
     smoothing: float = 0.5
+    natural: bool = True
     variation: float = 0.0
     blur: float = 0.0
     tile: int = 512
@@ -293,6 +298,7 @@ def _step(
         how.step_size,
         how.variation,
         smoothing=how.smoothing,
+        natural=how.natural,
         blur=how.blur,
     )
 
@@ -351,7 +357,7 @@ def _add_tile(
     )
 
 
-@partial(jax.jit, static_argnames=("smoothing", "blur"))
+@partial(jax.jit, static_argnames=("smoothing", "natural", "blur"))
 def ascended(
     x: jax.Array,
     gradient: jax.Array,
@@ -359,12 +365,15 @@ def ascended(
     variation: float,
     *,
     smoothing: float,
+    natural: bool,
     blur: float,
 ) -> jax.Array:
     """One step uphill under the priors; x and its gradient are [H, W, 3]."""
     if smoothing:
         narrow, middle, wide = (blurred(gradient, smoothing * 2**k) for k in (0, 1, 2))
         gradient = narrow + middle + wide
+    if natural:
+        gradient = gradient @ jnp.asarray(COLORS @ COLORS.T)
     gradient = gradient / (jnp.mean(jnp.abs(gradient)) + 1e-12)
     rough = jax.grad(total_variation)(x)
     x = jnp.clip(x + step_size * (gradient - variation * rough), 0, 1)

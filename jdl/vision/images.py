@@ -37,7 +37,7 @@ def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     written = write(Path(folder) / "gray.png", np.full((2, 5, 3), 0.2))
     ...     image = read(written)
-    >>> image.shape, float(image[0, 0, 0].round(3))
+    >>> image.shape, round(float(image[0, 0, 0]), 3)
     ((2, 5, 3), 0.2)
     """
     from jdl.data.images import BadImage, decode

@@ -138,7 +138,8 @@ def _network(
         layers=layers,
         params=params,
         apply=_applying(forward),
-        head=layers[-1] if layers[-1] == "logits" else None,
+        head="logits" if "logits" in layers else None,
+        scores="conv10" if "conv10" in layers else None,
         classes=imagenet_classes() if num_classes == 1000 else (),
         size=size,
     )

@@ -6,6 +6,7 @@ notebook - becomes one, and all of vision works on any of them.
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -38,6 +39,8 @@ class Trunk(NamedTuple):
         further than the last layer asked for; `edits`, {layer: array}, are added to the
         activations of the layers they name.
       head: the layer that holds a classifier's logits [N, K], or None.
+      scores: the layer whose channels, averaged over the image, are the logits but for a ReLU,
+        where there is one: where a logit is 0, they still have a gradient.
       classes: names of the K classes, where known.
       size: the (height, width) it was trained at, where it has one.
 
@@ -51,6 +54,7 @@ class Trunk(NamedTuple):
     params: Params
     apply: Callable[..., Features]
     head: str | None = None
+    scores: str | None = None
     classes: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
 
@@ -75,6 +79,27 @@ class Trunk(NamedTuple):
             raise check.ArgumentError(f"`model` must be a classifier; {self.name} has no classes.")
         return self.head
 
+    def class_number(self, wanted: int | str) -> int:
+        """The number of a class, given by number or name.
+
+        Raises:
+          ArgumentError: where there is none such, with the nearest names.
+        """
+        self.with_head()
+        text = str(wanted)
+        if text in self.classes:
+            return self.classes.index(text)
+        if text.isdigit() and (not self.classes or int(text) < len(self.classes)):
+            return int(text)
+        near = difflib.get_close_matches(text, self.classes, n=4, cutoff=0.4)
+        must = f"one of the {len(self.classes)} classes of {self.name}, or its number"
+        hint = f"The nearest: {', '.join(near)}." if near else ""
+        raise check.ArgumentError(f"`class` must be {must}, got {wanted!r}. {hint}".rstrip())
+
+    def class_name(self, number: int) -> str:
+        """What a class is called; its number where it has no name."""
+        return self.classes[number] if number < len(self.classes) else str(number)
+
     def known(self, layers: str | Sequence[str]) -> tuple[str, ...]:
         """The layers as a tuple, if the trunk has them all."""
         names = (layers,) if isinstance(layers, str) else tuple(layers)
@@ -96,6 +121,21 @@ def check_images(images: Any) -> None:
     check.argument(ok, "images", "of shape [N, H, W, 3], none of them 0", shape)
     floating = jnp.issubdtype(images.dtype, jnp.floating)
     check.argument(floating, "images", "floating-point numbers in [0, 1]", str(images.dtype))
+
+
+def usual_layer(trunk: Trunk) -> str:
+    """A layer that is worth looking at: of the published networks, one that sees parts of things.
+
+    Of others the last with activations [N, h, w, C], or else the last.
+    """
+    for name in ("relu4_3", "fire8", "layer3.2"):
+        if name in trunk.layers:
+            return name
+    example = jax.ShapeDtypeStruct((1, *(trunk.size or (224, 224)), 3), jnp.float32)
+    apply = partial(trunk.apply, layers=trunk.layers)
+    shapes = jax.eval_shape(apply, trunk.params, example)
+    maps = [name for name in trunk.layers if len(shapes[name].shape) == 4]
+    return (maps or trunk.layers)[-1]
 
 
 def of_linen(

@@ -1,0 +1,167 @@
+"""What a network's layers see in a picture, and what they prefer to see.
+
+`--what` says which picture to draw:
+  maps        the activations of a layer's channels on IMAGE, the strongest first
+  grad-cam    where in IMAGE a layer sees a class
+  saliency    which pixels of IMAGE move a class's score
+  preferred   for each channel, the picture that excites it most, found from noise
+  exciting    for each channel, the images of --data that excite it most
+
+MODEL is vgg16 or squeezenet (pip install 'jax-jdl[vision]'), a .safetensors file of torchvision's
+or timm's VGG-16, VGG-19, SqueezeNet or ResNet-50, or a run directory of `jdl train`.
+
+Examples:
+  jdl activations vgg16 photo.jpg --layer relu3_3
+  jdl activations squeezenet photo.jpg --what grad-cam --layer fire9 --class 'Egyptian cat'
+  jdl activations runs/cnn-digits-adam --what exciting --layer Conv_1 --data digits
+  jdl activations vgg16 --what preferred --layer relu4_3 --channels 5,17,80
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from jdl.vision.trunk import Trunk
+
+
+@dataclass
+class Args:
+    """Which network, on which picture, drawn how."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """vgg16, squeezenet, a .safetensors file or a run directory"""
+    image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")] = None
+    """a photograph, where one is looked at"""
+    layer: str | None = None
+    """the layer's name; by default one that sees parts of things. A wrong one lists the nearest"""
+    what: Literal["maps", "grad-cam", "saliency", "preferred", "exciting"] = "maps"
+    """what to draw"""
+    channels: str | None = None
+    """numbers such as 3,17,80; by default the strongest on IMAGE, or the first"""
+    count: int = 16
+    """how many channels, where none are named; of exciting, 8 channels at most"""
+    wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """a class's name or number, for grad-cam and saliency; by default the likeliest"""
+    data: str | None = None
+    """a tar, a glob, a brace range, or digits, for exciting"""
+    split: str | None = None
+    """first folder of the data's members; all for all"""
+    longest: int = 512
+    """pixels that a larger photograph's longer side is reduced to"""
+    size: int = 96
+    """pixels of preferred pictures' sides"""
+    steps: int = 128
+    """of the search for preferred pictures"""
+    seed: int = 0
+    """of the search and of saliency's noise"""
+    out: Path = Path("activations.png")
+    """the picture to write"""
+
+
+def run(args: Args) -> None:
+    """Draws the picture; the file appears when it is whole."""
+    from jdl.cli.run_config import use_compilation_cache
+    from jdl.core import check
+    from jdl.vision import images, pretrained
+    from jdl.vision.trunk import usual_layer
+
+    images.check_out(args.out)
+    check.argument(args.count >= 1, "--count", "at least 1", args.count)
+    looks = args.what in ("maps", "grad-cam", "saliency")
+    check.argument(args.image is not None or not looks, "IMAGE", f"given for {args.what}", None)
+    photograph = images.read(args.image, longest=args.longest) if args.image is not None else None
+    use_compilation_cache()
+    trunk = pretrained.load(args.model)
+    layer = args.layer or usual_layer(trunk)
+    trunk.known(layer)
+    draw = {
+        "maps": _maps,
+        "grad-cam": _class,
+        "saliency": _class,
+        "preferred": _preferred,
+        "exciting": _exciting,
+    }[args.what]
+    images.write(args.out, draw(args, trunk, layer, photograph))
+    print(f"picture: {args.out}")
+
+
+def _channels(args: Args) -> list[int] | None:
+    from jdl.core import check
+
+    if args.channels is None:
+        return None
+    parts = [part.strip() for part in args.channels.split(",")]
+    ok = all(part.isdigit() for part in parts) and len(parts) <= 256
+    check.argument(ok, "--channels", "numbers such as 3,17,80", args.channels)
+    return [int(part) for part in parts]
+
+
+def _maps(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
+    from jdl.vision import activations
+
+    found = activations.maps(trunk, photograph, layer, channels=_channels(args), count=args.count)
+    height, width = found.values.shape[1:]
+    print(f"{layer}: {len(found.channels)} maps of {height} × {width}")
+    return activations.drawn(found)
+
+
+def _class(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
+    from jdl.vision import activations, images
+
+    for name, share in activations.classify(trunk, photograph, count=3):
+        print(f"{share:6.1%}  {name}")
+    if args.what == "grad-cam":
+        found = activations.grad_cam(trunk, photograph, layer, wanted=args.wanted)
+        right = activations.overlaid(photograph, found.heat)
+    else:
+        found = activations.saliency(trunk, photograph, wanted=args.wanted, seed=args.seed)
+        right = images.colored(found.heat)
+    caption = f"{trunk.class_name(found.number)} ({args.what})"
+    return images.sheet(
+        [photograph, right], columns=2, captions=[Path(args.image or "").name, caption]
+    )
+
+
+def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
+    from jdl.vision import activations, images
+    from jdl.vision.reverse import Search, preferred
+
+    channels = _channels(args)
+    if channels is None and photograph is not None:
+        channels = list(activations.maps(trunk, photograph, layer, count=args.count).channels)
+    if channels is None:
+        channels = list(range(args.count))
+    search = Search(size=args.size, steps=args.steps)
+    found = preferred(trunk, layer, channels, search, seed=args.seed, on_step=_told)
+    return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
+
+
+def _exciting(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
+    from jdl.cli.run_config import default_split, open_images
+    from jdl.core import check
+    from jdl.vision import activations, images
+
+    check.argument(args.data is not None, "--data", "given for exciting", None)
+    data = str(args.data)
+    channels = _channels(args) or list(range(min(args.count, 8)))
+    pictures = open_images(
+        data,
+        size=trunk.size or (224, 224),
+        split=default_split(data, args.split, "test"),
+        label=None,
+        batch_size=32,
+    )
+    found = activations.exciting(trunk, pictures, layer, channels, count=8)
+    tiles = [image for each in found for image in each.images]
+    captions = [f"{each.channel}: {score:.3g}" for each in found for score in each.scores]
+    return images.sheet(tiles, columns=len(found[0].images), captions=captions, side=96)
+
+
+def _told(done: int, of: int) -> None:
+    """A line on stderr, ten times."""
+    if done * 10 // of != (done - 1) * 10 // of:
+        print(f"step {done}/{of}", file=sys.stderr, flush=True)

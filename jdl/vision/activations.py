@@ -1,0 +1,272 @@
+r"""What a network's layers make of a picture, and what in it a class is seen by.
+
+    Grad-CAM     relu(Σ_c α_c F_c),   α_c = mean over places of ∂y/∂F_c
+    saliency     mean over noise ε of  max over colours |∂y/∂x|(x + ε)
+
+F are a layer's activations [h, w, C] and y a class's logit.
+
+References:
+  Zeiler and Fergus, Visualizing and understanding convolutional networks, ECCV 2014, section 4.
+  Selvaraju et al., Grad-CAM: visual explanations from deep networks, ICCV 2017, section 3.
+  Simonyan, Vedaldi and Zisserman, Deep inside convolutional networks, ICLR workshop 2014, sec. 3.
+  Smilkov et al., SmoothGrad: removing noise by adding noise, arXiv:1706.03825.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdl.core import check
+from jdl.core.types import Batch, Params
+from jdl.vision import images
+from jdl.vision.dream import check_channels
+from jdl.vision.trunk import Trunk
+
+
+class Maps(NamedTuple):
+    """Activations of some channels on one picture: [n, h, w], and the channels' numbers."""
+
+    channels: tuple[int, ...]
+    values: np.ndarray
+
+
+class Exciting(NamedTuple):
+    """The images of a data set that excite a channel most, best first.
+
+    Attributes:
+      channel: its number.
+      scores: its largest activation on each.
+      positions: of the images in the data, counted from 0.
+      images: float32 [n, H, W, 3] in [0, 1].
+    """
+
+    channel: int
+    scores: np.ndarray
+    positions: np.ndarray
+    images: np.ndarray
+
+
+class Explained(NamedTuple):
+    """Where in a picture a class is seen: values [H, W] in [0, 1], and the class's number."""
+
+    number: int
+    heat: np.ndarray
+
+
+def maps(
+    trunk: Trunk,
+    image: Any,
+    layer: str,
+    *,
+    channels: Sequence[int] | None = None,
+    count: int = 16,
+) -> Maps:
+    """The activations of a layer's channels on one picture.
+
+    Args:
+      trunk: the network.
+      image: [H, W, 3] in [0, 1], or uint8; gray and alpha are understood.
+      layer: its name; a dense layer's units stand for one map's places, row by row.
+      channels: which; by default the `count` of the largest mean, best first.
+      count: how many at most.
+
+    >>> twice = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
+    >>> found = maps(twice, np.full((4, 6, 3), 0.25), "twice", channels=[1])
+    >>> found.values.shape, float(found.values.max())
+    ((1, 4, 6), 0.5)
+    """
+    check.positive_int("count", count)
+    found = np.asarray(trunk.features(images.as_image(image)[None], layer)[layer][0])
+    if found.ndim == 1:
+        side = math.ceil(math.sqrt(found.size))
+        square = np.zeros(side * side, np.float32)
+        square[: found.size] = found
+        return Maps((0,), square.reshape(1, side, side))
+    check.argument(found.ndim == 3, "layer", "one of images or vectors", found.shape)
+    if channels is None:
+        channels = np.argsort(-found.mean(axis=(0, 1)), kind="stable")[:count].tolist()
+    else:
+        check_channels(trunk, (layer,), channels)
+    chosen = tuple(int(c) for c in channels or ())
+    return Maps(chosen, found[:, :, list(chosen)].transpose(2, 0, 1))
+
+
+def drawn(found: Maps, *, side: int = 160, columns: int | None = None) -> np.ndarray:
+    """The maps on one sheet, black where a channel is silent, each as bright as it can be."""
+    tiles, captions = [], []
+    for channel, values in zip(found.channels, found.values, strict=True):
+        heard = np.maximum(values, 0)
+        tiles.append(images.colored(heard / max(float(heard.max()), 1e-12)))
+        captions.append(f"{channel}: {values.max():.3g}")
+    return images.sheet(tiles, columns=columns, captions=captions, side=side)
+
+
+def exciting(
+    trunk: Trunk, data: Iterable[Batch], layer: str, channels: Sequence[int], *, count: int = 9
+) -> list[Exciting]:
+    """For each channel, the images that excite it most anywhere.
+
+    Memory holds one batch and the best so far.
+
+    Args:
+      trunk: the network.
+      data: batches with "image" [B, H, W, 1 or 3], uint8 or floating in [0, 1]; of a data set of
+        `jdl.data`, one pass.
+      layer: its name.
+      channels: their numbers.
+      count: how many images of each.
+    """
+    check.positive_int("count", count)
+    check.argument(len(channels) > 0, "channels", "at least one", tuple(channels))
+    (name,) = trunk.known(layer)
+    check_channels(trunk, (name,), channels)
+    best: list[list[tuple[float, int, np.ndarray]]] = [[] for _ in channels]
+    seen = 0
+    for batch in data.once() if hasattr(data, "once") else data:
+        x = np.asarray(batch["image"])
+        mask = np.asarray(batch.get("mask", np.ones(len(x)))) > 0
+        x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
+        x = np.repeat(x, 3, axis=3) if x.shape[3] == 1 else x
+        largest = np.asarray(_largest(trunk.params, x, apply=trunk.apply, layer=name))
+        for kept, channel in zip(best, channels, strict=True):
+            for i in np.argsort(-largest[:, channel], kind="stable")[:count]:
+                if mask[i]:
+                    kept.append((float(largest[i, channel]), seen + int(i), x[i]))
+            kept.sort(key=lambda each: (-each[0], each[1]))
+            del kept[count:]
+        seen += int(mask.sum())
+    if not seen:
+        raise check.DataError("The data holds no image.")
+    return [
+        Exciting(
+            int(channel),
+            np.array([each[0] for each in kept]),
+            np.array([each[1] for each in kept]),
+            np.stack([each[2] for each in kept]),
+        )
+        for channel, kept in zip(channels, best, strict=True)
+    ]
+
+
+@partial(jax.jit, static_argnames=("apply", "layer"))
+def _largest(params: Params, x: jax.Array, *, apply: Any, layer: str) -> jax.Array:
+    found = apply(params, x, (layer,))[layer]
+    return found.reshape(found.shape[0], -1, found.shape[-1]).max(axis=1)
+
+
+def classify(trunk: Trunk, image: Any, *, count: int = 5) -> list[tuple[str, float]]:
+    """The likeliest classes of a picture with their probabilities, likeliest first.
+
+    The middle square of the picture is brought to the size that the network was trained at.
+    """
+    check.positive_int("count", count)
+    x = images.as_image(image)
+    height, width = x.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    head = trunk.with_head()
+    square = images.resized(x[top : top + side, left : left + side], trunk.size or (side, side))
+    logits = trunk.features(np.clip(square, 0, 1)[None], head)[head][0]
+    shares = np.asarray(jax.nn.softmax(logits))
+    order = np.argsort(-shares, kind="stable")[:count]
+    return [(trunk.class_name(int(i)), float(shares[i])) for i in order]
+
+
+def grad_cam(trunk: Trunk, image: Any, layer: str, *, wanted: int | str | None = None) -> Explained:
+    """Where in a picture a layer sees a class (Grad-CAM).
+
+    Args:
+      trunk: a classifier.
+      image: [H, W, 3] in [0, 1], or uint8; brought to the size that the network was trained at.
+      layer: of activations [N, h, w, C]; late ones see things, early ones textures.
+      wanted: the class's name or number; by default the likeliest.
+    """
+    (name,) = trunk.known(layer)
+    x, size = _as_trained(trunk, image)
+    number = _number(trunk, x, wanted)
+    shape = jax.eval_shape(partial(trunk.apply, layers=(name,)), trunk.params, x)[name].shape
+    check.argument(len(shape) == 4, "layer", "one of activations [N, h, w, C]", shape)
+    heat = _cam(
+        trunk.params, x, jnp.asarray(number), apply=trunk.apply, head=trunk.head, layer=name
+    )
+    heat = np.clip(images.resized(np.asarray(heat)[:, :, None], size)[:, :, 0], 0, None)
+    return Explained(number, heat / max(float(heat.max()), 1e-12))
+
+
+@partial(jax.jit, static_argnames=("apply", "head", "layer"))
+def _cam(
+    params: Params, x: jax.Array, number: jax.Array, *, apply: Any, head: str, layer: str
+) -> jax.Array:
+    def logit(edit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = apply(params, x, (layer, head), {layer: edit})
+        return found[head][0, number], found[layer]
+
+    shape = jax.eval_shape(partial(apply, layers=(layer,)), params, x)[layer]
+    slope, activations = jax.grad(logit, has_aux=True)(jnp.zeros(shape.shape, shape.dtype))
+    weights = jnp.mean(slope, axis=(1, 2), keepdims=True)
+    return jax.nn.relu(jnp.sum(weights * activations, axis=3))[0]
+
+
+def saliency(
+    trunk: Trunk,
+    image: Any,
+    *,
+    wanted: int | str | None = None,
+    samples: int = 16,
+    noise: float = 0.1,
+    seed: int = 0,
+) -> Explained:
+    """How much each pixel of a picture moves a class's logit.
+
+    Args:
+      trunk: a classifier.
+      image: as for `grad_cam`.
+      wanted: as for `grad_cam`.
+      samples: noisy copies averaged over; 1 with no noise is the plain gradient.
+      noise: standard deviation of their noise, of 1.
+      seed: of the noise.
+    """
+    check.positive_int("samples", samples)
+    check.in_range("noise", noise, 0.0, 1.0)
+    x, size = _as_trained(trunk, image)
+    number = _number(trunk, x, wanted)
+    program = {"apply": trunk.apply, "head": trunk.with_head()}
+    total, key = np.zeros(x.shape[1:3], np.float32), jax.random.key(seed)
+    for i in range(samples):
+        noisy = x + noise * jax.random.normal(jax.random.fold_in(key, i), x.shape)
+        total += np.asarray(_slope(trunk.params, noisy, jnp.asarray(number), **program))
+    heat = images.resized(total[:, :, None] / samples, size)[:, :, 0]
+    return Explained(number, np.clip(heat / max(float(np.quantile(heat, 0.995)), 1e-12), 0, 1))
+
+
+@partial(jax.jit, static_argnames=("apply", "head"))
+def _slope(params: Params, x: jax.Array, number: jax.Array, *, apply: Any, head: str) -> jax.Array:
+    slope = jax.grad(lambda x: apply(params, x, (head,))[head][0, number])(x)
+    return jnp.max(jnp.abs(slope), axis=3)[0]
+
+
+def overlaid(image: Any, heat: np.ndarray, *, strength: float = 0.6) -> np.ndarray:
+    """A picture in gray with the heat in colours over it."""
+    x = images.as_image(image)
+    gray = np.repeat(x.mean(axis=2, keepdims=True), 3, axis=2)
+    share = strength * heat[:, :, None]
+    return (1 - share) * (0.3 * x + 0.7 * gray) + share * images.colored(heat, "jet")
+
+
+def _as_trained(trunk: Trunk, image: Any) -> tuple[jax.Array, tuple[int, int]]:
+    """The picture as the network was trained, [1, h, w, 3], and its own size."""
+    x = images.as_image(image)
+    size = (x.shape[0], x.shape[1])
+    return jnp.asarray(np.clip(images.resized(x, trunk.size or size), 0, 1))[None], size
+
+
+def _number(trunk: Trunk, x: jax.Array, wanted: int | str | None) -> int:
+    if wanted is not None:
+        return trunk.class_number(wanted)
+    head = trunk.with_head()
+    return int(np.argmax(np.asarray(trunk.features(x, head)[head][0])))

@@ -1,0 +1,180 @@
+r"""A network in reverse: from a class, or a channel, to the picture that excites it most.
+
+    maxₛ  E_T [ mean F_c(T(x)) ] − τ TV(x),      x = sigmoid(C · F⁻¹(s / |ω|))
+
+The picture x is made of its spectrum s, which Adam moves: dividing by the frequency |ω| and mixing
+the colours by C, the root of the covariance of photographs' colours, makes a step in s even in all
+that pictures consist of. T shifts and scales it a little, anew each time, so that what is found
+does not hang on single pixels. No other network and no photograph takes part: these are the only
+priors.
+
+References:
+  Erhan, Bengio, Courville and Vincent, Visualizing higher-layer features of a deep network, 2009.
+  Simonyan, Vedaldi and Zisserman, Deep inside convolutional networks, ICLR workshop 2014, sec. 2.
+  Olah, Mordvintsev and Schubert, Feature visualization, Distill 2017, doi:10.23915/distill.00007.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jdl.core import check
+from jdl.core.types import Params
+from jdl.vision.dream import COLORS, check_channels, total_variation
+from jdl.vision.trunk import Trunk
+
+_MIXING = COLORS / np.linalg.norm(COLORS, axis=0).max()
+
+
+class Search(NamedTuple):
+    """How preferred pictures are searched for.
+
+    Attributes:
+      size: pixels of the pictures' sides.
+      steps: of Adam.
+      learning_rate: of Adam, in the spectrum.
+      jitter: pixels of a shift, at most.
+      stretch: share by which a picture is enlarged or reduced, at most.
+      variation: τ, against the score's own size at the start; 0 for none.
+    """
+
+    size: int = 128
+    steps: int = 128
+    learning_rate: float = 0.05
+    jitter: int = 8
+    stretch: float = 0.1
+    variation: float = 0.0
+
+    def checked(self) -> "Search":
+        """These, if all are in range."""
+        check.argument(16 <= self.size <= 1024, "size", "from 16 to 1024", self.size)
+        check.positive_int("steps", self.steps)
+        check.in_range("learning_rate", self.learning_rate, 0.0, open_low=True)
+        check.in_range("jitter", self.jitter, 0, self.size)
+        check.in_range("stretch", self.stretch, 0.0, 0.5)
+        check.in_range("variation", self.variation, 0.0)
+        return self
+
+
+def of_class(trunk: Trunk, wanted: int | str, search: Search | None = None, **options: Any) -> Any:
+    """The picture [S, S, 3] that a classifier takes most for that class.
+
+    Args:
+      trunk: with a head.
+      wanted: the class's name or number.
+      search: how; by default a larger picture and more steps than for channels.
+      **options: `seed` and `on_step` of `preferred`.
+    """
+    number = trunk.class_number(wanted)
+    layer = trunk.scores or trunk.with_head()
+    search = search or Search(size=224, steps=256)
+    return preferred(trunk, layer, [number], search, **options)[0]
+
+
+def preferred(
+    trunk: Trunk,
+    layer: str,
+    channels: Sequence[int],
+    search: Search | None = None,
+    *,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """The pictures [N, S, S, 3] in [0, 1] that N channels of a layer prefer.
+
+    Args:
+      trunk: the network.
+      layer: of activations [N, h, w, C] or [N, C].
+      channels: one picture for each.
+      search: how.
+      seed: of the first spectrum, shifts and scales.
+      on_step: called with (steps done, of how many).
+
+    >>> bright = Trunk("bright", ("sum",), 1.0, lambda p, x, layers: {"sum": p * x})
+    >>> red = preferred(bright, "sum", [0], Search(size=16, steps=40))[0]
+    >>> bool(red[:, :, 0].mean() > 0.55)
+    True
+    """
+    how = (search or Search()).checked()
+    names = trunk.known(layer)
+    check.argument(len(channels) > 0, "channels", "at least one", tuple(channels))
+    check_channels(trunk, names, channels)
+    key, start = jax.random.split(jax.random.key(seed))
+    shape = (len(channels), how.size, how.size // 2 + 1, 3, 2)
+    spectrum = 0.01 * jax.random.normal(start, shape)
+    optimizer = optax.adam(how.learning_rate)
+    state = optimizer.init(spectrum)
+    wanted = jnp.asarray(channels, jnp.int32)
+    for i in range(how.steps):
+        spectrum, state = _search(
+            trunk.params,
+            spectrum,
+            state,
+            wanted,
+            jax.random.fold_in(key, i),
+            apply=trunk.apply,
+            layer=names[0],
+            how=how._replace(steps=1),  # one program for any number
+        )
+        if on_step is not None:
+            on_step(i + 1, how.steps)
+    pictures = np.asarray(picture(spectrum, how.size))
+    if not np.isfinite(pictures).all():
+        raise check.TrainingError("The pictures are not finite; try a smaller learning_rate.")
+    return pictures
+
+
+def picture(spectrum: jax.Array, size: int) -> jax.Array:
+    """Pictures x, [N, S, S, 3] in [0, 1], of spectra s, [N, S, S/2 + 1, 3, 2].
+
+    >>> picture(jnp.zeros((1, 8, 5, 3, 2)), 8).mean().item()
+    0.5
+    """
+    down, across = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
+    frequency = np.maximum(np.hypot(down, across), 1 / size)
+    scale = jnp.asarray(size / (4 * frequency), jnp.float32)[None, :, :, None]
+    values = jax.lax.complex(scale * spectrum[..., 0], scale * spectrum[..., 1])
+    waves = jnp.fft.irfft2(values, s=(size, size), axes=(1, 2))
+    return jax.nn.sigmoid(waves @ jnp.asarray(_MIXING.T))
+
+
+@partial(jax.jit, static_argnames=("apply", "layer", "how"))
+def _search(
+    params: Params,
+    spectrum: jax.Array,
+    state: Any,
+    channels: jax.Array,
+    key: jax.Array,
+    *,
+    apply: Any,
+    layer: str,
+    how: Search,
+) -> tuple[jax.Array, Any]:
+    def loss(spectrum: jax.Array) -> jax.Array:
+        x = picture(spectrum, how.size)
+        found = apply(params, _moved(x, key, how), (layer,))[layer]
+        means = found.reshape(found.shape[0], -1, found.shape[-1]).mean(axis=1)
+        pleased = jnp.sum(jnp.take_along_axis(means, channels[:, None], axis=1))
+        rough = jnp.sum(jax.vmap(total_variation)(x)) / how.size**2
+        return how.variation * rough - pleased
+
+    gradient = jax.grad(loss)(spectrum)
+    updates, state = optax.adam(how.learning_rate).update(gradient, state)
+    return spectrum + updates, state
+
+
+def _moved(x: jax.Array, key: jax.Array, how: Search) -> jax.Array:
+    """T: shifted and scaled about the middle, gray beyond the edges."""
+    shift_key, scale_key = jax.random.split(key)
+    shift = jax.random.uniform(shift_key, (2,), minval=-1.0, maxval=1.0) * how.jitter
+    by = 1 + how.stretch * jax.random.uniform(scale_key, (), minval=-1.0, maxval=1.0)
+    middle = how.size * (1 - by) / 2
+    moved = jax.image.scale_and_translate(
+        x - 0.5, x.shape, (1, 2), jnp.stack([by, by]), shift + middle, "linear", antialias=False
+    )
+    return moved + 0.5
