@@ -22,6 +22,7 @@ COMMANDS = {
     "summary": "a model's parameters, with shapes and counts, and its FLOPs",
     "activations": "what a network's layers see in a picture, and what they prefer",
     "dream": "a picture dreamt over by a network; a class's own picture",
+    "style": "a picture in a painter's style, by optimisation or by a network trained for it",
     "compare": "first against second order: one model, several optimizers, one report",
     "index": "what a tar holds: members, classes, damage",
     "pack": "rewrite a folder, IDX files, an .npz or a tar as plain, sharded tars",
@@ -101,7 +102,8 @@ def _run(name: str, arguments: list[str]) -> int:
             distributed.announce(error, code)
         return code
     except SystemExit as end:  # SIGTERM, with everything saved
-        print(f"jdl {name}: {end}", file=sys.stderr)
+        if not str(end).isdigit():
+            print(f"jdl {name}: {end}", file=sys.stderr)
         return int(end.code or 0)
     except KeyboardInterrupt:
         print(f"jdl {name}: interrupted; what was written stays.", file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jdl.cli import config_file
 from jdl.core import check
 
 FILE = "config.toml"
@@ -32,9 +33,14 @@ class RunConfig:
     on_error: str
     precision: str | None = None
     ema: float | None = None
+    crop: str | None = None
+    flip: bool = False
 
-    def save(self, workdir: Path) -> None:
-        """Writes the run's settings, or refuses where a run with others has been saved."""
+    def save(self, workdir: Path, command: dict[str, Any] | None = None) -> None:
+        """Writes the run's settings, or refuses where a run with others has been saved.
+
+        `command` are the resolved flags, from which `jdl train --config` makes such a run anew.
+        """
         import tomli_w
 
         from jdl import __version__
@@ -56,6 +62,8 @@ class RunConfig:
                     "Choose another --workdir, or the same settings to go on with it."
                 )
         table = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        if command is not None:
+            table[config_file.TABLE] = command
         write_atomically(path, tomli_w.dumps({"jdl": __version__, **table}))
 
     @classmethod
@@ -71,8 +79,8 @@ class RunConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise check.DataError(f"{path} is not readable as TOML: {error}.") from error
         fields = {f.name for f in dataclasses.fields(cls)}
-        optional = {"learning_rate", "curvature_batch_size", "split", "precision", "ema"}
-        missing = sorted(fields - optional - table.keys())
+        optional = {"learning_rate", "curvature_batch_size", "split", "precision", "ema", "crop"}
+        missing = sorted(fields - optional - table.keys() - {"flip"})
         if missing:
             raise check.DataError(f"{path} lacks {', '.join(missing)}.")
         known: dict[str, Any] = dict.fromkeys(optional) | {
@@ -114,6 +122,8 @@ class RunConfig:
     def images(self, data: str, split: str | None, *, labelled: bool = True, **options: Any) -> Any:
         """A data set of the images' size and the classes that this run was trained on."""
         options |= {"classes": self.classes} if labelled else {"label": None}
+        if self.crop is not None:
+            options["crop"] = "center"
         return open_images(
             data,
             split=split,

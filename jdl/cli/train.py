@@ -4,10 +4,12 @@ Examples:
   jdl train cnn
   jdl train cnn --data 'photos-*.tar' --optimizer adam --steps 500 --workdir runs/photos
   jdl train autoencoder --optimizer hf --batch-size 1024 --steps 50
+  jdl train --config runs/photos/config.toml --seed 1 --workdir runs/photos-1
   mpirun -n 2 jdl train cnn --distributed
 """
 
 import contextlib
+import dataclasses
 import io
 import re
 from dataclasses import dataclass
@@ -54,6 +56,12 @@ class Args:
     """HEIGHT or HEIGHTxWIDTH to scale images to; by default 128, and 8 for the digits"""
     color: bool = False
     """keep three channels; by default images are made gray"""
+    crop: Literal["center", "random"] | None = None
+    """a window of the image instead of all of it, stretched: the largest, or one by chance"""
+    flip: bool = False
+    """mirror half of the training images left to right"""
+    workers: int = 0
+    """processes that decode, instead of threads; `jdl bench data` tells what is faster"""
     on_error: Literal["raise", "skip"] = "raise"
     """what to do with an image that cannot be read"""
     workdir: Path | None = None
@@ -76,10 +84,14 @@ class Args:
     """one of several processes that train together, started by SLURM, mpirun or such"""
     deterministic: bool = False
     """have XLA choose reproducible kernels on GPUs, some of them slower"""
+    config: Path | None = None
+    """settings from a file, .toml or .yaml, with these flags' names, or a run's config.toml; flags
+    on the command line win"""
 
 
 def run(args: Args) -> None:
     """Trains, evaluates on the test split if there is one, and draws the curves."""
+    from jdl.cli import config_file
     from jdl.cli.recipes import recipe
     from jdl.cli.run_config import (
         RunConfig,
@@ -132,7 +144,12 @@ def run(args: Args) -> None:
     check.argument(
         batch_size <= number, "--batch-size", f"at most the {number} training images", batch_size
     )
-    data = images(batch_size, split=split, shuffle=True, seed=args.seed, classes=classes)
+    chance = {"crop": args.crop, "flip": args.flip, "workers": args.workers}
+    given = {name: value for name, value in chance.items() if value}
+    check.argument(
+        source != "trees" or not given, f"--{''.join(list(given)[:1])}", "left out for trees", given
+    )
+    data = images(batch_size, split=split, shuffle=True, seed=args.seed, classes=classes, **given)
     steps = args.steps or (chosen.steps if entry.batches == "mini" else LARGE_STEPS)
     config = RunConfig(
         model=args.model,
@@ -150,9 +167,14 @@ def run(args: Args) -> None:
         on_error=args.on_error,
         precision=args.precision,
         ema=args.ema,
+        crop=args.crop,
+        flip=args.flip,
     )
     if _leads():
-        config.save(workdir)
+        resolved = dataclasses.replace(
+            args, data=source, optimizer=optimizer, steps=steps, batch_size=batch_size
+        )
+        config.save(workdir, config_file.as_table(resolved))
     use_compilation_cache()
     options = {
         "save_every": args.save_every,

@@ -1,0 +1,138 @@
+"""What this machine has: backend, devices, memory, image decoder, optional packages.
+
+Examples:
+  jdl doctor
+  jdl doctor --json
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+CORE = ("jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy", "pillow")
+# extra -> (the module to look for, what it is for)
+EXTRAS = {
+    "fast-images": ("simplejpeg", "decoding JPEGs 1.5 to 4 times as fast"),
+    "vision": ("safetensors", "published networks for activations, dream and style"),
+    "tensorboard": ("tensorboardX", "logs for TensorBoard"),
+    "export": ("flatbuffers", "models as one file that runs without their code"),
+    "remote": ("fsspec", "archives behind http:// and https://"),
+    "seekable": ("indexed_gzip", "random access to .tar.gz"),
+    "zstd": ("backports.zstd", "archives compressed as .tar.zst"),
+}
+
+
+_MARK = {True: "installed", False: "missing"}
+
+
+@dataclass
+class Args:
+    """How to tell it."""
+
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """print one JSON object"""
+
+
+def run(args: Args) -> None:
+    """Looks, and prints."""
+    found = look()
+    if args.as_json:
+        print(json.dumps(found))
+        return
+    machine = found["machine"]
+    rows = [
+        ("jdl", found["jdl"]),
+        ("Python", f"{machine['python']} on {machine['system']}, {machine['cores']} cores"),
+        ("memory", _size(machine["memory"])),
+        ("backend", found["backend"]),
+        *((d["name"], f"{d['kind']}, {_size(d['memory'])}") for d in found["devices"]),
+        ("decoder", found["decoder"]),
+        *found["packages"].items(),
+    ]
+    rows += [(f"[{e['extra']}]", f"{_MARK[e['found']]}: {e['purpose']}") for e in found["extras"]]
+    for name, value in rows:
+        print(f"{name:18}{value}")
+    missing = [e["extra"] for e in found["extras"] if not e["found"]]
+    if missing:
+        print(f"the rest: pip install 'jax-jdl[{','.join(missing)}]'")
+    if found["accelerator_hint"]:
+        print(found["accelerator_hint"])
+
+
+def look() -> dict[str, Any]:
+    """All that there is to tell."""
+    import jax
+
+    from jdl import __version__
+
+    devices = [
+        {
+            "name": f"{d.platform}:{d.id}",
+            "kind": d.device_kind,
+            "memory": (d.memory_stats() or {}).get("bytes_limit"),
+        }
+        for d in jax.local_devices()
+    ]
+    return {
+        "jdl": __version__,
+        "machine": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "memory": _memory(),
+        },
+        "backend": jax.default_backend(),
+        "devices": devices,
+        "decoder": _decoder(),
+        "packages": {name: importlib.metadata.version(name) for name in CORE},
+        "extras": [
+            {"extra": extra, "found": _found(module), "purpose": purpose}
+            for extra, (module, purpose) in EXTRAS.items()
+        ],
+        "accelerator_hint": _hint(jax.default_backend()),
+    }
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return module == "backports.zstd" and _found("compression.zstd")
+
+
+def _decoder() -> str:
+    if _found("simplejpeg"):
+        return f"simplejpeg {importlib.metadata.version('simplejpeg')} for JPEG, Pillow for others"
+    return "Pillow"
+
+
+def _hint(backend: str) -> str:
+    """What to install where there is hardware that JAX does not use."""
+    if backend == "cpu" and os.path.exists("/proc/driver/nvidia/version"):
+        return "There is an NVIDIA GPU that JAX does not use: pip install 'jax-jdl[cuda]'"
+    if backend == "cpu" and os.path.exists("/dev/accel0"):
+        return "There is a TPU that JAX does not use: pip install 'jax-jdl[tpu]'"
+    return ""
+
+
+def _memory() -> int | None:
+    """Bytes of main memory, where the system says."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = re.search(r"MemTotal:\s+(\d+) kB", file.read())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def _size(count: int | None) -> str:
+    return "memory not told" if count is None else f"{count / 2**30:.1f} GiB"
