@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all check format bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics clean
+.PHONY: help setup demo test test-all check format bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics bench-paper clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,3 +62,6 @@ bench-solvers: $(READY)  ## run-to-convergence solvers against jaxopt, optax, op
 
 bench-classics: $(READY)  ## the classics at full size on MNIST: make bench-classics DATA=folder
 	$(BIN)/python tests/benchmarks/bench_classics.py --data $(or $(DATA),data/mnist) $(ARGS)
+
+bench-paper: $(READY)  ## two deep autoencoders, every method, the papers' table; resumable: make bench-paper DATA=folder ARGS="--minutes 10"
+	$(BIN)/python tests/benchmarks/bench_paper.py --data $(or $(DATA),data/mnist) $(ARGS)

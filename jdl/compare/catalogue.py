@@ -196,7 +196,7 @@ def autoencoder_curves(
 def autoencoder_mnist(
     data: Any,
     *,
-    examples: int = 60_000,
+    examples: int | None = None,
     validation: float = 0.1,
     target: float = MNIST_TARGET,
 ) -> Problem:
@@ -204,7 +204,7 @@ def autoencoder_mnist(
 
     Args:
       data: as for `jdl.compare.mnist.read`.
-      examples: how many images to train on, the first ones.
+      examples: how many images to train on, the first ones; None for all.
       validation: the share of them that settings are chosen on.
       target: a training error, squared and summed over pixels.
     """
@@ -212,7 +212,7 @@ def autoencoder_mnist(
     return autoencoder(
         "autoencoder-mnist",
         (1000, 500, 250, 30),
-        found.x[: _at_most(examples, len(found.x))],
+        found.x if examples is None else found.x[: _at_most(examples, len(found.x))],
         found.test_x,
         Target("train_squared_error", "at most", target),
         validation=validation,

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jdl import losses, metrics
@@ -136,7 +137,7 @@ def _first_loss(path: Path, problem: Problem) -> float:
     batch = next(iter(problem.train(min(problem.size, 256), 0, 1)))
     try:
         model = as_model(problem.model())
-        batch = step.scale_images(batch, problem.inputs)
+        batch = jax.tree.map(jnp.asarray, step.scale_images(dict(batch), problem.inputs))
         names = (problem.inputs,) if isinstance(problem.inputs, str) else problem.inputs
         given = [batch[name] for name in names]
         params, state = model.init(jax.random.key(0), *given)

@@ -249,7 +249,7 @@ def chosen(trials: Iterable[Trial]) -> float | None:
 
 def tuning_cost(trials: Iterable[Trial], column: str) -> float:
     """What all the tuning trials spent, by a column of their rows."""
-    return sum(trial.evaluations[-1][column] for trial in trials if trial.evaluations)
+    return float(sum(trial.evaluations[-1][column] for trial in trials if trial.evaluations))
 
 
 class Tuned(NamedTuple):

@@ -12,22 +12,20 @@ A trial with a `result.json` and the same `config.toml` is done and is not run a
 settings is moved aside, never overwritten.
 """
 
-import errno
-import gc
+import functools
 import json
 import logging
 import math
 import re
 import shutil
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jdl.compare import machine
+from jdl.compare import machine, record
 from jdl.compare import results as res
 from jdl.compare import tuning as tune
 from jdl.compare.budget import Budget
@@ -36,7 +34,7 @@ from jdl.compare.problems import Problem
 from jdl.compare.results import Results, Row, Trial
 from jdl.compare.tuning import Tuning
 from jdl.core import check
-from jdl.train.writers import JsonlWriter, write_atomically
+from jdl.train.writers import write_atomically
 
 logger = logging.getLogger("jdl.compare")
 
@@ -236,7 +234,7 @@ class Study:
         if entry is None:
             if not (directory / "result.json").exists():
                 self._on_event(event)
-                self._record(directory, _failed(words))
+                record.write(directory, record.failed(words))
                 self._on_event(event._replace(kind="end", status="failed", words=words))
             return
         config = self._config(problem, entry, seed)
@@ -249,64 +247,21 @@ class Study:
         def told(row: Row) -> None:
             self._on_event(event._replace(kind="row", row=row))
 
-        ended = self._run_trial(
-            problem, entry, seed, directory, config, self.budget, held.evaluation, told
+        ended = self._recorded(
+            directory, config, problem, entry, seed, self.budget, held.evaluation, told
         )
         self._on_event(event._replace(kind="end", status=ended.status, words=ended.words))
         self._merge()
 
-    def _run_trial(
-        self,
-        problem: Problem,
-        entry: Entry,
-        seed: int,
-        directory: Path,
-        config: dict[str, Any],
-        budget: Budget,
-        evaluation: Callable[[], Any],
-        told: Callable[[Row], None],
-        cut: Callable[[Row], bool] = lambda row: False,
-    ) -> Any:
-        """Runs a trial in its directory and records how it ended."""
-        from jdl.compare import feeds, trial
-        from jdl.train.lock import RunLock
-
-        try:
-            with RunLock(directory.parent / f".{directory.name}"):
-                _prepare(directory, config)
-                writer = JsonlWriter(directory / "metrics.jsonl")
-
-                def write(row: Row) -> None:
-                    writer.write(row)
-                    told(row)
-
-                gc.collect()  # so that the last trial's garbage is not collected on this clock
-                ended = trial.run(
-                    problem,
-                    entry,
-                    seed,
-                    budget=budget,
-                    evaluations=self.evaluations,
-                    train_on=feeds.training(problem, entry, seed, self._devices),
-                    evaluate=evaluation(),
-                    write=write,
-                    devices=self._devices,
-                    directory=directory,
-                    clock=CLOCKS[self.clock],
-                    cut=cut,
-                )
-        except Exception as error:
-            ended = _failed(_told(error, directory, traceback.format_exc()))
-        self._record(directory, ended)
-        return ended
-
-    def _record(self, directory: Path, ended: Any) -> None:
-        """Writes how a trial ended, its last file."""
-        text = json.dumps(ended._asdict(), indent=1) + "\n"
-        try:
-            write_atomically(directory / "result.json", text)
-        except OSError as error:
-            logger.warning("%s could not be written: %s", directory / "result.json", error)
+    def _recorded(self, directory: Path, config: dict[str, Any], *what: Any, **more: Any) -> Any:
+        """A trial run in its directory; see `record.run`."""
+        run: Any = functools.partial(
+            record.run,
+            evaluations=self.evaluations,
+            devices=self._devices,
+            clock=CLOCKS[self.clock],
+        )
+        return run(directory, _toml(config), *what, **more)
 
     # ------------------------------------------------------------------ tuning
 
@@ -340,16 +295,15 @@ class Study:
                         res.criterion_curve(rows, criterion, budget), earlier, budget.amount
                     )
 
-                self._run_trial(
+                self._recorded(
+                    directory,
+                    config,
                     inner,
                     tuned(value),
                     tune.SEED,
-                    directory,
-                    config,
                     budget,
                     held.tuning_evaluation,
-                    lambda row: None,
-                    cut,
+                    cut=cut,
                 )
                 shutil.rmtree(directory / "checkpoints", ignore_errors=True)
                 found = res.load_trial(directory, *own, tune.SEED)
@@ -471,45 +425,6 @@ class _Held:
             self._study._on_event(Event("prepare", self._problem.name, words=words))
             self._made[kind] = Evaluation(self._problem, self._study._devices, splits)
         return self._made[kind]
-
-
-def _prepare(directory: Path, config: dict[str, Any]) -> None:
-    """Makes the trial's directory ready: to go on in, or empty.
-
-    What had ended there lies under `earlier`; what was cut short without a checkpoint is dropped.
-    """
-    if (directory / "result.json").exists():
-        earlier = directory.parent / "earlier"
-        earlier.mkdir(exist_ok=True)
-        number = len(list(earlier.glob(f"{directory.name}-*"))) + 1
-        directory.rename(earlier / f"{directory.name}-{number}")
-    elif (directory / "checkpoints").exists():
-        if res.read_toml(directory / "config.toml") == config:
-            return
-        shutil.rmtree(directory / "checkpoints")
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in ("config.toml", "metrics.jsonl", "error.txt"):
-        (directory / name).unlink(missing_ok=True)
-    write_atomically(directory / "config.toml", _toml(config))
-
-
-def _failed(words: str) -> Any:
-    from jdl.compare.trial import Outcome
-
-    return Outcome("failed", words, 0.0, "")
-
-
-def _told(error: Exception, directory: Path, trace: str) -> str:
-    """What went wrong, in a line; the whole trace lies in the trial's directory."""
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"The disk of {directory} is full. Make room and start the study again."
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "error.txt").write_text(trace, encoding="utf-8")
-    except OSError:
-        return f"{type(error).__name__}: {first_line}"
-    return f"{type(error).__name__}: {first_line} (more in {directory / 'error.txt'})"
 
 
 def _described(problem: Problem) -> dict[str, Any]:

@@ -8,6 +8,8 @@ the optimizer's own search range, on a log scale:
 Settings are chosen on validation data by one seed that the reported trials do not use.
 """
 
+import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +17,7 @@ from typing import NamedTuple
 from jdl.core import check
 from jdl.optim.registry import Search
 
+SAME = 0.1  # values closer to the default than this, in logarithm, are passed over
 SEED = 10_000  # of initial parameters and data order while tuning
 FIRST, FROM = 3, 0.1
 
@@ -64,9 +67,14 @@ def values(search: Search, trials: int, default: float | None = None) -> list[fl
       Bergstra & Bengio, Random search for hyper-parameter optimization (2012), section 5.
     """
     ratio = search.high / search.low
-    first = [] if default is None else [float(default)]
-    drawn = [search.low * ratio ** place(k) for k in range(1, trials + 1 - len(first))]
-    return first + [float(f"{value:.4g}") for value in drawn]
+    found = [] if default is None else [float(default)]
+    for k in itertools.count(1):
+        value = float(f"{search.low * ratio ** place(k):.4g}")
+        if len(found) >= trials:
+            return found
+        if default is None or abs(math.log(value / default)) > SAME:
+            found.append(value)
+    raise AssertionError("unreachable")
 
 
 def place(k: int) -> float:

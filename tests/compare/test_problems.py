@@ -1,0 +1,315 @@
+"""The named problems, against SciPy and hand-written files; what is told where something lacks."""
+
+import io
+import struct
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import interpolate
+
+from jdl.compare import CATALOGUE, by_name, catalogue, mnist
+from jdl.compare.curves import _blurred, curves, spline
+from jdl.compare.problems import arrays_problem
+from jdl.compare.results import Target
+from jdl.core.check import ArgumentError, DataError, UserError
+from jdl.core.model import as_model
+from jdl.train.step import scale_images
+
+
+def rows(batches, name="image"):
+    found = []
+    for batch in batches:
+        kept = np.asarray(batch.get("mask", np.ones(len(batch[name])))) > 0
+        found.append(np.asarray(batch[name])[kept])
+    return np.concatenate(found)
+
+
+def idx(path, array):
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+@pytest.fixture(scope="module")
+def small_mnist(tmp_path_factory):
+    """A folder of four files in MNIST's format, 40 and 20 images."""
+    folder, rng = tmp_path_factory.mktemp("mnist"), np.random.default_rng(0)
+    for part, n in (("train", 40), ("t10k", 20)):
+        idx(folder / f"{part}-images-idx3-ubyte", rng.integers(0, 256, (n, 28, 28), np.uint8))
+        idx(folder / f"{part}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """A tar of 40 gray pictures without folders for training and test."""
+    path, rng = tmp_path_factory.mktemp("faces") / "faces.tar", np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i in range(40):
+            data = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (30, 30), np.uint8)).save(data, "PNG")
+            member = tarfile.TarInfo(f"someone/{i}.png")
+            member.size = len(data.getvalue())
+            tar.addfile(member, io.BytesIO(data.getvalue()))
+    return path
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_named_problem_gives_a_loss_an_example(name, small_mnist, faces):
+    data = {"MNIST": small_mnist, "faces": faces, "": None}[CATALOGUE[name].needs]
+    problem = by_name(name, data)
+    assert problem.name == name
+    assert problem.version == 1
+    batch = next(iter(problem.train(min(4, problem.size), 0, 1)))
+    model = as_model(problem.model())
+
+    def losses(batch):
+        batch = scale_images(batch, "image")
+        params, state = model.init(jax.random.key(0), batch["image"])
+        outputs, _ = model.apply(params, state, batch["image"], key=None, train=False)
+        return problem.loss(outputs, batch)
+
+    batch = jax.tree.map(jnp.asarray, dict(batch))
+    found = jax.eval_shape(losses, batch)
+    assert found.shape == (min(4, problem.size),)
+    if name in ("logistic", "quadratic", "rosenbrock"):
+        assert bool(jnp.isfinite(losses(batch)).all())
+    metrics = {f"{s}_{m}" for s in problem.evaluated() for m in ("loss", *problem.metrics)}
+    assert problem.target.metric in metrics
+    if problem.split is not None:
+        held = len(rows(problem.split.validation(64, 0, 1)))
+        assert held + problem.split.size == problem.size
+        assert 0.05 < held / problem.size < 0.35
+
+
+def test_validation_is_no_part_of_what_tuning_trains_on():
+    data = {"image": np.arange(60, dtype=np.float32)[:, None], "label": np.zeros(60, np.int32)}
+    problem = arrays_problem(
+        "p",
+        lambda: None,
+        lambda outputs, batch: outputs,
+        data,
+        target=Target("train_loss", "at most", 0.0),
+    )
+    train = rows(problem.split.train(7, 0, 1)).ravel()
+    validation = rows(problem.split.validation(7, 0, 1)).ravel()
+    assert len(validation) == 10
+    assert sorted([*train, *validation]) == list(range(60))
+
+
+def test_the_digits_validation_comes_from_their_training_images():
+    problem = by_name("digits-cnn")
+    whole = {x.tobytes() for x in rows(problem.train(256, 0, 1))}
+    parts = [{x.tobytes() for x in rows(d(256, 0, 1))} for d in problem.split[:2]]
+    assert parts[0] | parts[1] == whole
+    assert len(rows(problem.split.train(256, 0, 1))) == problem.split.size
+
+
+def test_splines_are_scipys():
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(2, 22, (50, 3)), axis=1) + 2 * np.arange(3)
+    y = rng.uniform(2, 26, (50, 3))
+    at = x[:, :1] + (x[:, 2:] - x[:, :1]) * np.linspace(0, 1, 31)
+    found = spline(x, y, at)
+    for i in range(50):
+        exact = interpolate.CubicSpline(x[i], y[i], bc_type="natural")(at[i])
+        np.testing.assert_allclose(found[i], exact, atol=1e-9)
+
+
+def test_curves_are_the_same_whatever_their_number_and_lie_where_points_may():
+    few, more = curves(5), curves(1200)
+    np.testing.assert_array_equal(few, more[:5])
+    assert len({x.tobytes() for x in more}) == 1200
+    assert not np.array_equal(few, curves(5, seed=1))
+    columns = more[..., 0].sum(axis=(0, 1))
+    assert columns[0] == 0 or columns[0] < 0.02 * columns.max()  # blurred, no point lies there
+    assert (more.max(axis=(1, 2, 3)) > 40).all()
+
+
+def test_blurring_keeps_the_ink_inside():
+    x = np.zeros((1, 28, 28))
+    x[0, 9, 12] = 1.0
+    kernel = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    np.testing.assert_allclose(_blurred(x)[0, 8:11, 11:14], kernel)
+    assert _blurred(x).sum() == pytest.approx(1.0)
+
+
+def test_the_logistic_optimum_is_scipys():
+    from scipy import optimize
+
+    data = catalogue._digits("train")
+    x = data["image"].reshape(len(data["image"]), -1) / 255.0
+    onehot = np.eye(10)[data["label"]]
+
+    def f(v):
+        w, b = v[:640].reshape(64, 10), v[640:]
+        z = x @ w + b
+        shifted = np.exp(z - z.max(axis=1, keepdims=True))
+        p = shifted / shifted.sum(axis=1, keepdims=True)
+        log_z = np.log(shifted.sum(axis=1)) + z.max(axis=1)
+        value = np.mean(log_z - (z * onehot).sum(axis=1)) + 0.5 * catalogue.DECAY * np.sum(w * w)
+        g = (p - onehot) / len(x)
+        return value, np.concatenate([(x.T @ g + catalogue.DECAY * w).ravel(), g.sum(axis=0)])
+
+    options = {"maxfun": 700}
+    found = optimize.minimize(f, np.zeros(650), jac=True, method="L-BFGS-B", options=options)
+    assert found.fun == pytest.approx(catalogue.LOGISTIC_OPTIMUM, rel=2e-5)
+    assert found.fun > catalogue.LOGISTIC_OPTIMUM * (1 - 1e-9)
+
+
+def test_the_regularizer_is_part_of_the_training_loss():
+    from jdl.compare.feeds import Evaluation
+
+    problem = by_name("logistic")
+    evaluation = Evaluation(problem)
+    params, state = as_model(problem.model()).init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+    plain = Evaluation(problem._replace(regularizer=None))(params, state)
+    found = evaluation(params, state)
+    penalty = 0.5e-3 * float(jnp.sum(jnp.square(params["outputs"]["kernel"])))
+    assert found["train_loss"] - plain["train_loss"] == pytest.approx(penalty, rel=1e-4)
+    assert found["test_loss"] == plain["test_loss"]
+
+
+def test_sanity_problems_are_what_they_say():
+    problem = by_name("rosenbrock")
+    batch = jax.tree.map(jnp.asarray, dict(next(iter(problem.train(1, 0, 1)))))
+    outputs, _ = as_model(problem.model()).apply({"x": jnp.array([0.5, -1.0])}, {}, batch["image"])
+    value = float(problem.loss(outputs, batch)[0])
+    assert value == pytest.approx(0.5 * (100 * (-1 - 0.25) ** 2 + 0.25), rel=1e-5)
+    problem = by_name("quadratic")
+    batch = jax.tree.map(jnp.asarray, dict(next(iter(problem.train(1, 0, 1)))))
+    outputs, _ = as_model(problem.model()).apply({"x": jnp.zeros(100)}, {}, batch["image"])
+    expected = 0.5 * np.geomspace(1, 1e-4, 100).sum()
+    assert float(problem.loss(outputs, batch)[0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_mnist_is_read_from_files_and_from_a_tar_alike(small_mnist, tmp_path):
+    from jdl.data.pack import pack
+
+    found = mnist.read(small_mnist, "x")
+    assert (found.x.shape, found.test_x.shape) == ((40, 28, 28, 1), (20, 28, 28, 1))
+    pack(str(small_mnist), str(tmp_path / "mnist-%05d.tar"))
+    packed = mnist.read(str(next(tmp_path.glob("*.tar"))), "x")
+    for name in ("x", "y", "test_x", "test_y"):
+        one, other = getattr(found, name), getattr(packed, name)
+        order = [np.lexsort(a.reshape(len(a), -1).T) for a in (one, other)]
+        np.testing.assert_array_equal(one[order[0]], other[order[1]])
+
+
+def test_missing_data_are_told_with_what_to_pass(small_mnist, tmp_path):
+    with pytest.raises(DataError, match=r"mnist-mlp needs MNIST.*--data.*train-images-idx3-ubyte"):
+        by_name("mnist-mlp")
+    with pytest.raises(DataError, match="autoencoder-faces needs"):
+        by_name("autoencoder-faces")
+    with pytest.raises(UserError):
+        by_name("mnist-mlp", tmp_path)
+    for path in small_mnist.iterdir():
+        if "t10k-labels" not in path.name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match="has no t10k-labels-idx1-ubyte"):
+        by_name("mnist-mlp", tmp_path)
+    idx(tmp_path / "t10k-labels-idx1-ubyte", np.zeros(3, np.uint8))
+    with pytest.raises(DataError, match="not bytes"):
+        by_name("mnist-mlp", tmp_path)
+    with pytest.raises(ArgumentError, match="Did you mean 'digits-cnn'"):
+        by_name("digit-cnn")
+
+
+def test_fewer_examples_are_the_first_ones(small_mnist):
+    problem = catalogue.autoencoder_mnist(small_mnist, examples=10, validation=0.0)
+    assert problem.size == 10
+    assert problem.split is None
+    np.testing.assert_array_equal(rows(problem.train(4, 0, 1)), mnist.read(small_mnist, "x").x[:10])
+    with pytest.raises(ArgumentError, match="at most 40"):
+        catalogue.autoencoder_mnist(small_mnist, examples=41)
+
+
+# ------------------------------------------------------------------ a file of the user's own
+
+GOOD = """
+import numpy as np
+from beside import WIDTH
+from jdl.models import MLP
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(30, WIDTH))
+model = MLP(widths=(), num_outputs=2)
+loss = "softmax_cross_entropy"
+data = {"image": x, "label": (x[:, 0] > 0).astype(np.int64)}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "beside.py").write_text("WIDTH = 3\n")
+
+    def written(text):
+        path = tmp_path / "mine.py"
+        path.write_text(text)
+        return str(path)
+
+    return written
+
+
+def test_a_problem_file_is_a_problem(write):
+    problem = by_name(write(GOOD))
+    assert problem.name == "mine"
+    assert problem.size == 30
+    assert str(problem.target) == "train accuracy ≥ 90 %"
+    assert problem.split.size == 25
+    told = GOOD + 'target = ("test_loss", "at most", 0.5)\ntest = data\nversion = 3\n'
+    problem = by_name(write(told))
+    assert problem.target == Target("test_loss", "at most", 0.5)
+    assert problem.version == 3
+
+
+def test_without_labels_the_target_is_a_tenth_of_the_first_loss(write):
+    problem = by_name(
+        write("""
+import jax.numpy as jnp
+import numpy as np
+import jdl
+
+def init(key, x):
+    return jnp.full(3, 2.0)
+
+def loss(outputs, batch):
+    return jnp.sum(outputs * outputs, axis=1)
+
+model = jdl.from_fns(init, lambda p, x: p[None] * x)
+data = {"image": np.ones((4, 3))}
+""")
+    )
+    assert problem.target == Target("train_loss", "at most", 1.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_of_this_name\n", r"line 1: ModuleNotFoundError: No module named"),
+        ("x = 1\ny = (\n", r"line 2: SyntaxError"),
+        ("\n\n1 / 0\n", r"line 3: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)\n", r"line 1: SystemExit"),
+        ("model = loss = 1\n", "it lacks data"),
+        (GOOD + "loss = 'softmax'\n", "must be one of softmax_cross_entropy"),
+        (GOOD + "data = [1, 2]\n", "must be a dict of arrays"),
+        (GOOD + "data = {'image': x, 'label': x[:4, 0]}\n", "one number of rows"),
+        (GOOD + "inputs = 'picture'\n", "among"),
+        (GOOD + "def loss(outputs, batch):\n    return outputs\n", "a value an example"),
+        (GOOD + "def loss(outputs, batch):\n    return outputs.nothing\n", "line 12: Attribute"),
+        (GOOD + "target = ('test_loss', 'at most', 1)\n", "one of train_loss, train_accuracy"),
+        (GOOD + "target = 'low'\n", "such as"),
+    ],
+)
+def test_mistakes_in_a_problem_file_are_told_in_a_line(write, text, message):
+    with pytest.raises(UserError, match=message) as told:
+        by_name(write(text))
+    assert "\n" not in str(told.value)
+
+
+def test_a_problem_file_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="There is no problem file"):
+        by_name(str(tmp_path / "none.py"))

@@ -1,0 +1,136 @@
+"""Planted truths: what is so by construction must come out of a whole study."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+from jdl.compare import Budget, Entry, Study, Target, load, table, write_report
+from jdl.compare.results import headline, lines
+from jdl.compare.statistics import cost_to_target, duel
+
+NAP = 0.012  # seconds, against which a step of the little model is nothing
+
+
+def sleeper(name, seconds):
+    """Gradient descent that sleeps in each step."""
+
+    def nap(x):
+        time.sleep(seconds)
+        return x
+
+    def make():
+        inner = optax.sgd(0.02)
+
+        def update(grads, state, params=None, **_):
+            leaf = jax.tree.leaves(grads)[0]
+            waited = jax.pure_callback(nap, jax.ShapeDtypeStruct((), leaf.dtype), leaf.ravel()[0])
+            grads = jax.tree.map(lambda g: g + 0.0 * waited, grads)
+            return inner.update(grads, state, params)
+
+        return optax.GradientTransformation(inner.init, update)
+
+    return Entry(name, make, 45, options={"seconds": seconds})
+
+
+def test_twice_the_sleep_takes_twice_the_time_and_the_same_work(problem, tmp_path):
+    problem = problem._replace(target=Target("train_loss", "at most", 0.45))
+    entries = [sleeper("once", NAP), sleeper("twice", 2 * NAP)]
+    results = Study(problem, entries, seconds=3.0, evaluations=60, workdir=tmp_path).run()
+    once, twice = lines(results, "blobs")
+    assert (once.reached, twice.reached) == (1, 1)
+    assert once.seconds.median > 0.2  # long enough to tell
+    assert twice.seconds.median / once.seconds.median == pytest.approx(2.0, rel=0.2)
+    # Equal but for the places where evaluations lie, a factor of 200^(1/59) apart.
+    assert twice.work.median / once.work.median == pytest.approx(1.0, rel=0.13)
+    assert headline(results, "blobs").startswith("once reached train loss ≤ 0.45 first")
+
+
+@pytest.mark.slow
+def test_steps_to_target_do_not_depend_on_sleep(problem, tmp_path):
+    problem = problem._replace(target=Target("train_loss", "at most", 0.45))
+    entries = [sleeper("once", 0.0005), sleeper("twice", 0.001)]
+    results = Study(
+        problem, entries, budget=Budget(300, "work"), evaluations=40, workdir=tmp_path
+    ).run()
+    once, twice = lines(results, "blobs")
+    assert once.reached == 1
+    assert once.work == twice.work
+
+
+def test_a_target_that_nobody_reaches_reads_as_such(problem, tmp_path):
+    problem = problem._replace(target=Target("train_loss", "at most", 1e-12))
+    entries = [Entry(name, lambda: optax.sgd(0.1), 9) for name in ("a", "b")]
+    results = Study(
+        problem, entries, seeds=2, budget=Budget(3, "epochs"), evaluations=3, workdir=tmp_path
+    ).run()
+    told = "No optimizer reached train loss ≤ 1e-12 within 3 epochs."
+    assert headline(results, "blobs") == told
+    page = write_report(tmp_path).read_text()
+    assert told in page
+    assert told in (tmp_path / "report.md").read_text()
+    header, rows = table(results, "blobs")
+    assert {row[header.index("work to target")] for row in rows} == {"not reached"}
+    assert "first, after" not in page
+
+
+@pytest.mark.slow
+def test_identical_optimizers_do_not_win_more_often_than_by_chance(problem, tmp_path):
+    """Twenty real studies of one optimizer under two names, by the clock, at the 5 % level."""
+    problem = problem._replace(target=Target("train_loss", "at most", 0.6))
+    p_values = []
+    for k in range(20):
+        entries = [Entry(name, lambda: optax.sgd(0.05), 9) for name in ("one", "other")]
+        seeds = list(range(6 * k, 6 * k + 6))
+        study = Study(
+            problem, entries, seeds=seeds, seconds=0.06, evaluations=25, workdir=tmp_path / str(k)
+        )
+        costs = cost_to_target(study.run())
+        assert np.isfinite(costs["one"]).any()
+        p_values.append(duel(costs["one"], costs["other"]).p_value)
+    significant = sum(p < 0.05 for p in p_values)
+    # A rate above 5 % would have to show itself: so many of 20 are rarer than 1 in 100 at 5 %.
+    assert stats.binom.sf(significant - 1, 20, 0.05) > 0.01, p_values
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_from_its_last_checkpoint(tmp_path):
+    """SIGKILL in the middle of a trial: the steps before the checkpoint are not made again."""
+    script = Path(__file__).with_name("run_killed_study.py")
+    workdir = tmp_path / "study"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start():
+        command = [sys.executable, str(script), str(workdir)]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+    process = start()
+    checkpoints = workdir / "rosenbrock" / "sgd-seed0" / "checkpoints"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if checkpoints.exists() and any(p.name.isdecimal() for p in checkpoints.iterdir()):
+            break
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (checkpoints.parent / "result.json").exists()
+    saved = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal())
+    before = [row["step"] for row in load(workdir).trials[0].evaluations if row["step"] <= saved]
+    again = start()
+    out, _ = again.communicate(timeout=120)
+    assert again.returncode == 0
+    trial = load(workdir).trials[0]
+    assert trial.status == "done"
+    steps = [row["step"] for row in trial.evaluations]
+    assert steps == sorted(set(steps))
+    assert steps[: len(before)] == before
+    assert f"first row after step {saved}" in out or f"went on from {saved}" in out
