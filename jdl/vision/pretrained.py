@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -300,6 +301,7 @@ def _squeezenet(reader: _Reader, name: str) -> Trunk:
     params = {}
     for layer, window, before, after in _squeezenet_convolutions(version, classes):
         module, _, part = layer.partition("/")
+        part = "squeeze" if part == "squeeze1x1" else part
         place = f"{places[module]}.{part}" if part else places[module]
         params[layer] = reader.convolution(place, window, before, after)
     return _network(name, squeezenet.FORWARD[version], params, squeezenet.SIZE, classes)
@@ -340,7 +342,7 @@ def _of_run(workdir: Path) -> Trunk:
     shape = config.image_shape
     if len(shape) != 3 or shape[2] not in (1, 3):
         raise check.UserError(f"{workdir} holds a {config.model} that does not look at images.")
-    estimator = config.estimator(workdir)
+    estimator = config.estimator(workdir, devices=jax.devices()[:1])
     from jdl.data import from_arrays
 
     labels = np.zeros(1, np.int32)

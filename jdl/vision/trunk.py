@@ -238,7 +238,7 @@ def as_trained(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Arra
     """RGB images brought to the height, width and channels that a model was trained on."""
     height, width, channels = image_shape
     if channels == 1:
-        images = jnp.sum(images * jnp.asarray(_LUMA, images.dtype), axis=3, keepdims=True)
+        images = images @ jnp.asarray(_LUMA, images.dtype).reshape(3, 1)
     if images.shape[1:3] == (height, width):
         return images
     shape = (images.shape[0], height, width, channels)

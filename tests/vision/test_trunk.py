@@ -1,0 +1,120 @@
+"""Any model as a trunk: layers by name, the same values whichever way they are found."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jdl
+from jdl.core import check
+from jdl.models import CNN
+from jdl.vision import pretrained, trunk
+
+GRAY = (8, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    module = CNN(num_classes=3, units=8)
+    return module, module.init(jax.random.key(0), jnp.ones((1, *GRAY)))["params"]
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
+
+
+def test_linen_layers_are_what_the_module_computes(cnn, x):
+    module, params = cnn
+    found = trunk.of_linen(module, params, image_shape=GRAY, classes=("a", "b", "c"))
+    gray = x @ jnp.array([[0.299], [0.587], [0.114]])
+    features = found.features(x, ("Conv_0", "output"))
+    kernel, bias = params["Conv_0"]["kernel"], params["Conv_0"]["bias"].reshape(1, 1, 1, -1)
+    expected = jax.lax.conv_general_dilated(
+        gray, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(features["Conv_0"], expected + bias, rtol=1e-4, atol=1e-5)
+    logits = module.apply({"params": params}, gray)
+    np.testing.assert_allclose(features["output"], logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found.logits(found.params, x), found.logits(found.params, x))
+    assert found.head == "output"
+
+
+def test_a_models_layers_equal_its_linen_modules(cnn, x):
+    module, params = cnn
+    linen = trunk.of_linen(module, params, image_shape=GRAY)
+    model = trunk.of_model(jdl.from_linen(module), params, image_shape=GRAY)
+    assert model.layers == ("conv_1", "conv_2", "dot_1", "dot_2", "output")
+    pairs = {"conv_1": "Conv_0", "conv_2": "Conv_1", "dot_2": "logits", "output": "output"}
+    mine, theirs = model.features(x, model.layers), linen.features(x, linen.layers)
+    bias = params["logits"]["bias"].reshape(1, -1)
+    for a, b in pairs.items():
+        shift = bias if a == "dot_2" else 0
+        if a.startswith("conv"):
+            shift = params[b]["bias"].reshape(1, 1, 1, -1)
+        np.testing.assert_allclose(mine[a] + shift, theirs[b], rtol=1e-4, atol=1e-5)
+
+
+def test_edits_reach_the_layers_after(cnn, x):
+    module, params = cnn
+    for found, layer in (
+        (trunk.of_linen(module, params, image_shape=GRAY), "Conv_1"),
+        (trunk.of_model(jdl.from_linen(module), params, image_shape=GRAY), "conv_2"),
+    ):
+        before = found.features(x, (layer, "output"))
+        edit = jnp.ones_like(before[layer])
+        after = found.apply(found.params, x, (layer, "output"), {layer: edit})
+        np.testing.assert_allclose(after[layer], before[layer] + 1, rtol=1e-5, atol=1e-5)
+        assert np.abs(after["output"] - before["output"]).max() > 1e-3
+
+
+def test_nnx_models_and_other_sizes():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+            self.dense = nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dense(nnx.relu(self.conv(x)).mean(axis=(1, 2)))
+
+    model = jdl.from_nnx(Net)
+    params, state = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+    found = trunk.of_model(model, params, state, image_shape=(8, 8, 3))
+    assert found.layers == ("conv_1", "dot_1", "output")
+    assert found.features(jnp.ones((1, 30, 20, 3)), "conv_1")["conv_1"].shape == (1, 8, 8, 4)
+    assert trunk.usual_layer(found) == "conv_1"
+
+
+def test_shared_modules_have_numbers():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(3, name="mix")
+            return dense(nn.relu(dense(x)))
+
+    module, x = Twice(), jnp.ones((1, 4, 4, 3))
+    params = module.init(jax.random.key(0), x)["params"]
+    assert trunk.of_linen(module, params, image_shape=(4, 4, 3)).layers == (
+        "mix",
+        "mix#2",
+        "output",
+    )
+
+
+def test_a_run_directory_is_a_trunk(digits_run, x):
+    found = pretrained.load(digits_run)
+    assert found.classes == tuple("0123456789")
+    logits = found.features(x, "output")["output"]
+    assert logits.shape == (2, 10)
+    assert found.layers[0] == "Conv_0"
+    np.testing.assert_array_equal(
+        pretrained.load(digits_run).features(x, "output")["output"], logits
+    )
+
+
+def test_an_untrained_run_is_refused(digits_run, tmp_path):
+    (tmp_path / "config.toml").write_bytes((digits_run / "config.toml").read_bytes())
+    with pytest.raises(check.UserError, match="no checkpoint"):
+        pretrained.load(tmp_path)
