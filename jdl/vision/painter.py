@@ -42,7 +42,7 @@ class Painter(NamedTuple):
     statistics_size: int
 
     def __call__(
-        self, picture: Any, shares: Mapping[str, float] | None = None, *, tile: int = TILE
+        self, picture: Any, shares: Mapping[str, float | int] | None = None, *, tile: int = TILE
     ) -> np.ndarray:
         """The picture painted, float32 [H, W, 3] in [0, 1].
 
@@ -82,7 +82,7 @@ class Painter(NamedTuple):
         """`reach`, rounded up to whole coarse pixels."""
         return -(-self.reach // STRIDE) * STRIDE
 
-    def mixture(self, shares: Mapping[str, float] | None) -> jax.Array:
+    def mixture(self, shares: Mapping[str, float | int] | None) -> jax.Array:
         """Shares by name as [1, S], of sum 1."""
         shares = {self.styles[0]: 1.0} if shares is None else shares
         for name in shares:

@@ -14,6 +14,7 @@ layers then weigh by their number of channels and the size of their values.)
 `Target` and `terms` serve the style network's training too, with a batch of photographs.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ import optax
 
 from jdl.core import check
 from jdl.optim.lbfgs import lbfgs
-from jdl.vision.trunk import Features, Trunk, check_images
+from jdl.vision.images import as_image, resized
+from jdl.vision.trunk import Features, Trunk
 
 STARTS = ("photograph", "noise")
 
@@ -46,7 +48,7 @@ class Weights(NamedTuple):
 
     content: float = 1.0
     style: float = 30.0
-    variation: float = 10.0
+    variation: float = 5.0
 
     def checked(self) -> "Weights":
         """These, if none is negative and content and style are not both nothing."""
@@ -156,13 +158,11 @@ def variation(images: jax.Array) -> jax.Array:
 def palette(trunk: Trunk, pictures: Sequence[Any], layers: Layers) -> Palette:
     """What these pictures, [H, W, 3] in [0, 1] and of any sizes, have to give."""
     check.argument(len(pictures) > 0, "pictures", "at least one", len(pictures))
-    study = jax.jit(
-        lambda params, image: trunk.apply(params, image, trunk.known(layers.all)),
-    )
+    study = _studying(trunk.apply, trunk.known(layers.all))
     grams: dict[str, list[jax.Array]] = {name: [] for name in layers.style}
     energies: dict[str, list[jax.Array]] = {name: [] for name in layers.content}
     for picture in pictures:
-        found = study(trunk.params, _batch(picture))
+        found = study(trunk.params, _batch(picture, "painting"))
         for name in layers.style:
             grams[name].append(gram(found[name])[0])
         for name in layers.content:
@@ -171,6 +171,11 @@ def palette(trunk: Trunk, pictures: Sequence[Any], layers: Layers) -> Palette:
         {name: jnp.stack(x) for name, x in grams.items()},
         {name: jnp.mean(jnp.stack(x)) for name, x in energies.items()},
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _studying(apply: Callable[..., Features], layers: tuple[str, ...]) -> Callable[..., Features]:
+    return jax.jit(lambda params, images: apply(params, images, layers))
 
 
 def target(palette: Palette, mixture: jax.Array, photographs: Features) -> Target:
@@ -204,13 +209,12 @@ def terms(images: jax.Array, found: Features, target: Target) -> Terms:
 
 
 def objective(
-    trunk: Trunk, layers: Layers, weights: Weights
+    apply: Callable[..., Features], layers: Layers, weights: Weights
 ) -> Callable[[jax.Array, Any, Target], jax.Array]:
-    """f(image [1, H, W, 3], trunk's parameters, target), a scalar to be differentiated."""
-    names = trunk.known(layers.all)
+    """The scalar f(image [1, H, W, 3], params, target), with `apply` and `params` of a trunk."""
 
     def f(image: jax.Array, params: Any, target: Target) -> jax.Array:
-        return terms(image, trunk.apply(params, image, names), target).total(weights)[0]
+        return terms(image, apply(params, image, layers.all), target).total(weights)[0]
 
     return f
 
@@ -220,7 +224,7 @@ def transfer(
     photograph: Any,
     paintings: Sequence[Any],
     *,
-    shares: Sequence[float] | None = None,
+    shares: Sequence[float | int] | None = None,
     weights: Weights = Weights(),  # noqa: B008  it is a tuple
     layers: Layers | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -257,14 +261,13 @@ def transfer(
     check.positive_int("scales", scales)
     check.one_of("start", start, STARTS)
     weights.checked()
-    optimizer = optax.with_extra_args_support(lbfgs() if optimizer is None else optimizer)
     layers = usual_layers(trunk) if layers is None else layers
+    trunk.known(layers.all)
     mixture = mixed(shares, len(paintings))
-    f = objective(trunk, layers, weights)
-    step = _stepper(f, optimizer)
-    features = jax.jit(lambda params, x: trunk.apply(params, x, trunk.known(layers.all)))
+    run = _compiled(trunk.apply, layers, weights, optimizer or _usual_optimizer())
 
-    whole, pictures = _batch(photograph), [_batch(p) for p in paintings]
+    whole = _batch(photograph, "photograph")
+    pictures = [_batch(p, "painting") for p in paintings]
     least = min(whole.shape[1:3]) // 2 ** (scales - 1)
     check.argument(least >= 16, "scales", "fewer: the first would have less than 16 pixels", scales)
     image = None
@@ -272,22 +275,20 @@ def transfer(
         here = _resized(whole, tuple(n // 2**i for n in whole.shape[1:3]))
         sizes = [tuple(max(n // 2**i, 1) for n in p.shape[1:3]) for p in pictures]
         styles = [_resized(p, n)[0] for p, n in zip(pictures, sizes, strict=True)]
-        wanted = target(palette(trunk, styles, layers), mixture, features(trunk.params, here))
+        wanted = target(palette(trunk, styles, layers), mixture, run.features(trunk.params, here))
         if image is not None:
             image = _resized(image, here.shape[1:3])
         else:
             noise = jax.random.uniform(jax.random.key(seed), here.shape)
             image = here if start == "photograph" else noise
-        image, losses = _minimize(step, optimizer, image, (trunk.params, wanted), steps, hook)
+        image, losses = _minimize(run, image, (trunk.params, wanted), steps, hook)
     assert image is not None
-    found = jax.jit(lambda x, p, t: terms(x, trunk.apply(p, x, layers.all), t))(
-        image, trunk.params, wanted
-    )
+    found = run.terms(image, trunk.params, wanted)
     losses.append(float(found.total(weights)[0]))
     return Painted(np.clip(np.asarray(image[0]), 0.0, 1.0), np.asarray(losses), found)
 
 
-def mixed(shares: Sequence[float] | None, count: int) -> jax.Array:
+def mixed(shares: Sequence[float | int] | None, count: int) -> jax.Array:
     """Shares of `count` styles as [1, count], of sum 1; equal ones for None.
 
     >>> mixed([3, 1], 2).tolist()
@@ -316,48 +317,65 @@ def with_colors_of(photograph: Any, painted: Any) -> np.ndarray:
     return np.clip(photograph + change[..., None], 0.0, 1.0)
 
 
-State = tuple[jax.Array, Any]  # the image and the optimizer's state
+class _Compiled(NamedTuple):
+    """What a transfer runs."""
+
+    features: Callable[..., Features]
+    terms: Callable[..., Terms]
+    init: Callable[[jax.Array], Any]
+    step: Callable[..., tuple[jax.Array, Any, jax.Array]]
 
 
-def _stepper(
-    f: Callable[..., jax.Array], optimizer: optax.GradientTransformationExtraArgs
-) -> Callable[[State, Any], tuple[State, jax.Array]]:
-    """One step of any optimizer on an image; gives f before it too."""
+@functools.lru_cache(maxsize=16)  # so that the next picture of the same size compiles nothing
+def _compiled(
+    apply: Callable[..., Features],
+    layers: Layers,
+    weights: Weights,
+    optimizer: optax.GradientTransformation,
+) -> _Compiled:
+    f = objective(apply, layers, weights)
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    @jax.jit
-    def step(state: State, fixed: Any) -> tuple[State, jax.Array]:
-        image, opt_state = state
+    def step(image: jax.Array, state: Any, fixed: Any) -> tuple[jax.Array, Any, jax.Array]:
+        """One step of any optimizer on an image; gives f before it too."""
 
         def value_fn(image: jax.Array, **_: Any) -> jax.Array:
             return f(image, *fixed)
 
         # A line search has evaluated where it ended: that is not done again.
-        if optax.tree.get(opt_state, "grad", None) is not None:
-            value, grad = optax.value_and_grad_from_state(value_fn)(image, state=opt_state)
+        if optax.tree.get(state, "grad", None) is not None:
+            value, grad = optax.value_and_grad_from_state(value_fn)(image, state=state)
         else:
             value, grad = jax.value_and_grad(value_fn)(image)
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(
-                grad, opt_state, image, value=value, grad=grad, value_fn=value_fn
+            updates, state = optimizer.update(
+                grad, state, image, value=value, grad=grad, value_fn=value_fn
             )
-        return (optax.apply_updates(image, updates), opt_state), value
+        return optax.apply_updates(image, updates), state, value
 
-    return step
+    return _Compiled(
+        features=_studying(apply, layers.all),
+        terms=jax.jit(lambda x, params, target: terms(x, apply(params, x, layers.all), target)),
+        init=jax.jit(optimizer.init),
+        step=jax.jit(step),
+    )
+
+
+_usual_optimizer = functools.cache(lbfgs)
 
 
 def _minimize(
-    step: Callable[..., Any],
-    optimizer: optax.GradientTransformation,
+    run: _Compiled,
     image: jax.Array,
     fixed: Any,
     steps: int,
     hook: Callable[[int, float], None] | None,
 ) -> tuple[jax.Array, list[float]]:
     """The image after so many steps, and the losses before each."""
-    state = (image, jax.jit(optimizer.init)(image))
+    state = run.init(image)
     losses = []
     for i in range(steps):
-        state, value = step(state, fixed)
+        image, state, value = run.step(image, state, fixed)
         losses.append(float(value))
         if not np.isfinite(losses[-1]):
             raise check.TrainingError(
@@ -365,17 +383,14 @@ def _minimize(
             )
         if hook is not None:
             hook(i, losses[-1])
-    return state[0], losses
+    return image, losses
 
 
-def _batch(picture: Any) -> jax.Array:
-    images = jnp.asarray(picture, jnp.float32)[None]
-    check_images(images)
-    return images
+def _batch(picture: Any, name: str) -> jax.Array:
+    return jnp.asarray(as_image(picture, name))[None]
 
 
 def _resized(images: jax.Array, size: tuple[int, ...]) -> jax.Array:
     if images.shape[1:3] == tuple(size):
         return images
-    shape = (images.shape[0], *size, images.shape[3])
-    return jnp.clip(jax.image.resize(images, shape, "cubic"), 0.0, 1.0)
+    return jnp.asarray(np.clip(resized(images[0], (size[0], size[1])), 0.0, 1.0))[None]

@@ -148,8 +148,8 @@ class InstanceNorm(nn.Module):
             used = jnp.where(jnp.isnan(given), used, given)
             mean, variance = used[:, :channels], used[:, channels:]
         factor = (mixture @ scales) * jax.lax.rsqrt(variance + jnp.asarray(_EPSILON, x.dtype))
-        shift = mixture @ shifts - mean * factor
-        return x * factor[:, None, None, :] + shift[:, None, None, :], used
+        mean, factor, shift = (v[:, None, None, :] for v in (mean, factor, mixture @ shifts))
+        return (x - mean) * factor + shift, used
 
 
 def conv(filters: int, size: int, stride: int = 1) -> Any:
