@@ -46,9 +46,8 @@ def panels(results: Results, problem: str) -> list[Panel]:
     ]
     if results.tuned:
         column = results.budget.column
-        before = "and of tuning before them"
         found.append(
-            loss(column, "Loss, tuning included", f"{UNITS[column]} {before}")._replace(
+            loss(column, "Loss, tuning included", f"{UNITS[column]}, after tuning")._replace(
                 charged=True
             )
         )
@@ -324,15 +323,9 @@ def sensitivity(results: Results, problem: str) -> Any | None:
 def _values_tried(axes: Any, tuned: Any, name: str, color: str) -> None:
     ordered = sorted(tuned.trials)
     lost = [value for value, last, _ in ordered if not math.isfinite(last)]
-    axes.plot(
-        lost,
-        np.ones(len(lost)),
-        "x",
-        color=color,
-        transform=axes.get_xaxis_transform(),
-        clip_on=False,
-        markersize=6,
-    )
+    if lost:
+        at_top = axes.get_xaxis_transform()
+        axes.plot(lost, np.ones(len(lost)), "x", color=color, transform=at_top, clip_on=False)
     kept = [(value, max(last, FLOOR), status) for value, last, status in ordered if last < math.inf]
     if not kept:
         return
@@ -368,7 +361,7 @@ def profiles(results: Results) -> Any | None:
                 linewidth=0.9 if f"{name}-tuned" in results.optimizers else None,
                 label=name,
             )
-        axes.set_xlim(1.0, 4.8)
+        axes.set_xlim(1.0, 5.2)
         axes.set_xticks([1, 2, 3, 4])
         axes.set_ylim(-0.03, 1.03)
         axes.set_title("Performance profile", pad=6)

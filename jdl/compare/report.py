@@ -134,7 +134,7 @@ def _title(results: Results) -> str:
 def _problem(results: Results, problem: str, place: int) -> str:
     about = results.problem(problem)
     found = [
-        f"<h2>{_escape(res.headline(results, problem))}</h2>",
+        f"<h2>{_escape(_named(results, problem) + res.headline(results, problem))}</h2>",
         f"<p>{_escape(_question(results, problem))}</p>",
         *(f'<p class="trouble">{_escape(words)}</p>' for words in troubles(results, problem)),
         '<div class="figures">',
@@ -262,6 +262,10 @@ def _escape(text: str) -> str:
 
 
 # ------------------------------------------------------------------ words
+
+
+def _named(results: Results, problem: str) -> str:
+    return f"{problem}: " if len(results.problems) > 1 else ""
 
 
 def _question(results: Results, problem: str) -> str:
@@ -435,7 +439,12 @@ def markdown(results: Results) -> str:
     for problem in results.problems:
         suffix = "" if len(results.problems) == 1 else f"-{problem}"
         header, rows = res.table(results, problem)
-        found += [f"# {res.headline(results, problem)}", "", _question(results, problem), ""]
+        found += [
+            f"# {_named(results, problem)}{res.headline(results, problem)}",
+            "",
+            _question(results, problem),
+            "",
+        ]
         found += [f"- **{words}**" for words in troubles(results, problem)]
         found += ["", f"![Training curves](curves{suffix}.png)", "", _caption(results), ""]
         found += [*_pipes(header, rows), ""]

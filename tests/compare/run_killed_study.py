@@ -9,8 +9,6 @@ import optax
 from jdl.compare import Budget, Entry, Study, by_name, trial
 from jdl.train.estimator import Estimator
 
-trial.SAVE_SECONDS, trial.STRETCH_SECONDS = 0.5, 0.2
-
 
 def slow():
     def nap(x):
@@ -27,20 +25,24 @@ def slow():
     return optax.GradientTransformation(inner.init, update)
 
 
-initialize = Estimator.initialize
+def main(workdir):
+    trial.SAVE_SECONDS, trial.STRETCH_SECONDS = 0.5, 0.2
+    initialize = Estimator.initialize
+
+    def told(self, data):
+        found = initialize(self, data)
+        print(f"went on from {self.step}", flush=True)
+        return found
+
+    Estimator.initialize = told
+    Study(
+        by_name("rosenbrock"),
+        [Entry("sgd", slow)],
+        budget=Budget(600, "steps"),
+        evaluations=12,
+        workdir=workdir,
+    ).run()
 
 
-def told(self, data):
-    found = initialize(self, data)
-    print(f"went on from {self.step}", flush=True)
-    return found
-
-
-Estimator.initialize = told
-Study(
-    by_name("rosenbrock"),
-    [Entry("sgd", slow)],
-    budget=Budget(600, "steps"),
-    evaluations=12,
-    workdir=sys.argv[1],
-).run()
+if __name__ == "__main__":
+    main(sys.argv[1])

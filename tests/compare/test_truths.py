@@ -121,7 +121,7 @@ def test_a_killed_study_goes_on_from_its_last_checkpoint(tmp_path):
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (checkpoints.parent / "result.json").exists()
     saved = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal())
     before = [row["step"] for row in load(workdir).trials[0].evaluations if row["step"] <= saved]
@@ -133,4 +133,4 @@ def test_a_killed_study_goes_on_from_its_last_checkpoint(tmp_path):
     steps = [row["step"] for row in trial.evaluations]
     assert steps == sorted(set(steps))
     assert steps[: len(before)] == before
-    assert f"first row after step {saved}" in out or f"went on from {saved}" in out
+    assert f"went on from {saved}" in out
