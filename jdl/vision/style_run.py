@@ -96,7 +96,10 @@ class StyleRun:
 
     def painter(self, workdir: Path) -> Painter:
         """What the run has learned by its last checkpoint; needs neither trunk nor paintings."""
-        estimator = self._estimator(lambda outputs, batch: outputs["mixture"][:, 0], workdir)
+        one = jax.devices()[:1]
+        estimator = self._estimator(
+            lambda outputs, batch: outputs["mixture"][:, 0], workdir, devices=one
+        )
         smallest = {"image": np.zeros((1, 16, 16, 3), np.uint8)}
         next(estimator.predict_batches([smallest]))  # takes up the checkpoint
         return of_net(self.net(), jax.device_get(estimator.ema_params), self.styles)

@@ -40,12 +40,11 @@ class StyleNet(nn.Module):
       styles: how many, S; `mixture` is [B, S].
 
     >>> net = StyleNet(filters=(4, 8, 8), blocks=1, styles=2)
-    >>> image, mixture = jnp.ones((1, 16, 12, 3)), jnp.array([[0.5, 0.5]])
-    >>> painting, statistics = net.apply(
-    ...     net.init(jax.random.key(0), image, mixture), image, mixture
-    ... )
-    >>> painting.shape, statistics.shape == (1, net.statistics_size)
-    ((1, 16, 12, 3), True)
+    >>> images, mixture = jnp.ones((1, 16, 12, 3)), jnp.array([[0.5, 0.5]])
+    >>> key = jax.random.key(0)
+    >>> found, _ = jax.eval_shape(net.init_with_output, key, images, mixture)
+    >>> [x.shape for x in found], net.statistics_size
+    ([(1, 16, 12, 3), (1, 96)], 96)
 
     References:
       Johnson, Alahi and Fei-Fei, Perceptual losses for real-time style transfer and
@@ -74,8 +73,8 @@ class StyleNet(nn.Module):
     def reach(self) -> int:
         """How many pixels away an output still depends on an input, but for the statistics."""
         # 9×9, 3×3, 3×3 at half, two 3×3 a block at a quarter; then back: half, full, 9×9; and
-        # up to 2 from where the coarse pixels lie.
-        return 4 + 1 + 2 + 4 * 2 * self.blocks + 2 + 1 + 4 + 2
+        # up to 3 from where the coarse pixels lie.
+        return 4 + 1 + 2 + 4 * 2 * self.blocks + 2 + 1 + 4 + 3
 
     @nn.compact
     def __call__(
