@@ -84,12 +84,12 @@ class Settings(NamedTuple):
         for name in ("octaves", "steps", "tile"):
             check.positive_int(name, getattr(self, name))
         check.argument(self.tile >= SMALLEST, "tile", f"at least {SMALLEST}", self.tile)
-        check.in_range("scale", self.scale, 1.0, 4.0, open_low=True)
-        check.in_range("step_size", self.step_size, 0.0, 1.0, open_low=True)
-        check.in_range("jitter", self.jitter, 0, 512)
-        check.in_range("smoothing", self.smoothing, 0.0, 16.0)
-        check.in_range("variation", self.variation, 0.0)
-        check.in_range("blur", self.blur, 0.0, 16.0)
+        check.in_range("scale", float(self.scale), 1.0, 4.0, open_low=True)
+        check.in_range("step_size", float(self.step_size), 0.0, 1.0, open_low=True)
+        check.in_range("jitter", float(self.jitter), 0.0, 512.0)
+        check.in_range("smoothing", float(self.smoothing), 0.0, 16.0)
+        check.in_range("variation", float(self.variation), 0.0)
+        check.in_range("blur", float(self.blur), 0.0, 16.0)
         return self
 
 
@@ -248,7 +248,7 @@ def zoom(
       Pictures of the image's size.
     """
     check.positive_int("frames", frames)
-    check.in_range("zoom", zoom, 1.0, 2.0, open_low=True)
+    check.in_range("zoom", float(zoom), 1.0, 2.0, open_low=True)
     how = (settings or Settings()).checked()
     after = how._replace(octaves=min(how.octaves, 2), steps=max(1, how.steps // 4))
     x = images.as_image(image)
@@ -263,7 +263,7 @@ def enlarged(image: np.ndarray, by: float) -> np.ndarray:
     height, width = image.shape[:2]
     out = jax.image.scale_and_translate(
         jnp.asarray(image),
-        (height, width),
+        image.shape,
         (0, 1),
         jnp.asarray([by, by], jnp.float32),
         jnp.asarray([height * (1 - by) / 2, width * (1 - by) / 2], jnp.float32),
@@ -361,8 +361,8 @@ def _add_tile(
 def ascended(
     x: jax.Array,
     gradient: jax.Array,
-    step_size: float,
-    variation: float,
+    step_size: float | jax.Array,
+    variation: float | jax.Array,
     *,
     smoothing: float,
     natural: bool,

@@ -56,7 +56,7 @@ def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
             size = max(1, round(height * by)), max(1, round(width * by))
             pixels = decode(data, size=size, exact=True)
     except BadImage as error:
-        raise check.DataError(f"{path} is no image: {error}.") from error
+        raise check.DataError(f"{path} is no image: {str(error).rstrip('.')}.") from error
     except OSError as error:
         raise check.DataError(f"{path} cannot be read: {error.strerror}.") from error
     if 0 in pixels.shape:

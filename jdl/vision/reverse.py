@@ -54,10 +54,10 @@ class Search(NamedTuple):
         """These, if all are in range."""
         check.argument(16 <= self.size <= 1024, "size", "from 16 to 1024", self.size)
         check.positive_int("steps", self.steps)
-        check.in_range("learning_rate", self.learning_rate, 0.0, open_low=True)
-        check.in_range("jitter", self.jitter, 0, self.size)
-        check.in_range("stretch", self.stretch, 0.0, 0.5)
-        check.in_range("variation", self.variation, 0.0)
+        check.in_range("learning_rate", float(self.learning_rate), 0.0, open_low=True)
+        check.in_range("jitter", float(self.jitter), 0.0, float(self.size))
+        check.in_range("stretch", float(self.stretch), 0.0, 0.5)
+        check.in_range("variation", float(self.variation), 0.0)
         return self
 
 
@@ -164,7 +164,8 @@ def _search(
         return how.variation * rough - pleased
 
     gradient = jax.grad(loss)(spectrum)
-    updates, state = optax.adam(how.learning_rate).update(gradient, state)
+    with jax.numpy_dtype_promotion("standard"):  # optax's powers of the step number
+        updates, state = optax.adam(how.learning_rate).update(gradient, state)
     return spectrum + updates, state
 
 

@@ -132,7 +132,9 @@ def test_vgg19_with_timms_head():
     assert max(plain.closest(found[n], expected[n]) for n in expected) < 1e-4
 
 
-@pytest.mark.parametrize(("version", "pools"), [("1.1", (3, 5)), ("1.0", (4, 8))])
+@pytest.mark.parametrize(
+    ("version", "pools"), [("1.1", (3, 5)), pytest.param("1.0", (4, 8), marks=pytest.mark.slow)]
+)
 def test_squeezenet_of_torchvision(version, pools):
     tensors, layers = squeezenet_tensors(version)
     trunk = pretrained.of_tensors(tensors)
@@ -144,6 +146,7 @@ def test_squeezenet_of_torchvision(version, pools):
     assert max(plain.closest(found[name], expected[name]) for name in trunk.layers) < 1e-4
 
 
+@pytest.mark.slow
 def test_resnet50():
     tensors = resnet_tensors()
     trunk = pretrained.of_tensors(tensors)

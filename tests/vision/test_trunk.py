@@ -57,6 +57,7 @@ def test_a_models_layers_equal_its_linen_modules(cnn, x):
         np.testing.assert_allclose(mine[a] + shift, theirs[b], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_edits_reach_the_layers_after(cnn, x):
     module, params = cnn
     for found, layer in (
@@ -70,6 +71,7 @@ def test_edits_reach_the_layers_after(cnn, x):
         assert np.abs(after["output"] - before["output"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_nnx_models_and_other_sizes():
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -103,6 +105,7 @@ def test_shared_modules_have_numbers():
     )
 
 
+@pytest.mark.slow
 def test_a_run_directory_is_a_trunk(digits_run, x):
     found = pretrained.load(digits_run)
     assert found.classes == tuple("0123456789")
@@ -114,6 +117,7 @@ def test_a_run_directory_is_a_trunk(digits_run, x):
     )
 
 
+@pytest.mark.slow
 def test_an_untrained_run_is_refused(digits_run, tmp_path):
     (tmp_path / "config.toml").write_bytes((digits_run / "config.toml").read_bytes())
     with pytest.raises(check.UserError, match="no checkpoint"):

