@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all check format bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics bench-paper clean
+.PHONY: help setup demo test test-all check format docs bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics bench-paper clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,9 @@ format: $(READY)  ## rewrite the code in the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)  ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean -f .mkdocs.yml
+
 clean:  ## remove .venv and build products; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
@@ -65,3 +68,6 @@ bench-classics: $(READY)  ## the classics at full size on MNIST: make bench-clas
 
 bench-paper: $(READY)  ## two deep autoencoders, every method, the papers' table; resumable: make bench-paper DATA=folder ARGS="--minutes 10"
 	$(BIN)/python tests/benchmarks/bench_paper.py --data $(or $(DATA),data/mnist) $(ARGS)
+
+bench-vision: $(READY)  ## pictures optimised against PyTorch, a style network against optimisation
+	$(BIN)/python tests/benchmarks/bench_vision.py $(ARGS)

@@ -165,6 +165,9 @@ def _transfer(args: Transfer) -> None:
     trunk = pretrained.load(args.model)
     layers = style.usual_layers(trunk)
     layers = style.Layers(args.content_layers or layers.content, args.style_layers or layers.style)
+    trunk.known(layers.all)
+    style.mixed(args.shares, len(paintings))
+    weights = style.Weights(args.content, args.style, args.variation).checked()
     rate = args.learning_rate or (0.02 if args.optimizer == "adam" else None)
     began = time.monotonic()
     shown = StepProgress(args.steps, 1)
@@ -179,7 +182,7 @@ def _transfer(args: Transfer) -> None:
             photograph,
             paintings,
             shares=args.shares,
-            weights=style.Weights(args.content, args.style, args.variation),
+            weights=weights,
             layers=layers,
             optimizer=registry.by_name(args.optimizer, rate),
             steps=args.steps,

@@ -248,20 +248,19 @@ def network_against_pixels(painter, run, trunk, photograph, painting, most):
     state = [image, compiled.init(image)]
     compiled.step(*state, (trunk.params, target))  # compiles
     wall = busy = 0.0
-    for pixel_steps in range(1, most + 1):
+    reached, steps = np.inf, 0
+    while reached > goal and steps < most:
         (*state[:], _), seconds, processor = timed(
             lambda: jax.block_until_ready(compiled.step(*state, (trunk.params, target)))
         )
-        wall, busy = wall + seconds, busy + processor
+        wall, busy, steps = wall + seconds, busy + processor, steps + 1
         reached = float(measured(state[0]).style[0])
-        if reached <= goal:
-            break
     show(
         case=f"painting {photograph.shape[1]}x{photograph.shape[0]}, network against L-BFGS",
         style_loss_of_network=round(goal, 4),
         style_loss_of_photograph=round(float(measured(image).style[0]), 4),
         style_loss_of_pixels=round(reached, 4),
-        pixel_steps=pixel_steps,
+        pixel_steps=steps,
         reached=reached <= goal,
         seconds={"network": round(apply_wall, 4), "pixels": round(wall, 2)},
         times_faster=round(wall / apply_wall, 1),

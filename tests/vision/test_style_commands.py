@@ -1,0 +1,166 @@
+"""`jdl style`: pictures, runs, folders; mistakes in one line, nothing written."""
+
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jdl import cli
+from jdl.vision import pretrained
+
+LAYERS = ["--content-layers", "relu", "--style-layers", "conv", "relu"]
+
+
+def picture(path, shape, seed):
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(small).resize(shape, Image.Resampling.BICUBIC).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A photograph, two paintings, a tar of photographs."""
+    folder = tmp_path_factory.mktemp("style")
+    picture(folder / "photo.jpg", (40, 28), 0)
+    picture(folder / "waves.png", (30, 30), 1)
+    picture(folder / "stone.png", (24, 32), 2)
+    with tarfile.open(folder / "photos.tar", "w") as tar:
+        for i in range(8):
+            tar.add(picture(folder / "one.png", (24, 20), 10 + i), f"{i}.png")
+        (folder / "one.png").unlink()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(tiny, monkeypatch, tmp_path):
+    """Every name means the tiny trunk."""
+    monkeypatch.setattr(pretrained, "load", lambda name: tiny)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image, int)
+
+
+def training(folder, workdir, steps, *more):
+    words = (
+        "--batch-size 2 --size 16 --filters 4 8 8 --blocks 1 --style-size 32 --learning-rate .01"
+    )
+    return [
+        "style", "train", str(folder / "waves.png"), str(folder / "stone.png"), *LAYERS,
+        "--data", str(folder / "photos.tar"), "--workdir", str(workdir), *words.split(),
+        "--steps", str(steps), *more,
+    ]  # fmt: skip
+
+
+def test_transfer(folder, tmp_path, capsys):
+    photo, waves = str(folder / "photo.jpg"), str(folder / "waves.png")
+    found = {}
+    for optimizer in ("lbfgs", "adam"):
+        out = tmp_path / f"{optimizer}.png"
+        command = ["style", "transfer", photo, waves, *LAYERS, "--optimizer", optimizer]
+        command += ["--size", "32", "--steps", "5", "--out", str(out)]
+        assert cli.main(command) == 0
+        found[optimizer] = pixels(out)
+    assert found["lbfgs"].shape == (22, 32, 3)
+    assert np.abs(found["lbfgs"] - found["adam"]).mean() > 0.5
+    first, last = (
+        capsys.readouterr().out.splitlines()[0].split(" (")[0].split("loss ")[1].split(" → ")
+    )
+    assert float(last) < float(first)
+
+    out = tmp_path / "kept.png"
+    command = ["style", "transfer", photo, waves, *LAYERS, "--size", "32", "--steps", "5"]
+    assert cli.main([*command, "--keep-colors", "--out", str(out)]) == 0
+    luma = np.array([0.299, 0.587, 0.114])
+    assert np.abs((pixels(out) - found["lbfgs"]) @ luma).mean() < 3
+    assert np.abs(pixels(out) - found["lbfgs"]).mean() > 3
+
+
+@pytest.mark.slow
+def test_train_goes_on_and_apply_paints(folder, tmp_path, capsys):
+    pytest.importorskip("flatbuffers")
+    run, file = tmp_path / "run", tmp_path / "painter.jdl"
+    assert cli.main(training(folder, run, 2)) == 0
+    assert cli.main(training(folder, run, 4, "--export", str(file))) == 0
+    assert "4 steps" in capsys.readouterr().out
+    assert pixels(run / "samples.png").std() > 5
+    assert (run / "curves.png").exists()
+
+    photo = str(folder / "photo.jpg")
+    for source, name in ((run, "run.png"), (file, "file.png")):
+        command = ["style", "apply", str(source), photo, "--mix", "waves:1", "stone:3"]
+        assert cli.main([*command, "--out", str(tmp_path / name)]) == 0
+    assert pixels(tmp_path / "run.png").shape == (28, 40, 3)
+    assert np.abs(pixels(tmp_path / "run.png") - pixels(tmp_path / "file.png")).max() <= 1
+
+    many = tmp_path / "many"
+    many.mkdir()
+    picture(many / "a.png", (33, 21), 5)
+    picture(many / "a.jpg", (16, 16), 6)
+    Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save(many / "alpha.png")
+    (many / "notes.txt").write_text("no picture")
+    out = tmp_path / "out"
+    command = ["style", "apply", str(file), str(many), "--mix", "stone", "--out", str(out)]
+    assert cli.main(command) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["a.jpg.png", "a.png.png", "alpha.png"]
+    assert pixels(out / "a.png.png").shape == (21, 33, 3)
+
+    (many / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
+    assert cli.main(command) == 2
+    heard = capsys.readouterr()
+    assert "1 of 4 pictures could not be read: broken.jpg" in heard.err
+    assert not (out / "broken.png").exists()
+
+    assert cli.main(training(folder, run, 6, "--style", "3")) == 2
+    assert "style: 10.0 there, 3.0 now" in capsys.readouterr().err
+
+    wrong = [
+        ([str(run), photo, "--mix", "stoned"], "Did you mean 'stone'"),
+        ([str(run), photo, "--mix", "stone:x"], "STYLE:SHARE"),
+        ([str(run), photo, "--tile", "30"], "multiple of 4"),
+        ([str(folder), photo], "no run directory of `jdl style train`"),
+        ([photo, photo], "damaged"),
+        ([str(run), str(folder / "photos.tar")], "is no image"),
+    ]
+    nothing = tmp_path / "nothing.png"
+    for words, told in wrong:
+        assert cli.main(["style", "apply", *words, "--out", str(nothing)]) == 2
+        heard = capsys.readouterr()
+        assert told in heard.err
+        assert heard.err.count("\n") == 1
+    assert not nothing.exists()
+
+
+def test_mistakes_end_in_one_line_and_write_nothing(folder, tmp_path, capsys):
+    photo, waves, out = str(folder / "photo.jpg"), str(folder / "waves.png"), tmp_path / "o.png"
+    text = tmp_path / "text.jpg"
+    text.write_text("no picture")
+    wrong = [
+        ([photo, str(text)], "is no image"),
+        ([str(tmp_path / "none.jpg"), waves], "no such image file"),
+        ([photo], "at least one"),
+        ([photo, waves, "--style-layers", "rely"], "The nearest: relu"),
+        ([photo, waves, "--style", "-1"], "weights.style"),
+        ([photo, waves, "--steps", "0"], "positive"),
+        ([photo, waves, *LAYERS, "--shares", "1", "2"], "one a style"),
+    ]
+    for words, told in wrong:
+        assert cli.main(["style", "transfer", *words, "--out", str(out)]) == 2
+        heard = capsys.readouterr().err
+        assert told in heard, heard
+        assert heard.count("\n") == 1, heard
+    assert not out.exists()
+    wrong = [
+        (["--data", str(tmp_path / "none.tar")], "none.tar"),
+        (["--size", "18"], "multiple of 4"),
+        (["--style-layers", "rely"], "The nearest: relu"),
+        ([waves], "different names"),
+    ]
+    for words, told in wrong:
+        run = tmp_path / "run"
+        assert cli.main(training(folder, run, 2, *words)) == 2
+        assert told in capsys.readouterr().err
+        assert not run.exists()
