@@ -153,14 +153,17 @@ def test_mistakes_end_in_one_line_and_write_nothing(folder, tmp_path, capsys):
         assert told in heard, heard
         assert heard.count("\n") == 1, heard
     assert not out.exists()
+    run = tmp_path / "run"
+    twice = training(folder, run, 2)
+    twice[3] = twice[2]
+    assert cli.main(twice) == 2
+    assert "different names" in capsys.readouterr().err
     wrong = [
         (["--data", str(tmp_path / "none.tar")], "none.tar"),
         (["--size", "18"], "multiple of 4"),
         (["--style-layers", "rely"], "The nearest: relu"),
-        ([waves], "different names"),
     ]
     for words, told in wrong:
-        run = tmp_path / "run"
         assert cli.main(training(folder, run, 2, *words)) == 2
         assert told in capsys.readouterr().err
         assert not run.exists()
