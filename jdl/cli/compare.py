@@ -44,6 +44,8 @@ class Args:
     """wall, or cpu: the process's CPU time divided by the cores, on a machine that others use"""
     share: str = "1/1"
     """K/N: run the K-th of N shares only, for several processes or hosts with one --workdir"""
+    report: bool = False
+    """write the report of what --workdir holds, and run nothing"""
     size: str | None = None
     """HEIGHT or HEIGHTxWIDTH to scale images to; by default 128, and 8 for the digits"""
     color: bool = False
@@ -54,10 +56,13 @@ class Args:
 
 def run(args: Args) -> None:
     """Runs the trials, prints the tables, writes the report."""
-    from jdl.compare import Tuning
+    from jdl.compare import Tuning, load
     from jdl.core import check
     from jdl.optim import registry
 
+    if args.report:
+        _show(load(args.workdir), args.workdir)
+        return
     check.argument(args.seeds >= 1, "--seeds", "at least 1", args.seeds)
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     check.argument(args.trials >= 0, "--trials", "0 or more", args.trials)
@@ -151,11 +156,8 @@ def study(
     share: tuple[int, int] = (1, 1),
 ) -> Any:
     """Runs a study with progress on stderr, and shows what came out."""
-    from jdl.cli import progress
     from jdl.cli.run_config import use_compilation_cache
-    from jdl.compare import Budget, Study, table, write_report
-    from jdl.compare.report import tuning_table
-    from jdl.compare.results import headline
+    from jdl.compare import Budget, Study
 
     use_compilation_cache()
 
@@ -185,6 +187,17 @@ def study(
         clock=clock,
         on_event=on_event,
     ).run(share)
+    _show(results, workdir)
+    return results
+
+
+def _show(results: Any, workdir: Path) -> None:
+    """The tables, and the report's files."""
+    from jdl.cli import progress
+    from jdl.compare import table, write_report
+    from jdl.compare.report import tuning_table
+    from jdl.compare.results import headline
+
     for name in results.problems:
         header, rows = table(results, name)
         progress.table(list(header), [list(row) for row in rows], name)
@@ -193,4 +206,3 @@ def study(
         print(headline(results, name))
     print(f"report:  {write_report(workdir)}")
     print(f"metrics: {workdir / 'metrics.jsonl'}")
-    return results

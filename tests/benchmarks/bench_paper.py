@@ -161,6 +161,9 @@ def lines(results: res.Results) -> dict[str, list[str]]:
         last = [t.within(results.budget) for t in results.of(problem, line.optimizer)]
         train = res.Spread.of(rows[-1].get(METRIC, math.inf) if rows else math.inf for rows in last)
         name = line.optimizer
+        if set(line.statuses) == {"missing"}:
+            found[f"{name} (not run yet)"] = ["–"] * 7
+            continue
         if set(line.statuses) != {"done"}:
             name += f" ({', '.join(sorted(set(line.statuses) - {'done'}))})"
         work = res.Spread.of(rows[-1]["work"] if rows else 0.0 for rows in last)

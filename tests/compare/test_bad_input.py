@@ -84,7 +84,12 @@ def test_a_problem_file_that_fails_leaves_the_other_problems(tmp_path, capsys):
     assert "Traceback" not in told.err
     (trial,) = load(tmp_path / "study").trials
     assert (trial.problem, trial.status) == ("quadratic", "done")
-    assert (tmp_path / "study" / "report.html").exists()
+    report = tmp_path / "study" / "report.html"
+    assert report.exists()
+    report.unlink()
+    assert cli.main(["compare", "--report", "--workdir", str(tmp_path / "study")]) == 0
+    assert "quadratic" in report.read_text()
+    assert cli.main(["compare", "--report", "--workdir", str(tmp_path / "nothing")]) == 2
 
 
 @pytest.mark.parametrize(
