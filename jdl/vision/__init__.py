@@ -15,7 +15,18 @@ _NAMES = {
     "Trunk": "trunk",
     "load": "pretrained",
 }
-_MODULES = ("activations", "dream", "images", "pretrained", "reverse", "trunk")
+_MODULES = (
+    "activations",
+    "dream",
+    "images",
+    "painter",
+    "pretrained",
+    "reverse",
+    "style",
+    "style_run",
+    "transformer",
+    "trunk",
+)
 
 __all__ = [*_NAMES, *_MODULES]
 
