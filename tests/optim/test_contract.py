@@ -22,7 +22,7 @@ EVERY = sorted(REGISTRY)
 SECOND = [name for name in EVERY if REGISTRY[name].second_order]
 # optax's own are trusted to optax, but for one of each kind.
 ALL = [*SECOND, "adam", "muon", "sgd", "sophia"]
-QUICK = ("lbfgs", "hf", "kfac", "adam")
+QUICK = ("lbfgs", "hf")
 
 
 def each(names):
