@@ -69,6 +69,8 @@ def run(
             stack.enter_context(RunLock(directory.parent / f".{directory.name}"))
         except check.UserError as error:  # another process runs it, and records it
             return Outcome("missing", str(error), 0.0, "")
+        except OSError as error:
+            return failed(_words(error, directory))
         try:
             _prepare(directory, config)
             writer = JsonlWriter(directory / "metrics.jsonl")

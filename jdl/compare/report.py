@@ -21,6 +21,7 @@ import numpy as np
 from jdl.compare import drawing, machine, plots, statistics, tuning
 from jdl.compare import results as res
 from jdl.compare.results import Results
+from jdl.core import check
 from jdl.optim import diagnostics
 from jdl.train.writers import write_atomically
 
@@ -87,9 +88,24 @@ STEP_HEADER = (
 
 
 def write(workdir: str | Path, results: Results | None = None) -> Path:
-    """Writes all files of the report into the study's directory, and gives `report.html`."""
+    """Writes all files of the report into the study's directory, and gives `report.html`.
+
+    Raises:
+      UserError: they cannot be written: the disk is full, say.
+    """
     workdir = Path(workdir)
     results = res.load(workdir) if results is None else results
+    try:
+        _write(workdir, results)
+    except OSError as error:
+        raise check.UserError(
+            f"The report cannot be written into {workdir}: {error.strerror}. What was measured "
+            f"stays there; afterwards `jdl compare --report --workdir {workdir}` writes the report."
+        ) from error
+    return workdir / "report.html"
+
+
+def _write(workdir: Path, results: Results) -> None:
     for problem in results.problems:
         suffix = "" if len(results.problems) == 1 else f"-{problem}"
         drawn = {"curves": plots.curves, "steps": plots.steps, "sensitivity": plots.sensitivity}
@@ -99,7 +115,6 @@ def write(workdir: str | Path, results: Results | None = None) -> Path:
     write_atomically(workdir / "results.csv", csv_text(results))
     write_atomically(workdir / "report.md", markdown(results))
     write_atomically(workdir / "report.html", page(results))
-    return workdir / "report.html"
 
 
 def _save(figure: Any | None, stem: Path) -> None:

@@ -363,7 +363,13 @@ class Study:
         }
         if self.tuning is not None:
             study["tuning"] = self.tuning._asdict()
-        write_atomically(self.workdir / "study.toml", _toml(study))
+        try:
+            write_atomically(self.workdir / "study.toml", _toml(study))
+        except OSError as error:
+            raise check.UserError(
+                f"{self.workdir / 'study.toml'} cannot be written: {error.strerror}. What is done "
+                "stays; the same command goes on from there."
+            ) from error
 
     def _config(self, problem: Problem, entry: Entry, seed: int) -> dict[str, Any]:
         """All that decides a trial's outcome; two trials of one config are the same trial."""

@@ -6,6 +6,7 @@ trial that was killed goes on from its last checkpoint, less than a minute old.
 """
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,9 @@ from jdl.optim import diagnostics
 from jdl.optim.kfac import Work
 from jdl.train import step
 from jdl.train.estimator import Estimator
+from jdl.train.keeper import NonFiniteError
+
+logger = logging.getLogger("jdl.compare")
 
 # Training aims at an end this share of the budget early: a hiccup of the machine in the very last
 # step would otherwise cost the last evaluation, which does not count beyond the budget.
@@ -114,11 +118,19 @@ def run(
     def ended(status: str, words: str = "") -> Outcome:
         return Outcome(status, words, estimator.compile_seconds, digest)
 
+    def keep() -> None:
+        try:
+            estimator.save()
+        except NonFiniteError:
+            raise
+        except check.TrainingError as error:  # what is lost is the way to go on, not the trial
+            logger.warning("%s", error)
+
     def train(**limit: Any) -> None:
         nonlocal saved
         estimator.train(data, save=False, **limit)
         if time.monotonic() - saved > SAVE_SECONDS:
-            estimator.save()
+            keep()
             saved = time.monotonic()
 
     def measure() -> Row:
@@ -189,7 +201,10 @@ def run(
             )
         if cut(row):
             return ended("cut", "No better than the median of the earlier trials.")
-    estimator.save()
+    try:
+        keep()
+    except NonFiniteError as error:
+        return ended("diverged", str(error))
     return ended("done")
 
 
