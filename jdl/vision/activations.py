@@ -1,7 +1,7 @@
 r"""What a network's layers make of a picture, and what in it a class is seen by.
 
     Grad-CAM     relu(Σ_c α_c F_c),   α_c = mean over places of ∂y/∂F_c
-    saliency     mean over noise ε of  max over colours |∂y/∂x|(x + ε)
+    saliency     mean over noise ε and shifts of  max over colours |∂y/∂x|(x + ε)
 
 F are a layer's activations [h, w, C] and y a class's logit.
 
@@ -227,19 +227,23 @@ def saliency(
       trunk: a classifier.
       image: as for `grad_cam`.
       wanted: as for `grad_cam`.
-      samples: noisy copies averaged over; 1 with no noise is the plain gradient.
+      samples: noisy copies averaged over, each shifted by some pixels, so that the grid of the
+        network's strides does not show; 1 without noise is the plain gradient.
       noise: standard deviation of their noise, of 1.
       seed: of the noise.
     """
     check.positive_int("samples", samples)
-    check.in_range("noise", noise, 0.0, 1.0)
+    check.in_range("noise", float(noise), 0.0, 1.0)
     x, size = _as_trained(trunk, image)
     number = _number(trunk, x, wanted)
     program = {"apply": trunk.apply, "head": trunk.with_head()}
-    total, key = np.zeros(x.shape[1:3], np.float32), jax.random.key(seed)
+    total, rng = np.zeros(x.shape[1:3], np.float32), np.random.default_rng(seed)
     for i in range(samples):
-        noisy = x + noise * jax.random.normal(jax.random.fold_in(key, i), x.shape)
-        total += np.asarray(_slope(trunk.params, noisy, jnp.asarray(number), **program))
+        shift = rng.integers(-8, 9, 2) if i else (0, 0)
+        noisy = x + (noise * rng.standard_normal(x.shape)).astype(np.float32)
+        shifted = jnp.roll(noisy, shift, axis=(1, 2))
+        slope = np.asarray(_slope(trunk.params, shifted, jnp.asarray(number), **program))
+        total += np.roll(slope, np.negative(shift), axis=(0, 1))
     heat = images.resized(total[:, :, None] / samples, size)[:, :, 0]
     return Explained(number, np.clip(heat / max(float(np.quantile(heat, 0.995)), 1e-12), 0, 1))
 

@@ -238,7 +238,7 @@ def sheet(
     if side is not None:
         by = side / max(height, width)
         height, width = max(1, round(height * by)), max(1, round(width * by))
-    below = 0 if captions is None else max(12, width // 10)
+    below = 0 if captions is None else max(14, width // 14)
     columns = columns or math.ceil(math.sqrt(len(images) * (height + below) / width))
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)

@@ -1,10 +1,11 @@
 r"""A network in reverse: from a class, or a channel, to the picture that excites it most.
 
-    maxₛ  E_T [ mean F_c(T(x)) ] − τ TV(x),      x = sigmoid(C · F⁻¹(s / |ω|))
+    maxₛ  E_T [ mean F_c(T(x)) ] / γ − τ TV(x),      x = sigmoid(C · F⁻¹(s / |ω|))
 
 The picture x is made of its spectrum s, which Adam moves: dividing by the frequency |ω| and mixing
 the colours by C, the root of the covariance of photographs' colours, makes a step in s even in all
-that pictures consist of. T shifts and scales it a little, anew each time, so that what is found
+that pictures consist of. γ is the mean size of the gradient of the first term, so that τ means the
+same for any network. T shifts and scales it a little, anew each time, so that what is found
 does not hang on single pixels. No other network and no photograph takes part: these are the only
 priors.
 
@@ -40,15 +41,15 @@ class Search(NamedTuple):
       learning_rate: of Adam, in the spectrum.
       jitter: pixels of a shift, at most.
       stretch: share by which a picture is enlarged or reduced, at most.
-      variation: τ, against the score's own size at the start; 0 for none.
+      variation: τ, the weight of the total-variation prior; 0 for none.
     """
 
     size: int = 128
     steps: int = 128
     learning_rate: float = 0.05
-    jitter: int = 8
-    stretch: float = 0.1
-    variation: float = 0.0
+    jitter: int = 12
+    stretch: float = 0.2
+    variation: float = 0.3
 
     def checked(self) -> "Search":
         """These, if all are in range."""
@@ -155,15 +156,16 @@ def _search(
     layer: str,
     how: Search,
 ) -> tuple[jax.Array, Any]:
-    def loss(spectrum: jax.Array) -> jax.Array:
-        x = picture(spectrum, how.size)
+    def pleased(x: jax.Array) -> jax.Array:
         found = apply(params, _moved(x, key, how), (layer,))[layer]
         means = found.reshape(found.shape[0], -1, found.shape[-1]).mean(axis=1)
-        pleased = jnp.sum(jnp.take_along_axis(means, channels[:, None], axis=1))
-        rough = jnp.sum(jax.vmap(total_variation)(x)) / how.size**2
-        return how.variation * rough - pleased
+        return jnp.sum(jnp.take_along_axis(means, channels[:, None], axis=1))
 
-    gradient = jax.grad(loss)(spectrum)
+    x, pull = jax.vjp(lambda s: picture(s, how.size), spectrum)
+    uphill = jax.grad(pleased)(x)
+    uphill /= jnp.mean(jnp.abs(uphill), axis=(1, 2, 3), keepdims=True) + 1e-12
+    rough = jax.grad(lambda x: jnp.sum(jax.vmap(total_variation)(x)))(x)
+    (gradient,) = pull(how.variation * rough - uphill)
     with jax.numpy_dtype_promotion("standard"):  # optax's powers of the step number
         updates, state = optax.adam(how.learning_rate).update(gradient, state)
     return spectrum + updates, state
