@@ -195,7 +195,7 @@ def dream(
         start = images.resized(base, size)
         x = jnp.asarray(np.clip(start + images.resized(detail, size), 0, 1))
         for j in range(how.steps):
-            x = _step(trunk, x, goal, how, rng)
+            x = step(trunk, x, goal, how, rng)
             if on_step is not None:
                 on_step(i * how.steps + j + 1, len(sizes) * how.steps)
         dreamt = np.asarray(x)
@@ -275,10 +275,10 @@ def enlarged(image: np.ndarray, by: float) -> np.ndarray:
 # ---------------------------------------------------------------------- one step
 
 
-def _step(
+def step(
     trunk: Trunk, x: jax.Array, goal: Goal, how: Settings, rng: np.random.Generator
 ) -> jax.Array:
-    """Shifts the picture, sums its tiles' gradients, and goes uphill."""
+    """Shifts the picture [H, W, 3], sums its tiles' gradients, and goes uphill."""
     shift = jnp.asarray(rng.integers(-how.jitter, how.jitter + 1, 2), jnp.int32)
     shape = tuple(min(n, how.tile) for n in x.shape[:2])
     program: dict[str, Any] = {"apply": trunk.apply, "layers": goal.layers}

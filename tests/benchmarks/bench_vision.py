@@ -7,8 +7,9 @@ in JDL_PEERS_PYTHON. It runs in a process of its own and is asked in turn with o
 weights, image, layers, loss and Adam. Clocks: processor time over the number of cores, which other
 work on the machine disturbs less, and the wall's beside it; medians of rounds, ratios of one run.
 
-Lines: Gatys' steps at 256×192; the time that a trained style network takes for a picture, against
-that of L-BFGS on the pixels until the style loss is as low; pictures a second at 256² and 1024².
+Lines: Gatys' and DeepDream's steps at 256×192 (our dream's last loss is of the picture before it is
+shifted); the time that a trained style network takes for a picture, against that of L-BFGS on the
+pixels until the style loss is as low; pictures a second at 256² and 1024².
 Without --painter and --painting a network is trained first, for --train-seconds.
 """
 
@@ -29,6 +30,7 @@ STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 CONTENT_LAYERS = ("relu4_2",)
 WEIGHTS = (1.0, 30.0, 5.0)  # content, style, variation
 RATE = 0.02
+DREAMT, STRIDE, JITTER = "relu4_3", 0.01, 16  # DeepDream's layer, step size and shifts
 BLOCKS = (2, 2, 3, 3, 3)
 
 
@@ -39,15 +41,11 @@ def show(**line):
 # ---------------------------------------------------------------------- PyTorch, in its own process
 
 
-def torch_peer(path):
-    """Answers each number on standard input with that many Gatys steps, in plain PyTorch."""
+def torch_features(given, form, wanted):
+    """VGG16 to the last layer wanted, of images [1, 3, H, W]."""
     import torch
     from torch.nn import functional as F
 
-    torch.set_num_threads(CORES)
-    given = dict(np.load(path))
-    channels_last = os.environ.get("JDL_BENCH_FORMAT") == "channels_last"
-    form = torch.channels_last if channels_last else torch.contiguous_format
     names = [f"conv{b}_{i}" for b, n in enumerate(BLOCKS, 1) for i in range(1, n + 1)]
     kernels = {
         n: torch.from_numpy(given[f"{n}.kernel"].transpose(3, 2, 0, 1).copy()).contiguous(
@@ -59,7 +57,6 @@ def torch_peer(path):
     biases = {n: torch.from_numpy(given[f"{n}.bias"]) for n in kernels}
     mean = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)
-    wanted = {*STYLE_LAYERS, *CONTENT_LAYERS}
 
     def features(x):
         x, found = (x - mean) / std, {}
@@ -73,6 +70,53 @@ def torch_peer(path):
                         return found
             x = F.max_pool2d(x, 2)
         return found
+
+    return features
+
+
+def torch_peer(path, contest):
+    """Answers each number on standard input with that many steps, in plain PyTorch."""
+    import torch
+
+    torch.set_num_threads(CORES)
+    given = dict(np.load(path))
+    channels_last = os.environ.get("JDL_BENCH_FORMAT") == "channels_last"
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    step = {"gatys": torch_gatys, "dream": torch_dream}[contest](given, form)
+    for line in sys.stdin:
+        start, processor = time.perf_counter(), time.process_time()
+        for _ in range(int(line)):
+            value = step()
+        wall, processor = time.perf_counter() - start, time.process_time() - processor
+        print(json.dumps({"loss": value, "wall": wall, "processor": processor}), flush=True)
+
+
+def torch_dream(given, form):
+    """A step of DeepDream: shift, gradient of mean(F²)/2, its size to 1, uphill, clip."""
+    import torch
+
+    features = torch_features(given, form, {DREAMT})
+    x = torch.from_numpy(given["photograph"].transpose(2, 0, 1)[None].copy())
+    x, rng = x.contiguous(memory_format=form), np.random.default_rng(0)
+
+    def step():
+        nonlocal x
+        down, across = (int(n) for n in rng.integers(-JITTER, JITTER + 1, 2))
+        shifted = torch.roll(x, (down, across), (2, 3)).requires_grad_(True)
+        score = 0.5 * (features(shifted)[DREAMT] ** 2).mean()
+        score.backward()
+        slope = torch.roll(shifted.grad, (-down, -across), (2, 3))
+        x = (x + STRIDE * slope / slope.abs().mean()).clamp(0, 1)
+        return float(score.detach())
+
+    return step
+
+
+def torch_gatys(given, form):
+    """A step of Adam on Gatys' loss."""
+    import torch
+
+    features = torch_features(given, form, {*STYLE_LAYERS, *CONTENT_LAYERS})
 
     def gram(x):
         flat = x.flatten(2)[0]
@@ -102,26 +146,25 @@ def torch_peer(path):
 
     x = image_of("photograph").contiguous(memory_format=form).requires_grad_(True)
     optimizer = torch.optim.Adam([x], lr=RATE)
-    for line in sys.stdin:
-        start, processor = time.perf_counter(), time.process_time()
-        for _ in range(int(line)):
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(x)
-            loss.backward()
-            optimizer.step()
-            value = float(loss.detach())
-        wall, processor = time.perf_counter() - start, time.process_time() - processor
-        print(json.dumps({"loss": value, "wall": wall, "processor": processor}), flush=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(x)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
 
 
 class Peer:
     """The process above."""
 
-    def __init__(self, data, channels_last):
+    def __init__(self, data, channels_last, contest):
         python = os.environ.get("JDL_PEERS_PYTHON", sys.executable)
         form = "channels_last" if channels_last else "contiguous"
         self._process = subprocess.Popen(
-            [python, __file__, "--peer", str(data)],
+            [python, __file__, "--peer", str(data), "--contest", contest],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -187,7 +230,48 @@ def gatys(photograph, painting, rounds, steps):
 
     trunk = pretrained.load("vgg16")
     ours = our_gatys(trunk, photograph, painting, optax.adam(RATE))
-    contestants = {"jdl": lambda n: timed(lambda: ours(n))}
+    pictures = {"photograph": photograph, "painting": painting}
+    in_turn("Gatys, VGG16, 256x192, Adam", "gatys", trunk, ours, pictures, rounds, steps)
+
+
+def dream(photograph, rounds, steps):
+    import jax
+    import jax.numpy as jnp
+
+    from jdl.vision import dream as dreams
+    from jdl.vision import pretrained
+
+    trunk = pretrained.load("vgg16")
+    goal = dreams.goal(trunk, DREAMT)
+    how = dreams.Settings(
+        octaves=1, steps=1, step_size=STRIDE, jitter=JITTER, smoothing=0.0, natural=False
+    )
+    rng, x = np.random.default_rng(0), jnp.asarray(photograph)
+
+    def ours(count):
+        nonlocal x
+        for _ in range(count):
+            before, x = x, jax.block_until_ready(dreams.step(trunk, x, goal, how, rng))
+        return before
+
+    def score(x):
+        return float(dreams.score(goal, trunk.features(x[None], goal.layers)))
+
+    title = f"DeepDream, VGG16 {DREAMT}, 256x192"
+    in_turn(title, "dream", trunk, ours, {"photograph": photograph}, rounds, steps, score)
+
+
+def in_turn(title, contest, trunk, ours, pictures, rounds, steps, value_of=float):
+    """Our `ours(steps)` and PyTorch in both layouts, a round each in turn; shows the ratios.
+
+    `value_of` what ours gives is the last loss, to be compared with PyTorch's, off the clock.
+    """
+
+    def run_ours(count):
+        found, wall, processor = timed(lambda: ours(count))
+        return value_of(found), wall, processor
+
+    contestants = {"jdl": run_ours}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "contest.npz"
         weights = {
@@ -195,10 +279,10 @@ def gatys(photograph, painting, rounds, steps):
             for layer, parts in trunk.params.items()
             for part, value in parts.items()
         }
-        np.savez(data, photograph=photograph, painting=painting, **weights)
+        np.savez(data, **pictures, **weights)
         if has_torch():
-            contestants["torch"] = Peer(data, False)
-            contestants["torch_channels_last"] = Peer(data, True)
+            contestants["torch"] = Peer(data, False, contest)
+            contestants["torch_channels_last"] = Peer(data, True, contest)
         else:
             print("torch is not installed: set JDL_PEERS_PYTHON", flush=True)
         losses, walls, work = ({name: [] for name in contestants} for _ in range(3))
@@ -216,11 +300,12 @@ def gatys(photograph, painting, rounds, steps):
     wall = {name: statistics.median(x) for name, x in walls.items()}
     busy = {name: statistics.median(x) for name, x in work.items()}
     show(
-        case="Gatys, VGG16, 256x192, Adam",
+        case=title,
         steps_per_second={name: round(x, 3) for name, x in wall.items()},
         steps_per_second_by_processor={name: round(x, 3) for name, x in busy.items()},
         jdl_over={n: round(wall["jdl"] / x, 2) for n, x in wall.items() if n != "jdl"},
         jdl_over_by_processor={n: round(busy["jdl"] / x, 2) for n, x in busy.items() if n != "jdl"},
+        first_losses={name: round(x[0], 4) for name, x in losses.items()},
         last_losses={name: round(x[-1], 4) for name, x in losses.items()},
         rounds=rounds,
     )
@@ -333,23 +418,24 @@ def trained(folder, painting, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--contest", choices=("gatys", "dream"), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="of Gatys, a round")
-    parser.add_argument("--parts", nargs="+", choices=("gatys", "apply", "rate"))
+    parser.add_argument("--steps", type=int, default=4, help="of Gatys or DeepDream, a round")
+    parser.add_argument("--parts", nargs="+", choices=("gatys", "dream", "apply", "rate"))
     parser.add_argument("--painter", type=Path, help="a run directory of `jdl style train`")
     parser.add_argument("--painting", type=Path, help="the painting of its first style")
     parser.add_argument("--style-size", type=int, default=256, help="its longer side in that run")
     parser.add_argument("--train-seconds", type=float, default=120.0)
     args = parser.parse_args()
     if args.peer:
-        torch_peer(args.peer)
+        torch_peer(args.peer, args.contest)
         return
     import skimage.data
 
     from jdl.vision import images, painter, pretrained
     from jdl.vision.style_run import StyleRun
 
-    parts = args.parts or ("gatys", "apply", "rate")
+    parts = args.parts or ("gatys", "dream", "apply", "rate")
     photograph = images.resized(images.as_image(skimage.data.coffee()), (192, 256)).clip(0, 1)
     if args.painting:
         painting = images.read(args.painting, longest=args.style_size)
@@ -358,6 +444,8 @@ def main():
         painting = images.resized(colourful, (256, 256)).clip(0, 1)
     if "gatys" in parts:
         gatys(photograph, painting, args.rounds, args.steps)
+    if "dream" in parts:
+        dream(photograph, args.rounds, args.steps)
     if "apply" in parts:
         with tempfile.TemporaryDirectory() as folder:
             path = args.painter or trained(Path(folder), painting, args.train_seconds)
