@@ -195,8 +195,8 @@ def _show(results: Any, workdir: Path) -> None:
     """The tables, and the report's files."""
     from jdl.cli import progress
     from jdl.compare import table, write_report
-    from jdl.compare.report import tuning_table
     from jdl.compare.results import headline
+    from jdl.compare.tables import tuning_table
 
     for name in results.problems:
         header, rows = table(results, name)

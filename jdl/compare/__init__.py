@@ -5,7 +5,8 @@ from jdl.compare.catalogue import CATALOGUE, by_name, digits_cnn
 from jdl.compare.optimizers import Entry, named
 from jdl.compare.problems import Problem, Split, arrays_problem, tar_problem
 from jdl.compare.report import write as write_report
-from jdl.compare.results import Results, Target, load, table
+from jdl.compare.results import Results, Target, table
+from jdl.compare.store import load
 from jdl.compare.study import Event, Study
 from jdl.compare.tuning import Tuning
 

@@ -9,35 +9,16 @@ results.csv   every evaluation
 import csv
 import html
 import io
-import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
-from jdl.compare import drawing, machine, plots, statistics, tuning
+from jdl.compare import drawing, machine, plots, store, tables
 from jdl.compare import results as res
 from jdl.compare.results import Results
 from jdl.core import check
-from jdl.optim import diagnostics
 from jdl.train.writers import write_atomically
-
-RULES = (
-    "All have the same budget. The training clock stands still during compilation, evaluation and "
-    "logging. A step that would end beyond the budget is not begun, and one that does all the "
-    "same does not count.",
-    "A target counts as reached at the first evaluation that meets it, without interpolation. "
-    "Evaluations lie at the same places for every optimizer, each the same factor after the last; "
-    "a long step is evaluated when it ends.",
-    "Work is what the optimizer evaluated, in gradients of the whole training set: line searches "
-    "and curvature products count by their nominal cost (a value alone ⅓, a Gauss-Newton product "
-    "1⅓, a Hessian product 2 gradients).",
-    "Final values are those of the last evaluation within the budget, not the best. Over several "
-    "seeds: the median, and (least–largest). Misses and divergences count as ∞.",
-)
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --soft: #f5f6f8;
@@ -67,26 +48,6 @@ a { color: inherit } code { font-size: .9em }
 """
 
 
-class Steps(NamedTuple):
-    """What one second-order optimizer did on one problem, over all its seeds."""
-
-    optimizer: str
-    number: int
-    cells: tuple[str, ...]  # under STEP_HEADER, from the third on
-
-
-STEP_HEADER = (
-    "optimizer",
-    "steps",
-    "cost of a step",
-    "CG iterations",
-    "damping λ",
-    "ratio ρ",
-    "step length",
-    "how steps ended",
-)
-
-
 def write(workdir: str | Path, results: Results | None = None) -> Path:
     """Writes all files of the report into the study's directory, and gives `report.html`.
 
@@ -94,7 +55,7 @@ def write(workdir: str | Path, results: Results | None = None) -> Path:
       UserError: they cannot be written: the disk is full, say.
     """
     workdir = Path(workdir)
-    results = res.load(workdir) if results is None else results
+    results = store.load(workdir) if results is None else results
     try:
         _write(workdir, results)
     except OSError as error:
@@ -149,9 +110,12 @@ def _title(results: Results) -> str:
 def _problem(results: Results, problem: str, place: int) -> str:
     about = results.problem(problem)
     found = [
-        f"<h2>{_escape(_named(results, problem) + res.headline(results, problem))}</h2>",
-        f"<p>{_escape(_question(results, problem))}</p>",
-        *(f'<p class="trouble">{_escape(words)}</p>' for words in troubles(results, problem)),
+        f"<h2>{_escape(tables.named(results, problem) + res.headline(results, problem))}</h2>",
+        f"<p>{_escape(tables.question(results, problem))}</p>",
+        *(
+            f'<p class="trouble">{_escape(words)}</p>'
+            for words in tables.troubles(results, problem)
+        ),
         '<div class="figures">',
     ]
     for i, panel in enumerate(plots.panels(results, problem)):
@@ -163,14 +127,14 @@ def _problem(results: Results, problem: str, place: int) -> str:
         )
         found.append(f"<figure style='margin:0'>{svg}</figure>")
     found.append("</div>")
-    found.append(f'<p class="note">{_escape(_caption(results))}</p>')
+    found.append(f'<p class="note">{_escape(tables.caption(results))}</p>')
     header, rows = res.table(results, problem)
     found.append(f"<h3>Final values, and the way to {_escape(str(results.target(problem)))}</h3>")
     found.append(_table(header, rows, results))
-    if described := describe_steps(results, problem):
+    if described := tables.describe_steps(results, problem):
         found.append("<h3>What each second-order step did</h3>")
         cells = [[s.optimizer, f"{s.number:,}", *s.cells] for s in described]
-        found.append(_table(STEP_HEADER, cells, results, wide=len(STEP_HEADER) - 1))
+        found.append(_table(tables.STEP_HEADER, cells, results, wide=len(tables.STEP_HEADER) - 1))
         figure = plots.steps(results, problem)
         if figure is not None:
             svg = drawing.inline_svg(figure, f"p{place}s", "What each second-order step did.")
@@ -179,7 +143,7 @@ def _problem(results: Results, problem: str, place: int) -> str:
                 f'<p class="note">Seed {results.study["seeds"][0]}. Medians in the table are over '
                 "all steps of all seeds; costs are in gradients of the step's batch.</p>"
             )
-    if (table := tuning_table(results, problem)) is not None:
+    if (table := tables.tuning_table(results, problem)) is not None:
         header, rows, note = table
         found.append(f"<h3>Tuning</h3>{_table(header, rows, results)}")
         found.append(f'<p class="note">{_escape(note)}</p>')
@@ -196,7 +160,7 @@ def _problem(results: Results, problem: str, place: int) -> str:
 
 
 def _standings(results: Results) -> str:
-    found = standings(results)
+    found = tables.standings(results)
     if found is None:
         return ""
     header, rows, note = found
@@ -211,30 +175,14 @@ def _standings(results: Results) -> str:
 
 
 def _settings(results: Results) -> str:
-    rows = [[name, told] for name, told in settings(results)]
+    rows = [[name, told] for name, told in tables.settings(results)]
     return "<h3>Settings</h3>" + _table(["optimizer", "settings"], rows, results, wide=1)
-
-
-def settings(results: Results) -> list[tuple[str, str]]:
-    """Each optimizer's settings in a line; of a tuned one, what was chosen on which problem."""
-    found = []
-    for entry in results.study["optimizers"]:
-        own = dict(entry["settings"])
-        if search := entry.get("search"):
-            values = {p: res.tunings(results, p).get(entry["name"]) for p in results.problems}
-            own[search["parameter"]] = ", ".join(
-                f"{'none' if t is None or t.value is None else format(t.value, '.4g')}"
-                + (f" on {problem}" if len(values) > 1 else "")
-                for problem, t in values.items()
-            )
-        found.append((entry["name"], ", ".join(f"{k} = {_value(v)}" for k, v in own.items())))
-    return found
 
 
 def _foot(results: Results) -> str:
     where = results.study["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    rules = "".join(f"<li>{_escape(rule)}</li>" for rule in rules_of(results))
+    rules = "".join(f"<li>{_escape(rule)}</li>" for rule in tables.rules_of(results))
     flags = f" XLA_FLAGS: {where['xla_flags']}." if where["xla_flags"] else ""
     data = "data:text/csv;charset=utf-8," + quote(csv_text(results))
     return (
@@ -268,7 +216,7 @@ def _table(
 
 def _facts(problem: Mapping[str, Any]) -> str:
     facts = {"training examples": problem["examples"], **problem["about"]}
-    items = "".join(f"<li>{_escape(f'{k}: {_value(v)}')}</li>" for k, v in facts.items())
+    items = "".join(f"<li>{_escape(f'{k}: {tables.value(v)}')}</li>" for k, v in facts.items())
     return f"<ul>{items}</ul>"
 
 
@@ -276,176 +224,7 @@ def _escape(text: str) -> str:
     return html.escape(text, quote=True).replace(" %", "&nbsp;%")
 
 
-# ------------------------------------------------------------------ words
-
-
-def _named(results: Results, problem: str) -> str:
-    return f"{problem}: " if len(results.problems) > 1 else ""
-
-
-def _question(results: Results, problem: str) -> str:
-    seeds = len(results.study["seeds"])
-    return (
-        f"{len(results.optimizers)} optimizers, {results.budget} each, "
-        f"{seeds} seed{'' if seeds == 1 else 's'}, from the same initial parameters. The target, "
-        f"{results.target(problem)}, was fixed before anything ran. {res.ending(results, problem)}"
-    )
-
-
-def _caption(results: Results) -> str:
-    several = len(results.study["seeds"]) > 1
-    lines = (
-        "Lines: the median over seeds; bands: from the least to the largest. " if several else ""
-    )
-    return (
-        f"{lines}Dots: the target is reached. Dashed: first order; solid: second order. All axes "
-        "are logarithmic, and begin with the first evaluation after a step; losses below "
-        f"{plots.FLOOR:g} are drawn there."
-    )
-
-
-def troubles(results: Results, problem: str) -> list[str]:
-    """What went wrong, and what makes the comparison unequal, a sentence each."""
-    found = [
-        f"{line.optimizer}, {words}"
-        for line in res.lines(results, problem)
-        for words in line.troubles
-    ]
-    for seed in results.study["seeds"]:
-        initial = {
-            trial.evaluations[0]["train_loss"]
-            for trial in results.trials
-            if (trial.problem, trial.seed) == (problem, seed) and trial.evaluations
-        }
-        if len(initial) > 1:
-            found.append(
-                f"Seed {seed}: the optimizers did not start from the same loss: {initial}."
-            )
-    machines = {
-        json.dumps(trial.settings["machine"], sort_keys=True)
-        for trial in results.trials
-        if trial.problem == problem and "machine" in trial.settings
-    }
-    if len(machines) > 1:
-        found.append(
-            f"The trials ran on {len(machines)} machines that differ (see each config.toml): their "
-            "seconds cannot be compared, their work and epochs can."
-        )
-    return found
-
-
-def rules_of(results: Results) -> list[str]:
-    """How this study was measured."""
-    found = list(RULES)
-    if results.study.get("clock") == "cpu":
-        found.insert(1, "Seconds are the process's CPU time divided by the machine's cores.")
-    if results.tuned:
-        found.append(tuning.RULE)
-    return found
-
-
-def tuning_table(results: Results, problem: str) -> tuple[list[str], list[list[str]], str] | None:
-    """What was chosen and what that cost; None where nothing was tuned.
-
-    Returns:
-      Column names, a row a tuned optimizer, and how it was done.
-    """
-    found = res.tunings(results, problem)
-    if not found:
-        return None
-    unit = results.budget.kind
-    header = ["optimizer", "parameter", "chosen", "range tried", "trials", "cut", "diverged"]
-    header += [f"{unit} of tuning", f"{unit} to target, tuning included"]
-    rows = []
-    for name, tuned in found.items():
-        values = [value for value, _, _ in tuned.trials]
-        ends = Counter(status for _, _, status in tuned.trials)
-        rows.append(
-            [
-                name,
-                tuned.parameter.replace("_", " "),
-                "none" if tuned.value is None else f"{tuned.value:.4g}",
-                f"{min(values):.2g}–{max(values):.2g}",
-                str(len(values)),
-                str(ends["cut"]),
-                str(ends["diverged"] + ends["failed"]),
-                res.formatted(results.budget.column, tuned.cost),
-                "not reached" if np.isinf(tuned.judged.low) else res.shown(tuned.judged, ""),
-            ]
-        )
-    how = results.study["tuning"]
-    criterion = next(iter(found.values())).criterion.replace("_", " ")
-    note = (
-        f"{how['trials']} trials for every optimizer, the default first and then quasi-random "
-        f"values, each with {100 * how['share']:g} % of the budget, chosen by the {criterion} at "
-        f"the end, with a seed of its own. {tuning.RULE}"
-    )
-    return header, rows, note
-
-
-def standings(results: Results) -> tuple[list[str], list[list[str]], str] | None:
-    """Who beat whom over problems and seeds; None where there is too little to tell.
-
-    Returns:
-      Column names, a row an optimizer, and what they mean.
-    """
-    costs = statistics.cost_to_target(results)
-    trials = len(next(iter(costs.values())))
-    if trials < 3 or len(costs) < 2:
-        return None
-    profiles = statistics.performance_profiles(costs)
-    duels = statistics.win_matrix(costs)
-    header = ["optimizer", "reached", "profile score", *(f"against {x}" for x in costs)]
-
-    def against(one: str, other: str) -> str:
-        if one == other:
-            return "–"
-        found = duels[one, other]
-        return f"{found.wins}–{found.losses} (p {found.p_value:.2g})"
-
-    rows = [
-        [
-            name,
-            f"{int(np.isfinite(cost).sum())} of {trials}",
-            f"{profiles[name].score:.2f}",
-            *(against(name, other) for other in costs),
-        ]
-        for name, cost in costs.items()
-    ]
-    return (
-        header,
-        rows,
-        f"{trials} pairs of problem and seed. Wins and losses by {results.budget.kind} to the "
-        "target, a miss losing to any that reached it; p by the exact two-sided sign test, of one "
-        "pair, not corrected for their number. Profile score: the mean share of trials solved "
-        "within τ times what the best took, over τ from 1 to 4.",
-    )
-
-
-def describe_steps(results: Results, problem: str) -> list[Steps]:
-    """One line for each optimizer that told of its steps."""
-    found = []
-    for optimizer in results.optimizers:
-        trials = [trial for trial in results.of(problem, optimizer) if trial.steps]
-        if not trials:
-            continue
-        medians = []
-        for field in plots.FIELDS:
-            values = [v for trial in trials for _, v in plots.step_values(trial, field)]
-            medians.append(f"{np.median(values):.3g}" if values else "–")
-        damping = plots.step_values(trials[0], plots.FIELDS[2])
-        if damping:
-            medians[2] = f"{damping[0][1]:.2g} → {damping[-1][1]:.2g}"
-        endings = Counter(
-            diagnostics.words(row["termination"])
-            for trial in trials
-            for row in trial.steps
-            if row.get("termination") is not None
-        )
-        told = "; ".join(f"{words} ({number:,})" for words, number in endings.most_common())
-        steps = sum(len(trial.steps) for trial in trials)
-        found.append(Steps(optimizer, steps, (*medians, told)))
-    return found
+# ------------------------------------------------------------------ Markdown and CSV
 
 
 def markdown(results: Results) -> str:
@@ -455,32 +234,37 @@ def markdown(results: Results) -> str:
         suffix = "" if len(results.problems) == 1 else f"-{problem}"
         header, rows = res.table(results, problem)
         found += [
-            f"# {_named(results, problem)}{res.headline(results, problem)}",
+            f"# {tables.named(results, problem)}{res.headline(results, problem)}",
             "",
-            _question(results, problem),
+            tables.question(results, problem),
             "",
         ]
-        found += [f"- **{words}**" for words in troubles(results, problem)]
-        found += ["", f"![Training curves](curves{suffix}.png)", "", _caption(results), ""]
+        found += [f"- **{words}**" for words in tables.troubles(results, problem)]
+        found += ["", f"![Training curves](curves{suffix}.png)", "", tables.caption(results), ""]
         found += [*_pipes(header, rows), ""]
-        if described := describe_steps(results, problem):
+        if described := tables.describe_steps(results, problem):
             cells = [[s.optimizer, f"{s.number:,}", *s.cells] for s in described]
             found += ["Medians over the steps of the second-order methods:", ""]
-            found += [*_pipes(STEP_HEADER, cells), "", f"![Steps](steps{suffix}.png)", ""]
-        if (table := tuning_table(results, problem)) is not None:
+            found += [
+                *_pipes(tables.STEP_HEADER, cells),
+                "",
+                f"![Steps](steps{suffix}.png)",
+                "",
+            ]
+        if (table := tables.tuning_table(results, problem)) is not None:
             header, rows, note = table
             found += ["## Tuning", "", *_pipes(header, rows), "", note, ""]
             found += [f"![What each value tried ended with](sensitivity{suffix}.png)", ""]
-    over_all = standings(results)
+    over_all = tables.standings(results)
     if over_all is not None:
         header, rows, note = over_all
         found += ["## Over all problems and seeds", "", *_pipes(header, rows), "", note, ""]
         found += ["![Performance profile](profiles.png)", ""]
     found += ["## Settings", ""]
-    found += [f"- **{name}**: {told}" for name, told in settings(results)]
+    found += [f"- **{name}**: {told}" for name, told in tables.settings(results)]
     where = results.study["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    found += ["", "## How it was measured", "", *(f"- {rule}" for rule in rules_of(results))]
+    found += ["", "## How it was measured", "", *(f"- {rule}" for rule in tables.rules_of(results))]
     found += ["", f"{machine.sentence(where)}. {versions}."]
     found += ["", "Every evaluation: [results.csv](results.csv). Every step: "]
     found[-1] += "[metrics.jsonl](metrics.jsonl)."
@@ -508,9 +292,3 @@ def csv_text(results: Results) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jdl.compare import machine, record
+from jdl.compare import machine, record, store
 from jdl.compare import results as res
 from jdl.compare import tuning as tune
 from jdl.compare.budget import Budget
@@ -138,8 +138,8 @@ class Study:
         Seed by seed, so that a study cut short has compared all optimizers on the seeds it has.
         """
         return [
-            res.load_trial(
-                res.trial_directory(self.workdir, problem.name, name, seed),
+            store.load_trial(
+                store.trial_directory(self.workdir, problem.name, name, seed),
                 problem.name,
                 name,
                 seed,
@@ -181,7 +181,7 @@ class Study:
         self._merge()
         if n == 1:
             self._write_study()  # with the settings that were chosen
-        return res.load(self.workdir)
+        return store.load(self.workdir)
 
     def _names(self) -> list[str]:
         """All that are reported: as they are, and tuned."""
@@ -230,7 +230,7 @@ class Study:
         words: str,
     ) -> None:
         """One reported trial, unless it is done."""
-        directory = res.trial_directory(self.workdir, problem.name, name, seed)
+        directory = store.trial_directory(self.workdir, problem.name, name, seed)
         if entry is None:
             if not (directory / "result.json").exists():
                 self._on_event(event)
@@ -238,7 +238,7 @@ class Study:
                 self._on_event(event._replace(kind="end", status="failed", words=words))
             return
         config = self._config(problem, entry, seed)
-        done = res.load_trial(directory, problem.name, name, seed)
+        done = store.load_trial(directory, problem.name, name, seed)
         if done.status not in ("missing", "failed") and done.settings == config:
             self._on_event(event._replace(kind="skip", status=done.status, words=done.words))
             return
@@ -280,12 +280,12 @@ class Study:
         earlier: list[tune.Curve] = []
         default = entry.options.get(search.parameter)
         for number, value in enumerate(tune.values(search, tuning.trials, default)):
-            directory = res.tuning_directory(self.workdir, *own, number)
+            directory = store.tuning_directory(self.workdir, *own, number)
             config = self._config(inner, tuned(value), tune.SEED) | {
                 "budget": budget._asdict(),
                 "tuning": {"parameter": search.parameter, "value": value, "criterion": criterion},
             }
-            found = res.load_trial(directory, *own, tune.SEED)
+            found = store.load_trial(directory, *own, tune.SEED)
             if found.status in ("missing", "failed") or found.settings != config:
                 rows: list[Row] = list(found.evaluations) if found.settings == config else []
 
@@ -306,7 +306,7 @@ class Study:
                     cut=cut,
                 )
                 shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-                found = res.load_trial(directory, *own, tune.SEED)
+                found = store.load_trial(directory, *own, tune.SEED)
             earlier.append(res.criterion_curve(found.within(budget), criterion, budget))
             last = earlier[-1].points[-1][1] if earlier[-1].points else math.nan
             words = f"{search.parameter} = {value:g}: {criterion.replace('_', ' ')} {last:.4g}"
@@ -321,15 +321,15 @@ class Study:
                     words=words + ending,
                 )
             )
-        return res.chosen(res.load_tuning(self.workdir, *own))
+        return res.chosen(store.load_tuning(self.workdir, *own))
 
     # ------------------------------------------------------------------ the directory
 
     def _take_directory(self) -> None:
         """Makes the study's directory, or makes sure that the one there can be gone on with."""
-        found = res.read_toml(self.workdir / "study.toml")
+        found = store.read_toml(self.workdir / "study.toml")
         if found:
-            res.check_format(self.workdir, found)
+            store.check_format(self.workdir, found)
         elif self.workdir.exists():
             check.argument(
                 self.workdir.is_dir() and not (self.workdir / "checkpoints").exists(),
@@ -349,7 +349,7 @@ class Study:
                 told["search"] = {"of": entry.name, **entry.search._asdict()}
             optimizers.append(told)
         study: dict[str, Any] = {
-            "format": res.FORMAT,
+            "format": store.FORMAT,
             "budget": self.budget._asdict(),
             "clock": self.clock,
             "evaluations": self.evaluations,
@@ -378,7 +378,7 @@ class Study:
         described = _described(problem)
         del described["target"]  # judges the rows, does not change them
         return {
-            "format": res.FORMAT,
+            "format": store.FORMAT,
             "seed": seed,
             "budget": self.budget._asdict(),
             "clock": self.clock,

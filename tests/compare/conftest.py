@@ -11,7 +11,7 @@ import tomli_w
 from jdl import from_fns, losses
 from jdl.compare import Entry, Problem, Target
 from jdl.compare.machine import describe
-from jdl.compare.results import FORMAT
+from jdl.compare.store import FORMAT
 from jdl.data import from_arrays
 
 

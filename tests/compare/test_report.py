@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jdl.compare import load, plots, report, write_report
+from jdl.compare import load, plots, report, tables, write_report
 from jdl.compare.drawing import spread
 
 FALL = [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.09, 0.9), (9.0, 0.02, 1.0)]
@@ -102,7 +102,7 @@ def test_words_from_outside_are_escaped(workdir):
 
 def test_what_steps_did_is_counted_step_by_step(workdir):
     results = load(workdir)
-    (hf,) = report.describe_steps(results, "planted")
+    (hf,) = tables.describe_steps(results, "planted")
     assert hf.optimizer == "hf"
     assert hf.number == 6
     assert hf.cells == ("10", "7", "1 → 0.33", "0.9", "1", "step accepted (6)")
@@ -112,7 +112,7 @@ def test_an_unequal_start_is_told(plant):
     other = [(0.0, 1.9, 0.1), (1.0, 0.5, 0.6)]
     results = load(plant({("a", 0): FALL, ("b", 0): other}))
     assert any(
-        "did not start" in w or "not all started" in w for w in report.troubles(results, "planted")
+        "did not start" in w or "not all started" in w for w in tables.troubles(results, "planted")
     )
 
 
@@ -141,13 +141,13 @@ def test_standings_tell_wins_and_how_surely(plant):
         rows["fast", seed] = [(0.0, 1.0, 0.0), (2.0, 0.05, 0.0), (9.0, 0.04, 0.5)]
         rows["slow", seed] = [(0.0, 1.0, 0.0), (4.0, 0.05, 0.0), (9.0, 0.03, 0.5)]
     results = load(plant(rows))
-    header, table_rows, note = report.standings(results)
+    header, table_rows, note = tables.standings(results)
     assert table_rows[0][:3] == ["fast", "5 of 5", "1.00"]
     assert table_rows[0][header.index("against slow")] == "5–0 (p 0.062)"
     assert table_rows[1][header.index("against fast")] == "0–5 (p 0.062)"
     assert "5 pairs of problem and seed" in note
     assert "Over all problems and seeds" in report.page(results)
     assert (
-        report.standings(load(plant({("a", 0): [(0.0, 1.0, 0.0)], ("b", 0): [(0.0, 1.0, 0.0)]})))
+        tables.standings(load(plant({("a", 0): [(0.0, 1.0, 0.0)], ("b", 0): [(0.0, 1.0, 0.0)]})))
         is None
     )

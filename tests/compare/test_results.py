@@ -3,7 +3,8 @@ import math
 import pytest
 
 from jdl.compare import load, table
-from jdl.compare.results import FORMAT, Target, ending, headline, lines
+from jdl.compare.results import Target, ending, headline, lines
+from jdl.compare.store import FORMAT
 from jdl.core.check import DataError
 
 FAST = [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.09, 0.9), (9.0, 0.2, 0.95)]

@@ -10,8 +10,8 @@ from scipy.stats import qmc
 
 from jdl.compare import Budget, Entry, Split, Study, Tuning, load, table, write_report
 from jdl.compare import tuning as tune
-from jdl.compare.report import settings, tuning_table
 from jdl.compare.results import chosen, tunings
+from jdl.compare.tables import settings, tuning_table
 from jdl.core.check import ArgumentError
 from jdl.optim.registry import Search
 

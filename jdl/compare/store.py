@@ -1,0 +1,104 @@
+"""A study on disk: where its files lie, and what they hold."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jdl.compare.results import EVALUATION, STEP, Results, Trial
+from jdl.core import check
+from jdl.train.writers import read_jsonl
+
+FORMAT = 3  # of a study's directory; changes when old ones can no longer be read
+
+
+def trial_directory(workdir: str | Path, problem: str, optimizer: str, seed: int) -> Path:
+    """Where a trial's files lie."""
+    return Path(workdir) / problem / f"{optimizer}-seed{seed}"
+
+
+def tuning_directory(workdir: str | Path, problem: str, optimizer: str, number: int) -> Path:
+    """Where a tuning trial's files lie."""
+    return Path(workdir) / problem / "tuning" / optimizer / str(number)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's content; empty where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise check.DataError(f"{path} is no TOML file that can be read: {error}.") from error
+
+
+def load(workdir: str | Path) -> Results:
+    """The results that a study's directory holds.
+
+    Raises:
+      DataError: it holds no study, or one of another format.
+    """
+    workdir = Path(workdir)
+    study = read_toml(workdir / "study.toml")
+    if not study:
+        raise check.DataError(f"{workdir} holds no study: there is no study.toml in it.")
+    check_format(workdir, study)
+    trials = [
+        load_trial(
+            trial_directory(workdir, problem["name"], entry["name"], seed),
+            problem["name"],
+            entry["name"],
+            seed,
+        )
+        for problem in study["problems"]
+        for seed in study["seeds"]
+        for entry in study["optimizers"]
+    ]
+    tuned = {
+        (problem["name"], entry["name"]): load_tuning(
+            workdir, problem["name"], entry["search"]["of"]
+        )
+        for problem in study["problems"]
+        for entry in study["optimizers"]
+        if "search" in entry
+    }
+    return Results(study, tuple(trials), tuned)
+
+
+def load_tuning(workdir: str | Path, problem: str, optimizer: str) -> tuple[Trial, ...]:
+    """The tuning trials of one optimizer on one problem, in the order they ran."""
+    found: list[Trial] = []
+    while (directory := tuning_directory(workdir, problem, optimizer, len(found))).exists():
+        found.append(load_trial(directory, problem, optimizer, len(found)))
+    return tuple(found)
+
+
+def check_format(workdir: Path, study: Mapping[str, Any]) -> None:
+    """Raises unless this version reads what the study's directory holds."""
+    if study.get("format") != FORMAT:
+        raise check.DataError(
+            f"The study in {workdir} is of format {study.get('format')!r}; this version of jdl "
+            f"reads format {FORMAT}. Choose another work directory, or the version that wrote it."
+        )
+
+
+def load_trial(directory: Path, problem: str, optimizer: str, seed: int) -> Trial:
+    """The trial as its directory holds it; one without a `result.json` has not ended."""
+    try:
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        result = {"status": "missing", "words": "has not run to its end"}
+    rows = read_jsonl(directory / "metrics.jsonl")
+    return Trial(
+        problem,
+        optimizer,
+        seed,
+        status=result["status"],
+        words=result["words"],
+        evaluations=tuple(row for row in rows if row["split"] == EVALUATION),
+        # One of first order says nothing of its steps but the loss.
+        steps=tuple(row for row in rows if row["split"] == STEP and "termination" in row),
+        compile_seconds=result.get("compile_seconds", 0.0),
+        settings=read_toml(directory / "config.toml"),
+    )
