@@ -140,7 +140,8 @@ class Line(NamedTuple):
     optimizer: str
     trials: int
     reached: int  # trials that met the target
-    judged: Spread  # what it took to the target, in the budget's unit
+    each: tuple[float, ...]  # what each trial took to the target, in the budget's unit; ∞ for never
+    judged: Spread  # their spread
     seconds: Spread  # to the target
     work: Spread  # to the target
     train_loss: Spread  # at the last evaluation within the budget
@@ -190,6 +191,7 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
         optimizer=optimizer,
         trials=len(trials),
         reached=sum(row is not None for row in first),
+        each=tuple(math.inf if row is None else row[budget.column] for row in first),
         judged=to_target(budget.column),
         seconds=to_target("seconds"),
         work=to_target("work"),
@@ -325,7 +327,7 @@ def headline(results: Results, problem: str) -> str:
         return f"No optimizer reached {target} within {budget} in most seeds; some did: {some}."
     first = f"{winner.optimizer} reached {target} first, after {spent(winner.judged.median)}"
     if seeds > 1:
-        first += f" (median of {seeds} seeds, {budget.spoken(_range(winner.judged))})"
+        first += f" (median of {seeds} seeds, {budget.spoken(_interval(winner.each))})"
     if not others:
         return f"{first}."
     second = others[0]
@@ -398,5 +400,11 @@ def _to_target(line: Line, spread: Spread) -> str:
     return f"{shown(spread, '')}, {line.reached} of {line.trials}"
 
 
-def _range(spread: Spread) -> str:
-    return f"{formatted('', spread.low)}–{formatted('', spread.high)}"
+def _interval(values: tuple[float, ...]) -> str:
+    """The median's interval by bootstrap, or the range of seeds too few for one."""
+    from jdl.compare.statistics import median_interval
+
+    if len(values) < 5:
+        return f"{formatted('', min(values))}–{formatted('', max(values))}"
+    low, high = median_interval(values)
+    return f"95 % interval {formatted('', low)}–{formatted('', high)}"

@@ -75,6 +75,14 @@ def test_headline(plant, rows, expected):
     assert expected in headline(load(plant(rows)), "planted")
 
 
+def test_the_headline_of_many_seeds_has_the_medians_interval(plant):
+    times = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    rows = {("a", s): [(0.0, 1.0, 0.0), (t, 0.05, 0.9)] for s, t in enumerate(times)}
+    rows |= {("b", s): NEVER for s in range(7)}
+    told = headline(load(plant(rows)), "planted")
+    assert "after 4 s (median of 7 seeds, 95 % interval 2–6 s)" in told
+
+
 def test_a_value_that_is_no_number_meets_no_target():
     target = Target("train_loss", "at most", 1.0)
     assert not target.met({"train_loss": None})
