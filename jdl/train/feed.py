@@ -8,6 +8,7 @@ import jax
 
 from jdl.core import check
 from jdl.core.types import Batch
+from jdl.train.parallel import Placement
 
 Data = Iterable[Batch] | Callable[[], Iterable[Batch]]
 Put = Callable[[Batch], dict[str, Any]]
@@ -77,6 +78,21 @@ def opened(data: Data) -> Any:
     if jax.process_count() > 1 and hasattr(batches, "shard"):
         batches = batches.shard(jax.process_index(), jax.process_count())
     return batches
+
+
+def repeated(batches: Any) -> Any:
+    """The batches again and again, where they are of a data set that can be passed over again."""
+    return batches.repeat() if hasattr(batches, "repeat") else batches
+
+
+def once(data: Data, placement: Placement) -> Iterator[Batch]:
+    """The batches of one pass, on the devices."""
+    batches = opened(data)
+    if hasattr(batches, "once"):
+        batches = batches.once()
+    feed = Feed(batches, dict if placement.is_host else placement.put_batch)
+    while (batch := feed.take()) is not None:
+        yield batch
 
 
 def batches_per_epoch(data: Data) -> int:

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,17 @@ from jdl.core import check
 from jdl.core.types import Batch
 from jdl.train import relu
 
+if TYPE_CHECKING:
+    from jdl.train.estimator import Estimator
+
 logger = logging.getLogger("jdl.train")
+
+
+class Report(dict[str, Any]):
+    """One row of a run's log: step, seconds, epoch, split and the values."""
+
+    estimator: "Estimator"
+
 
 Hook = Callable[[Any], None]
 

@@ -79,7 +79,7 @@ def test_it_is_the_classifier_of_the_same_parameters(split):
     theirs = jdl.classifier(
         MLP(widths=(8,), num_outputs=3, dropout=0.1), optax.sgd(0.1), devices=ONE
     ).initialize(data())
-    theirs._state = theirs.state._replace(params=mine.params["MLP_0"], key=mine.state.key)
+    theirs._run.state = theirs.state._replace(params=mine.params["MLP_0"], key=mine.state.key)
     assert mine.evaluate(data()) == pytest.approx(theirs.evaluate(data()), rel=1e-6)
 
 

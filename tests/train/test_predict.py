@@ -128,7 +128,7 @@ def test_sums_share_the_forward_pass():
     (batch,) = data.once()
 
     def cost(sums):
-        evaluate = estimator._evaluation(sums)
+        evaluate = estimator._evaluator.compiled(sums)
         state = estimator.state
         compiled = evaluate.lower(state.params, state.model_state, batch).compile()
         return compiled.cost_analysis()["flops"]

@@ -1,0 +1,82 @@
+"""The loop of training: nothing in it waits for the step just dispatched."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jdl.train.clock import LateLog
+from jdl.train.compiled import Step
+from jdl.train.feed import Feed
+from jdl.train.hooks import Profile
+from jdl.train.run import Run
+from jdl.train.termination import Stopped, Termination
+
+
+class Loop(NamedTuple):
+    """The steps of one call of `train`.
+
+    Attributes:
+      run: where the training stands.
+      step: the compiled step.
+      profile: traces some of them.
+      last_step: the number of the last; None to go on to the data's end.
+      deadline: when to end, on the training clock; None for no such time.
+      save_every: steps between two checkpoints; None for none.
+      validate: gives the values of a validation every `validate_every` steps; None for none.
+      validate_every: its steps, where it is given.
+    """
+
+    run: Run
+    step: Step
+    profile: Profile
+    last_step: int | None
+    deadline: float | None
+    save_every: int | None
+    validate: Callable[[], dict[str, Any]] | None
+    validate_every: int | None
+
+    def __call__(self, feed: Feed, log: LateLog) -> None:
+        """Runs them on the batches of `feed`, and gives their numbers to `log`.
+
+        Raises:
+          Stopped: SIGTERM came; everything is saved.
+        """
+        run, last_step, deadline = self.run, self.last_step, self.deadline
+        run.keeper.begin()
+        with Termination() as termination, run.clock as clock, self.profile as profile:
+            began, first = clock.seconds, run.step
+            while last_step is None or run.step < last_step:
+                run.trail.append((run.step, feed.position))
+                batch = feed.take()
+                if batch is None:
+                    break
+                profile.before(run.step + 1)
+                run.state, logs = self.step(run.given_up(), batch)
+                run.step += 1
+                run.position = feed.position
+                if run.step != last_step:
+                    feed.prefetch()  # the next batch travels while the device works
+                log.push(run.step, logs)
+                if profile.ends(run.step):
+                    log.flush()
+                    profile.stop()
+                if self.validate is not None and run.step % (self.validate_every or 1) == 0:
+                    log.flush()
+                    clock.stop()
+                    run.save_if_best(self.validate())
+                    clock.start()
+                if self.save_every and run.step % self.save_every == 0:
+                    log.flush()
+                    run.save()
+                if run.keeper.workdir is not None and termination.asked(run.step):
+                    log.flush()
+                    run.save(wait=True)
+                    raise Stopped(run.step)
+                if deadline is not None:
+                    if run.step == first + 1:
+                        log.flush()  # else the mean is of dispatching, and a second step follows
+                    mean = (clock.seconds - began) / (run.step - first)
+                    if clock.seconds + 2 * mean >= deadline:
+                        log.flush()  # near the end step by step, not to overrun by one in flight
+                    if clock.seconds >= deadline:
+                        break
+            log.finish()

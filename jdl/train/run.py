@@ -1,0 +1,179 @@
+"""Where a training stands, from its initial parameters or its last checkpoint on."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdl.core import check
+from jdl.core.types import Batch, Key, ModelState, Params
+from jdl.train.clock import Clock
+from jdl.train.ema import average
+from jdl.train.feed import Data, Feed, once, opened, repeated
+from jdl.train.keeper import Keeper
+from jdl.train.parallel import Placement
+from jdl.train.step import TrainState
+
+
+class Served(NamedTuple):
+    """A batch on the devices, and what evaluation and prediction are to use for it."""
+
+    batch: Batch
+    params: Params
+    model_state: ModelState
+
+
+class Run:
+    """What changes as an Estimator trains: the state, the step, the clock, the place in the data.
+
+    Args:
+      init: makes the initial state.
+      seed: of that state.
+      placement: where arrays lie.
+      keeper: saves and restores.
+      averages: whether the state holds a moving average of the parameters.
+      now: reads the time that the clock counts.
+
+    Attributes:
+      state: None before the first `feed` or pass `once` over data.
+      step: steps done.
+      clock: the training clock.
+      position: where in the data the next step begins.
+      trail: (step, position) of recent steps.
+      classes: those of the training data; None where it tells none.
+      init_seconds: time spent on the initial state.
+    """
+
+    def __init__(
+        self,
+        init: Callable[[Key, Batch], TrainState],
+        seed: int,
+        placement: Placement,
+        keeper: Keeper,
+        averages: bool,
+        now: Callable[[], float],
+    ):
+        self.placement, self.keeper = placement, keeper
+        self._init, self._seed, self._now = init, seed, now
+        self.averages = averages
+        self.state: TrainState | None = None
+        self._lent = False  # whether someone may hold on to arrays of the state
+        self.step = 0
+        self.clock = Clock(now=now)
+        self.position: Any = None
+        self.trail: deque[tuple[int, Any]] = deque(maxlen=256)
+        self.classes: tuple[str, ...] | None = None
+        self.init_seconds = 0.0
+        self._feed: tuple[Data, bool, Feed] | None = None
+
+    # ------------------------------------------------------------------ the state
+
+    def current(self) -> TrainState:
+        """The state; raises where there is none yet."""
+        if self.state is None:
+            raise check.UserError("This Estimator holds no parameters yet: train it first.")
+        return self.state
+
+    def lent(self) -> TrainState:
+        """The state, for someone who may hold on to it."""
+        self._lent = True
+        return self.current()
+
+    def given_up(self) -> TrainState:
+        """The state, for a step that reuses its memory: a copy if someone may hold on to it."""
+        if self._lent:
+            self.state, self._lent = jax.tree.map(jnp.copy, self.state), False
+        return self.current()
+
+    def _held(self, batch: Batch) -> TrainState:
+        """The state, restored from the run directory if need be."""
+        if self.state is None and self.keeper.workdir is not None:
+            if self.keeper.latest_step() is None:
+                raise check.UserError(f"{self.keeper.workdir} holds no checkpoint: train first.")
+            self._prepare(batch)
+        return self.current()
+
+    def _prepare(self, batch: Batch) -> None:
+        """Makes the initial state, or takes up the run directory's last checkpoint."""
+        key = jax.random.key(self._seed)
+        init = self.placement.compile_init(self._init, key, batch)
+        if self.restore(batch):
+            return
+        start = time.perf_counter()
+        self.state = jax.block_until_ready(init(key, batch))
+        self.init_seconds += time.perf_counter() - start
+
+    # ------------------------------------------------------------------ the data
+
+    def feed(self, data: Data, *, repeat: bool) -> Feed:
+        """The feed of the same data goes on; a new one starts where the last checkpoint was."""
+        if self._feed is not None and self._feed[0] is data and self._feed[1] == repeat:
+            return self._feed[2]
+        batches = repeated(opened(data)) if repeat else opened(data)
+        put = self.placement.put_step_batch
+        feed = Feed(batches, put)
+        if self.state is None:
+            first = feed.prefetch()
+            if first is not None:
+                self._prepare(self.placement.whole_batch(first))
+        if self.position is not None:
+            feed = Feed(batches, put, self.position)
+        self._feed = (data, repeat, feed)
+        return feed
+
+    def once(self, data: Data) -> Iterator[Served]:
+        """The batches of one pass over the data, and what is to serve them."""
+        for batch in once(data, self.placement):
+            state = self._held(batch)
+            params = average(state.opt_state) if self.averages else state.params
+            yield Served(batch, params, state.model_state)
+
+    def leave_feed(self) -> None:
+        """The next feed is a new one, even of the same data."""
+        self._feed = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def restore(self, batch: Batch, *, best: bool = False) -> bool:
+        """Takes up the newest checkpoint, or the best, if there is one."""
+        expected = jax.eval_shape(self._init, jax.random.key(self._seed), batch)
+        restored = self.keeper.restore(expected, self.placement.shardings(expected), best=best)
+        if restored is None:
+            return False
+        self.state, meta = restored
+        self.step = int(self.state.step)
+        self.clock = Clock(meta["seconds"], self._now)
+        self.position = meta["position"]
+        self.classes = None if meta["classes"] is None else tuple(meta["classes"])
+        return True
+
+    def restore_best(self, data: Data) -> None:
+        """Takes up the best checkpoint of a training on such data; raises where there is none."""
+        batch = Feed(opened(data), self.placement.put_step_batch).prefetch()
+        if batch is None or not self.restore(self.placement.whole_batch(batch), best=True):
+            raise check.UserError(
+                "There is no best checkpoint: train with a work directory, keep_best and "
+                "validation data."
+            )
+
+    def save(self, *, wait: bool = False) -> None:
+        """Saves the state, off the clock."""
+        running = self.clock.running
+        self.clock.stop()
+        self.keeper.save(self.current(), self._meta(), wait=wait)
+        if running:
+            self.clock.start()
+
+    def save_if_best(self, values: dict[str, Any]) -> None:
+        """Saves the state in `best/` if this validation is the best so far."""
+        self.keeper.save_if_best(self.current(), self._meta(), values)
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "seconds": self.clock.seconds,
+            "position": self.position,
+            "classes": self.classes,
+        }
