@@ -7,7 +7,6 @@ gradient, and `state.error` is that of the parameters themselves. The momentum s
 where it points uphill.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from jdl.optim import diagnostics as diag
 from jdl.optim import linesearch
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.local import local, scalar_dtype
-from jdl.solvers.iterative import Iterative, SolverState
+from jdl.solvers.iterative import Iterative, Manner, SolverState
 
 Stepsize = float | Callable[[Any], Any]
 
@@ -147,7 +146,7 @@ class GradientDescent(Iterative):
       implicit_diff: whether `run` has the solution's derivatives.
       implicit_diff_solve: for their linear system; None for conjugate gradients.
       jit: whether to compile.
-      unroll: see `Iterative`; possible with a given step size.
+      unroll: see `jdl.solvers.iterative.Manner`; possible with a given step size.
       verbose: whether to print.
       callback: called after each update.
 
@@ -178,31 +177,15 @@ class GradientDescent(Iterative):
         callback: Callable[[Params, SolverState], None] | None = None,
     ):
         self.searches_lines = not callable(stepsize) and stepsize <= 0
-        super().__init__(
-            fun,
-            value_and_grad,
-            has_aux,
-            maxiter,
-            tol,
-            implicit_diff,
-            implicit_diff_solve,
-            jit,
-            unroll,
-            verbose,
-            callback,
-            {},
-        )
+        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner)
         check.positive_int("maxls", maxls)
         check.in_range("decrease_factor", decrease_factor, 0.0, 1.0, open_low=True)
         self.stepsize, self.maxls, self.acceleration = stepsize, maxls, acceleration
         self.decrease_factor = decrease_factor
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """`gradient_descent`."""
-        return gradient_descent(
-            self.stepsize,
-            acceleration=self.acceleration,
-            decrease_factor=self.decrease_factor,
-            max_evaluations=self.maxls,
+        self.optimizer = gradient_descent(
+            stepsize,
+            acceleration=acceleration,
+            decrease_factor=decrease_factor,
+            max_evaluations=maxls,
         )

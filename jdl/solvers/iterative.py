@@ -7,7 +7,6 @@ once for each solver and shape, and may itself be transformed by `jit`, `vmap`, 
 The names are those of jaxopt 0.8, so that `from jdl import solvers as jaxopt` keeps code running.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -96,15 +95,10 @@ class OptStep(NamedTuple):
     state: Any
 
 
-class Iterative:
-    """The part that solvers have in common; the concrete classes say which optimizer they drive.
+class Manner(NamedTuple):
+    """How a solver runs, whatever it minimizes.
 
-    Args:
-      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
-      value_and_grad: True where `fun` gives (value, gradient); a function that does; or False.
-      has_aux: whether values come as `(value, aux)`.
-      maxiter: updates at most, ≥ 0.
-      tol: a run has converged when `state.error` ≤ tol, ≥ 0.
+    Attributes:
       implicit_diff: whether `run` has the derivatives of the solution, at the cost of one linear
         system. Otherwise its iterations are differentiated, forward mode only where the optimizer
         searches lines.
@@ -114,13 +108,34 @@ class Iterative:
         "auto" does so where that is asked for (`implicit_diff=False`) and possible.
       verbose: whether to print a row of a table after each update.
       callback: called as `callback(params, state)` after each update, with NumPy arrays.
-      refused: keywords of jaxopt's that mean nothing here, each refused with what to do.
+    """
+
+    implicit_diff: bool
+    implicit_diff_solve: implicit.Solve | None
+    jit: bool
+    unroll: str | bool
+    verbose: bool | int
+    callback: Callable[[Params, SolverState], None] | None
+
+
+class Iterative:
+    """The part that solvers have in common; the concrete classes say which optimizer they drive.
+
+    Args:
+      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
+      value_and_grad: True where `fun` gives (value, gradient); a function that does; or False.
+      has_aux: whether values come as `(value, aux)`.
+      maxiter: updates at most, ≥ 0.
+      tol: a run has converged when `state.error` ≤ tol, ≥ 0.
+      manner: how it runs.
+      **refused: keywords of jaxopt's that mean nothing here, each refused with what to do.
     """
 
     searches_lines: bool = True  # by loops that have no reverse mode
     stochastic: ClassVar[bool] = False  # `update` is made for other data each time
     symmetric: ClassVar[bool] = True  # the optimality condition's derivative is a Hessian
     refusals: ClassVar[dict[str, str]] = {}
+    optimizer: optax.GradientTransformationExtraArgs  # makes the updates
     # The first failure makes an optimizer forget its history, the second is that of −gradient.
     failures_allowed: int = 2
     patience: int = 15  # updates without visible progress after which a run ends
@@ -132,13 +147,9 @@ class Iterative:
         has_aux: bool,
         maxiter: int,
         tol: float,
-        implicit_diff: bool,
-        implicit_diff_solve: implicit.Solve | None,
-        jit: bool,
-        unroll: str | bool,
-        verbose: bool | int,
-        callback: Callable[[Params, SolverState], None] | None,
-        refused: dict[str, Any],
+        manner: Manner,
+        /,
+        **refused: Any,
     ):
         name = type(self).__name__
         for keyword in refused:
@@ -162,29 +173,27 @@ class Iterative:
             maxiter,
         )
         check.in_range("tol", tol, 0.0)
-        check.one_of("unroll", unroll, ["auto", True, False])
+        check.one_of("unroll", manner.unroll, ["auto", True, False])
         check.argument(
-            not (unroll is True and self.searches_lines),
+            not (manner.unroll is True and self.searches_lines),
             "unroll",
             '"auto" or False',
-            unroll,
+            manner.unroll,
             f"{name} searches lines by loops that have no reverse mode: leave implicit_diff=True.",
         )
         self.fun, self.value_and_grad, self.has_aux = fun, value_and_grad, has_aux
         self.maxiter, self.tol = maxiter, tol
-        self.implicit_diff, self.implicit_diff_solve = implicit_diff, implicit_diff_solve
-        self.jit, self.unroll, self.verbose, self.callback = jit, unroll, verbose, callback
+        self.implicit_diff = manner.implicit_diff
+        self.implicit_diff_solve = manner.implicit_diff_solve
+        self.jit = jit = manner.jit
+        self.unroll = manner.unroll
+        self.verbose, self.callback = manner.verbose, manner.callback
         compiled: Any = jax.jit if jit else _as_it_is
         self._jit_run = compiled(self._run)
         self._jit_update = jax.jit(self._update, static_argnames="fresh") if jit else self._update
         self._jit_init = compiled(self._init)
 
     # ------------------------------------------------------------------ what a solver defines
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """The transformation that makes the updates."""
-        raise NotImplementedError
 
     def _problem(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
         return problem.make(fun, self.value_and_grad, self.has_aux, args, kwargs)

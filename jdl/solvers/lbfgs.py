@@ -1,17 +1,15 @@
 """L-BFGS, run to convergence; in a box too."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 from jdl.core import check
 from jdl.core.types import Params
 from jdl.optim import lbfgs
 from jdl.solvers import box
-from jdl.solvers.iterative import Iterative, OptStep, SolverState
+from jdl.solvers.iterative import Iterative, Manner, OptStep, SolverState
 from jdl.solvers.problem import Problem
 
 # Keywords of jaxopt's own line searches.
@@ -101,20 +99,8 @@ class LBFGS(Iterative):
     ):
         if refused.get("stepsize") == 0.0:  # jaxopt's word for a line search
             refused.pop("stepsize")
-        super().__init__(
-            fun,
-            value_and_grad,
-            has_aux,
-            maxiter,
-            tol,
-            implicit_diff,
-            implicit_diff_solve,
-            jit,
-            unroll,
-            verbose,
-            callback,
-            refused,
-        )
+        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner, **refused)
         check_line_search(linesearch)
         check.positive_int("history_size", history_size)
         check.positive_int("maxls", maxls)
@@ -122,15 +108,8 @@ class LBFGS(Iterative):
         self.failures_allowed = 1 if stop_if_linesearch_fails else 2
         self.bounds, self.history_size, self.maxls = bounds, history_size, maxls
         self.max_stepsize = max_stepsize
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """`jdl.optim.lbfgs`, or its projected cousin in a box."""
-        if self._boxed():
-            return box.projected_lbfgs(
-                self.max_stepsize, history=self.history_size, max_evaluations=self.maxls
-            )
-        return lbfgs(self.max_stepsize, history=self.history_size, max_evaluations=self.maxls)
+        make = box.projected_lbfgs if self._boxed() else lbfgs
+        self.optimizer = make(max_stepsize, history=history_size, max_evaluations=maxls)
 
     def _boxed(self) -> bool:
         return self.bounds is not None

@@ -3,13 +3,11 @@ r"""Gauss-Newton and Levenberg-Marquardt, run to convergence.
 f(x) = ½ ‖r(x)‖²,    ∇f = Jᵀ r,    J = ∂r/∂x
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
@@ -17,7 +15,7 @@ from jdl.core.types import Params, PyTree
 from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.levenberg_marquardt import levenberg_marquardt
 from jdl.solvers import implicit
-from jdl.solvers.iterative import Iterative, SolverState
+from jdl.solvers.iterative import Iterative, Manner, SolverState
 from jdl.solvers.problem import Problem
 
 CHUNK = 64  # columns of J computed at once
@@ -130,26 +128,9 @@ class GaussNewton(LeastSquares):
         callback: Callable[[Params, SolverState], None] | None = None,
         **options: Any,
     ):
-        super().__init__(
-            residual_fun,
-            False,
-            has_aux,
-            maxiter,
-            tol,
-            implicit_diff,
-            implicit_diff_solve,
-            jit,
-            unroll,
-            verbose,
-            callback,
-            {},
-        )
-        self._optimizer = gauss_newton(**options)
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """`jdl.optim.gauss_newton`."""
-        return self._optimizer
+        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
+        super().__init__(residual_fun, False, has_aux, maxiter, tol, manner)
+        self.optimizer = gauss_newton(**options)
 
 
 class LevenbergMarquardt(LeastSquares):
@@ -207,30 +188,14 @@ class LevenbergMarquardt(LeastSquares):
     ):
         if options.get("materialize_jac") is True:  # so it is
             options.pop("materialize_jac")
-        super().__init__(
-            residual_fun,
-            False,
-            has_aux,
-            maxiter,
-            tol,
-            implicit_diff,
-            implicit_diff_solve,
-            jit,
-            unroll,
-            verbose,
-            callback,
-            {k: v for k, v in options.items() if k in self.refusals},
-        )
+        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
+        refused = {k: v for k, v in options.items() if k in self.refusals}
+        super().__init__(residual_fun, False, has_aux, maxiter, tol, manner, **refused)
         check.one_of("stop_criterion", stop_criterion, ["grad-l2-norm", "madsen-nielsen"])
         check.in_range("xtol", xtol, 0.0)
         check.in_range("gtol", gtol, 0.0)
         self.stop_criterion, self.xtol, self.gtol = stop_criterion, xtol, gtol
-        self._optimizer = levenberg_marquardt(damping=damping_parameter, **options)
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """`jdl.optim.levenberg_marquardt`."""
-        return self._optimizer
+        self.optimizer = levenberg_marquardt(damping=damping_parameter, **options)
 
     def _converged(self, params: Params, state: SolverState) -> jax.Array:
         if self.stop_criterion == "grad-l2-norm":

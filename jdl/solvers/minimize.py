@@ -22,7 +22,7 @@ from jdl.solvers.nonlinear_cg import NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver
 from jdl.solvers.status import Status
 
-METHODS: dict[str, type[Iterative]] = {
+METHODS: dict[str, Callable[..., Iterative]] = {
     "lbfgs": LBFGS,
     "nonlinear_cg": NonlinearCG,
     "newton": Newton,

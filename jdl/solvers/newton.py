@@ -1,17 +1,14 @@
 """Newton's method and Hessian-free optimization, run to convergence."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
-
-import optax
 
 from jdl.core import check
 from jdl.core.objective import Objective
 from jdl.core.types import Params
 from jdl.optim import hessian_free, newton
 from jdl.solvers import implicit
-from jdl.solvers.iterative import Iterative, SolverState
+from jdl.solvers.iterative import Iterative, Manner, SolverState
 
 
 class Newton(Iterative):
@@ -53,26 +50,9 @@ class Newton(Iterative):
         callback: Callable[[Params, SolverState], None] | None = None,
         **options: Any,
     ):
-        super().__init__(
-            fun,
-            value_and_grad,
-            has_aux,
-            maxiter,
-            tol,
-            implicit_diff,
-            implicit_diff_solve,
-            jit,
-            unroll,
-            verbose,
-            callback,
-            {},
-        )
-        self._optimizer = newton(**options)
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """`jdl.optim.newton`."""
-        return self._optimizer
+        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner)
+        self.optimizer = newton(**options)
 
     def _own_solve(self) -> implicit.Solve:
         return implicit.dense
@@ -120,20 +100,8 @@ class HessianFree(Iterative):
         callback: Callable[[Params, SolverState], None] | None = None,
         **options: Any,
     ):
-        super().__init__(
-            fun,
-            value_and_grad,
-            has_aux,
-            maxiter,
-            tol,
-            implicit_diff,
-            implicit_diff_solve,
-            jit,
-            unroll,
-            verbose,
-            callback,
-            {},
-        )
+        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner)
         if not isinstance(fun, Objective):
             check.argument(
                 options.get("curvature") != "gauss_newton",
@@ -145,9 +113,4 @@ class HessianFree(Iterative):
             options = {"curvature": "hessian", **options}
             if not options.keys() & {"damping", "trust_region"}:
                 options["trust_region"] = 1.0
-        self._optimizer = hessian_free(**options)
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """`jdl.optim.hessian_free`."""
-        return self._optimizer
+        self.optimizer = hessian_free(**options)

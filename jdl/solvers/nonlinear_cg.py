@@ -1,16 +1,14 @@
 """Nonlinear conjugate gradients, run to convergence."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 from jdl.core import check
 from jdl.core.types import Params
 from jdl.optim import nonlinear_cg
-from jdl.solvers.iterative import Iterative, SolverState
+from jdl.solvers.iterative import Iterative, Manner, SolverState
 from jdl.solvers.lbfgs import LINE_SEARCH_REFUSALS, check_line_search
 
 METHODS = {
@@ -74,20 +72,8 @@ class NonlinearCG(Iterative):
         callback: Callable[[Params, SolverState], None] | None = None,
         **refused: Any,
     ):
-        super().__init__(
-            fun,
-            value_and_grad,
-            has_aux,
-            maxiter,
-            tol,
-            implicit_diff,
-            implicit_diff_solve,
-            jit,
-            unroll,
-            verbose,
-            callback,
-            refused,
-        )
+        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner, **refused)
         check.argument(
             method != "fletcher-reeves",
             "method",
@@ -100,13 +86,7 @@ class NonlinearCG(Iterative):
         check.positive_int("maxls", maxls)
         check.in_range("max_stepsize", max_stepsize, 0.0, open_low=True)
         self.method, self.maxls, self.max_stepsize = method, maxls, max_stepsize
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """`jdl.optim.nonlinear_cg`."""
-        return nonlinear_cg(
-            self.max_stepsize, method=METHODS[self.method], max_evaluations=self.maxls
-        )
+        self.optimizer = nonlinear_cg(max_stepsize, method=METHODS[method], max_evaluations=maxls)
 
     def _at(self, optimizer_state: Any) -> tuple[jax.Array, Params]:
         return optimizer_state.value, optimizer_state.grad

@@ -1,6 +1,5 @@
 """Any optax transformation, run to convergence or over an iterator of batches."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import optax
 
 from jdl.core import check
 from jdl.core.types import Params
-from jdl.solvers.iterative import Iterative, SolverState, reevaluated
+from jdl.solvers.iterative import Iterative, Manner, SolverState, reevaluated
 from jdl.solvers.problem import Problem
 
 
@@ -28,7 +27,7 @@ class OptaxSolver(Iterative):
         iterations.
       implicit_diff_solve: for their linear system; None for conjugate gradients.
       jit: whether to compile.
-      unroll: see `Iterative`; not for a transformation that searches lines.
+      unroll: see `jdl.solvers.iterative.Manner`; not for a transformation that searches lines.
       verbose: whether to print.
       callback: called after each update.
 
@@ -61,25 +60,9 @@ class OptaxSolver(Iterative):
         ok = hasattr(opt, "init") and hasattr(opt, "update")
         check.argument(ok, "opt", "an optax transformation", opt)
         self.opt, self.pre_update = opt, pre_update
-        super().__init__(
-            fun,
-            value_and_grad,
-            has_aux,
-            maxiter,
-            tol,
-            implicit_diff,
-            implicit_diff_solve,
-            jit,
-            unroll,
-            verbose,
-            callback,
-            {},
-        )
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """`opt`, told more than it may want to know."""
-        return optax.with_extra_args_support(self.opt)
+        self.optimizer = optax.with_extra_args_support(opt)  # told more than it may want to know
+        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner)
 
     def _before(
         self, asked: Problem, params: Params, state: SolverState
