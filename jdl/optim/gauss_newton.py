@@ -24,6 +24,7 @@ from jdl.optim.local import (
     ScalarOrSchedule,
     check_params,
     check_scale,
+    current_rate,
     descending,
     schedule_value,
 )
@@ -122,8 +123,9 @@ def gauss_newton(
         **extra: Any,
     ) -> tuple[PyTree, GaussNewtonState]:
         del extra
-        here, residual_fn = least_squares.local_of(
+        here, curvature = least_squares.around(
             "gauss_newton",
+            chunk_size,
             updates,
             params,
             value,
@@ -133,14 +135,11 @@ def gauss_newton(
             whole_params,
             residual_fn,
         )
-        rate = state.learning_rate
-        if callable(learning_rate):
-            rate = schedule_value(learning_rate, state.diagnostics.iterations)
+        rate = current_rate(learning_rate, state)
         dtype = here.value.dtype
-        active = here.finite & ~here.stationary
+        active = here.active
 
         flat, unravel = ravel_pytree(updates)
-        curvature = least_squares.curvature(here, residual_fn, chunk_size)
         spectrum = curvature.spectrum(jnp.ones(flat.size, dtype))
         share = flat.size * float(jnp.finfo(dtype).eps) if cutoff is None else cutoff
         # A matrix is known to less than the square of what its factor is known to.

@@ -29,6 +29,7 @@ from jdl.optim.local import (
     ScalarOrSchedule,
     check_params,
     check_scale,
+    current_rate,
     descending,
     hessian_product,
     local,
@@ -215,13 +216,11 @@ def hessian_free(
         undecayed = here.value_fn
         if weight_decay:
             here, updates = _decayed(here, updates, weight_decay)
-        rate = state.learning_rate
-        if callable(learning_rate):
-            rate = schedule_value(learning_rate, state.diagnostics.iterations)
+        rate = current_rate(learning_rate, state)
         use_gauss_newton = curvature != "hessian" and objective is not None
         scale = rate.astype(here.value.dtype)
         damping_now = state.damping.astype(here.value.dtype)
-        active = here.finite & ~here.stationary
+        active = here.active
 
         if use_gauss_newton:
             data_product = lambda v: objective.gnvp(here.params, v)  # noqa: E731

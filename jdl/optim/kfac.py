@@ -22,7 +22,14 @@ from jdl.optim import diagnostics as diag
 from jdl.optim import kronecker
 from jdl.optim.diagnostics import Diagnostics, Termination
 from jdl.optim.kronecker import Kronecker
-from jdl.optim.local import ScalarOrSchedule, check_params, check_scale, local, schedule_value
+from jdl.optim.local import (
+    ScalarOrSchedule,
+    check_params,
+    check_scale,
+    current_rate,
+    local,
+    schedule_value,
+)
 
 _logger = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -224,12 +231,10 @@ def kfac(
         found = moments.find_layers(objective, here.params)
         _log(found, objective, here.params, max_size, curvature)
         k = state.diagnostics.iterations
-        rate = state.learning_rate
-        if callable(learning_rate):
-            rate = schedule_value(learning_rate, k)
+        rate = current_rate(learning_rate, state)
         scalar = here.value.dtype
         lam = state.damping.astype(scalar)
-        active = here.finite & ~here.stationary
+        active = here.active
 
         # Factors and their inverses, now and then.
         factors = state.kronecker

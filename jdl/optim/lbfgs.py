@@ -22,6 +22,7 @@ from jdl.optim.local import (
     ScalarOrSchedule,
     check_params,
     check_scale,
+    current_rate,
     descending,
     local,
     scalar_dtype,
@@ -163,10 +164,8 @@ def lbfgs(
     ) -> tuple[PyTree, LBFGSState]:
         del extra
         here = local("lbfgs", updates, params, value, grad, value_fn, objective, whole_params)
-        rate = state.learning_rate
-        if callable(learning_rate):
-            rate = schedule_value(learning_rate, state.diagnostics.iterations)
-        active = here.finite & ~here.stationary
+        rate = current_rate(learning_rate, state)
+        active = here.active
 
         direction = tree.scale(-1.0, _two_loop(updates, state))
         direction, descends = descending(direction, here)

@@ -43,8 +43,9 @@ class Curvature(NamedTuple):
         return spectral.of_symmetric(self.matrix / (scale[:, None] * scale[None]))
 
 
-def local_of(
+def around(
     optimizer: str,
+    chunk_size: int,
     updates: PyTree,
     params: Params | None,
     value: Any,
@@ -53,8 +54,8 @@ def local_of(
     objective: Any,
     whole_params: Params | None,
     residual_fn: Residuals | None,
-) -> tuple[Local, Residuals | None]:
-    """An update's extra arguments; see `jdl.optim.local.local`.
+) -> tuple[Local, Curvature]:
+    """The objective of an update and Jᵀ J, `chunk_size` columns at a time; see `local.local`.
 
     `residual_fn` goes before `objective`, and stands in for a missing `value_fn`.
     """
@@ -73,7 +74,7 @@ def local_of(
     masked = whole_params is not None and whole != jax.tree.structure(params)
     if residual_fn is not None and masked:
         residual_fn = Part(params, whole_params).function(residual_fn)
-    return here, residual_fn
+    return here, _curvature(here, residual_fn, chunk_size)
 
 
 def _half_square(residual_fn: Residuals) -> Callable[[Params], Any]:
@@ -84,8 +85,7 @@ def _half_square(residual_fn: Residuals) -> Callable[[Params], Any]:
     return value
 
 
-def curvature(here: Local, residual_fn: Residuals | None, chunk_size: int) -> Curvature:
-    """Jᵀ J at θ, `chunk_size` columns at a time."""
+def _curvature(here: Local, residual_fn: Residuals | None, chunk_size: int) -> Curvature:
     dtype = here.value.dtype
     size = ravel_pytree(here.params)[0].size
     if residual_fn is None:

@@ -16,11 +16,16 @@ from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
-from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
 from jdl.optim import least_squares, spectral
 from jdl.optim.diagnostics import Diagnostics, Termination
-from jdl.optim.local import ScalarOrSchedule, check_params, check_scale, schedule_value
+from jdl.optim.local import (
+    ScalarOrSchedule,
+    check_params,
+    check_scale,
+    current_rate,
+    schedule_value,
+)
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -136,8 +141,9 @@ def levenberg_marquardt(
         **extra: Any,
     ) -> tuple[PyTree, LevenbergMarquardtState]:
         del extra
-        here, residual_fn = least_squares.local_of(
+        here, curvature = least_squares.around(
             "levenberg_marquardt",
+            chunk_size,
             updates,
             params,
             value,
@@ -147,15 +153,12 @@ def levenberg_marquardt(
             whole_params,
             residual_fn,
         )
-        rate = state.learning_rate
-        if callable(learning_rate):
-            rate = schedule_value(learning_rate, state.diagnostics.iterations)
+        rate = current_rate(learning_rate, state)
         dtype = here.value.dtype
         factor = rate.astype(dtype)
-        active = here.finite & ~here.stationary
+        active = here.active
 
         flat, unravel = ravel_pytree(updates)
-        curvature = least_squares.curvature(here, residual_fn, chunk_size)
         column_norms = jnp.sqrt(jnp.maximum(curvature.diagonal, 0.0))
         last = ravel_pytree(state.scale)[0].astype(dtype)
         grown = jnp.where(jnp.isfinite(column_norms), jnp.maximum(last, column_norms), last)
@@ -178,22 +181,12 @@ def levenberg_marquardt(
             raw_slopes,
             step_of,
             scale=factor,
-            damping=state.damping.astype(dtype),
-            radius=state.radius.astype(dtype),
+            damping=state.damping,
+            radius=state.radius,
             use_radius=trust_region is not None,
             max_evaluations=max_evaluations,
-            active=active,
         )
         moved, delta = end.good, step_of(end.step)
-        calm = damping_rules.levenberg_marquardt(
-            end.damping, end.ratio, increase=2.0, decrease=0.1, minimum=0.0
-        )
-        next_damping = jnp.where(moved, jnp.where(calm > floor, calm, 0.0), end.damping)
-        next_radius = state.radius
-        if trust_region is not None:
-            edge = jnp.linalg.norm(end.step) >= 0.99 * end.radius
-            next_radius = damping_rules.trust_radius(end.radius, end.ratio, edge)
-            next_damping = state.damping
         code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
         told = diag.advance(
             state.diagnostics,
@@ -212,10 +205,13 @@ def levenberg_marquardt(
         )
         nothing = jax.tree.map(jnp.zeros_like, here.params)
         usable = active & spectrum.sound
+        next_damping, next_radius = spectral.steered(
+            end, state, floor, 2.0, 0.1, trust_region is not None, usable
+        )
         new = LevenbergMarquardtState(
             learning_rate=rate,
-            damping=jnp.where(usable, next_damping.astype(jnp.float32), state.damping),
-            radius=jnp.where(usable, next_radius.astype(jnp.float32), state.radius),
+            damping=next_damping,
+            radius=next_radius,
             scale=tree.where(usable, unravel(grown.astype(flat.dtype)), state.scale),
             diagnostics=told,
         )

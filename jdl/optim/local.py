@@ -42,6 +42,11 @@ class Local(NamedTuple):
     stationary: jax.Array
     objective: Any
 
+    @property
+    def active(self) -> jax.Array:
+        """Whether there is a step to look for."""
+        return self.finite & ~self.stationary
+
 
 def local(
     optimizer: str,
@@ -170,6 +175,14 @@ def schedule_value(scalar_or_schedule: ScalarOrSchedule, count: Any) -> jax.Arra
     # Schedules, optax's among them, mix Python floats with the integer count.
     with jax.numpy_dtype_promotion("standard"):
         return jnp.array(scalar_or_schedule(count), jnp.float32)
+
+
+def current_rate(learning_rate: ScalarOrSchedule, state: Any) -> jax.Array:
+    """The learning rate of the update at hand: the schedule's, or without one the state's."""
+    if callable(learning_rate):
+        return schedule_value(learning_rate, state.diagnostics.iterations)
+    rate: jax.Array = state.learning_rate
+    return rate
 
 
 def check_scale(name: str, value: Any) -> None:

@@ -24,6 +24,7 @@ from jdl.optim.local import (
     ScalarOrSchedule,
     check_params,
     check_scale,
+    current_rate,
     descending,
     local,
     schedule_value,
@@ -151,12 +152,10 @@ def natural_gradient(
             None,
             "Pass objective=jdl.Objective.from_fns(predict, loss, batch).",
         )
-        rate = state.learning_rate
-        if callable(learning_rate):
-            rate = schedule_value(learning_rate, state.diagnostics.iterations)
+        rate = current_rate(learning_rate, state)
         dtype = here.value.dtype
         lam = state.damping.astype(dtype)
-        active = here.finite & ~here.stationary
+        active = here.active
         products = here.objective.gnvp if fisher == "model" else here.objective.efvp
         solution = linear_cg.linear_cg(
             lambda v: tree.add_scaled(products(here.params, v), lam, v),

@@ -16,7 +16,6 @@ from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
-from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
 from jdl.optim import spectral
 from jdl.optim.diagnostics import Diagnostics, Termination
@@ -24,6 +23,7 @@ from jdl.optim.local import (
     ScalarOrSchedule,
     check_params,
     check_scale,
+    current_rate,
     hessian_product,
     local,
     schedule_value,
@@ -131,12 +131,10 @@ def newton(
         del extra
         here = local("newton", updates, params, value, grad, value_fn, objective, whole_params)
         objective = here.objective
-        rate = state.learning_rate
-        if callable(learning_rate):
-            rate = schedule_value(learning_rate, state.diagnostics.iterations)
+        rate = current_rate(learning_rate, state)
         dtype = here.value.dtype
         scale = rate.astype(dtype)
-        active = here.finite & ~here.stationary
+        active = here.active
 
         product = hessian_product(here.value_fn, here.params)
         if objective is not None:
@@ -166,25 +164,13 @@ def newton(
             raw_slopes,
             step_of,
             scale=scale,
-            damping=state.damping.astype(dtype),
-            radius=state.radius.astype(dtype),
+            damping=state.damping,
+            radius=state.radius,
             use_radius=trust_region is not None,
             max_evaluations=max_evaluations,
-            active=active,
         )
         moved, delta = end.good, step_of(end.step)
         nothing = jax.tree.map(jnp.zeros_like, here.params)
-        # After a success λ falls, and below what rounding leaves of the spectrum it is none.
-        calm = damping_rules.levenberg_marquardt(
-            end.damping, end.ratio, increase=4.0, decrease=0.25, minimum=0.0
-        )
-        calm = jnp.where(calm > floor, calm, 0.0)
-        next_damping = jnp.where(moved, calm, end.damping)
-        next_radius = state.radius
-        if trust_region is not None:
-            edge = jnp.linalg.norm(end.step) >= 0.99 * end.radius
-            next_radius = damping_rules.trust_radius(end.radius, end.ratio, edge)
-            next_damping = state.damping
         code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
         concave = moved & (eigenvalues[0] < -floor)
         code = jnp.where(concave, Termination.NEGATIVE_CURVATURE, code)
@@ -202,10 +188,13 @@ def newton(
             reduction_ratio=end.ratio,
             reused=reused,
         )
+        next_damping, next_radius = spectral.steered(
+            end, state, floor, 4.0, 0.25, trust_region is not None, here.active
+        )
         new = NewtonState(
             learning_rate=rate,
-            damping=jnp.where(active, next_damping.astype(jnp.float32), state.damping),
-            radius=jnp.where(active, next_radius.astype(jnp.float32), state.radius),
+            damping=next_damping,
+            radius=next_radius,
             diagnostics=told,
         )
         step = tree.where(moved, tree.scale(scale, delta), nothing)

@@ -22,6 +22,7 @@ from jdl.optim.local import (
     ScalarOrSchedule,
     check_params,
     check_scale,
+    current_rate,
     descending,
     local,
     scalar_dtype,
@@ -154,10 +155,8 @@ def nonlinear_cg(
             "nonlinear_cg", updates, params, value, grad, value_fn, objective, whole_params
         )
         dtype = here.value.dtype
-        rate = state.learning_rate
-        if callable(learning_rate):
-            rate = schedule_value(learning_rate, state.diagnostics.iterations)
-        active = here.finite & ~here.stationary
+        rate = current_rate(learning_rate, state)
+        active = here.active
 
         wanted = tree.add_scaled(tree.scale(-1.0, updates), state.beta, state.direction)
         direction, descends = descending(wanted, here)

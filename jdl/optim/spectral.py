@@ -121,7 +121,6 @@ def search(
     radius: jax.Array,
     use_radius: bool,
     max_evaluations: int,
-    active: jax.Array,
 ) -> Tried:
     """Tries steps of growing λ, or of shrinking Δ, until one makes f fall as foretold.
 
@@ -136,8 +135,8 @@ def search(
       radius: the first Δ.
       use_radius: whether Δ rules, and λ follows from it.
       max_evaluations: tries at most.
-      active: False to try nothing.
     """
+    dtype, active = here.value.dtype, here.active
     mean = jnp.mean(curvatures)
 
     def body(t: Tried) -> Tried:
@@ -161,12 +160,47 @@ def search(
         body,
         Tried(
             jnp.zeros((), jnp.int32),
-            damping,
-            radius,
+            damping.astype(dtype),
+            radius.astype(dtype),
             jnp.zeros_like(slopes),
             here.value,
             jnp.full_like(here.value, jnp.nan),
         ),
+    )
+
+
+def steered(
+    end: Tried,
+    state: Any,
+    floor: jax.Array,
+    increase: float,
+    decrease: float,
+    use_radius: bool,
+    usable: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """λ and Δ for the next step, after a search.
+
+    Args:
+      end: what the search ended with.
+      state: the optimizer's, with the `damping` and the `radius` that it began with.
+      floor: what rounding leaves of the spectrum; λ below it is none.
+      increase: the factor on λ where the model misled.
+      decrease: that where it was right.
+      use_radius: whether Δ is steered, and not λ.
+      usable: False to leave both as they are.
+    """
+    damping, radius = state.damping, state.radius
+    if use_radius:
+        edge = jnp.linalg.norm(end.step) >= 0.99 * end.radius
+        radius = damping_rules.trust_radius(end.radius, end.ratio, edge)
+    else:
+        calm = damping_rules.levenberg_marquardt(
+            end.damping, end.ratio, increase=increase, decrease=decrease, minimum=0.0
+        )
+        damping = jnp.where(end.good, jnp.where(calm > floor, calm, 0.0), end.damping)
+    return (
+        jnp.where(usable, damping.astype(jnp.float32), state.damping),
+        jnp.where(usable, radius.astype(jnp.float32), state.radius),
     )
 
 

@@ -100,7 +100,7 @@ def gradient_descent(
                 c1=0.5,  # f lies below the parabola of curvature 1/s: FISTA's condition
                 shrink=decrease_factor,
                 max_evaluations=max_evaluations,
-                active=here.finite & ~here.stationary,
+                active=here.active,
             )
             step = found.step.astype(dtype)
             trusted = jnp.where(visible, step, state.stepsize)
