@@ -113,27 +113,11 @@ def gauss_newton(
         state: GaussNewtonState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        residual_fn: Any = None,
-        objective: Any = None,
-        whole_params: Params | None = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, GaussNewtonState]:
-        del extra
         here, curvature = least_squares.around(
-            "gauss_newton",
-            chunk_size,
-            updates,
-            params,
-            value,
-            grad,
-            value_fn,
-            objective,
-            whole_params,
-            residual_fn,
+            "gauss_newton", chunk_size, updates, params, **extras
         )
         rate = current_rate(learning_rate, state)
         dtype = here.value.dtype

@@ -192,18 +192,10 @@ def hessian_free(
         state: HessianFreeState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        objective: Any = None,
-        whole_params: Params | None = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, HessianFreeState]:
-        del extra
-        here = local(
-            "hessian_free", updates, params, value, grad, value_fn, objective, whole_params
-        )
+        here = local("hessian_free", updates, params, **extras)
         objective = here.objective
         check.argument(
             curvature != "gauss_newton" or objective is not None,

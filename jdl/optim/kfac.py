@@ -210,21 +210,15 @@ def kfac(
         state: KfacState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        objective: Any = None,
-        whole_params: Params | None = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, KfacState]:
-        del extra
-        here = local("kfac", updates, params, value, grad, value_fn, objective, whole_params)
+        here = local("kfac", updates, params, **extras)
         check.argument(
             here.objective is not None,
             "objective",
             "given, for layers' inputs and output gradients come through it",
-            objective,
+            None,
             "Pass objective=jdl.Objective.from_fns(predict, loss, batch).",
         )
         objective = kronecker.plain(here.objective)

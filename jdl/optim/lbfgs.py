@@ -154,16 +154,10 @@ def lbfgs(
         state: LBFGSState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        objective: Any = None,
-        whole_params: Params | None = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, LBFGSState]:
-        del extra
-        here = local("lbfgs", updates, params, value, grad, value_fn, objective, whole_params)
+        here = local("lbfgs", updates, params, **extras)
         rate = current_rate(learning_rate, state)
         active = here.active
 

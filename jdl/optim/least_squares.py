@@ -48,12 +48,12 @@ def around(
     chunk_size: int,
     updates: PyTree,
     params: Params | None,
-    value: Any,
-    grad: PyTree | None,
-    value_fn: Any,
-    objective: Any,
-    whole_params: Params | None,
-    residual_fn: Residuals | None,
+    *,
+    residual_fn: Residuals | None = None,
+    value_fn: Any = None,
+    objective: Any = None,
+    whole_params: Params | None = None,
+    **extras: Any,
 ) -> tuple[Local, Curvature]:
     """The objective of an update and Jᵀ J, `chunk_size` columns at a time; see `local.local`.
 
@@ -69,7 +69,8 @@ def around(
     )
     if value_fn is None and residual_fn is not None:
         value_fn = _half_square(residual_fn)
-    here = local(optimizer, updates, params, value, grad, value_fn, objective, whole_params)
+    extras |= {"value_fn": value_fn, "objective": objective, "whole_params": whole_params}
+    here = local(optimizer, updates, params, **extras)
     whole: Any = jax.tree.structure(whole_params)
     masked = whole_params is not None and whole != jax.tree.structure(params)
     if residual_fn is not None and masked:

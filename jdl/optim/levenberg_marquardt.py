@@ -131,27 +131,11 @@ def levenberg_marquardt(
         state: LevenbergMarquardtState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        residual_fn: Any = None,
-        objective: Any = None,
-        whole_params: Params | None = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, LevenbergMarquardtState]:
-        del extra
         here, curvature = least_squares.around(
-            "levenberg_marquardt",
-            chunk_size,
-            updates,
-            params,
-            value,
-            grad,
-            value_fn,
-            objective,
-            whole_params,
-            residual_fn,
+            "levenberg_marquardt", chunk_size, updates, params, **extras
         )
         rate = current_rate(learning_rate, state)
         dtype = here.value.dtype

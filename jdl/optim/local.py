@@ -52,11 +52,13 @@ def local(
     optimizer: str,
     updates: PyTree,
     params: Params | None,
-    value: Any,
-    grad: PyTree | None,
-    value_fn: Callable[..., Any] | None,
-    objective: Any | None,
+    *,
+    value: Any = None,
+    grad: PyTree | None = None,
+    value_fn: Callable[..., Any] | None = None,
+    objective: Any | None = None,
     whole_params: Params | None = None,
+    **others: Any,
 ) -> Local:
     """Gathers an update's extra arguments.
 
@@ -70,10 +72,12 @@ def local(
       objective: a `jdl.Objective`, or None; stands in for a missing `value_fn`.
       whole_params: all parameters, where `params` is the part of them that optax.masked or
         optax.partition let through; the others then stay where they are.
+      **others: extra arguments of other transformations; left alone.
 
     Raises:
       ArgumentError: if an argument is missing or does not fit the parameters.
     """
+    del others
     if value_fn is None and objective is not None:
         value_fn = objective.value
     needed = {"params": params, "value": value, "grad": grad, "value_fn": value_fn}

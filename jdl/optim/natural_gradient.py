@@ -133,18 +133,10 @@ def natural_gradient(
         state: NaturalGradientState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        objective: Any = None,
-        whole_params: Params | None = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, NaturalGradientState]:
-        del extra
-        here = local(
-            "natural_gradient", updates, params, value, grad, value_fn, objective, whole_params
-        )
+        here = local("natural_gradient", updates, params, **extras)
         check.argument(
             here.objective is not None,
             "objective",

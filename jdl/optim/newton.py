@@ -120,16 +120,10 @@ def newton(
         state: NewtonState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        objective: Any = None,
-        whole_params: Params | None = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, NewtonState]:
-        del extra
-        here = local("newton", updates, params, value, grad, value_fn, objective, whole_params)
+        here = local("newton", updates, params, **extras)
         objective = here.objective
         rate = current_rate(learning_rate, state)
         dtype = here.value.dtype

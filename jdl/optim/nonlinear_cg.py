@@ -142,18 +142,10 @@ def nonlinear_cg(
         state: NonlinearCGState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        objective: Any = None,
-        whole_params: Params | None = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, NonlinearCGState]:
-        del extra
-        here = local(
-            "nonlinear_cg", updates, params, value, grad, value_fn, objective, whole_params
-        )
+        here = local("nonlinear_cg", updates, params, **extras)
         dtype = here.value.dtype
         rate = current_rate(learning_rate, state)
         active = here.active

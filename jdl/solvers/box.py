@@ -82,16 +82,11 @@ def projected_lbfgs(
         state: BoxState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        objective: Any = None,
         bounds: Any = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, BoxState]:
-        del extra
-        here = local("projected_lbfgs", updates, params, value, grad, value_fn, objective)
+        here = local("projected_lbfgs", updates, params, **extras)
         dtype = here.value.dtype
         x, unravel = ravel_pytree(here.params)
         gradient = ravel_pytree(here.grad)[0]

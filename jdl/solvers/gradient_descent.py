@@ -73,15 +73,10 @@ def gradient_descent(
         state: GradientDescentState,
         params: Params | None = None,
         *,
-        value: Any = None,
-        grad: PyTree | None = None,
-        value_fn: Any = None,
-        objective: Any = None,
         reused: Any = False,
-        **extra: Any,
+        **extras: Any,
     ) -> tuple[PyTree, GradientDescentState]:
-        del extra
-        here = local("gradient_descent", updates, params, value, grad, value_fn, objective)
+        here = local("gradient_descent", updates, params, **extras)
         dtype = here.value.dtype
         down = tree.scale(-1.0, updates)
         told: Any = state.diagnostics
