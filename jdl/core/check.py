@@ -56,6 +56,12 @@ def positive_int(name: str, value: Any) -> int:
     return value
 
 
+def positive_ints(**values: Any) -> None:
+    """Refuses the first of these that is no integer of at least 1."""
+    for name, value in values.items():
+        positive_int(name, value)
+
+
 def in_range(
     name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> float:

@@ -365,8 +365,7 @@ def walk(key: Key, rows: int, steps: int, latent: int) -> jax.Array:
     >>> z.shape, bool(jnp.allclose(jnp.linalg.norm(z, axis=-1).min(axis=1) > 6, True))
     ((2, 5, 64), True)
     """
-    for name, value in (("rows", rows), ("steps", steps), ("latent", latent)):
-        check.positive_int(name, value)
+    check.positive_ints(rows=rows, steps=steps, latent=latent)
     a, b = jax.random.normal(key, (2, rows, latent))
     lengths = [jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b)]
     cosine = jnp.sum(a / lengths[0] * b / lengths[1], axis=-1)

@@ -95,12 +95,11 @@ def gauss_newton(
     check.in_range("c1", c1, 0.0, 1.0, open_low=True)
     if cutoff is not None:
         check.in_range("cutoff", cutoff, 0.0, 1.0)
-    for name, count in (
-        ("max_parameters", max_parameters),
-        ("chunk_size", chunk_size),
-        ("max_evaluations", max_evaluations),
-    ):
-        check.positive_int(name, count)
+    check.positive_ints(
+        max_parameters=max_parameters,
+        chunk_size=chunk_size,
+        max_evaluations=max_evaluations,
+    )
 
     def init(params: Params) -> GaussNewtonState:
         check_params("gauss_newton", params)

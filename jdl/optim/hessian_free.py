@@ -166,12 +166,11 @@ def hessian_free(
     check.in_range("tolerance", tolerance, 0.0, 1.0)
     check.in_range("warm_start", warm_start, 0.0, 1.0)
     check.in_range("c1", c1, 0.0, 1.0, open_low=True)
-    for name, count in (
-        ("max_linear_iterations", max_linear_iterations),
-        ("num_candidates", num_candidates),
-        ("max_evaluations", max_evaluations),
-    ):
-        check.positive_int(name, count)
+    check.positive_ints(
+        max_linear_iterations=max_linear_iterations,
+        num_candidates=num_candidates,
+        max_evaluations=max_evaluations,
+    )
     if trust_region is not None:
         check.in_range("trust_region", trust_region, 0.0, open_low=True)
     first_damping = 0.0 if trust_region is not None else damping

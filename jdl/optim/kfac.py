@@ -178,15 +178,13 @@ def kfac(
     check.in_range("damping_minimum", damping_minimum, 0.0, open_low=True)
     check.in_range("factors_decay", factors_decay, 0.0, 1.0)
     check.in_range("weight_decay", weight_decay, 0.0)
-    for name, count in (
-        ("damping_every", damping_every),
-        ("factors_every", factors_every),
-        ("inverses_every", inverses_every),
-        ("model_rows", model_rows),
-        ("max_size", max_size),
-        ("max_backtracks", max_backtracks + 1),
-    ):
-        check.positive_int(name, count)
+    check.positive_ints(
+        damping_every=damping_every,
+        factors_every=factors_every,
+        inverses_every=inverses_every,
+        model_rows=model_rows,
+        max_size=max_size,
+    )
     if kl_clip is not None:
         check.in_range("kl_clip", kl_clip, 0.0, open_low=True)
     if averaging is not None:

@@ -106,12 +106,11 @@ def levenberg_marquardt(
     """
     check_scale("learning_rate", learning_rate)
     check.in_range("damping", damping, 0.0)
-    for name, count in (
-        ("max_parameters", max_parameters),
-        ("chunk_size", chunk_size),
-        ("max_evaluations", max_evaluations),
-    ):
-        check.positive_int(name, count)
+    check.positive_ints(
+        max_parameters=max_parameters,
+        chunk_size=chunk_size,
+        max_evaluations=max_evaluations,
+    )
     if trust_region is not None:
         check.in_range("trust_region", trust_region, 0.0, open_low=True)
 

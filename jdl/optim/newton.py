@@ -99,9 +99,9 @@ def newton(
     """
     check_scale("learning_rate", learning_rate)
     check.in_range("damping", damping, 0.0)
-    check.positive_int("max_parameters", max_parameters)
-    check.positive_int("chunk_size", chunk_size)
-    check.positive_int("max_evaluations", max_evaluations)
+    check.positive_ints(
+        max_parameters=max_parameters, chunk_size=chunk_size, max_evaluations=max_evaluations
+    )
     if trust_region is not None:
         check.in_range("trust_region", trust_region, 0.0, open_low=True)
 

@@ -97,16 +97,12 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
       every: rows between two sets of histograms.
       bins: how many, of equal width between the smallest and the largest value.
     """
-    check.positive_int("every", every)
+    due = _each_training_row(every)
     check.positive_int("bins", bins)
-    path, seen = Path(path), 0
+    path = Path(path)
 
     def hook(row: Any) -> None:
-        nonlocal seen
-        if row["split"] != "train":
-            return
-        seen += 1
-        if seen % every:
+        if not due(row):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -134,15 +130,10 @@ def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
       every: rows between two measurements.
       inputs: the entry of the batch that the model is given.
     """
-    check.positive_int("every", every)
-    seen = 0
+    due = _each_training_row(every)
 
     def hook(row: Any) -> None:
-        nonlocal seen
-        if row["split"] != "train":
-            return
-        seen += 1
-        if seen % every:
+        if not due(row):
             return
         estimator = row.estimator
         shares = relu.dead_shares(
@@ -151,6 +142,21 @@ def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
         row.update({f"dead/{i}": float(share) for i, share in enumerate(shares)})
 
     return hook
+
+
+def _each_training_row(every: int) -> Callable[[Mapping[str, Any]], bool]:
+    """Tells whether to do something at a row: at every `every`-th of training."""
+    check.positive_int("every", every)
+    seen = 0
+
+    def due(row: Mapping[str, Any]) -> bool:
+        nonlocal seen
+        if row["split"] != "train":
+            return False
+        seen += 1
+        return seen % every == 0
+
+    return due
 
 
 class RangeTest(NamedTuple):
