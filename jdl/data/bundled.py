@@ -8,7 +8,7 @@ from jdl.core import check
 from jdl.data.paths import Paths
 
 if TYPE_CHECKING:
-    from jdl.data.pipeline import ImageBatches
+    from jdl.data.image_batches import ImageBatches
 
 _PATH = Path(__file__).with_name("digits.tar")
 

@@ -13,8 +13,8 @@ from jdl.data import labels as lb
 from jdl.data.archive import STDIN, open_archive
 from jdl.data.augment import Augmentation
 from jdl.data.batches import Loaded, Plan
+from jdl.data.image_batches import ImageBatches
 from jdl.data.order import Order
-from jdl.data.pipeline import ImageBatches
 from jdl.data.tar_stream import Member, MemberStream
 from jdl.data.window import InOrder
 
