@@ -10,8 +10,6 @@ from typing import Any
 
 from jdl.solvers.gradient_check import check_gradient as check_gradient
 from jdl.solvers.gradient_descent import GradientDescent as GradientDescent
-from jdl.solvers.iterative import OptStep as OptStep
-from jdl.solvers.iterative import SolverState as SolverState
 from jdl.solvers.lbfgs import LBFGS as LBFGS
 from jdl.solvers.lbfgs import LBFGSB as LBFGSB
 from jdl.solvers.least_squares import GaussNewton as GaussNewton
@@ -22,6 +20,8 @@ from jdl.solvers.newton import HessianFree as HessianFree
 from jdl.solvers.newton import Newton as Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG as NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver as OptaxSolver
+from jdl.solvers.state import OptStep as OptStep
+from jdl.solvers.state import SolverState as SolverState
 from jdl.solvers.status import Status as Status
 
 __all__ = [

@@ -20,7 +20,8 @@ from jdl.optim import diagnostics as diag
 from jdl.optim import linesearch
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.local import local, scalar_dtype
-from jdl.solvers.iterative import Iterative, Manner, SolverState
+from jdl.solvers.iterative import Iterative
+from jdl.solvers.state import Manner, SolverState
 
 Stepsize = float | Callable[[Any], Any]
 
@@ -141,7 +142,7 @@ class GradientDescent(Iterative):
       implicit_diff: whether `run` has the solution's derivatives.
       implicit_diff_solve: for their linear system; None for conjugate gradients.
       jit: whether to compile.
-      unroll: see `jdl.solvers.iterative.Manner`; possible with a given step size.
+      unroll: see `jdl.solvers.state.Manner`; possible with a given step size.
       verbose: whether to print.
       callback: called after each update.
 

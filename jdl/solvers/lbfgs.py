@@ -9,8 +9,9 @@ from jdl.core import check
 from jdl.core.types import Params
 from jdl.optim import lbfgs
 from jdl.solvers import box
-from jdl.solvers.iterative import Iterative, Manner, OptStep, SolverState
+from jdl.solvers.iterative import Iterative
 from jdl.solvers.problem import Problem
+from jdl.solvers.state import Manner, OptStep, SolverState
 
 # Keywords of jaxopt's own line searches.
 LINE_SEARCH_REFUSALS = {

@@ -15,8 +15,9 @@ from jdl.core.types import Params, PyTree
 from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.levenberg_marquardt import levenberg_marquardt
 from jdl.solvers import implicit
-from jdl.solvers.iterative import Iterative, Manner, SolverState
+from jdl.solvers.iterative import Iterative
 from jdl.solvers.problem import Problem
+from jdl.solvers.state import Manner, SolverState
 
 CHUNK = 64  # columns of J computed at once
 SMALL = 2**15  # entries of a J that is not worth reducing

@@ -14,12 +14,13 @@ from jdl.core.types import Params
 from jdl.solvers import problem
 from jdl.solvers.gradient_check import check_gradient as _check_gradient
 from jdl.solvers.gradient_descent import GradientDescent
-from jdl.solvers.iterative import Iterative, SolverState
+from jdl.solvers.iterative import Iterative
 from jdl.solvers.lbfgs import LBFGS
 from jdl.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from jdl.solvers.newton import HessianFree, Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver
+from jdl.solvers.state import SolverState
 from jdl.solvers.status import Status
 
 METHODS: dict[str, Callable[..., Iterative]] = {

@@ -8,7 +8,8 @@ from jdl.core.objective import Objective
 from jdl.core.types import Params
 from jdl.optim import hessian_free, newton
 from jdl.solvers import implicit
-from jdl.solvers.iterative import Iterative, Manner, SolverState
+from jdl.solvers.iterative import Iterative
+from jdl.solvers.state import Manner, SolverState
 
 
 class Newton(Iterative):

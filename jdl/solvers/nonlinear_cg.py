@@ -8,8 +8,9 @@ import jax
 from jdl.core import check
 from jdl.core.types import Params
 from jdl.optim import nonlinear_cg
-from jdl.solvers.iterative import Iterative, Manner, SolverState
+from jdl.solvers.iterative import Iterative
 from jdl.solvers.lbfgs import LINE_SEARCH_REFUSALS, check_line_search
+from jdl.solvers.state import Manner, SolverState
 
 METHODS = {
     "polak-ribiere": "polak_ribiere",

@@ -7,8 +7,9 @@ import optax
 
 from jdl.core import check
 from jdl.core.types import Params
-from jdl.solvers.iterative import Iterative, Manner, SolverState, reevaluated
+from jdl.solvers.iterative import Iterative, reevaluated
 from jdl.solvers.problem import Problem
+from jdl.solvers.state import Manner, SolverState
 
 
 class OptaxSolver(Iterative):
@@ -27,7 +28,7 @@ class OptaxSolver(Iterative):
         iterations.
       implicit_diff_solve: for their linear system; None for conjugate gradients.
       jit: whether to compile.
-      unroll: see `jdl.solvers.iterative.Manner`; not for a transformation that searches lines.
+      unroll: see `jdl.solvers.state.Manner`; not for a transformation that searches lines.
       verbose: whether to print.
       callback: called after each update.
 
