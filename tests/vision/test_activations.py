@@ -95,6 +95,7 @@ def test_classes_by_name_and_number(tiny, photograph):
     np.testing.assert_allclose([s for _, s in found], np.sort(shares)[::-1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_preferred_pictures_please_their_channels(tiny):
     search = reverse.Search(size=24, steps=30)
     found = reverse.preferred(tiny, "conv", [0, 3], search, seed=1)

@@ -39,12 +39,18 @@ def test_a_dream_has_the_photographs_size(tiny_model, photo, tmp_path, capfd):
     before, after = pixels(photo), pixels(out)
     assert before.shape == after.shape
     assert np.abs(before - after).mean() > 1
-    options[-1] = str(tmp_path / "zoom-%d.png")
-    assert cli.main(["dream", photo, *options, "--frames", "2", "--channel", "1"]) == 0
-    assert pixels(tmp_path / "zoom-2.png").shape == before.shape
-    options[-1] = str(tmp_path / "guided.png")
-    assert cli.main(["dream", photo, *options, "--guide", photo]) == 0
-    assert np.abs(pixels(tmp_path / "guided.png") - after).mean() > 0.5
+
+
+@pytest.mark.slow
+def test_dreams_in_frames_and_by_a_guide(tiny_model, photo, tmp_path):
+    options = ["--layer", "relu,square", "--octaves", "1", "--steps", "2", "--out"]
+    many = ["--frames", "2", "--channel", "1"]
+    assert cli.main(["dream", photo, *options, str(tmp_path / "zoom-%d.png"), *many]) == 0
+    assert pixels(tmp_path / "zoom-2.png").shape == (60, 80, 3)
+    for out, more in {"plain.png": [], "guided.png": ["--guide", photo]}.items():
+        assert cli.main(["dream", photo, *options, str(tmp_path / out), *more]) == 0
+    apart = np.abs(pixels(tmp_path / "guided.png") - pixels(tmp_path / "plain.png"))
+    assert apart.mean() > 0.5
 
 
 def test_a_class_from_noise(tiny_model, tmp_path, capfd):
