@@ -282,7 +282,7 @@ def step(
     shift = jnp.asarray(rng.integers(-how.jitter, how.jitter + 1, 2), jnp.int32)
     shape = tuple(min(n, how.tile) for n in x.shape[:2])
     program: dict[str, Any] = {"apply": trunk.apply, "layers": goal.layers}
-    program |= {"channels": goal.channels, "shape": shape}
+    program |= {"channels": goal.channels, "smoothing": how.smoothing, "shape": shape}
     if shape == x.shape[:2]:
         gradient = _shifted_gradient(trunk.params, x, goal.guide, shift, **program)
     else:
@@ -292,15 +292,7 @@ def step(
                 trunk.params, x, goal.guide, jnp.asarray(corner), gradient, covered, **program
             )
         gradient = gradient / covered
-    return ascended(
-        x,
-        gradient,
-        how.step_size,
-        how.variation,
-        smoothing=how.smoothing,
-        natural=how.natural,
-        blur=how.blur,
-    )
+    return ascended(x, gradient, how.step_size, how.variation, natural=how.natural, blur=how.blur)
 
 
 def _corners(
@@ -315,15 +307,28 @@ def _corners(
 
 
 def _gradient(
-    params: Params, x: jax.Array, guide: Any, apply: Any, layers: Any, channels: Any
-) -> Any:
+    params: Params,
+    x: jax.Array,
+    guide: Features | None,
+    *,
+    apply: Callable[..., Features],
+    layers: tuple[str, ...],
+    channels: tuple[int, ...],
+    smoothing: float,
+) -> jax.Array:
+    """S ∗ ∇f of a picture or tile [H, W, 3]."""
+
     def value(x: jax.Array) -> jax.Array:
         return score(Goal(layers, channels, guide), apply(params, x[None], layers))
 
-    return jax.grad(value)(x)
+    gradient = jax.grad(value)(x)
+    if not smoothing:
+        return gradient
+    narrow, middle, wide = (blurred(gradient, smoothing * 2**k) for k in (0, 1, 2))
+    return narrow + middle + wide
 
 
-_STATIC = ("apply", "layers", "channels", "shape")
+_STATIC = ("apply", "layers", "channels", "smoothing", "shape")
 
 
 @partial(jax.jit, static_argnames=_STATIC)
@@ -357,21 +362,17 @@ def _add_tile(
     )
 
 
-@partial(jax.jit, static_argnames=("smoothing", "natural", "blur"))
+@partial(jax.jit, static_argnames=("natural", "blur"))
 def ascended(
     x: jax.Array,
     gradient: jax.Array,
     step_size: float | jax.Array,
     variation: float | jax.Array,
     *,
-    smoothing: float,
     natural: bool,
     blur: float,
 ) -> jax.Array:
     """One step uphill under the priors; x and its gradient are [H, W, 3]."""
-    if smoothing:
-        narrow, middle, wide = (blurred(gradient, smoothing * 2**k) for k in (0, 1, 2))
-        gradient = narrow + middle + wide
     if natural:
         gradient = gradient @ jnp.asarray(COLORS @ COLORS.T)
     gradient = gradient / (jnp.mean(jnp.abs(gradient)) + 1e-12)

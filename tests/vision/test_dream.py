@@ -103,7 +103,8 @@ def test_memory_does_not_grow_with_the_picture():
         image = jax.ShapeDtypeStruct((*size, 3), jnp.float32)
         covered = jax.ShapeDtypeStruct((*size, 1), jnp.float32)
         corner = jax.ShapeDtypeStruct((2,), jnp.int32)
-        program = {"apply": trunk.apply, "layers": ("x",), "channels": (), "shape": (128, 128)}
+        program = {"apply": trunk.apply, "layers": ("x",), "channels": ()}
+        program |= {"smoothing": 0.5, "shape": (128, 128)}
         lowered = dream._add_tile.lower(None, image, None, corner, image, covered, **program)
         used.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     assert used[1] <= used[0] + 4096
