@@ -234,6 +234,8 @@ def zoom(
 ) -> Iterator[np.ndarray]:
     """A video that flies into the dream: each frame dreams on in the middle of the one before.
 
+    From the second frame on dreaming adds no contrast, which would pile up.
+
     Args:
       trunk: the network that dreams.
       image: as for `dream`.
@@ -253,7 +255,10 @@ def zoom(
     after = how._replace(octaves=min(how.octaves, 2), steps=max(1, how.steps // 4))
     x = images.as_image(image)
     for i in range(frames):
+        contrast = x.std()
         x = dream(trunk, x, goal, after if i else how, seed=seed + i, on_step=on_step)
+        if i and x.std() > contrast:
+            x = x.mean() + (x - x.mean()) * (contrast / x.std())
         yield x
         x = np.clip(enlarged(x, zoom), 0, 1)
 
