@@ -20,6 +20,11 @@ def accuracy(
 ) -> Float[Array, " B"]:
     """1 where the largest output is the labelled class, else 0.
 
+    Args:
+      outputs: one number a class.
+      batch: `batch[target]` holds int[B] class numbers or float[B, K] probabilities.
+      target: the entry that holds the labels.
+
     >>> accuracy(jnp.array([[0.1, 0.9], [0.8, 0.2]]), {"label": jnp.array([1, 1])}).tolist()
     [1.0, 0.0]
     """
@@ -51,6 +56,11 @@ def squared_error(
 ) -> Float[Array, " B"]:
     """Σ (o − t)² over an example's elements.
 
+    Args:
+      outputs: predictions.
+      batch: `batch[target]` holds the targets, shaped as `outputs`.
+      target: the entry that holds the targets.
+
     >>> squared_error(jnp.ones((1, 2)), {"label": jnp.array([[0.0, 3.0]])}).tolist()
     [5.0]
     """
@@ -65,6 +75,11 @@ def confusion_matrix(
 
     Not a metric but a sum over examples, for `Estimator.evaluate(data, sums=…)`; it heeds
     `batch["mask"]`, and leaves out labels beyond the K classes.
+
+    Args:
+      outputs: one number a class.
+      batch: `batch[target]` holds int[B] class numbers or float[B, K] probabilities.
+      target: the entry that holds the labels.
 
     >>> outputs = jnp.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
     >>> confusion_matrix(outputs, {"label": jnp.array([1, 1, 0])}).tolist()

@@ -97,6 +97,14 @@ def arrays_problem(
       test: likewise; None where nothing is held out.
       validation: the share of `train` that settings are chosen on, in [0, 1); 0 for none.
       **fields: further fields of `Problem`, `target` among them.
+
+    >>> from jdl.models import MLP
+    >>> rows = {"image": np.eye(12, dtype=np.float32), "label": np.arange(12) % 3}
+    >>> net = lambda: MLP(widths=(4,), num_outputs=3)
+    >>> goal = Target("train_loss", "at most", 0.1)
+    >>> problem = arrays_problem("rows", net, losses.softmax_cross_entropy, rows, target=goal)
+    >>> problem.size, problem.split.size
+    (12, 10)
     """
     check.in_range("validation", validation, 0.0, 0.9)
     size = len(next(iter(train.values())))
@@ -181,6 +189,11 @@ def tar_problem(
       inputs: the entry of the batch that the model is given.
       about: what else the report is to list.
       **options: further arguments of `from_tar`: size, grayscale, label, on_error …
+
+    >>> from jdl.data import digits_path
+    >>> problem = tar_problem(digits_path(), size=(8, 8), grayscale=True)
+    >>> problem.size, str(problem.target)
+    (1438, 'test accuracy ≥ 90 %')
     """
     from jdl.data import from_tar, splits
     from jdl.data.paths import expand

@@ -51,6 +51,10 @@ a { color: inherit } code { font-size: .9em }
 def write(workdir: str | Path, results: Results | None = None) -> Path:
     """Writes all files of the report into the study's directory, and gives `report.html`.
 
+    Args:
+      workdir: the study's directory.
+      results: its results; by default they are read from there.
+
     Raises:
       UserError: they cannot be written: the disk is full, say.
     """

@@ -82,11 +82,17 @@ class Trial(NamedTuple):
 
 
 class Results(NamedTuple):
-    """A study's settings, as in `study.toml`, and its trials, in the order they ran."""
+    """A study as it ran.
+
+    Attributes:
+      study: its settings, as in `study.toml`.
+      trials: in the order they ran.
+      tuned: (problem, optimizer) -> the trials that tuned it.
+    """
 
     study: Mapping[str, Any]
     trials: tuple[Trial, ...]
-    tuned: Mapping[tuple[str, str], tuple[Trial, ...]] = {}  # (problem, optimizer) -> its tuning
+    tuned: Mapping[tuple[str, str], tuple[Trial, ...]] = {}
 
     @property
     def budget(self) -> Budget:
@@ -294,7 +300,12 @@ def tunings(results: Results, problem: str) -> dict[str, Tuned]:
 
 
 def table(results: Results, problem: str) -> tuple[list[str], list[list[str]]]:
-    """The table of one problem as plain text: column names, and a row an optimizer."""
+    """The table of one problem as plain text: column names, and a row an optimizer.
+
+    Args:
+      results: what `Study.run` gave, or `jdl.compare.load`.
+      problem: the problem's name.
+    """
     found = lines(results, problem)
     tests = list(dict.fromkeys(name for line in found for name in line.test))
     header = ["optimizer", "train loss", *(name.replace("_", " ") for name in tests)]

@@ -36,8 +36,20 @@ def read_toml(path: Path) -> dict[str, Any]:
 def load(workdir: str | Path) -> Results:
     """The results that a study's directory holds.
 
+    Args:
+      workdir: the directory.
+
     Raises:
       DataError: it holds no study, or one of another format.
+
+    >>> import tempfile
+    >>> from jdl.compare import Budget, Study, by_name, table
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     budget = Budget(3, "steps")
+    ...     _ = Study(by_name("quadratic"), ["sgd"], budget=budget, workdir=folder).run()
+    ...     results = load(folder)
+    >>> table(results, "quadratic")[1][0][0]
+    'sgd'
     """
     workdir = Path(workdir)
     study = read_toml(workdir / "study.toml")

@@ -54,6 +54,10 @@ class Event(NamedTuple):
       number, total: the trial's place among all, from 1.
       row: the evaluation just made, for "row".
       status, words: how the trial ended, for "end", "skip" and "tune"; what is prepared.
+
+    >>> event = Event("begin", "digits-cnn", "adam", seed=0, number=3, total=8)
+    >>> f"{event.number}/{event.total} {event.optimizer}"
+    '3/8 adam'
     """
 
     kind: str

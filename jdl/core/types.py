@@ -24,7 +24,11 @@ Metric: TypeAlias = Callable[[Outputs, Batch], jax.Array]  # (outputs, batch) ->
 
 
 class Mode(enum.StrEnum):
-    """What a model is run for."""
+    """What a model is run for.
+
+    >>> Mode("train") is Mode.TRAIN, str(Mode.PREDICT)
+    (True, 'predict')
+    """
 
     TRAIN = "train"  # dropout drops, batch statistics move
     EVALUATE = "evaluate"  # outputs are compared with labels

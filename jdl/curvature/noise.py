@@ -41,6 +41,21 @@ class NoiseScale(NamedTuple):
 def noise_scale(landscape: Landscape) -> NoiseScale:
     """The noise scale of a landscape's batches, at least 3 of one size; a smaller last is left out.
 
+    Args:
+      landscape: the loss and where to look.
+
+    >>> import jax.numpy as jnp
+    >>> from jdl.core.objective import Objective
+    >>> predict = lambda w, batch: batch["x"] @ w
+    >>> loss = lambda outputs, batch: 0.5 * jnp.square(outputs - batch["y"])
+    >>> x = np.random.default_rng(0).normal(size=(8, 16, 2)).astype(np.float32)
+    >>> batches = [{"x": each, "y": each[:, 0] + 1.0} for each in x]
+    >>> make = lambda batch: Objective.from_fns(predict, loss, batch)
+    >>> landscape = Landscape(make, batches, jnp.zeros(2))
+    >>> found = noise_scale(landscape)
+    >>> found.batches, found.batch_size, found.low < found.value < found.high
+    (8, 16.0, True)
+
     References:
       McCandlish et al., An empirical model of large-batch training (2018), section 2.2, appendix A.
     """

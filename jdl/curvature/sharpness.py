@@ -47,6 +47,18 @@ def sharpness(
       steps: of ascent, ≥ 1.
       direction: a vector [n] to try both ways first: the sharpest eigenvector.
 
+    >>> import jax.numpy as jnp
+    >>> from jdl.core.objective import Objective
+    >>> predict = lambda w, batch: batch["x"] @ w
+    >>> loss = lambda outputs, batch: 0.5 * jnp.square(outputs - batch["y"])
+    >>> x = np.random.default_rng(0).normal(size=(8, 16, 2)).astype(np.float32)
+    >>> batches = [{"x": each, "y": each[:, 0] + 1.0} for each in x]
+    >>> make = lambda batch: Objective.from_fns(predict, loss, batch)
+    >>> landscape = Landscape(make, batches, jnp.zeros(2))
+    >>> found = sharpness(landscape, rho=0.1)
+    >>> found.rise >= found.first_step > 0
+    True
+
     References:
       Foret et al., Sharpness-aware minimization (2021), section 2.
       Keskar et al., On large-batch training for deep learning (2017), section 2.2.2.

@@ -25,7 +25,13 @@ _VERSION = 1
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What the trainer asks of a data set; its iterators have `get_state` and `set_state`."""
+    """What the trainer asks of a data set; its iterators have `get_state` and `set_state`.
+
+    >>> from jdl.data import from_arrays
+    >>> data: Dataset = from_arrays(np.eye(5), batch_size=2, epochs=3)
+    >>> data.batches_per_epoch, data.epochs
+    (3, 3)
+    """
 
     @property
     def batch_size(self) -> int:
@@ -184,6 +190,7 @@ class Batches(grain.IterDataset):
     Attributes:
       plan: which places each batch holds.
       order: which record stands at which place.
+      classes: the names of the classes; None where there is no such table.
       fingerprint: names the data, so that a position in others is refused.
       max_skipped: the share of an epoch's records that may be skipped.
     """

@@ -14,12 +14,20 @@ _PATH = Path(__file__).with_name("digits.tar")
 
 
 def digits_path() -> str:
-    """Where the bundled archive is."""
+    """Where the bundled archive is.
+
+    >>> Path(digits_path()).name
+    'digits.tar'
+    """
     return str(_PATH)
 
 
 def resolve(data: Paths) -> Paths:
-    """`data`, or the bundled archive's path for the word `digits` (unless there is such a file)."""
+    """`data`, or the bundled archive's path for the word `digits` (unless there is such a file).
+
+    >>> resolve("digits") == digits_path(), resolve("photos.tar")
+    (True, 'photos.tar')
+    """
     return digits_path() if data == "digits" and not os.path.exists("digits") else data
 
 

@@ -68,7 +68,14 @@ CENTER = Crop(1.0, 0.5, 0.5)
 
 
 class BadImage(check.DataError):
-    """The bytes are no image that can be decoded."""
+    """The bytes are no image that can be decoded.
+
+    >>> try:
+    ...     decode(b"no image")
+    ... except BadImage:
+    ...     print("skipped")
+    skipped
+    """
 
 
 def decode(

@@ -37,6 +37,11 @@ class Record(NamedTuple):
       name: its full name in the archive.
       data: its bytes.
       label: its place in the source's `classes`, or -1.
+
+    >>> from jdl.data import digits_path
+    >>> record = TarSource(digits_path(), keep_index=False)[0]
+    >>> record.name, record.data[1:4], record.label
+    ('test/0/0020.png', b'PNG', 0)
     """
 
     name: str

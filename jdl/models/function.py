@@ -45,5 +45,10 @@ def param(name: str, init: Callable[..., jax.Array], *args: Any) -> jax.Array:
       name: unique within the function.
       init: `init(key, *args) -> array`, such as one of `jax.nn.initializers`.
       *args: the rest of its arguments, the shape say.
+
+    >>> import jax.numpy as jnp
+    >>> scaled = Function(lambda x: x * param("scale", nn.initializers.ones, (1,)))
+    >>> scaled.init(jax.random.key(0), jnp.ones(3))["params"]
+    {'scale': {'value': Array([1.], dtype=float32)}}
     """
     return _Parameter(init, args, name=name)()

@@ -192,6 +192,9 @@ def ending(
 def read(opt_state: Any) -> Diagnostics | None:
     """The first `Diagnostics` in an optimizer state, or None.
 
+    Args:
+      opt_state: any optax state, however deep the account lies in it.
+
     >>> import optax
     >>> read(optax.sgd(0.1).init(jnp.zeros(2))) is None
     True

@@ -129,6 +129,8 @@ class LBFGS(Iterative):
 class LBFGSB(LBFGS):
     """`LBFGS` in a box that is given at each call, as jaxopt's: `run(init_params, bounds, *args)`.
 
+    Its arguments are those of `LBFGS`, without `bounds`.
+
     The solution has derivatives in the bounds too.
 
     >>> import jax.numpy as jnp

@@ -29,6 +29,12 @@ class SolverState(NamedTuple):
       best_error: the error when it last fell by a twentieth.
       internal_state: the optimizer's own state.
       extra: what a solver of a special kind adds; () for the others.
+
+    >>> import jax.numpy as jnp
+    >>> from jdl.solvers import LBFGS
+    >>> state = LBFGS(lambda x: jnp.sum(jnp.square(x - 1.0))).run(jnp.zeros(2)).state
+    >>> float(state.value), Status(int(state.status)).name
+    (0.0, 'CONVERGED')
     """
 
     iter_num: jax.Array
@@ -74,7 +80,14 @@ class SolverState(NamedTuple):
 
 
 class OptStep(NamedTuple):
-    """What `run` and `update` give."""
+    """What `run` and `update` give.
+
+    Attributes:
+      params: the parameters.
+      state: a `SolverState`, which tells how they were come by.
+
+    >>> params, state = OptStep("parameters", "state")
+    """
 
     params: Any
     state: Any

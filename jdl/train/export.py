@@ -55,6 +55,14 @@ def save(
 
     Returns:
       The path.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     double, batch = lambda p, state, batch: p * batch["x"], {"x": jnp.ones(3)}
+    ...     path = save(f"{folder}/double", double, jnp.full(1, 2.0), {}, batch)
+    ...     predict = load(path)
+    >>> predict({"x": jnp.arange(4.0)}).tolist()
+    [0.0, 2.0, 4.0, 6.0]
     """
     _flatbuffers()
     for platform in platforms:

@@ -96,6 +96,17 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
       path: the JSONL file to append to.
       every: rows between two sets of histograms.
       bins: how many, of equal width between the smallest and the largest value.
+
+    >>> import jdl, tempfile
+    >>> line = jdl.from_fns(lambda key, x: jax.numpy.zeros((2, 1)), lambda w, x: x @ w)
+    >>> data = jdl.data.from_arrays(np.eye(2, dtype="f"), np.ones((2, 1), "f"), batch_size=2)
+    >>> loss = jdl.losses.squared_error
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     hook = parameter_histograms(f"{folder}/histograms.jsonl", bins=3)
+    ...     estimator = jdl.Estimator(line, loss, "sgd", hooks=[hook], log_every=1)
+    ...     _ = estimator.train(data, steps=1)
+    ...     sum(json.loads(Path(folder, "histograms.jsonl").read_text())["counts"])
+    2
     """
     due = _each_training_row(every)
     check.positive_int("bins", bins)
@@ -129,6 +140,15 @@ def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
       batch: the examples to look at, as the model is given them.
       every: rows between two measurements.
       inputs: the entry of the batch that the model is given.
+
+    >>> import jdl
+    >>> rows, x = [], np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    >>> data = jdl.data.from_arrays(x, np.arange(8) % 2, batch_size=8)
+    >>> hooks = [dead_units({"image": x}), rows.append]
+    >>> net = jdl.models.MLP(widths=(4,), num_outputs=2)
+    >>> _ = jdl.classifier(net, "sgd", hooks=hooks, log_every=1).train(data, steps=1)
+    >>> 0.0 <= rows[0]["dead/0"] <= 1.0
+    True
     """
     due = _each_training_row(every)
 
@@ -187,6 +207,14 @@ def learning_rate_range_test(
       low: the first rate, > 0.
       high: the last, > low.
       steps: how many rates.
+
+    >>> import jdl
+    >>> line = jdl.from_fns(lambda key, x: jax.numpy.zeros((2, 1)), lambda w, x: x @ w)
+    >>> data = jdl.data.from_arrays(np.eye(2, dtype="f"), np.ones((2, 1), "f"), batch_size=2)
+    >>> estimator = jdl.Estimator(line, jdl.losses.squared_error, "sgd")
+    >>> found = learning_rate_range_test(estimator, data, low=1e-3, high=10.0, steps=20)
+    >>> 0.01 < found.suggestion < 1.0
+    True
 
     References:
       Smith, Cyclical learning rates for training neural networks (2017), section 3.3.

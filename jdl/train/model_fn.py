@@ -69,6 +69,10 @@ class Spec(NamedTuple):
       outputs: what a loss that is a function is a function of: floating-point arrays. Second-order
         methods by Gauss-Newton products or Kronecker factors (hf, kfac …) need a loss so told
         apart, convex in the outputs.
+
+    >>> import jax.numpy as jnp
+    >>> Spec(loss=jnp.zeros(3), optimizer="adam").optimizer
+    'adam'
     """
 
     predictions: Any = None

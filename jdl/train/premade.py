@@ -55,6 +55,16 @@ def autoencoder(
       loss: "sigmoid_cross_entropy" for pixels in [0, 1], the model giving logits, or
         "squared_error".
       **options: as for `Estimator`; `inputs` names the one entry to reproduce.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from jdl import from_fns
+      >>> from jdl.data import from_arrays
+      >>> mean = from_fns(lambda key, x: jnp.zeros((1, 2)), lambda p, x: p + 0.0 * x)
+      >>> data = from_arrays(np.array([[0.0, 1.0], [2.0, 1.0]], np.float32), batch_size=2)
+      >>> estimator = autoencoder(mean, "lbfgs", loss="squared_error").train(data, steps=5)
+      >>> estimator.evaluate(data)
+      {'loss': 0.5, 'squared_error': 1.0}
     """
     target = options.get("inputs", "image")
     check.argument(isinstance(target, str), "inputs", "the name of one entry", target)

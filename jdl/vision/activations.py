@@ -120,6 +120,11 @@ def exciting(
       layer: its name.
       channels: their numbers.
       count: how many images of each.
+
+    >>> twice = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
+    >>> data = [{"image": np.linspace(0, 1, 8).reshape(2, 2, 2, 1)}]
+    >>> exciting(twice, data, "twice", [0], count=1)[0].positions.tolist()
+    [1]
     """
     check.positive_int("count", count)
     check.argument(len(channels) > 0, "channels", "at least one", tuple(channels))
@@ -163,6 +168,21 @@ def classify(trunk: Trunk, image: Any, *, count: int = 5) -> list[tuple[str, flo
     """The likeliest classes of a picture with their probabilities, likeliest first.
 
     The middle square of the picture is brought to the size that the network was trained at.
+
+    Args:
+      trunk: a classifier.
+      image: [H, W, 3] in [0, 1], or uint8; gray and alpha are understood.
+      count: how many classes.
+
+    >>> def apply(params, x, layers, edits=None):
+    ...     seen = x + (edits or {}).get("seen", 0.0)
+    ...     return {"seen": seen, "logits": 5.0 * jnp.mean(seen, axis=(1, 2))}
+    >>> names = ("red", "green", "blue")
+    >>> trunk = Trunk("colours", ("seen", "logits"), (), apply, head="logits", classes=names)
+    >>> picture = np.zeros((4, 4, 3))
+    >>> picture[:, :2, 0] = 1.0
+    >>> classify(trunk, picture, count=1)[0][0]
+    'red'
     """
     check.positive_int("count", count)
     x = images.as_image(image)
@@ -185,6 +205,16 @@ def grad_cam(trunk: Trunk, image: Any, layer: str, *, wanted: int | str | None =
       image: [H, W, 3] in [0, 1], or uint8; brought to the size that the network was trained at.
       layer: of activations [N, h, w, C]; late ones see things, early ones textures.
       wanted: the class's name or number; by default the likeliest.
+
+    >>> def apply(params, x, layers, edits=None):
+    ...     seen = x + (edits or {}).get("seen", 0.0)
+    ...     return {"seen": seen, "logits": 5.0 * jnp.mean(seen, axis=(1, 2))}
+    >>> names = ("red", "green", "blue")
+    >>> trunk = Trunk("colours", ("seen", "logits"), (), apply, head="logits", classes=names)
+    >>> picture = np.zeros((4, 4, 3))
+    >>> picture[:, :2, 0] = 1.0
+    >>> grad_cam(trunk, picture, "seen").heat[0].tolist()
+    [1.0, 1.0, 0.0, 0.0]
     """
     (name,) = trunk.known(layer)
     x, size = _as_trained(trunk, image)
@@ -231,6 +261,16 @@ def saliency(
         network's strides does not show; 1 without noise is the plain gradient.
       noise: standard deviation of their noise, of 1.
       seed: of the noise.
+
+    >>> def apply(params, x, layers, edits=None):
+    ...     seen = x + (edits or {}).get("seen", 0.0)
+    ...     return {"seen": seen, "logits": 5.0 * jnp.mean(seen, axis=(1, 2))}
+    >>> names = ("red", "green", "blue")
+    >>> trunk = Trunk("colours", ("seen", "logits"), (), apply, head="logits", classes=names)
+    >>> picture = np.zeros((4, 4, 3))
+    >>> picture[:, :2, 0] = 1.0
+    >>> saliency(trunk, picture, samples=1, noise=0.0).heat[0].tolist()  # all count alike
+    [1.0, 1.0, 1.0, 1.0]
     """
     check.positive_int("samples", samples)
     check.in_range("noise", float(noise), 0.0, 1.0)

@@ -147,6 +147,9 @@ def of_net(net: StyleNet, params: Any, styles: tuple[str, ...]) -> Painter:
 def load(path: str | Path) -> Painter:
     """The painter of a run directory of `jdl style train`, or of an exported file.
 
+    Args:
+      path: the directory or the file.
+
     Raises:
       UserError: saying why it is neither.
     """
