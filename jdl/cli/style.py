@@ -43,8 +43,8 @@ class Transfer:
     """weight of the style"""
     variation: float = 5.0
     """weight of smoothness"""
-    size: int = 512
-    """pixels of the longer side, to which a larger photograph is reduced"""
+    longest: int = 512
+    """pixels that a larger photograph's longer side is reduced to"""
     style_size: int | None = None
     """likewise of the paintings: larger for larger strokes; by default the photograph's"""
     optimizer: Literal["lbfgs", "adam"] = "lbfgs"
@@ -121,8 +121,8 @@ class Apply:
     """the PNG to write, or the folder for them"""
     mix: tuple[str, ...] = ()
     """STYLE, or STYLE:SHARE of several; by default the first style"""
-    size: int | None = None
-    """pixels of the longer side, to which a larger picture is reduced; by default none is"""
+    longest: int | None = None
+    """pixels that a larger picture's longer side is reduced to; by default it is not"""
     tile: int = 1024
     """pixels of the side of what is painted at once: less for less memory"""
     keep_colors: bool = False
@@ -156,10 +156,10 @@ def _transfer(args: Transfer) -> None:
     from jdl.vision import images, pretrained, style
 
     out = images.check_out(args.out)
-    for name in ("steps", "scales", "size"):
+    for name in ("steps", "scales", "longest"):
         check.positive_int(name, getattr(args, name))
     check.argument(len(args.paintings) > 0, "PAINTINGS", "at least one file", args.paintings)
-    photograph = images.read(args.photograph, longest=args.size)
+    photograph = images.read(args.photograph, longest=args.longest)
     longest = args.style_size or max(photograph.shape[:2])
     paintings = [images.read(p, longest=longest) for p in args.paintings]
     trunk = pretrained.load(args.model)
@@ -282,8 +282,8 @@ def _apply(args: Apply) -> None:
     from jdl.core import check
     from jdl.vision import images, painter
 
-    if args.size is not None:
-        check.positive_int("size", args.size)
+    if args.longest is not None:
+        check.positive_int("longest", args.longest)
     loaded = painter.load(args.painter)
     shares = _shares(args.mix)
     loaded.mixture(shares)
@@ -292,7 +292,7 @@ def _apply(args: Apply) -> None:
         from jdl.vision.style import with_colors_of
 
         began = time.monotonic()
-        picture = images.read(source, longest=args.size)
+        picture = images.read(source, longest=args.longest)
         painted = loaded(picture, shares, tile=args.tile)
         if args.keep_colors:
             painted = with_colors_of(picture, painted)

@@ -61,7 +61,7 @@ def test_transfer(folder, tmp_path, capsys):
     for optimizer in ("lbfgs", "adam"):
         out = tmp_path / f"{optimizer}.png"
         command = ["style", "transfer", photo, waves, *LAYERS, "--optimizer", optimizer]
-        command += ["--size", "32", "--steps", "5", "--out", str(out)]
+        command += ["--longest", "32", "--steps", "5", "--out", str(out)]
         assert cli.main(command) == 0
         found[optimizer] = pixels(out)
     assert found["lbfgs"].shape == (22, 32, 3)
@@ -72,7 +72,7 @@ def test_transfer(folder, tmp_path, capsys):
     assert float(last) < float(first)
 
     out = tmp_path / "kept.png"
-    command = ["style", "transfer", photo, waves, *LAYERS, "--size", "32", "--steps", "5"]
+    command = ["style", "transfer", photo, waves, *LAYERS, "--longest", "32", "--steps", "5"]
     assert cli.main([*command, "--keep-colors", "--out", str(out)]) == 0
     luma = np.array([0.299, 0.587, 0.114])
     assert np.abs((pixels(out) - found["lbfgs"]) @ luma).mean() < 3
