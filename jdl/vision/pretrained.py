@@ -335,6 +335,9 @@ def _of_run(workdir: Path) -> Trunk:
     """The model that a run directory holds, at its last checkpoint."""
     import flax.linen as nn
 
+    from jdl.core.model import from_fns
+    from jdl.data import from_arrays
+    from jdl.models.rbm import RBM
     from jdl.vision.trunk import of_linen, of_model
 
     # What a run directory holds is told by the command that wrote it.
@@ -343,14 +346,15 @@ def _of_run(workdir: Path) -> Trunk:
     if len(shape) != 3 or shape[2] not in (1, 3):
         raise check.UserError(f"{workdir} holds a {config.model} that does not look at images.")
     estimator = config.estimator(workdir, devices=jax.devices()[:1])
-    from jdl.data import from_arrays
-
     labels = np.zeros(1, np.int32)
     data = from_arrays(np.zeros((1, *shape), np.uint8), labels, batch_size=1, epochs=1)
     next(estimator.predict_batches(data))  # takes up the checkpoint, and says where there is none
     params = estimator.ema_params if config.ema is not None else estimator.params
     module = config.build_model()
     options = {"image_shape": shape, "name": str(workdir), "classes": config.classes}
+    if isinstance(module, RBM):  # its layer is what its hidden units expect
+        model = from_fns(lambda key, x: params, module.transform)
+        return of_model(model, params, image_shape=shape, name=str(workdir))
     if isinstance(module, nn.Module):
         return of_linen(module, params, estimator.model_state, **options)
     return of_model(estimator.model, params, estimator.model_state, **options)

@@ -269,6 +269,8 @@ def _of_function(
 
     example = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     shapes = jax.eval_shape(noting_order, variables, example)
+    if not order:
+        raise check.UserError(f"{name} has no layers to look at.")
 
     def apply(
         variables: Any, images: jax.Array, layers: Sequence[str], edits: Edits | None = None

@@ -122,3 +122,17 @@ def test_an_untrained_run_is_refused(digits_run, tmp_path):
     (tmp_path / "config.toml").write_bytes((digits_run / "config.toml").read_bytes())
     with pytest.raises(check.UserError, match="no checkpoint"):
         pretrained.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_boltzmann_machines_hidden_units_are_a_layer(tmp_path):
+    from jdl import cli
+    from jdl.models.rbm import RBM
+
+    assert cli.main(["train", "rbm", "--steps", "2", "--workdir", str(tmp_path)]) == 0
+    found = pretrained.load(tmp_path)
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
+    gray = images @ jnp.array([[0.299], [0.587], [0.114]])
+    hidden = RBM(hidden=128).transform(found.params["params"], gray)
+    np.testing.assert_allclose(found.features(images, "output")["output"], hidden, atol=1e-5)
+    assert found.head is None
