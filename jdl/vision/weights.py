@@ -18,6 +18,7 @@ import numpy as np
 from jdl.core import check
 
 LARGEST = 1 << 31  # bytes of a file
+MOST = 1 << 16  # containers and values in a pickle
 _ARRAY, _DTYPE, _RECONSTRUCT = "ndarray", "dtype", "_reconstruct"
 _GLOBALS = {
     ("numpy", "ndarray"): _ARRAY,
@@ -90,7 +91,7 @@ def read_pickle(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd escapes in what is refused anyway
-            return _finished(_interpreted(data), depth=8)
+            return _finished(_interpreted(data), 8, [MOST])
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise check.DataError(
             f"{path} is no pickle of plain NumPy arrays: it holds {error}. Nothing in it was run."
@@ -186,13 +187,14 @@ def _called(called: Any, arguments: Any) -> Any:
     return _Array()
 
 
-def _finished(value: Any, depth: int) -> Any:
-    """With arrays for what was to be arrays."""
-    _demand(depth > 0, "containers too deep")
+def _finished(value: Any, depth: int, left: list[int]) -> Any:
+    """With arrays for what was to be arrays; `left` counts down: a thing may be there often."""
+    left[0] -= 1
+    _demand(depth > 0 and left[0] > 0, "containers too deep or too many")
     if isinstance(value, dict):
-        return {key: _finished(each, depth - 1) for key, each in value.items()}
+        return {key: _finished(each, depth - 1, left) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_finished(each, depth - 1) for each in value)
+        return type(value)(_finished(each, depth - 1, left) for each in value)
     if isinstance(value, _Array):
         _demand(value.value is not None, "an array without contents")
         return value.value

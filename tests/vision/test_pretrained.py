@@ -299,6 +299,10 @@ def hostile(tmp_path):
     yield b"\x80\x03r\xff\xff\xff\x7f."  # a memo of two thousand million
     yield b"\x80\x03B\xff\xff\xff\x7f."  # a string of as many bytes
     yield b"\x80\x03" + b"]" * 1000 + b"a" * 999 + b"."  # a thousand lists in one another
+    laughs = [array]
+    for _ in range(6):
+        laughs = [laughs] * 100  # a million million arrays in a kilobyte
+    yield pickle.dumps(laughs, 3)
     claims = whole.replace(b"K\x04\x85", b"K\xff\x85")  # an array larger than its bytes
     assert claims != whole
     yield claims
