@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jdl import compare as compare
+    from jdl import curvature as curvature
+    from jdl import data as data
+    from jdl import losses as losses
+    from jdl import metrics as metrics
+    from jdl import models as models
+    from jdl import optim as optim
+    from jdl import solvers as solvers
+    from jdl import train as train
+    from jdl import vision as vision
     from jdl.core.model import Model as Model
     from jdl.core.model import from_fns as from_fns
     from jdl.core.model import from_linen as from_linen

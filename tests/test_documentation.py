@@ -219,7 +219,7 @@ def commands(page):
     text = page.read_text(encoding="utf-8")
     rest = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.M | re.S)
     typed = [block.code for block in blocks(page) if block.language == "bash"]
-    typed += re.findall(r"^    (?=\S)(.*)$", rest, flags=re.M)
+    typed += re.findall(r"^    (.*)$", rest, flags=re.M)
     mentioned = re.findall(r"`((?:jdl|make) [^`…]*)`", rest.replace("\n", " "))
     for shell, whole in ((typed, True), (mentioned, False)):
         for line in "\n".join(shell).replace("\\\n", " ").splitlines():
@@ -278,7 +278,7 @@ def test_every_jdl_command_parses(tmp_path, monkeypatch, capsys):
             unknown = {word for word in words if word.startswith("--")} - fields - {"--help"}
             wrong += [(command, unknown)] if unknown else []
             continue
-        arguments = words[1:]
+        arguments = [word for word in words[1:] if word != "…"]
         if "--config" in arguments:
             file = Path(arguments[arguments.index("--config") + 1])
             file.parent.mkdir(parents=True, exist_ok=True)
