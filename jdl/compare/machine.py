@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,26 @@ def describe() -> dict[str, Any]:
         "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
         "versions": {"python": platform.python_version(), "jdl": __version__, **versions},
     }
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the code that runs, "-dirty" where it was changed since; empty if unknown."""
+    here = str(Path(__file__).parent)
+    told = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        # That the package lies inside some repository does not make it a part of it.
+        subprocess.run(
+            ["git", "-C", here, "ls-files", "--error-unmatch", Path(__file__).name],
+            check=True,
+            capture_output=True,
+            timeout=10,
+        )
+        return subprocess.run(
+            told, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def sentence(machine: dict[str, Any]) -> str:

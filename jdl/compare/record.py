@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jax
 
-from jdl.compare import feeds, trial
+from jdl.compare import feeds, machine, trial
 from jdl.compare.budget import Budget
 from jdl.compare.optimizers import Entry
 from jdl.compare.problems import Problem
@@ -102,7 +102,7 @@ def run(
 
 def write(directory: Path, ended: Outcome) -> None:
     """Records how a trial ended; without that, it has not."""
-    text = json.dumps(ended._asdict(), indent=1) + "\n"
+    text = json.dumps(ended._asdict() | {"commit": machine.commit()}, indent=1) + "\n"
     try:
         write_atomically(directory / "result.json", text)
     except OSError as error:

@@ -154,7 +154,7 @@ def _problem(results: Results, problem: str, place: int) -> str:
         svg = drawing.inline_svg(
             plots.sensitivity(results, problem), f"p{place}t", "What each value tried ended with."
         )
-        found.append(f"<div class='scroll'><div style='min-width:20rem'>{svg}</div></div>")
+        found.append(f"<div class='scroll'><div style='min-width:34rem'>{svg}</div></div>")
         found.append(
             '<p class="note">Large dots: chosen. Rings: cut early. Crosses on the upper edge: '
             "diverged or failed.</p>"
@@ -185,7 +185,7 @@ def _settings(results: Results) -> str:
 
 def _foot(results: Results) -> str:
     where = results.study["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    versions = _versions(results)
     rules = "".join(f"<li>{_escape(rule)}</li>" for rule in tables.rules_of(results))
     flags = f" XLA_FLAGS: {where['xla_flags']}." if where["xla_flags"] else ""
     data = "data:text/csv;charset=utf-8," + quote(csv_text(results))
@@ -216,6 +216,13 @@ def _table(
         lines.append(f"<tr>{''.join(cells)}</tr>")
     head, body = f"<thead><tr>{head}</tr></thead>", "\n".join(lines)
     return f'<div class="scroll"><table>{head}\n<tbody>{body}</tbody></table></div>'
+
+
+def _versions(results: Results) -> str:
+    found = [f"{name} {number}" for name, number in results.study["machine"]["versions"].items()]
+    if commit := results.study.get("commit"):
+        found.append(f"commit {commit}")
+    return ", ".join(found)
 
 
 def _facts(problem: Mapping[str, Any]) -> str:
@@ -267,7 +274,7 @@ def markdown(results: Results) -> str:
     found += ["## Settings", ""]
     found += [f"- **{name}**: {told}" for name, told in tables.settings(results)]
     where = results.study["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    versions = _versions(results)
     found += ["", "## How it was measured", "", *(f"- {rule}" for rule in tables.rules_of(results))]
     found += ["", f"{machine.sentence(where)}. {versions}."]
     found += ["", "Every evaluation: [results.csv](results.csv). Every step: "]

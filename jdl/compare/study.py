@@ -364,6 +364,7 @@ class Study:
             ],
             "optimizers": optimizers,
             "machine": machine.describe(),
+            "commit": machine.commit(),
         }
         if self.tuning is not None:
             study["tuning"] = self.tuning._asdict()

@@ -1,10 +1,12 @@
 import json
+import subprocess
+from pathlib import Path
 
 import optax
-import pytest
 
+import pytest
 from jdl import optim
-from jdl.compare import Budget, Entry, Study, Target, named, table
+from jdl.compare import Budget, Entry, Study, Target, machine, named, table
 from jdl.compare.feeds import Repeated, training
 from jdl.compare.results import headline
 from jdl.compare.trial import schedule
@@ -18,6 +20,16 @@ def run(problem, optimizers, workdir, **options):
         options = {"budget": Budget(8.0, "epochs")} | options  # the same on a machine at work
     study = Study(problem, optimizers, workdir=workdir, **options)
     return study.run(), events
+
+
+def test_the_commit_is_gits():
+    told = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    if told.returncode:
+        pytest.skip("no checkout here")
+    assert told.stdout.startswith(machine.commit().removesuffix("-dirty"))
+    assert len(machine.commit()) >= 12
 
 
 def sgd(name="sgd", learning_rate=0.1, batch_size=9):
@@ -44,6 +56,7 @@ def test_all_start_alike_and_are_charged_what_they_did(problem, lbfgs, tmp_path)
         directory = tmp_path / "blobs" / f"{trial.optimizer}-seed{trial.seed}"
         found = json.loads((directory / "result.json").read_text())
         assert found["status"] == "done"
+        assert found["commit"] == machine.commit()
         digests.setdefault(trial.seed, set()).add(found["initial_params"])
         first, *later = trial.evaluations
         assert (first["step"], first["seconds"], first["work"]) == (0, 0.0, 0.0)
