@@ -1,7 +1,8 @@
-"""For the documentation site: doctests in docstrings stand in fences, wherever they are written.
+"""For the documentation site: docstrings as Markdown has to have them.
 
-MkDocs' parser knows them under the heading "Examples" alone, and would take results such as [1, 2]
-for links elsewhere.
+Doctests stand in fences, wherever they are written: MkDocs' parser knows them under the heading
+"Examples" alone, and would take results such as [1, 2] for links elsewhere. A line that begins with
+"> 0" is no quotation.
 """
 
 import re
@@ -12,11 +13,11 @@ import griffe
 _FENCED = "```pycon\n{}\n```"
 
 
-def fenced(text: str) -> str:
+def as_markdown(text: str) -> str:
     """The docstring with a fence around each doctest; the word `Example:` above one goes."""
     paragraphs = re.split(r"(\n\s*\n)", text)
     found = [_paragraph(x) if ">>>" in x else x for x in paragraphs]
-    return "".join(found)
+    return re.sub(r"^(\s*(?:\*{0,2}\w+: )?)> (?=\S)", r"\1&gt; ", "".join(found), flags=re.M)
 
 
 def _paragraph(text: str) -> str:
@@ -29,10 +30,10 @@ def _paragraph(text: str) -> str:
     return "\n".join([*above, *([""] if above else []), _FENCED.format(body)])
 
 
-class Doctests(griffe.Extension):
+class Docstrings(griffe.Extension):
     """Rewrites each docstring as it is read."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Fences the object's doctests."""
-        if obj.docstring and ">>>" in obj.docstring.value:
-            obj.docstring.value = fenced(obj.docstring.value)
+        """Rewrites the object's."""
+        if obj.docstring:
+            obj.docstring.value = as_markdown(obj.docstring.value)
