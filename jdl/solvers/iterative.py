@@ -298,11 +298,13 @@ class Iterative:
 
         if not self.implicit_diff:
             return OptStep(*find(params))
+        guess = jax.lax.stop_gradient(params)
+        known = None if self.jit else jax.lax.stop_gradient(find(guess))  # a loop of Python's own
         return OptStep(
             *implicit.root(
                 lambda x: _optimality(asked, x, asked.evaluate(x)[1]),
-                jax.lax.stop_gradient(params),
-                find,
+                guess,
+                find if known is None else lambda _: known,
                 self.implicit_diff_solve or self._own_solve(),
                 symmetric=self.symmetric and asked.bounds is None,
             )

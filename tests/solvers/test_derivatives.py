@@ -116,3 +116,16 @@ def test_tall_least_squares_goes_by_the_reduced_jacobian():
     params, state = solver.run(jnp.array([1.0, 0.3, 0.0]))
     np.testing.assert_allclose(params, [2.0, 0.7, 0.5], atol=2e-3)
     assert int(state.iter_num) <= 10
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "GradientDescent"])
+def test_python_s_own_loop_has_the_same_solution_and_derivatives(name):
+    weights = jnp.array([1.0, 2.0, 3.0])
+
+    def fun(x, a):
+        return jnp.sum(weights * jnp.square(x - a))
+
+    solver = getattr(solvers, name)(fun, maxiter=60, jit=False)
+    np.testing.assert_allclose(solver.run(jnp.zeros(3), 2.0).params, 2.0, atol=1e-3)
+    slope = jax.grad(lambda a: jnp.sum(solver.run(jnp.zeros(3), a).params))(2.0)
+    np.testing.assert_allclose(slope, 3.0, rtol=1e-4)
