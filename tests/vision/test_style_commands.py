@@ -55,6 +55,7 @@ def training(folder, workdir, steps, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_transfer(folder, tmp_path, capsys):
     photo, waves = str(folder / "photo.jpg"), str(folder / "waves.png")
     found = {}

@@ -105,7 +105,7 @@ def test_tiles_meet_as_if_painted_whole():
 
 
 def test_any_size_and_kind_of_picture():
-    for shape in ((1, 1, 3), (7, 30, 3), (9, 9), (12, 8, 4)):
+    for shape in ((1, 1, 3), (9, 30), (12, 30, 4)):
         assert painter()(random(*shape)).shape == (*shape[:2], 3)
     picture = random(12, 12, 3)
     np.testing.assert_array_equal(painter()(picture), painter()(picture, {"one": 5}))
@@ -190,13 +190,14 @@ def photographs(path):
     )
 
 
+@pytest.mark.slow
 def test_training_from_a_tar_lowers_both_terms_and_the_run_paints(tmp_path):
     run, data = setting(), photographs(tmp_path / "photos.tar")
     workdir = tmp_path / "run"
     run.save(workdir)
     estimator = run.estimator(trunk(), PAINTINGS, workdir).initialize(data)
     before = estimator.evaluate(data)
-    estimator.train(data, steps=60)
+    estimator.train(data, steps=50)
     after = estimator.evaluate(data)
     assert after["loss"] < 0.5 * before["loss"]
     assert after["style"] < 0.5 * before["style"]
