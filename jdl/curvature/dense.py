@@ -1,5 +1,6 @@
 """Exact Hessian and Jacobian of small models, in chunks that bound the memory."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,38 +38,45 @@ def hessian(
     check.positive_int("chunk_size", chunk_size)
     if isinstance(of, Landscape):
         params = of.params
-    flat, unravel = ravel_pytree(params)
+    flat, _ = ravel_pytree(params)
     _check_size(flat.size, max_parameters)
+    size = min(chunk_size, flat.size)
+    if isinstance(of, Landscape):
+        found: Any = of._mean(lambda objective: _of_objective(objective, params, size))
+    elif isinstance(of, Objective):
+        found = _of_objective(of, params, size)
+    else:
+        found = _of_function(of, params, size)
+    matrix = np.asarray(found)
+    return 0.5 * (matrix + matrix.T)
 
-    def columns(product: Callable[[Params], PyTree]) -> jax.Array:
-        def column(i: jax.Array) -> jax.Array:
-            unit = jnp.zeros_like(flat).at[i].set(1.0)
-            return ravel_pytree(product(unravel(unit)))[0]
 
-        return jax.lax.map(column, jnp.arange(flat.size), batch_size=min(chunk_size, flat.size))
+# The parameters are an argument of both: constants would be folded, at length.
+@functools.partial(jax.jit, static_argnames="size")
+def _of_objective(objective: Objective, params: Params, size: int) -> jax.Array:
+    return _columns(lambda v: objective.hvp(params, v), params, size)
 
-    @jax.jit  # the parameters are an argument: constants would be folded, at length
-    def of_objective(objective: Objective, params: Params) -> jax.Array:
-        return columns(lambda v: objective.hvp(params, v))
 
-    fun: Any = of
-
-    @jax.jit
+def _of_function(fun: Callable[[Params], Any], params: Params, size: int) -> jax.Array:
+    @jax.jit  # anew each time: what `fun` closes over may change
     def of_function(params: Params) -> jax.Array:
         def product(v: PyTree) -> PyTree:
             with jax.default_matmul_precision("highest"):
                 return jax.jvp(jax.grad(fun), (params,), (v,))[1]
 
-        return columns(product)
+        return _columns(product, params, size)
 
-    if isinstance(of, Landscape):
-        found: Any = of._mean(lambda objective: of_objective(objective, params))
-    elif isinstance(of, Objective):
-        found = of_objective(of, params)
-    else:
-        found = of_function(params)
-    matrix = np.asarray(found)
-    return 0.5 * (matrix + matrix.T)
+    return of_function(params)
+
+
+def _columns(product: Callable[[Params], PyTree], params: Params, size: int) -> jax.Array:
+    """The products with all unit vectors, `size` at once."""
+    flat, unravel = ravel_pytree(params)
+
+    def column(i: jax.Array) -> jax.Array:
+        return ravel_pytree(product(unravel(jnp.zeros_like(flat).at[i].set(1.0))))[0]
+
+    return jax.lax.map(column, jnp.arange(flat.size), batch_size=size)
 
 
 def jacobian(

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 import jdl
 from jdl import curvature, losses
 from jdl.core.check import ArgumentError, DataError
+from jdl.curvature.dense import _of_objective
 
 rng = np.random.default_rng(0)
 ROWS = 96
@@ -112,6 +113,21 @@ def test_exact_hessians_in_chunks(landscape, params, dense):
     assert wide.shape == (3, landscape.size)
     with pytest.raises(ArgumentError, match="top_eigenpairs"):
         curvature.hessian(f, params, max_parameters=10)
+
+
+def test_an_objective_s_hessian_is_compiled_once_and_a_function_s_closure_is_not_frozen(params):
+    batch = {"image": IMAGES[:16], "label": LABELS[:16]}
+    of = objective(batch)
+    first = curvature.hessian(of, params)
+    compiled = _of_objective._cache_size()
+    moved = jax.tree.map(lambda x: x + 0.1, params)
+    assert not np.allclose(curvature.hessian(of, moved), first)
+    assert _of_objective._cache_size() == compiled
+    scale = [1.0]
+    bowl = lambda x: scale[0] * jnp.sum(x**2)  # noqa: E731
+    assert curvature.hessian(bowl, jnp.ones(2))[0, 0] == 2.0
+    scale[0] = 3.0
+    assert curvature.hessian(bowl, jnp.ones(2))[0, 0] == 6.0
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
