@@ -158,6 +158,7 @@ class Run:
                 "There is no best checkpoint: train with a work directory, keep_best and "
                 "validation data."
             )
+        self.leave_feed()  # the data too goes on from there
 
     def save(self, *, wait: bool = False) -> None:
         """Saves the state, off the clock."""
