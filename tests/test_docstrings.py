@@ -5,6 +5,7 @@ true is seen by pytest, which runs every doctest (`--doctest-modules`).
 """
 
 import enum
+import functools
 import importlib
 import inspect
 import re
@@ -58,6 +59,7 @@ def exported():
     return {home(x) for x in things}
 
 
+OPTIMIZERS = {f"jdl.optim.{x}" for x in importlib.import_module("jdl.optim").__all__}
 public = pytest.mark.parametrize("name", reference())
 
 
@@ -107,6 +109,7 @@ def shown(thing):
     return any(">>>" in text for text in own)
 
 
+@functools.cache
 def results():
     """The names of the types that functions with an example give: shown where they are made."""
     functions = [x for x in map(found, reference()) if inspect.isfunction(x) and shown(x)]
@@ -137,3 +140,10 @@ def test_its_methods_say_what_they_do(name):
         and not (x.fget if isinstance(x, property) else x).__doc__
     ]
     assert not silent
+
+
+@pytest.mark.parametrize("name", [n for n in reference() if found(n).__module__ in OPTIMIZERS])
+def test_an_optimizer_says_what_it_refuses_and_where_it_is_from(name):
+    told = found(name).__doc__
+    assert "Raises:" in told
+    assert "References:" in told
