@@ -7,9 +7,9 @@ in JDL_PEERS_PYTHON. It runs in a process of its own and is asked in turn with o
 weights, image, layers, loss and Adam. Clocks: processor time over the number of cores, which other
 work on the machine disturbs less, and the wall's beside it; medians of rounds, ratios of one run.
 
-Lines: Gatys' and DeepDream's steps at 256×192 (our dream's last loss is of the picture before it is
-shifted); the time that a trained style network takes for a picture, against that of L-BFGS on the
-pixels until the style loss is as low; pictures a second at 256² and 1024².
+Lines: Gatys' and DeepDream's steps at 256×192; the time that a trained style network takes for a
+picture, against that of L-BFGS on the pixels until the style loss is as low; pictures a second at
+256² and 1024².
 Without --painter and --painting a network is trained first, for --train-seconds.
 """
 
@@ -251,11 +251,16 @@ def dream(photograph, rounds, steps):
     def ours(count):
         nonlocal x
         for _ in range(count):
-            before, x = x, jax.block_until_ready(dreams.step(trunk, x, goal, how, rng))
-        return before
+            before, drawn = x, rng.bit_generator.state
+            x = jax.block_until_ready(dreams.step(trunk, x, goal, how, rng))
+        return before, drawn
 
-    def score(x):
-        return float(dreams.score(goal, trunk.features(x[None], goal.layers)))
+    def score(found):
+        before, again = found[0], np.random.default_rng()
+        again.bit_generator.state = found[1]
+        shift = again.integers(-JITTER, JITTER + 1, 2)
+        features = trunk.features(jnp.roll(before, shift, (0, 1))[None], goal.layers)
+        return float(dreams.score(goal, features))
 
     title = f"DeepDream, VGG16 {DREAMT}, 256x192"
     in_turn(title, "dream", trunk, ours, {"photograph": photograph}, rounds, steps, score)
@@ -366,15 +371,15 @@ def pictures_a_second(painter, label, rounds):
         )
 
 
-def default_painter():
-    """The default network with random parameters: as fast as a trained one."""
+def untrained(filters, blocks):
+    """A network with random parameters, as fast as a trained one."""
     import jax
     import jax.numpy as jnp
 
     from jdl.vision import painter
     from jdl.vision.transformer import StyleNet
 
-    net = StyleNet()
+    net = StyleNet(filters, blocks)
     init = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.ones((1, 1)))
     return painter.of_net(net, init["params"], ("random",))
 
@@ -455,10 +460,10 @@ def main():
             )
             trunk = pretrained.load(run.trunk)
             network_against_pixels(loaded, run, trunk, square.clip(0, 1), painting, 300)
-            label = f"{'-'.join(map(str, run.filters))}, {run.blocks} blocks"
-            pictures_a_second(loaded, label, args.rounds)
     if "rate" in parts:
-        pictures_a_second(default_painter(), "32-64-128, 5 blocks", args.rounds)
+        for filters, blocks in (((16, 32, 64), 3), ((32, 64, 128), 5)):
+            label = f"{'-'.join(map(str, filters))}, {blocks} blocks"
+            pictures_a_second(untrained(filters, blocks), label, args.rounds)
 
 
 if __name__ == "__main__":
