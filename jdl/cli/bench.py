@@ -26,11 +26,9 @@ class Args:
     """What to measure, on what."""
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
-    """data: images a second out of a tar, by threads and by worker processes; train: our loop
-    against a bare jit loop; optim: curvature products and steps of optimizers, in gradients"""
+    """data: images a second; train: our loop against a bare one; optim: steps, in gradients"""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.tar|MODEL")] = ""
-    """data: a tar, a glob, a brace range, by default the bundled digits; train, optim: cnn, mlp or
-    rnn"""
+    """for data a tar, glob or brace range, else the digits; for the others cnn, mlp or rnn"""
     seconds: float = 3.0
     """of each measurement of data; of all of them together otherwise"""
     size: str | None = None

@@ -61,7 +61,7 @@ class Args:
     longest: int | None = None
     """pixels that a larger photograph's longer side is reduced to; by default it is not"""
     frames: int = 0
-    """of a video that flies into the dream, to a .gif, a .webp or numbered PNGs (zoom-%%04d.png)"""
+    """of a video that flies into the dream, to a .gif, a .webp or numbered PNGs (zoom-%04d.png)"""
     zoom: float = 1.04
     """by how much each frame is enlarged against the one before"""
     size: int = 224

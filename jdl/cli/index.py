@@ -25,8 +25,7 @@ class Args:
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """print one JSON object: members, images, classes, damage"""
     seekable: bool = False
-    """of a .tar.gz, also write a file that lets it be read at random: slowly, some hundred images
-    a second; to train on it, `jdl pack` it"""
+    """also write what lets a .tar.gz be read at random, if slowly; to train, `jdl pack` it"""
 
 
 def run(args: Args) -> None:

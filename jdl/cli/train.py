@@ -31,11 +31,9 @@ class Args:
     """What to train, on what, how long."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """mlp, cnn, rnn (an image's rows as a sequence), autoencoder, denoising, rbm, dbn,
-    recursive or gan"""
+    """mlp, cnn, rnn (of an image's rows), autoencoder, denoising, rbm, dbn, recursive, gan"""
     data: str | None = None
-    """a tar, a glob, a brace range such as a-{00..07}.tar, or the bundled digits; for recursive
-    generated trees"""
+    """a tar, a glob, a brace range such as a-{00..07}.tar, or digits; recursive makes trees"""
     optimizer: str | None = None
     """sgd momentum nesterov adam adamw lbfgs cg newton hf; by default the model's"""
     learning_rate: float | None = None
@@ -85,8 +83,7 @@ class Args:
     deterministic: bool = False
     """have XLA choose reproducible kernels on GPUs, some of them slower"""
     config: Path | None = None
-    """settings from a file, .toml or .yaml, with these flags' names, or a run's config.toml; flags
-    on the command line win"""
+    """a .toml or .yaml with these flags' names, or a run's config.toml; the flags given win"""
 
 
 def run(args: Args) -> None:
