@@ -11,7 +11,7 @@ def main() -> None:
     path, folder = sys.argv[1:]
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": folder}}
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources)
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
     try:
         client.execute()
     except CellExecutionError as error:

@@ -85,7 +85,7 @@ def test_it_runs_from_top_to_bottom_and_writes_nothing_beside_itself(path, tmp_p
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1200,
         check=False,
     )
     assert found.returncode == 0, found.stderr[-4000:]
