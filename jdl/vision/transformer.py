@@ -11,6 +11,7 @@ Edges are reflected rather than padded with zeros, and the image is enlarged by 
 before a convolution: transposed convolutions leave a checkerboard.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,10 +162,41 @@ def conv(filters: int, size: int, stride: int = 1) -> Any:
             (stride, stride),
             padding="VALID",
             use_bias=filters == 3,  # nothing normalises the last one
-            conv_general_dilated=conv_general_dilated,
+            conv_general_dilated=by_rows if size == 9 else conv_general_dilated,
         )(reflected(x, size // 2))
 
     return apply
+
+
+def by_rows(
+    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
+) -> jax.Array:
+    """A convolution without padding or strides, for large windows and three channels.
+
+        (x ∗ k)[i, j] = Σᵣ Σ꜀ x[i + r, j + c] k[r, c]
+
+    The window's rows become channels, of the inputs or of the outputs, whichever are fewer, and a
+    convolution along rows does the rest: to the same values, on CPUs in less than half of the time
+    where the inputs are three, in a sixth where the outputs are.
+
+    >>> x, kernel = jnp.ones((1, 5, 5, 3)), jnp.ones((2, 3, 3, 4))
+    >>> by_rows(x, kernel, (1, 1), "VALID")[0, :, 0, 0].tolist()
+    [18.0, 18.0, 18.0, 18.0]
+    """
+    del strides, padding, options
+    canonical = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    rows, columns, inputs, outputs = kernel.shape
+    b, height, width = x.shape[0], x.shape[1] - rows + 1, x.shape[2] - columns + 1
+    if inputs < outputs:
+        stacked = [jax.lax.slice_in_dim(x, r, r + height, axis=1) for r in range(rows)]
+        flat = kernel.transpose(1, 0, 2, 3).reshape(1, columns, rows * inputs, outputs)
+        x = jnp.concatenate(stacked, axis=3)
+        return conv_general_dilated(x, flat, (1, 1), "VALID", **canonical)
+    flat = kernel.transpose(1, 2, 0, 3).reshape(1, columns, inputs, rows * outputs)
+    y = conv_general_dilated(x, flat, (1, 1), "VALID", **canonical)
+    y = y.reshape(b, x.shape[1], width, rows, outputs)
+    parts = [jax.lax.slice_in_dim(y[:, :, :, r], r, r + height, axis=1) for r in range(rows)]
+    return functools.reduce(jnp.add, parts)
 
 
 def reflected(x: jax.Array, by: int) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.signal
 from PIL import Image
 
 from jdl.core import check
@@ -18,7 +19,7 @@ from jdl.vision import painter as pt
 from jdl.vision import style
 from jdl.vision.layers import addressable, conv
 from jdl.vision.style_run import StyleRun, digest, taking_turns
-from jdl.vision.transformer import InstanceNorm, StyleNet, doubled, reflected
+from jdl.vision.transformer import InstanceNorm, StyleNet, by_rows, doubled, reflected
 from jdl.vision.trunk import Trunk
 
 NET = StyleNet(filters=(4, 8, 8), blocks=1, styles=2)
@@ -48,6 +49,15 @@ def test_edges_are_reflected_and_pixels_doubled():
     np.testing.assert_array_equal(reflected(jnp.asarray(x), 4), want)
     want = np.stack([np.kron(x[..., c], np.ones((1, 2, 2))) for c in range(3)], axis=3)
     np.testing.assert_array_equal(doubled(jnp.asarray(x)), want)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
+def test_a_convolution_by_rows_is_one(inputs, outputs):
+    x, kernel = random(2, 14, 12, inputs), random(9, 7, inputs, outputs, seed=1)
+    found = by_rows(jnp.asarray(x), jnp.asarray(kernel), (1, 1), "VALID")
+    for o in range(outputs):
+        want = scipy.signal.correlate(x[1], kernel[..., o], "valid")[..., 0]
+        np.testing.assert_allclose(found[1, ..., o], want, rtol=1e-5)
 
 
 def test_the_norm_is_flaxs_and_mixes_its_styles():
