@@ -90,12 +90,9 @@ def entries(curvature: int) -> list[Entry]:
         num_candidates=2,
     )
     adam = named("adam", batch_size=200)._replace(search=Search("learning_rate", 1e-4, 1e-2))
-    fixed = [hf, mini, named("kfac", batch_size=1000), named("lbfgs"), named("cg")]
-    return [
-        *(entry._replace(search=None, tuned=None) for entry in fixed),
-        nesterov_entry(0.01),
-        adam,
-    ]
+    fixed = [named("kfac", batch_size=1000), mini, named("lbfgs"), named("cg"), hf]
+    fixed = [entry._replace(search=None, tuned=None) for entry in fixed]
+    return [fixed[0], nesterov_entry(0.01), adam, *fixed[1:]]
 
 
 def studies(args: argparse.Namespace) -> list[Study]:
@@ -238,7 +235,7 @@ def picture(found: dict[str, res.Results]):
                 axes.plot(
                     *x.T,
                     color=drawing.LINES[i % len(drawing.LINES)],
-                    label=name,
+                    label=name.removesuffix("-tuned"),
                     linestyle=(0, (4.5, 1.6)) if name.endswith("-tuned") else "-",
                 )
             for label, figures in list(PAPERS.items())[::4]:
