@@ -60,7 +60,9 @@ def leave_room(axes: Any) -> None:
     from matplotlib import ticker
 
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high * (high / low) ** 0.17)
+    names = [line.get_label() for line in axes.get_lines()]
+    longest = max((len(name) for name in names if not name.startswith("_")), default=0)
+    axes.set_xlim(low, high * (high / low) ** max(0.17, 0.021 * longest))
     plain_ticks(axes.xaxis, low, high)
     if axes.get_yscale() == "log":
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
