@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from jdl.compare import load, table
 from jdl.compare.results import Target, ending, headline, lines
 from jdl.compare.store import FORMAT

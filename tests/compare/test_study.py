@@ -3,8 +3,8 @@ import subprocess
 from pathlib import Path
 
 import optax
-
 import pytest
+
 from jdl import optim
 from jdl.compare import Budget, Entry, Study, Target, machine, named, table
 from jdl.compare.feeds import Repeated, training
