@@ -76,19 +76,19 @@ def test_a_mistake_is_told_in_one_line(tmp_path):
 @pytest.mark.slow
 def test_stopped_by_sigterm_it_ends_as_if_it_had_not_been(tmp_path):
     flags = ["--steps", "300", "--log-every", "10", "--ema", "0.9"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command(tmp_path / "stopped", *flags),
         env=environment(1),
         stdout=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step     20"):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    assert process.wait(timeout=120) == 75
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step     20"):
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stdout.read()
+        assert process.wait(timeout=120) == 75
     reached = rows(tmp_path / "stopped", "train")[-1]["step"]
     assert 20 <= reached < 300
 
