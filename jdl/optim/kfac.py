@@ -89,7 +89,7 @@ def kfac(
     factors_every: int = 5,
     inverses_every: int = 20,
     factors_decay: float = 0.95,
-    model_rows: int = 128,
+    model_rows: int = 256,
     kl_clip: float | None = None,
     weight_decay: float = 0.0,
     averaging: float | None = None,
@@ -125,7 +125,8 @@ def kfac(
       inverses_every: steps from one inversion to the next at most, ≥ 1; λ moved by more than a
         factor of 4 is another reason.
       factors_decay: of the factors' running mean, in [0, 1).
-      model_rows: examples for q, ≥ 1; all of them where the batch has fewer.
+      model_rows: examples for q, ≥ 1; all of them where the batch has fewer. With too few, a step
+        fits them and misleads elsewhere, unseen by ρ.
       kl_clip: steps are shortened to ½⟨δ, B δ⟩, the predictions' change in nats an example, ≤ this;
         > 0, or None for no bound.
       weight_decay: η ≥ 0 of ½η‖θ‖², in gradient and model.
@@ -185,6 +186,7 @@ def kfac(
         model_rows=model_rows,
         max_size=max_size,
     )
+    check.positive_int("max_backtracks", max_backtracks + 1)
     if kl_clip is not None:
         check.in_range("kl_clip", kl_clip, 0.0, open_low=True)
     if averaging is not None:

@@ -14,6 +14,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
 
 
+@pytest.mark.slow
 def test_writes_a_picture_and_the_numbers(tmp_path, capsys):
     run = tmp_path / "run"
     assert cli.main(["train", "mlp", "--steps", "2", "--workdir", str(run)]) == 0

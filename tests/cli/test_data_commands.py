@@ -120,6 +120,7 @@ def test_bench_data(tar, capsys):
     assert "Did you mean 'data'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_train_compares_with_a_bare_loop(capsys):
     arguments = ["bench", "train", "mlp", "--size", "8", "--batch-size", "4", "--seconds", "0.05"]
     assert cli.main([*arguments, "--json"]) == 0

@@ -74,6 +74,7 @@ def test_shares_of_a_study_are_disjoint_and_all_of_it(problem, tmp_path):
     assert {t.status for t in load(tmp_path).trials} == {"done"}
 
 
+@pytest.mark.slow
 def test_a_problem_file_that_fails_leaves_the_other_problems(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("import nothing_of_this_name\n")
     options = ["--work", "3", "--workdir", str(tmp_path / "study"), "--optimizers", "lbfgs"]

@@ -41,6 +41,7 @@ def sleeper(name, seconds):
     return Entry(name, make, 45, options={"seconds": seconds})
 
 
+@pytest.mark.slow
 def test_twice_the_sleep_takes_twice_the_time_and_the_same_work(problem, tmp_path):
     problem = problem._replace(target=Target("train_loss", "at most", 0.45))
     entries = [sleeper("once", NAP), sleeper("twice", 2 * NAP)]
@@ -66,6 +67,7 @@ def test_steps_to_target_do_not_depend_on_sleep(problem, tmp_path):
     assert once.work == twice.work
 
 
+@pytest.mark.slow
 def test_a_target_that_nobody_reaches_reads_as_such(problem, tmp_path):
     problem = problem._replace(target=Target("train_loss", "at most", 1e-12))
     entries = [Entry(name, lambda: optax.sgd(0.1), 9) for name in ("a", "b")]

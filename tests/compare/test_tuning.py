@@ -115,6 +115,7 @@ def test_tuned_and_untuned_are_reported_beside_each_other(tuned_study):
     assert load(workdir).tuned.keys() == results.tuned.keys()
 
 
+@pytest.mark.slow
 def test_where_every_value_diverges_the_tuned_trial_fails_and_the_others_go_on(problem, tmp_path):
     wild = sgd("wild", 1e38, 1e37, 1e38)
     wild = wild._replace(tuned=lambda value: sgd("wild-tuned", value))

@@ -237,6 +237,7 @@ def test_rayleigh_quotients_batch_by_batch(landscape, params):
     assert table[0, 0] == pytest.approx(float(v @ one @ v), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_noise_scale_of_known_noise():
     # f_b(x) = ⟨x, mean of the batch's rows⟩: gradients are the rows themselves.
     draw = np.random.default_rng(8)

@@ -53,6 +53,7 @@ def test_tied_layers_are_the_encoder_s_transposed():
     np.testing.assert_allclose(again, found, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_contractive_penalty_is_the_jacobian_s_norm_on_average():
     net = Autoencoder(widths=(5, 3), code_activation="sigmoid")
     model = penalized(net, contraction=2.0, sparsity=0.5, probes=400)
@@ -69,6 +70,7 @@ def test_the_contractive_penalty_is_the_jacobian_s_norm_on_average():
     np.testing.assert_allclose(outputs.outputs, net.apply({"params": params}, X), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_variational_bound_holds_and_is_what_is_trained():
     net = Variational(widths=(8,), code=1)
     model = from_linen(net)
@@ -137,6 +139,7 @@ def test_a_denoiser_learns_to_clean_digits():
     assert peak(jax.nn.sigmoid(outputs.of_clean), clean) > peak(cleaned, clean)
 
 
+@pytest.mark.slow
 def test_the_convolutional_one_learns():
     data = jdl.data.digits(batch_size=64, epochs=None, shuffle=True)
     estimator = jdl.autoencoder(

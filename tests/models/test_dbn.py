@@ -200,6 +200,7 @@ def test_pretraining_gentle_fine_tuning_and_both_unrolled_nets(tmp_path):
     assert 0 <= float(dreams.min()) <= float(dreams.max()) <= 1
 
 
+@pytest.mark.slow
 def test_up_down_is_trained_by_the_estimator():
     x, _ = digits("train")
     data = jdl.data.from_arrays((x > 0.5).astype(np.float32), batch_size=64, seed=0)

@@ -31,6 +31,7 @@ def objective(gan, batch, inputs="image"):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("game", "penalty"), [("non_saturating", "r1"), ("hinge", None), ("wasserstein", "gradient")]
 )
@@ -165,6 +166,7 @@ def test_samples_come_near_the_digits():
     assert distance(250) < 0.25 * distance(1)
 
 
+@pytest.mark.slow
 def test_a_conditional_generator_makes_the_class_asked_for():
     x, labels = classes_of_two()
     gan = GAN.of_shape(SHAPE, width=8, latent=8, num_classes=2)
@@ -178,6 +180,7 @@ def test_a_conditional_generator_makes_the_class_asked_for():
     assert (brighter == asked).mean() > 0.95
 
 
+@pytest.mark.slow
 def test_goes_on_from_its_checkpoint(tmp_path):
     x, _ = classes_of_two(64)
     data = from_arrays(x, batch_size=16, shuffle=True, seed=0)

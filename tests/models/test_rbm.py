@@ -161,6 +161,7 @@ def test_the_objective_s_gradient_is_the_difference_of_correlations():
     np.testing.assert_allclose(grads["hidden_bias"], (h_model - h).mean(0), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"k": 3}, {"k": 2, "sample_visible": False}, {"chains": 7}])
 def test_in_training_samples_are_held_fixed_and_their_gradient_is_unbiased(options):
     rbm, params = machine(visible=4, hidden=3, **options)

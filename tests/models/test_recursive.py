@@ -103,6 +103,7 @@ def test_value_and_gradient_equal_a_recursion_in_python(kind):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETS)
 def test_padding_changes_nothing(kind):
     some = expressions(4, (1, 3))

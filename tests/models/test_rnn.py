@@ -121,6 +121,7 @@ def test_the_echo_initializer_is_sparse_and_of_its_radius():
     assert ((variables["params"]["layer_0"]["h"]["kernel"] != 0).sum(axis=0) == 2).all()
 
 
+@pytest.mark.slow
 def test_learns_a_text_and_says_it():
     tokens, alphabet = sequences.windows("the rain in spain. " * 40, 24, stride=5)
     net = RNN(

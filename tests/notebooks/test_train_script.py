@@ -48,6 +48,7 @@ def last_object(text):
     return json.loads(text.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_it_trains_on_a_mesh_and_goes_on_where_it_was(tmp_path):
     flags = ["--save-every", "2", "--validate-every", "3"]
     first = script(tmp_path, "--steps", "4", *flags, devices=2)

@@ -215,6 +215,7 @@ def test_structural_damping_solves_with_the_hidden_units_jacobian():
     np.testing.assert_allclose(ravel_pytree(state.direction)[0], wanted, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_kronecker_factors_spare_iterations():
     """On a net whose inputs differ three hundredfold in scale, to the same residual."""
     rng = np.random.default_rng(0)

@@ -224,6 +224,7 @@ def test_a_model_that_lies_is_halved_and_damped():
     assert values[-1] < 0.5 * values[0]
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_never_enters_the_factors():
     objective, params = problem()
     bad = jax.tree.map(lambda x: x * jnp.nan, objective.batch)
@@ -251,6 +252,7 @@ def test_what_is_not_finite_never_enters_the_factors():
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state.kronecker))
 
 
+@pytest.mark.slow
 def test_the_kl_clip_bounds_the_change_of_predictions():
     objective, params = problem(loss=functools.partial(losses.sigmoid_cross_entropy, target="y"))
     lengths, quadratic = [], jax.jit(moments.quadratic)

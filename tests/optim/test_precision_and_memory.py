@@ -98,6 +98,7 @@ def test_memory_is_what_is_said(name):
     assert 1 < memory.temp_size_in_bytes / one < temporary
 
 
+@pytest.mark.slow
 def test_logistic_regression_ends_at_scikit_learns_optimum(minimize):
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(3)

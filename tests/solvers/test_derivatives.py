@@ -118,6 +118,7 @@ def test_tall_least_squares_goes_by_the_reduced_jacobian():
     assert int(state.iter_num) <= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LBFGS", "GradientDescent"])
 def test_python_s_own_loop_has_the_same_solution_and_derivatives(name):
     weights = jnp.array([1.0, 2.0, 3.0])

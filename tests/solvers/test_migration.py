@@ -241,6 +241,7 @@ def test_vmap_over_1000_problems(both):
     np.testing.assert_allclose(ours[0], theirs[0], atol=3e-3)
 
 
+@pytest.mark.slow
 def test_box_constraints(both):
     def script(lib):
         solver = lib.LBFGSB(fun=ridge, tol=1e-4, maxiter=200)

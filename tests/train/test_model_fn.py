@@ -83,6 +83,7 @@ def test_it_is_the_classifier_of_the_same_parameters(split):
     assert mine.evaluate(data()) == pytest.approx(theirs.evaluate(data()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_values_of_a_loss_are_refused_where_its_curvature_is_needed():
     for optimizer in ("hf", "lm"):
         estimator = from_model_fn(classify(optimizer, split=False), devices=ONE)

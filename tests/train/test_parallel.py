@@ -33,6 +33,7 @@ def assert_close(one, two):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_pmap_gives_the_numbers_of_one_device(optimizer):
     one = make(optimizer, "jit", jax.devices()[:1]).train(data(), steps=4)

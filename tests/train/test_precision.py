@@ -41,6 +41,7 @@ def test_bfloat16_learns_and_keeps_parameters_and_state_in_float32(optimizer):
     assert "bf16[2,16] = dot_general" in jaxpr
 
 
+@pytest.mark.slow
 def test_recomputing_changes_no_number_and_is_in_the_program():
     deep = MLP(widths=(64,) * 12, num_outputs=3)
     big = {"steps": 3}
