@@ -1,7 +1,6 @@
 """What the pages and the README say, done: Python blocks are run, commands are parsed."""
 
 import contextlib
-import dataclasses
 import fnmatch
 import importlib
 import io
@@ -264,6 +263,7 @@ def test_every_make_target_exists():
 
 def test_every_jdl_command_parses(tmp_path, monkeypatch, capsys):
     """Up to the point at which it would start."""
+    from jdl.cli.completion import flags
     from jdl.cli.config_file import expand
 
     monkeypatch.chdir(tmp_path)
@@ -277,8 +277,8 @@ def test_every_jdl_command_parses(tmp_path, monkeypatch, capsys):
             continue
         module = importlib.import_module(f"jdl.cli.{words[0]}")
         if not command.whole:
-            fields = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(module.Args)}
-            unknown = {word for word in words if word.startswith("--")} - fields - {"--help"}
+            known = set(flags(words[0]))
+            unknown = {word for word in words if word.startswith("--")} - known
             wrong += [(command, unknown)] if unknown else []
             continue
         arguments = [word for word in words[1:] if word != "…"]

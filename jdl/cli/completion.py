@@ -9,7 +9,7 @@ Examples:
 import dataclasses
 import importlib
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
@@ -35,12 +35,18 @@ def run(args: Args) -> None:
 
 
 def flags(command: str) -> list[str]:
-    """A command's flags, as its help tells them."""
+    """A command's flags, as its help tells them, and its own commands where it has some."""
     args_class = getattr(importlib.import_module(f"jdl.cli.{command}"), "Args", None)
-    if not dataclasses.is_dataclass(args_class):
-        return ["--help"]
+    if dataclasses.is_dataclass(args_class):
+        return ["--help", *_flags(args_class)]
+    several = [get_args(option) for option in get_args(args_class)]
+    names = [mark.name for _, mark in several]
+    return [*names, "--help", *sorted({f for option, _ in several for f in _flags(option)})]
+
+
+def _flags(args_class: Any) -> list[str]:
     hints = get_type_hints(args_class, include_extras=True)
-    found = ["--help"]
+    found = []
     for field in dataclasses.fields(args_class):
         marks = getattr(hints[field.name], "__metadata__", ())
         if tyro.conf.Positional in marks:
@@ -61,10 +67,9 @@ def _bash(known: dict[str, Any]) -> str:
   case "${{COMP_WORDS[1]}}" in
 {cases}
   esac
-  if [[ "$current" == -* ]]; then
-    COMPREPLY=($(compgen -W "$words" -- "$current"))
-  else
-    COMPREPLY=($(compgen -f -- "$current"))
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+  if [[ "$current" != -* ]]; then
+    COMPREPLY=($(compgen -W "${{words%%--*}}" -- "$current") $(compgen -f -- "$current"))
   fi
 }}
 complete -o filenames -F _jdl jdl"""

@@ -7,6 +7,7 @@ table `[command]`.
 
 import dataclasses
 import tomllib
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ MAX_BYTES = 1 << 20
 
 def expand(arguments: list[str], args_class: type) -> list[str]:
     """The arguments with those of `--config FILE` before them, and `--config` gone."""
-    fields = {f.name: f for f in dataclasses.fields(args_class)}
-    if "config" not in fields:
+    names = [f.name for f in dataclasses.fields(args_class)] if is_dataclass(args_class) else []
+    if "config" not in names:  # such as where there are commands of a command
         return arguments
     own, path = _without_config(arguments)
     if path is None:
         return arguments
     settings = read(Path(path))
-    known = {_flag(name) for name in fields} - {"config", "workdir"}
+    known = {_flag(name) for name in names} - {"config", "workdir"}
     given: list[str] = []
     for name, value in settings.items():
         flag = check.one_of(f"a setting in {path}", _flag(name), known)
