@@ -299,7 +299,7 @@ def overlaid(image: Any, heat: np.ndarray, *, strength: float = 0.6) -> np.ndarr
     x = images.as_image(image)
     gray = np.repeat(x.mean(axis=2, keepdims=True), 3, axis=2)
     share = strength * heat[:, :, None]
-    return (1 - share) * (0.3 * x + 0.7 * gray) + share * images.colored(heat, "jet")
+    return (1 - share) * (0.3 * x + 0.7 * gray) + share * images.colored(heat, "inferno")
 
 
 def _as_trained(trunk: Trunk, image: Any) -> tuple[jax.Array, tuple[int, int]]:

@@ -121,7 +121,12 @@ def usual_layers(trunk: Trunk) -> Layers:
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     shapes = jax.eval_shape(lambda p, x: trunk.apply(p, x, trunk.layers), trunk.params, image)
     maps = [n for n in trunk.layers if len(shapes[n].shape) == 4 and shapes[n].shape[1] > 1]
-    maps = [n for n in maps if "relu" in n] or maps
+    rectified = [n for n in maps if "relu" in n]
+    heights = {shapes[n].shape[1] for n in rectified}
+    if len(heights) < min(4, len({shapes[n].shape[1] for n in maps})):  # SqueezeNet's are in blocks
+        inner = ("conv", "pool", "/")
+        rectified = [n for n in maps if not any(word in n for word in inner)]
+    maps = rectified or maps
     if not maps:
         raise check.UserError(f"{trunk.name} has no layer with an image's rows and columns.")
     firsts = {shapes[n].shape[1]: n for n in reversed(maps)}  # height -> its first layer

@@ -17,7 +17,7 @@ from jdl.compare import Budget, Entry, Study, Target, load, table, write_report
 from jdl.compare.results import headline, lines
 from jdl.compare.statistics import cost_to_target, duel
 
-NAP = 0.012  # seconds, against which a step of the little model is nothing
+NAP = 0.05  # seconds, against which a step of the little model is nothing
 
 
 def sleeper(name, seconds):
@@ -45,7 +45,7 @@ def sleeper(name, seconds):
 def test_twice_the_sleep_takes_twice_the_time_and_the_same_work(problem, tmp_path):
     problem = problem._replace(target=Target("train_loss", "at most", 0.45))
     entries = [sleeper("once", NAP), sleeper("twice", 2 * NAP)]
-    results = Study(problem, entries, seconds=3.0, evaluations=60, workdir=tmp_path).run()
+    results = Study(problem, entries, seconds=12.0, evaluations=60, workdir=tmp_path).run()
     once, twice = lines(results, "blobs")
     assert (once.reached, twice.reached) == (1, 1)
     assert once.seconds.median > 0.2  # long enough to tell

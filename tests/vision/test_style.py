@@ -215,6 +215,9 @@ def test_usual_layers():
     assert style.usual_layers(pretrained.load("vgg16")) == Layers(
         ("relu4_2",), ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
     )
+    assert style.usual_layers(pretrained.load("squeezenet")) == Layers(
+        ("fire5",), ("relu1", "fire2", "fire4", "fire6")
+    )
     assert style.usual_layers(tiny()) == Layers(("relu2",), ("relu1", "relu2"))
 
 
