@@ -13,6 +13,7 @@ time; rapidgzip on bzip2 5; indexed_zstd 114 on one frame; plain tars 96,000. So
 serves to look something up, not to train: `jdl pack` rewrites once, or batches come in order.
 """
 
+import abc
 import hashlib
 import importlib.util
 import logging
@@ -48,7 +49,7 @@ def is_url(path: str) -> bool:
     return bool(_URL.match(path))
 
 
-class Archive:
+class Archive(abc.ABC):
     """The bytes of one tar.
 
     Attributes:
@@ -68,26 +69,26 @@ class Archive:
     problem = ""
     wide, narrow, stride = 1 << 20, 1 << 12, 1 << 15
 
+    @abc.abstractmethod
     def pread(self, size: int, offset: int) -> bytes:
         """The bytes [offset, offset + size) of the tar; fewer at its end."""
-        raise NotImplementedError
 
     def pread_many(self, places: list[tuple[int, int]]) -> Iterator[bytes]:
         """`pread` for each (size, offset), in this order."""
         return (self.pread(size, offset) for size, offset in places)
 
+    @abc.abstractmethod
     def stamp(self) -> dict[str, Any]:
         """What tells this archive, in this state, from all others."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def check_unchanged(self, stamp: dict[str, Any]) -> None:
         """Raises DataError unless the archive at the path is still the one of that stamp."""
-        raise NotImplementedError
 
-    def rest(self) -> None:
+    def rest(self) -> None:  # noqa: B027  # most keep nothing
         """Gives back what it keeps in memory until it is read again."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most hold nothing
         """Lets go of it."""
 
 
@@ -127,9 +128,9 @@ class Raw(Archive):
 
     ranges = True
 
+    @abc.abstractmethod
     def read_from(self, at: int) -> inflate.Readable:
         """The file, to be read in order from there."""
-        raise NotImplementedError
 
 
 class LocalFile(Raw):
