@@ -118,7 +118,7 @@ def _dreamt(args: Args) -> list[Path]:
     settings = dream.Settings(
         octaves=args.octaves,
         scale=args.scale,
-        steps=12 if args.steps is None else args.steps,
+        steps=dream.Settings().steps if args.steps is None else args.steps,
         step_size=args.step_size,
         jitter=args.jitter,
         smoothing=args.smoothing,

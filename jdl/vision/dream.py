@@ -70,8 +70,8 @@ class Settings(NamedTuple):
 
     octaves: int = 4
     scale: float = 1.4
-    steps: int = 16
-    step_size: float = 0.012
+    steps: int = 12
+    step_size: float = 0.01
     jitter: int = 16
     smoothing: float = 0.5
     natural: bool = True

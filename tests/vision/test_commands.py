@@ -1,5 +1,7 @@
 """`jdl activations` and `jdl dream`: pictures; mistakes in one line, nothing written."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -125,3 +127,15 @@ def test_vgg16_dreams(photo, tmp_path):
     options = ["--layer", "relu2_2", "--octaves", "1", "--steps", "2", "--out", str(out)]
     assert cli.main(["dream", photo, "--model", "vgg16", *options]) == 0
     assert pixels(out).shape == (60, 80, 3)
+
+
+def test_the_command_dreams_as_the_library_does():
+    """The command names its defaults itself, so that `--help` needs no JAX."""
+    from jdl.cli.dream import Args
+    from jdl.vision.dream import Settings
+
+    named = [f.name for f in dataclasses.fields(Args) if f.name in Settings._fields]
+    ours, theirs = Args(), Settings()
+    assert {"octaves", "scale", "step_size", "jitter", "tile"} <= set(named)
+    for name in set(named) - {"steps"}:  # a class's picture has another number
+        assert getattr(ours, name) == getattr(theirs, name), name
