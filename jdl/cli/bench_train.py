@@ -36,7 +36,7 @@ def run(args: "Args") -> None:
     data = from_arrays(images, labels, batch_size=args.batch_size, shuffle=False, seed=0)
     loops: dict[str, Callable[[int], Any]] = {
         "jdl": lambda steps: estimator.train(data, steps=steps),
-        "bare jit loop": _bare_loop(model, images, labels, args.batch_size),
+        "bare jit loop": bare_loop(model, images, labels, args.batch_size),
     }
     step = {}
     for how, loop in loops.items():
@@ -72,8 +72,10 @@ def _optimizer() -> Any:
     return optax.sgd(0.01)
 
 
-def _bare_loop(model: Any, images: Any, labels: Any, batch_size: int) -> Callable[[int], Any]:
+def bare_loop(model: Any, images: Any, labels: Any, batch_size: int) -> Callable[[int], Any]:
     """`run(steps)` of a loop with nothing but the step."""
+    import functools
+
     import jax
     import jax.numpy as jnp
     import optax
@@ -86,7 +88,7 @@ def _bare_loop(model: Any, images: Any, labels: Any, batch_size: int) -> Callabl
     params, state = model.init(jax.random.key(0), scaled(images[:1]))
     carry = (params, state, optimizer.init(params))
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def step(carry: Any, image: Any, label: Any, i: Any) -> Any:
         params, state, opt_state = carry
 

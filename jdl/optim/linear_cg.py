@@ -112,17 +112,14 @@ def linear_cg(
     warm = x0 is not None
     zeros = jax.tree.map(jnp.zeros_like, b)
     start = zeros if x0 is None else x0
-    residual = tree.scale(-1.0, b)
-    z = solve(residual)
-    rz = tree.vdot(residual, z).astype(dtype)
-    fine = jnp.asarray(active) & jnp.isfinite(rz) & (rz > 0)
+    fine = jnp.asarray(active) & jnp.isfinite(bb) & (bb > 0)
     initial = _State(
         x=start,
-        residual=residual,
+        residual=tree.scale(-1.0, b),
         # Iteration zero of a warm start multiplies x₀ itself, to learn its residual.
-        direction=start if warm else tree.scale(-1.0, z),
-        rz=rz,
-        norms=(zero, zero, rz),
+        direction=start,
+        rz=jnp.ones((), dtype),
+        norms=(zero, zero, zero),
         model=zero,
         history=jnp.zeros((max_iterations + 1,), dtype),
         iteration=jnp.asarray(-1 if warm else 0, jnp.int32),
@@ -135,11 +132,19 @@ def linear_cg(
     )
 
     def body(s: _State) -> _State:
-        ap = product(s.direction)
         first = s.iteration < 0  # only ever with a warm start
-        curvature = tree.vdot(s.direction, ap).astype(dtype)
         xx, xp, pp = s.norms
-        alpha = s.rz / curvature
+        # A solve may cost as much as a product: none is made for a direction never followed.
+        z = jax.lax.cond(first, lambda r: r, solve, s.residual) if warm else solve(s.residual)
+        rz = tree.vdot(s.residual, z).astype(dtype)
+        beta = jnp.where(s.iteration > 0, rz / s.rz, 0.0)
+        direction = jax.tree.map(
+            lambda z, p: jnp.where(first, p, beta.astype(p.dtype) * p - z), z, s.direction
+        )
+        xp, pp = beta * xp, rz + beta * beta * pp
+        ap = product(direction)
+        curvature = tree.vdot(direction, ap).astype(dtype)
+        alpha = rz / curvature
         reason = jnp.asarray(RUNNING)
         concave = ~first & (curvature <= 0)
         if radius is None:
@@ -153,19 +158,11 @@ def linear_cg(
             reason = jnp.where(outside, BOUNDARY, reason)
         reason = jnp.where(concave, CURVATURE, reason)
         alpha = jnp.where(first, 0.0, alpha)
-        x = tree.add_scaled(s.x, alpha, s.direction)
+        x = tree.add_scaled(s.x, alpha, direction)
         residual = tree.add_scaled(s.residual, jnp.where(first, 1.0, alpha), ap)
         # q = ½⟨x, A x − 2b⟩ = ½⟨x, r − b⟩: no product needed.
         model = 0.5 * (tree.vdot(x, residual) - tree.vdot(x, b)).astype(dtype)
-        z = solve(residual)
-        rz = tree.vdot(residual, z).astype(dtype)
-        beta = jnp.where(first, 0.0, rz / s.rz)
-        direction = jax.tree.map(lambda z, p: beta.astype(p.dtype) * p - z, z, s.direction)
-        norms = (
-            jnp.where(first, xx, xx + 2 * alpha * xp + alpha * alpha * pp),
-            jnp.where(first, zero, beta * (xp + alpha * pp)),
-            jnp.where(first, rz, rz + beta * beta * pp),
-        )
+        norms = (xx + 2 * alpha * xp + alpha * alpha * pp, xp + alpha * pp, pp)
 
         i = s.iteration + 1
         history = s.history.at[i].set(model)
@@ -177,14 +174,16 @@ def linear_cg(
         for code, holds in (
             (EXHAUSTED, i >= max_iterations),
             (PROGRESS, slow),
-            (CONVERGED, done | (rz <= 0)),
+            (CONVERGED, done),
         ):
             reason = jnp.where((reason == RUNNING) & holds & (~first | done), code, reason)
+        # M is positive definite: rounding alone makes ⟨r, M⁻¹ r⟩ nothing or less.
+        spent = ~first & (rz <= 0)
         broken = ~(jnp.isfinite(model) & jnp.isfinite(rz) & jnp.isfinite(curvature))
-        reason = jnp.where(broken, BROKEN, reason).astype(jnp.int32)
+        reason = jnp.where(spent, CONVERGED, jnp.where(broken, BROKEN, reason)).astype(jnp.int32)
         # A broken iterate is dropped; so is, without a radius, one that negative curvature left be.
-        x = tree.where(broken, s.x, x)
-        model = jnp.where(broken, s.model, model)
+        x = tree.where(broken | spent, s.x, x)
+        model = jnp.where(broken | spent, s.model, model)
 
         keep = ~first & ((i == s.next_kept) | (reason != RUNNING))
         slot = s.kept_count % num_kept

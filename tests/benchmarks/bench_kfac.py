@@ -242,7 +242,7 @@ def profile(problem, repeats=5):
     objective, params = Objective(problem.model, problem.loss, {}, batch), problem.params
     found = moments.find_layers(objective, params)
     key, lam = jax.random.key(0), jnp.float32(0.1)
-    some = moments.rows(objective, 128)
+    some = moments.rows(objective, 256)
 
     def timed(f, *args):
         f = jax.jit(f)

@@ -25,7 +25,7 @@ from jdl.core.model import from_linen
 from jdl.core.objective import Objective
 from jdl.models import Autoencoder
 from jdl.models.layers import sparse_init
-from jdl.optim import diagnostics, hessian_free, lbfgs, nonlinear_cg
+from jdl.optim import diagnostics, hessian_free, kronecker, lbfgs, nonlinear_cg
 
 COUNT, DECAY, TARGET = 5000, 1e-3, 1e-5
 SEARCH = ("data/mnist", "../shared/data/mnist")
@@ -69,31 +69,33 @@ def logistic_contestants(x, y):
     def regularizer(p):
         return 0.5 * DECAY * jnp.sum(jnp.square(p["w"]))
 
-    def f(p):
+    def value(p, x):
         z = x @ p["w"] + p["b"]
         return jnp.mean(jax.nn.logsumexp(z, 1) - jnp.sum(onehot * z, 1)) + regularizer(p)
 
-    objective = Objective.from_fns(
-        lambda p, batch: batch["x"] @ p["w"] + p["b"],
-        losses.softmax_cross_entropy,
-        {"x": x, "label": onehot},
-        regularizer=regularizer,
-    )
+    f = functools.partial(value, x=x)
     value_and_grad = jax.jit(jax.value_and_grad(f))
     first = optax.tree.norm(value_and_grad(start)[1])
 
-    def ours(optimizer, **extra):
+    def ours(optimizer):
         keeps = hasattr(optimizer.init(start), "grad")
 
         @jax.jit
-        def run(params):
-            value, grad = jax.value_and_grad(f)(params)
+        def run(params, x):  # not a constant: XLA would fold what factors take of it
+            f = functools.partial(value, x=x)
+            objective = Objective.from_fns(
+                lambda p, batch: batch["x"] @ p["w"] + p["b"],
+                losses.softmax_cross_entropy,
+                {"x": x, "label": onehot},
+                regularizer=regularizer,
+            )
+            first_value, grad = jax.value_and_grad(f)(params)
 
             def body(carry):
                 params, state, value, grad, i = carry
                 updates, state = optimizer.update(
                     grad, state, params, value=value, grad=grad, value_fn=f,
-                    reused=keeps & (i > 0), **extra,
+                    objective=objective, reused=keeps & (i > 0),
                 )  # fmt: skip
                 params = optax.apply_updates(params, updates)
                 if keeps:
@@ -105,11 +107,11 @@ def logistic_contestants(x, y):
             return jax.lax.while_loop(
                 lambda c: (optax.tree.norm(c[3]) > TARGET * first) & (c[4] < 2000),
                 body,
-                (params, optimizer.init(params), value, grad, 0),
+                (params, optimizer.init(params), first_value, grad, 0),
             )
 
         def solve():
-            params, state, *_ = jax.block_until_ready(run(start))
+            params, state, *_ = jax.block_until_ready(run(start, x))
             told = diagnostics.read(state)
             return params, {
                 "iterations": int(told.iterations),
@@ -223,13 +225,17 @@ def logistic_contestants(x, y):
 
         return solve
 
-    newton_cg = hessian_free(
-        damping=1e-3, tolerance=0.1, progress=0.0, warm_start=0.0, num_candidates=1
+    plain = {"damping": 1e-3, "progress": 0.0, "warm_start": 0.0, "num_candidates": 1}
+    newton_cg = hessian_free(tolerance=0.1, **plain)
+    # Factors of the first step serve to the end.
+    factored = hessian_free(
+        tolerance=0.3, preconditioner=kronecker.preconditioner(every=2000), **plain
     )
     contestants = {
         "jdl lbfgs": ours(lbfgs()),
         "jdl nonlinear_cg": ours(nonlinear_cg()),
-        "jdl hessian_free (Newton-CG)": ours(newton_cg, objective=objective),
+        "jdl hessian_free (Newton-CG)": ours(newton_cg),
+        "jdl hessian_free, Kronecker": ours(factored),
         "optax.lbfgs": optax_lbfgs(),
     }
     for name, make in (
@@ -288,14 +294,26 @@ def nesterov():
     )
 
 
-GROWING = ((0, 500, 125), (8, 1000, 250), (30, 2500, 500), (70, 5000, 1000))
 # name -> optimizer, ((from this second on, batch, curvature batch), …)
 AUTOENCODER = {
     "jdl hessian_free": (
         lambda: hessian_free(
+            damping=1.0,
+            damping_increase=1.15,
+            damping_decrease=0.87,
+            damping_minimum=1e-4,
+            preconditioner=kronecker.preconditioner(every=20),
+            max_linear_iterations=2,
+            warm_start=0.5,
+            num_candidates=1,
+        ),
+        ((0, 500, 250), (15, 1000, 500)),
+    ),
+    "jdl hessian_free, diagonal": (
+        lambda: hessian_free(
             damping=1.0, preconditioner="diagonal", max_linear_iterations=8, num_candidates=2
         ),
-        GROWING,
+        ((0, 500, 125), (8, 1000, 250), (30, 2500, 500), (70, 5000, 1000)),
     ),
     "jdl lbfgs (multi-batch)": (lambda: lbfgs(), ((0, 1000, None), (30, 2500, None))),
     "jdl nonlinear_cg": (lambda: nonlinear_cg(), ((0, 1000, None), (30, 2500, None))),

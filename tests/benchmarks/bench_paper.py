@@ -30,6 +30,7 @@ from jdl.compare import machine as machines
 from jdl.compare import results as res
 from jdl.compare.catalogue import autoencoder_curves, autoencoder_mnist
 from jdl.core import check
+from jdl.optim import hessian_free, kronecker
 from jdl.optim.registry import Search
 from jdl.train.writers import write_atomically
 
@@ -79,15 +80,21 @@ def nesterov_entry(rate: float, name: str = "nesterov") -> Entry:
 def entries(curvature: int) -> list[Entry]:
     """Every method; `curvature` is the papers' curvature batch."""
     hf = named("hf", curvature_batch_size=curvature)
-    mini = named(
-        "hf",
-        label="hf-mini",
-        batch_size=5000,
-        curvature_batch_size=1250,
-        damping=1.0,
-        preconditioner="diagonal",
-        max_linear_iterations=8,
-        num_candidates=2,
+    settings = {
+        "damping": 1.0,
+        "damping_increase": 1.1,
+        "damping_decrease": 0.9,
+        "damping_minimum": 1e-4,
+        "max_linear_iterations": 2,
+        "warm_start": 0.5,
+        "num_candidates": 1,
+    }
+    mini = Entry(
+        "hf-mini",
+        lambda: hessian_free(preconditioner=kronecker.preconditioner(every=20), **settings),
+        1000,
+        500,
+        options={**settings, "preconditioner": "kronecker, refreshed every 20 steps"},
     )
     adam = named("adam", batch_size=200)._replace(search=Search("learning_rate", 1e-4, 1e-2))
     fixed = [named("kfac", batch_size=1000), mini, named("lbfgs"), named("cg"), hf]

@@ -9,17 +9,15 @@ take about half a millisecond and, where nothing but overhead is left, a few hun
 """
 
 import argparse
-import functools
 import json
 import statistics
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jdl
+from jdl.cli.bench_train import bare_loop
 from jdl.data import from_arrays
 from jdl.models import CNN, MLP
 
@@ -28,42 +26,6 @@ CASES = {
     "MLP 784-256-10, batch 128": (lambda: MLP(widths=(256,)), (28, 28, 1), 128, 400),
     "MLP 64-32-10, batch 64": (lambda: MLP(widths=(32,)), (8, 8, 1), 64, 2000),
 }
-
-
-def bare_loop(module, shape, images, labels, batch_size):
-    """`run(steps)` of a loop with nothing but the step."""
-    params = module.init(jax.random.key(0), jnp.ones((1, *shape)))["params"]
-    optimizer = optax.sgd(0.01)
-    state = (params, optimizer.init(params))
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, image, label, i):
-        params, opt_state = state
-
-        def loss(params):
-            key = jax.random.fold_in(jax.random.key(1), i)
-            x = image.astype(jnp.float32) / 255.0
-            logits = module.apply({"params": params}, x, train=True, rngs={"dropout": key})
-            accuracy = jnp.mean(jnp.argmax(logits, -1) == label)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-            return jnp.mean(losses), accuracy
-
-        (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value, accuracy
-
-    count = 0
-
-    def run(steps):
-        nonlocal state, count
-        for _ in range(steps):
-            start = count * batch_size % len(images)
-            rows = slice(start, start + batch_size)
-            state, value, _ = step(state, images[rows], labels[rows], count)
-            count += 1
-        jax.block_until_ready(value)
-
-    return run
 
 
 def our_loop(module, images, labels, batch_size):
@@ -83,7 +45,7 @@ def main():
         labels = rng.integers(0, 10, 16 * batch_size).astype(np.int32)
         loops = {
             "jdl": our_loop(make(), images, labels, batch_size),
-            "bare": bare_loop(make(), shape, images, labels, batch_size),
+            "bare": bare_loop(jdl.from_linen(make()), images, labels, batch_size),
         }
         rates, work = {loop: [] for loop in loops}, {loop: [] for loop in loops}
         for run in loops.values():
