@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,29 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_shows_an_example_of_its_command(command, capsys):
     assert cli.main([command, "--help"]) == 0
-    assert f"jdl {command}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"jdl {command}" in told
+    assert "None" not in told
+    assert "default: False" not in told
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_its_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in cli.COMMANDS:
+        assert cli.main([command, "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        whole = ("usage: ", "  jdl ", "  curl ")  # to be copied
+        assert not [x for x in lines if len(x) > columns and not x.startswith(whole)], command
+
+
+def test_help_of_compare_names_every_optimizer_and_problem(capsys):
+    from jdl.compare import CATALOGUE
+    from jdl.optim.registry import REGISTRY
+
+    assert cli.main(["compare", "--help"]) == 0
+    told = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert {*REGISTRY, *CATALOGUE} <= told
 
 
 @pytest.mark.parametrize(
@@ -31,6 +54,8 @@ def test_help_shows_an_example_of_its_command(command, capsys):
         (["train", "cnn", "--stesp", "3"], "--stesp"),
         (["train", "cnn", "--data", "nowhere.tar"], "nowhere.tar"),
         (["train", "cnn", "--size", "big"], "--size"),
+        (["train", "cnn", "--batch-size", "big"], "--batch-size"),
+        (["train", "mlp", "--steps", "1", "--workdir", f"{__file__}/run"], "Not a directory"),
         (["evaluate", "--workdir", "nowhere"], "nowhere"),
         (["index", "nowhere.tar"], "nowhere.tar"),
         (["compare", "--optimizers", "adma"], "Did you mean 'adam'?"),

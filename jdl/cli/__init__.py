@@ -6,35 +6,41 @@ Exit codes: 0 done, 2 the user's mistake, 1 a fault of ours, 75 stopped by SIGTE
 
 import contextlib
 import difflib
+import errno
+import functools
 import importlib
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
+from typing import Annotated, Any, get_args
 
 COMMANDS = {
-    "demo": "train one CNN with five optimizers on the bundled digits, and write the report",
+    "demo": "five optimizers train one CNN on the bundled digits; a report",
     "train": "train a model on a tar of images",
     "evaluate": "loss and metrics of a trained run on a tar of images",
-    "curvature": "a trained run's loss landscape: eigenvalues, density, noise, sharpness",
-    "predict": "a trained run's predictions, a row an image: .npz, .jsonl or .csv",
+    "curvature": "a trained run's loss landscape: eigenvalues, sharpness, noise",
+    "predict": "a trained run's predictions, as .npz, .jsonl or .csv",
     "summary": "a model's parameters, with shapes and counts, and its FLOPs",
     "activations": "what a network's layers see in a picture, and what they prefer",
     "dream": "a picture dreamt over by a network; a class's own picture",
-    "style": "a picture in a painter's style, by optimisation or by a network trained for it",
-    "compare": "first against second order: one model, several optimizers, one report",
+    "style": "a picture in a painter's style, by optimisation or a network",
+    "compare": "several optimizers, the same problems and budgets; a report",
     "index": "what a tar holds: members, classes, damage",
-    "pack": "rewrite a folder, IDX files, an .npz or a tar as plain, sharded tars",
+    "pack": "rewrite a folder, IDX files, an .npz or a tar as plain tars",
     "runs": "the runs below a folder, with their best metrics",
-    "doctor": "backend, devices, memory, decoder, extras, and how to get the rest",
+    "doctor": "what this machine has, and how to get the rest",
     "completion": "completion for bash, zsh or fish",
     "bench": "how fast this machine is: data, train, optim",
 }
 
 USAGE = """usage: jdl COMMAND [OPTIONS]
 
-Train JAX models with any optimizer, first or second order, on images streamed from tar archives.
+Train JAX models with any optimizer, first or second order,
+on images streamed from tar archives.
 
 {commands}
 
@@ -45,6 +51,9 @@ examples:
   jdl compare --data photos.tar --model cnn --optimizers sgd,adam,lbfgs,hf --seconds 30
 
 `jdl COMMAND --help` tells a command's options."""
+
+# What a folder or a disk may refuse.
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +114,10 @@ def _run(name: str, arguments: list[str]) -> int:
         if not str(end).isdigit():
             print(f"jdl {name}: {end}", file=sys.stderr)
         return int(end.code or 0)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        return _mistake(f"{error.filename}: {error.strerror}.", name)
     except KeyboardInterrupt:
         print(f"jdl {name}: interrupted; what was written stays.", file=sys.stderr)
         return 130
@@ -119,11 +132,11 @@ def _parse(name: str, module: object, arguments: list[str]) -> object:
     try:
         with contextlib.redirect_stderr(heard):
             return tyro.cli(
-                module.Args,  # type: ignore[attr-defined]
+                _plain(module.Args),  # type: ignore[attr-defined]
                 prog=f"jdl {name}",
-                description=module.__doc__,
+                description=_described(module.__doc__ or ""),
                 args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff,),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
             )
     except SystemExit as end:
         if end.code not in (0, None):
@@ -131,12 +144,41 @@ def _parse(name: str, module: object, arguments: list[str]) -> object:
         raise
 
 
+@functools.cache
+def _plain(args: Any) -> Any:
+    """The class, or a union of some, whose help tells only defaults that say something."""
+    import tyro
+
+    def told(default: str) -> str:
+        return "" if default in ("None", "False", "", "''") else f"(default: {default})"
+
+    for part in get_args(args):  # of a union; each may be annotated
+        _plain((get_args(part) or (part,))[0])
+    for field, kind in getattr(args, "__annotations__", {}).items():
+        args.__annotations__[field] = Annotated[kind, tyro.conf.arg(help_behavior_hint=told)]
+    return args
+
+
+def _described(text: str) -> str:
+    """A docstring as help: its paragraphs wrapped, later lines indented, lest tyro joins them.
+
+    Examples and lists stay as they are.
+    """
+    width = max(40, min(shutil.get_terminal_size().columns, 100))
+    paragraphs = text.strip().split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        if "\n  " not in paragraph:
+            paragraphs[i] = textwrap.fill(paragraph, width, subsequent_indent="  ")
+    return "\n\n".join(paragraphs)
+
+
 def _without_box(text: str) -> str:
-    """The first paragraph of tyro's framed message, and its suggestion, as one line."""
+    """Tyro's framed message as one line, without its own workings."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
     body = [line for line in lines[1:] if line.strip("─ ")]
-    return " ".join(" ".join(body).split())
+    message = " ".join(" ".join(body).split())
+    return re.sub(r" Got errors: .*?(?= For full helptext|$)", "", message)
 
 
 def _mistake(message: str, command: str = "") -> int:

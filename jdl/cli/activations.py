@@ -1,10 +1,10 @@
 """What a network's layers see in a picture, and what they prefer to see.
 
-`--what` says which picture to draw:
-  maps        the activations of a layer's channels on IMAGE, the strongest first
+The pictures that --what can ask for:
+  maps        the activations of a layer's channels on IMAGE, strongest first
   grad-cam    where in IMAGE a layer sees a class
   saliency    which pixels of IMAGE move a class's score
-  preferred   for each channel, the picture that excites it most, found from noise
+  preferred   for each channel, what excites it most, found from noise
   exciting    for each channel, the images of --data that excite it most
 
 MODEL is vgg16 or squeezenet (pip install 'jax-jdl[vision]'), a .safetensors file of torchvision's
@@ -17,7 +17,6 @@ Examples:
   jdl activations vgg16 --what preferred --layer relu4_3 --channels 5,17,80
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,7 +33,7 @@ class Args:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """vgg16, squeezenet, a .safetensors file or a run directory"""
-    image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")] = None
+    image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE]")] = None
     """a photograph, where one is looked at"""
     layer: str | None = None
     """the layer's name; by default one that sees parts of things. A wrong one lists the nearest"""
@@ -49,7 +48,7 @@ class Args:
     data: str | None = None
     """a tar, a glob, a brace range, or digits, for exciting"""
     split: str | None = None
-    """first folder of the data's members; all for all"""
+    """first folder of the data's members; by default test where there is one; all for all"""
     longest: int = 512
     """pixels that a larger photograph's longer side is reduced to"""
     size: int = 96
@@ -64,20 +63,16 @@ class Args:
 
 def run(args: Args) -> None:
     """Draws the picture; the file appears when it is whole."""
-    from jdl.cli.run_config import use_compilation_cache
+    from jdl.cli import seeing
     from jdl.core import check
-    from jdl.vision import images, pretrained
-    from jdl.vision.trunk import usual_layer
+    from jdl.vision import images
 
     images.check_out(args.out)
     check.argument(args.count >= 1, "--count", "at least 1", args.count)
     looks = args.what in ("maps", "grad-cam", "saliency")
     check.argument(args.image is not None or not looks, "IMAGE", f"given for {args.what}", None)
-    photograph = images.read(args.image, longest=args.longest) if args.image is not None else None
-    use_compilation_cache()
-    trunk = pretrained.load(args.model)
-    layer = args.layer or usual_layer(trunk)
-    trunk.known(layer)
+    trunk, layers, photograph = seeing.opened(args.model, args.layer, args.image, args.longest)
+    check.argument(len(layers) == 1, "--layer", "one layer", args.layer)
     draw = {
         "maps": _maps,
         "grad-cam": _class,
@@ -85,7 +80,7 @@ def run(args: Args) -> None:
         "preferred": _preferred,
         "exciting": _exciting,
     }[args.what]
-    images.write(args.out, draw(args, trunk, layer, photograph))
+    images.write(args.out, draw(args, trunk, layers[0], photograph))
     print(f"picture: {args.out}")
 
 
@@ -127,6 +122,7 @@ def _class(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
 
 
 def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
+    from jdl.cli import seeing
     from jdl.vision import activations, images
     from jdl.vision.reverse import Search, preferred
 
@@ -136,7 +132,7 @@ def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
     if channels is None:
         channels = list(range(args.count))
     search = Search(size=args.size, steps=args.steps)
-    found = preferred(trunk, layer, channels, search, seed=args.seed, on_step=_told)
+    found = preferred(trunk, layer, channels, search, seed=args.seed, on_step=seeing.told)
     return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
 
 
@@ -159,9 +155,3 @@ def _exciting(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
     tiles = [image for each in found for image in each.images]
     captions = [f"{each.channel}: {score:.3g}" for each in found for score in each.scores]
     return images.sheet(tiles, columns=len(found[0].images), captions=captions, side=96)
-
-
-def _told(done: int, of: int) -> None:
-    """A line on stderr, ten times."""
-    if done * 10 // of != (done - 1) * 10 // of:
-        print(f"step {done}/{of}", file=sys.stderr, flush=True)

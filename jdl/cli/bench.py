@@ -27,7 +27,7 @@ class Args:
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
     """data: images a second; train: our loop against a bare one; optim: steps, in gradients"""
-    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.tar|MODEL")] = ""
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[A.tar|MODEL]")] = ""
     """for data a tar, glob or brace range, else the digits; for the others cnn, mlp or rnn"""
     seconds: float = 3.0
     """of each measurement of data; of all of them together otherwise"""
@@ -45,7 +45,7 @@ def run(args: Args) -> None:
     """Measures, and prints a table."""
     from jdl.core import check
 
-    what = check.one_of("what", args.what, BENCHES)
+    what = check.one_of("WHAT", args.what, BENCHES)
     check.positive_int("--batch-size", args.batch_size)
     check.in_range("--seconds", args.seconds, 0.0, 3600.0, open_low=True)
     importlib.import_module(BENCHES[what]).run(args)

@@ -5,6 +5,19 @@ Examples:
   jdl compare --data photos.tar --model cnn --optimizers sgd,adam,lbfgs,hf --seeds 3 --seconds 30
   jdl compare --problem digits-cnn,logistic,mine.py --trials 8 --seeds 3
   jdl compare --problem autoencoder-mnist --data FOLDER --optimizers kfac,adam --seconds 600
+
+Problems:
+  digits-cnn, logistic                     the bundled digits
+  mnist-mlp, mnist-cnn, autoencoder-mnist  MNIST, named by --data
+  autoencoder-faces                        a tar of faces named by --data
+  autoencoder-curves, adding-rnn           data made anew
+  quadratic, rosenbrock                    no data
+  mine.py                                  a file of your own: model, loss, data
+
+Optimizers:
+  sgd momentum nesterov adam adamw nadam radam rmsprop adagrad adafactor lamb
+  lars lion muon sophia, all optax's; lbfgs cg newton hf gauss_newton lm
+  natural_gradient kfac
 """
 
 import sys
@@ -20,13 +33,11 @@ class Args:
     data: str = "digits"
     """a tar, a glob, a brace range, the bundled digits, or what a named problem needs"""
     problem: str = ""
-    """names, with commas, in place of --model: digits-cnn logistic mnist-mlp mnist-cnn
-    autoencoder-curves autoencoder-mnist autoencoder-faces adding-rnn quadratic rosenbrock, or a
-    Python file with model, loss and data"""
+    """names of the problems above, with commas, in place of --model"""
     model: str = "cnn"
-    """mlp, cnn or rnn"""
+    """mlp, cnn, rnn or dbn"""
     optimizers: str = "sgd,adam,lbfgs,cg,hf"
-    """names, with commas: sgd momentum nesterov adam adamw lbfgs cg newton hf kfac and more"""
+    """names of those above, with commas"""
     seeds: int = 1
     """how many seeds: 3 or more for a result to publish"""
     seconds: float = 30.0
@@ -36,10 +47,9 @@ class Args:
     work: float | None = None
     """a budget of work, in gradients of the whole training set, in place of seconds"""
     trials: int = 0
-    """values of learning rate or damping to try for each optimizer, the same number for all; 0 for
-    the defaults alone"""
+    """values of learning rate or damping to try for each optimizer; 0 for the defaults alone"""
     tuning_share: float = 1.0
-    """of a trial's budget, for a tuning trial"""
+    """share of a trial's budget that each tuning trial has"""
     clock: str = "wall"
     """wall, or cpu: the process's CPU time divided by the cores, on a machine that others use"""
     share: str = "1/1"
@@ -127,7 +137,8 @@ def _problems(args: Args) -> tuple[list[Any], list[str]]:
                 made.append(by_name(name, data))
             except check.UserError as error:
                 failures.append(str(error))
-                print(f"jdl compare: {name}: {error}", file=sys.stderr)
+                if len(names) > 1:
+                    print(f"jdl compare: {name}: {error}", file=sys.stderr)
         if not made:
             raise check.UserError("No problem could be made: " + " ".join(failures))
         return made, failures

@@ -26,12 +26,12 @@ import tyro
 class Args:
     """What dreams, of what, how."""
 
-    image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")] = None
+    image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE]")] = None
     """a photograph"""
     model: str = "vgg16"
     """vgg16, squeezenet, a .safetensors file or a run directory"""
     layer: str | None = None
-    """a layer, or several such as relu4_3,relu5_1; a wrong one lists the nearest"""
+    """a layer, or several such as relu4_3,relu5_1; by default one that sees parts of things"""
     channel: int | None = None
     """please only this channel"""
     guide: Path | None = None
@@ -39,9 +39,9 @@ class Args:
     wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
     """a class's name or number, to be drawn from noise"""
     octaves: int = 4
-    """sizes at which to dream"""
+    """sizes at which to dream, from small to large"""
     scale: float = 1.4
-    """of one octave against the one before"""
+    """how many times as large an octave is as the one before"""
     steps: int | None = None
     """at each octave, by default 12; for a class altogether, by default 256"""
     step_size: float = 0.01
@@ -61,7 +61,7 @@ class Args:
     longest: int | None = None
     """pixels that a larger photograph's longer side is reduced to; by default it is not"""
     frames: int = 0
-    """of a video that flies into the dream, to a .gif, a .webp or numbered PNGs (zoom-%04d.png)"""
+    """how many, of a flight into the dream: a .gif, a .webp or numbered PNGs (zoom-%04d.png)"""
     zoom: float = 1.04
     """by how much each frame is enlarged against the one before"""
     size: int = 224
@@ -74,45 +74,39 @@ class Args:
 
 def run(args: Args) -> None:
     """Writes the picture; the file appears when it is whole."""
-    from jdl.cli.run_config import use_compilation_cache
     from jdl.core import check
-    from jdl.vision import images, pretrained
+    from jdl.vision import images
 
     from_class = args.wanted is not None
-    check.argument(
-        (args.image is None) == from_class, "IMAGE", "given, or else --class", str(args.image)
-    )
+    both = [str(x) for x in (args.image, args.wanted) if x is not None]
+    check.argument(len(both) == 1, "IMAGE, --class", "given one of them", both)
     check.argument(args.frames >= 0, "--frames", "0 or more", args.frames)
     check.argument(not (from_class and args.frames), "--frames", "0 with --class", args.frames)
     images.check_frames_out(args.out) if args.frames else images.check_out(args.out)
-    use_compilation_cache()
-    if from_class:
-        written = [images.write(args.out, _class(args, pretrained.load(args.model)))]
-    else:
-        written = _dreamt(args)
+    written = [images.write(args.out, _class(args))] if from_class else _dreamt(args)
     more = f" … {written[-1]}" if len(written) > 1 else ""
     print(f"picture: {written[0]}{more}")
 
 
-def _class(args: Args, trunk: Any) -> Any:
+def _class(args: Args) -> Any:
+    from jdl.cli import seeing
     from jdl.vision import activations
     from jdl.vision.reverse import Search, of_class
 
+    trunk = seeing.opened(args.model).trunk
     search = Search(size=args.size, steps=256 if args.steps is None else args.steps)
-    found = of_class(trunk, args.wanted or "", search, seed=args.seed, on_step=_told)
+    found = of_class(trunk, args.wanted or "", search, seed=args.seed, on_step=seeing.told)
     name, share = activations.classify(trunk, found, count=1)[0]
     print(f"taken for {name} ({share:.1%})")
     return found
 
 
 def _dreamt(args: Args) -> list[Path]:
-    from jdl.vision import dream, images, pretrained
-    from jdl.vision.trunk import usual_layer
+    from jdl.cli import seeing
+    from jdl.vision import dream, images
 
-    photograph = images.read(args.image or "", longest=args.longest)
     guide = images.read(args.guide, longest=224) if args.guide is not None else None
-    trunk = pretrained.load(args.model)
-    layers = args.layer.split(",") if args.layer else usual_layer(trunk)
+    trunk, layers, photograph = seeing.opened(args.model, args.layer, args.image, args.longest)
     channels = () if args.channel is None else (args.channel,)
     goal = dream.goal(trunk, layers, channels=channels, guide=guide)
     settings = dream.Settings(
@@ -128,7 +122,7 @@ def _dreamt(args: Args) -> list[Path]:
         tile=args.tile,
     ).checked()
     if not args.frames:
-        dreamt = dream.dream(trunk, photograph, goal, settings, seed=args.seed, on_step=_told)
+        dreamt = dream.dream(trunk, photograph, goal, settings, seed=args.seed, on_step=seeing.told)
         return [images.write(args.out, dreamt)]
     frames = dream.zoom(
         trunk, photograph, goal, settings, frames=args.frames, zoom=args.zoom, seed=args.seed
@@ -140,9 +134,3 @@ def _counted(frames: Any, of: int) -> Any:
     for i, frame in enumerate(frames, 1):
         print(f"frame {i}/{of}", file=sys.stderr, flush=True)
         yield frame
-
-
-def _told(done: int, of: int) -> None:
-    """A line on stderr, ten times."""
-    if done * 10 // of != (done - 1) * 10 // of:
-        print(f"step {done}/{of}", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ RISING = ("accuracy", "top", "gain")
 class Args:
     """Which runs, in which order."""
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = Path("runs")
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]")] = Path("runs")
     """where to look, and in all folders below"""
     sort: str | None = None
     """a metric such as accuracy or test_loss: the best run first; by default by name"""
@@ -38,7 +38,13 @@ def run(args: Args) -> None:
     """Reads the logs, and prints a table."""
     from jdl.core import check
 
-    check.argument(args.folder.is_dir(), "DIR", "a folder with runs in it", str(args.folder))
+    check.argument(
+        args.folder.is_dir(),
+        "DIR",
+        "a folder with runs in it",
+        str(args.folder),
+        "There is no such folder here; `jdl train` writes into runs/ unless told otherwise.",
+    )
     found = [about(path.parent, args.folder) for path in sorted(args.folder.rglob(LOG))]
     check.argument(
         bool(found), "DIR", f"a folder with runs in it, each with a {LOG}", str(args.folder)

@@ -27,7 +27,7 @@ class Transfer:
     """JPEG, PNG, WebP, BMP, GIF, PGM or PPM"""
     paintings: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PAINTINGS")]
     """one or several"""
-    out: Path
+    out: Path = Path("painted.png")
     """the PNG to write"""
     shares: tuple[float, ...] | None = None
     """how much of each painting's style; by default as much of each"""
@@ -157,7 +157,7 @@ def _transfer(args: Transfer) -> None:
 
     out = images.check_out(args.out)
     for name in ("steps", "scales", "longest"):
-        check.positive_int(name, getattr(args, name))
+        check.positive_int(f"--{name}", getattr(args, name))
     check.argument(len(args.paintings) > 0, "PAINTINGS", "at least one file", args.paintings)
     photograph = images.read(args.photograph, longest=args.longest)
     longest = args.style_size or max(photograph.shape[:2])
@@ -213,8 +213,8 @@ def _train(args: Train) -> None:
     from jdl.vision.transformer import STRIDE
 
     for name in ("steps", "batch_size", "size", "style_size", "blocks", "save_every"):
-        check.positive_int(name, getattr(args, name))
-    check.argument(args.size % STRIDE == 0, "size", f"a multiple of {STRIDE}", args.size)
+        check.positive_int(f"--{name.replace('_', '-')}", getattr(args, name))
+    check.argument(args.size % STRIDE == 0, "--size", f"a multiple of {STRIDE}", args.size)
     names = tuple(path.stem for path in args.paintings)
     check.argument(
         len(names) > 0 and len({*names}) == len(names) and not any(":" in n for n in names),
@@ -283,7 +283,7 @@ def _apply(args: Apply) -> None:
     from jdl.vision import images, painter
 
     if args.longest is not None:
-        check.positive_int("longest", args.longest)
+        check.positive_int("--longest", args.longest)
     loaded = painter.load(args.painter)
     shares = _shares(args.mix)
     loaded.mixture(shares)
@@ -311,8 +311,8 @@ def _folder(source: Path, out: Path, paint: Callable[[Path, Path], None]) -> Non
     """Paints all images of a folder; what cannot be read is told, and the others go on."""
     from jdl.core import check
 
-    check.argument(not out.is_file(), "out", "a folder, as the source is one", str(out))
-    check.argument(out.resolve() != source.resolve(), "out", "another folder", str(out))
+    check.argument(not out.is_file(), "--out", "a folder, as the source is one", str(out))
+    check.argument(out.resolve() != source.resolve(), "--out", "another folder", str(out))
     found = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
         raise check.DataError(f"{source} holds no image ({' '.join(SUFFIXES)}).")
@@ -345,5 +345,5 @@ def _shares(mix: Sequence[str]) -> dict[str, float] | None:
         try:
             shares[name] = float(share or 1.0)
         except ValueError:
-            check.argument(False, "mix", "STYLE or STYLE:SHARE, such as starry:2", part)
+            check.argument(False, "--mix", "STYLE or STYLE:SHARE, such as starry:2", part)
     return shares or None

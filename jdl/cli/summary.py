@@ -19,7 +19,7 @@ class Args:
     """Which model, for what images."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|DIR")]
-    """mlp, cnn, rnn, autoencoder, or the run directory of `jdl train`"""
+    """mlp, cnn, rnn or another that `jdl train` takes, or its run directory"""
     size: str | None = None
     """HEIGHT or HEIGHTxWIDTH of the images; by default 8, that of the digits"""
     color: bool = False

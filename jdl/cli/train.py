@@ -35,7 +35,7 @@ class Args:
     data: str | None = None
     """a tar, a glob, a brace range such as a-{00..07}.tar, or digits; recursive makes trees"""
     optimizer: str | None = None
-    """sgd momentum nesterov adam adamw lbfgs cg newton hf; by default the model's"""
+    """sgd adam lbfgs cg hf kfac, or another of `jdl compare --help`; by default the model's"""
     learning_rate: float | None = None
     """by default the optimizer's own"""
     steps: int | None = None

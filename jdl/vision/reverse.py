@@ -39,7 +39,7 @@ class Search(NamedTuple):
       size: pixels of the pictures' sides.
       steps: of Adam.
       learning_rate: of Adam, in the spectrum.
-      jitter: share of its side by which a picture is shifted, at most.
+      shift: share of its side by which a picture is shifted, at most.
       stretch: share by which a picture is enlarged or reduced, at most.
       variation: τ, the weight of the total-variation prior; 0 for none.
     """
@@ -47,7 +47,7 @@ class Search(NamedTuple):
     size: int = 128
     steps: int = 128
     learning_rate: float = 0.05
-    jitter: float = 0.1
+    shift: float = 0.1
     stretch: float = 0.2
     variation: float = 0.3
 
@@ -56,7 +56,7 @@ class Search(NamedTuple):
         check.argument(16 <= self.size <= 1024, "size", "from 16 to 1024", self.size)
         check.positive_int("steps", self.steps)
         check.in_range("learning_rate", float(self.learning_rate), 0.0, open_low=True)
-        check.in_range("jitter", float(self.jitter), 0.0, 0.5)
+        check.in_range("shift", float(self.shift), 0.0, 0.5)
         check.in_range("stretch", float(self.stretch), 0.0, 0.5)
         check.in_range("variation", float(self.variation), 0.0)
         return self
@@ -174,7 +174,7 @@ def _search(
 def _moved(x: jax.Array, key: jax.Array, how: Search) -> jax.Array:
     """T: shifted and scaled about the middle, gray beyond the edges."""
     shift_key, scale_key = jax.random.split(key)
-    shift = jax.random.uniform(shift_key, (2,), minval=-1.0, maxval=1.0) * how.jitter * how.size
+    shift = jax.random.uniform(shift_key, (2,), minval=-1.0, maxval=1.0) * how.shift * how.size
     by = 1 + how.stretch * jax.random.uniform(scale_key, (), minval=-1.0, maxval=1.0)
     middle = how.size * (1 - by) / 2
     moved = jax.image.scale_and_translate(
