@@ -29,6 +29,7 @@ def softmax_cross_entropy(
     """
     logits, labels = _at_least_float32(outputs), batch[target]
     if jnp.issubdtype(labels.dtype, jnp.integer):
+        _check_classes(logits, target, labels)
         log_probabilities = jax.nn.log_softmax(logits)
         return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
     _same_shape("outputs", logits, target, labels)
@@ -81,6 +82,23 @@ def _per_example(x: jax.Array) -> jax.Array:
 
 
 def _same_shape(name: str, a: jax.Array, other: str, b: jax.Array) -> None:
+    hint = "Class numbers are to be of an integer type." if b.ndim == 1 < a.ndim else ""
     check.argument(
-        a.shape == b.shape, name, f"of the shape of batch[{other!r}], {b.shape}", a.shape
+        a.shape == b.shape, name, f"of the shape of batch[{other!r}], {b.shape}", a.shape, hint
+    )
+
+
+def _check_classes(logits: jax.Array, target: str, labels: jax.Array) -> None:
+    check.argument(
+        logits.ndim == 2,
+        "outputs",
+        "of shape [B, K], one number a class",
+        logits.shape,
+        "A dense model is to flatten its images: image.reshape(len(image), -1).",
+    )
+    check.argument(
+        labels.shape == logits.shape[:1],
+        f"batch[{target!r}]",
+        f"of shape {logits.shape[:1]}, a class number an example",
+        labels.shape,
     )

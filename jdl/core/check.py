@@ -83,7 +83,20 @@ Did you mean 'adam'?
     """
     options = list(options)
     if value not in options:
-        near = difflib.get_close_matches(str(value), [str(o) for o in options], n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else ""
-        argument(False, name, f"one of {', '.join(str(o) for o in options)}", value, hint)
+        names = [str(o) for o in options]
+        near = _nearest(str(value), names)
+        hint = f"Did you mean {near!r}?" if near else ""
+        argument(False, name, f"one of {', '.join(names)}", value, hint)
     return value
+
+
+def _nearest(value: str, names: list[str]) -> str | None:
+    """The name that begins as `value` does, whatever the case and hyphens; else the most alike."""
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.casefold() if c.isalnum())
+
+    begun = [n for n in names if len(plain(n)) > 1 and plain(value).startswith(plain(n))]
+    return next(
+        iter([*sorted(begun, key=len)[-1:], *difflib.get_close_matches(value, names, 1)]), None
+    )

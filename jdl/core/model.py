@@ -181,8 +181,12 @@ def in_precision(model: Model, dtype: Any) -> Model:
     >>> half.apply(jnp.float32(1 / 3), {}, jnp.ones(1))[0].tolist(), round(1 / 3, 8)
     ([0.333984375], 0.33333333)
     """
-    narrow = jnp.dtype(dtype)
-    check.argument(jnp.issubdtype(narrow, jnp.floating), "precision", "a floating type", dtype)
+    try:
+        narrow = jnp.dtype(dtype)
+    except TypeError:
+        narrow = jnp.dtype(bool)  # refused just below
+    floating = jnp.issubdtype(narrow, jnp.floating)
+    check.argument(floating, "precision", "a floating type such as 'bfloat16'", dtype)
 
     def cast(x: Any, to: Any) -> Any:
         floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
@@ -238,7 +242,9 @@ def as_model(model: Any) -> Model:
         "model",
         "a jdl.Model or a Flax Linen module",
         model,
-        "Wrap NNX modules with jdl.from_nnx and plain functions with jdl.from_fns.",
+        f"It is a class: make one of it, {model.__name__}(…)."
+        if isinstance(model, type)
+        else "Wrap NNX modules with jdl.from_nnx and plain functions with jdl.from_fns.",
     )
     return from_linen(model)
 

@@ -111,4 +111,4 @@ def initializer(name: Initializer) -> Callable[..., jax.Array]:
     """
     if callable(name):
         return name
-    return INITIALIZERS[check.one_of("initializer", name, INITIALIZERS)]
+    return INITIALIZERS[check.one_of("kernel_init", name, INITIALIZERS)]

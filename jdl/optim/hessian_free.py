@@ -7,17 +7,18 @@ products B v. What makes the method robust is around that solve: Levenberg-Marqu
 the reduction ratio, an early stop once CG's progress slows, backtracking over its iterates by the
 true f, a warm start from the last δ, and a line search that no step escapes.
 
-On mini-batches many CG iterations, and a long memory of the last δ, fit the batch's own noise. Few
-of them by a Kronecker preconditioner do best; a deep autoencoder went ten times as far with
+On mini-batches many CG iterations, and a long memory of the last δ, fit the batch's own noise; few
+iterations, by a Kronecker preconditioner, do best. On a deep autoencoder, with batches of 500 to
+1,000 and half of each for the curvature,
 
     hessian_free(
         preconditioner=kronecker.preconditioner(every=20), max_linear_iterations=2, warm_start=0.5,
-        num_candidates=1, damping=1.0, damping_decrease=0.9, damping_increase=1.1,
+        num_candidates=1, damping=1.0, damping_decrease=0.87, damping_increase=1.15,
         damping_minimum=1e-4,
     )
 
-on batches of 500 to 1,000, half of them for the curvature, as without a preconditioner or with the
-diagonal one (`make bench-optim`).
+came to a quarter of the error that 8 iterations by the diagonal preconditioner left after the same
+two minutes (`make bench-optim`).
 """
 
 from collections.abc import Callable

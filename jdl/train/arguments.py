@@ -20,7 +20,9 @@ def check_all(
     workdir: Any,
 ) -> None:
     """Refuses arguments that no part of the Estimator would."""
-    check.argument(callable(loss), "loss", "a function of (outputs, batch)", loss)
+    check.argument(
+        callable(loss), "loss", "a function of (outputs, batch)", loss, "`jdl.losses` has some."
+    )
     check.positive_int("microbatches", microbatches)
     check.positive_int("log_every", log_every)
     if save_every is not None:
@@ -49,7 +51,8 @@ def prepared_optimizer(
     if isinstance(optimizer, str):
         optimizer = registry.by_name(optimizer)
     ok = hasattr(optimizer, "init") and hasattr(optimizer, "update")
-    check.argument(ok, "optimizer", "an optax transformation or a name", optimizer)
+    hint = "Call it: it makes a transformation." if callable(optimizer) else ""
+    check.argument(ok, "optimizer", "an optax transformation or a name", optimizer, hint)
     return optimizer if ema is None else averaging(optimizer, ema)
 
 

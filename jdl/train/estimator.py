@@ -37,8 +37,8 @@ class Estimator:
     Args:
       model: a `jdl.Model` or a Flax Linen module.
       loss: `loss(outputs, batch) -> float[B]`, one value an example.
-      optimizer: any optax transformation, first or second order, or a name of
-        `jdl.optim.registry`: sgd, adam, lbfgs, hf, kfac …
+      optimizer: any optax transformation, first or second order, such as `optax.adam(3e-3)`; or a
+        name, for its default settings: sgd, adam, lbfgs, hf, kfac … (`jdl.optim.by_name`).
       metrics: name -> `metric(outputs, batch) -> float[B]`, averaged over examples; or one function
         that gives a dict of such values.
       workdir: the run directory, for `metrics.jsonl` and `checkpoints/`; a run started again in it
@@ -216,7 +216,7 @@ class Estimator:
         """Trains, going on from where the last call or the last checkpoint stopped.
 
         With a limit, a data set of `jdl.data` is passed over as often as it takes, whatever its
-        own `epochs`; without one, it is passed over as it is.
+        own `epochs`; without one, it is passed over as it is, and is to have an end.
 
         Args:
           data: batches: a data set, any iterable of dicts of arrays, or a function that makes one.
@@ -232,6 +232,7 @@ class Estimator:
           This Estimator.
 
         Raises:
+          ArgumentError: there is no limit, and no end of the data.
           TrainingError: the loss is not finite, or a checkpoint could not be written.
           Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75.
           UserError: another process is training in the same run directory.

@@ -28,8 +28,19 @@ class Limits(NamedTuple):
         """Whether there are any."""
         return any(limit is not None for limit in self)
 
-    def check(self) -> None:
-        """Refuses limits that are out of range, or that contradict each other."""
+    def check(self, *, endless: bool) -> None:
+        """Refuses limits that are out of range, contradict each other, or lack where data is endless.
+
+        Args:
+          endless: whether the data has no end of its own.
+        """
+        check.argument(
+            self.given or not endless,
+            "steps",
+            "given for data without an end (epochs=None)",
+            None,
+            "Or give max_steps, epochs or seconds.",
+        )
         of_steps = {"steps": self.steps, "max_steps": self.max_steps, "epochs": self.epochs}
         given = [name for name, value in of_steps.items() if value is not None]
         check.argument(len(given) <= 1, "steps, max_steps, epochs", "given one at a time", given)

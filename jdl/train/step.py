@@ -104,6 +104,9 @@ def build(
         return {name: metric(outputs, batch) for name, metric in (metrics or {}).items()}
 
     if metrics is not None and not callable(metrics):
+        check.argument(
+            isinstance(metrics, Mapping), "metrics", "a dict of functions, or a function", metrics
+        )
         check.argument("loss" not in metrics, "metrics", "named other than 'loss'", list(metrics))
 
     def model_inputs(batch: Batch) -> tuple[Any, ...]:

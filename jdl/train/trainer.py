@@ -75,7 +75,7 @@ class Trainer:
           validation: data to evaluate on in between; None for none.
           validate_every: steps between two such evaluations; None for an epoch.
         """
-        limits.check()
+        limits.check(endless=getattr(data, "epochs", 0) is None)
         run = self._run
         feed = run.feed(data, repeat=limits.given)
         batch = feed.prefetch()

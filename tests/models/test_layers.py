@@ -54,5 +54,6 @@ def test_a_net_takes_both_by_name_and_an_unknown_one_is_told():
     net = MLP(widths=(20,), num_outputs=2, activation="tanh", kernel_init="sparse")
     params = net.init(KEY, jnp.ones((1, 30)))["params"]
     assert ((params["Dense_0"]["kernel"] != 0).sum(axis=0) == 15).all()
-    with pytest.raises(check.ArgumentError, match="Did you mean 'sparse'"):
-        MLP(kernel_init="spars").init(KEY, jnp.ones((1, 3)))
+    for name, near in (("spars", "sparse"), ("lecun_normal", "lecun"), ("He-normal", "he")):
+        with pytest.raises(check.ArgumentError, match=rf"`kernel_init`.*Did you mean '{near}'"):
+            MLP(kernel_init=name).init(KEY, jnp.ones((1, 3)))

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -99,3 +100,43 @@ def test_every_so_many_checkpoints_are_kept_for_good(tmp_path):
     make("adam", workdir=tmp_path, save_every=2, keep=1, keep_every=4).train(data(), max_steps=10)
     kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {4, 8, 10}
+
+
+def test_data_without_an_end_wants_a_limit():
+    with pytest.raises(check.ArgumentError, match="`steps` must be given for data without an end"):
+        make("sgd").train(data())
+    assert make("sgd").train(data(epochs=2)).step == 10
+
+
+class Unflattened(nn.Module):
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(3)(image)
+
+
+@pytest.mark.parametrize(
+    ("model", "label", "said"),
+    [
+        (Unflattened(), np.zeros(4, np.int32), r"got \(4, 2, 2, 3\).*reshape"),
+        (MLP(num_outputs=3), np.zeros(4, np.float32), "integer type"),
+        (MLP(num_outputs=3), np.zeros((4, 1), np.int32), r"batch\['label'\].*got \(4, 1\)"),
+    ],
+)
+def test_outputs_and_labels_that_do_not_fit_are_told(model, label, said):
+    batch = {"image": np.zeros((4, 2, 2, 1), np.float32), "label": label}
+    with pytest.raises(check.ArgumentError, match=said):
+        jdl.classifier(model, "sgd", devices=jax.devices()[:1]).train([batch])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"model": MLP}, r"is a class: make one of it, MLP\(…\)"),
+        ({"optimizer": optax.adam}, "Call it"),
+        ({"metrics": ["accuracy"]}, "a dict of functions"),
+        ({"precision": "float61"}, "`precision` must be a floating type"),
+    ],
+)
+def test_an_argument_that_cannot_be_meant_is_refused_at_once(arguments, said):
+    with pytest.raises(check.ArgumentError, match=said):
+        jdl.classifier(**{"model": MLP(), "optimizer": "sgd"} | arguments)
