@@ -91,12 +91,11 @@ Did you mean 'adam'?
 
 
 def _nearest(value: str, names: list[str]) -> str | None:
-    """The name that begins as `value` does, whatever the case and hyphens; else the most alike."""
+    """The longest name that `value` begins with, whatever case and hyphens; else the most alike."""
 
     def plain(text: str) -> str:
         return "".join(c for c in text.casefold() if c.isalnum())
 
     begun = [n for n in names if len(plain(n)) > 1 and plain(value).startswith(plain(n))]
-    return next(
-        iter([*sorted(begun, key=len)[-1:], *difflib.get_close_matches(value, names, 1)]), None
-    )
+    alike = difflib.get_close_matches(value, names, n=1)
+    return max(begun, key=len) if begun else next(iter(alike), None)

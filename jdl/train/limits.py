@@ -29,7 +29,7 @@ class Limits(NamedTuple):
         return any(limit is not None for limit in self)
 
     def check(self, *, endless: bool) -> None:
-        """Refuses limits that are out of range, contradict each other, or lack where data is endless.
+        """Refuses limits out of range, that contradict each other, and none for endless data.
 
         Args:
           endless: whether the data has no end of its own.
