@@ -1,5 +1,6 @@
 """Optimizers compared under one clock, in a report that can be published."""
 
+from jdl.compare import drawing
 from jdl.compare.budget import Budget
 from jdl.compare.catalogue import CATALOGUE, by_name, digits_cnn
 from jdl.compare.optimizers import Entry, named
@@ -24,6 +25,7 @@ __all__ = [
     "arrays_problem",
     "by_name",
     "digits_cnn",
+    "drawing",
     "load",
     "named",
     "table",

@@ -3,6 +3,9 @@
 Colours are Okabe and Ito's, told apart by the colour-blind; lines are named where they end, not in
 a legend; text becomes paths, so that a picture looks the same everywhere. matplotlib is imported
 when something is drawn.
+
+For pictures of one's own in that manner: `LINES`, the colours in the order in which lines take
+them; `STYLE`, settings for `plt.rcParams.update`; `name_lines`, `leave_room`, `plain_ticks`.
 """
 
 import html
@@ -56,7 +59,17 @@ STYLE: dict[Any, Any] = {
 
 
 def leave_room(axes: Any) -> None:
-    """Widens the x axis, so that names stand inside the figure; sets the ticks of both axes."""
+    """Widens a logarithmic x axis, so that names stand inside the figure; sets both axes' ticks.
+
+    Args:
+      axes: with labelled lines, before `name_lines`.
+
+    >>> from matplotlib.figure import Figure
+    >>> axes = Figure().add_subplot(xscale="log", xlim=(1, 100))
+    >>> leave_room(axes)
+    >>> bool(axes.get_xlim()[1] > 200)
+    True
+    """
     from matplotlib import ticker
 
     low, high = axes.get_xlim()
@@ -70,7 +83,20 @@ def leave_room(axes: Any) -> None:
 
 
 def name_lines(figure: Any, axes: Any) -> None:
-    """Writes each line's name beside its end, moved up or down as far as the others require."""
+    """Writes each line's name beside its end, moved up or down as far as the others require.
+
+    Args:
+      figure: that of the axes, its layout done.
+      axes: with lines plotted with a `label`.
+
+    >>> from matplotlib.figure import Figure
+    >>> figure = Figure()
+    >>> axes = figure.add_subplot()
+    >>> _ = axes.plot([1, 2], [3, 4], label="adam")
+    >>> name_lines(figure, axes)
+    >>> [text.get_text() for text in axes.texts]
+    ['adam']
+    """
     from matplotlib import patheffects
 
     figure.draw_without_rendering()
@@ -225,6 +251,12 @@ def plain_ticks(axis: Any, low: float, high: float) -> None:
       axis: an x or y axis on a log scale.
       low: the least value shown, > 0.
       high: the largest.
+
+    >>> from matplotlib.figure import Figure
+    >>> axes = Figure().add_subplot(yscale="log", ylim=(1, 20))
+    >>> plain_ticks(axes.yaxis, 1, 20)
+    >>> axes.yaxis.get_majorticklocs().tolist()
+    [1.0, 2.0, 5.0, 10.0, 20.0]
     """
     from matplotlib import ticker
 
