@@ -47,6 +47,12 @@ class RunConfig:
         from jdl.train.writers import write_atomically
 
         path = workdir / FILE
+        begun = any((workdir / "checkpoints").glob("[0-9]*"))
+        if begun and not path.exists():
+            raise check.UserError(
+                f"{workdir} holds a run that `jdl train` did not make: it has no {FILE}. Choose "
+                "another --workdir, or go on with it where it was made, in Python."
+            )
         if path.exists():
             before = RunConfig.load(workdir)
             mine, theirs = dataclasses.asdict(self), dataclasses.asdict(before)
@@ -55,7 +61,6 @@ class RunConfig:
                 for k in mine
                 if mine[k] != theirs[k] and k not in MAY_CHANGE
             ]
-            begun = any((workdir / "checkpoints").glob("[0-9]*"))
             if differing and begun:
                 raise check.UserError(
                     f"{workdir} holds a run with other settings ({'; '.join(differing)}). "
@@ -71,9 +76,10 @@ class RunConfig:
         """The settings of the run in that directory."""
         path = workdir / FILE
         if not path.exists():
-            raise check.UserError(
-                f"{workdir} is no run directory of `jdl train`: it has no {FILE}."
-            )
+            told = f"{workdir} is no run directory of `jdl train`: it has no {FILE}."
+            if (workdir / "checkpoints").is_dir():
+                told += " It was made in Python, where an Estimator with this workdir takes it up."
+            raise check.UserError(told)
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

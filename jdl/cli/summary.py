@@ -38,7 +38,7 @@ def run(args: Args) -> None:
     import numpy as np
 
     from jdl.cli.recipes import RECIPES, recipe
-    from jdl.cli.run_config import FILE, RunConfig, parse_size
+    from jdl.cli.run_config import RunConfig, parse_size
     from jdl.core import check
     from jdl.train.summary import summarize
 
@@ -46,7 +46,7 @@ def run(args: Args) -> None:
         value = getattr(args, name)
         check.argument(value >= 1, f"--{name.replace('_', '-')}", "at least 1", value)
     workdir = Path(args.model)
-    if args.model not in RECIPES and (workdir / FILE).exists():
+    if args.model not in RECIPES and workdir.is_dir():
         config = RunConfig.load(workdir)
         given = [name for name in ("size", "color") if getattr(args, name)]
         check.argument(not given, f"--{''.join(given[:1])}", "left out for a run", args.model)

@@ -120,3 +120,13 @@ def test_a_runs_own_settings_make_it_anew(tmp_path, capsys):
     assert settings["crop"] == "random"
     assert settings["command"]["steps"] == 3
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "command", [("train", "mlp", "--workdir"), ("evaluate", "--workdir"), ("summary",)]
+)
+def test_a_run_made_in_python_is_told_apart_and_left_alone(command, tmp_path, capsys):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    assert cli.main([*command, str(tmp_path)]) == 2
+    assert "in Python" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
