@@ -121,9 +121,19 @@ def as_entry(optimizer: Any) -> Entry:
     """An `Entry` itself, or the entry of a name with its default settings."""
     if isinstance(optimizer, Entry):
         check_batch_size(optimizer.batch_size)
+        check.argument(
+            callable(optimizer.make),
+            "make",
+            "a function that makes the optimizer, such as lambda: optax.sgd(0.1)",
+            type(optimizer.make).__name__,
+        )
         return optimizer
     check.argument(
-        isinstance(optimizer, str), "optimizers", "names or jdl.compare.Entry's", optimizer
+        isinstance(optimizer, str),
+        "optimizers",
+        "names or jdl.compare.Entry's",
+        getattr(optimizer, "__name__", type(optimizer).__name__),
+        'One of your own: Entry("mine", lambda: optimizer).',
     )
     return named(optimizer)
 

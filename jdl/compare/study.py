@@ -83,7 +83,7 @@ class Study:
       problems: one or several.
       optimizers: `Entry`s, or names for default settings.
       seeds: how many, or which.
-      seconds: each trial's budget, on the training clock.
+      seconds: each trial's budget, on the training clock; 30 where none is given.
       budget: a budget of another kind, in place of `seconds`.
       workdir: the study's directory; a study started again there goes on with what is missing.
       evaluations: how many of each trial, besides the one before the first step.
@@ -91,7 +91,7 @@ class Study:
       clock: "wall", or "cpu" for the process's CPU time divided by the machine's cores, which other
         work on the machine disturbs less.
       devices: to train on; by default one, so that "full" need not be a multiple of several.
-      on_event: told what happens, as it happens.
+      on_event: told what happens, as it happens; by default failures are logged as warnings.
 
     Example:
       >>> import tempfile
@@ -107,7 +107,7 @@ class Study:
         optimizers: Sequence[Entry | str],
         *,
         seeds: int | Sequence[int] = 1,
-        seconds: float = 30.0,
+        seconds: float | None = None,
         budget: Budget | None = None,
         workdir: str | Path,
         evaluations: int = 30,
@@ -121,13 +121,16 @@ class Study:
         if isinstance(seeds, int):
             seeds = range(check.positive_int("seeds", seeds))
         self.seeds = tuple(int(seed) for seed in seeds)
-        self.budget = Budget.checked(*(budget or (seconds, "seconds")))
+        one = budget is None or seconds is None
+        check.argument(one, "seconds", "left out where a budget is given", seconds)
+        default = 30.0 if seconds is None else seconds
+        self.budget = Budget.checked(*(budget or (default, "seconds")))
         self.evaluations = check.positive_int("evaluations", evaluations)
         self.tuning = None if tuning is None else tuning.checked()
         self.clock = check.one_of("clock", clock, CLOCKS)
         self.workdir = Path(workdir)
         self._devices = jax.devices()[:1] if devices is None else list(devices)
-        self._on_event = on_event or (lambda event: None)
+        self._on_event = on_event or _warn
         _check_names("problems", [problem.name for problem in self.problems])
         _check_names("optimizers", [entry.name for entry in self.optimizers])
         check.argument(bool(self.seeds), "seeds", "at least one", seeds)
@@ -446,6 +449,18 @@ def _described(problem: Problem) -> dict[str, Any]:
         "target": problem.target._asdict(),
         "about": {name: plain(value) for name, value in problem.about.items()},
     }
+
+
+def _warn(event: Event) -> None:
+    """What is said where nobody asked to be told."""
+    if event.kind == "end" and event.status == "failed":
+        logger.warning(
+            "%s on %s, seed %d, failed: %s",
+            event.optimizer,
+            event.problem,
+            event.seed,
+            event.words,
+        )
 
 
 def _check_names(argument: str, names: list[str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from jdl import optim
 from jdl.compare import Budget, Entry, Study, Target, machine, named, table
 from jdl.compare.feeds import Repeated, training
+from jdl.compare.optimizers import as_entry
 from jdl.compare.results import headline
 from jdl.compare.trial import schedule
 from jdl.core.check import ArgumentError, DataError
@@ -148,6 +149,7 @@ def test_full_batches_are_cut_evenly_and_filled_up(problem):
         ({"optimizers": [sgd("a/b")]}, "`optimizers` must be named by letters"),
         ({"optimizers": ["lbgfs"]}, "Did you mean 'lbfgs'"),
         ({"optimizers": [sgd(batch_size=0)]}, "`batch_size` must be"),
+        ({"seconds": 1.0, "budget": Budget(1, "work")}, "`seconds` must be left out"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(problem, tmp_path, options, message):
@@ -155,6 +157,18 @@ def test_mistakes_are_told_before_anything_runs(problem, tmp_path, options, mess
     with pytest.raises(ArgumentError, match=message):
         Study(problem, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_optimizer_that_is_no_entry_is_told_how_to_be_one():
+    with pytest.raises(ArgumentError, match=r"One of your own: Entry\("):
+        as_entry(optax.sgd(0.1))
+    with pytest.raises(ArgumentError, match=r"`make` must be a function .*lambda"):
+        as_entry(Entry("mine", optax.sgd(0.1)))
+
+
+def test_a_failure_is_logged_where_nobody_listens(problem, tmp_path, caplog):
+    Study(problem, [broken()], budget=Budget(1, "epochs"), evaluations=1, workdir=tmp_path).run()
+    assert "broken on blobs, seed 0, failed: RuntimeError" in caplog.text
 
 
 def test_the_directory_of_something_else_is_refused(problem, tmp_path):

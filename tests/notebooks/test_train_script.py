@@ -67,10 +67,11 @@ def test_it_trains_on_a_mesh_and_goes_on_where_it_was(tmp_path):
     assert json.loads((tmp_path / "flags.json").read_text())["steps"] == "6"
 
 
-def test_a_mistake_is_told_in_one_line(tmp_path):
-    done = script(tmp_path, "--data", str(tmp_path / "nowhere.tar"), code=2)
+@pytest.mark.parametrize(("flag", "value"), [("--data", "nowhere.tar"), ("--patch", "9")])
+def test_a_mistake_is_told_in_one_line(flag, value, tmp_path):
+    done = script(tmp_path, flag, value, code=2)
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "nowhere.tar" in done.stderr
+    assert value in done.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
