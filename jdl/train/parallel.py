@@ -10,7 +10,7 @@ its own, share a batch in the first two.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -187,8 +187,10 @@ def placement(
     1
     """
     check.one_of("parallel", mode, MODES)
-    devices = jax.devices() if devices is None else list(devices)
-    check.argument(bool(devices), "devices", "a non-empty list of jax devices", devices)
+    given = jax.devices() if devices is None else devices
+    devices = list(given) if isinstance(given, Iterable) else []
+    must = "a non-empty list of jax devices, such as jax.devices()[:1]"
+    check.argument(bool(devices), "devices", must, given)
     rule = split_largest_axis if rule is None else rule
     if len(devices) == 1 and mode != "pmap":
         single = SingleDeviceSharding(devices[0])

@@ -76,6 +76,12 @@ class Trainer:
           validate_every: steps between two such evaluations; None for an epoch.
         """
         limits.check(endless=getattr(data, "epochs", 0) is None)
+        check.argument(
+            validation is not None or validate_every is None,
+            "validation",
+            "given with validate_every",
+            None,
+        )
         run = self._run
         feed = run.feed(data, repeat=limits.given)
         batch = feed.prefetch()

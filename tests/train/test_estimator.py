@@ -16,6 +16,7 @@ from jdl.data import from_arrays
 from jdl.models import MLP
 from jdl.optim import lbfgs
 from jdl.train.arguments import prepared_optimizer
+from jdl.train.parallel import placement
 from jdl.train.step import build
 
 
@@ -110,6 +111,8 @@ def test_data_without_an_end_wants_a_limit():
     with pytest.raises(check.ArgumentError, match="`steps` must be given for data without an end"):
         make("sgd").train(data())
     assert make("sgd").train(data(epochs=2)).step == 10
+    with pytest.raises(check.ArgumentError, match="`validation` must be given with validate_every"):
+        make("sgd").train(data(), steps=1, validate_every=1)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,8 @@ def test_an_argument_that_cannot_be_meant_is_refused_at_once():
     with pytest.raises(check.ArgumentError, match="`precision` must be a floating type"):
         jdl.classifier(MLP(), precision="float61")
     # Without the tests' own check of types:
+    with pytest.raises(check.ArgumentError, match=r"`devices` must be .*jax\.devices\(\)"):
+        inspect.unwrap(placement)(2)
     with pytest.raises(check.ArgumentError, match="Call it"):
         inspect.unwrap(prepared_optimizer)(optax.adam, None)
     with pytest.raises(check.ArgumentError, match="`metrics` must be a dict of functions"):
