@@ -23,6 +23,9 @@ class Block(NamedTuple):
       activation: a name of `jdl.models.layers.ACTIVATIONS` or a function.
       pool_size: height and width of the pooling window; None for no pooling.
       strides: steps of the pooling window; None for `pool_size`.
+
+    >>> CNN(blocks=(Block(filters=16, kernel_size=(3, 3)),)).blocks[0].pool_size
+    (2, 2)
     """
 
     filters: int = 32

@@ -63,6 +63,9 @@ def tree_cross_entropy(outputs: jax.Array, batch: Batch) -> jax.Array:
     Args:
       outputs: logits [B, N, C] of a net with `every_node=True`.
       batch: `batch["labels"]` holds int[B, N], −1 where there is no label.
+
+    >>> tree_cross_entropy(jnp.zeros((1, 2, 4)), {"labels": jnp.array([[3, -1]])}).round(4)
+    Array([1.3863], dtype=float32)
     """
     labels = jnp.asarray(batch["labels"])
     logits = outputs.astype(tree.accumulator(outputs.dtype))
@@ -73,7 +76,15 @@ def tree_cross_entropy(outputs: jax.Array, batch: Batch) -> jax.Array:
 
 
 def root_accuracy(outputs: jax.Array, batch: Batch) -> jax.Array:
-    """1 where the root's largest logit is its label, else 0, float[B]; for `every_node=True`."""
+    """1 where the root's largest logit is its label, else 0, float[B].
+
+    Args:
+      outputs: logits [B, N, C] of a net with `every_node=True`.
+      batch: `batch["label"]` holds int[B].
+
+    >>> root_accuracy(jnp.zeros((1, 2, 4)), {"label": jnp.array([0])}).tolist()
+    [1.0]
+    """
     return (jnp.argmax(outputs[:, 0], axis=-1) == batch["label"]).astype(jnp.float32)
 
 

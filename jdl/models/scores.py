@@ -32,9 +32,20 @@ class Features(NamedTuple):
 
 
 def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Features:
-    """What the trained CNN sees in images float[n, H, W, C] with values in [0, 1].
+    """What a trained CNN sees in images.
 
     The features are what the logits are computed from: the last dense layer's activations.
+
+    Args:
+      cnn: one that tells the images' classes.
+      params: its parameters.
+      images: float[n, H, W, C], values in [0, 1].
+      batch_size: images at a time.
+
+    >>> eye, images = CNN(units=6), np.zeros((3, 8, 8, 1), np.float32)
+    >>> params = eye.init(jax.random.key(0), images)["params"]
+    >>> features(eye, params, images).features.shape
+    (3, 6)
     """
 
     @jax.jit
@@ -56,7 +67,11 @@ def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Featu
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """d² between Gaussians fitted to two sets of features [n, F] and [m, F], n, m ≥ 2.
+    """d² between Gaussians fitted to two sets of features.
+
+    Args:
+      a: [n, F], n ≥ 2.
+      b: [m, F], m ≥ 2.
 
     >>> x = np.random.default_rng(0).normal(size=(1000, 3))
     >>> round(frechet_distance(x, x + np.array([3.0, 0.0, 4.0])), 6)
@@ -95,7 +110,15 @@ class Calibration(NamedTuple):
 
 
 def calibration(cnn: CNN, params: Any, images: Any, others: Any, seed: int = 0) -> Calibration:
-    """The scale of distances to `images`, with `others` of the same kind."""
+    """The scale of distances to a set of images, by what is known to be near and far.
+
+    Args:
+      cnn: one that tells the images' classes.
+      params: its parameters.
+      images: those that distances are to be measured to, as for `features`.
+      others: true images that are not among them.
+      seed: of the noise.
+    """
     true, second = features(cnn, params, images), features(cnn, params, others)
     noise = np.random.default_rng(seed).uniform(size=np.shape(others)).astype(np.float32)
     return Calibration(
@@ -120,7 +143,11 @@ class Coverage(NamedTuple):
 
 
 def mode_coverage(classes: np.ndarray, num_classes: int) -> Coverage:
-    """How evenly the samples' classes, int[n] in [0, num_classes), are spread.
+    """How evenly the samples' classes are spread.
+
+    Args:
+      classes: int[n] in [0, num_classes).
+      num_classes: how many there could be.
 
     >>> mode_coverage(np.array([0, 0, 1, 1]), 4).modes
     2
@@ -149,6 +176,11 @@ def nearest(samples: np.ndarray, images: np.ndarray, batch_size: int = 100) -> N
 
     A generator that has memorized has samples far nearer to its training images than other true
     images are: compare the median distance with that of a test set to the same images.
+
+    Args:
+      samples: of any shape each.
+      images: of the same shape each.
+      batch_size: samples at a time.
 
     >>> nearest(np.array([[0.9]]), np.array([[0.0], [1.0]])).place.tolist()
     [1]

@@ -47,6 +47,11 @@ def pad(sequences: Sequence[np.ndarray], steps: int | None = None) -> dict[str, 
 def windows(text: str, length: int, stride: int | None = None) -> tuple[np.ndarray, str]:
     """Pieces of a text as numbers int32[n, length], and the alphabet that they count in.
 
+    Args:
+      text: to be cut.
+      length: letters of a piece.
+      stride: letters from the beginning of one piece to that of the next; by default `length`.
+
     >>> windows("abcab", 2)
     (array([[0, 1],
            [2, 0]], dtype=int32), 'abc')
@@ -65,6 +70,15 @@ def adding(n: int, steps: int, rng: np.random.Generator) -> Arrays:
 
     Numbers are uniform in [0, 1]; one mark falls in the first half, one in the second. To answer 1
     always has a mean squared error of 1/6.
+
+    Args:
+      n: how many sequences.
+      steps: T, the numbers of each.
+      rng: what draws them.
+
+    >>> sequences, sums = adding(2, 6, np.random.default_rng(0))
+    >>> sequences.shape, sums.shape
+    ((2, 6, 2), (2, 1))
 
     References:
       Hochreiter and Schmidhuber, Long short-term memory, Neural Computation 9, 1997, section 5.4.

@@ -383,6 +383,12 @@ def grow(grammar: Grammar, depth: int, rng: np.random.Generator, max_nodes: int 
     One operand of each node on some path to the root is as high as can be; all others' heights are
     uniform below. What would have more than `max_nodes` nodes is drawn again.
 
+    Args:
+      grammar: its constants and operators, such as `LOGIC`.
+      depth: the height, of a leaf 0.
+      rng: what draws it.
+      max_nodes: at most.
+
     >>> tree = grow(LOGIC, 3, np.random.default_rng(0))
     >>> int(heights(tree)[0]), set(tree.labels) <= {"0", "1"}
     (3, True)

@@ -38,6 +38,11 @@ def momentum_switch(
       late: in [0, 1).
       after: the step of the switch.
 
+    >>> switch = momentum_switch(0.1)
+    >>> updates, _ = switch.update(jnp.ones(1), switch.init(jnp.zeros(1)))
+    >>> updates.round(3).tolist()
+    [-0.05000000074505806]
+
     References:
       Hinton, A practical guide to training restricted Boltzmann machines, 2010, section 9.
     """

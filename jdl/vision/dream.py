@@ -66,6 +66,9 @@ class Settings(NamedTuple):
       variation: τ, the weight of the total-variation prior; 0 for none.
       blur: width of a blur of the picture itself after each step, in pixels; 0 for none.
       tile: pixels of a side up to which gradients are taken at once.
+
+    >>> Settings(octaves=2).checked().scale
+    1.4
     """
 
     octaves: int = 4
@@ -110,6 +113,10 @@ def goal(
 
     Raises:
       ArgumentError: for layers or channels that there are not.
+
+    >>> doubled = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
+    >>> goal(doubled, "twice", channels=2).channels
+    (2,)
     """
     names = trunk.known(layers)
     wanted = (channels,) if isinstance(channels, int) else tuple(channels)

@@ -183,7 +183,11 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
 
 
 def resized(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """[H, W, C] at another (height, width), float32; reductions do not alias.
+    """An image at another size, float32; reductions do not alias.
+
+    Args:
+      image: [H, W, C].
+      size: (height, width).
 
     >>> resized(np.ones((8, 6, 3)), (4, 3)).shape
     (4, 3, 3)

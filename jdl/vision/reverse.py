@@ -42,6 +42,9 @@ class Search(NamedTuple):
       shift: share of its side by which a picture is shifted, at most.
       stretch: share by which a picture is enlarged or reduced, at most.
       variation: τ, the weight of the total-variation prior; 0 for none.
+
+    >>> Search(size=64).checked().steps
+    128
     """
 
     size: int = 128

@@ -32,7 +32,15 @@ STARTS = ("photograph", "noise")
 
 
 class Layers(NamedTuple):
-    """Where content and style are compared."""
+    """Where content and style are compared.
+
+    Attributes:
+      content: the trunk's layers whose activations are to be the photograph's.
+      style: those whose Gram matrices are to be the painting's.
+
+    >>> Layers(content=("relu4_2",), style=("relu1_1", "relu4_2")).all
+    ('relu4_2', 'relu1_1')
+    """
 
     content: tuple[str, ...]
     style: tuple[str, ...]
@@ -44,7 +52,16 @@ class Layers(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """a, b and c of the objective."""
+    """a, b and c of the objective.
+
+    Attributes:
+      content: a, of the photograph's content.
+      style: b, of the painting's style.
+      variation: c, of smoothness.
+
+    >>> Weights(style=100.0).checked().content
+    1.0
+    """
 
     content: float = 1.0
     style: float = 30.0
