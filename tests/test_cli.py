@@ -29,8 +29,9 @@ def test_help_shows_an_example_of_its_command(command, capsys):
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_fits_its_terminal(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    for command in cli.COMMANDS:
-        assert cli.main([command, "--help"]) == 0
+    styles = [["style", kind] for kind in ("transfer", "train", "apply")]
+    for command in [*([name] for name in cli.COMMANDS), *styles]:
+        assert cli.main([*command, "--help"]) == 0
         lines = capsys.readouterr().out.splitlines()
         whole = ("usage: ", "  jdl ", "  curl ")  # to be copied
         assert not [x for x in lines if len(x) > columns and not x.startswith(whole)], command

@@ -21,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
 
 @dataclass
 class Transfer:
-    """Paint one photograph in the style of a painting, or of several, by optimising its pixels."""
+    """Paint a photograph in the style of paintings, by optimising its pixels."""
 
     photograph: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOGRAPH")]
     """JPEG, PNG, WebP, BMP, GIF, PGM or PPM"""
@@ -29,13 +29,13 @@ class Transfer:
     """one or several"""
     out: Path = Path("painted.png")
     """the PNG to write"""
-    shares: tuple[float, ...] | None = None
+    shares: tuple[float, ...] = ()
     """how much of each painting's style; by default as much of each"""
     model: str = "vgg16"
     """vgg16, squeezenet, a .safetensors file, or a run directory"""
-    content_layers: tuple[str, ...] | None = None
+    content_layers: tuple[str, ...] = ()
     """of the model; by default relu4_2 for VGG"""
-    style_layers: tuple[str, ...] | None = None
+    style_layers: tuple[str, ...] = ()
     """by default the first rectified layer of each resolution"""
     content: float = 1.0
     """weight of the photograph's content"""
@@ -166,7 +166,8 @@ def _transfer(args: Transfer) -> None:
     layers = style.usual_layers(trunk)
     layers = style.Layers(args.content_layers or layers.content, args.style_layers or layers.style)
     trunk.known(layers.all)
-    style.mixed(args.shares, len(paintings))
+    shares = args.shares or None
+    style.mixed(shares, len(paintings))
     weights = style.Weights(args.content, args.style, args.variation).checked()
     rate = args.learning_rate or (0.02 if args.optimizer == "adam" else None)
     began = time.monotonic()
@@ -181,7 +182,7 @@ def _transfer(args: Transfer) -> None:
             trunk,
             photograph,
             paintings,
-            shares=args.shares,
+            shares=shares,
             weights=weights,
             layers=layers,
             optimizer=registry.by_name(args.optimizer, rate),

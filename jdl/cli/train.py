@@ -33,13 +33,13 @@ class Args:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """mlp, cnn, rnn (of an image's rows), autoencoder, denoising, rbm, dbn, recursive, gan"""
     data: str | None = None
-    """a tar, a glob, a brace range such as a-{00..07}.tar, or digits; recursive makes trees"""
+    """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits, or generated trees"""
     optimizer: str | None = None
     """sgd adam lbfgs cg hf kfac, or another of `jdl compare --help`; by default the model's"""
     learning_rate: float | None = None
     """by default the optimizer's own"""
     steps: int | None = None
-    """steps in total: started again, a run goes on from its last checkpoint and stops there"""
+    """steps in total, by default what suits the model; started again, a run goes on to there"""
     batch_size: int | None = None
     """images a step; by default what suits the optimizer"""
     curvature_batch_size: int | None = None
