@@ -57,6 +57,7 @@ def test_help_of_compare_names_every_optimizer_and_problem(capsys):
         (["train", "cnn", "--size", "big"], "--size"),
         (["train", "cnn", "--batch-size", "big"], "--batch-size"),
         (["train", "mlp", "--steps", "1", "--workdir", f"{__file__}/run"], "Not a directory"),
+        (["train", "mlp", "--steps", "1", "--workdir", __file__], "File exists"),
         (["evaluate", "--workdir", "nowhere"], "nowhere"),
         (["index", "nowhere.tar"], "nowhere.tar"),
         (["compare", "--optimizers", "adma"], "Did you mean 'adam'?"),

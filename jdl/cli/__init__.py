@@ -53,7 +53,10 @@ examples:
 `jdl COMMAND --help` tells a command's options."""
 
 # What a folder or a disk may refuse.
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC)
+UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

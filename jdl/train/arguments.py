@@ -1,5 +1,6 @@
 """The Estimator's arguments, checked, and made into what its parts are given."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -18,8 +19,15 @@ def check_all(
     save_every: int | None,
     on_nonfinite: str,
     workdir: Any,
+    hooks: Any,
 ) -> None:
     """Refuses arguments that no part of the Estimator would."""
+    check.argument(
+        isinstance(hooks, Sequence) and all(map(callable, hooks)),
+        "hooks",
+        "a list of functions",
+        hooks,
+    )
     check.argument(
         callable(loss), "loss", "a function of (outputs, batch)", loss, "`jdl.losses` has some."
     )

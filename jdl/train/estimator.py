@@ -118,7 +118,7 @@ class Estimator:
         clock: Callable[[], float] = time.perf_counter,
         hooks: Sequence[Callable[[Report], None]] = (),
     ):
-        check_all(loss, microbatches, log_every, save_every, on_nonfinite, workdir)
+        check_all(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
         self.model = prepared_model(model, precision, rematerialize)
         self.loss = loss
         self.workdir = None if workdir is None else Path(workdir)

@@ -15,7 +15,7 @@ from jdl.core import check
 from jdl.data import from_arrays
 from jdl.models import MLP
 from jdl.optim import lbfgs
-from jdl.train.arguments import prepared_optimizer
+from jdl.train.arguments import check_all, prepared_optimizer
 from jdl.train.parallel import placement
 from jdl.train.step import build
 
@@ -135,6 +135,8 @@ def test_an_argument_that_cannot_be_meant_is_refused_at_once():
     with pytest.raises(check.ArgumentError, match="`precision` must be a floating type"):
         jdl.classifier(MLP(), precision="float61")
     # Without the tests' own check of types:
+    with pytest.raises(check.ArgumentError, match="`hooks` must be a list of functions"):
+        inspect.unwrap(check_all)(len, 1, 1, None, "stop", None, print)
     with pytest.raises(check.ArgumentError, match=r"`devices` must be .*jax\.devices\(\)"):
         inspect.unwrap(placement)(2)
     with pytest.raises(check.ArgumentError, match="Call it"):
