@@ -1,5 +1,6 @@
 """Every optimizer by name, with what a trainer or a tuner needs to know of it."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,28 +51,17 @@ class Entry(NamedTuple):
     search: Search
 
 
-def _sgd(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
-    return optax.sgd(learning_rate, **options)
-
-
-def _momentum(
-    learning_rate: Any, momentum: float = 0.9, **options: Any
-) -> optax.GradientTransformation:
-    return optax.sgd(learning_rate, momentum=momentum, **options)
-
-
-def _nesterov(
-    learning_rate: Any, momentum: float = 0.9, **options: Any
-) -> optax.GradientTransformation:
-    return optax.sgd(learning_rate, momentum=momentum, nesterov=True, **options)
-
-
-def _adafactor(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
-    return optax.adafactor(learning_rate, **{"multiply_by_parameter_scale": False, **options})
+_momentum = functools.partial(optax.sgd, momentum=0.9)
+_nesterov = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
+_adafactor = functools.partial(optax.adafactor, multiply_by_parameter_scale=False)
 
 
 def _first_order(make: Callable[..., Any], learning_rate: float, low: float, high: float) -> Entry:
+    known, name = inspect.signature(make).parameters, getattr(make, "func", make).__name__
+
     def with_rate_as_state(rate: Any, **options: Any) -> optax.GradientTransformation:
+        for option in options:
+            check.one_of(f"an option of {name}", option, known)
         # The same arithmetic, but the rate is a field of the state rather than of the program.
         return optax.inject_hyperparams(lambda learning_rate: make(learning_rate, **options))(
             learning_rate=rate
@@ -83,7 +73,7 @@ def _first_order(make: Callable[..., Any], learning_rate: float, low: float, hig
 
 
 REGISTRY: dict[str, Entry] = {
-    "sgd": _first_order(_sgd, 0.1, 1e-3, 1.0),
+    "sgd": _first_order(optax.sgd, 0.1, 1e-3, 1.0),
     "momentum": _first_order(_momentum, 0.01, 1e-4, 0.3),
     "nesterov": _first_order(_nesterov, 0.01, 1e-4, 0.3),
     "adam": _first_order(optax.adam, 1e-3, 1e-5, 3e-2),

@@ -575,6 +575,19 @@ def test_the_registry_knows_what_trainers_ask():
         by_name("sgd", -1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("adam", {"lr": 0.1}, "option of adam"),
+        ("nesterov", {"mumentum": 0.5}, "'momentum'"),
+        ("hf", {"dampin": 1.0}, "'damping'"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_refused_at_once(name, options, told):
+    with pytest.raises(ArgumentError, match=told):
+        by_name(name, **options)
+
+
 def test_first_order_ones_are_optax_to_the_bit():
     objective, params = problem()
     for name, optimizer in (
