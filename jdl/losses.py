@@ -7,6 +7,7 @@ All sums run in at least float32.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -88,7 +89,7 @@ def _same_shape(name: str, a: jax.Array, other: str, b: jax.Array) -> None:
     )
 
 
-def _check_classes(logits: jax.Array, target: str, labels: jax.Array) -> None:
+def _check_classes(logits: Array, target: str, labels: Array | np.ndarray) -> None:
     check.argument(
         logits.ndim == 2,
         "outputs",

@@ -254,7 +254,7 @@ def plain_ticks(axis: Any, low: float, high: float) -> None:
 
     >>> from matplotlib.figure import Figure
     >>> axes = Figure().add_subplot(yscale="log", ylim=(1, 20))
-    >>> plain_ticks(axes.yaxis, 1, 20)
+    >>> plain_ticks(axes.yaxis, 1.0, 20.0)
     >>> axes.yaxis.get_majorticklocs().tolist()
     [1.0, 2.0, 5.0, 10.0, 20.0]
     """

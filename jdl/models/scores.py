@@ -42,7 +42,7 @@ def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Featu
       images: float[n, H, W, C], values in [0, 1].
       batch_size: images at a time.
 
-    >>> eye, images = CNN(units=6), np.zeros((3, 8, 8, 1), np.float32)
+    >>> eye, images = CNN(units=6), jnp.zeros((3, 8, 8, 1))
     >>> params = eye.init(jax.random.key(0), images)["params"]
     >>> features(eye, params, images).features.shape
     (3, 6)

@@ -83,7 +83,7 @@ def kfac(
     damping: float = 0.1,
     damping_decrease: float = 0.7,
     damping_every: int = 5,
-    damping_minimum: float = 1e-5,
+    damping_minimum: float = 1e-4,
     curvature: str = "fisher",
     eigen: bool = False,
     factors_every: int = 5,

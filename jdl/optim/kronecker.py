@@ -211,10 +211,12 @@ def apply(found: Layers, state: Kronecker, vector: PyTree, damping: jax.Array) -
             else:
                 v = jnp.concatenate([v, leaves[layer.bias].astype(first.dtype)[None]])
             if isinstance(state.squares[i], tuple):
+                # Inverses are symmetric; a needless transpose would cost a copy of them each step.
                 v = _times(first, v, last)
             else:
-                inner = _times(first, v, last, transposed=True)
-                v = _times(first, inner / (state.squares[i] + damping.astype(first.dtype)), last)
+                inner = _times(first.T, v, last)
+                scaled = inner / (state.squares[i] + damping.astype(first.dtype))
+                v = _times(first, scaled, last.T)
             out[i] = v[:-1].reshape(leaves[i].shape)
             if layer.bias is not None:
                 out[layer.bias] = v[-1]
@@ -222,13 +224,10 @@ def apply(found: Layers, state: Kronecker, vector: PyTree, damping: jax.Array) -
     return jax.tree.unflatten(structure, out)
 
 
-def _times(first: jax.Array, v: jax.Array, last: jax.Array, transposed: bool = False) -> jax.Array:
-    """P v Qᵀ, or Pᵀ v Q; a diagonal basis or inverse is of one axis."""
-    turned = first.T if transposed else first
-    v = first[:, None] * v if first.ndim == 1 else turned @ v
-    if last.ndim == 1:
-        return v * last[None]
-    return v @ (last if transposed else last.T)
+def _times(first: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
+    """P v Q; one that is diagonal is of one axis."""
+    v = first[:, None] * v if first.ndim == 1 else first @ v
+    return v * last[None] if last.ndim == 1 else v @ last
 
 
 def _inverse(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array]:
