@@ -214,19 +214,21 @@ def _train(
     if chosen.prepare is not None and not any((workdir / "checkpoints").glob("[0-9]*")):
         model = chosen.prepare(model, data, workdir, config.seed)
     estimator = config.estimator(workdir, hooks=[shown], model=model, **options)
-    with shown:
-        estimator.train(data, max_steps=steps)
-    rows = []
     splits = [config.split]
     if config.split == "train" and default_split(config.data, None, "test"):
         splits.append("test")
-    for split in splits:
-        held = config.images(config.data, split, batch_size=min(config.batch_size, 256))
+    # Opened before the training, so that what does not fit is told first.
+    held = {
+        split or "all": config.images(config.data, split, batch_size=min(config.batch_size, 256))
+        for split in splits
+    }
+    with shown:
+        estimator.train(data, max_steps=steps)
+    rows = []
+    for split, images in held.items():
         # Under a name of its own: the log's `train` rows are of single batches.
-        values = estimator.evaluate(
-            held, name="all of train" if split == "train" else split or "all"
-        )
-        rows.append([split or "all", *(f"{v:.4f}" for v in values.values())])
+        values = estimator.evaluate(images, name="all of train" if split == "train" else split)
+        rows.append([split, *(f"{v:.4f}" for v in values.values())])
         columns = ["split", *values]
     progress.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
     if not _leads():
@@ -234,7 +236,7 @@ def _train(
     picture = draw(workdir / "metrics.jsonl", workdir / "curves.png")
     print(f"metrics: {workdir / 'metrics.jsonl'}\ncurves:  {picture}")
     if chosen.pictures is not None:
-        for path in chosen.pictures(estimator, held, workdir):
+        for path in chosen.pictures(estimator, images, workdir):
             print(f"picture: {path}")
     if data.skipped:
         print(f"skipped: {data.skipped} images that could not be read")
