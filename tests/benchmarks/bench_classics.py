@@ -119,11 +119,11 @@ def classified(data, model, optimizer, steps, seed, *, batch_size=100, x=None, y
 
 @case("mlp")
 def mlp(data, seed):
-    steps = 6000
+    steps = 12_000
     rate = optax.cosine_decay_schedule(1e-3, steps)
-    net = MLP(widths=(500, 500, 2000), dropout=0.2)
+    net = MLP(widths=(1000, 1000), dropout=0.3)
     error, clock = classified(data, net, optax.adam(rate), steps, seed)
-    return [Row("MLP, test error %", "≤", 1.3, error, clock.cpu, clock.wall, "10 epochs")]
+    return [Row("MLP, test error %", "≤", 1.3, error, clock.cpu, clock.wall, "20 epochs")]
 
 
 @case("cnn")
@@ -145,7 +145,7 @@ def binary(x):
 def likelihood_rows(name, target, data, rbm, params, clock, note):
     """Test log-likelihood by annealing from the data's log odds, refused where it is uncertain."""
     base = log_odds(binary(data.x).mean(0))(None, (784,))
-    found = partition.annealed_log_z(rbm, params, jax.random.key(7), chains=400, base_bias=base)
+    found = partition.annealed_log_z(rbm, params, jax.random.key(7), chains=1000, base_bias=base)
     note += f", s.e. {found.relative_error:.2g}"
     try:
         reached = partition.log_likelihood(rbm, params, binary(data.test_x), found)
@@ -182,20 +182,22 @@ def rbm_exact(data, seed):
 
 @case("rbm-cd1")
 def rbm_cd1(data, seed):
-    rbm, params, clock = trained_rbm(data, seed, momentum_switch(0.5, after=3000), 20)
+    """With reconstructions' means: sampled ones ended at −176 to −229 nats at rates 0.05 to 0.5."""
+    rbm, params, clock = trained_rbm(data, seed, momentum_switch(0.05), 20, sample_visible=False)
     name = "RBM-500, CD-1: test log-likelihood"
     return likelihood_rows(name, -123.0, data, rbm, params, clock, "20 epochs")
 
 
 @case("rbm-pcd")
 def rbm_pcd(data, seed):
-    steps = 20 * 600
-    rate = optax.linear_schedule(0.3, 0.0, steps)
+    """At a gentle rate and weight cost: steeper machines cannot be annealed surely enough."""
+    epochs = 10
+    rate = optax.linear_schedule(0.1, 0.0, epochs * 600)
     rbm, params, clock = trained_rbm(
-        data, seed, momentum_switch(rate, late=0.5), 20, chains=100, k=5, cost=1e-4
+        data, seed, momentum_switch(rate, late=0.5), epochs, chains=100, k=5, cost=1e-3
     )
     name = "RBM-500, PCD-5: test log-likelihood"
-    return likelihood_rows(name, -98.0, data, rbm, params, clock, "20 epochs")
+    return likelihood_rows(name, -98.0, data, rbm, params, clock, f"{epochs} epochs")
 
 
 @case("rbm-sklearn")
@@ -311,7 +313,7 @@ def stacked(x, widths, steps, seed):
             dbn,
             batches(x, seed=seed),
             steps=steps,
-            optimizer=lambda i: momentum_switch(0.5, after=600),
+            optimizer=lambda i: momentum_switch(0.1, after=600),
             seed=seed,
             log_every=1000,
         )
@@ -320,7 +322,7 @@ def stacked(x, widths, steps, seed):
 
 @case("dbn")
 def dbn(data, seed):
-    dbn, params, before = stacked(data.x, (500, 500, 2000), (6000, 4800, 3000), seed)
+    dbn, params, before = stacked(data.x, (500, 500, 2000), (18_000, 14_400, 9000), seed)
     net, start = dbn.unrolled_mlp(params, 10)
     steps = 12_000
     adam = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
@@ -338,34 +340,28 @@ def dbn_few_labels(data, seed):
     x, y = data.x[some], data.y[some]
     dbn, params, before = stacked(data.x, (500, 500, 500), (4800, 3000, 3000), seed)
     net, start = dbn.unrolled_mlp(params, 10)
-    steps = 2000
+    net, steps = net.clone(dropout=0.3), 2000
 
     def error(model, optimizer):
         return classified(data, model, optimizer, steps, seed, batch_size=50, x=x, y=y)
 
     adam = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
     reached, clock = error(starting_at(net, start), optax.chain(adam, slower_layers(GENTLE)))
-    he = jax.nn.initializers.he_normal()
     controls = {
         "sigmoid": net,
-        "tanh": MLP(widths=(500, 500, 500), activation="tanh"),
-        "ReLU": MLP(widths=(500, 500, 500), kernel_init=he),
+        "sigmoid, sparse": net.clone(kernel_init="sparse"),
+        "tanh": net.clone(activation="tanh"),
     }
     errors = {name: error(control, adam)[0] for name, control in controls.items()}
+    relu, _ = error(net.clone(activation="relu"), adam)
     best = min(errors, key=errors.get)  # type: ignore[arg-type]
     note = ", ".join(f"{name} {e:.1f} %" for name, e in errors.items())
     cpu, wall = before.cpu + clock.cpu, before.wall + clock.wall
+    gain = errors[best] - reached
     return [
         Row("DBN, 1,000 labels: test error %", "", 0.0, reached, cpu, wall),
-        Row(
-            f"the best random start ({best}) less that",
-            "≥",
-            3.0,
-            errors[best] - reached,
-            0,
-            0,
-            note,
-        ),
+        Row(f"the best random start ({best}) less that", "≥", 3.0, gain, 0, 0, note),
+        Row("a ReLU net without pretraining less that", "", 0.0, relu - reached, 0, 0),
     ]
 
 
