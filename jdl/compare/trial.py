@@ -33,8 +33,8 @@ from jdl.train.keeper import NonFiniteError
 
 logger = logging.getLogger("jdl.compare")
 
-# Training aims at an end this share of the budget early: a hiccup of the machine in the very last
-# step would otherwise cost the last evaluation, which does not count beyond the budget.
+# Training aims at an end this share of the budget early: a dearer step or a hiccup of the machine in
+# the very last would otherwise cost the last evaluation, which does not count beyond the budget.
 OVERRUN = 0.005
 SAVE_SECONDS, STRETCH_SECONDS = 45.0, 10.0  # between checkpoints; without a look at the clock
 
@@ -166,7 +166,7 @@ def run(
         before, first = estimator.step, estimator.step == 0
         try:
             if budget.kind == "seconds":
-                margin = max(step_cost, OVERRUN * budget.amount)
+                margin = step_cost + OVERRUN * budget.amount
                 until = min(point, budget.amount - margin)
                 if estimator.step and estimator.seconds >= until:
                     break  # the next step would end beyond the budget
