@@ -33,8 +33,8 @@ from jdl.train.keeper import NonFiniteError
 
 logger = logging.getLogger("jdl.compare")
 
-# Training aims at an end this share of the budget early: a dearer step or a hiccup of the machine in
-# the very last would otherwise cost the last evaluation, which does not count beyond the budget.
+# Training aims at an end this share of the budget early: a dearer last step or a hiccup of the
+# machine would otherwise cost the last evaluation, which does not count beyond the budget.
 OVERRUN = 0.005
 SAVE_SECONDS, STRETCH_SECONDS = 45.0, 10.0  # between checkpoints; without a look at the clock
 
