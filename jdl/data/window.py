@@ -9,6 +9,7 @@ W records are in memory, however large the archives; a record moves forward at w
 more than W places, so shuffling is not global: rewrite with `jdl pack` for that.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from jdl.data.tar import TarSource
 
 WINDOW = 2048
 _DRAWS = 512
+_READ, _DECODE = "jdl-read", "jdl-decode"  # threads' names
 
 
 class WindowOrder(Order):
@@ -151,8 +153,8 @@ class InOrder:
         threads: int,
         ahead: int,
     ):
-        self._reader = ThreadPoolExecutor(1, "jdl-read")
-        self._decoders = ThreadPoolExecutor(max(threads, 1), "jdl-decode")
+        self._reader = ThreadPoolExecutor(1, _READ)
+        self._decoders = ThreadPoolExecutor(max(threads, 1), _DECODE)
         self._read, self._decode, self._count = read, decode, count
         self._ahead = max(ahead, 1)
         self._waiting: deque[Future[Any]] = deque()
@@ -180,7 +182,11 @@ class InOrder:
         return found
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, and waits for them, but not for the one that this may be called in.
+
+        What nobody holds any more is closed in whichever thread the garbage is collected.
+        """
+        wait = not threading.current_thread().name.startswith((_READ, _DECODE))
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._reader.shutdown(wait=True, cancel_futures=True)
-        self._decoders.shutdown(wait=True)
+        self._reader.shutdown(wait=wait, cancel_futures=True)
+        self._decoders.shutdown(wait=wait)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from jdl.core.check import DataError, UserError
 from jdl.data import TarSource, archive, describe, from_tar, inflate, remote
-from jdl.data.window import WindowOrder
+from jdl.data.window import InOrder, WindowOrder
 
 zstd = pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
 
@@ -171,6 +171,24 @@ def test_a_window_draws_evenly():
     assert len(first) == 8
     assert ((first - 300 / 8) ** 2 / (300 / 8)).sum() < 30
     assert abs(np.mean(draws[:, 20]) - (20 + 0.5)) < 2  # the mean of what a window holds there
+
+
+@pytest.mark.parametrize("where", ["read", "decode"])
+def test_what_is_forgotten_may_be_closed_in_its_own_thread(where):
+    closed, begun = [], threading.Event()
+
+    def step(name):
+        begun.wait(10)
+        if name == where:
+            batches.close()
+            closed.append(name)
+
+    batches = InOrder(lambda i: step("read"), lambda i, _: step("decode"), 1, 1, 1)
+    batches.start_prefetch()
+    begun.set()
+    (waiting,) = batches._waiting
+    waiting.result(timeout=10)
+    assert closed == [where]
 
 
 def test_going_on_from_any_position(plain, compressed):
