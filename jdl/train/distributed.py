@@ -5,6 +5,7 @@ other; `initialize` passes that on to `jax.distributed`, and sees to it that non
 for one that is gone: a process that fails says so to all, and all end, naming the cause.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from jdl.core import check
 HEARTBEAT_SECONDS = 10  # a process that gives no sign of life for this long is taken for dead
 SHUTDOWN_SECONDS = 8  # how long one that is done waits for the others to be
 _FAILURE = "jdl/failure"
+_GONE = "process 0, which coordinates, is gone"
 _POLL_SECONDS = 0.5
 
 
@@ -56,7 +58,10 @@ def initialize(
         )
     sys.excepthook = _announcing(sys.excepthook)
     if jax.process_count() > 1:
-        threading.Thread(target=_watch, daemon=True, name="jdl-watch").start()
+        done = threading.Event()
+        watch = threading.Thread(target=_watch, args=[done], daemon=True, name="jdl-watch")
+        watch.start()
+        atexit.register(_finish, watch, done)
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -144,23 +149,36 @@ def _failure(wait: float) -> str | None:
         except Exception as error:
             gone = "NOT_FOUND" not in str(error)
         if gone:
-            return "process 0, which coordinates, is gone"
+            return _GONE
         if time.monotonic() >= end:
             return None
         time.sleep(0.1)
 
 
-def _watch() -> None:
+def _watch(done: threading.Event) -> None:
     """Ends this process when another one has failed, whatever it is waiting for."""
     own = f"process {jax.process_index()} failed"
-    while True:
-        time.sleep(_POLL_SECONDS)
+    while not done.wait(_POLL_SECONDS):
         told = _failure(wait=0.0)
-        if _client() is None:  # shut down in good order
+        if told == _GONE:
+            done.wait(_POLL_SECONDS)  # in good order perhaps, and this one is about to be
+        if done.is_set() or _client() is None:
             return
         if told is not None and not told.startswith(own):
             print(f"jdl: ended, because {told}", file=sys.__stderr__)  # even where that is silenced
             _leave(1)
+
+
+def _finish(watch: threading.Thread, done: threading.Event) -> None:
+    """Leaves together with the others, watched till then.
+
+    A thread that were still asking for failures when Python ends would abort the process.
+    """
+    try:
+        jax.distributed.shutdown()
+    finally:
+        done.set()
+        watch.join(SHUTDOWN_SECONDS)
 
 
 def _leave(code: int) -> None:

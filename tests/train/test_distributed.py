@@ -38,12 +38,12 @@ def coordinates(port, number, i):
     )
 
 
-def start(number, workdir, steps, *options):
+def start(number, workdir, steps, *options, script=SCRIPT):
     """That many processes, given their coordinates by hand."""
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(workdir), str(steps), *options],
+            [sys.executable, str(script), str(workdir), str(steps), *options],
             env=coordinates(port, number, i),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -102,6 +102,14 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert position == other_position
     for path, x in state.items():
         np.testing.assert_allclose(x, other[path], rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_processes_that_are_done_end_in_good_order(tmp_path):
+    """Their watch would abort one of them, if it went on while Python ends."""
+    for _ in range(6):
+        processes = start(2, tmp_path, 0, script=SCRIPT.with_name("run_nothing.py"))
+        texts = outputs(processes, timeout=60)
+        assert [p.returncode for p in processes] == [0, 0], texts
 
 
 @pytest.mark.parametrize("rank", [0, 1])
