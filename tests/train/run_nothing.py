@@ -1,7 +1,4 @@
-"""One of several processes that join, meet, and end, the watch being asked for without pause.
-
-python run_nothing.py
-"""
+"""One of two processes that join, meet and end, while it asks for failures without pause."""
 
 from jax.experimental import multihost_utils
 
