@@ -104,15 +104,16 @@ def test_train_go_on_evaluate_predict(tmp_path):
     assert sum(right) / len(right) == pytest.approx(found["accuracy"], abs=1e-6)
 
 
-def test_a_class_that_only_the_test_split_has_is_told_before_training(tmp_path, capsys):
+@pytest.mark.parametrize("model", ["mlp", "dbn"])
+def test_a_class_that_only_the_test_split_has_is_told_before_training(model, tmp_path, capsys):
     with tarfile.open(digits_path()) as digits, tarfile.open(tmp_path / "a.tar", "w") as archive:
         for member in digits:
             if member.isfile() and not member.name.startswith("train/9"):
                 archive.addfile(member, digits.extractfile(member))
-    arguments = ["train", "mlp", "--data", str(tmp_path / "a.tar"), "--size", "8", "--workdir"]
+    arguments = ["train", model, "--data", str(tmp_path / "a.tar"), "--size", "8", "--workdir"]
     assert cli.main([*arguments, str(tmp_path / "run")]) == 2
     assert "not there in training: '9'" in capsys.readouterr().err
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
 
 
 @pytest.mark.slow

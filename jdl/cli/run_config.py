@@ -44,11 +44,11 @@ class RunConfig:
         import tomli_w
 
         from jdl import __version__
+        from jdl.train.checkpoint import begun
         from jdl.train.writers import write_atomically
 
         path = workdir / FILE
-        begun = any((workdir / "checkpoints").glob("[0-9]*"))
-        if begun and not path.exists():
+        if begun(workdir) and not path.exists():
             raise check.UserError(
                 f"{workdir} holds a run that `jdl train` did not make: it has no {FILE}. Choose "
                 "another --workdir, or go on with it where it was made, in Python."
@@ -61,7 +61,7 @@ class RunConfig:
                 for k in mine
                 if mine[k] != theirs[k] and k not in MAY_CHANGE
             ]
-            if differing and begun:
+            if differing and begun(workdir):
                 raise check.UserError(
                     f"{workdir} holds a run with other settings ({'; '.join(differing)}). "
                     "Choose another --workdir, or the same settings to go on with it."

@@ -200,6 +200,7 @@ def _train(
     from jdl.cli import progress
     from jdl.cli.recipes import recipe
     from jdl.cli.run_config import default_split
+    from jdl.train.checkpoint import begun
     from jdl.train.curves import draw
 
     chosen = recipe(config.model)
@@ -211,17 +212,17 @@ def _train(
     )
     shown = progress.StepProgress(steps, config.batch_size)
     model = config.build_model()
-    if chosen.prepare is not None and not any((workdir / "checkpoints").glob("[0-9]*")):
-        model = chosen.prepare(model, data, workdir, config.seed)
-    estimator = config.estimator(workdir, hooks=[shown], model=model, **options)
     splits = [config.split]
     if config.split == "train" and default_split(config.data, None, "test"):
         splits.append("test")
-    # Opened before the training, so that what does not fit is told first.
+    # Opened before any training, so that what does not fit is told first.
     held = {
         split or "all": config.images(config.data, split, batch_size=min(config.batch_size, 256))
         for split in splits
     }
+    if chosen.prepare is not None and not begun(workdir):
+        model = chosen.prepare(model, data, workdir, config.seed)
+    estimator = config.estimator(workdir, hooks=[shown], model=model, **options)
     with shown:
         estimator.train(data, max_steps=steps)
     rows = []

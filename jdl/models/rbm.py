@@ -110,8 +110,8 @@ class RBM(nn.Module):
       fast_rate: learning rate of fast PCD's additional weights, which only the chains see; 0 for
         none.
       fast_decay: what remains of them after a step.
-      sample_visible: whether ṽ is sampled, or its mean taken: by CD-1 a far better likelihood on
-        black and white digits, but features that tell them apart less well.
+      sample_visible: whether ṽ is sampled. False takes its mean, by which CD-1 reached a far better
+        likelihood on black and white digits, and features that tell them apart less well.
       kernel_init, visible_bias_init, hidden_bias_init: initializers.
 
     >>> rbm = RBM(hidden=5)

@@ -57,11 +57,8 @@ _adafactor = functools.partial(optax.adafactor, multiply_by_parameter_scale=Fals
 
 
 def _first_order(make: Callable[..., Any], learning_rate: float, low: float, high: float) -> Entry:
-    known, name = inspect.signature(make).parameters, getattr(make, "func", make).__name__
-
+    @functools.wraps(make)  # its options are what `by_name` knows
     def with_rate_as_state(rate: Any, **options: Any) -> optax.GradientTransformation:
-        for option in options:
-            check.one_of(f"an option of {name}", option, known)
         # The same arithmetic, but the rate is a field of the state rather than of the program.
         return optax.inject_hyperparams(lambda learning_rate: make(learning_rate, **options))(
             learning_rate=rate
@@ -132,7 +129,6 @@ def by_name(
     if isinstance(rate, int | float):
         check.in_range("learning_rate", rate, 0.0, open_low=True)
     known = inspect.signature(entry.make).parameters
-    if entry.second_order:
-        for option in options:
-            check.one_of(f"an option of {name}", option, known)
+    for option in options:
+        check.one_of(f"an option of {name}", option, known)
     return entry.make(rate, **options)

@@ -23,6 +23,11 @@ class Restored(NamedTuple):
     meta: dict[str, Any]  # what is no array: position in the data, seconds trained, class names
 
 
+def begun(workdir: Path) -> bool:
+    """Whether a run has saved a checkpoint there."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
 class Checkpoints:
     """The checkpoints of one directory.
 

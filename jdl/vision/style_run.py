@@ -20,6 +20,7 @@ from jdl.core import check
 from jdl.core.model import Model
 from jdl.core.types import Batch, Key, Loss, ModelState, Outputs, Params
 from jdl.optim import registry
+from jdl.train.checkpoint import begun
 from jdl.train.estimator import Estimator
 from jdl.train.step import Metrics
 from jdl.vision import style as st
@@ -122,7 +123,7 @@ class StyleRun:
         from jdl import __version__
         from jdl.train.writers import write_atomically
 
-        if any((workdir / "checkpoints").glob("[0-9]*")):
+        if begun(workdir):
             before = StyleRun.load(workdir)
             differing = [
                 f"{name}: {theirs!r} there, {mine!r} now"

@@ -427,13 +427,13 @@ def hf_rnn(data, seed):
     """
     del data
     rates, rows = (1e-1, 3e-2, 1e-2, 1e-3), []
+    hf = partial(jdl.optim.hessian_free, structural_damping=0.1, max_linear_iterations=60)
 
     def first_order(rate, momentum):
         return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate, momentum))
 
     for problem in ("adding", "order"):
-        hf = partial(jdl.optim.hessian_free, structural_damping=0.1, max_linear_iterations=60)
-        reached, clock = vanilla_solves(problem, lambda h, hf=hf: hf(hidden=h), 60, 1000, seed)
+        reached, clock = vanilla_solves(problem, lambda h: hf(hidden=h), 60, 1000, seed)
         told = []
         for name, momentum in (("SGD", None), ("momentum", 0.9)):
 
