@@ -12,6 +12,7 @@ from jdl.compare.optimizers import as_entry
 from jdl.compare.results import headline
 from jdl.compare.trial import schedule
 from jdl.core.check import ArgumentError, DataError
+from jdl.optim.registry import REGISTRY
 
 
 def run(problem, optimizers, workdir, **options):
@@ -192,7 +193,19 @@ def test_settings_by_name_are_all_listed():
     settings = named("hf").settings()
     assert settings["batch_size"] == "full"
     assert settings["damping"] > 0
-    assert named("adam").settings() == {"batch_size": 64, "learning_rate": 0.001}
+    assert named("adam").settings().items() >= {
+        "batch_size": 64,
+        "learning_rate": 0.001,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+    }.items()
+    assert named("momentum").settings()["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_settings_are_the_same_in_every_process(name):
+    assert " at 0x" not in str(named(name).settings())
     assert str(Target("test_loss", "at most", 0.5)) == "test loss ≤ 0.5"
 
 
