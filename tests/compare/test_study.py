@@ -193,13 +193,16 @@ def test_settings_by_name_are_all_listed():
     settings = named("hf").settings()
     assert settings["batch_size"] == "full"
     assert settings["damping"] > 0
-    assert named("adam").settings().items() >= {
-        "batch_size": 64,
-        "learning_rate": 0.001,
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-8,
-    }.items()
+    assert (
+        named("adam").settings().items()
+        >= {
+            "batch_size": 64,
+            "learning_rate": 0.001,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+        }.items()
+    )
     assert named("momentum").settings()["momentum"] == 0.9
 
 
