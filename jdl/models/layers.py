@@ -1,4 +1,4 @@
-"""What several architectures share: activations and initializers by name, max pooling."""
+"""What several architectures share: activations, initializers, max pooling, images that shift."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -59,6 +59,49 @@ def max_pool(
         return nn.max_pool(x, window, tuple(strides))
     tiles = x.reshape(x.shape[0], h // window[0], window[0], w // window[1], window[1], x.shape[3])
     return jnp.max(tiles, axis=(2, 4))
+
+
+class RandomShift(nn.Module):
+    """A net whose images, in training, are moved by whole pixels at random: data it has not seen.
+
+        outputs = net(image moved by (i, j)),  i and j uniform in {−by, …, by}
+
+    The image's border comes in as zeros; outside training images stay where they are. Draws come
+    from the "dropout" key, so that a step's line search and curvature products see the same ones.
+
+    Attributes:
+      net: takes images [B, H, W, C] and `train`, such as a `CNN`.
+      by: pixels at most, ≥ 1.
+
+    >>> from jdl.models import CNN
+    >>> net, image = RandomShift(CNN(units=8), by=2), jnp.ones((1, 8, 8, 1))
+    >>> variables = net.init(jax.random.key(0), image)
+    >>> net.apply(variables, image, train=True, rngs={"dropout": jax.random.key(1)}).shape
+    (1, 10)
+
+    References:
+      Simard, Steinkraus and Platt, Best practices for convolutional neural networks, ICDAR 2003,
+      section 2.
+    """
+
+    net: nn.Module
+    by: int = 2
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        """What `net` gives for images [B, H, W, C]."""
+        check.positive_int("by", self.by)
+        check.argument(image.ndim == 4, "image", "of shape [B, H, W, C]", image.shape)
+        if train:
+            corners = jax.random.randint(
+                self.make_rng("dropout"), (len(image), 2), 0, 2 * self.by + 1
+            )
+            around = jnp.pad(image, [(0, 0), (self.by, self.by), (self.by, self.by), (0, 0)])
+            window = image.shape[1:]
+            image = jax.vmap(lambda x, ij: jax.lax.dynamic_slice(x, (*ij, 0), window))(
+                around, corners
+            )
+        return self.net(image, train=train)
 
 
 def sparse_init(incoming: int = 15, scale: float = 1.0) -> Callable[..., jax.Array]:

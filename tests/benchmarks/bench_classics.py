@@ -28,6 +28,7 @@ from jdl.models.autoencoder import Autoencoder, denoising
 from jdl.models.cnn import CNN, Block
 from jdl.models.dbn import DBN, starting_at
 from jdl.models.gan import GAN, optimizers
+from jdl.models.layers import RandomShift
 from jdl.models.mlp import MLP
 from jdl.models.rbm import RBM, log_odds
 from jdl.models.recursive import TreeLSTM
@@ -133,6 +134,17 @@ def cnn(data, seed):
     net = CNN(blocks=(Block(filters=16), Block(filters=32)), units=128)
     error, clock = classified(data, net, optax.adam(rate), steps, seed)
     return [Row("CNN, test error %", "≤", 0.8, error, clock.cpu, clock.wall, "6 epochs")]
+
+
+@case("cnn-shift")
+def cnn_shift(data, seed):
+    """The same net for longer, its training images moved by up to two pixels each way."""
+    steps = 12_000
+    rate = optax.cosine_onecycle_schedule(steps, 3e-3, pct_start=0.2)
+    net = RandomShift(CNN(blocks=(Block(filters=16), Block(filters=32)), units=128), by=2)
+    error, clock = classified(data, net, optax.adam(rate), steps, seed)
+    name = "CNN, images shifted, test error %"
+    return [Row(name, "≤", 0.6, error, clock.cpu, clock.wall, "20 epochs")]
 
 
 # ------------------------------------------------------------------ Boltzmann machines

@@ -1,10 +1,11 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jdl.core import check
-from jdl.models.layers import ACTIVATIONS, INITIALIZERS, activation, initializer
+from jdl.models.layers import ACTIVATIONS, INITIALIZERS, RandomShift, activation, initializer
 from jdl.models.mlp import MLP
 
 KEY = jax.random.key(0)
@@ -57,3 +58,30 @@ def test_a_net_takes_both_by_name_and_an_unknown_one_is_told():
     for name, near in (("spars", "sparse"), ("lecun_normal", "lecun"), ("He-normal", "he")):
         with pytest.raises(check.ArgumentError, match=rf"`kernel_init`.*Did you mean '{near}'"):
             MLP(kernel_init=name).init(KEY, jnp.ones((1, 3)))
+
+
+class Same(nn.Module):
+    """Its input."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        return image
+
+
+def test_images_shift_by_whole_pixels_in_training_alone():
+    images = jax.random.uniform(KEY, (300, 5, 4, 2), minval=1.0, maxval=2.0)
+    net = RandomShift(Same(), by=1)
+    np.testing.assert_array_equal(net.apply({}, images), images)
+    moved = np.asarray(net.apply({}, images, train=True, rngs={"dropout": KEY}))
+    around = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    seen = set()
+    for image, wide in zip(moved, around, strict=True):
+        places = [(i, j) for i in range(3) for j in range(3)]
+        found = [(i, j) for i, j in places if (wide[i : i + 5, j : j + 4] == image).all()]
+        assert len(found) == 1
+        seen.update(found)
+    assert len(seen) == 9
+    with pytest.raises(check.ArgumentError, match="`by` must be"):
+        RandomShift(Same(), by=0).apply({}, images)
+    with pytest.raises(check.ArgumentError, match=r"`image` must be of shape \[B, H, W, C\]"):
+        RandomShift(MLP()).init(KEY, jnp.ones((2, 9)))
