@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jdl.models.function import Function as Function
     from jdl.models.function import param as param
     from jdl.models.gan import GAN as GAN
+    from jdl.models.layers import RandomShift as RandomShift
     from jdl.models.mlp import MLP as MLP
     from jdl.models.rbm import RBM as RBM
     from jdl.models.recursive import RecursiveNet as RecursiveNet
@@ -23,6 +24,7 @@ _NAMES = {
     "GAN": "jdl.models.gan",
     "MLP": "jdl.models.mlp",
     "RNN": "jdl.models.rnn",
+    "RandomShift": "jdl.models.layers",
     "RecursiveNet": "jdl.models.recursive",
     "TreeLSTM": "jdl.models.recursive",
     "Autoencoder": "jdl.models.autoencoder",
