@@ -423,8 +423,11 @@ def solving(problem, make_optimizer, batch_size, seed, steps_of=100):
     feed, clock = batches(x, y, batch_size=batch_size, seed=seed), Clock()
 
     def train(steps):
-        with clock:
-            estimator.train(feed, steps=steps)
+        try:
+            with clock:
+                estimator.train(feed, steps=steps)
+        except jdl.core.check.TrainingError:
+            return 0.0, clock  # diverged
         outputs = estimator.predict(once(held))
         if problem == "adding":
             right = np.abs(outputs - answers)[:, 0] < 0.2
