@@ -25,7 +25,8 @@ class Entry(NamedTuple):
       curvature_batch_size: examples for curvature products; None for the whole batch.
       microbatches: slices a batch is cut into, to bound memory; None for as many as the full batch
         needs, and one for any other.
-      options: what `make` was told; only listed.
+      options: what `make` was told, listed in the report. A study that goes on tells by them, not
+        by `make`, whether a trial is done: list what you may change.
       search: what to tune, and over which range; None for nothing.
       tuned: `tuned(value)` gives the entry with another value of it.
 

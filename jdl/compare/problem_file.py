@@ -6,9 +6,11 @@
 
 Besides, where wanted: `test`, as `data`; `target`, (metric, "at least" or "at most", threshold);
 `metrics`, name -> function; `inputs`, the entry that the model is given ("image"); `name`;
-`version`; `validation`, the share of the data that settings are chosen on.
+`version`; `validation`, the share of the data that settings are chosen on. When the file changes,
+its trials run anew; when something that it reads changes, give it another `version`, an integer.
 """
 
+import hashlib
 import importlib.util
 import re
 import sys
@@ -76,7 +78,7 @@ def load(path: str | Path) -> Problem:
         metrics=found,
         inputs=inputs if isinstance(inputs, str) else tuple(inputs),
         target=Target("train_loss", "at most", 0.0),
-        about={"file": path.name},
+        about={"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]},
         version=int(getattr(module, "version", 1)),
     )
     first = _first_loss(path, problem)

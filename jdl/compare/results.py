@@ -343,6 +343,9 @@ def headline(results: Results, problem: str) -> str:
         return f"{first}."
     second = others[0]
     if math.isinf(second.judged.median):
+        some = ", ".join(f"{x.optimizer} ({x.reached} of {x.trials})" for x in others if x.reached)
+        if some:
+            return f"{first}; no other reached it in most seeds within {budget}, some did: {some}."
         missed = f"in {winner.reached} of {winner.trials} seeds" if seeds > 1 else "at all"
         return f"{first}; it alone reached it {missed} within {budget}."
     first += f"; next {second.optimizer}, after {spent(second.judged.median)}"

@@ -69,7 +69,7 @@ def load(workdir: str | Path) -> Results:
     ]
     tuned = {
         (problem["name"], entry["name"]): load_tuning(
-            workdir, problem["name"], entry["search"]["of"]
+            workdir, problem["name"], entry["search"]["of"], study["tuning"]["trials"]
         )
         for problem in study["problems"]
         for entry in study["optimizers"]
@@ -78,12 +78,19 @@ def load(workdir: str | Path) -> Results:
     return Results(study, tuple(trials), tuned)
 
 
-def load_tuning(workdir: str | Path, problem: str, optimizer: str) -> tuple[Trial, ...]:
-    """The tuning trials of one optimizer on one problem, in the order they ran."""
-    found: list[Trial] = []
-    while (directory := tuning_directory(workdir, problem, optimizer, len(found))).exists():
-        found.append(load_trial(directory, problem, optimizer, len(found)))
-    return tuple(found)
+def load_tuning(
+    workdir: str | Path, problem: str, optimizer: str, trials: int
+) -> tuple[Trial, ...]:
+    """The first so many tuning trials of one optimizer on one problem, in the order they ran.
+
+    A study that had more of them may have left others in the directory.
+    """
+    places = [tuning_directory(workdir, problem, optimizer, number) for number in range(trials)]
+    return tuple(
+        load_trial(place, problem, optimizer, number)
+        for number, place in enumerate(places)
+        if place.exists()
+    )
 
 
 def check_format(workdir: Path, study: Mapping[str, Any]) -> None:

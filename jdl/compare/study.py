@@ -328,7 +328,7 @@ class Study:
                     words=words + ending,
                 )
             )
-        return res.chosen(store.load_tuning(self.workdir, *own))
+        return res.chosen(store.load_tuning(self.workdir, *own, tuning.trials))
 
     # ------------------------------------------------------------------ the directory
 

@@ -300,6 +300,9 @@ class Objective:
         mask = batch.get("mask")
         if mask is None:
             return jnp.sum(losses)
+        check.argument(
+            mask.shape == (size,), 'batch["mask"]', f"a number an example, ({size},)", mask.shape
+        )
         return jnp.sum(jnp.where(mask > 0, losses * mask.astype(losses.dtype), 0.0))
 
     def _mean_part(self, outputs: Outputs, batch: Batch, total: jax.Array) -> jax.Array:

@@ -108,7 +108,8 @@ def by_name(
         lars, lion, muon, sophia (all optax's; sophia's update needs `obj_fn` too), lbfgs, cg,
         newton, hf, gauss_newton, lm (Levenberg-Marquardt), natural_gradient or kfac.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
-        it scales the first trial step, and is best left alone.
+        it scales the first trial step, and is best left alone. It is part of the state; a run that
+        the Estimator takes up again goes on at the rate asked for last.
       **options: further arguments of the optimizer.
 
     Raises:

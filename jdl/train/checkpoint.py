@@ -56,16 +56,24 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
         """Starts to write; returns before the bytes are on disk.
 
-        The leaves are copied first: the next step is free to reuse their memory.
+        The leaves are copied first: the next step is free to reuse their memory. Checkpoints of
+        later steps are of a course that was left; they go once this one is whole.
         """
         if step == self.latest_step():
             return
         args = self._ocp.args
         leaves = {path: jnp.copy(x) for path, x in _leaves(_plain_keys(state)).items()}
+        steps = self._manager.all_steps()
+        later = [s for s in steps if s > step]
         with self._telling(step):
-            self._manager.save(
-                step, args=args.Composite(state=args.StandardSave(leaves), meta=args.JsonSave(meta))
-            )
+            if step not in steps:
+                items = args.Composite(state=args.StandardSave(leaves), meta=args.JsonSave(meta))
+                # Without force, orbax silently saves nothing below its latest step.
+                self._manager.save(step, args=items, force=bool(later))
+            if later:
+                self._manager.wait_until_finished()
+                for left in sorted({*later} & {*self._manager.all_steps()}):
+                    self._manager.delete(left)
 
     def restore(self, state: PyTree, shardings: PyTree) -> Restored | None:
         """The newest checkpoint in the structure of `state`, or None if there is none.

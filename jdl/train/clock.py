@@ -1,5 +1,6 @@
 """The training clock, and numbers that are read one step late."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class Finished(NamedTuple):
     step: int  # steps done, this one included
     seconds: float  # on the training clock
     logs: dict[str, float]
+    nonfinite: tuple[int, float] | None  # the first step since the last row whose loss is, and it
 
 
 class _Dispatched(NamedTuple):
@@ -87,6 +89,7 @@ class LateLog:
         self._clock, self._every, self._on_log = clock, every, on_log
         self._in_flight: deque[_Dispatched] = deque()
         self._arrived: tuple[int, Logs, float] | None = None  # not logged, so far
+        self._losses: list[tuple[int, jax.Array]] = []  # of the steps since the last row
 
     def push(self, step: int, logs: Logs) -> None:
         """Takes the numbers of the step just dispatched, and waits for earlier ones."""
@@ -106,6 +109,7 @@ class LateLog:
     def drop(self) -> None:
         """Forgets the steps in flight."""
         self._in_flight.clear()
+        self._losses.clear()
         self._arrived = None
 
     def finish(self) -> None:
@@ -117,6 +121,7 @@ class LateLog:
         step, logs, _ = self._in_flight.popleft()
         logs["loss"].block_until_ready()
         self._arrived = (step, logs, self._clock.seconds)
+        self._losses.append((step, logs["loss"]))
         if step % self._every == 0:
             self._log_arrived()
 
@@ -126,7 +131,13 @@ class LateLog:
         step, logs, seconds = self._arrived
         self._arrived = None
         self._clock.stop()
-        self._on_log(Finished(step, seconds, as_floats(logs)))
+        losses, self._losses = self._losses, []
+        values = as_floats(logs)
+        nonfinite = None
+        if not math.isfinite(values["loss"]):
+            each = ((at, float(loss)) for at, loss in losses)
+            nonfinite = next((at, loss) for at, loss in each if not math.isfinite(loss))
+        self._on_log(Finished(step, seconds, values, nonfinite))
         self._clock.start()
 
 

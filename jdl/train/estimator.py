@@ -5,9 +5,9 @@ and `compiled` compiles them, `feed` brings batches, `keeper` saves and restores
 `run` is what changes, `trainer` changes it, `evaluator` and `predictor` ask it.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jdl.train.compiled import CompiledSteps
 from jdl.train.ema import average
 from jdl.train.evaluator import Evaluator, Sums
 from jdl.train.feed import Data
-from jdl.train.hooks import Profile, Report
+from jdl.train.hooks import Profile, Report, StopTraining
 from jdl.train.keeper import Keeper
 from jdl.train.limits import Limits
 from jdl.train.parallel import SplitRule, placement
@@ -145,9 +145,8 @@ class Estimator:
         steps = CompiledSteps(program.train, placed)
         self._run, self._steps = run, steps
         tracing = Profile(profile, self.workdir)
-        validate = partial(self.evaluate, name="validation")
         self._trainer = Trainer(
-            run, steps, tracing, validate, self._report, log_every, save_every, on_nonfinite
+            run, steps, tracing, self._values, self._report, log_every, save_every, on_nonfinite
         )
         self._hooks = tuple(hooks)
 
@@ -287,7 +286,8 @@ class Estimator:
         """
         values, tables = self._evaluator.over(self._run.once(data), sums or {})
         split = name or getattr(data, "split", None) or Mode.EVALUATE.value
-        self._report(self.step, self.seconds, None, split, values)
+        with contextlib.suppress(StopTraining):  # there is no training to stop
+            self._report(self.step, self.seconds, None, split, values)
         return values | tables
 
     # ------------------------------------------------------------------ PREDICT
@@ -339,11 +339,17 @@ class Estimator:
         """
         return self._trainer.scratch(data)
 
+    def _values(self, data: Data) -> dict[str, Any]:
+        """The means of `evaluate`, off the record."""
+        return self._evaluator.over(self._run.once(data), {})[0]
+
     def _report(
         self, step: int, seconds: float, epoch: float | None, split: str, values: dict[str, float]
     ) -> None:
         row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
         row.estimator = self
-        self._keeper.write(row)
-        for hook in self._hooks:
-            hook(row)
+        try:
+            for hook in self._hooks:
+                hook(row)
+        finally:
+            self._keeper.write(row)  # with what hooks have added to it

@@ -95,14 +95,14 @@ def once(data: Data, placement: Placement) -> Iterator[Batch]:
         yield batch
 
 
-def batches_per_epoch(data: Data) -> int:
-    """How many batches the data tells that an epoch has."""
+def batches_per_epoch(data: Data, argument: str = "epochs", wanted: str = "left out") -> int:
+    """How many batches the data tells that an epoch has; an error is about that argument."""
     number = getattr(data, "batches_per_epoch", None)
     check.argument(
         number is not None,
-        "epochs",
-        "left out for data that does not tell its batches_per_epoch",
+        argument,
+        f"{wanted} for data that does not tell its batches_per_epoch",
         type(data).__name__,
-        "Give steps instead.",
+        "Give a number of steps.",
     )
     return int(number)  # type: ignore[arg-type]

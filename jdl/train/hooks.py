@@ -19,6 +19,7 @@ import optax
 from jdl.core import check
 from jdl.core.types import Batch
 from jdl.train import relu
+from jdl.train.writers import read_jsonl
 
 if TYPE_CHECKING:
     from jdl.train.estimator import Estimator
@@ -49,6 +50,8 @@ def early_stopping(
 ) -> Hook:
     """Ends training when `metric` has not improved for `patience` validations.
 
+    Validations that the run's log holds from before it was taken up again are counted too.
+
     Args:
       metric: a name among the row's values.
       patience: how many rows without improvement, ≥ 1.
@@ -68,23 +71,37 @@ def early_stopping(
     check.in_range("minimum_change", minimum_change, 0.0)
     check.one_of("mode", mode, ("min", "max"))
     sign = 1.0 if mode == "max" else -1.0
-    best, since = -math.inf, 0
+    best, since, taken_up = -math.inf, 0, False
 
-    def hook(row: Mapping[str, Any]) -> None:
+    def count(row: Mapping[str, Any]) -> None:
         nonlocal best, since
         if row["split"] != split:
             return
         check.one_of("metric", metric, [k for k in row if k != "split"])
-        if sign * row[metric] > best + minimum_change:
-            best, since = sign * row[metric], 0
-            return
-        since += 1
-        if since >= patience:
+        better = sign * row[metric] > best + minimum_change
+        best, since = (sign * row[metric], 0) if better else (best, since + 1)
+
+    def hook(row: Mapping[str, Any]) -> None:
+        nonlocal taken_up
+        if not taken_up:
+            taken_up = True
+            for earlier in _logged_before(row):
+                count(earlier)
+        count(row)
+        if row["split"] == split and since >= patience:
             raise StopTraining(
                 f"no better {metric} than {sign * best:.4g} in the last {since} {split}s"
             )
 
     return hook
+
+
+def _logged_before(row: Any) -> list[dict[str, Any]]:
+    """The rows of earlier steps in the log of the run that this one is of."""
+    workdir = getattr(getattr(row, "estimator", None), "workdir", None)
+    if workdir is None:
+        return []
+    return [r for r in read_jsonl(workdir / "metrics.jsonl") if r["step"] < row["step"]]
 
 
 def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) -> Hook:
@@ -239,7 +256,13 @@ def learning_rate_range_test(
             state.opt_state,
             learning_rate=jax.device_put(np.asarray(wanted, rate.dtype), rate.sharding),
         )
-        state, logs = step(state._replace(opt_state=opt_state), next(batches))
+        batch = next(batches, None)
+        if batch is None:
+            raise check.DataError(
+                f"The data ends after {len(rates)} batches; the test takes {steps}. Give data that "
+                "repeats, or fewer steps."
+            )
+        state, logs = step(state._replace(opt_state=opt_state), batch)
         loss = float(logs["loss"])
         if not math.isfinite(loss) or (losses and loss > 4.0 * min(losses)):
             break

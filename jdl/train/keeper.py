@@ -1,5 +1,6 @@
 """What a run keeps: its checkpoints and its log, in its directory, or nothing without one."""
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -90,16 +91,18 @@ class Keeper:
         """Saves the state after this step.
 
         Raises:
-          NonFiniteError: its parameters are not finite; the last checkpoint stays the newest.
+          NonFiniteError: its parameters are not finite, saved or not; the last checkpoint stays.
           TrainingError: it cannot be written.
         """
+        if not bool(_all_finite(state.params)):
+            kept = self.latest_step()
+            raise NonFiniteError(
+                f"The parameters are not finite after step {int(state.step)}; they are not saved. "
+                + ("" if kept is None else f"The checkpoint of step {kept} is the last good one. ")
+                + "Try a smaller learning rate."
+            )
         if self.workdir is None:
             return
-        if not bool(_all_finite(state.params)):
-            raise NonFiniteError(
-                f"The parameters are not finite after step {int(state.step)}; they are not saved, "
-                f"and the checkpoint of step {self.latest_step()} is the last good one."
-            )
         self._checkpoints().save(int(state.step), state, meta)
         if wait:
             self.wait()
@@ -119,6 +122,8 @@ class Keeper:
         best = self._checkpoints("best")
         before = best.meta()
         sign = 1.0 if mode == "max" else -1.0
+        if math.isnan(values[name]):
+            return
         if before is None or sign * values[name] > sign * before["values"][name]:
             best.save(int(state.step), state, meta | {"values": dict(values)})
             best.wait()

@@ -1,7 +1,7 @@
 """The loop of training: nothing in it waits for the step just dispatched."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jdl.train.clock import LateLog
 from jdl.train.compiled import Step
@@ -21,7 +21,7 @@ class Loop(NamedTuple):
       last_step: the number of the last; None to go on to the data's end.
       deadline: when to end, on the training clock; None for no such time.
       save_every: steps between two checkpoints; None for none.
-      validate: gives the values of a validation every `validate_every` steps; None for none.
+      validate: a validation, every `validate_every` steps; None for none.
       validate_every: its steps, where it is given.
     """
 
@@ -31,7 +31,7 @@ class Loop(NamedTuple):
     last_step: int | None
     deadline: float | None
     save_every: int | None
-    validate: Callable[[], dict[str, Any]] | None
+    validate: Callable[[], None] | None
     validate_every: int | None
 
     def __call__(self, feed: Feed, log: LateLog) -> None:
@@ -41,6 +41,7 @@ class Loop(NamedTuple):
           Stopped: SIGTERM came; everything is saved.
         """
         run, last_step, deadline = self.run, self.last_step, self.deadline
+        run.leave_later_checkpoints()
         run.keeper.begin()
         with Termination() as termination, run.clock as clock, self.profile as profile:
             began, first = clock.seconds, run.step
@@ -62,7 +63,7 @@ class Loop(NamedTuple):
                 if self.validate is not None and run.step % (self.validate_every or 1) == 0:
                     log.flush()
                     clock.stop()
-                    run.save_if_best(self.validate())
+                    self.validate()
                     clock.start()
                 if self.save_every and run.step % self.save_every == 0:
                     log.flush()

@@ -47,7 +47,7 @@ import jax
 import optax
 
 from jdl.core import check
-from jdl.core.model import Model
+from jdl.core.model import Model, in_precision
 from jdl.core.types import Batch, Key, Mode, ModelState, Outputs, Params
 from jdl.optim import registry
 from jdl.train.estimator import Estimator
@@ -119,6 +119,10 @@ def from_model_fn(
     check.argument(callable(fn), "fn", "a function of (features, labels, mode)", fn)
     names = (features,) if isinstance(features, str) else tuple(features)
     module, latest = Function(fn), _Latest()
+    precision = options.pop("precision", None)
+
+    def precisely(model: Model) -> Model:  # of features alone: bytes are scaled by then
+        return model if precision is None else in_precision(model, precision)
 
     def inputs(batch: Batch) -> Any:
         for name in names:
@@ -151,24 +155,37 @@ def from_model_fn(
         train: bool = False,
     ) -> tuple[Outputs, ModelState]:
         mode = Mode.TRAIN if train else Mode.EVALUATE
-        rngs = {} if key is None else {"dropout": key}
-        arguments = ({"params": params, **state}, inputs(batch), labels_of(batch), mode)
-        if train and state:
-            spec, state = module.apply(*arguments, rngs=rngs, mutable=list(state))
-        else:
-            spec = module.apply(*arguments, rngs=rngs)
-        return latest.take(spec, mode), state
+
+        def apply_to(
+            params: Params, state: ModelState, x: Any, key: Key | None, train: bool
+        ) -> tuple[Outputs, ModelState]:
+            rngs = {} if key is None else {"dropout": key}
+            arguments = ({"params": params, **state}, x, labels_of(batch), mode)
+            if train and state:
+                spec, state = module.apply(*arguments, rngs=rngs, mutable=list(state))
+            else:
+                spec = module.apply(*arguments, rngs=rngs)
+            return latest.take(spec, mode), state
+
+        model = precisely(Model(init, apply_to))
+        return model.apply(params, state, inputs(batch), key=key, train=train)
 
     def predict(params: Params, state: ModelState, batch: Batch) -> Outputs:
-        variables = {"params": params, **state}
-        spec: Any = module.apply(variables, inputs(batch), None, Mode.PREDICT)
-        check.argument(
-            isinstance(spec, Spec) and spec.predictions is not None,
-            "fn",
-            "a function that gives a Spec with predictions in Mode.PREDICT",
-            spec,
-        )
-        return spec.predictions
+        def apply_to(
+            params: Params, state: ModelState, x: Any, key: Key | None, train: bool
+        ) -> tuple[Outputs, ModelState]:
+            del key, train
+            spec: Any = module.apply({"params": params, **state}, x, None, Mode.PREDICT)
+            check.argument(
+                isinstance(spec, Spec) and spec.predictions is not None,
+                "fn",
+                "a function that gives a Spec with predictions in Mode.PREDICT",
+                spec,
+            )
+            return spec.predictions, state
+
+        model = precisely(Model(init, apply_to))
+        return model.apply(params, state, inputs(batch), key=None, train=False)[0]
 
     def metrics(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
         return {
@@ -178,6 +195,7 @@ def from_model_fn(
             for name, metric in (latest.spec.metrics or {}).items()
         }
 
+    precisely(Model(init, apply))  # a wrong precision is told now
     estimator = Estimator(
         Model(init, apply),
         _Loss(latest, labels_of),

@@ -15,14 +15,15 @@ logger = logging.getLogger("jdl.train")
 
 
 def error(run: Run, data: Data, finished: Finished) -> NonFiniteError:
-    """What to raise about a step's loss; names the records it was made of in the log."""
+    """What to raise about the first such step; names the records it was made of in the log."""
     kept = run.keeper.latest_step()
-    position = dict(run.trail).get(finished.step - 1)
-    names = record_names(data, position)
+    assert finished.nonfinite is not None
+    step, loss = finished.nonfinite
+    names = record_names(data, dict(run.trail).get(step - 1))
     if names:
-        logger.warning("the records of step %d: %s", finished.step, ", ".join(names))
+        logger.warning("the records of step %d: %s", step, ", ".join(names))
     return NonFiniteError(
-        f"The loss is {finished.logs['loss']} at step {finished.step}. "
+        f"The loss is {loss} at step {step}. "
         + ("" if kept is None else f"The checkpoint of step {kept} is intact. ")
         + "Try a smaller learning rate, and see that the labels are class numbers "
         "below the model's number of outputs."

@@ -1,5 +1,6 @@
 """Where a training stands, from its initial parameters or its last checkpoint on."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jdl.core import check
 from jdl.core.types import Batch, Key, ModelState, Params
@@ -16,6 +18,8 @@ from jdl.train.feed import Data, Feed, once, opened, repeated
 from jdl.train.keeper import Keeper
 from jdl.train.parallel import Placement
 from jdl.train.step import TrainState
+
+logger = logging.getLogger("jdl.train")
 
 
 class Served(NamedTuple):
@@ -58,12 +62,14 @@ class Run:
     ):
         self.placement, self.keeper = placement, keeper
         self._init, self._seed, self._now = init, seed, now
+        self._rate: float | None = None  # the learning rate asked for, where the state holds it
         self.averages = averages
         self.state: TrainState | None = None
         self._lent = False  # whether someone may hold on to arrays of the state
         self.step = 0
         self.clock = Clock(now=now)
         self.position: Any = None
+        self._resumed = False  # whether the position is a checkpoint's
         self.trail: deque[tuple[int, Any]] = deque(maxlen=256)
         self.classes: tuple[str, ...] | None = None
         self.init_seconds = 0.0
@@ -105,6 +111,8 @@ class Run:
         start = time.perf_counter()
         self.state = jax.block_until_ready(init(key, batch))
         self.init_seconds += time.perf_counter() - start
+        rate = _learning_rate(self.state)
+        self._rate = None if rate is None else float(rate)
 
     # ------------------------------------------------------------------ the data
 
@@ -120,7 +128,13 @@ class Run:
             if first is not None:
                 self._prepare(self.placement.whole_batch(first))
         if self.position is not None:
-            feed = Feed(batches, put, self.position)
+            try:
+                feed = Feed(batches, put, self.position)
+            except check.DataError:
+                if self._resumed:
+                    raise
+                # Other data than this process has trained on so far: from its beginning.
+        self._resumed = False
         self._feed = (data, repeat, feed)
         return feed
 
@@ -146,9 +160,30 @@ class Run:
         self.state, meta = restored
         self.step = int(self.state.step)
         self.clock = Clock(meta["seconds"], self._now)
-        self.position = meta["position"]
+        self.position, self._resumed = meta["position"], True
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
+        self._take_up_rate(meta.get("learning_rate"), batch)
         return True
+
+    def _take_up_rate(self, before: float | None, batch: Batch) -> None:
+        """Goes on at the learning rate asked for now, where it is another than was asked before.
+
+        The state's own may differ from both: a schedule or a way back has changed it.
+        """
+        state = self.current()
+        old = _learning_rate(state)
+        if before is None or old is None:
+            return
+        if self._rate is None:
+            asked = jax.jit(lambda key, batch: _learning_rate(self._init(key, batch)))
+            self._rate = float(asked(jax.random.key(self._seed), batch))
+        if self._rate == before:
+            return
+        opt_state = optax.tree.set(
+            state.opt_state, learning_rate=jnp.full(old.shape, self._rate, old.dtype)
+        )
+        self.state = self.placement.put_state(state._replace(opt_state=opt_state))
+        logger.warning("learning rate %g from here on, before %g", self._rate, before)
 
     def restore_best(self, data: Data) -> None:
         """Takes up the best checkpoint of a training on such data; raises where there is none."""
@@ -168,6 +203,11 @@ class Run:
         if running:
             self.clock.start()
 
+    def leave_later_checkpoints(self) -> None:
+        """Before training goes on from an older step: what is saved is then where it stands."""
+        if self.step < (self.keeper.latest_step() or 0):
+            self.save(wait=True)
+
     def save_if_best(self, values: dict[str, Any]) -> None:
         """Saves the state in `best/` if this validation is the best so far."""
         self.keeper.save_if_best(self.current(), self._meta(), values)
@@ -177,4 +217,11 @@ class Run:
             "seconds": self.clock.seconds,
             "position": self.position,
             "classes": self.classes,
+            "learning_rate": self._rate,
         }
+
+
+def _learning_rate(state: TrainState) -> Any:
+    """The one scalar of that name in the optimizer's state; None for none or several."""
+    found = optax.tree.get_all_with_path(state.opt_state, "learning_rate")
+    return found[0][1] if len(found) == 1 and found[0][1].shape == () else None

@@ -25,6 +25,8 @@ from jdl.optim import diagnostics
 Logs = dict[str, jax.Array]
 Metrics = Callable[[Outputs, Batch], Mapping[str, jax.Array]]  # all at once, float[B] each
 
+ROW_FIELDS = ("step", "seconds", "epoch", "split")  # what every row of the log begins with
+
 # What every second-order optimizer says of its step, and the trainer logs.
 UNIFORM_FIELDS = (
     "iterations",
@@ -100,14 +102,14 @@ def build(
 
     def measured(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
         if callable(metrics):
-            return dict(metrics(outputs, batch))
+            return _own_names(dict(metrics(outputs, batch)))
         return {name: metric(outputs, batch) for name, metric in (metrics or {}).items()}
 
     if metrics is not None and not callable(metrics):
         check.argument(
             isinstance(metrics, Mapping), "metrics", "a dict of functions, or a function", metrics
         )
-        check.argument("loss" not in metrics, "metrics", "named other than 'loss'", list(metrics))
+        _own_names(metrics)
 
     def model_inputs(batch: Batch) -> tuple[Any, ...]:
         if inputs == ():
@@ -190,6 +192,15 @@ def build(
     return Program(init, train, evaluate, predict)
 
 
+def _own_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics, none of which is called as a column that every row or optimizer has."""
+    taken = sorted({"loss", *ROW_FIELDS, *UNIFORM_FIELDS} & {*metrics})
+    check.argument(
+        not taken, "metrics", f"named other than {', '.join(map(repr, taken))}", list(metrics)
+    )
+    return dict(metrics)
+
+
 def scale_images(batch: Batch, inputs: str | tuple[str, ...]) -> dict[str, Any]:
     """The batch with its uint8 inputs as float32 in [0, 1], so that bytes travel to the device.
 
@@ -210,6 +221,10 @@ def _sums(values: Mapping[str, jax.Array], batch: Batch) -> tuple[Logs, jax.Arra
     """Each measure's sum over the examples that the mask keeps, and their number."""
     mask = batch.get("mask")
     size = jax.tree.leaves(dict(batch))[0].shape[0]
+    if mask is not None:
+        check.argument(
+            mask.shape == (size,), 'batch["mask"]', f"a number an example, ({size},)", mask.shape
+        )
     kept = jnp.ones(size) if mask is None else mask.astype(jnp.float32)
 
     def total(name: str, values: jax.Array) -> jax.Array:

@@ -95,7 +95,7 @@ class Trainer:
             return False
         run.classes = getattr(data, "classes", None) or run.classes
         if validation is not None:
-            validate_every = validate_every or batches_per_epoch(data)
+            validate_every = validate_every or batches_per_epoch(data, "validate_every", "given")
             check.positive_int("validate_every", validate_every)
         loop = Loop(
             run,
@@ -104,7 +104,7 @@ class Trainer:
             last_step=last_step,
             deadline=None if limits.seconds is None else run.clock.seconds + limits.seconds,
             save_every=self._save_every,
-            validate=None if validation is None else partial(self._validate, validation),
+            validate=None if validation is None else partial(self._validation, validation),
             validate_every=validate_every,
         )
         rollbacks, rate = 0, math.inf
@@ -128,6 +128,11 @@ class Trainer:
                 run.leave_feed()
                 feed = run.feed(data, repeat=True)
 
+    def _validation(self, data: Data) -> None:
+        values, run = self._validate(data), self._run
+        run.save_if_best(values)  # first, since a hook may end the training here
+        self._report(run.step, run.clock.seconds, None, "validation", values)
+
     def scratch(self, data: Data) -> tuple[Step, TrainState, Iterator[Batch]]:
         """The compiled step, a copy of the state, and batches."""
         feed = Feed(repeated(opened(data)), self._run.placement.put_step_batch)
@@ -149,7 +154,7 @@ class Trainer:
                 values["skipped"] = skipped
             epoch = finished.step / per_epoch if per_epoch else None
             self._report(finished.step, finished.seconds, epoch, Mode.TRAIN.value, values)
-            if not math.isfinite(finished.logs["loss"]) and self._on_nonfinite != "skip":
+            if finished.nonfinite is not None and self._on_nonfinite != "skip":
                 raise nonfinite.error(self._run, data, finished)
 
         return on_finished
