@@ -266,6 +266,11 @@ def test_a_problem_file_is_a_problem(write):
     assert problem.version == 3
 
 
+def test_a_problem_file_that_changed_is_told_from_what_it_was(write):
+    abouts = [by_name(write(text)).about for text in (GOOD, GOOD, GOOD + "# another\n")]
+    assert abouts[0] == abouts[1] != abouts[2]
+
+
 def test_without_labels_the_target_is_a_tenth_of_the_first_loss(write):
     problem = by_name(
         write("""

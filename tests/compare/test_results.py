@@ -67,6 +67,10 @@ def test_divergence_takes_the_last_value_away(plant):
             {("a", 0): SLOW, ("b", 0): NEVER},
             "a reached train loss ≤ 0.1 first, after 8 s; it alone",
         ),
+        (
+            {("a", 0): SLOW, ("a", 1): SLOW, ("b", 0): FAST, ("b", 1): NEVER},
+            "no other reached it in most seeds within 10 s of training, some did: b (1 of 2).",
+        ),
         ({(n, s): r for s in (0, 1) for n, r in (("a", FAST), ("b", SLOW))}, "Its slowest seed"),
         ({("a", 0): FAST, ("a", 1): SLOW, ("b", 0): SLOW, ("b", 1): SLOW}, "may be luck"),
     ],

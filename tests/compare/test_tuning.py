@@ -116,6 +116,19 @@ def test_tuned_and_untuned_are_reported_beside_each_other(tuned_study):
 
 
 @pytest.mark.slow
+def test_trials_that_another_study_left_do_not_count(problem, tmp_path):
+    def run(trials, epochs):
+        budget, tuning = Budget(epochs, "epochs"), Tuning(trials)
+        Study(problem, [sgd()], budget=budget, tuning=tuning, workdir=tmp_path).run()
+        return load(tmp_path)
+
+    run(4, 4)
+    results = run(2, 2)
+    (found,) = results.tuned.values()
+    assert len(found) == 2
+    assert all(t.settings["budget"]["amount"] < 4 for t in found)
+
+
 def test_where_every_value_diverges_the_tuned_trial_fails_and_the_others_go_on(problem, tmp_path):
     wild = sgd("wild", 1e38, 1e37, 1e38)
     wild = wild._replace(tuned=lambda value: sgd("wild-tuned", value))

@@ -143,3 +143,44 @@ def test_an_argument_that_cannot_be_meant_is_refused_at_once():
         inspect.unwrap(prepared_optimizer)(optax.adam, None)
     with pytest.raises(check.ArgumentError, match="`metrics` must be a dict of functions"):
         inspect.unwrap(build)(jdl.from_linen(MLP()), len, optax.sgd(0.1), metrics=["accuracy"])
+
+
+def test_what_is_trained_from_an_older_checkpoint_is_saved(tmp_path):
+    options = {"workdir": tmp_path, "keep_best": ("loss", "max"), "log_every": 2}
+    estimator = make("adam", **options)
+    estimator.train(data(), steps=40, validation=data(), validate_every=4)
+    assert estimator.restore_best(data()).step == 4
+    estimator.train(data(), steps=6)
+    again = make("adam", **options).initialize(data())
+    assert again.step == 10
+    jax.tree.map(np.testing.assert_array_equal, again.params, estimator.params)
+    steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 10
+
+
+def test_a_second_data_set_begins_at_its_start_but_not_after_a_restart(tmp_path):
+    first, second = data(n=64), data(n=48)
+    estimator = make("sgd", workdir=tmp_path)
+    assert estimator.train(first, steps=3).train(second, steps=2).step == 5
+    assert estimator.train(first, steps=1).step == 6
+    with pytest.raises(check.DataError, match="other data"):
+        make("sgd", workdir=tmp_path).train(second, steps=1)
+
+
+def test_a_learning_rate_asked_for_anew_is_taken(tmp_path):
+    def rate(asked):
+        adam = jdl.optim.by_name("adam", asked)
+        estimator = make(adam, workdir=tmp_path).train(data(), steps=2)
+        return float(optax.tree.get(estimator.state.opt_state, "learning_rate"))
+
+    found = [rate(0.1), rate(0.1), rate(1e-3), rate(1e-3)]
+    assert found == pytest.approx([0.1, 0.1, 1e-3, 1e-3])
+
+
+def test_names_of_columns_and_masks_of_other_shapes_are_refused():
+    x = np.ones((8, 6), np.float32)
+    with pytest.raises(check.ArgumentError, match="`metrics` must be named other than 'damping'"):
+        make("sgd", metrics={"damping": jdl.metrics.accuracy})
+    batch = {"image": x, "label": np.zeros(8, np.int32), "mask": np.ones((8, 8), np.float32)}
+    with pytest.raises(check.ArgumentError, match=r"mask.*a number an example, \(8,\)"):
+        make("sgd").train([batch], steps=1)

@@ -166,3 +166,46 @@ def test_dead_units_are_counted_by_layer():
     net._hooks = (hooks.dead_units({"image": x}), seen.append)
     net.train(data(), steps=1)
     assert seen[0]["dead/0"] == pytest.approx(0.5)
+
+
+def test_early_stopping_counts_what_the_log_holds_and_the_best_is_kept_first(tmp_path):
+    def again(steps):
+        stop = hooks.early_stopping(patience=2)
+        estimator = make(optax.sgd(0.0), workdir=tmp_path, hooks=[stop])
+        return estimator.train(data(), max_steps=steps, validation=data(), validate_every=5)
+
+    assert again(10).step == 10  # one validation has been no better
+    assert again(100).step == 15  # a second one, in another process
+    unmoved = hooks.early_stopping(patience=1, minimum_change=10.0)
+    options = {"workdir": tmp_path / "best", "keep_best": ("loss", "min"), "hooks": [unmoved]}
+    estimator = make("adam", **options).train(
+        data(), max_steps=50, validation=data(), validate_every=5
+    )
+    assert estimator.step == 10
+    assert estimator.restore_best(data()).step == 10  # where it was stopped it was best
+    assert set(estimator.evaluate(data(), name="validation")) == {"loss", "accuracy"}
+
+
+def test_hooks_add_to_the_rows_of_the_log(tmp_path):
+    image = np.ones((8, 6), np.float32)
+    make(workdir=tmp_path, hooks=[hooks.dead_units({"image": image})]).train(data(), steps=1)
+    assert 0.0 <= rows(tmp_path)[0]["dead/0"] <= 1.0
+
+
+def test_the_first_step_that_is_not_finite_is_named():
+    with pytest.raises(check.TrainingError, match="The loss is nan at step 3"):
+        make("sgd").train(data(poisoned=[33]), epochs=1)
+
+
+def test_parameters_that_are_not_finite_are_told_without_a_directory():
+    root = jdl.from_fns(lambda key, x: jnp.zeros(3), lambda w, x: jnp.sqrt(x @ jnp.square(w)))
+    loss = jdl.losses.squared_error
+    examples = from_arrays(np.ones((4, 3), np.float32), np.zeros(4, np.float32), batch_size=4)
+    with pytest.raises(check.TrainingError, match="parameters are not finite after step 1"):
+        jdl.Estimator(root, loss, "sgd").train(examples, steps=1)
+
+
+def test_the_range_test_says_that_the_data_is_at_its_end():
+    few = list(data())
+    with pytest.raises(check.DataError, match="The data ends after"):
+        hooks.learning_rate_range_test(make("sgd"), few, steps=10, high=1e-5)
