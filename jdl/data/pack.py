@@ -193,8 +193,7 @@ def read(source: str, skip: Callable[[str, str], None]) -> Members:
     elif path.is_dir():
         idx = sorted(p for p in path.iterdir() if p.is_file() and _is_idx(p))
         if idx:
-            for images_path in (p for p in idx if "images" in p.name or "idx3" in p.name):
-                yield from _from_idx(images_path)
+            yield from _from_idx_folder(idx)
         elif inside := sorted(path.glob("*.tar*")):
             for tar in (p for p in inside if not p.name.endswith(".jdlidx")):
                 yield from _from_tars(str(tar), skip)
@@ -283,15 +282,36 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=4 + 4 * axes).reshape(shape)
 
 
+def _from_idx_folder(files: list[Path]) -> Members:
+    """The images of all these IDX files, each file's in a folder of its own."""
+    once = [p for p in files if not (p.suffix == ".gz" and p.with_suffix("") in files)]
+    of: dict[str, Path] = {}
+    for path in (p for p in once if "images" in p.name or "idx3" in p.name):
+        other = of.setdefault(_idx_split(path), path)
+        if other is not path:
+            raise check.DataError(
+                f"{str(other)!r} and {str(path)!r} would both be packed as "
+                f"{_idx_split(path)!r}. Pack each from a folder of its own."
+            )
+    for path in of.values():
+        yield from _from_idx(path)
+
+
+def _idx_split(path: Path) -> str:
+    """The split that a file's name tells, else what tells the file from others."""
+    parts = re.split(r"[-_.]", path.name.lower())
+    split = next((p for p in parts if p in (*_SPLITS, "t10k")), "")
+    own = [p for p in parts if p not in ("images", "ubyte", "gz") and not p.startswith("idx")]
+    return {"t10k": "test"}.get(split, split) or "-".join(own) or "images"
+
+
 def _from_idx(path: Path) -> Members:
     """The images of one IDX file, labelled by the file of labels beside it."""
     pixels = read_idx(path)
     label_name = path.name.replace("images", "labels").replace("idx3", "idx1")
     beside = [p for p in _variants(path.with_name(label_name)) if p.exists() and p != path]
     labels = read_idx(beside[0]) if beside else None
-    split = re.split(r"[-_.]", path.name)[0]
-    split = {"t10k": "test"}.get(split, split)
-    yield from _from_arrays(pixels, labels, split, str(path))
+    yield from _from_arrays(pixels, labels, _idx_split(path), str(path))
 
 
 def _variants(path: Path) -> list[Path]:
@@ -299,6 +319,7 @@ def _variants(path: Path) -> list[Path]:
     return [path, other]
 
 
+_SPLITS = ("train", "test", "val", "valid")
 _IMAGE_KEYS = ("images", "image", "x", "data", "features")
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
@@ -313,7 +334,7 @@ def _from_npz(path: Path) -> Members:
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
         parts = name.lower().split("_")
-        split = next((p for p in parts if p in ("train", "test", "val", "valid")), "")
+        split = next((p for p in parts if p in _SPLITS), "")
         rest = "_".join(p for p in parts if p != split)
         for role, keys in (("images", _IMAGE_KEYS), ("labels", _LABEL_KEYS)):
             if rest in keys:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,28 @@ def test_idx_files(tmp_path, ending):
     (root / "bad-idx3-ubyte").write_bytes(b"\0\0\x08\x04" + b"\xff" * 20)
     with pytest.raises(DataError, match="its header says"):
         read_idx(root / "bad-idx3-ubyte")
+
+
+def test_idx_files_of_any_name_are_packed_once_each_apart(tmp_path):
+    root = tmp_path / "idx"
+    root.mkdir()
+    for kind, n in [("train", 7), ("test", 5)]:
+        images = root / f"emnist-letters-{kind}-images-idx3-ubyte"
+        images.write_bytes(idx(PIXELS[:n]))
+        Path(f"{images}.gz").write_bytes(gzip.compress(idx(PIXELS[:n])))
+        labels = root / f"emnist-letters-{kind}-labels-idx1-ubyte.gz"
+        labels.write_bytes(gzip.compress(idx(LABELS[:n])))
+    (root / "more.a-images-idx3-ubyte").write_bytes(idx(PIXELS[:2]))
+    (root / "more.b-images-idx3-ubyte").write_bytes(idx(PIXELS[:3]))
+    pack(str(root), str(tmp_path / "a.tar"))
+    names = [name for name, _ in members(tmp_path / "a.tar")]
+    assert len(names) == len(set(names)) == 17
+    counts = {"train": 7, "test": 5, "more-a": 2, "more-b": 3}
+    assert Counter(name.split("/")[0] for name in names) == counts
+    assert "train/3/00003.png" in names
+    (root / "emnist-digits-train-images-idx3-ubyte").write_bytes(idx(PIXELS))
+    with pytest.raises(DataError, match="would both be packed as 'train'"):
+        pack(str(root), str(tmp_path / "b.tar"))
 
 
 def test_npz(tmp_path):
