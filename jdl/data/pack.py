@@ -21,6 +21,7 @@ import numpy as np
 from jdl.core import check
 from jdl.data import images, inflate, tar_scan
 from jdl.data.archive import STDIN, is_url, open_archive
+from jdl.data.labels import sidecar_key
 from jdl.data.paths import expand
 from jdl.data.tar_stream import MemberStream
 
@@ -28,6 +29,8 @@ SHARD_BYTES = 1 << 30
 _QUALITY = 95
 _IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 _MAX_IDX = 1 << 34
+_SIDECARS = ("cls", "json", "txt")
+_MAX_SAMPLE = 64  # members
 _PATTERN = re.compile(r"%0(\d+)d")
 
 Members = Iterator[tuple[str, bytes]]
@@ -67,7 +70,8 @@ def pack(
         images, an `.npz` of arrays, a tar, plain or compressed, an URL, a glob, or "-".
       out: the tars' path, with `%05d` where a shard's number goes; without it there is one tar.
       shard_bytes: a shard ends before it would be larger.
-      shard_images: or before it would hold more images.
+      shard_images: or before it would hold more images; what a WebDataset sample has beside its
+        image stays with it.
       size: (height, width) to resize to; JPEGs stay JPEGs, of quality 95, and others become PNGs.
       on_error: at an image that cannot be decoded (when resizing), or a damaged archive, `"raise"`
         an error or `"skip"` it.
@@ -89,25 +93,45 @@ def pack(
         skipped.append((name, why))
 
     members = read(source, skip)
-    first = next(members, None)
-    if first is None:
-        raise check.DataError(f"{source!r} holds no images.")
-    members = itertools.chain([first], members)
     if size is not None:
         members = _resized(members, size, skip)
-    shards: list[str] = []
-    total = written = 0
+    total = pictures = 0
     with _Shards(out, overwrite) as sink:
-        for name, data in members:
-            blocks = header(name, len(data)) + data + bytes(-len(data) % 512)
-            full = sink.bytes + len(blocks) + 1024 > shard_bytes and sink.members
-            if full or (shard_images is not None and sink.members >= shard_images):
+        for sample in _samples(members):
+            blocks = [header(n, len(data)) + data + bytes(-len(data) % 512) for n, data in sample]
+            count = sum(_is_image(name) for name, _ in sample)
+            full = sink.bytes + sum(map(len, blocks)) + 1024 > shard_bytes
+            full |= shard_images is not None and sink.images + count > shard_images
+            if full and sink.bytes:
                 sink.next_shard()
-            sink.write(blocks)
-            total += 1
-            progress(total)
-    shards, written = sink.shards, sink.total
-    return Packed(shards, total, written, skipped)
+            for block in blocks:
+                sink.write(block)
+                total += 1
+                progress(total)
+            sink.images += count
+            pictures += count
+        if not pictures:
+            raise check.DataError(_nothing(source, skipped))
+    return Packed(sink.shards, total, sink.total, skipped)
+
+
+def _nothing(source: str, skipped: list[tuple[str, str]]) -> str:
+    if not skipped:
+        return f"{source!r} holds no images."
+    name, why = skipped[0]
+    return f"{source!r}: none of the {len(skipped)} images could be used. The first: {name}: {why}."
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower().encode() in tar_scan.IMAGE_EXTENSIONS
+
+
+def _samples(members: Members) -> Iterator[list[tuple[str, bytes]]]:
+    """Members not to be parted: an image and what stands beside it under its key."""
+    for _, run in itertools.groupby(members, lambda member: sidecar_key(member[0])[0]):
+        while some := list(itertools.islice(run, _MAX_SAMPLE)):
+            whole = any(sidecar_key(name)[1] in _SIDECARS for name, _ in some)
+            yield from [some] if whole else ([member] for member in some)
 
 
 def header(name: str, size: int) -> bytes:
@@ -134,7 +158,7 @@ class _Shards:
         )
         self._numbered = bool(marks)
         self.shards: list[str] = []
-        self.bytes = self.members = self.total = 0
+        self.bytes = self.images = self.total = 0
         self._file: Any = None
 
     def __enter__(self) -> "_Shards":
@@ -145,7 +169,6 @@ class _Shards:
             self._open()
         self._file.write(blocks)
         self.bytes += len(blocks)
-        self.members += 1
 
     def _open(self) -> None:
         path = self._out % len(self.shards) if self._numbered else self._out
@@ -172,7 +195,7 @@ class _Shards:
         os.replace(self._file.name, self._path)
         self.shards.append(self._path)
         self.total += self.bytes + 1024
-        self._file, self.bytes, self.members = None, 0, 0
+        self._file, self.bytes, self.images = None, 0, 0
 
     def __exit__(self, kind: Any, *_: object) -> None:
         if kind is None:
@@ -212,8 +235,7 @@ def _from_folder(root: Path) -> Members:
         folders.sort()  # in place: how os.walk is told the order
         for file in sorted(files):
             path = Path(folder) / file
-            known = file.rpartition(".")[2].lower().encode() in tar_scan.IMAGE_EXTENSIONS
-            if known and not file.startswith("._") and path.is_file():
+            if _is_image(file) and not file.startswith("._") and path.is_file():
                 yield path.relative_to(root).as_posix(), path.read_bytes()
 
 
@@ -227,7 +249,7 @@ def _from_tars(source: str, skip: Callable[[str, str], None]) -> Members:
             yield from _told(stream, known, path, skip)
             known = len(stream.damage)
             ending = member.name.rpartition(".")[2].lower()
-            if member.image or ending in ("cls", "json", "txt"):
+            if member.image or ending in _SIDECARS:
                 yield member.name, member.data
         yield from _told(stream, known, path, skip)
         archive.close()
@@ -382,7 +404,7 @@ def _resized(members: Members, size: tuple[int, int], skip: Callable[[str, str],
     from PIL import Image
 
     for name, data in members:
-        if name.rpartition(".")[2].lower().encode() not in tar_scan.IMAGE_EXTENSIONS:
+        if not _is_image(name):
             yield name, data
             continue
         try:

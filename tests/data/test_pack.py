@@ -182,6 +182,39 @@ def test_sidecars_travel_with_their_images(tmp_path):
     assert TarSource(tmp_path / "x.tar", label="cls").classes == ("7",)
 
 
+def webdataset(path, samples, image):
+    with tarfile.open(path, "w") as tar:
+        for i in range(samples):
+            for ending, data in [("cls", b"%d" % i), ("png", image), ("json", b"{}")]:
+                info = tarfile.TarInfo(f"a/{i:02d}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_samples_are_not_torn_apart(tmp_path):
+    path = webdataset(tmp_path / "w.tar", 7, encode(PIXELS[0]))
+    done = pack(path, str(tmp_path / "x-%02d.tar"), shard_images=3)
+    assert [len(members(shard)) for shard in done.shards] == [9, 9, 3]
+    assert done.members == 21
+    done = pack(path, str(tmp_path / "y-%02d.tar"), shard_bytes=5 * 1024 + 512)
+    assert [len(members(shard)) for shard in done.shards] == [3] * 7
+    assert TarSource(done.shards, label="cls").classes == tuple("0123456")
+    names = tmp_path / "names"
+    names.mkdir()
+    for i in range(5):
+        (names / f"one.{i}.png").write_bytes(encode(PIXELS[i]))
+    done = pack(str(names), str(tmp_path / "z-%02d.tar"), shard_images=2)
+    assert [len(members(shard)) for shard in done.shards] == [2, 2, 1]
+
+
+def test_nothing_that_could_be_used(tmp_path):
+    path = webdataset(tmp_path / "w.tar", 2, b"junk")
+    with pytest.raises(DataError, match=r"none of the 2 images could be used.*a/00\.png"):
+        pack(path, str(tmp_path / "x.tar"), size=(4, 4), on_error="skip")
+    assert [p.name for p in tmp_path.iterdir()] == ["w.tar"]
+
+
 def test_resizing(folder, tmp_path):
     photo = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
     (folder / "train/0/photo.jpeg").write_bytes(encode(photo, "JPEG"))
