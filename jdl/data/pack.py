@@ -5,6 +5,8 @@ them or when, and shards are cut by size alone. Each shard appears when it is wh
 an encoded image is copied as it is unless it is resized; arrays become PNGs.
 """
 
+import contextlib
+import glob
 import io
 import itertools
 import os
@@ -19,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdl.core import check
-from jdl.data import images, inflate, tar_scan
+from jdl.data import images, inflate, tar_index, tar_scan
 from jdl.data.archive import STDIN, is_url, open_archive
 from jdl.data.labels import sidecar_key
-from jdl.data.paths import expand
+from jdl.data.paths import expand, tars_in
 from jdl.data.tar_stream import MemberStream
 
 SHARD_BYTES = 1 << 30
@@ -75,7 +77,7 @@ def pack(
       size: (height, width) to resize to; JPEGs stay JPEGs, of quality 95, and others become PNGs.
       on_error: at an image that cannot be decoded (when resizing), or a damaged archive, `"raise"`
         an error or `"skip"` it.
-      overwrite: replace shards that are there.
+      overwrite: replace shards that are there; of more that an earlier run wrote, none is left.
       progress: called with the number of members so far.
 
     Raises:
@@ -200,9 +202,23 @@ class _Shards:
     def __exit__(self, kind: Any, *_: object) -> None:
         if kind is None:
             self._finish()
+            if self._numbered and self._overwrite:
+                self._remove_later()
         elif self._file is not None:
             self._file.close()
             os.unlink(self._file.name)
+
+    def _remove_later(self) -> None:
+        """Removes an earlier run's shards with higher numbers than this one's last."""
+        head, _, tail = _PATTERN.split(self._out)
+        for path in glob.glob(f"{glob.escape(head)}*{glob.escape(tail)}"):
+            number = path[len(head) : -len(tail)]
+            if not re.fullmatch("[0-9]+", number) or self._out % int(number) != path:
+                continue
+            if int(number) >= len(self.shards) and os.path.isfile(path):
+                os.unlink(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path + tar_index.SUFFIX)
 
 
 # ---------------------------------------------------------------------- sources
@@ -217,11 +233,18 @@ def read(source: str, skip: Callable[[str, str], None]) -> Members:
         idx = sorted(p for p in path.iterdir() if p.is_file() and _is_idx(p))
         if idx:
             yield from _from_idx_folder(idx)
-        elif inside := sorted(path.glob("*.tar*")):
-            for tar in (p for p in inside if not p.name.endswith(".jdlidx")):
-                yield from _from_tars(str(tar), skip)
+        elif tars := tars_in(path):
+            if pictures := next(_pictures(path), None):
+                raise check.DataError(
+                    f"The folder {source!r} holds both tars and images, such as {tars[0]!r} and "
+                    f"{str(pictures)!r}. Pack one kind at a time: from two folders, or the tars "
+                    f"by a pattern such as {str(path / '*.tar')!r}."
+                )
+            for tar in tars:
+                yield from _from_tars(tar, skip)
         else:
-            yield from _from_folder(path)
+            for picture in _pictures(path):
+                yield picture.relative_to(path).as_posix(), picture.read_bytes()
     elif source.endswith(".npz"):
         yield from _from_npz(path)
     elif _is_idx(path):
@@ -230,13 +253,13 @@ def read(source: str, skip: Callable[[str, str], None]) -> Members:
         yield from _from_tars(source, skip)
 
 
-def _from_folder(root: Path) -> Members:
+def _pictures(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         folders.sort()  # in place: how os.walk is told the order
         for file in sorted(files):
             path = Path(folder) / file
             if _is_image(file) and not file.startswith("._") and path.is_file():
-                yield path.relative_to(root).as_posix(), path.read_bytes()
+                yield path
 
 
 def _from_tars(source: str, skip: Callable[[str, str], None]) -> Members:

@@ -41,10 +41,7 @@ def expand(paths: Paths) -> list[str]:
 
 def _expand_one(path: str) -> list[str]:
     if os.path.isdir(path):
-        files = sorted(str(p) for p in Path(path).iterdir() if p.is_file())
-        inside = [p for p in files if p.endswith(".tar")] or [
-            p for p in files if p.endswith(_COMPRESSED)
-        ]
+        inside = tars_in(Path(path))
         if not inside:
             raise check.DataError(f"The folder {path!r} holds no *.tar file.")
         return inside
@@ -60,6 +57,13 @@ def _expand_one(path: str) -> list[str]:
             raise check.DataError(_missing(missing[0] if missing else one))
         found += matches
     return found
+
+
+def tars_in(folder: Path) -> list[str]:
+    """The plain tars in a folder, or the compressed ones if there is no plain one."""
+    files = sorted(str(p) for p in folder.iterdir() if p.is_file())
+    plain = [p for p in files if p.endswith(".tar")]
+    return plain or [p for p in files if p.endswith(_COMPRESSED)]
 
 
 def braces(pattern: str) -> list[str]:

@@ -171,6 +171,43 @@ def test_another_tar(folder, tmp_path):
     assert (done.members, len(done.skipped)) == (22, 1)
 
 
+def test_overwriting_leaves_no_further_shards(folder, tmp_path):
+    out = str(tmp_path / "a-%03d.tar")
+    before = pack(str(folder), out, shard_images=5).shards
+    assert len(before) == 5
+    TarSource(before)
+    kept = {"a-4.tar", "a-0004.tar", "a-004.tar.gz", "a-00x.tar", "b-004.tar", "photos"}
+    for name in kept - {"photos"}:
+        (tmp_path / name).write_bytes(b"another's")
+    with pytest.raises(DataError, match="is there already"):
+        pack(str(folder), out, shard_images=10)
+    assert len(list(tmp_path.glob("a-???.tar.jdlidx"))) == 5
+    done = pack(str(folder), out, shard_images=10, overwrite=True)
+    there = {p.name for p in tmp_path.iterdir()} - kept
+    now = {os.path.basename(shard) for shard in done.shards}
+    assert there == now | {f"{name}.jdlidx" for name in now}
+    assert len(TarSource(tmp_path / "a-00[0-9].tar")) == 23
+
+
+def test_a_folder_of_tars(folder, tmp_path):
+    root = tmp_path / "tars"
+    root.mkdir()
+    pack(str(folder), str(root / "a-%01d.tar"), shard_images=12)
+    TarSource(root)
+    for name in ("a-0.tar.sha256", "a-0.tar.123.tmp", "b.tar.jdlseek", "c.tar.txt"):
+        (root / name).write_bytes(b"no tar")
+    assert pack(str(root), str(tmp_path / "x.tar")).members == 23
+    for tar in root.glob("a-?.tar"):
+        tar.with_suffix(".tgz").write_bytes(gzip.compress(tar.read_bytes()))
+        tar.unlink()
+    assert pack(str(root), str(tmp_path / "y.tar")).members == 23
+    (folder / "notes.tar.sha256").write_text("no tar")
+    assert pack(str(folder), str(tmp_path / "z.tar")).members == 23
+    (folder / "a.tar").write_bytes((tmp_path / "x.tar").read_bytes())
+    with pytest.raises(DataError, match="holds both tars and images"):
+        pack(str(folder), str(tmp_path / "w.tar"))
+
+
 def test_sidecars_travel_with_their_images(tmp_path):
     with tarfile.open(tmp_path / "w.tar", "w") as tar:
         for name, data in [("a.png", encode(PIXELS[0])), ("a.cls", b"7"), ("b.exe", b"no")]:
