@@ -399,6 +399,7 @@ def test_many_archives_in_order(tmp_path):
     for paths in (
         str(tmp_path / "s-{00..02}.tar"),
         str(tmp_path / "s-*.tar"),
+        str(tmp_path / "s-*"),  # beside the archives are their indexes now
         tmp_path,
         [tmp_path / f"s-{i:02d}.tar" for i in range(3)],
     ):
@@ -409,6 +410,8 @@ def test_many_archives_in_order(tmp_path):
         assert source.count_classes() == {"a": 3, "b": 3}
     with pytest.raises(DataError, match=r"s-03\.tar"):
         expand(str(tmp_path / "s-{00..03}.tar"))
+    with pytest.raises(DataError, match="No file matches"):
+        expand(str(tmp_path / "*.jdlidx"))
     with pytest.raises(UserError, match="once each"):
         expand([str(tmp_path / "s-00.tar")] * 2)
     assert source[-1].name == expected[-1]
