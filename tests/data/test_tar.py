@@ -451,6 +451,12 @@ def test_labels(tmp_path):
     assert TarSource(path, label=re.compile(r"_(\d)")).labels([0, 1, 2]).tolist() == [0, 1, 0]
     by_function = TarSource(path, label=lambda name: None if "1_" in name else "all")
     assert by_function.labels([0, 1, 2]).tolist() == [-1, 0, 0]
+    for number in (int, np.int64):
+        by_number = TarSource(path, label=lambda name, number=number: number(name[-5]))
+        assert (by_number.classes, by_number.labels([0, 1, 2]).tolist()) == (("7", "8"), [0, 1, 0])
+    for wrong in (True, 1.5, b"x"):
+        with pytest.raises(UserError, match=r"`label` must be a function that gives.*1_7\.png"):
+            TarSource(path, label=lambda name, wrong=wrong: wrong)
     assert TarSource(path, label=None).labels([0, 1]).tolist() == [-1, -1]
     train = TarSource(path, split="train")
     assert (len(train), train.classes) == (2, ("x",))
