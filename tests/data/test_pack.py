@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from jdl.core.check import ArgumentError, DataError
-from jdl.data import TarSource, describe, standard_input
+from jdl.data import Holdout, TarSource, describe, standard_input
 from jdl.data.pack import header, pack, read_idx
 
 RNG = np.random.default_rng(0)
@@ -351,6 +351,29 @@ def test_standard_input(folder, tmp_path, pipe, compress):
     pipe(whole)
     done = pack("-", str(tmp_path / "b.tar"))
     assert digest(done.shards) == digest([path])
+
+
+def test_a_split_of_standard_input(folder, tmp_path, pipe):
+    path = pack(str(folder), str(tmp_path / "a.tar")).shards[0]
+    whole = Path(path).read_bytes()
+    options = {"size": (9, 7), "batch_size": 4, "grayscale": True, "classes": tuple("0123")}
+    for split in ("train", "train:0.3", Holdout("test", 0.3)):
+        pipe(whole)
+        data = standard_input(split=split, **options)
+        found = [row for b in data for row in b["image"][b["mask"] > 0][..., 0]]
+        source = TarSource(path, split=split)
+        assert len(found) == len(source)
+        for i, row in enumerate(found):
+            np.testing.assert_array_equal(row, pixels(source[i].data))
+    pipe(whole)
+    with pytest.raises(DataError, match=r"no images of the split 'val' among its 23.*'train'"):
+        list(standard_input(split="val", **options))
+    pipe(bytes(1024))
+    with pytest.raises(DataError, match="Standard input holds no images"):
+        list(standard_input(**options))
+    pipe(whole[:100])
+    with pytest.raises(DataError, match="is damaged"):
+        list(standard_input(**options))
 
 
 def test_standard_input_mistakes(tmp_path, pipe):
