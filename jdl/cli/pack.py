@@ -26,13 +26,13 @@ class Args:
     shard_megabytes: int = 1024
     """a shard's size, at most"""
     shard_images: int | None = None
-    """a shard's images, at most"""
+    """a shard's images, at most; what a WebDataset sample has stays together"""
     size: str | None = None
     """HEIGHT or HEIGHTxWIDTH to resize to; by default images are copied as they are"""
     on_error: Literal["raise", "skip"] = "raise"
     """what to do with an image that cannot be decoded, or with what a damaged archive lost"""
     overwrite: bool = False
-    """replace tars that are there"""
+    """replace tars that are there; further shards of an earlier run go"""
 
 
 def run(args: Args) -> None:

@@ -7,6 +7,7 @@ Examples:
 
 import json
 import math
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,19 +90,19 @@ def about(workdir: Path, root: Path) -> dict[str, Any]:
     steps, seconds = 0, 0.0
     optimizers: set[str] = set()
     for row in _rows(workdir / LOG):
-        steps = max(steps, int(row.pop("step", 0)))
-        seconds = max(seconds, float(row.pop("seconds", 0.0)))
+        step, second = row.pop("step", 0), row.pop("seconds", 0.0)
+        steps = max(steps, int(step) if _is_number(step) else 0)
+        seconds = max(seconds, float(second) if _is_number(second) else 0.0)
         split = str(row.pop("split", ""))
         split = SPLITS.get(split, split)
         if isinstance(row.get("optimizer"), str):
             optimizers.add(row["optimizer"])
         for name, value in row.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not _is_number(value):
                 continue
             full = name if split == "evaluate" else f"{split}_{name}"
             better = max if _rises(full) else min
-            if math.isfinite(value):
-                best[full] = better(best.get(full, value), value)
+            best[full] = better(best.get(full, value), value)
     settings = _settings(workdir / "config.toml")
     named = settings.get("optimizer")
     optimizer = named if isinstance(named, str) else " ".join(sorted(optimizers)) or None
@@ -122,10 +123,16 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line that is being written
+            except (ValueError, RecursionError):
+                continue  # a line that is being written, or another's
             if isinstance(row, dict):
                 yield row
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number that fits a float: others may have written the log."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from jdl.core import check
 
-Label: TypeAlias = str | int | re.Pattern[str] | Callable[[str], str | None] | None
+Name: TypeAlias = str | int | np.integer | None  # what a function may give
+Label: TypeAlias = str | int | re.Pattern[str] | Callable[[str], Name] | None
 
 NO_LABEL = -1
 
@@ -45,10 +46,10 @@ def by_folder(label: str | int) -> Callable[[str], str | None]:
     return of
 
 
-def by_name(label: re.Pattern[str] | Callable[[str], str | None]) -> Callable[[str], str | None]:
+def by_name(label: re.Pattern[str] | Callable[[str], Name]) -> Callable[[str], str | None]:
     """The function from a member's full name to its class."""
     if not isinstance(label, re.Pattern):
-        return label
+        return _by_function(label)
     pattern = label
     check.argument(
         pattern.groups <= 1, "label", "a regular expression of at most one group", pattern.pattern
@@ -57,6 +58,20 @@ def by_name(label: re.Pattern[str] | Callable[[str], str | None]) -> Callable[[s
     def of(name: str) -> str | None:
         match = pattern.search(name)
         return match[pattern.groups] if match else None
+
+    return of
+
+
+def _by_function(label: Callable[[str], Name]) -> Callable[[str], str | None]:
+    def of(name: str) -> str | None:
+        found: object = label(name)
+        if found is None or isinstance(found, str):
+            return found
+        ok = isinstance(found, int | np.integer) and not isinstance(found, bool)
+        check.argument(
+            ok, "label", f"a function that gives a name, a number or None; of {name!r} one", found
+        )
+        return str(found)
 
     return of
 

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jdl.core import check
+
 ROUNDS = 8
 _MIN_SIDE = 8  # over fewer numbers the network cannot reach all orders evenly
 _BLOCK = 8192
@@ -53,6 +55,7 @@ def permuted(positions: np.ndarray, n: int, key: int) -> np.ndarray:
     >>> sorted(permuted(np.arange(5), 5, key(0, 0)).tolist())
     [0, 1, 2, 3, 4]
     """
+    check.argument(n > 0 or not len(positions), "n", "at least 1 where there are positions", n)
     side = np.uint64(max(math.isqrt(max(n - 1, 0)) + 1, _MIN_SIDE))
     keys = mix(np.uint64(key) + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
     x = positions.astype(np.uint64)

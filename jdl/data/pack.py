@@ -5,6 +5,8 @@ them or when, and shards are cut by size alone. Each shard appears when it is wh
 an encoded image is copied as it is unless it is resized; arrays become PNGs.
 """
 
+import contextlib
+import glob
 import io
 import itertools
 import os
@@ -19,15 +21,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdl.core import check
-from jdl.data import images, inflate, tar_scan
+from jdl.data import images, inflate, tar_index, tar_scan
 from jdl.data.archive import STDIN, is_url, open_archive
-from jdl.data.paths import expand
+from jdl.data.labels import sidecar_key
+from jdl.data.paths import expand, tars_in
 from jdl.data.tar_stream import MemberStream
 
 SHARD_BYTES = 1 << 30
 _QUALITY = 95
 _IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 _MAX_IDX = 1 << 34
+_SIDECARS = ("cls", "json", "txt")
+_MAX_SAMPLE = 64  # members
 _PATTERN = re.compile(r"%0(\d+)d")
 
 Members = Iterator[tuple[str, bytes]]
@@ -67,11 +72,12 @@ def pack(
         images, an `.npz` of arrays, a tar, plain or compressed, an URL, a glob, or "-".
       out: the tars' path, with `%05d` where a shard's number goes; without it there is one tar.
       shard_bytes: a shard ends before it would be larger.
-      shard_images: or before it would hold more images.
+      shard_images: or before it would hold more images; what a WebDataset sample has beside its
+        image stays with it.
       size: (height, width) to resize to; JPEGs stay JPEGs, of quality 95, and others become PNGs.
       on_error: at an image that cannot be decoded (when resizing), or a damaged archive, `"raise"`
         an error or `"skip"` it.
-      overwrite: replace shards that are there.
+      overwrite: replace shards that are there; of more that an earlier run wrote, none is left.
       progress: called with the number of members so far.
 
     Raises:
@@ -89,25 +95,45 @@ def pack(
         skipped.append((name, why))
 
     members = read(source, skip)
-    first = next(members, None)
-    if first is None:
-        raise check.DataError(f"{source!r} holds no images.")
-    members = itertools.chain([first], members)
     if size is not None:
         members = _resized(members, size, skip)
-    shards: list[str] = []
-    total = written = 0
+    total = pictures = 0
     with _Shards(out, overwrite) as sink:
-        for name, data in members:
-            blocks = header(name, len(data)) + data + bytes(-len(data) % 512)
-            full = sink.bytes + len(blocks) + 1024 > shard_bytes and sink.members
-            if full or (shard_images is not None and sink.members >= shard_images):
+        for sample in _samples(members):
+            blocks = [header(n, len(data)) + data + bytes(-len(data) % 512) for n, data in sample]
+            count = sum(_is_image(name) for name, _ in sample)
+            full = sink.bytes + sum(map(len, blocks)) + 1024 > shard_bytes
+            full |= shard_images is not None and sink.images + count > shard_images
+            if full and sink.bytes:
                 sink.next_shard()
-            sink.write(blocks)
-            total += 1
-            progress(total)
-    shards, written = sink.shards, sink.total
-    return Packed(shards, total, written, skipped)
+            for block in blocks:
+                sink.write(block)
+                total += 1
+                progress(total)
+            sink.images += count
+            pictures += count
+        if not pictures:
+            raise check.DataError(_nothing(source, skipped))
+    return Packed(sink.shards, total, sink.total, skipped)
+
+
+def _nothing(source: str, skipped: list[tuple[str, str]]) -> str:
+    if not skipped:
+        return f"{source!r} holds no images."
+    name, why = skipped[0]
+    return f"{source!r}: none of the {len(skipped)} images could be used. The first: {name}: {why}."
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower().encode() in tar_scan.IMAGE_EXTENSIONS
+
+
+def _samples(members: Members) -> Iterator[list[tuple[str, bytes]]]:
+    """Members not to be parted: an image and what stands beside it under its key."""
+    for _, run in itertools.groupby(members, lambda member: sidecar_key(member[0])[0]):
+        while some := list(itertools.islice(run, _MAX_SAMPLE)):
+            whole = any(sidecar_key(name)[1] in _SIDECARS for name, _ in some)
+            yield from [some] if whole else ([member] for member in some)
 
 
 def header(name: str, size: int) -> bytes:
@@ -134,7 +160,7 @@ class _Shards:
         )
         self._numbered = bool(marks)
         self.shards: list[str] = []
-        self.bytes = self.members = self.total = 0
+        self.bytes = self.images = self.total = 0
         self._file: Any = None
 
     def __enter__(self) -> "_Shards":
@@ -145,7 +171,6 @@ class _Shards:
             self._open()
         self._file.write(blocks)
         self.bytes += len(blocks)
-        self.members += 1
 
     def _open(self) -> None:
         path = self._out % len(self.shards) if self._numbered else self._out
@@ -172,14 +197,28 @@ class _Shards:
         os.replace(self._file.name, self._path)
         self.shards.append(self._path)
         self.total += self.bytes + 1024
-        self._file, self.bytes, self.members = None, 0, 0
+        self._file, self.bytes, self.images = None, 0, 0
 
     def __exit__(self, kind: Any, *_: object) -> None:
         if kind is None:
             self._finish()
+            if self._numbered and self._overwrite:
+                self._remove_later()
         elif self._file is not None:
             self._file.close()
             os.unlink(self._file.name)
+
+    def _remove_later(self) -> None:
+        """Removes an earlier run's shards with higher numbers than this one's last."""
+        head, _, tail = _PATTERN.split(self._out)
+        for path in glob.glob(f"{glob.escape(head)}*{glob.escape(tail)}"):
+            number = path[len(head) : -len(tail)]
+            if not re.fullmatch("[0-9]+", number) or self._out % int(number) != path:
+                continue
+            if int(number) >= len(self.shards) and os.path.isfile(path):
+                os.unlink(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path + tar_index.SUFFIX)
 
 
 # ---------------------------------------------------------------------- sources
@@ -193,13 +232,19 @@ def read(source: str, skip: Callable[[str, str], None]) -> Members:
     elif path.is_dir():
         idx = sorted(p for p in path.iterdir() if p.is_file() and _is_idx(p))
         if idx:
-            for images_path in (p for p in idx if "images" in p.name or "idx3" in p.name):
-                yield from _from_idx(images_path)
-        elif inside := sorted(path.glob("*.tar*")):
-            for tar in (p for p in inside if not p.name.endswith(".jdlidx")):
-                yield from _from_tars(str(tar), skip)
+            yield from _from_idx_folder(idx)
+        elif tars := tars_in(path):
+            if pictures := next(_pictures(path), None):
+                raise check.DataError(
+                    f"The folder {source!r} holds both tars and images, such as {tars[0]!r} and "
+                    f"{str(pictures)!r}. Pack one kind at a time: from two folders, or the tars "
+                    f"by a pattern such as {str(path / '*.tar')!r}."
+                )
+            for tar in tars:
+                yield from _from_tars(tar, skip)
         else:
-            yield from _from_folder(path)
+            for picture in _pictures(path):
+                yield picture.relative_to(path).as_posix(), picture.read_bytes()
     elif source.endswith(".npz"):
         yield from _from_npz(path)
     elif _is_idx(path):
@@ -208,14 +253,13 @@ def read(source: str, skip: Callable[[str, str], None]) -> Members:
         yield from _from_tars(source, skip)
 
 
-def _from_folder(root: Path) -> Members:
+def _pictures(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         folders.sort()  # in place: how os.walk is told the order
         for file in sorted(files):
             path = Path(folder) / file
-            known = file.rpartition(".")[2].lower().encode() in tar_scan.IMAGE_EXTENSIONS
-            if known and not file.startswith("._") and path.is_file():
-                yield path.relative_to(root).as_posix(), path.read_bytes()
+            if _is_image(file) and not file.startswith("._") and path.is_file():
+                yield path
 
 
 def _from_tars(source: str, skip: Callable[[str, str], None]) -> Members:
@@ -228,7 +272,7 @@ def _from_tars(source: str, skip: Callable[[str, str], None]) -> Members:
             yield from _told(stream, known, path, skip)
             known = len(stream.damage)
             ending = member.name.rpartition(".")[2].lower()
-            if member.image or ending in ("cls", "json", "txt"):
+            if member.image or ending in _SIDECARS:
                 yield member.name, member.data
         yield from _told(stream, known, path, skip)
         archive.close()
@@ -283,15 +327,36 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=4 + 4 * axes).reshape(shape)
 
 
+def _from_idx_folder(files: list[Path]) -> Members:
+    """The images of all these IDX files, each file's in a folder of its own."""
+    once = [p for p in files if not (p.suffix == ".gz" and p.with_suffix("") in files)]
+    of: dict[str, Path] = {}
+    for path in (p for p in once if "images" in p.name or "idx3" in p.name):
+        other = of.setdefault(_idx_split(path), path)
+        if other is not path:
+            raise check.DataError(
+                f"{str(other)!r} and {str(path)!r} would both be packed as "
+                f"{_idx_split(path)!r}. Pack each from a folder of its own."
+            )
+    for path in of.values():
+        yield from _from_idx(path)
+
+
+def _idx_split(path: Path) -> str:
+    """The split that a file's name tells, else what tells the file from others."""
+    parts = re.split(r"[-_.]", path.name.lower())
+    split = next((p for p in parts if p in (*_SPLITS, "t10k")), "")
+    own = [p for p in parts if p not in ("images", "ubyte", "gz") and not p.startswith("idx")]
+    return {"t10k": "test"}.get(split, split) or "-".join(own) or "images"
+
+
 def _from_idx(path: Path) -> Members:
     """The images of one IDX file, labelled by the file of labels beside it."""
     pixels = read_idx(path)
     label_name = path.name.replace("images", "labels").replace("idx3", "idx1")
     beside = [p for p in _variants(path.with_name(label_name)) if p.exists() and p != path]
     labels = read_idx(beside[0]) if beside else None
-    split = re.split(r"[-_.]", path.name)[0]
-    split = {"t10k": "test"}.get(split, split)
-    yield from _from_arrays(pixels, labels, split, str(path))
+    yield from _from_arrays(pixels, labels, _idx_split(path), str(path))
 
 
 def _variants(path: Path) -> list[Path]:
@@ -299,6 +364,7 @@ def _variants(path: Path) -> list[Path]:
     return [path, other]
 
 
+_SPLITS = ("train", "test", "val", "valid")
 _IMAGE_KEYS = ("images", "image", "x", "data", "features")
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
@@ -313,7 +379,7 @@ def _from_npz(path: Path) -> Members:
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
         parts = name.lower().split("_")
-        split = next((p for p in parts if p in ("train", "test", "val", "valid")), "")
+        split = next((p for p in parts if p in _SPLITS), "")
         rest = "_".join(p for p in parts if p != split)
         for role, keys in (("images", _IMAGE_KEYS), ("labels", _LABEL_KEYS)):
             if rest in keys:
@@ -361,7 +427,7 @@ def _resized(members: Members, size: tuple[int, int], skip: Callable[[str, str],
     from PIL import Image
 
     for name, data in members:
-        if name.rpartition(".")[2].lower().encode() not in tar_scan.IMAGE_EXTENSIONS:
+        if not _is_image(name):
             yield name, data
             continue
         try:

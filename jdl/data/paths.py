@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 from jdl.core import check
-from jdl.data.archive import STDIN, is_url
+from jdl.data.archive import SEEK_SUFFIX, STDIN, is_url
+from jdl.data.tar_index import SUFFIX
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _MAX_FILES = 1_000_000
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_BESIDE = (SUFFIX, SEEK_SUFFIX)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 
@@ -25,7 +27,8 @@ def expand(paths: Paths) -> list[str]:
 
     A path that exists is taken as it is, whatever characters it has; URLs are not looked up; a
     folder means the `*.tar` in it, or the compressed ones if there is no plain one; `{0..3}` and
-    `{a,b}` are written out, keeping leading zeros; `*`, `?` and `[…]` match.
+    `{a,b}` are written out, keeping leading zeros; `*`, `?` and `[…]` match, but not the files that
+    jdl itself keeps beside archives.
 
     Raises:
       DataError: if a file does not exist, or a pattern matches none.
@@ -41,10 +44,7 @@ def expand(paths: Paths) -> list[str]:
 
 def _expand_one(path: str) -> list[str]:
     if os.path.isdir(path):
-        files = sorted(str(p) for p in Path(path).iterdir() if p.is_file())
-        inside = [p for p in files if p.endswith(".tar")] or [
-            p for p in files if p.endswith(_COMPRESSED)
-        ]
+        inside = tars_in(Path(path))
         if not inside:
             raise check.DataError(f"The folder {path!r} holds no *.tar file.")
         return inside
@@ -54,12 +54,21 @@ def _expand_one(path: str) -> list[str]:
         return braces(path)
     found: list[str] = []
     for one in braces(path):
-        matches = sorted(glob.glob(one)) if glob.has_magic(one) else [one]
+        matches = [one]
+        if glob.has_magic(one):
+            matches = sorted(m for m in glob.glob(one) if not m.endswith(_BESIDE))
         missing = [match for match in matches if not os.path.exists(match)]
         if missing or not matches:
             raise check.DataError(_missing(missing[0] if missing else one))
         found += matches
     return found
+
+
+def tars_in(folder: Path) -> list[str]:
+    """The plain tars in a folder, or the compressed ones if there is no plain one."""
+    files = sorted(str(p) for p in folder.iterdir() if p.is_file())
+    plain = [p for p in files if p.endswith(".tar")]
+    return plain or [p for p in files if p.endswith(_COMPRESSED)]
 
 
 def braces(pattern: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from jdl.data import labels as lb
 from jdl.data.archive import STDIN, open_archive
 from jdl.data.augment import Augmentation
 from jdl.data.batches import Loaded, Plan
+from jdl.data.holdout import Holdout
 from jdl.data.image_batches import ImageBatches
 from jdl.data.order import Order
 from jdl.data.tar_stream import Member, MemberStream
@@ -29,7 +30,7 @@ def standard_input(
     batch_size: int,
     label: lb.Label = "folder",
     classes: Sequence[str] | None = None,
-    split: str | None = None,
+    split: str | Holdout | None = None,
     grayscale: bool = False,
     on_error: str = "raise",
     max_skipped: float = 0.1,
@@ -46,7 +47,8 @@ def standard_input(
       batch_size: rows in every batch.
       label: as in `from_tar`; what stands beside an image cannot be read here.
       classes: the class table; needed where there are labels.
-      split: only members whose path begins with this folder.
+      split: only members whose path begins with this folder, or one side of a split by hash, as in
+        `from_tar`; where nothing is of it, that is an error at the end.
       grayscale: one channel rather than three.
       on_error: at an image that cannot be decoded or damage to the archive, `"raise"` or `"skip"`.
       max_skipped: the share of the records so far that may be skipped.
@@ -90,8 +92,10 @@ class _Piped:
     archives = (STDIN,)
     indexes = ()
 
-    def __init__(self, label: lb.Label, split: str | None, classes: tuple[str, ...]):
+    def __init__(self, label: lb.Label, split: str | Holdout | None, classes: tuple[str, ...]):
         self.classes, self._label, self._split = classes, label, split
+        holdout = Holdout.parse(split) if isinstance(split, str) else split
+        self._holds = None if holdout is None else holdout.checked().chooser()
         self._names: dict[int, str] = {}
         self._of = None
         if label is not None:
@@ -102,10 +106,34 @@ class _Piped:
     def __len__(self) -> int:
         return _MANY
 
-    def chosen(self, member: Member) -> bool:
-        """Whether it is an image of the split."""
-        parts = lb.folder_parts(member.name.rpartition("/")[0])
-        return member.image and (self._split is None or parts[:1] == [self._split])
+    def chosen(self, members: Iterable[Member]) -> Iterator[Member]:
+        """The images of the split.
+
+        Raises:
+          DataError: at the end, if there was none.
+        """
+        folders: set[str] = set()
+        images = found = 0
+        for member in members:
+            if not member.image:
+                continue
+            images += 1
+            first = (lb.folder_parts(member.name.rpartition("/")[0]) or [""])[0]
+            if len(folders) < 10:
+                folders.add(first)
+            if self._split is None or (
+                first == self._split if self._holds is None else self._holds(member.name)
+            ):
+                found += 1
+                yield member
+        if not images:
+            raise check.DataError("Standard input holds no images.")
+        if not found:
+            there = ", ".join(repr(name) for name in sorted(folders) if name) or "no folder"
+            raise check.DataError(
+                f"Standard input has no images of the split {self._split!r} among its {images}. "
+                f"Paths begin with: {there}."
+            )
 
     def note(self, record: int, name: str) -> None:
         """Keeps a name for as long as its batch is being made."""
@@ -163,16 +191,16 @@ class PipedBatches(ImageBatches):
         """The batches from a position on; what is before is read over."""
         del epoch
         stream = MemberStream(open_archive(STDIN))
-        members = (member for member in stream if self.source.chosen(member))
-        coming = itertools.islice(enumerate(members), record, None)
+        coming = itertools.islice(enumerate(self.source.chosen(stream)), record, None)
         rows = self.plan.batch_size
 
         def read(number: int) -> Any:
             del number
+            some: Any
             try:
                 some = list(itertools.islice(coming, rows))
             except Exception as error:
-                return error
+                some = error
             lost = [damage for damage in stream.damage if damage.lost]
             if lost and not self._skip:
                 return check.DataError(

@@ -199,7 +199,14 @@ def _order(
         )
         entries = [paths] if isinstance(paths, str | os.PathLike) else paths
         ends = np.cumsum([len(expand(entry)) for entry in entries])
-        return Mixture(np.add.reduceat(source.counts, [0, *ends[:-1]]).tolist(), weights, seed=seed)
+        counts = np.add.reduceat(source.counts, [0, *ends[:-1]]).tolist()
+        for entry, count in zip(entries, counts, strict=True):
+            if not count:
+                raise check.DataError(
+                    f"{os.fspath(entry)!r} has no images of the split asked for, so none can be "
+                    "drawn from it. Leave it out of `paths` and `weights`, or choose another split."
+                )
+        return Mixture(counts, weights, seed=seed)
     if in_order or (window is not None and shuffle):
         width = (window or WINDOW) if shuffle else 1
         return WindowOrder(source.counts, window=width, seed=seed)

@@ -9,6 +9,7 @@ W records are in memory, however large the archives; a record moves forward at w
 more than W places, so shuffling is not global: rewrite with `jdl pack` for that.
 """
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -181,11 +182,17 @@ class InOrder:
         self.start_prefetch()
         return found
 
+    # Kept here: when the interpreter ends, a module's own names may be gone before its objects.
+    _interpreter_ends = staticmethod(sys.is_finalizing)
+
     def close(self) -> None:
         """Ends the threads, and waits for them, but not for the one that this may be called in.
 
-        What nobody holds any more is closed in whichever thread the garbage is collected.
+        What nobody holds any more is closed in whichever thread the garbage is collected. When the
+        interpreter ends, the threads have ended already.
         """
+        if self._interpreter_ends():
+            return
         wait = not threading.current_thread().name.startswith((_READ, _DECODE))
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._reader.shutdown(wait=wait, cancel_futures=True)

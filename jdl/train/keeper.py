@@ -10,6 +10,7 @@ import jax
 
 from jdl.core import check, tree
 from jdl.core.types import PyTree
+from jdl.train import checkpoint
 from jdl.train.checkpoint import Checkpoints, Restored
 from jdl.train.lock import RunLock
 from jdl.train.step import TrainState
@@ -85,7 +86,7 @@ class Keeper:
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
-        return None if self.workdir is None else self._checkpoints().latest_step()
+        return self._checkpoints().latest_step() if self._begun() else None
 
     def save(self, state: TrainState, meta: dict[str, Any], *, wait: bool) -> None:
         """Saves the state after this step.
@@ -109,7 +110,8 @@ class Keeper:
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
-        self._checkpoints().wait()
+        if self._begun():
+            self._checkpoints().wait()
 
     def save_if_best(
         self, state: TrainState, meta: dict[str, Any], values: Mapping[str, float]
@@ -140,9 +142,22 @@ class Keeper:
         """
         if self.workdir is None or (best and not (self.workdir / "best").exists()):
             return None
-        found = self._checkpoints("best" if best else "checkpoints").restore(expected, shardings)
+        found = None
+        if best or self._begun():
+            name = "best" if best else "checkpoints"
+            found = self._checkpoints(name).restore(expected, shardings)
         self._rewind_to = 0 if found is None else int(found.state.step)
         return found
+
+    def _begun(self) -> bool:
+        """Whether to look for checkpoints by orbax, which makes a folder where there is none.
+
+        Where several processes train all do: orbax has each wait for the others.
+        """
+        if self.workdir is None:
+            return False
+        several = jax.process_count() > 1
+        return several or "checkpoints" in self._opened or checkpoint.begun(self.workdir)
 
     def _checkpoints(self, name: str = "checkpoints") -> Checkpoints:
         if name not in self._opened:

@@ -39,6 +39,13 @@ def test_runs_are_listed_with_their_best(tmp_path, capsys):
     assert "0.9" in capsys.readouterr().out
     assert cli.main(["runs", str(tmp_path), "--sort", "acuracy"]) == 2
     assert "test_accuracy" in capsys.readouterr().err
+    rows = ['{"step": null, "seconds": "12s", "split": "test", "loss": 0.5}', "1" * 5000]
+    rows += ['{"step": 7, "seconds": Infinity, "loss": 1%s}' % ("0" * 400), '{"step": [1]}', "3"]
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "metrics.jsonl").write_text("\n".join(rows))
+    found = runs.about(tmp_path / "another", tmp_path)
+    assert (found["steps"], found["seconds"], found["best"]) == (7, 0.0, {"test_loss": 0.5})
+    assert cli.main(["runs", str(tmp_path)]) == 0
     (tmp_path / "none").mkdir()
     assert cli.main(["runs", str(tmp_path / "none")]) == 2
 

@@ -191,6 +191,9 @@ def test_mixing_archives(tmp_path):
             from_tar([a, str(tmp_path / "b-*.tar")], weights=weights, **options)
     with pytest.raises(ArgumentError, match="shuffle"):
         from_tar([a, b[0]], weights=[1, 1], batch_size=2, shuffle=False)
+    other = write_tar(tmp_path / "other.tar", [("elsewhere/1/1.png", png(1))])
+    with pytest.raises(DataError, match=r"other\.tar.* no images of the split"):
+        from_tar([a, other], split="a", weights=[1, 1], batch_size=2)
     with pytest.raises(ArgumentError, match="workers"):
         from_tar(a, window=4, workers=1, **options)
 

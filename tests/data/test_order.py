@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jdl.core.check import ArgumentError
 from jdl.data.order import Order, key, permuted
 
 
@@ -56,3 +57,9 @@ def test_every_record_is_everywhere_equally_often(n):
 def test_without_shuffling():
     order = Order(10, shuffle=False, seed=3)
     assert order.records(5, 2, 20).tolist() == list(range(2, 10))
+
+
+def test_there_is_no_place_among_none():
+    with pytest.raises(ArgumentError, match="`n` must be at least 1"):
+        permuted(np.arange(3), 0, 1)
+    assert permuted(np.arange(0), 0, 1).tolist() == []

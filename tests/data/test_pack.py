@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from jdl.core.check import ArgumentError, DataError
-from jdl.data import TarSource, describe, standard_input
+from jdl.data import Holdout, TarSource, describe, standard_input
 from jdl.data.pack import header, pack, read_idx
 
 RNG = np.random.default_rng(0)
@@ -110,6 +111,28 @@ def test_idx_files(tmp_path, ending):
         read_idx(root / "bad-idx3-ubyte")
 
 
+def test_idx_files_of_any_name_are_packed_once_each_apart(tmp_path):
+    root = tmp_path / "idx"
+    root.mkdir()
+    for kind, n in [("train", 7), ("test", 5)]:
+        images = root / f"emnist-letters-{kind}-images-idx3-ubyte"
+        images.write_bytes(idx(PIXELS[:n]))
+        Path(f"{images}.gz").write_bytes(gzip.compress(idx(PIXELS[:n])))
+        labels = root / f"emnist-letters-{kind}-labels-idx1-ubyte.gz"
+        labels.write_bytes(gzip.compress(idx(LABELS[:n])))
+    (root / "more.a-images-idx3-ubyte").write_bytes(idx(PIXELS[:2]))
+    (root / "more.b-images-idx3-ubyte").write_bytes(idx(PIXELS[:3]))
+    pack(str(root), str(tmp_path / "a.tar"))
+    names = [name for name, _ in members(tmp_path / "a.tar")]
+    assert len(names) == len(set(names)) == 17
+    counts = {"train": 7, "test": 5, "more-a": 2, "more-b": 3}
+    assert Counter(name.split("/")[0] for name in names) == counts
+    assert "train/3/00003.png" in names
+    (root / "emnist-digits-train-images-idx3-ubyte").write_bytes(idx(PIXELS))
+    with pytest.raises(DataError, match="would both be packed as 'train'"):
+        pack(str(root), str(tmp_path / "b.tar"))
+
+
 def test_npz(tmp_path):
     path = tmp_path / "a.npz"
     colors = RNG.integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
@@ -148,6 +171,43 @@ def test_another_tar(folder, tmp_path):
     assert (done.members, len(done.skipped)) == (22, 1)
 
 
+def test_overwriting_leaves_no_further_shards(folder, tmp_path):
+    out = str(tmp_path / "a-%03d.tar")
+    before = pack(str(folder), out, shard_images=5).shards
+    assert len(before) == 5
+    TarSource(before)
+    kept = {"a-4.tar", "a-0004.tar", "a-004.tar.gz", "a-00x.tar", "b-004.tar", "photos"}
+    for name in kept - {"photos"}:
+        (tmp_path / name).write_bytes(b"another's")
+    with pytest.raises(DataError, match="is there already"):
+        pack(str(folder), out, shard_images=10)
+    assert len(list(tmp_path.glob("a-???.tar.jdlidx"))) == 5
+    done = pack(str(folder), out, shard_images=10, overwrite=True)
+    there = {p.name for p in tmp_path.iterdir()} - kept
+    now = {os.path.basename(shard) for shard in done.shards}
+    assert there == now | {f"{name}.jdlidx" for name in now}
+    assert len(TarSource(tmp_path / "a-00[0-9].tar")) == 23
+
+
+def test_a_folder_of_tars(folder, tmp_path):
+    root = tmp_path / "tars"
+    root.mkdir()
+    pack(str(folder), str(root / "a-%01d.tar"), shard_images=12)
+    TarSource(root)
+    for name in ("a-0.tar.sha256", "a-0.tar.123.tmp", "b.tar.jdlseek", "c.tar.txt"):
+        (root / name).write_bytes(b"no tar")
+    assert pack(str(root), str(tmp_path / "x.tar")).members == 23
+    for tar in root.glob("a-?.tar"):
+        tar.with_suffix(".tgz").write_bytes(gzip.compress(tar.read_bytes()))
+        tar.unlink()
+    assert pack(str(root), str(tmp_path / "y.tar")).members == 23
+    (folder / "notes.tar.sha256").write_text("no tar")
+    assert pack(str(folder), str(tmp_path / "z.tar")).members == 23
+    (folder / "a.tar").write_bytes((tmp_path / "x.tar").read_bytes())
+    with pytest.raises(DataError, match="holds both tars and images"):
+        pack(str(folder), str(tmp_path / "w.tar"))
+
+
 def test_sidecars_travel_with_their_images(tmp_path):
     with tarfile.open(tmp_path / "w.tar", "w") as tar:
         for name, data in [("a.png", encode(PIXELS[0])), ("a.cls", b"7"), ("b.exe", b"no")]:
@@ -157,6 +217,39 @@ def test_sidecars_travel_with_their_images(tmp_path):
     pack(str(tmp_path / "w.tar"), str(tmp_path / "x.tar"))
     assert [name for name, _ in members(tmp_path / "x.tar")] == ["a.png", "a.cls"]
     assert TarSource(tmp_path / "x.tar", label="cls").classes == ("7",)
+
+
+def webdataset(path, samples, image):
+    with tarfile.open(path, "w") as tar:
+        for i in range(samples):
+            for ending, data in [("cls", b"%d" % i), ("png", image), ("json", b"{}")]:
+                info = tarfile.TarInfo(f"a/{i:02d}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_samples_are_not_torn_apart(tmp_path):
+    path = webdataset(tmp_path / "w.tar", 7, encode(PIXELS[0]))
+    done = pack(path, str(tmp_path / "x-%02d.tar"), shard_images=3)
+    assert [len(members(shard)) for shard in done.shards] == [9, 9, 3]
+    assert done.members == 21
+    done = pack(path, str(tmp_path / "y-%02d.tar"), shard_bytes=5 * 1024 + 512)
+    assert [len(members(shard)) for shard in done.shards] == [3] * 7
+    assert TarSource(done.shards, label="cls").classes == tuple("0123456")
+    names = tmp_path / "names"
+    names.mkdir()
+    for i in range(5):
+        (names / f"one.{i}.png").write_bytes(encode(PIXELS[i]))
+    done = pack(str(names), str(tmp_path / "z-%02d.tar"), shard_images=2)
+    assert [len(members(shard)) for shard in done.shards] == [2, 2, 1]
+
+
+def test_nothing_that_could_be_used(tmp_path):
+    path = webdataset(tmp_path / "w.tar", 2, b"junk")
+    with pytest.raises(DataError, match=r"none of the 2 images could be used.*a/00\.png"):
+        pack(path, str(tmp_path / "x.tar"), size=(4, 4), on_error="skip")
+    assert [p.name for p in tmp_path.iterdir()] == ["w.tar"]
 
 
 def test_resizing(folder, tmp_path):
@@ -258,6 +351,29 @@ def test_standard_input(folder, tmp_path, pipe, compress):
     pipe(whole)
     done = pack("-", str(tmp_path / "b.tar"))
     assert digest(done.shards) == digest([path])
+
+
+def test_a_split_of_standard_input(folder, tmp_path, pipe):
+    path = pack(str(folder), str(tmp_path / "a.tar")).shards[0]
+    whole = Path(path).read_bytes()
+    options = {"size": (9, 7), "batch_size": 4, "grayscale": True, "classes": tuple("0123")}
+    for split in ("train", "train:0.3", Holdout("test", 0.3)):
+        pipe(whole)
+        data = standard_input(split=split, **options)
+        found = [row for b in data for row in b["image"][b["mask"] > 0][..., 0]]
+        source = TarSource(path, split=split)
+        assert len(found) == len(source)
+        for i, row in enumerate(found):
+            np.testing.assert_array_equal(row, pixels(source[i].data))
+    pipe(whole)
+    with pytest.raises(DataError, match=r"no images of the split 'val' among its 23.*'train'"):
+        list(standard_input(split="val", **options))
+    pipe(bytes(1024))
+    with pytest.raises(DataError, match="Standard input holds no images"):
+        list(standard_input(**options))
+    pipe(whole[:100])
+    with pytest.raises(DataError, match="is damaged"):
+        list(standard_input(**options))
 
 
 def test_standard_input_mistakes(tmp_path, pipe):

@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -189,6 +190,23 @@ def test_what_is_forgotten_may_be_closed_in_its_own_thread(where):
     (waiting,) = batches._waiting
     waiting.result(timeout=10)
     assert closed == [where]
+
+
+def test_what_the_interpreters_end_closes_is_silent():
+    program = """
+import concurrent.futures.thread
+from jdl.data.window import InOrder
+
+class Holder:
+    batches = InOrder(lambda i: i, lambda i, read: read, 1000, 2, 8)
+    def __del__(self):
+        self.batches.close()
+
+next(Holder.batches)
+concurrent.futures.thread.held = Holder()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_going_on_from_any_position(plain, compressed):

@@ -399,6 +399,7 @@ def test_many_archives_in_order(tmp_path):
     for paths in (
         str(tmp_path / "s-{00..02}.tar"),
         str(tmp_path / "s-*.tar"),
+        str(tmp_path / "s-*"),  # beside the archives are their indexes now
         tmp_path,
         [tmp_path / f"s-{i:02d}.tar" for i in range(3)],
     ):
@@ -409,6 +410,8 @@ def test_many_archives_in_order(tmp_path):
         assert source.count_classes() == {"a": 3, "b": 3}
     with pytest.raises(DataError, match=r"s-03\.tar"):
         expand(str(tmp_path / "s-{00..03}.tar"))
+    with pytest.raises(DataError, match="No file matches"):
+        expand(str(tmp_path / "*.jdlidx"))
     with pytest.raises(UserError, match="once each"):
         expand([str(tmp_path / "s-00.tar")] * 2)
     assert source[-1].name == expected[-1]
@@ -448,6 +451,12 @@ def test_labels(tmp_path):
     assert TarSource(path, label=re.compile(r"_(\d)")).labels([0, 1, 2]).tolist() == [0, 1, 0]
     by_function = TarSource(path, label=lambda name: None if "1_" in name else "all")
     assert by_function.labels([0, 1, 2]).tolist() == [-1, 0, 0]
+    for number in (int, np.int64):
+        by_number = TarSource(path, label=lambda name, number=number: number(name[-5]))
+        assert (by_number.classes, by_number.labels([0, 1, 2]).tolist()) == (("7", "8"), [0, 1, 0])
+    for wrong in (True, 1.5, b"x"):
+        with pytest.raises(UserError, match=r"`label` must be a function that gives.*1_7\.png"):
+            TarSource(path, label=lambda name, wrong=wrong: wrong)
     assert TarSource(path, label=None).labels([0, 1]).tolist() == [-1, -1]
     train = TarSource(path, split="train")
     assert (len(train), train.classes) == (2, ("x",))

@@ -62,6 +62,12 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
         make("adam", width=9, workdir=tmp_path).train(data(), steps=2)
 
 
+def test_looking_for_a_checkpoint_leaves_nothing(tmp_path):
+    with pytest.raises(check.UserError, match="holds no checkpoint: train first"):
+        make("adam", workdir=tmp_path).evaluate(data())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     make("sgd", workdir=tmp_path).train(data(), steps=4)
     estimator = make(optax.sgd(np.nan), workdir=tmp_path / "other", log_every=1)
