@@ -94,6 +94,7 @@ def pack(
             raise check.DataError(f'{name}: {why}. To leave such out, pass on_error="skip".')
         skipped.append((name, why))
 
+    _check_apart(source, out)
     members = read(source, skip)
     if size is not None:
         members = _resized(members, size, skip)
@@ -115,6 +116,22 @@ def pack(
         if not pictures:
             raise check.DataError(_nothing(source, skipped))
     return Packed(sink.shards, total, sink.total, skipped)
+
+
+def _check_apart(source: str, out: str) -> None:
+    """Raises where a shard would replace a tar that is to be read."""
+    if source == STDIN or is_url(source):
+        return
+    folder = Path(source)
+    shard = _PATTERN.sub("[0-9]+", re.escape(os.path.abspath(out)))
+    for path in tars_in(folder) if folder.is_dir() else expand(source):
+        check.argument(
+            not re.fullmatch(shard, os.path.abspath(path)),
+            "OUT",
+            "apart from the tars that are packed",
+            out,
+            f"It would replace {path!r}.",
+        )
 
 
 def _nothing(source: str, skipped: list[tuple[str, str]]) -> str:

@@ -384,3 +384,13 @@ def test_standard_input_mistakes(tmp_path, pipe):
         data.repeat()
     with pytest.raises(DataError, match="is not known"):
         len(str(data.num_records))
+
+
+def test_shards_that_would_replace_their_source_are_refused(tmp_path):
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    pack(str(tmp_path), str(tmp_path / "s" / "x-%05d.tar"))
+    before = (tmp_path / "s" / "x-00000.tar").read_bytes()
+    for source in ("s", "s/x-00000.tar", "s/x-*.tar"):
+        with pytest.raises(ArgumentError, match="apart from the tars that are packed"):
+            pack(str(tmp_path / source), str(tmp_path / "s" / "x-%05d.tar"), overwrite=True)
+    assert (tmp_path / "s" / "x-00000.tar").read_bytes() == before
