@@ -108,8 +108,9 @@ def _raveled(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     return flat, back
 
 
-def _to_floats(x: jax.Array) -> jax.Array:
-    """An array of any type as floats that lose nothing: integers by their halves."""
+def _to_floats(x: Any) -> jax.Array:
+    """Numbers of any type as floats that lose nothing: integers by their halves."""
+    x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -120,7 +121,8 @@ def _to_floats(x: jax.Array) -> jax.Array:
     return jnp.stack([x >> 16, x & 0xFFFF]).astype(jnp.float32)
 
 
-def _from_floats(like: Any, x: jax.Array) -> jax.Array:
+def _from_floats(like: Any, x: Any) -> jax.Array:
+    x = jnp.asarray(x)
     if jnp.issubdtype(like.dtype, jnp.inexact):
         return x
     if x.dtype == jnp.float64:
@@ -128,5 +130,6 @@ def _from_floats(like: Any, x: jax.Array) -> jax.Array:
     halves = x.astype(jnp.uint32)
     bits = (halves[0] << 16) | halves[1]
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(like))
+        impl = jax.random.key_impl(jnp.empty((), like.dtype))
+        return jax.random.wrap_key_data(bits, impl=impl)
     return bits.astype(like.dtype)

@@ -48,6 +48,52 @@ def test_each_solver_converges_and_stops_at_nan_and_after_its_iterations(name):
     assert "not finite" in solver.message(state)
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.lbfgs(),
+        optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15)),
+    ],
+    ids=["lbfgs", "backtracking"],
+)
+def test_optax_s_line_searches(optimizer):
+    own = lambda x: (bowl(x), jax.grad(bowl)(x))  # noqa: E731
+    objective = jdl.Objective.from_fns(
+        lambda x, batch: bowl(x) * batch["one"],
+        lambda outputs, batch: outputs,
+        {"one": jnp.ones(1)},
+    )
+    for fun, given in ((bowl, False), (own, True), (objective, False)):
+        solver = solvers.OptaxSolver(fun, optimizer, value_and_grad=given, tol=1e-3)
+        params, state = solver.run(jnp.zeros(2))
+        assert int(state.status) == Status.CONVERGED
+        np.testing.assert_allclose(params, 1.0, atol=1e-3)
+
+
+def test_an_optimizer_that_waits_is_not_stuck():
+    late = optax.join_schedules([optax.constant_schedule(r) for r in (0.0, 0.04)], [20])
+    gathers = optax.MultiSteps(optax.sgd(0.04), 20).gradient_transformation()
+    for optimizer in (gathers, optax.sgd(late)):
+        state = solvers.OptaxSolver(bowl, optimizer, maxiter=3000).run(jnp.zeros(2)).state
+        assert int(state.status) == Status.CONVERGED
+    state = solvers.OptaxSolver(bowl, optax.sgd(0.0)).run(jnp.zeros(2)).state
+    assert int(state.status) == Status.NO_PROGRESS
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_aux_and_optimizer_states_of_any_type(jit):
+    key = jax.random.key(5, impl="rbg")
+    aux = {"n": 3, "x": 0.5, "yes": True, "key": key, "small": jnp.int8(-3), "y": np.ones(2)}
+    solver = solvers.LBFGS(lambda x: (bowl(x), aux), has_aux=True, jit=jit)
+    found = solver.run(jnp.zeros(2)).state.aux
+    assert (int(found["n"]), float(found["x"]), bool(found["yes"])) == (3, 0.5, True)
+    assert int(found["small"]) == -3
+    assert bool(found["key"] == key)
+    noisy = optax.noisy_sgd(0.04, eta=1e-6, key=key)
+    solver = solvers.OptaxSolver(bowl, noisy, implicit_diff=True, tol=1e-2, jit=jit)
+    assert int(solver.run(jnp.zeros(2)).state.status) == Status.CONVERGED
+
+
 def test_too_few_iterations_are_told():
     solver = solvers.LBFGS(rosenbrock, maxiter=3)
     state = solver.run(jnp.array([-1.2, 1.0])).state
