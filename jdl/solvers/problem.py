@@ -107,7 +107,7 @@ def make(
     if value_and_grad is False:
 
         @ignoring_keywords
-        def value(params: Params) -> jax.Array:
+        def value(params: Params) -> Any:
             return split(fun(params, *args, **kwargs))[0]
 
         def evaluate(params: Params) -> tuple[jax.Array, Params, Any]:
@@ -124,7 +124,7 @@ def make(
         return (split(out)[0], grad, split(out)[1])
 
     @ignoring_keywords
-    def own_value(params: Params) -> jax.Array:
+    def own_value(params: Params) -> Any:
         if value_and_grad is True:
             return own_evaluate(params)[0]
         return split(fun(params, *args, **kwargs))[0]
