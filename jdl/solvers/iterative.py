@@ -236,6 +236,8 @@ class Iterative:
         asked = self._asked(fun, params, args, kwargs)
         problem.check_problem(asked, params, type(self).__name__)
         self._check(asked, params)
+        if asked.bounds is not None:
+            params = box.project(params, asked.bounds)
         return self._start(asked, params, None)
 
     def _start(self, asked: Problem, params: Params, memory: Any) -> SolverState:
@@ -277,6 +279,10 @@ class Iterative:
         fresh: bool | None = None,
     ) -> OptStep:
         asked = self._asked(fun, params, args, kwargs)
+        if asked.bounds is not None:
+            given, params = params, box.project(params, asked.bounds)
+            again = lambda: reevaluated(asked, params, state)  # noqa: E731
+            state = jax.lax.cond(_differ(given, params), again, lambda: state)
         if fresh or (fresh is None and self.stochastic):
             state = reevaluated(asked, params, state)
         step = self._advance(asked, params, state)

@@ -20,6 +20,9 @@ def rosenbrock(x):
     return 100.0 * jnp.square(x[1] - jnp.square(x[0])) + jnp.square(1.0 - x[0])
 
 
+OBJECTIVE = jdl.Objective.from_fns(
+    lambda x, batch: bowl(x) * batch["one"], lambda outputs, _: outputs, {"one": jnp.ones(1)}
+)
 SOLVERS = {
     "LBFGS": solvers.LBFGS,
     "NonlinearCG": solvers.NonlinearCG,
@@ -58,12 +61,7 @@ def test_each_solver_converges_and_stops_at_nan_and_after_its_iterations(name):
 )
 def test_optax_s_line_searches(optimizer):
     own = lambda x: (bowl(x), jax.grad(bowl)(x))  # noqa: E731
-    objective = jdl.Objective.from_fns(
-        lambda x, batch: bowl(x) * batch["one"],
-        lambda outputs, batch: outputs,
-        {"one": jnp.ones(1)},
-    )
-    for fun, given in ((bowl, False), (own, True), (objective, False)):
+    for fun, given in ((bowl, False), (own, True), (OBJECTIVE, False)):
         solver = solvers.OptaxSolver(fun, optimizer, value_and_grad=given, tol=1e-3)
         params, state = solver.run(jnp.zeros(2))
         assert int(state.status) == Status.CONVERGED
@@ -182,6 +180,18 @@ def test_shapes_that_change_between_iterations_are_refused():
         (lambda: solvers.HessianFree(bowl, curvature="gauss_newton"), "Objective"),
         (lambda: solvers.LBFGSB(bowl).run(jnp.zeros(2), 3.0), "bounds"),
         (lambda: solvers.LBFGS(bowl, bounds=(0.0, jnp.ones(3))).run(jnp.zeros(2)), "shape"),
+        (lambda: solvers.LBFGS(bowl, bounds=(1.0, jnp.array([2.0, 0.5]))), "at most the upper"),
+        (lambda: solvers.LBFGS(bowl, bounds=(0.0, jnp.nan)), "at most the upper"),
+        (lambda: solvers.LBFGSB(bowl).run(jnp.zeros(2), (1.0, 0.0)), "at most the upper"),
+        (lambda: jdl.minimize(bowl, jnp.zeros(2), bounds=(1.0, 0.0)), "at most the upper"),
+        (lambda: jdl.minimize(OBJECTIVE, jnp.zeros(2), method="gauss_newton"), "hessian_free"),
+        (lambda: jdl.minimize(OBJECTIVE, jnp.zeros(2), method="levenberg_marquardt"), "residuals"),
+        (
+            lambda: solvers.HessianFree(
+                jax.value_and_grad(bowl), value_and_grad=True, preconditioner="diagonal"
+            ),
+            "preconditioner",
+        ),
         (lambda: jdl.minimize(bowl, jnp.zeros(2), method="lbgfs"), "lbfgs"),
     ],
 )
@@ -259,6 +269,33 @@ def test_minimize_by_every_method():
         np.testing.assert_allclose(result.params, 1.0, atol=1e-3)
     result = jdl.minimize(rosenbrock, start, method=optax.adam(0.05), maxiter=3000, tol=1e-3)
     np.testing.assert_allclose(result.params, 1.0, atol=1e-2)
+
+
+def test_the_check_takes_residuals_by_half_their_square():
+    residuals = lambda x: {"a": jnp.stack([x[1] - x[0] ** 2, 1.0 - x[0]]), "b": x}  # noqa: E731
+    for method in ("gauss_newton", "levenberg_marquardt"):
+        result = jdl.minimize(residuals, jnp.ones(2), method=method, check_gradient=True)
+        assert result.success
+
+    @jax.custom_vjp
+    def wrong(x):
+        return x - 1.0
+
+    wrong.defvjp(lambda x: (x - 1.0, None), lambda _, g: (3.0 * g,))
+    with pytest.raises(ArgumentError, match="gradient"):
+        jdl.minimize(wrong, jnp.zeros(2), method="gauss_newton", check_gradient=True)
+
+
+def test_an_update_from_outside_the_box_starts_from_its_edge():
+    solver = solvers.LBFGS(bowl, bounds=(2.0, 3.0))
+    start = jnp.array([-5.0, 2.5])
+    params, state = start, solver.init_state(start)
+    assert float(state.value) == float(bowl(jnp.array([2.0, 2.5])))
+    for _ in range(10):
+        params, state = solver.update(params, state)
+        assert bool(jnp.all((params >= 2.0) & (params <= 3.0)))
+    np.testing.assert_array_equal(params, 2.0)
+    np.testing.assert_array_equal(solver.update(start, state).params, 2.0)
 
 
 def test_minimize_is_for_concrete_arrays():
