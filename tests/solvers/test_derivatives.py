@@ -127,6 +127,16 @@ def test_the_triangular_factor_has_the_matrix_s_singular_values():
         np.testing.assert_allclose(factor.T @ factor, matrix.T @ matrix, atol=1e-5)
 
 
+def test_the_triangular_factor_of_badly_scaled_columns():
+    rng = np.random.default_rng(0)
+    matrix = (rng.normal(size=(20000, 4)) * [1e-15, 1.0, 1e8, 0.0]).astype(np.float32)
+    factor = np.asarray(_triangular_factor(jnp.asarray(matrix.T)), np.float64)
+    lengths = np.linalg.norm(matrix.astype(np.float64), axis=0)
+    np.testing.assert_allclose(np.linalg.norm(factor, axis=0), lengths, rtol=1e-5)
+    scaled, found = (a[:, :3] / lengths[:3] for a in (matrix.astype(np.float64), factor))
+    np.testing.assert_allclose(found.T @ found, scaled.T @ scaled, atol=1e-5)
+
+
 def test_tall_least_squares_goes_by_the_reduced_jacobian():
     rng = np.random.default_rng(1)
     t = jnp.linspace(0.0, 4.0, 12000)
