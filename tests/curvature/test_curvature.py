@@ -209,6 +209,21 @@ def test_a_small_memory_restarts_and_clusters_and_multiple_eigenvalues_are_found
     assert few.products == 6
 
 
+@pytest.mark.parametrize("memory", [2**31, 300 * 8 * 14])
+def test_repeated_eigenvalues_are_all_found(memory):
+    draw = np.random.default_rng(9)
+    for tops, k in (([5.0, 5.0, 5.0, 4.0, 4.0, 3.0], 5), ([9.0, 9.0, 8.0, 7.0], 2), ([7.0] * 6, 5)):
+        q = np.linalg.qr(draw.normal(size=(300, 300)))[0]
+        values = np.concatenate([tops, draw.uniform(0, 2, 300 - len(tops))])
+        matrix = (q * values) @ q.T
+        found = curvature.top_eigenpairs(plain(matrix)[0], k, tolerance=1e-5, memory=memory)
+        assert found.converged
+        np.testing.assert_allclose(found.values, tops[:k], atol=1e-6)
+        errors = np.linalg.norm(matrix @ found.vectors.T - found.vectors.T * found.values, axis=0)
+        assert np.all(errors <= found.residuals + 1e-10)
+        assert np.all(errors <= 2e-5 * found.values)
+
+
 def test_density_integrates_polynomials_of_the_spectrum(landscape, spectrum):
     density = curvature.spectral_density(curvature.operator(landscape), steps=30, probes=20)
     for f in (lambda t: t, np.square):
