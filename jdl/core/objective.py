@@ -110,6 +110,7 @@ class Objective:
         obj_fn: Any = None,
         objective: Any = None,
         whole_params: Any = None,
+        reused: Any = None,
         **_: Any,
     ) -> jax.Array:
         """f(θ). Keywords are ignored.
@@ -117,7 +118,7 @@ class Objective:
         Some are named because optax's line searches pass on all extra arguments of an update, and
         only to functions that name them.
         """
-        del obj_fn, objective, whole_params
+        del obj_fn, objective, whole_params, reused
         if self.axis_name is None:
             return self._value(params, self.batch)
 

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
-from jdl.curvature.landscape import Landscape
+from jdl.curvature.landscape import Landscape, params_of
 
 
 def hessian(
@@ -36,8 +36,7 @@ def hessian(
     [[4.0, 2.0], [2.0, 0.0]]
     """
     check.positive_int("chunk_size", chunk_size)
-    if isinstance(of, Landscape):
-        params = of.params
+    params = params_of(of, params)
     flat, _ = ravel_pytree(params)
     _check_size(flat.size, max_parameters)
     size = min(chunk_size, flat.size)

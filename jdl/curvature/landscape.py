@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jdl.core import check
+from jdl.core import check, tree
 from jdl.core.objective import Objective
 from jdl.core.types import Batch, Params
 
@@ -142,11 +142,21 @@ class Landscape:
         total: Any = None
         weight = 0.0
         for objective in self.objectives():
-            w = _examples(objective)
-            scaled = jnp.asarray(w, jnp.float32) * part(objective).astype(jnp.float32)
+            w, one = _examples(objective), part(objective)
+            dtype = tree.accumulator(one.dtype)
+            scaled = jnp.asarray(w, dtype) * one.astype(dtype)
             total = scaled if total is None else total + scaled
             weight += w
-        return total / jnp.asarray(max(weight, 1.0), jnp.float32)
+        return total / jnp.asarray(max(weight, 1.0), total.dtype)
+
+
+def params_of(of: Any, params: Params | None) -> Params:
+    """Where to look: a `Landscape`'s own parameters, or those given beside anything else."""
+    if isinstance(of, Landscape):
+        check.argument(params is None, "params", "left to the Landscape, which has its own", params)
+        return of.params
+    check.argument(params is not None, "params", "given, but for a Landscape", None)
+    return params
 
 
 def _examples(objective: Objective) -> float:

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
-from jdl.curvature.landscape import KINDS, Landscape, _product
+from jdl.curvature.landscape import KINDS, Landscape, _product, params_of
 
 
 class Operator(NamedTuple):
@@ -49,11 +49,10 @@ def operator(
     [6.0, 12.0]
     """
     check.one_of("kind", kind, KINDS)
+    params = params_of(of, params)
     if isinstance(of, Landscape):
-        check.argument(params is None, "params", "left to the Landscape, which has its own", params)
         land = of
         return Operator(lambda v: land.product(kind, v), land.size, land.flat.dtype, land.unravel)
-    check.argument(params is not None, "params", "given", None)
     flat, unravel = ravel_pytree(params)
     if isinstance(of, Objective):
         objective, one = of, _product(kind)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -141,6 +142,24 @@ def projected_lbfgs(
         return unravel(s), new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_order(bounds: Any) -> None:
+    """Refuses a lower bound above its upper one, where both are known and fit each other."""
+    lower, upper = (jax.tree.leaves(b) for b in bounds)
+    count = max(len(lower), len(upper))
+    lower, upper = (b * count if len(b) == 1 else b for b in (lower, upper))
+    for low, high in zip(lower, upper, strict=False):
+        if isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer):
+            continue
+        low, high = (np.asarray(b, np.float64) for b in (low, high))
+        if low.ndim and high.ndim and low.shape != high.shape:
+            continue
+        low, high = np.broadcast_arrays(low, high)
+        wrong = ~(low <= high)
+        if wrong.any():
+            a, b = float(low[wrong][0]), float(high[wrong][0])
+            check.argument(False, "bounds' lower", f"at most the upper, {b}", a)
 
 
 def fitted(bounds: tuple[Any, Any], params: Params) -> tuple[Params, Params]:

@@ -55,6 +55,17 @@ def check_gradient(
     """
     params = problem.as_arrays(params)
     asked = problem.make(fun, value_and_grad, has_aux, args, kwargs)
+    return check_problem_s_gradient(asked, params, directions, tolerance, seed)
+
+
+def check_problem_s_gradient(
+    asked: problem.Problem,
+    params: Params,
+    directions: int = 3,
+    tolerance: float = 0.03,
+    seed: int = 0,
+) -> float:
+    """`check_gradient` of what a solver makes of its function: ½ ‖r‖² of residuals."""
     problem.check_problem(asked, params, "check_gradient")
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
     lengths = [eps**power for power in (0.25, 0.33, 0.4)]

@@ -51,10 +51,17 @@ def root(
     own: Solve = conjugate_gradients if symmetric else normal_conjugate_gradients
 
     def tangent_solve(product: Product, b: PyTree) -> PyTree:
-        chosen = own if solve is None else solve
-        if symmetric:
-            return jax.lax.custom_linear_solve(product, b, chosen, symmetric=True)
-        return jax.lax.custom_linear_solve(product, b, chosen, transpose_solve=chosen)
+        # As one array: JAX cannot transpose a solve where a leaf of b is a known zero.
+        flat, unravel = _raveled(b)
+        ravel = lambda x: _raveled(x)[0]  # noqa: E731
+
+        def chosen(flat_product: Product, flat: jax.Array) -> jax.Array:
+            of_trees = lambda v: unravel(flat_product(ravel(v)))  # noqa: E731
+            return ravel((own if solve is None else solve)(of_trees, unravel(flat)))
+
+        flat_product = lambda v: ravel(product(unravel(v)))  # noqa: E731
+        kind: Any = {"symmetric": True} if symmetric else {"transpose_solve": chosen}
+        return unravel(jax.lax.custom_linear_solve(flat_product, flat, chosen, **kind))
 
     # custom_root wants a tangent for all that `find` gives, which integers have none of.
     shapes = jax.eval_shape(find, guess)[1]
@@ -93,8 +100,17 @@ def dense(product: Product, b: PyTree) -> PyTree:
         return unravel(jnp.linalg.solve(matrix, flat))
 
 
-def _to_floats(x: jax.Array) -> jax.Array:
-    """An array of any type as floats that lose nothing: integers by their halves."""
+def _raveled(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    """All leaves as one array of a type that holds each, and the way back."""
+    dtype = tree.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(x)))
+    flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), x))
+    back = lambda v: jax.tree.map(lambda a, b: a.astype(b.dtype), unravel(v), x)  # noqa: E731
+    return flat, back
+
+
+def _to_floats(x: Any) -> jax.Array:
+    """Numbers of any type as floats that lose nothing: integers by their halves."""
+    x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -105,7 +121,8 @@ def _to_floats(x: jax.Array) -> jax.Array:
     return jnp.stack([x >> 16, x & 0xFFFF]).astype(jnp.float32)
 
 
-def _from_floats(like: Any, x: jax.Array) -> jax.Array:
+def _from_floats(like: Any, x: Any) -> jax.Array:
+    x = jnp.asarray(x)
     if jnp.issubdtype(like.dtype, jnp.inexact):
         return x
     if x.dtype == jnp.float64:
@@ -113,5 +130,6 @@ def _from_floats(like: Any, x: jax.Array) -> jax.Array:
     halves = x.astype(jnp.uint32)
     bits = (halves[0] << 16) | halves[1]
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(like))
+        impl = jax.random.key_impl(jnp.empty((), like.dtype))
+        return jax.random.wrap_key_data(bits, impl=impl)
     return bits.astype(like.dtype)

@@ -236,6 +236,8 @@ class Iterative:
         asked = self._asked(fun, params, args, kwargs)
         problem.check_problem(asked, params, type(self).__name__)
         self._check(asked, params)
+        if asked.bounds is not None:
+            params = box.project(params, asked.bounds)
         return self._start(asked, params, None)
 
     def _start(self, asked: Problem, params: Params, memory: Any) -> SolverState:
@@ -277,6 +279,10 @@ class Iterative:
         fresh: bool | None = None,
     ) -> OptStep:
         asked = self._asked(fun, params, args, kwargs)
+        if asked.bounds is not None:
+            given, params = params, box.project(params, asked.bounds)
+            again = lambda: reevaluated(asked, params, state)  # noqa: E731
+            state = jax.lax.cond(_differ(given, params), again, lambda: state)
         if fresh or (fresh is None and self.stochastic):
             state = reevaluated(asked, params, state)
         step = self._advance(asked, params, state)
@@ -364,9 +370,8 @@ class Iterative:
             stepsize = told.step_size.astype(stepsize.dtype)
             failed = told.termination == diag.Termination.NO_DECREASE
         error = tree.norm(_optimality(asked, new, grad)).astype(state.error.dtype)
-        if told is None:  # without a line search, slow is not stuck: only standing still is
-            moved = jax.tree.map(lambda a, b: jnp.any(a != b), params, new)
-            lower = smaller = jnp.any(jnp.stack(jax.tree.leaves(moved)))
+        if told is None:  # slow is not stuck, nor is one that gathers gradients or warms up
+            lower = smaller = _differ((params, state.internal_state), (new, inner))
         else:
             lower = value < state.best_value - noise_floor(value, new).astype(value.dtype)
             smaller = error < 0.95 * state.best_error
@@ -437,6 +442,11 @@ def reevaluated(asked: Problem, params: Params, state: SolverState) -> SolverSta
         num_fun_eval=state.num_fun_eval + 1,
         num_grad_eval=state.num_grad_eval + 1,
     )
+
+
+def _differ(a: PyTree, b: PyTree) -> jax.Array:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jnp.any(jnp.stack([jnp.any(x != y) for x, y in pairs]))
 
 
 def _optimality(asked: Problem, params: Params, grad: Params) -> PyTree:

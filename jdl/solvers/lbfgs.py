@@ -106,6 +106,8 @@ class LBFGS(Iterative):
         check.positive_int("history_size", history_size)
         check.positive_int("maxls", maxls)
         check.in_range("max_stepsize", max_stepsize, 0.0, open_low=True)
+        if isinstance(bounds, tuple | list) and len(bounds) == 2:
+            box.check_order(bounds)
         self.failures_allowed = 1 if stop_if_linesearch_fails else 2
         self.bounds, self.history_size, self.maxls = bounds, history_size, maxls
         self.max_stepsize = max_stepsize
@@ -154,4 +156,6 @@ class LBFGSB(LBFGS):
 
     def run(self, init_params: Any, bounds: Any, *args: Any, **kwargs: Any) -> OptStep:
         """Iterates to the end, within `bounds`; see `Iterative.run`."""
+        if isinstance(bounds, tuple | list) and len(bounds) == 2:
+            box.check_order(bounds)
         return super().run(init_params, bounds, *args, **kwargs)

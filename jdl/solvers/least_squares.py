@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
+from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.levenberg_marquardt import levenberg_marquardt
@@ -32,6 +33,16 @@ class LeastSquaresExtra(NamedTuple):
 
 class LeastSquares(Iterative):
     """What the two have in common: the residuals in place of the function."""
+
+    def __init__(self, residual_fun: Any, *rest: Any, **refused: Any):
+        check.argument(
+            not isinstance(residual_fun, Objective),
+            "residual_fun",
+            "a function that gives residuals",
+            f"a {type(residual_fun).__name__}",
+            'Gauss-Newton steps on one are HessianFree\'s, method="hessian_free".',
+        )
+        super().__init__(residual_fun, *rest, **refused)
 
     def _problem(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
         def residual_and_aux(params: Params) -> tuple[PyTree, Any]:
@@ -116,7 +127,7 @@ class GaussNewton(LeastSquares):
 
     def __init__(
         self,
-        residual_fun: Callable[..., Any],
+        residual_fun: Any,
         maxiter: int = 30,
         tol: float = 1e-5,
         implicit_diff: bool = True,
@@ -170,7 +181,7 @@ class LevenbergMarquardt(LeastSquares):
 
     def __init__(
         self,
-        residual_fun: Callable[..., Any],
+        residual_fun: Any,
         maxiter: int = 30,
         damping_parameter: float = 1e-3,
         stop_criterion: str = "grad-l2-norm",
@@ -212,9 +223,12 @@ def _triangular_factor(rows: jax.Array) -> jax.Array:
 
     Shifted Cholesky-QR, three times over (Fukaya et al. 2020): each pass factors the Gram matrix
     of what the last one has orthogonalized, so squaring loses no digits in the end. LAPACK's QR
-    of a tall matrix is memory-bound, and slow where its threads find the cores taken.
+    of a tall matrix is memory-bound, and slow where its threads find the cores taken. The columns
+    of Aᵀ are scaled to length 1 meanwhile: the shift must not drown the short ones.
     """
     n = rows.shape[0]
+    lengths = jnp.linalg.norm(rows, axis=1)
+    rows = rows / jnp.where(lengths > 0, lengths, 1.0)[:, None]
     identity = jnp.eye(n, dtype=rows.dtype)
     r = identity
     for _ in range(3):
@@ -223,4 +237,4 @@ def _triangular_factor(rows: jax.Array) -> jax.Array:
         lower = jnp.linalg.cholesky(gram + shift * identity)
         rows = jax.scipy.linalg.solve_triangular(lower, identity, lower=True) @ rows
         r = lower.T @ r
-    return r
+    return r * lengths[None]

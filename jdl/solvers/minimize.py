@@ -12,7 +12,7 @@ import optax
 from jdl.core import check, tree
 from jdl.core.types import Params
 from jdl.solvers import problem
-from jdl.solvers.gradient_check import check_gradient as _check_gradient
+from jdl.solvers.gradient_check import check_problem_s_gradient
 from jdl.solvers.gradient_descent import GradientDescent
 from jdl.solvers.iterative import Iterative
 from jdl.solvers.lbfgs import LBFGS
@@ -141,8 +141,7 @@ def minimize(
         solver = OptaxSolver(fun, method, tol=tol, **options)
     params = problem.as_arrays(params)
     if check_gradient:
-        own = {k: options[k] for k in ("value_and_grad", "has_aux") if k in options}
-        _check_gradient(solver.fun, params, *args, **own)
+        check_problem_s_gradient(solver._asked(None, params, args, {}), params)
     begun = time.perf_counter()
     run = _compiled(solver, params, args)
     compiled = time.perf_counter()

@@ -111,6 +111,12 @@ class HessianFree(Iterative):
                 fun,
                 "Use jdl.Objective.from_fns(predict, loss, batch), or GaussNewton for residuals.",
             )
+            check.argument(
+                value_and_grad is False or options.get("preconditioner") is None,
+                "preconditioner",
+                "None with value_and_grad, whose function it cannot look into",
+                options.get("preconditioner"),
+            )
             options = {"curvature": "hessian", **options}
             if not options.keys() & {"damping", "trust_region"}:
                 options["trust_region"] = 1.0

@@ -52,6 +52,23 @@ class OwnGradient:
         return 1.0
 
 
+def ignoring_keywords(value: Callable[[Params], Any]) -> Callable[..., Any]:
+    """`value`, deaf to what an update is told: optax's line searches pass on what it names."""
+
+    def deaf(
+        params: Params,
+        *,
+        obj_fn: Any = None,
+        objective: Any = None,
+        reused: Any = None,
+        **_: Any,
+    ) -> Any:
+        del obj_fn, objective, reused
+        return value(params)
+
+    return deaf
+
+
 def make(
     fun: Any,
     value_and_grad: bool | Callable[..., Any],
@@ -89,8 +106,8 @@ def make(
 
     if value_and_grad is False:
 
-        def value(params: Params, *, obj_fn: Any = None, objective: Any = None, **_: Any) -> Any:
-            del obj_fn, objective
+        @ignoring_keywords
+        def value(params: Params) -> Any:
             return split(fun(params, *args, **kwargs))[0]
 
         def evaluate(params: Params) -> tuple[jax.Array, Params, Any]:
@@ -106,8 +123,8 @@ def make(
         out, grad = both(params, *args, **kwargs)
         return (split(out)[0], grad, split(out)[1])
 
-    def own_value(params: Params, *, obj_fn: Any = None, objective: Any = None, **_: Any) -> Any:
-        del obj_fn, objective
+    @ignoring_keywords
+    def own_value(params: Params) -> Any:
         if value_and_grad is True:
             return own_evaluate(params)[0]
         return split(fun(params, *args, **kwargs))[0]

@@ -71,6 +71,19 @@ def test_value_gradient_and_products_are_the_whole_data_set_s(landscape, params,
     assert landscape.examples() == (3, 96)
 
 
+def test_averages_keep_double_precision():
+    with jax.enable_x64(True):
+        land = curvature.Landscape(
+            lambda b: jdl.Objective.from_fns(
+                lambda w, batch: batch["x"] @ w, lambda out, _: out + 0.5 * out**2, b
+            ),
+            [{"x": np.full((3, 1), x)} for x in (1.0, 1.0 + 1e-9)],
+            jnp.ones(1, jnp.float64),
+        )
+        assert land.product("hessian", np.ones(1)).dtype == np.float64
+        assert land.gradient()[0] - 2.0 == pytest.approx(1.5e-9, rel=1e-4)
+
+
 def test_padding_has_no_part_in_an_average(params, landscape):
     padded = [
         {"image": IMAGES[:64], "label": LABELS[:64], "mask": np.ones(64, np.float32)},
@@ -196,6 +209,21 @@ def test_a_small_memory_restarts_and_clusters_and_multiple_eigenvalues_are_found
     assert few.products == 6
 
 
+@pytest.mark.parametrize("memory", [2**31, 300 * 8 * 14])
+def test_repeated_eigenvalues_are_all_found(memory):
+    draw = np.random.default_rng(9)
+    for tops, k in (([5.0, 5.0, 5.0, 4.0, 4.0, 3.0], 5), ([9.0, 9.0, 8.0, 7.0], 2), ([7.0] * 6, 5)):
+        q = np.linalg.qr(draw.normal(size=(300, 300)))[0]
+        values = np.concatenate([tops, draw.uniform(0, 2, 300 - len(tops))])
+        matrix = (q * values) @ q.T
+        found = curvature.top_eigenpairs(plain(matrix)[0], k, tolerance=1e-5, memory=memory)
+        assert found.converged
+        np.testing.assert_allclose(found.values, tops[:k], atol=1e-6)
+        errors = np.linalg.norm(matrix @ found.vectors.T - found.vectors.T * found.values, axis=0)
+        assert np.all(errors <= found.residuals + 1e-10)
+        assert np.all(errors <= 2e-5 * found.values)
+
+
 def test_density_integrates_polynomials_of_the_spectrum(landscape, spectrum):
     density = curvature.spectral_density(curvature.operator(landscape), steps=30, probes=20)
     for f in (lambda t: t, np.square):
@@ -288,6 +316,10 @@ def test_bad_input_is_refused_in_words(landscape, params):
     one = [{"image": IMAGES, "label": LABELS}]
     with pytest.raises(ArgumentError, match="at least 3"):
         curvature.noise_scale(curvature.Landscape(objective, one, params))
+    with pytest.raises(ArgumentError, match="its own"):
+        curvature.hessian(landscape, params)
+    with pytest.raises(ArgumentError, match="`params` must be given"):
+        curvature.hessian(lambda p: jnp.sum(p["w1"]))
     broken = op._replace(product=lambda v: np.full_like(v, np.nan))
     with pytest.raises(ArgumentError, match="finite"):
         curvature.top_eigenpairs(broken, 2)

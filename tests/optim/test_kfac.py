@@ -380,6 +380,22 @@ def test_any_loss_is_told_its_route_and_the_log_has_it_once(caplog):
     assert describe(objective, params, curvature="empirical").endswith("the loss's own gradients")
 
 
+@pytest.mark.parametrize("eigen", [False, True])
+def test_transposed_kernels_step_as_plain_ones(eigen):
+    w, v = (jnp.asarray(numbers(*s, seed=2), jnp.float32) for s in ((5, 7), (7, 3)))
+    batch = {"x": numbers(24, 5), "y": numbers(24, 3, seed=1)}
+    batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch)
+    plain = lambda p, b: jnp.tanh(b["x"] @ p["w"]) @ p["v"]  # noqa: E731
+    other = lambda p, b: jax.vmap(lambda x: p["v"] @ jnp.tanh(p["w"] @ x))(b["x"])  # noqa: E731
+    found = []
+    for predict, params in ((plain, {"w": w, "v": v}), (other, {"w": w.T, "v": v.T})):
+        objective = Objective.from_fns(predict, squares, batch)
+        assert describe(objective, params).count("factored") == 2
+        found.append(run(made(eigen=eigen), objective, params, 3)[2])
+    np.testing.assert_allclose(*found, rtol=1e-3)
+    assert found[0][-1] < found[0][0]
+
+
 def test_part_of_the_parameters():
     objective, params = problem()
     optimizer = optax.partition(

@@ -29,6 +29,26 @@ def test_forward_and_reverse_mode_are_the_inverse(name):
     np.testing.assert_allclose(jax.jacfwd(solution)(B), INVERSE, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_leaf_whose_condition_does_not_mention_the_argument(dtype):
+    x = jax.random.normal(jax.random.key(0), (50, 3))
+    y = x @ jnp.arange(3.0) + 1.0
+
+    def ridge(p, strength):
+        free = p["b"].astype(jnp.float32)
+        return jnp.mean((x @ p["w"] + free - y) ** 2) + strength * jnp.sum(p["w"] ** 2)
+
+    start = {"w": jnp.zeros(3), "b": jnp.zeros((), dtype)}
+    total = lambda s: jnp.sum(solvers.LBFGS(ridge, tol=1e-5).run(start, s).params["w"])  # noqa: E731
+    centered, target = np.asarray(x - x.mean(0, keepdims=True)), np.asarray(y - y.mean())
+    exact = lambda s: np.sum(  # noqa: E731
+        np.linalg.solve(centered.T @ centered / 50 + s * np.eye(3), centered.T @ target / 50)
+    )
+    slope = (exact(0.1 + 1e-3) - exact(0.1 - 1e-3)) / 2e-3
+    for derivative in (jax.grad, jax.jacfwd):
+        assert float(derivative(total)(0.1)) == pytest.approx(slope, rel=2e-2)
+
+
 def test_closures_and_a_solve_of_one_s_own():
     calls = []
 
@@ -105,6 +125,16 @@ def test_the_triangular_factor_has_the_matrix_s_singular_values():
         found = np.linalg.svd(factor, compute_uv=False)
         np.testing.assert_allclose(found, expected, rtol=1e-4)
         np.testing.assert_allclose(factor.T @ factor, matrix.T @ matrix, atol=1e-5)
+
+
+def test_the_triangular_factor_of_badly_scaled_columns():
+    rng = np.random.default_rng(0)
+    matrix = (rng.normal(size=(20000, 4)) * [1e-15, 1.0, 1e8, 0.0]).astype(np.float32)
+    factor = np.asarray(_triangular_factor(jnp.asarray(matrix.T)), np.float64)
+    lengths = np.linalg.norm(matrix.astype(np.float64), axis=0)
+    np.testing.assert_allclose(np.linalg.norm(factor, axis=0), lengths, rtol=1e-5)
+    scaled, found = (a[:, :3] / lengths[:3] for a in (matrix.astype(np.float64), factor))
+    np.testing.assert_allclose(found.T @ found, scaled.T @ scaled, atol=1e-5)
 
 
 def test_tall_least_squares_goes_by_the_reduced_jacobian():

@@ -20,6 +20,9 @@ def rosenbrock(x):
     return 100.0 * jnp.square(x[1] - jnp.square(x[0])) + jnp.square(1.0 - x[0])
 
 
+OBJECTIVE = jdl.Objective.from_fns(
+    lambda x, batch: bowl(x) * batch["one"], lambda outputs, _: outputs, {"one": jnp.ones(1)}
+)
 SOLVERS = {
     "LBFGS": solvers.LBFGS,
     "NonlinearCG": solvers.NonlinearCG,
@@ -46,6 +49,47 @@ def test_each_solver_converges_and_stops_at_nan_and_after_its_iterations(name):
     assert int(state.status) == Status.NOT_FINITE
     assert int(state.iter_num) == 0
     assert "not finite" in solver.message(state)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.lbfgs(),
+        optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15)),
+    ],
+    ids=["lbfgs", "backtracking"],
+)
+def test_optax_s_line_searches(optimizer):
+    own = lambda x: (bowl(x), jax.grad(bowl)(x))  # noqa: E731
+    for fun, given in ((bowl, False), (own, True), (OBJECTIVE, False)):
+        solver = solvers.OptaxSolver(fun, optimizer, value_and_grad=given, tol=1e-3)
+        params, state = solver.run(jnp.zeros(2))
+        assert int(state.status) == Status.CONVERGED
+        np.testing.assert_allclose(params, 1.0, atol=1e-3)
+
+
+def test_an_optimizer_that_waits_is_not_stuck():
+    late = optax.join_schedules([optax.constant_schedule(r) for r in (0.0, 0.04)], [20])
+    gathers = optax.MultiSteps(optax.sgd(0.04), 20).gradient_transformation()
+    for optimizer in (gathers, optax.sgd(late)):
+        state = solvers.OptaxSolver(bowl, optimizer, maxiter=3000).run(jnp.zeros(2)).state
+        assert int(state.status) == Status.CONVERGED
+    state = solvers.OptaxSolver(bowl, optax.sgd(0.0)).run(jnp.zeros(2)).state
+    assert int(state.status) == Status.NO_PROGRESS
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_aux_and_optimizer_states_of_any_type(jit):
+    key = jax.random.key(5, impl="rbg")
+    aux = {"n": 3, "x": 0.5, "yes": True, "key": key, "small": jnp.int8(-3), "y": np.ones(2)}
+    solver = solvers.LBFGS(lambda x: (bowl(x), aux), has_aux=True, jit=jit)
+    found = solver.run(jnp.zeros(2)).state.aux
+    assert (int(found["n"]), float(found["x"]), bool(found["yes"])) == (3, 0.5, True)
+    assert int(found["small"]) == -3
+    assert bool(found["key"] == key)
+    noisy = optax.noisy_sgd(0.04, eta=1e-6, key=key)
+    solver = solvers.OptaxSolver(bowl, noisy, implicit_diff=True, tol=1e-2, jit=jit)
+    assert int(solver.run(jnp.zeros(2)).state.status) == Status.CONVERGED
 
 
 def test_too_few_iterations_are_told():
@@ -136,6 +180,18 @@ def test_shapes_that_change_between_iterations_are_refused():
         (lambda: solvers.HessianFree(bowl, curvature="gauss_newton"), "Objective"),
         (lambda: solvers.LBFGSB(bowl).run(jnp.zeros(2), 3.0), "bounds"),
         (lambda: solvers.LBFGS(bowl, bounds=(0.0, jnp.ones(3))).run(jnp.zeros(2)), "shape"),
+        (lambda: solvers.LBFGS(bowl, bounds=(1.0, jnp.array([2.0, 0.5]))), "at most the upper"),
+        (lambda: solvers.LBFGS(bowl, bounds=(0.0, jnp.nan)), "at most the upper"),
+        (lambda: solvers.LBFGSB(bowl).run(jnp.zeros(2), (1.0, 0.0)), "at most the upper"),
+        (lambda: jdl.minimize(bowl, jnp.zeros(2), bounds=(1.0, 0.0)), "at most the upper"),
+        (lambda: jdl.minimize(OBJECTIVE, jnp.zeros(2), method="gauss_newton"), "hessian_free"),
+        (lambda: jdl.minimize(OBJECTIVE, jnp.zeros(2), method="levenberg_marquardt"), "residuals"),
+        (
+            lambda: solvers.HessianFree(
+                jax.value_and_grad(bowl), value_and_grad=True, preconditioner="diagonal"
+            ),
+            "preconditioner",
+        ),
         (lambda: jdl.minimize(bowl, jnp.zeros(2), method="lbgfs"), "lbfgs"),
     ],
 )
@@ -213,6 +269,33 @@ def test_minimize_by_every_method():
         np.testing.assert_allclose(result.params, 1.0, atol=1e-3)
     result = jdl.minimize(rosenbrock, start, method=optax.adam(0.05), maxiter=3000, tol=1e-3)
     np.testing.assert_allclose(result.params, 1.0, atol=1e-2)
+
+
+def test_the_check_takes_residuals_by_half_their_square():
+    residuals = lambda x: {"a": jnp.stack([x[1] - x[0] ** 2, 1.0 - x[0]]), "b": x}  # noqa: E731
+    for method in ("gauss_newton", "levenberg_marquardt"):
+        result = jdl.minimize(residuals, jnp.ones(2), method=method, check_gradient=True)
+        assert result.success
+
+    @jax.custom_vjp
+    def wrong(x):
+        return x - 1.0
+
+    wrong.defvjp(lambda x: (x - 1.0, None), lambda _, g: (3.0 * g,))
+    with pytest.raises(ArgumentError, match="gradient"):
+        jdl.minimize(wrong, jnp.zeros(2), method="gauss_newton", check_gradient=True)
+
+
+def test_an_update_from_outside_the_box_starts_from_its_edge():
+    solver = solvers.LBFGS(bowl, bounds=(2.0, 3.0))
+    start = jnp.array([-5.0, 2.5])
+    params, state = start, solver.init_state(start)
+    assert float(state.value) == float(bowl(jnp.array([2.0, 2.5])))
+    for _ in range(10):
+        params, state = solver.update(params, state)
+        assert bool(jnp.all((params >= 2.0) & (params <= 3.0)))
+    np.testing.assert_array_equal(params, 2.0)
+    np.testing.assert_array_equal(solver.update(start, state).params, 2.0)
 
 
 def test_minimize_is_for_concrete_arrays():

@@ -106,7 +106,9 @@ def _moments(
 ) -> Probe:
     """The second moments that one use adds to a kernel's probe."""
     dtype = probe.rows.dtype
-    a, g = a.astype(dtype), g.astype(dtype)[:, piece.start : piece.start + piece.size]
+    a, g = a.astype(dtype), g.astype(dtype)
+    if not layer.transposed:  # a transposed kernel's piece counts inputs, all of them its own
+        g = g[:, piece.start : piece.start + piece.size]
     rows = jnp.asarray(float(a.shape[0]), dtype) if weights is None else jnp.sum(weights)
     if weights is not None:
         a = a * jnp.sqrt(weights.astype(dtype))[:, None]
