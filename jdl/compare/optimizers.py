@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import optax
 
 from jdl.core import check
+from jdl.optim.local import ScalarOrSchedule
 from jdl.optim.registry import Search
 
 BatchSize: TypeAlias = int | Literal["full"]
@@ -61,7 +62,7 @@ def named(
     batch_size: BatchSize | None = None,
     curvature_batch_size: int | None = None,
     microbatches: int | None = None,
-    learning_rate: float | None = None,
+    learning_rate: ScalarOrSchedule | None = None,
     **options: Any,
 ) -> Entry:
     """The entry of an optimizer by its name on the command line.
@@ -73,7 +74,7 @@ def named(
         products, which sampling noise misleads, and 64 for the others. Never more than there are.
       curvature_batch_size: examples for curvature products; None for the whole batch.
       microbatches: as for `Entry`.
-      learning_rate: None for the optimizer's own default.
+      learning_rate: None for the optimizer's own default; a schedule is taken as it is, not tuned.
       **options: passed on to the optimizer.
 
     >>> named("adam", learning_rate=1e-4).settings()  # doctest: +ELLIPSIS
@@ -101,16 +102,10 @@ def named(
             **{"learning_rate": learning_rate, **options, known.search.parameter: value},
         )
 
-    return Entry(
-        label or name,
-        make,
-        batch_size,
-        curvature_batch_size,
-        microbatches,
-        settings,
-        known.search,
-        tuned,
-    )
+    entry = Entry(label or name, make, batch_size, curvature_batch_size, microbatches, settings)
+    if callable(learning_rate) and known.search.parameter == "learning_rate":
+        return entry
+    return entry._replace(search=known.search, tuned=tuned)
 
 
 def _defaults(make: Callable[..., Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import optax
 import pytest
 from scipy.stats import qmc
 
-from jdl.compare import Budget, Entry, Split, Study, Tuning, load, table, write_report
+from jdl.compare import Budget, Entry, Split, Study, Tuning, load, named, table, write_report
 from jdl.compare import tuning as tune
 from jdl.compare.results import chosen, tunings
 from jdl.compare.tables import settings, tuning_table
@@ -127,6 +127,12 @@ def test_trials_that_another_study_left_do_not_count(problem, tmp_path):
     (found,) = results.tuned.values()
     assert len(found) == 2
     assert all(t.settings["budget"]["amount"] < 4 for t in found)
+
+
+def test_a_schedule_is_not_tuned():
+    rate = optax.cosine_decay_schedule(0.1, 50)
+    assert named("adam", learning_rate=rate).search is None
+    assert named("hf", learning_rate=rate).search.parameter == "damping"
 
 
 def test_where_every_value_diverges_the_tuned_trial_fails_and_the_others_go_on(problem, tmp_path):
