@@ -301,9 +301,7 @@ class Objective:
         mask = batch.get("mask")
         if mask is None:
             return jnp.sum(losses)
-        check.argument(
-            mask.shape == (size,), 'batch["mask"]', f"a number an example, ({size},)", mask.shape
-        )
+        check_mask(mask, size)
         return jnp.sum(jnp.where(mask > 0, losses * mask.astype(losses.dtype), 0.0))
 
     def _mean_part(self, outputs: Outputs, batch: Batch, total: jax.Array) -> jax.Array:
@@ -391,6 +389,13 @@ def require_of_outputs(loss: Loss) -> None:
         "a function of the model's outputs for optimizers by Gauss-Newton or Kronecker factors",
         "its values",
         "Give Spec(outputs=…, loss=function), or take another optimizer: adam, lbfgs, cg, newton.",
+    )
+
+
+def check_mask(mask: Any, size: int) -> None:
+    """Raises unless a batch's mask is one number an example."""
+    check.argument(
+        mask.shape == (size,), 'batch["mask"]', f"a number an example, ({size},)", mask.shape
     )
 
 

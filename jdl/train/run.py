@@ -63,6 +63,7 @@ class Run:
         self.placement, self.keeper = placement, keeper
         self._init, self._seed, self._now = init, seed, now
         self._rate: float | None = None  # the learning rate asked for, where the state holds it
+        self._rate_is_old = False  # whether it is the one asked for when the state was saved
         self.averages = averages
         self.state: TrainState | None = None
         self._lent = False  # whether someone may hold on to arrays of the state
@@ -162,21 +163,21 @@ class Run:
         self.clock = Clock(meta["seconds"], self._now)
         self.position, self._resumed = meta["position"], True
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
-        self._take_up_rate(meta.get("learning_rate"), batch)
+        self._rate, self._rate_is_old = meta.get("learning_rate"), True
         return True
 
-    def _take_up_rate(self, before: float | None, batch: Batch) -> None:
-        """Goes on at the learning rate asked for now, where it is another than was asked before.
+    def take_up_rate(self, batch: Batch) -> None:
+        """Before training: the learning rate asked for now, where another was asked for before.
 
         The state's own may differ from both: a schedule or a way back has changed it.
         """
-        state = self.current()
+        state, before = self.current(), self._rate
         old = _learning_rate(state)
-        if before is None or old is None:
+        if not self._rate_is_old or before is None or old is None:
             return
-        if self._rate is None:
-            asked = jax.jit(lambda key, batch: _learning_rate(self._init(key, batch)))
-            self._rate = float(asked(jax.random.key(self._seed), batch))
+        asked = jax.jit(lambda key, batch: _learning_rate(self._init(key, batch)))
+        self._rate = float(asked(jax.random.key(self._seed), self.placement.whole_batch(batch)))
+        self._rate_is_old = False
         if self._rate == before:
             return
         opt_state = optax.tree.set(

@@ -18,7 +18,7 @@ import optax
 
 from jdl.core import check, tree
 from jdl.core.model import Model
-from jdl.core.objective import Objective
+from jdl.core.objective import Objective, check_mask
 from jdl.core.types import Batch, Key, Loss, Metric, ModelState, Outputs, Params
 from jdl.optim import diagnostics
 
@@ -222,9 +222,7 @@ def _sums(values: Mapping[str, jax.Array], batch: Batch) -> tuple[Logs, jax.Arra
     mask = batch.get("mask")
     size = jax.tree.leaves(dict(batch))[0].shape[0]
     if mask is not None:
-        check.argument(
-            mask.shape == (size,), 'batch["mask"]', f"a number an example, ({size},)", mask.shape
-        )
+        check_mask(mask, size)
     kept = jnp.ones(size) if mask is None else mask.astype(jnp.float32)
 
     def total(name: str, values: jax.Array) -> jax.Array:

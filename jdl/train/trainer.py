@@ -93,6 +93,7 @@ class Trainer:
         last_step = limits.last_step(run.step, data)
         if last_step is not None and run.step >= last_step:
             return False
+        run.take_up_rate(batch)
         run.classes = getattr(data, "classes", None) or run.classes
         if validation is not None:
             validate_every = validate_every or batches_per_epoch(data, "validate_every", "given")
