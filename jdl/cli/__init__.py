@@ -121,8 +121,9 @@ def _run(name: str, arguments: list[str]) -> int:
         if error.errno not in UNWRITABLE:
             raise
         return _mistake(f"{error.filename}: {error.strerror}.", name)
-    except KeyboardInterrupt:
-        print(f"jdl {name}: interrupted; what was written stays.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or "interrupted; what was written stays"
+        print(f"jdl {name}: {told}.", file=sys.stderr)
         return 130
     return 0
 
