@@ -182,8 +182,10 @@ class Checkpoints:
         expected = jax.eval_shape(_plain_keys, state)
         leaves = _leaves(expected)
         with _orbax().Checkpointer(_orbax().CompositeCheckpointHandler(**_handlers())) as reader:
-            saved = reader.metadata(self.directory / str(step)).item_metadata.state.tree
-            self._check_same(step, leaves, saved)
+            saved = reader.metadata(self.directory / str(step)).item_metadata.state
+            if saved is None:
+                raise ValueError("state/_METADATA is missing")
+            self._check_same(step, leaves, saved.tree)
             places = dict(_paths(shardings))
             targets = {
                 path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path])
