@@ -27,6 +27,9 @@ parser.add_argument("times", type=int)
 parser.add_argument("--workdir", type=Path)
 args = parser.parse_args()
 
+# A shell ignores Ctrl-C for what it runs in the background, and all that comes of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 rng = np.random.default_rng(0)
 x = rng.normal(size=(100, 6)).astype(np.float32)
 labels = np.argmax(x[:, :3], axis=1).astype(np.int32)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -56,6 +57,9 @@ def test_ctrl_c_keeps_the_model_and_training_goes_on_as_if_nothing_had_been(
     stopped = estimator.step
     assert stopped in (4, 5)  # the step at hand may be one or two further than its log
     assert int(estimator.state.step) == stopped
+    seconds = estimator.seconds
+    time.sleep(0.02)
+    assert estimator.seconds == seconds  # the clock of training stands still
     assert np.isfinite(estimator.evaluate(data(epochs=1))["loss"])
     if on_disk:
         assert f"saved in {workdir / 'checkpoints'}" in str(caught.value)
@@ -152,7 +156,12 @@ def test_interrupts_at_random_moments_change_nothing(optimizer, where, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_the_command_saves_says_where_and_ends_with_its_code(number, code, tmp_path):
-    command = [sys.executable, "-m", "jdl", "train", "mlp", "--workdir", str(tmp_path / "run")]
+    # A shell ignores Ctrl-C for what it runs in the background, and all that comes of it.
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from jdl.cli import main; raise SystemExit(main())"
+    )
+    command = [sys.executable, "-c", script, "train", "mlp", "--workdir", str(tmp_path / "run")]
     process = subprocess.Popen(
         [*command, "--steps", "100000"], env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
