@@ -1,0 +1,194 @@
+"""The one evaluator of jaxprs, and all that depends on how JAX writes them (releases 0.8 to 0.12).
+
+Other files know primitives by name, and their public parameters.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex
+
+from jdl.core.types import PyTree
+
+_REMAT = ("remat", "remat2", "checkpoint")
+CALLS = ("jit", "pjit", "closed_call", "core_call", "call", "eval_jaxpr", *_REMAT)
+as_function = jex.jaxpr_as_fun  # program -> its function of arrays
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # calls with a derivative of their own
+
+
+class Site(NamedTuple):
+    """One equation of a program.
+
+    Attributes:
+      eqn: the equation.
+      place: the numbers of the equations and branches that lead to it, unique in the program.
+      times: how often the scans around it run it.
+    """
+
+    eqn: Any
+    place: tuple[int, ...]
+    times: int
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return str(self.eqn.primitive.name)
+
+
+class Evaluator(NamedTuple):
+    """Evaluates programs equation by equation, and shows each equation to `visit`.
+
+    Attributes:
+      visit: (site, inputs, state) -> (outputs, state), or None to go on by `inside`. State is
+        carried through branches and loops, which must leave its shapes as they are.
+      leave: makes arrays of the values that go around a loop or come out of a branch, where
+        `visit` makes other pytrees of one array each.
+
+    >>> program = jax.make_jaxpr(lambda x: 2 * jax.jit(jax.numpy.sin)(x))(1.0)
+    >>> evaluator = Evaluator(lambda site, inputs, state: print(site.name, site.place))
+    >>> [float(y) for y in evaluator.run(program, [0.0])[0]]
+    jit (0,)
+    sin (0, 0)
+    mul (1,)
+    [0.0]
+    """
+
+    visit: Callable[[Site, list[Any], PyTree], tuple[list[Any], PyTree] | None]
+    leave: Callable[[list[Any]], list[Any]] = list
+
+    def run(
+        self,
+        program: Any,
+        args: Sequence[Any],
+        state: PyTree = (),
+        place: tuple[int, ...] = (),
+        times: int = 1,
+    ) -> tuple[list[Any], PyTree]:
+        """The outputs of a program from `jax.make_jaxpr`, or of one inside of it; and the state."""
+        jaxpr, consts = getattr(program, "jaxpr", program), getattr(program, "consts", ())
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            inputs, site = [read(atom) for atom in eqn.invars], Site(eqn, (*place, i), times)
+            with eqn.ctx.manager:
+                seen = self.visit(site, inputs, state)
+                outputs, state = self.inside(site, inputs, state) if seen is None else seen
+            values |= zip(eqn.outvars, outputs, strict=True)
+        return [read(atom) for atom in jaxpr.outvars], state
+
+    def inside(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
+        """An equation, evaluated within: calls, rematerialization, scans, branches, while loops.
+
+        Others are evaluated as they are, as is a while loop that `jax.vmap` gave a condition for
+        each example. Of a while loop's condition nothing is shown. A call with a derivative of its
+        own gets that of its body.
+        """
+        eqn, params, place = site.eqn, site.eqn.params, site.place
+        if site.name == "cond":
+            index, *operands = inputs
+
+            def branch(j: int, state: PyTree, *args: Any) -> Any:
+                return self._run_body(params["branches"][j], args, state, (*place, j), site.times)
+
+            branches = [partial(branch, j) for j in range(len(params["branches"]))]
+            return jax.lax.switch(*self.leave([index]), branches, state, *operands)
+        if site.name == "scan":
+            return self._scan(site, inputs, state)
+        if site.name == "while" and not params["cond_jaxpr"].out_avals[0].shape:
+            return self._while(site, inputs, state)
+        if site.name not in (*CALLS, *CUSTOM):
+            return bind(eqn, inputs), state
+
+        def call(state: PyTree, *args: Any) -> Any:
+            body = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+            return self.run(body, args, state, place, site.times)
+
+        if site.name in _REMAT:
+            options = {k: params[k] for k in ("prevent_cse", "policy")}
+            call = jax.checkpoint(call, **options)
+        return call(state, *inputs)
+
+    def _run_body(
+        self, program: Any, args: Sequence[Any], state: PyTree, place: tuple[int, ...], times: int
+    ) -> tuple[list[Any], PyTree]:
+        outputs, state = self.run(program, args, state, place, times)
+        return self.leave(outputs), state
+
+    def _scan(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
+        params = site.eqn.params
+        body, length = params["jaxpr"], params["length"]
+        n, m = scan_groups(site.eqn)
+        fixed = carried_unchanged(site.eqn)
+        moving = [i for i in range(n, m) if i not in fixed]
+
+        def step(carry: Any, xs: list[Any]) -> Any:
+            args = [*inputs[:m], *xs]
+            for i, value in zip(moving, carry[0], strict=True):
+                args[i] = value
+            outputs, state = self._run_body(body, args, carry[1], site.place, site.times * length)
+            return ([outputs[i - n] for i in moving], state), outputs[m - n :]
+
+        first = self.leave([inputs[i] for i in moving]), state
+        options = {k: params[k] for k in ("length", "reverse", "unroll")}
+        (last, state), ys = jax.lax.scan(step, first, self.leave(inputs[m:]), **options)
+        outputs = inputs[n:m]
+        for i, value in zip(moving, last, strict=True):
+            outputs[i - n] = value
+        return [*outputs, *ys], state
+
+    def _while(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
+        params = site.eqn.params
+        n = params["cond_nconsts"]
+        m = n + params["body_nconsts"]
+        test = jex.jaxpr_as_fun(params["cond_jaxpr"])
+        told = self.leave(inputs[:n])
+
+        def step(carry: Any) -> Any:
+            args = [*inputs[n:m], *carry[0]]
+            return self._run_body(params["body_jaxpr"], args, carry[1], site.place, site.times)
+
+        first = self.leave(inputs[m:]), state
+        return jax.lax.while_loop(lambda carry: test(*told, *carry[0])[0], step, first)
+
+
+def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """What an equation gives for these inputs."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Up to JAX 0.9 functions come apart from the other parameters.
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    outputs = eqn.primitive.bind(*functions, *inputs, **params)
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def scan_groups(eqn: Any) -> tuple[int, int]:
+    """Where a scan's carry begins among its inputs, and where what it slices."""
+    params = eqn.params
+    if "num_consts" in params:  # before JAX 0.12
+        n, carry = params["num_consts"], params["num_carry"]
+    else:
+        n, carry, _ = map(len, params["ft_in"].unpack())
+    return n, n + carry
+
+
+def carried_unchanged(eqn: Any) -> set[int]:
+    """The inputs of a scan that its body hands on untouched: constants like others."""
+    n, m = scan_groups(eqn)
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    return {i for i in range(n, m) if body.outvars[i - n] is body.invars[i]}
+
+
+def scans(program: Any) -> Iterator[tuple[Any, int]]:
+    """The bodies and lengths of the outermost scans of a program."""
+    for eqn in getattr(program, "jaxpr", program).eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn.params["jaxpr"], eqn.params["length"]
+            continue
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(inner, jex.ClosedJaxpr | jex.Jaxpr):
+                    yield from scans(inner)
