@@ -43,8 +43,8 @@ class Evaluator(NamedTuple):
     Attributes:
       visit: (site, inputs, state) -> (outputs, state), or None to go on by `inside`. State is
         carried through branches and loops, which must leave its shapes as they are.
-      leave: makes arrays of the values that go around a loop or come out of a branch, where
-        `visit` makes other pytrees of one array each.
+      leave: makes arrays of what a loop carries or slices and of what a branch hands on, where
+        `visit` gives other pytrees of one array each.
 
     >>> program = jax.make_jaxpr(lambda x: 2 * jax.jit(jax.numpy.sin)(x))(1.0)
     >>> evaluator = Evaluator(lambda site, inputs, state: print(site.name, site.place))
@@ -121,25 +121,18 @@ class Evaluator(NamedTuple):
 
     def _scan(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
         params = site.eqn.params
-        body, length = params["jaxpr"], params["length"]
+        times = site.times * params["length"]
         n, m = scan_groups(site.eqn)
-        fixed = carried_unchanged(site.eqn)
-        moving = [i for i in range(n, m) if i not in fixed]
 
         def step(carry: Any, xs: list[Any]) -> Any:
-            args = [*inputs[:m], *xs]
-            for i, value in zip(moving, carry[0], strict=True):
-                args[i] = value
-            outputs, state = self._run_body(body, args, carry[1], site.place, site.times * length)
-            return ([outputs[i - n] for i in moving], state), outputs[m - n :]
+            args = [*inputs[:n], *carry[0], *xs]
+            outputs, state = self._run_body(params["jaxpr"], args, carry[1], site.place, times)
+            return (outputs[: m - n], state), outputs[m - n :]
 
-        first = self.leave([inputs[i] for i in moving]), state
+        first = self.leave(inputs[n:m]), state
         options = {k: params[k] for k in ("length", "reverse", "unroll")}
         (last, state), ys = jax.lax.scan(step, first, self.leave(inputs[m:]), **options)
-        outputs = inputs[n:m]
-        for i, value in zip(moving, last, strict=True):
-            outputs[i - n] = value
-        return [*outputs, *ys], state
+        return [*last, *ys], state
 
     def _while(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
         params = site.eqn.params
@@ -173,13 +166,6 @@ def scan_groups(eqn: Any) -> tuple[int, int]:
     else:
         n, carry, _ = map(len, params["ft_in"].unpack())
     return n, n + carry
-
-
-def carried_unchanged(eqn: Any) -> set[int]:
-    """The inputs of a scan that its body hands on untouched: constants like others."""
-    n, m = scan_groups(eqn)
-    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
-    return {i for i in range(n, m) if body.outvars[i - n] is body.invars[i]}
 
 
 def scans(program: Any) -> Iterator[tuple[Any, int]]:

@@ -27,11 +27,14 @@ def dead_shares(model: Model, params: Any, state: Any, *inputs: Any) -> list[jax
     >>> [float(s) for s in dead_shares(model, (), {}, jnp.array([[1.0, -1.0], [2.0, 0.0]]))]
     [0.5]
     """
-    return _dead_shares(model, params, state, *inputs)
+    alive = _alive(model, params, state, *inputs)
+    return [1.0 - jnp.mean(x.astype(jnp.float32)) for x in alive]
 
 
 @partial(jax.jit, static_argnums=0)
-def _dead_shares(model: Model, params: Any, state: Any, *inputs: Any) -> list[jax.Array]:
+def _alive(model: Model, params: Any, state: Any, *inputs: Any) -> list[jax.Array]:
+    """Whether each unit is ever above 0, by ReLU; compiled once for a model."""
+
     def forward(params: Any, state: Any, *inputs: Any) -> Any:
         return model.apply(params, state, *inputs, key=None, train=False)[0]
 
@@ -53,7 +56,7 @@ def _dead_shares(model: Model, params: Any, state: Any, *inputs: Any) -> list[ja
     jax.eval_shape(lambda *args: Evaluator(find).run(program, args)[0], *arguments)
     alive = {place: jnp.zeros(shape, bool) for place, shape in units.items()}
     _, alive = Evaluator(gather).run(program, arguments, alive)
-    return [1.0 - jnp.mean(x.astype(jnp.float32)) for _, x in sorted(alive.items())]
+    return [x for _, x in sorted(alive.items())]
 
 
 def _is_zero(x: Any) -> bool:

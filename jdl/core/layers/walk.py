@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jdl.core.jaxpr import CALLS, Evaluator, Site, bind, carried_unchanged, scan_groups
+from jdl.core.jaxpr import CALLS, Evaluator, Site, bind
 from jdl.core.layers.probes import Marks
 from jdl.core.layers.products import USES, Dense, Use
 from jdl.core.layers.views import LAYOUT, Output, Piece, View
@@ -76,7 +76,7 @@ class _Walk:
 
     def __init__(self, found: Found, marks: Marks | None):
         self.found, self.marks = found, marks
-        leave = partial(self.untag, why="handed on by a branch or a loop")
+        leave = partial(self.untag, why="carried or sliced by a loop, or handed on by a branch")
         self.evaluator = Evaluator(self.visit, leave)
 
     def untag(self, values: Sequence[Any], why: str) -> list[Any]:
@@ -88,16 +88,8 @@ class _Walk:
     def visit(self, site: Site, inputs: list[Any], state: Any) -> Any:
         """The outputs of one equation, with their tags; None to look inside."""
         tags = [_tag(x) for x in inputs]
-        if any(isinstance(tag, View) for tag in tags):
-            if site.name in (*CALLS, "cond"):
-                return None
-            if site.name == "scan":
-                n, m = scan_groups(site.eqn)
-                fixed = carried_unchanged(site.eqn)
-                for i, tag in enumerate(tags):
-                    if i >= n and i not in fixed:
-                        self.found.other(tag, f"{'changed' if i < m else 'sliced'} by a scan")
-                return None
+        if site.name in (*CALLS, "cond", "scan") and any(isinstance(tag, View) for tag in tags):
+            return None
         values = jax.tree.leaves(inputs)
         if not any(tags):
             return bind(site.eqn, values), state
