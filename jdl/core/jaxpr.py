@@ -4,7 +4,6 @@ Other files know primitives by name, and their public parameters.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -88,14 +87,13 @@ class Evaluator(NamedTuple):
         each example. Of a while loop's condition nothing is shown. A call with a derivative of its
         own gets that of its body.
         """
-        eqn, params, place = site.eqn, site.eqn.params, site.place
+        eqn, params = site.eqn, site.eqn.params
         if site.name == "cond":
             index, *operands = inputs
-
-            def branch(j: int, state: PyTree, *args: Any) -> Any:
-                return self._run_body(params["branches"][j], args, state, (*place, j), site.times)
-
-            branches = [partial(branch, j) for j in range(len(params["branches"]))]
+            branches = [
+                lambda state, *args, j=j, body=body: self._body(site, body, args, state, j)
+                for j, body in enumerate(params["branches"])
+            ]
             return jax.lax.switch(*self.leave([index]), branches, state, *operands)
         if site.name == "scan":
             return self._scan(site, inputs, state)
@@ -106,27 +104,27 @@ class Evaluator(NamedTuple):
 
         def call(state: PyTree, *args: Any) -> Any:
             body = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
-            return self.run(body, args, state, place, site.times)
+            return self.run(body, args, state, site.place, site.times)
 
         if site.name in _REMAT:
             options = {k: params[k] for k in ("prevent_cse", "policy")}
             call = jax.checkpoint(call, **options)
         return call(state, *inputs)
 
-    def _run_body(
-        self, program: Any, args: Sequence[Any], state: PyTree, place: tuple[int, ...], times: int
+    def _body(
+        self, site: Site, body: Any, args: Sequence[Any], state: PyTree, *branch: int
     ) -> tuple[list[Any], PyTree]:
-        outputs, state = self.run(program, args, state, place, times)
+        times = site.times * site.eqn.params.get("length", 1)
+        outputs, state = self.run(body, args, state, (*site.place, *branch), times)
         return self.leave(outputs), state
 
     def _scan(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
         params = site.eqn.params
-        times = site.times * params["length"]
         n, m = scan_groups(site.eqn)
 
         def step(carry: Any, xs: list[Any]) -> Any:
             args = [*inputs[:n], *carry[0], *xs]
-            outputs, state = self._run_body(params["jaxpr"], args, carry[1], site.place, times)
+            outputs, state = self._body(site, params["jaxpr"], args, carry[1])
             return (outputs[: m - n], state), outputs[m - n :]
 
         first = self.leave(inputs[n:m]), state
@@ -136,17 +134,15 @@ class Evaluator(NamedTuple):
 
     def _while(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
         params = site.eqn.params
-        n = params["cond_nconsts"]
-        m = n + params["body_nconsts"]
-        test = jex.jaxpr_as_fun(params["cond_jaxpr"])
-        told = self.leave(inputs[:n])
-
-        def step(carry: Any) -> Any:
-            args = [*inputs[n:m], *carry[0]]
-            return self._run_body(params["body_jaxpr"], args, carry[1], site.place, site.times)
-
-        first = self.leave(inputs[m:]), state
-        return jax.lax.while_loop(lambda carry: test(*told, *carry[0])[0], step, first)
+        n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        test, told = as_function(params["cond_jaxpr"]), self.leave(inputs[:n])
+        return jax.lax.while_loop(
+            lambda carry: test(*told, *carry[0])[0],
+            lambda carry: self._body(
+                site, params["body_jaxpr"], [*inputs[n:m], *carry[0]], carry[1]
+            ),
+            (self.leave(inputs[m:]), state),
+        )
 
 
 def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:

@@ -13,8 +13,8 @@ from jdl.core.model import Model
 def dead_shares(model: Model, params: Any, state: Any, *inputs: Any) -> list[jax.Array]:
     """The share of units, by ReLU, that are 0 for every example, and at every step of a loop.
 
-    A branch that is not taken has only dead units. What `jax.custom_batching` and `jax.vmap` of a
-    while loop hide is not looked into.
+    All units of a branch that is not taken are dead. ReLUs within `jax.custom_batching.custom_vmap`
+    or `jax.shard_map`, and those of a while loop under `jax.vmap`, are not seen.
 
     Args:
       model: its `apply` is traced in evaluation mode.
