@@ -226,7 +226,7 @@ def make_deterministic() -> None:
     Raises:
       UserError: a device has been used already, after which it is too late.
     """
-    from jax._src import xla_bridge
+    from jax._src import xla_bridge  # JAX tells nowhere else whether a device has been used
 
     if xla_bridge.backends_are_initialized():
         raise check.UserError(

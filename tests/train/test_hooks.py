@@ -168,6 +168,65 @@ def test_dead_units_are_counted_by_layer():
     assert seen[0]["dead/0"] == pytest.approx(0.5)
 
 
+def dead(f, *inputs):
+    model = jdl.from_fns(lambda key, x: (), lambda _, *inputs: f(*inputs))
+    return [float(s) for s in relu.dead_shares(model, (), {}, *inputs)]
+
+
+def test_dead_units_are_counted_inside_of_every_kind_of_call():
+    # By unit: alive at the first step, alive at the last, never, never.
+    x = np.array([[[1.0, -1, -1, -1], [-1, 2, -1, -1]], [[0, 0, 0, 0], [-1, -1, -1, -1]]])
+    x = jnp.asarray(x, jnp.float32)
+
+    def steps(x):
+        return jax.lax.scan(lambda h, row: (h + nn.relu(row), ()), x[:, 0], x.swapaxes(0, 1))[0]
+
+    def loop(x):
+        body = lambda c: (c[0] + 1, c[1] + nn.relu(x[:, c[0]]))  # noqa: E731
+        return jax.lax.while_loop(lambda c: c[0] < 2, body, (0, jnp.zeros((2, 4))))[1]
+
+    def branch(x, at_least=0.0):
+        return jax.lax.cond(x.max() > at_least, lambda: nn.relu(x[:, 0]), lambda: nn.relu(x[:, 1]))
+
+    assert dead(steps, x) == [0.5]
+    assert dead(loop, x) == [0.5]
+    assert dead(jax.checkpoint(lambda x: nn.relu(x[:, 0])), x) == [0.75]
+    assert dead(jax.jit(jnp.maximum), x[:, 0], jnp.zeros((2, 4))) == []
+    # Of a branch that is not taken no unit is alive: it is 1 for one of the two.
+    assert sorted(dead(branch, x)) == [0.75, 1.0]
+    assert sorted(dead(lambda x: branch(x, 9.0), x)) == [0.75, 1.0]
+
+    def every_other(x):  # each branch at one of two steps: neither is left out
+        def step(i, row):
+            return i + 1, jax.lax.cond(i % 2 == 0, nn.relu, lambda row: nn.relu(row) / 2, row)
+
+        return jax.lax.scan(step, 0, x.swapaxes(0, 1))[1]
+
+    assert dead(every_other, x) == [0.75, 0.75]
+    # One entry each, in the order of computation.
+    assert dead(lambda x: nn.relu(jax.checkpoint(nn.relu)(x[:, 0]) - 1.5), x) == [0.75, 1.0]
+
+
+def test_units_of_a_recurrent_layer_are_counted_over_all_steps():
+    rnn = nn.RNN(nn.SimpleCell(16, activation_fn=nn.relu))
+    x = np.random.default_rng(0).normal(size=(1, 3, 2)).astype(np.float32)
+    params = jax.jit(rnn.init)(jax.random.key(0), x)
+    hidden = np.asarray(jax.jit(rnn.apply)(params, x))
+    expected = np.mean(np.all(hidden <= 0, axis=(0, 1)))
+    assert 0 < expected < np.mean(hidden <= 0)
+    assert dead(lambda x: rnn.apply(params, x), x) == [pytest.approx(expected)]
+
+
+def test_dead_units_are_compiled_once():
+    model = jdl.from_linen(Dying())
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    params, state = model.init(jax.random.key(0), x)
+    first = relu.dead_shares(model, params, state, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "make_jaxpr", None)  # nothing is traced again
+        assert relu.dead_shares(model, params, state, x) == first
+
+
 def test_early_stopping_counts_what_the_log_holds_and_the_best_is_kept_first(tmp_path):
     def again(steps):
         stop = hooks.early_stopping(patience=2)
