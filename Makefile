@@ -1,10 +1,14 @@
 # Everything runs in .venv, which the first target to need it makes; run any target again at will.
+# Another Python has an environment of its own: make test PYTHON=python3.13 runs in .venv-3.13.
 PYTHON ?= python3
-VENV := .venv
+FOUND := $(shell bash .ci/python "$(PYTHON)")
+VERSION := $(if $(FOUND),$(shell "$(FOUND)" -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+OLD = $(shell "$(FOUND)" -c 'import sys; print("old" * (sys.version_info < (3, 11)))')
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all check format docs bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics bench-paper bench-vision clean
+.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics bench-paper bench-vision clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -12,8 +16,10 @@ help:  ## list the targets
 setup: $(READY)  ## make .venv with jdl and the development tools
 
 $(READY): pyproject.toml
-	@echo "== setting up $(VENV) (once; a few minutes on a slow network)"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(FOUND),,$(error there is no $(PYTHON) here that runs and has venv and pip. Name another: make test PYTHON=python3.13))
+	$(if $(OLD),$(error jdl needs Python 3.11 or newer; $(PYTHON) is $(VERSION). Name another: make test PYTHON=python3.13))
+	@echo "== setting up $(VENV) with Python $(VERSION) (once; a few minutes on a slow network)"
+	test -x $(BIN)/python || "$(FOUND)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
@@ -21,10 +27,13 @@ demo: $(READY)  ## the main job: one CNN, five optimizers, one report (under 4 m
 	$(BIN)/jdl demo
 
 test: $(READY)  ## the tests that a change needs, under 10 minutes
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and not release" --numprocesses 2 --dist worksteal
 
 test-all: $(READY)  ## the slow tests too: several processes, killed processes, notebooks
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "slow and not release" --numprocesses 2 --dist worksteal
+
+test-release: $(READY)  ## before a release: the full matrices, which take long
+	$(BIN)/python -m pytest -m release --numprocesses 2 --dist worksteal
 
 check: $(READY)  ## lint, format, types, import arrows
 	$(BIN)/ruff check .
@@ -39,8 +48,8 @@ format: $(READY)  ## rewrite the code in the house's format
 docs: $(READY)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean -f .mkdocs.yml
 
-clean:  ## remove .venv and build products; runs stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean:  ## remove the environments and build products; runs stay
+	rm -rf .venv .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 bench-step: $(READY)  ## our train step against a bare jit loop
 	$(BIN)/python tests/benchmarks/bench_step.py

@@ -73,3 +73,27 @@ def test_importing_jdl_imports_nothing_heavy():
 def test_every_public_name_is_importable():
     for name in jdl.__all__:
         assert getattr(jdl, name) is not None
+
+
+def test_every_module_imports_where_posix_is_missing(tmp_path):
+    """As on Windows; what jdl is built on is imported first and answers for itself."""
+    code = """
+import importlib, os, pkgutil, sys
+import flax.linen, grain.python, matplotlib.pyplot, orbax.checkpoint, PIL.Image
+
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None
+for name in ("fork", "pread", "pwrite", "sched_getaffinity", "sysconf", "O_NONBLOCK", "O_CLOEXEC"):
+    delattr(os, name)
+
+import jdl
+
+for module in pkgutil.walk_packages(jdl.__path__, "jdl."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+with jdl.train.lock.RunLock(sys.argv[1]):
+    print(len(next(iter(jdl.data.digits(batch_size=8)))["label"]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.stdout == "8\n", found.stderr

@@ -40,6 +40,16 @@ _PIECE = 1 << 18  # bytes read at once in order
 _KEPT = 1 << 20  # bytes behind the last ones asked for that can be asked for again
 
 
+def _seek_and_read(fd: int, size: int, offset: int) -> bytes:
+    with _SEEKING:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, size)
+
+
+_SEEKING = threading.Lock()
+_pread = getattr(os, "pread", _seek_and_read)  # which Windows lacks
+
+
 def is_url(path: str) -> bool:
     """Whether `path` is read through fsspec.
 
@@ -138,9 +148,9 @@ class LocalFile(Raw):
 
     def __init__(self, path: str):
         self.path = path
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+        flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
         try:
-            self.fd = os.open(path, flags)
+            self.fd = os.open(path, sum(flags, os.O_RDONLY))
         except OSError as error:
             raise check.DataError(f"Cannot open the archive {path!r}: {error.strerror}.") from error
         if not Path(path).is_file():  # a pipe or a folder cannot be read at random
@@ -150,7 +160,7 @@ class LocalFile(Raw):
 
     def pread(self, size: int, offset: int) -> bytes:
         """See `Archive`."""
-        return os.pread(self.fd, size, offset)
+        return _pread(self.fd, size, offset)
 
     def read_from(self, at: int) -> inflate.Readable:
         """The file, to be read in order from there."""
@@ -162,10 +172,10 @@ class LocalFile(Raw):
         """See `Archive`."""
         stat = os.fstat(self.fd)
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(os.pread(self.fd, 4096, 0))
-        digest.update(os.pread(self.fd, 4096, max(stat.st_size - 4096, 0)))
+        digest.update(_pread(self.fd, 4096, 0))
+        digest.update(_pread(self.fd, 4096, max(stat.st_size - 4096, 0)))
         for i in range(1, 17):
-            digest.update(os.pread(self.fd, 512, stat.st_size * i // 17 & -512))
+            digest.update(_pread(self.fd, 512, stat.st_size * i // 17 & -512))
         return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": digest.hexdigest()}
 
     def check_unchanged(self, stamp: dict[str, Any]) -> None:

@@ -164,7 +164,8 @@ def save(index: TarIndex, file: str) -> None:
         header["lengths"][field] = len(array)
     start = json.dumps(header).encode()
     temporary = f"{file}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+    fd = os.open(temporary, flags, 0o644)
     try:
         with os.fdopen(fd, "wb") as out:
             out.write(_MAGIC + len(start).to_bytes(8, "little") + start)

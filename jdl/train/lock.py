@@ -1,8 +1,9 @@
 """One process trains in a run directory at a time."""
 
-import fcntl
 import os
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from jdl.core import check
 
@@ -29,19 +30,21 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         self._directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        # The holder's number starts at the second byte: Windows lets nobody read the locked first.
+        os.lseek(descriptor, 1, os.SEEK_SET)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            free = lock_descriptor(descriptor, blocking=False)
+        except OSError:  # a file system without locks: nothing to hold on to
+            free = True
+        if not free:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
             raise check.UserError(
                 f"Process {holder} is training in {self._directory} already. Wait for it to end, "
                 "or choose another work directory."
-            ) from None
-        except OSError:  # a file system without locks: nothing to hold on to
-            pass
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            )
+        os.ftruncate(descriptor, 1)
+        os.write(descriptor, str(os.getpid()).encode())
         self._descriptor = descriptor
         return self
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdl.core.check import DataError, UserError
-from jdl.data import TarSource, describe, tar_index, tar_scan
+from jdl.data import TarSource, archive, describe, tar_index, tar_scan
 from jdl.data import tar_format as fmt
 from jdl.data.paths import expand
 
@@ -419,7 +419,11 @@ def test_many_archives_in_order(tmp_path):
         source[6]
 
 
-def test_reading_from_threads_and_after_pickling(ten):
+@pytest.mark.parametrize("has_pread", [True, False])  # Windows has none
+def test_reading_from_threads_and_after_pickling(ten, has_pread, monkeypatch):
+    if not has_pread:
+        monkeypatch.delattr(os, "pread")
+        monkeypatch.setattr(archive, "_pread", archive._seek_and_read)
     source = TarSource(ten)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: source[i % 10], range(500)))

@@ -1,8 +1,10 @@
 """Training that goes on, resumes, evaluates exactly, and refuses what it must."""
 
 import contextlib
+import errno
 import inspect
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -276,3 +278,33 @@ def test_names_of_columns_and_masks_of_other_shapes_are_refused():
     batch = {"image": x, "label": np.zeros(8, np.int32), "mask": np.ones((8, 8), np.float32)}
     with pytest.raises(check.ArgumentError, match=r"mask.*a number an example, \(8,\)"):
         make("sgd").train([batch], steps=1)
+
+
+def test_a_run_directory_takes_one_training_at_a_time(tmp_path):
+    """Of the same process too; and what a killed one left in the lock is not believed."""
+    (tmp_path / ".lock").write_text("999999\n")
+    second = make("adam", workdir=tmp_path)
+    refused = []
+
+    def intrude(row):
+        with pytest.raises(check.UserError, match=f"Process {os.getpid()} is training in") as error:
+            second.train(data(), steps=1)
+        refused.append(str(error.value))
+
+    make("adam", workdir=tmp_path, hooks=[intrude]).train(data(), steps=2)
+    assert refused
+    assert str(tmp_path) in refused[0]
+    assert make("adam", workdir=tmp_path).train(data(), steps=1).step == 3
+
+
+def test_a_directory_without_locks_is_trained_in_and_one_without_rights_is_not(
+    tmp_path, monkeypatch
+):
+    def unsupported(descriptor, **_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("jdl.train.lock.lock_descriptor", unsupported)
+    assert make("adam", workdir=tmp_path / "a").train(data(), steps=1).step == 1
+    (tmp_path / "b" / ".lock").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"\.lock"):
+        make("adam", workdir=tmp_path / "b").train(data(), steps=1)
