@@ -106,25 +106,30 @@ def _run(name: str, arguments: list[str]) -> int:
 
     try:
         module.run(parsed)
-    except UserError as error:
-        code = _mistake(str(error), name)
+        return 0
+    except SystemExit as end:  # SIGTERM, with everything saved
+        if not str(end).isdigit():
+            print(f"jdl {name}: {end}", file=sys.stderr)
+        return int(end.code or 0)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        code = _told(error, name)
         if getattr(parsed, "distributed", False):
             from jdl.train import distributed
 
             distributed.announce(error, code)
         return code
-    except SystemExit as end:  # SIGTERM, with everything saved
-        if not str(end).isdigit():
-            print(f"jdl {name}: {end}", file=sys.stderr)
-        return int(end.code or 0)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        return _mistake(f"{error.filename}: {error.strerror}.", name)
-    except KeyboardInterrupt:
+
+
+def _told(error: BaseException, name: str) -> int:
+    """Tells what the user is to know of it; the exit code. Raises what is a fault of ours."""
+    if isinstance(error, KeyboardInterrupt):
         print(f"jdl {name}: interrupted; what was written stays.", file=sys.stderr)
         return 130
-    return 0
+    if not isinstance(error, OSError):
+        return _mistake(str(error), name)
+    if error.errno not in UNWRITABLE:
+        raise error
+    return _mistake(f"{error.filename}: {error.strerror}.", name)
 
 
 def _parse(name: str, module: object, arguments: list[str]) -> object:

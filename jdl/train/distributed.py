@@ -6,11 +6,17 @@ for one that is gone: a process that fails says so to all, and all end, naming t
 """
 
 import atexit
+import contextlib
+import ctypes
+import functools
+import itertools
+import multiprocessing
 import os
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -20,9 +26,17 @@ from jdl.core import check
 
 HEARTBEAT_SECONDS = 10  # a process that gives no sign of life for this long is taken for dead
 SHUTDOWN_SECONDS = 8  # how long one that is done waits for the others to be
+INTERRUPTED = 130  # the exit code of one that Ctrl-C ended
+_KEYS = "jdl/"  # of the store that process 0 keeps for all
 _FAILURE = "jdl/failure"
-_GONE = "process 0, which coordinates, is gone"
+_ALIVE = "jdl/alive/"  # and the process's number: counts up as long as it lives
+_COORDINATOR_GONE = "process 0, which coordinates, is gone"
+_INTERRUPTED = "was interrupted"
 _POLL_SECONDS = 0.5
+_SILENT_SECONDS = 5.0  # one that has not counted on for this long may be the one that is gone
+_LEAVE_SECONDS = 5.0  # how long process 0 waits for the others to leave before it
+_lost = threading.Event()  # JAX has found a process to be gone, but not said which
+_ending = threading.Lock()  # for the thread that ends this process, lest two give a reason
 
 
 def initialize(
@@ -69,14 +83,15 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     if coordinator is not None and coordinator.rsplit(":", 1)[0] in ("127.0.0.1", "localhost"):
         bind = coordinator  # else it would listen on all interfaces
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            coordinator_bind_address=bind if process_id in (0, None) else None,
-        )
+        with _hearing_of_losses():
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+                coordinator_bind_address=bind if process_id in (0, None) else None,
+            )
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise check.UserError(
@@ -87,20 +102,47 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def announce(error: BaseException, code: int = 1) -> None:
-    """Tells the other processes, if there are any, that this one fails, and ends it at once.
+    """Tells the other processes, if there are any, that this one fails, and ends it.
 
-    To wait for them, as JAX does at exit, would leave them waiting for this one in turn.
+    To wait for them, as JAX does at exit, would leave them waiting for this one in turn. Where the
+    error only follows from another's end, that one's is told instead, and the code is 1.
     """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
-        return
-    told = _failure(wait=2.0)  # what breaks here may be another's failure
-    if told is None:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        _tell(f"process {jax.process_index()} failed: {reason}")
-        time.sleep(3 * _POLL_SECONDS)  # till the others have heard; process 0 carries the message
-    else:
-        print(f"jdl: ended, because {told}", file=sys.stderr)
-    _leave(code)
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        _end_by(error, code, told=True)
+
+
+def _end_by(error: BaseException, code: int, *, told: bool = False) -> None:
+    if _of_runtime(error):
+        _lost.set()  # the watch ends this process if another one's end is the cause
+        try:
+            time.sleep(_SILENT_SECONDS + 4 * _POLL_SECONDS)
+        except KeyboardInterrupt as interrupt:
+            error, code, told = interrupt, INTERRUPTED, False
+    with _ending:
+        me = f"process {jax.process_index()}"
+        if isinstance(error, KeyboardInterrupt):
+            reason = f"{me} {_INTERRUPTED}"
+            shown = f"jdl: {reason}\n"
+        elif isinstance(error, check.UserError):
+            reason = f"{me} failed: {type(error).__name__}: {error}".splitlines()[0]
+            shown = f"jdl: error: {error}\n"
+        else:
+            reason = f"{me} failed: {type(error).__name__}: {error}".splitlines()[0]
+            shown = "".join(traceback.format_exception(error))
+        if not told:
+            sys.stderr.write(shown)
+        with contextlib.suppress(Exception):  # another was first, or process 0 is gone
+            _client().key_value_set(_FAILURE, reason, allow_overwrite=False)
+        _leave(code)
+
+
+def _of_runtime(error: BaseException | None) -> bool:
+    """Whether it comes from JAX's runtime, which fails in one process when another one ends."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _number(name: str, given: int | None) -> int | None:
@@ -115,14 +157,10 @@ def _announcing(before: Any) -> Any:
     def excepthook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        if jax.process_count() == 1 or isinstance(error, KeyboardInterrupt):
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
             before(kind, error, trace)
             return
-        if isinstance(error, check.UserError):
-            print(f"jdl: error: {error}", file=sys.stderr)
-        elif _failure(wait=0.0) is None:
-            traceback.print_exception(kind, error, trace)
-        announce(error)
+        _end_by(error, INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
 
     return excepthook
 
@@ -133,40 +171,124 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _tell(message: str) -> None:
+def _read() -> dict[str, str] | None:
+    """What the processes have told each other; None where process 0, which keeps it, is gone."""
     try:
-        _client().key_value_set(_FAILURE, message, allow_overwrite=False)
-    except Exception as error:  # process 0, who keeps the store, is gone: nobody is left to tell
-        print(f"jdl: could not tell the other processes: {error}", file=sys.stderr)
+        return dict(_client().key_value_dir_get(_KEYS))
+    except Exception:
+        return None
 
 
-def _failure(wait: float) -> str | None:
-    """What another process said when it failed, if one did within so many seconds."""
-    end = time.monotonic() + wait
-    while True:
-        try:
-            return str(_client().key_value_try_get(_FAILURE))
-        except Exception as error:
-            gone = "NOT_FOUND" not in str(error)
-        if gone:
-            return _GONE
-        if time.monotonic() >= end:
+class _Signs:
+    """What this process has last read of the others' state."""
+
+    def __init__(self) -> None:
+        self.read_at = time.monotonic()
+        self._store: dict[str, str] = {}
+        self._new_at: dict[str, float] = {}  # when a process was last seen to have counted on
+
+    def read(self) -> bool:
+        """Reads once more; False where process 0, which keeps it, is gone."""
+        store, self.read_at = _read(), time.monotonic()
+        if store is None:
+            return False
+        for i in range(jax.process_count()):
+            name = f"{_ALIVE}{i}"
+            if name not in self._new_at or store.get(name) != self._store.get(name):
+                self._new_at[name] = self.read_at
+        self._store = store
+        return True
+
+    def others(self) -> list[str]:
+        """The other processes that are alive, as far as is known."""
+        here = [name for name in self._store if name.startswith(_ALIVE) and name != _mine()]
+        return [name for name in here if self.read_at - self._new_at[name] < _SILENT_SECONDS]
+
+    def cause(self) -> str | None:
+        """Why to end, as far as the others' state tells."""
+        if _FAILURE in self._store or not _lost.is_set():
+            return self._store.get(_FAILURE)
+        name, new_at = min(self._new_at.items(), key=lambda item: item[1])
+        silent = self.read_at - new_at
+        if silent < _SILENT_SECONDS:
             return None
-        time.sleep(0.1)
+        return f"process {name.removeprefix(_ALIVE)} is gone: no sign of life for {silent:.0f} s"
+
+
+_signs = _Signs()
 
 
 def _watch(done: threading.Event) -> None:
-    """Ends this process when another one has failed, whatever it is waiting for."""
-    own = f"process {jax.process_index()} failed"
-    while not done.wait(_POLL_SECONDS):
-        told = _failure(wait=0.0)
-        if told == _GONE:
-            done.wait(_POLL_SECONDS)  # in good order perhaps, and this one is about to be
-        if done.is_set() or _client() is None:
+    """Ends this process when another one has failed or is gone, whatever it is waiting for."""
+    for count in itertools.count():
+        if done.wait(_POLL_SECONDS) or _client() is None or _ending.locked():
             return
-        if told is not None and not told.startswith(own):
-            print(f"jdl: ended, because {told}", file=sys.__stderr__)  # even where that is silenced
-            _leave(1)
+        with contextlib.suppress(Exception):  # what it means, the next line finds
+            _client().key_value_set(_mine(), str(count), allow_overwrite=True)
+        if _signs.read():
+            cause = _signs.cause()
+        else:
+            if done.wait(_POLL_SECONDS) or _client() is None:
+                return  # in good order
+            cause = None if _signs.read() else _COORDINATOR_GONE
+        if cause is not None and _INTERRUPTED in cause:
+            done.wait(_LEAVE_SECONDS / 2)  # Ctrl-C is for all as a rule: let this one's own arrive
+        if cause is not None:
+            _end_because(cause)
+
+
+def _mine() -> str:
+    return f"{_ALIVE}{jax.process_index()}"
+
+
+def _end_because(reason: str) -> None:
+    with _ending:
+        print(f"jdl: ended, because {reason}", file=sys.__stderr__)  # even where that is silenced
+        _leave(1)
+
+
+@contextlib.contextmanager
+def _hearing_of_losses() -> Iterator[None]:
+    """Has JAX call us, when a process is lost, instead of aborting this one with a dump.
+
+    JAX's client takes a function for that, which `jax.distributed.initialize` does not pass on.
+    As jaxlib cannot hand it the status, it ends in C++'s `std::terminate`: that is caught as well.
+    """
+    from jax._src.lib import _jax  # nothing public reaches the client before it connects
+
+    make = _jax.get_distributed_runtime_client
+    _jax.get_distributed_runtime_client = functools.partial(
+        make, missed_heartbeat_callback=lambda status: _lost.set()
+    )
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = make
+    if sys.platform == "linux":
+        _catch_terminate()
+
+
+@functools.cache
+def _catch_terminate() -> Any:
+    """Gives the watch the time to end this process before C++ aborts it."""
+    handler = ctypes.CFUNCTYPE(None)
+    set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+    set_terminate.argtypes, set_terminate.restype = [handler], handler
+
+    def terminated() -> None:
+        _lost.set()
+        time.sleep(4 * _POLL_SECONDS)
+        if time.monotonic() - _signs.read_at < 3 * _POLL_SECONDS:
+            time.sleep(_LEAVE_SECONDS)  # the watch ends this process, if it is about the others
+            before()
+        if _ending.acquire(timeout=_LEAVE_SECONDS):  # the watch is stuck: JAX's client is locked
+            reason = _signs.cause() or _COORDINATOR_GONE
+            print(f"jdl: ended, because {reason}", file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+    caught = handler(terminated)
+    before = set_terminate(caught)
+    return caught  # kept alive by the cache
 
 
 def _finish(watch: threading.Thread, done: threading.Event) -> None:
@@ -182,6 +304,16 @@ def _finish(watch: threading.Thread, done: threading.Event) -> None:
 
 
 def _leave(code: int) -> None:
+    """Ends this process at once; process 0, who carries the messages, after the others."""
+    with contextlib.suppress(Exception):  # else process 0 is gone
+        _client().key_value_delete(_mine())
+    end = time.monotonic() + _LEAVE_SECONDS
+    while jax.process_index() == 0 and time.monotonic() < end and _signs.read():
+        if not _signs.others():
+            break
+        time.sleep(_POLL_SECONDS / 5)
+    for child in multiprocessing.active_children():
+        child.kill()  # `os._exit` would leave them behind
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
