@@ -131,8 +131,7 @@ def _end_by(error: BaseException, code: int, *, told: bool = False) -> None:
             shown = "".join(traceback.format_exception(error))
         if not told:
             sys.stderr.write(shown)
-        with contextlib.suppress(Exception):  # another was first, or process 0 is gone
-            _client().key_value_set(_FAILURE, reason, allow_overwrite=False)
+        _tell(reason)
         _leave(code)
 
 
@@ -237,6 +236,11 @@ def _watch(done: threading.Event) -> None:
             _end_because(cause)
 
 
+def _tell(reason: str) -> None:
+    with contextlib.suppress(Exception):  # another was first, or process 0 is gone
+        _client().key_value_set(_FAILURE, reason, allow_overwrite=False)
+
+
 def _mine() -> str:
     return f"{_ALIVE}{jax.process_index()}"
 
@@ -296,6 +300,16 @@ def _finish(watch: threading.Thread, done: threading.Event) -> None:
 
     A thread that were still asking for failures when Python ends would abort the process.
     """
+    try:
+        # JAX's own, at shutdown, ends all without a word of who was missing.
+        if _client() is not None:
+            _client().wait_at_barrier("jdl/done", 1000 * SHUTDOWN_SECONDS)
+    except Exception:
+        _lost.set()
+        early = f"process {jax.process_index()} was done {SHUTDOWN_SECONDS} s before another"
+        reason = _signs.cause() or early
+        _tell(reason)
+        _end_because(reason)
     try:
         jax.distributed.shutdown()
     finally:
