@@ -123,7 +123,8 @@ def _run(name: str, arguments: list[str]) -> int:
 def _told(error: BaseException, name: str) -> int:
     """Tells what the user is to know of it; the exit code. Raises what is a fault of ours."""
     if isinstance(error, KeyboardInterrupt):
-        print(f"jdl {name}: interrupted; what was written stays.", file=sys.stderr)
+        told = str(error) or "interrupted; what was written stays"
+        print(f"jdl {name}: {told}.", file=sys.stderr)
         return 130
     if not isinstance(error, OSError):
         return _mistake(str(error), name)

@@ -28,6 +28,7 @@ from jdl.train.parallel import SplitRule, placement
 from jdl.train.predictor import Predict, Predictor
 from jdl.train.run import Run
 from jdl.train.step import Metrics, TrainState, build
+from jdl.train.termination import Stopped
 from jdl.train.trainer import Trainer
 
 
@@ -121,7 +122,8 @@ class Estimator:
         check_all(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
         self.model = prepared_model(model, precision, rematerialize)
         self.loss = loss
-        self.workdir = None if workdir is None else Path(workdir)
+        # Whole, so that a later change of the current folder does not part the run.
+        self.workdir = None if workdir is None else Path(workdir).absolute()
         self.seed = seed
         inputs = inputs if isinstance(inputs, str) else tuple(inputs)
         placed = placement(devices, parallel, split_rule)
@@ -233,13 +235,23 @@ class Estimator:
         Raises:
           ArgumentError: there is no limit, and no end of the data.
           TrainingError: the loss is not finite, or a checkpoint could not be written.
-          Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75.
+          Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75. Without a
+            run directory SIGTERM ends the program as it does anywhere else.
+          KeyboardInterrupt: Ctrl-C was pressed. Training ends after the step at hand, and saves
+            where there is a run directory; the Estimator can be used, and trained on. A second
+            Ctrl-C also ends a hook, a validation, or the wait for data.
           UserError: another process is training in the same run directory.
         """
-        with self._keeper.lock():
-            limits = Limits(steps, max_steps, epochs, seconds)
-            if self._trainer.train(data, limits, validation, validate_every) and save:
-                self._run.save(wait=True)
+        limits = Limits(steps, max_steps, epochs, seconds)
+        run, keeper = self._run, self._keeper
+        with run.signals as signals, keeper.writing():
+            try:
+                if self._trainer.train(data, limits, validation, validate_every) and save:
+                    run.save(wait=True)
+                if signals.terminated:
+                    raise Stopped(run.step)
+            except (KeyboardInterrupt, Stopped) as end:
+                raise run.ended_by(end) from end
         return self
 
     def restore_best(self, data: Data) -> "Estimator":
@@ -253,7 +265,7 @@ class Estimator:
 
     def save(self) -> "Estimator":
         """Writes a checkpoint of this step into the run directory, if there is one."""
-        with self._keeper.lock():
+        with self._run.signals, self._keeper.writing():
             self._run.save(wait=True)
         return self
 
@@ -349,7 +361,8 @@ class Estimator:
         row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
         row.estimator = self
         try:
-            for hook in self._hooks:
-                hook(row)
+            with self._run.signals.window("hooks"):
+                for hook in self._hooks:
+                    hook(row)
         finally:
             self._keeper.write(row)  # with what hooks have added to it

@@ -18,6 +18,7 @@ from jdl.train.feed import Data, Feed, once, opened, repeated
 from jdl.train.keeper import Keeper
 from jdl.train.parallel import Placement
 from jdl.train.step import TrainState
+from jdl.train.termination import Interrupted, Signals, Stopped
 
 logger = logging.getLogger("jdl.train")
 
@@ -49,6 +50,7 @@ class Run:
       trail: (step, position) of recent steps.
       classes: those of the training data; None where it tells none.
       init_seconds: time spent on the initial state.
+      signals: SIGTERM and Ctrl-C, while training.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Run:
         self.trail: deque[tuple[int, Any]] = deque(maxlen=256)
         self.classes: tuple[str, ...] | None = None
         self.init_seconds = 0.0
+        self.signals = Signals(saves=keeper.workdir is not None)
         self._feed: tuple[Data, bool, Feed] | None = None
 
     # ------------------------------------------------------------------ the state
@@ -97,10 +100,9 @@ class Run:
 
     def _held(self, batch: Batch) -> TrainState:
         """The state, restored from the run directory if need be."""
-        if self.state is None and self.keeper.workdir is not None:
-            if self.keeper.latest_step() is None:
-                raise check.UserError(f"{self.keeper.workdir} holds no checkpoint: train first.")
-            self._prepare(batch)
+        workdir = self.keeper.workdir
+        if self.state is None and workdir is not None and not self.restore(batch):
+            raise check.UserError(f"{workdir} holds no checkpoint: train first.")
         return self.current()
 
     def _prepare(self, batch: Batch) -> None:
@@ -200,7 +202,9 @@ class Run:
         """Saves the state, off the clock."""
         running = self.clock.running
         self.clock.stop()
-        self.keeper.save(self.current(), self._meta(), wait=wait)
+        self.keeper.save(self.current(), self._meta())
+        if wait:
+            self.keeper.close()
         if running:
             self.clock.start()
 
@@ -208,6 +212,25 @@ class Run:
         """Before training goes on from an older step: what is saved is then where it stands."""
         if self.step < (self.keeper.latest_step() or 0):
             self.save(wait=True)
+
+    def ended_by(self, signal: KeyboardInterrupt | Stopped) -> KeyboardInterrupt | Stopped:
+        """Saves where training was ended by a signal; what is to be raised then."""
+        keeper, step = self.keeper, self.step
+        alone = jax.process_count() == 1
+        if isinstance(signal, Stopped):
+            self.save(wait=True)
+            return Stopped(step)
+        told = f"interrupted after step {step}"
+        if keeper.workdir is None or self.state is None or step == 0:
+            return Interrupted(told)
+        if not alone:  # the others may be at another step, and do not wait to save
+            return Interrupted(f"{told}; {keeper.workdir} holds what was saved before")
+        try:
+            self.save(wait=True)
+        except check.TrainingError as error:
+            return Interrupted(f"{told}, which could not be saved: {error}")
+        where = keeper.workdir / "checkpoints"
+        return Interrupted(f"{told}, saved in {where}; the same command goes on from there")
 
     def save_if_best(self, values: dict[str, Any]) -> None:
         """Saves the state in `best/` if this validation is the best so far."""

@@ -84,7 +84,8 @@ class Trainer:
         )
         run = self._run
         feed = run.feed(data, repeat=limits.given)
-        batch = feed.prefetch()
+        with run.signals.window("data"):
+            batch = feed.prefetch()
         if batch is None:
             raise check.DataError(
                 "The training data gives no batch: it is at its end, or holds fewer examples than "
@@ -130,7 +131,9 @@ class Trainer:
                 feed = run.feed(data, repeat=True)
 
     def _validation(self, data: Data) -> None:
-        values, run = self._validate(data), self._run
+        run = self._run
+        with run.signals.window("validation"):
+            values = self._validate(data)
         run.save_if_best(values)  # first, since a hook may end the training here
         self._report(run.step, run.clock.seconds, None, "validation", values)
 

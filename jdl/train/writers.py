@@ -55,10 +55,10 @@ class JsonlWriter:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: Row) -> None:
         """Appends one row."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         clean = {k: None if _not_finite(v) else v for k, v in row.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
@@ -78,11 +78,11 @@ class CsvWriter:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._columns: list[str] | None = None  # of the file, once read
 
     def write(self, row: Row) -> None:
         """Appends one row."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._columns is None:
             self._columns = self._read()[0]
         if new := [name for name in row if name not in self._columns]:
