@@ -112,25 +112,24 @@ def _run(name: str, arguments: list[str]) -> int:
             print(f"jdl {name}: {end}", file=sys.stderr)
         return int(end.code or 0)
     except (UserError, OSError, KeyboardInterrupt) as error:
-        code = _told(error, name)
+        code, message = _told(error, name)
         if getattr(parsed, "distributed", False):
             from jdl.train import distributed
 
-            distributed.announce(error, code)
+            distributed.announce(error, code, message)
+        print(message, file=sys.stderr)
         return code
 
 
-def _told(error: BaseException, name: str) -> int:
-    """Tells what the user is to know of it; the exit code. Raises what is a fault of ours."""
+def _told(error: BaseException, name: str) -> tuple[int, str]:
+    """The exit code, and what the user is to know of it; raises what is a fault of ours."""
     if isinstance(error, KeyboardInterrupt):
-        told = str(error) or "interrupted; what was written stays"
-        print(f"jdl {name}: {told}.", file=sys.stderr)
-        return 130
-    if not isinstance(error, OSError):
-        return _mistake(str(error), name)
-    if error.errno not in UNWRITABLE:
-        raise error
-    return _mistake(f"{error.filename}: {error.strerror}.", name)
+        return 130, f"jdl {name}: {str(error) or 'interrupted; what was written stays'}."
+    if isinstance(error, OSError):
+        if error.errno not in UNWRITABLE:
+            raise error
+        return 2, f"jdl {name}: error: {error.filename}: {error.strerror}."
+    return 2, f"jdl {name}: error: {error}"
 
 
 def _parse(name: str, module: object, arguments: list[str]) -> object:

@@ -101,47 +101,53 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
         ) from error
 
 
-def announce(error: BaseException, code: int = 1) -> None:
+def announce(error: BaseException, code: int = 1, shown: str | None = None) -> None:
     """Tells the other processes, if there are any, that this one fails, and ends it.
 
     To wait for them, as JAX does at exit, would leave them waiting for this one in turn. Where the
     error only follows from another's end, that one's is told instead, and the code is 1.
+
+    Args:
+      error: why it fails.
+      code: the exit code; of one interrupted it is 130.
+      shown: what is to be said on stderr; by default a traceback, or a line where that is enough.
     """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        _end_by(error, code, told=True)
-
-
-def _end_by(error: BaseException, code: int, *, told: bool = False) -> None:
-    if _of_runtime(error):
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    chain = list(_chain(error))
+    if _interrupt(chain) is None and any(isinstance(e, jax.errors.JaxRuntimeError) for e in chain):
         _lost.set()  # the watch ends this process if another one's end is the cause
         try:
             time.sleep(_SILENT_SECONDS + 4 * _POLL_SECONDS)
         except KeyboardInterrupt as interrupt:
-            error, code, told = interrupt, INTERRUPTED, False
+            chain, shown = [interrupt], None
     with _ending:
-        me = f"process {jax.process_index()}"
-        if isinstance(error, KeyboardInterrupt):
-            reason = f"{me} {_INTERRUPTED}"
-            shown = f"jdl: {reason}\n"
-        elif isinstance(error, check.UserError):
-            reason = f"{me} failed: {type(error).__name__}: {error}".splitlines()[0]
-            shown = f"jdl: error: {error}\n"
+        reason = f"process {jax.process_index()} "
+        if _interrupt(chain) is not None:
+            reason, code = reason + _INTERRUPTED, INTERRUPTED
+            line = f"jdl: {reason}"
         else:
-            reason = f"{me} failed: {type(error).__name__}: {error}".splitlines()[0]
-            shown = "".join(traceback.format_exception(error))
-        if not told:
-            sys.stderr.write(shown)
+            reason += f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            mistake = isinstance(error, check.UserError)
+            line = f"jdl: error: {error}" if mistake else _traced(error)
+        print((shown or line).rstrip(), file=sys.stderr)
         _tell(reason)
         _leave(code)
 
 
-def _of_runtime(error: BaseException | None) -> bool:
-    """Whether it comes from JAX's runtime, which fails in one process when another one ends."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return True
+def _traced(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it came of."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return False
+
+
+def _interrupt(chain: list[BaseException]) -> BaseException | None:
+    return next((e for e in chain if isinstance(e, KeyboardInterrupt)), None)
 
 
 def _number(name: str, given: int | None) -> int | None:
@@ -158,8 +164,7 @@ def _announcing(before: Any) -> Any:
     ) -> None:
         if not jax.distributed.is_initialized() or jax.process_count() == 1:
             before(kind, error, trace)
-            return
-        _end_by(error, INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
+        announce(error)
 
     return excepthook
 
@@ -231,7 +236,7 @@ def _watch(done: threading.Event) -> None:
                 return  # in good order
             cause = None if _signs.read() else _COORDINATOR_GONE
         if cause is not None and _INTERRUPTED in cause:
-            done.wait(_LEAVE_SECONDS / 2)  # Ctrl-C is for all as a rule: let this one's own arrive
+            _lost.wait(_LEAVE_SECONDS)  # Ctrl-C is for all as a rule: let this one's own arrive
         if cause is not None:
             _end_because(cause)
 
@@ -321,7 +326,8 @@ def _leave(code: int) -> None:
     """Ends this process at once; process 0, who carries the messages, after the others."""
     with contextlib.suppress(Exception):  # else process 0 is gone
         _client().key_value_delete(_mine())
-    end = time.monotonic() + _LEAVE_SECONDS
+    # One interrupted lets the others hear of it, but they may wait for it to be gone.
+    end = time.monotonic() + (4 * _POLL_SECONDS if code == INTERRUPTED else _LEAVE_SECONDS)
     while jax.process_index() == 0 and time.monotonic() < end and _signs.read():
         if not _signs.others():
             break
