@@ -290,7 +290,7 @@ def _catch_terminate() -> Any:
         if time.monotonic() - _signs.read_at < 3 * _POLL_SECONDS:
             time.sleep(_LEAVE_SECONDS)  # the watch ends this process, if it is about the others
             before()
-        if _ending.acquire(timeout=_LEAVE_SECONDS):  # the watch is stuck: JAX's client is locked
+        if _ending.acquire(timeout=2 * _POLL_SECONDS):  # the watch is stuck: JAX's client is locked
             reason = _signs.cause() or _COORDINATOR_GONE
             print(f"jdl: ended, because {reason}", file=sys.__stderr__, flush=True)
         os._exit(1)

@@ -1,7 +1,8 @@
 """One of several processes that train together: `run_distributed.py WORKDIR STEPS [options]`.
 
 Coordinates come from the environment or the launcher. `--fail KIND` makes process 1 raise, kill
-itself, be interrupted, leave or come 40 s late: at step 5, when the data is opened, or at a checkpoint.
+itself, be interrupted, leave or come 40 s late: at step 5, or as `--at` says when the data is
+opened or a checkpoint is written.
 """
 
 import argparse
