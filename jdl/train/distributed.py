@@ -12,6 +12,8 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -32,10 +34,12 @@ _FAILURE = "jdl/failure"
 _ALIVE = "jdl/alive/"  # and the process's number: counts up as long as it lives
 _COORDINATOR_GONE = "process 0, which coordinates, is gone"
 _INTERRUPTED = "was interrupted"
+_LEFT = "left"
 _POLL_SECONDS = 0.5
 _SILENT_SECONDS = 5.0  # one that has not counted on for this long may be the one that is gone
 _LEAVE_SECONDS = 5.0  # how long process 0 waits for the others to leave before it
 _lost = threading.Event()  # JAX has found a process to be gone, but not said which
+_caught, _catching = socket.socketpair()  # the numbers of signals that came
 _ending = threading.Lock()  # for the thread that ends this process, lest two give a reason
 
 
@@ -72,6 +76,7 @@ def initialize(
         )
     sys.excepthook = _announcing(sys.excepthook)
     if jax.process_count() > 1:
+        _listen_for_ctrl_c()
         done = threading.Event()
         watch = threading.Thread(target=_watch, args=[done], daemon=True, name="jdl-watch")
         watch.start()
@@ -205,8 +210,13 @@ class _Signs:
 
     def others(self) -> list[str]:
         """The other processes that are alive, as far as is known."""
-        here = [name for name in self._store if name.startswith(_ALIVE) and name != _mine()]
-        return [name for name in here if self.read_at - self._new_at[name] < _SILENT_SECONDS]
+        return [
+            name
+            for name, new_at in self._new_at.items()
+            if name != _mine()
+            and self._store.get(name) != _LEFT
+            and self.read_at - new_at < _SILENT_SECONDS
+        ]
 
     def cause(self) -> str | None:
         """Why to end, as far as the others' state tells."""
@@ -235,8 +245,6 @@ def _watch(done: threading.Event) -> None:
             if done.wait(_POLL_SECONDS) or _client() is None:
                 return  # in good order
             cause = None if _signs.read() else _COORDINATOR_GONE
-        if cause is not None and _INTERRUPTED in cause:
-            _lost.wait(_LEAVE_SECONDS)  # Ctrl-C is for all as a rule: let this one's own arrive
         if cause is not None:
             _end_because(cause)
 
@@ -252,8 +260,27 @@ def _mine() -> str:
 
 def _end_because(reason: str) -> None:
     with _ending:
-        print(f"jdl: ended, because {reason}", file=sys.__stderr__)  # even where that is silenced
-        _leave(1)
+        code, line = 1, f"jdl: ended, because {reason}"
+        if _INTERRUPTED in reason:
+            time.sleep(2 * _POLL_SECONDS)  # as a rule Ctrl-C is for all, and may be on its way
+            if _ctrl_c_came():
+                code, line = INTERRUPTED, f"jdl: process {jax.process_index()} {_INTERRUPTED}"
+        print(line, file=sys.__stderr__)  # even where that is silenced
+        _leave(code)
+
+
+def _listen_for_ctrl_c() -> None:
+    """Python's own handler may have to wait for a step that waits for the others."""
+    if threading.current_thread() is threading.main_thread():
+        _caught.setblocking(False)
+        _catching.setblocking(False)
+        signal.set_wakeup_fd(_catching.fileno(), warn_on_full_buffer=False)
+
+
+def _ctrl_c_came() -> bool:
+    with contextlib.suppress(BlockingIOError):
+        return signal.SIGINT in _caught.recv(1024)
+    return False
 
 
 @contextlib.contextmanager
@@ -265,6 +292,8 @@ def _hearing_of_losses() -> Iterator[None]:
     """
     from jax._src.lib import _jax  # nothing public reaches the client before it connects
 
+    if sys.platform == "linux":
+        _catch_terminate()
     make = _jax.get_distributed_runtime_client
     _jax.get_distributed_runtime_client = functools.partial(
         make, missed_heartbeat_callback=lambda status: _lost.set()
@@ -273,8 +302,6 @@ def _hearing_of_losses() -> Iterator[None]:
         yield
     finally:
         _jax.get_distributed_runtime_client = make
-    if sys.platform == "linux":
-        _catch_terminate()
 
 
 @functools.cache
@@ -325,9 +352,8 @@ def _finish(watch: threading.Thread, done: threading.Event) -> None:
 def _leave(code: int) -> None:
     """Ends this process at once; process 0, who carries the messages, after the others."""
     with contextlib.suppress(Exception):  # else process 0 is gone
-        _client().key_value_delete(_mine())
-    # One interrupted lets the others hear of it, but they may wait for it to be gone.
-    end = time.monotonic() + (4 * _POLL_SECONDS if code == INTERRUPTED else _LEAVE_SECONDS)
+        _client().key_value_set(_mine(), _LEFT, allow_overwrite=True)
+    end = time.monotonic() + _LEAVE_SECONDS
     while jax.process_index() == 0 and time.monotonic() < end and _signs.read():
         if not _signs.others():
             break
