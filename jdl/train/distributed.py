@@ -39,7 +39,6 @@ _POLL_SECONDS = 0.5
 _SILENT_SECONDS = 5.0  # one that has not counted on for this long may be the one that is gone
 _LEAVE_SECONDS = 5.0  # how long process 0 waits for the others to leave before it
 _lost = threading.Event()  # JAX has found a process to be gone, but not said which
-_caught, _catching = socket.socketpair()  # the numbers of signals that came
 _ending = threading.Lock()  # for the thread that ends this process, lest two give a reason
 
 
@@ -94,7 +93,6 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
                 num_processes,
                 process_id,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
                 coordinator_bind_address=bind if process_id in (0, None) else None,
             )
     except (RuntimeError, ValueError) as error:
@@ -120,7 +118,7 @@ def announce(error: BaseException, code: int = 1, shown: str | None = None) -> N
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     chain = list(_chain(error))
-    if _interrupt(chain) is None and any(isinstance(e, jax.errors.JaxRuntimeError) for e in chain):
+    if not _has(KeyboardInterrupt, chain) and _has(jax.errors.JaxRuntimeError, chain):
         _lost.set()  # the watch ends this process if another one's end is the cause
         try:
             time.sleep(_SILENT_SECONDS + 4 * _POLL_SECONDS)
@@ -128,7 +126,7 @@ def announce(error: BaseException, code: int = 1, shown: str | None = None) -> N
             chain, shown = [interrupt], None
     with _ending:
         reason = f"process {jax.process_index()} "
-        if _interrupt(chain) is not None:
+        if _has(KeyboardInterrupt, chain):
             reason, code = reason + _INTERRUPTED, INTERRUPTED
             line = f"jdl: {reason}"
         else:
@@ -151,8 +149,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _interrupt(chain: list[BaseException]) -> BaseException | None:
-    return next((e for e in chain if isinstance(e, KeyboardInterrupt)), None)
+def _has(kind: type[BaseException], chain: list[BaseException]) -> bool:
+    return any(isinstance(error, kind) for error in chain)
 
 
 def _number(name: str, given: int | None) -> int | None:
@@ -272,14 +270,21 @@ def _end_because(reason: str) -> None:
 def _listen_for_ctrl_c() -> None:
     """Python's own handler may have to wait for a step that waits for the others."""
     if threading.current_thread() is threading.main_thread():
-        _caught.setblocking(False)
-        _catching.setblocking(False)
-        signal.set_wakeup_fd(_catching.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(_caught_signals()[1].fileno(), warn_on_full_buffer=False)
+
+
+@functools.cache
+def _caught_signals() -> tuple[socket.socket, socket.socket]:
+    """The numbers of those that came can be read from the first."""
+    pair = socket.socketpair()
+    for end in pair:
+        end.setblocking(False)
+    return pair
 
 
 def _ctrl_c_came() -> bool:
     with contextlib.suppress(BlockingIOError):
-        return signal.SIGINT in _caught.recv(1024)
+        return signal.SIGINT in _caught_signals()[0].recv(1024)
     return False
 
 
