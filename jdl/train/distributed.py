@@ -172,10 +172,14 @@ def _announcing(before: Any) -> Any:
     return excepthook
 
 
-def _client() -> Any:
+def _state() -> Any:
     from jax._src import distributed  # JAX shows its key-value store nowhere else
 
-    return distributed.global_state.client
+    return distributed.global_state
+
+
+def _client() -> Any:
+    return _state().client
 
 
 def _read() -> dict[str, str] | None:
@@ -196,9 +200,10 @@ class _Signs:
 
     def read(self) -> bool:
         """Reads once more; False where process 0, which keeps it, is gone."""
-        store, self.read_at = _read(), time.monotonic()
+        store = _read()
         if store is None:
             return False
+        self.read_at = time.monotonic()
         for i in range(jax.process_count()):
             name = f"{_ALIVE}{i}"
             if name not in self._new_at or store.get(name) != self._store.get(name):
@@ -295,7 +300,8 @@ def _hearing_of_losses() -> Iterator[None]:
     JAX's client takes a function for that, which `jax.distributed.initialize` does not pass on.
     As jaxlib cannot hand it the status, it ends in C++'s `std::terminate`: that is caught as well.
     """
-    from jax._src.lib import _jax  # nothing public reaches the client before it connects
+    # Nothing public reaches the client before it connects.
+    from jax._src.lib import _jax  # type: ignore[attr-defined]
 
     if sys.platform == "linux":
         _catch_terminate()
@@ -317,6 +323,8 @@ def _catch_terminate() -> Any:
     set_terminate.argtypes, set_terminate.restype = [handler], handler
 
     def terminated() -> None:
+        if _state().num_processes == 1:
+            before()
         _lost.set()
         time.sleep(4 * _POLL_SECONDS)
         if time.monotonic() - _signs.read_at < 3 * _POLL_SECONDS:
