@@ -347,7 +347,7 @@ class Estimator:
         self, step: int, seconds: float, epoch: float | None, split: str, values: dict[str, float]
     ) -> None:
         row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
-        row.estimator = self
+        row.estimator, row.restores = self, self._run.restores
         try:
             for hook in self._hooks:
                 hook(row)

@@ -58,14 +58,20 @@ class JsonlWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: Row) -> None:
-        """Appends one row."""
+        """Appends one row; a last line cut short stays a line of its own."""
         clean = {k: None if _not_finite(v) else v for k, v in row.items()}
+        begin = "\n" if _is_cut(self.path) else ""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+            file.write(begin + json.dumps(clean) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops the rows of steps after `step`, and a last line cut short."""
-        kept = [row for row in read_jsonl(self.path) if row.get("step", 0) <= step]
+        """Drops the rows of steps after `step`, and lines cut short."""
+
+        def stays(row: Row) -> bool:
+            at = row.get("step", 0)
+            return not is_number(at) or at <= step
+
+        kept = [row for row in read_jsonl(self.path) if stays(row)]
         if self.path.exists():
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -84,7 +90,10 @@ class CsvWriter:
     def write(self, row: Row) -> None:
         """Appends one row."""
         if self._columns is None:
-            self._columns = self._read()[0]
+            columns, rows = self._read()
+            if _is_cut(self.path):
+                self._write_all(columns, rows)
+            self._columns = columns
         if new := [name for name in row if name not in self._columns]:
             self._write_all([*self._columns, *new], self._read()[1])
         with self.path.open("a", encoding="utf-8", newline="") as file:
@@ -218,17 +227,36 @@ class Writers:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file, without a last line cut short; none where there is no file."""
+    """The rows of a file, without lines that hold none, such as one cut short.
+
+    None where there is no file.
+    """
     path = Path(path)
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
+
+
+def is_number(value: Any) -> bool:
+    """Whether a row's value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the file's last line is without its end: its process was killed as it wrote."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _not_finite(value: Any) -> bool:
