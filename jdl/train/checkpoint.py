@@ -146,6 +146,10 @@ class Checkpoints:
                 f"A checkpoint could not be written to {self._manager.directory}: {reason}. {kept}"
             ) from error
 
+    def delete(self, step: int) -> None:
+        """Removes the checkpoint of this step."""
+        self._manager.delete(step)
+
     def meta(self) -> dict[str, Any] | None:
         """What the newest whole checkpoint holds besides arrays, or None if there is none."""
         step = self.latest_step()

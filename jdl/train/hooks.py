@@ -4,8 +4,8 @@ A hook is called with one row, `{"step", "seconds", "epoch", "split", values…}
 the Estimator that made it, whose parameters may be a step or more ahead of the row. One that raises
 `StopTraining` ends `train` in good order; whatever else it raises ends it as an error.
 
-A hook that remembers rows is made by `Remembering`, as those here are: it then starts fresh in each
-run it is given to, and forgets the steps that a run has gone back from.
+One that remembers rows is to be a `Remembering`, as those here are. One that looks at the rows of
+a single split alone may say so in an attribute `split`; `train` warns where there are none.
 """
 
 import logging
@@ -51,6 +51,9 @@ class StopTraining(Exception):
 
 class Remembering:
     """A hook with a memory of its run.
+
+    So it starts fresh in each run that it is given to, goes on in a second `train` of the same
+    Estimator, and forgets the steps that a run has gone back from.
 
     `make(earlier)` gives a function of a row. It is called at the first row of each Estimator, and
     again after its run has gone back to a checkpoint. `earlier` are the rows that the run's log
@@ -168,6 +171,17 @@ def early_stopping(
         return hook
 
     return Remembering(make, split)
+
+
+def warn_of_idle(hooks: Sequence[Hook], keep_best: Any, *, validates: bool) -> None:
+    """Says which of these have nothing to look at in a training."""
+    made = {"train", *(["validation"] if validates else [])}
+    splits = {split for h in hooks if isinstance(split := getattr(h, "split", None), str)}
+    for split in sorted(splits - made):
+        hint = "Give `validation`." if split == "validation" else "Training makes none."
+        logger.warning("a hook such as early_stopping awaits rows of %r in vain. %s", split, hint)
+    if keep_best is not None and not validates:
+        logger.warning("keep_best compares validations, of which there are none: give `validation`")
 
 
 def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) -> Hook:

@@ -22,6 +22,8 @@ from jdl.core import check
 
 Row = Mapping[str, Any]
 
+DIRECTIONS = "directions.json"
+
 
 class Writer(Protocol):
     """What keeps rows."""
@@ -189,10 +191,18 @@ class Writers:
     Args:
       workdir: the run directory.
       besides: "csv" for `metrics.csv`, "tensorboard" for the folder `tensorboard`.
+      directions: gives the directions of the rows' values, see `declare`; asked at the first row.
     """
 
-    def __init__(self, workdir: str | Path, besides: Iterable[str] = ()):
+    def __init__(
+        self,
+        workdir: str | Path,
+        besides: Iterable[str] = (),
+        directions: Callable[[], Mapping[str, str]] = dict,
+    ):
         workdir = Path(workdir)
+        self._workdir, self._directions = workdir, directions
+        self._declared = False
         kinds: dict[str, Callable[[], Writer]] = {
             "csv": lambda: CsvWriter(workdir / "metrics.csv"),
             "tensorboard": lambda: TensorBoardWriter(workdir / "tensorboard"),
@@ -209,6 +219,9 @@ class Writers:
         self._stepped = self._stepped or row["split"] == "train"
         if not self._stepped and self._told_before(row):
             return
+        if not self._declared:
+            declare(self._workdir, self._directions())
+            self._declared = True
         for writer in self._all:
             writer.write(row)
 
@@ -224,6 +237,24 @@ class Writers:
         """Drops the rows of steps after `step` from all."""
         for writer in self._all:
             writer.rewind(step)
+
+
+def declare(workdir: str | Path, directions: Mapping[str, str]) -> None:
+    """Adds to a run's `directions.json` which values are best at their "max" or "min"."""
+    known = read_directions(workdir)
+    if known != (found := known | dict(directions)):
+        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        write_atomically(Path(workdir) / DIRECTIONS, text)
+
+
+def read_directions(workdir: str | Path) -> dict[str, str]:
+    """Name -> "max" or "min", as far as the run has declared them."""
+    try:
+        found = json.loads((Path(workdir) / DIRECTIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    known = found.items() if isinstance(found, dict) else ()
+    return {name: best for name, best in known if best in ("min", "max")}
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
