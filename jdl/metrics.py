@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 from jdl.core import check
 from jdl.core.types import Batch
 
-
 _M = TypeVar("_M", bound=Callable[..., Any])
 
 

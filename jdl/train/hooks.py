@@ -11,7 +11,7 @@ a single split alone may say so in an attribute `split`; `train` warns where the
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -187,7 +187,8 @@ def warn_of_idle(hooks: Sequence[Hook], keep_best: Any, *, validates: bool) -> N
 def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) -> Hook:
     """Writes a histogram of each parameter array at every `every`-th logged training row.
 
-    It counts the array's finite values.
+    It counts the array's finite values, as they are when the row is written: `row.estimator` may be
+    a step or more ahead of the row.
 
     Each is a line `{"step", "parameter", "counts"[bins], "edges"[bins + 1]}` of the file, which is
     one run's: a run taken up again first drops from it the steps beyond its checkpoint, and another
@@ -230,8 +231,7 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
                 return
             file = file or begun()
             for where, leaf in jax.tree.leaves_with_path(row.estimator.params):
-                values = np.asarray(leaf, np.float32)
-                counts, edges = np.histogram(values[np.isfinite(values)], bins=bins)
+                counts, edges = _histogram(np.asarray(leaf).astype(np.float64), bins)
                 line = {
                     "step": row["step"],
                     "parameter": jax.tree_util.keystr(where, simple=True, separator="/"),
@@ -243,6 +243,15 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
         return _each_training_row(every, earlier, write)
 
     return Remembering(make, "train")
+
+
+def _histogram(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    values = values[np.isfinite(values)]
+    least, largest = (values.min(), values.max()) if values.size else (0.0, 1.0)
+    if least == largest:  # numpy's own ± ½ is nothing beside a large number
+        pad = 0.5 * max(1.0, abs(least))
+        least, largest = least - pad, largest + pad
+    return np.histogram(values, bins=bins, range=(least, largest))
 
 
 def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:

@@ -5,18 +5,20 @@ goes on from an earlier checkpoint first drops what lies beyond it, so that no l
 doubles.
 """
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 import math
 import os
+import secrets
+import shutil
 import struct
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from jdl.core import check
 
@@ -35,21 +37,32 @@ class Writer(Protocol):
         """Drops the rows of steps after `step`."""
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces the file as a whole, or leaves the old one as it was."""
+@contextlib.contextmanager
+def appearing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when all has been written, and else leaves the old one as it was.
+
+    Its permissions are those of the old one; of a new one, those the umask gives.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Replaces the file as a whole, or leaves the old one as it was."""
+    with appearing(path) as file:
+        file.write(text.encode())
 
 
 class JsonlWriter:
