@@ -48,7 +48,7 @@ def directions(metrics: Any) -> dict[str, str]:
     if isinstance(metrics, Mapping):
         each = {name: _declared(metric) for name, metric in metrics.items()}
     else:
-        each = _declared(metrics) or {}
+        each = found if isinstance(found := _declared(metrics), Mapping) else {}
     return {"loss": "min", **{name: best for name, best in each.items() if best is not None}}
 
 

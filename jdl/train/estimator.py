@@ -64,8 +64,8 @@ class Estimator:
       keep: how many checkpoints to keep, the newest ones.
       keep_every: besides, all whose step is a multiple of this; None for none.
       keep_best: besides, the one of the best validation, by `("accuracy", "max")` or
-        `("loss", "min")`, in `best/`; with another metric or mode than before, the best from there
-        on.
+        `("loss", "min")`, in `best/` of the run directory; with another metric or mode than
+        before, the best from there on.
       ema: decay of an exponential moving average of the parameters, in (0, 1); evaluation and
         prediction then use the average. None for none.
       on_nonfinite: what to do when a loss, a gradient or new parameters are not finite: "stop";

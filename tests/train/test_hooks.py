@@ -73,6 +73,12 @@ def test_the_average_of_parameters_is_what_the_formula_says():
     assert averaged.evaluate(data())["loss"] != plain.evaluate(data())["loss"]
 
 
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_a_decay_that_averages_nothing_is_refused(decay):
+    with pytest.raises(check.ArgumentError, match=r"`ema` must be a number in \(0.0, 1.0\)"):
+        make(ema=decay)
+
+
 def test_a_step_that_is_not_finite_is_skipped():
     estimator = make("adam", on_nonfinite="skip", log_every=1)
     poisoned = data(poisoned=[20])  # in the second batch
