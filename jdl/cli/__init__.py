@@ -94,7 +94,7 @@ def _run(name: str, arguments: list[str]) -> int:
     from jdl.core.check import UserError
 
     try:
-        if any(a.partition("=")[0] == "--config" for a in arguments):
+        if any(a.partition("=")[0] == "--config" or a.startswith("--no-") for a in arguments):
             from jdl.cli.config_file import expand
 
             arguments = expand(arguments, module.Args)

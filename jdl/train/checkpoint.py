@@ -84,6 +84,10 @@ class Checkpoints:
                 for left in sorted({*later} & {*manager.all_steps()}):
                     manager.delete(left)
 
+    def delete(self, step: int) -> None:
+        """Removes the checkpoint of this step."""
+        self._opened().delete(step)
+
     def _opened(self) -> Any:
         if self._manager is None:
             self._set_aside_damaged()
@@ -171,6 +175,7 @@ class Checkpoints:
             return found
         if not failed:
             return None
+        self._damaged |= failed.keys()
         told = "; ".join(f"step {step}: {_reason(why)}" for step, why in failed.items())
         raise check.DataError(
             f"No checkpoint in {self.directory} can be read ({told}). To begin anew, remove them: "

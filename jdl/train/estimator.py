@@ -16,12 +16,13 @@ import optax
 
 from jdl.core import check
 from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
+from jdl.metrics import directions
 from jdl.train.arguments import check_all, curvature_share, prepared_model, prepared_optimizer
 from jdl.train.compiled import CompiledSteps
 from jdl.train.ema import average
 from jdl.train.evaluator import Evaluator, Sums
 from jdl.train.feed import Data
-from jdl.train.hooks import Profile, Report, StopTraining
+from jdl.train.hooks import Profile, Report, StopTraining, warn_of_idle
 from jdl.train.keeper import Keeper
 from jdl.train.limits import Limits
 from jdl.train.parallel import SplitRule, placement
@@ -41,7 +42,8 @@ class Estimator:
       optimizer: any optax transformation, first or second order, such as `optax.adam(3e-3)`; or a
         name, for its default settings: sgd, adam, lbfgs, hf, kfac … (`jdl.optim.by_name`).
       metrics: name -> `metric(outputs, batch) -> float[B]`, averaged over examples; or one function
-        that gives a dict of such values.
+        that gives a dict of such values. `jdl.metrics.direction` declares which of their values
+        are best.
       workdir: the run directory, for `metrics.jsonl` and `checkpoints/`; a run started again in it
         goes on from its last checkpoint. None keeps everything in memory.
       seed: of the initial parameters and all that is random in training.
@@ -63,7 +65,8 @@ class Estimator:
       keep: how many checkpoints to keep, the newest ones.
       keep_every: besides, all whose step is a multiple of this; None for none.
       keep_best: besides, the one of the best validation, by `("accuracy", "max")` or
-        `("loss", "min")`, in `best/`.
+        `("loss", "min")`, in `best/` of the run directory; with another metric or mode than
+        before, the best from there on.
       ema: decay of an exponential moving average of the parameters, in (0, 1); evaluation and
         prediction then use the average. None for none.
       on_nonfinite: what to do when a loss, a gradient or new parameters are not finite: "stop";
@@ -142,7 +145,9 @@ class Estimator:
         )
         self._evaluator = Evaluator(program, placed)
         self._predictor = Predictor(program.predict, inputs)
-        self._keeper = Keeper(self.workdir, logs, keep, keep_every, keep_best)
+        self._keeper = Keeper(
+            self.workdir, logs, keep, keep_every, keep_best, lambda: directions(metrics)
+        )
         run = Run(program.init, seed, placed, self._keeper, ema is not None, clock)
         steps = CompiledSteps(program.train, placed)
         self._run, self._steps = run, steps
@@ -150,7 +155,7 @@ class Estimator:
         self._trainer = Trainer(
             run, steps, tracing, self._values, self._report, log_every, save_every, on_nonfinite
         )
-        self._hooks = tuple(hooks)
+        self._hooks, self._keep_best = tuple(hooks), keep_best
 
     # ------------------------------------------------------------------ what it holds
 
@@ -243,6 +248,7 @@ class Estimator:
           UserError: another process is training in the same run directory.
         """
         limits = Limits(steps, max_steps, epochs, seconds)
+        warn_of_idle(self._hooks, self._keep_best, validates=validation is not None)
         run, keeper = self._run, self._keeper
         with run.signals as signals, keeper.writing():
             try:
@@ -359,7 +365,7 @@ class Estimator:
         self, step: int, seconds: float, epoch: float | None, split: str, values: dict[str, float]
     ) -> None:
         row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
-        row.estimator = self
+        row.estimator, row.restores = self, self._run.restores
         try:
             with self._run.signals.window("hooks"):
                 for hook in self._hooks:

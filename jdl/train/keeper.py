@@ -3,7 +3,7 @@
 import errno
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Keeper:
       keep: how many checkpoints, the newest ones.
       keep_every: besides, all whose step is a multiple of this.
       keep_best: besides, the one with the best value of a metric, ("accuracy", "max") say.
+      directions: gives which values of the rows are best at their "max", and which at their "min".
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Keeper:
         keep: int,
         keep_every: int | None,
         keep_best: tuple[str, str] | None,
+        directions: Callable[[], Mapping[str, str]] = dict,
     ):
         check.positive_int("keep", keep)
         if keep_every is not None:
@@ -58,9 +60,11 @@ class Keeper:
                 'a metric and "min" or "max", such as ("accuracy", "max")',
                 keep_best,
             )
+            hint = "The best checkpoint is kept there."
+            check.argument(workdir is not None, "workdir", "given with keep_best", workdir, hint)
         self.workdir = workdir
         self._leads = jax.process_index() == 0
-        self._writers = None if workdir is None else Writers(workdir, logs)
+        self._writers = None if workdir is None else Writers(workdir, logs, directions)
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._training = False
         self._opened: dict[str, Checkpoints] = {}
@@ -143,17 +147,31 @@ class Keeper:
         self, state: TrainState, meta: dict[str, Any], values: Mapping[str, float]
     ) -> None:
         """Saves the state in `best/` if the metric of `keep_best` has never been as good."""
-        if self._keep_best is None or self.workdir is None:
+        if self._keep_best is None:
             return
         name, mode = self._keep_best
         check.one_of("keep_best", name, values)
-        best = self._checkpoints("best")
-        before = best.meta()
-        sign = 1.0 if mode == "max" else -1.0
-        if math.isnan(values[name]):
+        if not math.isfinite(values[name]):
             return
+        best = self._checkpoints("best")
+        try:
+            before = best.meta()
+        except check.DataError as error:
+            logger.warning("%s This validation is taken for the best so far.", error)
+            before = None
+        before_step = best.latest_step()
+        if before is not None and (by := _best_by(before, name, mode)) != (name, mode):
+            logger.warning(
+                "best/ holds the best step by %s (%s), %s; from here on it is that by %s (%s)",
+                *(*by, before_step, name, mode),
+            )
+            before = None
+        sign = 1.0 if mode == "max" else -1.0
         if before is None or sign * values[name] > sign * before["values"][name]:
-            best.save(int(state.step), state, meta | {"values": dict(values)})
+            step, found = int(state.step), {"values": dict(values), "keep_best": [name, mode]}
+            if before_step == step:  # of a course that was left, or by another metric
+                best.delete(step)
+            best.save(step, state, meta | found)
             best.close()
 
     def restore(
@@ -169,6 +187,13 @@ class Keeper:
         if self.workdir is None:
             return None
         found = self._checkpoints("best" if best else "checkpoints").restore(expected, shardings)
+        if best and found is not None and self._keep_best is not None:
+            by = _best_by(found.meta, *self._keep_best)
+            if by != self._keep_best:
+                raise check.UserError(
+                    f"best/ holds the best step by {by[0]} ({by[1]}), and keep_best asks for "
+                    f"{self._keep_best}: no validation has been compared by that yet."
+                )
         if found is not None or not best:
             self._rewind_to = 0 if found is None else int(found.state.step)
         return found
@@ -184,3 +209,12 @@ class Keeper:
                 else Checkpoints(directory, self._keep, self._keep_every)
             )
         return self._opened[name]
+
+
+def _best_by(meta: Mapping[str, Any], name: str, mode: str) -> tuple[str, str]:
+    """The metric and mode that a checkpoint in `best/` is the best by.
+
+    Those asked for, where it does not tell but has the metric: older versions did not record them.
+    """
+    metric, by = meta.get("keep_best", (name if name in meta["values"] else "another metric", mode))
+    return metric, by

@@ -49,6 +49,7 @@ class Run:
       position: where in the data the next step begins.
       trail: (step, position) of recent steps.
       classes: those of the training data; None where it tells none.
+      restores: how often a checkpoint has been taken up.
       init_seconds: time spent on the initial state.
       signals: SIGTERM and Ctrl-C, while training.
     """
@@ -75,6 +76,7 @@ class Run:
         self._resumed = False  # whether the position is a checkpoint's
         self.trail: deque[tuple[int, Any]] = deque(maxlen=256)
         self.classes: tuple[str, ...] | None = None
+        self.restores = 0
         self.init_seconds = 0.0
         self.signals = Signals(saves=keeper.workdir is not None)
         self._feed: tuple[Data, bool, Feed] | None = None
@@ -161,6 +163,7 @@ class Run:
         if restored is None:
             return False
         self.state, meta = restored
+        self.restores += 1
         self.step = int(self.state.step)
         self.clock = Clock(meta["seconds"], self._now)
         self.position, self._resumed = meta["position"], True
