@@ -83,8 +83,8 @@ class ArrayBatches(Batches):
         self.arrays = arrays
 
     @property
-    def element_spec(self) -> dict[str, Any]:
-        """What a batch is made of: name -> jax.ShapeDtypeStruct."""
+    def loaded_spec(self) -> dict[str, Any]:
+        """What a batch as loaded is made of: name -> jax.ShapeDtypeStruct."""
         import jax
 
         rows = self.plan.rows

@@ -124,7 +124,7 @@ class Estimator:
         self.workdir = None if workdir is None else Path(workdir)
         self.seed = seed
         inputs = inputs if isinstance(inputs, str) else tuple(inputs)
-        placed = placement(devices, parallel, split_rule)
+        placed = placement(devices, parallel, split_rule)._replace(inputs=inputs)
         program = build(
             self.model,
             loss,
@@ -142,7 +142,7 @@ class Estimator:
         self._predictor = Predictor(program.predict, inputs)
         self._keeper = Keeper(self.workdir, logs, keep, keep_every, keep_best)
         run = Run(program.init, seed, placed, self._keeper, ema is not None, clock)
-        steps = CompiledSteps(program.train, placed)
+        steps = CompiledSteps(program.train, placed, run.off_clock)
         self._run, self._steps = run, steps
         tracing = Profile(profile, self.workdir)
         self._trainer = Trainer(
