@@ -438,13 +438,15 @@ model or the loss, or is to be repeated for each; single examples are to be put 
     return size
 
 
-def asked(function: Callable[[Outputs, Batch], Any], what: str, outputs: Outputs, batch: Batch) -> Any:
+def asked(
+    function: Callable[[Outputs, Batch], Any], what: str, outputs: Outputs, batch: Batch
+) -> Any:
     """`function(outputs, batch)`; an entry that it misses in the batch is told by name.
 
     >>> asked(lambda outputs, batch: batch["label"], "loss", jnp.zeros(1), {"image": jnp.zeros(1)})
     Traceback (most recent call last):
         ...
-    jdl.core.check.DataError: `loss` asks for 'label', and the batch has no such entry, only 'image'.
+    jdl.core.check.DataError: `loss` asks for 'label'; the batch has no such entry, only 'image'.
     """
     try:
         return function(outputs, batch)
@@ -455,7 +457,7 @@ def asked(function: Callable[[Outputs, Batch], Any], what: str, outputs: Outputs
         only = ", ".join(map(repr, batch)) or "none"
         also = f"; nor have the outputs: {[*outputs]}" if isinstance(outputs, Mapping) else ""
         raise check.DataError(
-            f"`{what}` asks for {key!r}, and the batch has no such entry, only {only}{also}."
+            f"`{what}` asks for {key!r}; the batch has no such entry, only {only}{also}."
         ) from error
 
 

@@ -39,7 +39,7 @@ class CompiledSteps:
     ):
         self._train, self._placement, self._off_clock = train, placement, off_clock
         self._steps: dict[str, Step] = {}
-        self._plan: Any = None  # XLA's account of the last one's memory
+        self._plan: Any = None  # XLA's account of the memory of the last asked for
         self.seconds = 0.0
 
     def for_batch(self, state: TrainState, batch: Batch) -> Step:
@@ -76,8 +76,10 @@ class CompiledSteps:
             if str(found) not in self._steps:
                 rows = batch_size(self._placement.whole_batch(batch), self._placement.inputs)
                 logger.warning("a batch of %d rows: one more compilation of the step", rows)
+            plan = self._plan
             with self._off_clock():
                 other = self.for_batch(state, batch)
+            self._plan = plan
             return other(state, batch)
 
         return step

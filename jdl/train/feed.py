@@ -181,7 +181,8 @@ def _go_to(iterator: Any, position: Any) -> None:
     except Exception as error:  # whatever another library's iterator makes of another's position
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise check.DataError(
-            f"The saved position belongs to other data than this {type(iterator).__name__}: {reason}"
+            "The saved position belongs to other data than this "
+            f"{type(iterator).__name__}: {reason}"
         ) from error
 
 
