@@ -47,7 +47,9 @@ class Estimator:
       workdir: the run directory, for `metrics.jsonl` and `checkpoints/`; a run started again in it
         goes on from its last checkpoint. None keeps everything in memory.
       seed: of the initial parameters and all that is random in training.
-      inputs: the entry of the batch that the model is given, or a tuple of several.
+      inputs: the entry of the batch that the model is given, or a tuple of several; () for the
+        whole batch. Images of bytes, uint8 [B, H, W, C] with C of 1, 3 or 4, reach it as float32 in
+        [0, 1]; all other bytes reach it as they are.
       regularizer: a scalar function of the parameters, added to the loss in training.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples of the batch that curvature products use; None for all.
@@ -129,7 +131,7 @@ class Estimator:
         self.workdir = None if workdir is None else Path(workdir).absolute()
         self.seed = seed
         inputs = inputs if isinstance(inputs, str) else tuple(inputs)
-        placed = placement(devices, parallel, split_rule)
+        placed = placement(devices, parallel, split_rule)._replace(inputs=inputs)
         program = build(
             self.model,
             loss,
@@ -149,7 +151,7 @@ class Estimator:
             self.workdir, logs, keep, keep_every, keep_best, lambda: directions(metrics)
         )
         run = Run(program.init, seed, placed, self._keeper, ema is not None, clock)
-        steps = CompiledSteps(program.train, placed)
+        steps = CompiledSteps(program.train, placed, run.off_clock)
         self._run, self._steps = run, steps
         tracing = Profile(profile, self.workdir)
         self._trainer = Trainer(
@@ -222,15 +224,21 @@ class Estimator:
         """Trains, going on from where the last call or the last checkpoint stopped.
 
         With a limit, a data set of `jdl.data` is passed over as often as it takes, whatever its
-        own `epochs`; without one, it is passed over as it is, and is to have an end.
+        own `epochs`; without one, it is passed over as it is, and is to have an end. Any other
+        data that ends before the limit ends the training, with a warning.
 
         Args:
           data: batches: a data set, any iterable of dicts of arrays, or a function that makes one.
+            Every array has a row an example; entries of text stay on the host. A batch of another
+            number of rows, a smaller last one, costs one more compilation. An iterator with
+            `get_state` and `set_state`, as grain's are, goes on after a restart where it stood;
+            other iterables begin again.
           steps: how many more steps to run.
           max_steps: run until this many steps in total.
           epochs: how many more passes over the data.
           seconds: how many more seconds on the training clock, alone or beside a step limit.
-          validation: data to evaluate on in between, under the split "validation".
+          validation: data to evaluate on in between, under the split "validation"; no iterator,
+            which would be used up the first time.
           validate_every: steps between two such evaluations; by default an epoch.
           save: whether to write a checkpoint at the end; else at `save_every` and `save` alone.
 
@@ -319,6 +327,8 @@ class Estimator:
 
     def predict_batches(self, data: Data) -> Iterator[tuple[Batch, Outputs]]:
         """Pairs (batch, outputs), batch by batch, in constant memory; padding is left out.
+
+        The batch is whole, with its entries of text, as NumPy arrays.
 
         Where several processes work together, each is given its own rows.
         """

@@ -96,8 +96,8 @@ def from_model_fn(
     Args:
       fn: `fn(features, labels, mode) -> Spec`, with Linen modules and `jdl.models.param` inside.
         In `Mode.PREDICT` labels are None.
-      features: the batch's entry it is given, images of bytes scaled to [0, 1]; several names for
-        a dict of them.
+      features: the batch's entry it is given, images of bytes scaled to [0, 1] as by `Estimator`;
+        several names for a dict of them.
       labels: the entry with the labels.
       **options: as for `Estimator`: workdir, seed, hooks, ….
 

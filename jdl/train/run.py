@@ -4,17 +4,19 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jdl.core import check
 from jdl.core.types import Batch, Key, ModelState, Params
 from jdl.train.clock import Clock
 from jdl.train.ema import average
-from jdl.train.feed import Data, Feed, once, opened, repeated
+from jdl.train.feed import Data, Feed, ending, is_dataset, once, opened, repeated
 from jdl.train.keeper import Keeper
 from jdl.train.parallel import Placement
 from jdl.train.step import TrainState
@@ -29,6 +31,7 @@ class Served(NamedTuple):
     batch: Batch
     params: Params
     model_state: ModelState
+    texts: dict[str, np.ndarray]  # the batch's entries that are no numbers, on the host
 
 
 class Run:
@@ -125,16 +128,19 @@ class Run:
         """The feed of the same data goes on; a new one starts where the last checkpoint was."""
         if self._feed is not None and self._feed[0] is data and self._feed[1] == repeat:
             return self._feed[2]
-        batches = repeated(opened(data)) if repeat else opened(data)
-        put = self.placement.put_step_batch
-        feed = Feed(batches, put)
+        batches = repeated(opened(data)) if repeat else ending(opened(data))
+        feed = Feed(batches, self.placement)
         if self.state is None:
             first = feed.prefetch()
             if first is not None:
                 self._prepare(self.placement.whole_batch(first))
-        if self.position is not None:
+        # Of other data than ours nothing tells whether a position is one in it.
+        known = is_dataset(batches) or (self._feed is not None and self._feed[0] is data)
+        if self._resumed and not feed.resumable:
+            logger.warning("this data keeps no position: it is read from its beginning again")
+        elif self.position is not None and (self._resumed or known):
             try:
-                feed = Feed(batches, put, self.position)
+                feed = Feed(batches, self.placement, self.position)
             except check.DataError:
                 if self._resumed:
                     raise
@@ -145,10 +151,10 @@ class Run:
 
     def once(self, data: Data) -> Iterator[Served]:
         """The batches of one pass over the data, and what is to serve them."""
-        for batch in once(data, self.placement):
+        for batch, texts in once(data, self.placement):
             state = self._held(batch)
             params = average(state.opt_state) if self.averages else state.params
-            yield Served(batch, params, state.model_state)
+            yield Served(batch, params, state.model_state, texts)
 
     def leave_feed(self) -> None:
         """The next feed is a new one, even of the same data."""
@@ -193,7 +199,7 @@ class Run:
 
     def restore_best(self, data: Data) -> None:
         """Takes up the best checkpoint of a training on such data; raises where there is none."""
-        batch = Feed(opened(data), self.placement.put_step_batch).prefetch()
+        batch = Feed(opened(data), self.placement).prefetch()
         if batch is None or not self.restore(self.placement.whole_batch(batch), best=True):
             raise check.UserError(
                 "There is no best checkpoint: train with a work directory, keep_best and "
@@ -203,11 +209,17 @@ class Run:
 
     def save(self, *, wait: bool = False) -> None:
         """Saves the state, off the clock."""
+        with self.off_clock():
+            self.keeper.save(self.current(), self._meta())
+            if wait:
+                self.keeper.close()
+
+    @contextmanager
+    def off_clock(self) -> Iterator[None]:
+        """What is done inside is in no training clock."""
         running = self.clock.running
         self.clock.stop()
-        self.keeper.save(self.current(), self._meta())
-        if wait:
-            self.keeper.close()
+        yield
         if running:
             self.clock.start()
 

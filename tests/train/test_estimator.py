@@ -166,8 +166,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
 
 def test_batches_that_change_shape_are_refused():
     (one,) = list(data(batch_size=70, epochs=1))
-    two = {name: x[:10] for name, x in one.items()}
-    with pytest.raises(check.DataError, match="differs from the first"):
+    two = one | {"label": one["label"].astype(np.float32)}
+    with pytest.raises(check.DataError, match=r"differs from the first.*Only the number of rows"):
         make("sgd").train([one, two])
 
 
