@@ -53,6 +53,11 @@ class Feed:
         """Whether the data can go on from a position."""
         return hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state")
 
+    @property
+    def begins_again(self) -> bool:
+        """Whether it cannot, and that matters: one batch for ever has no positions."""
+        return not self.resumable and not isinstance(self._iterator, itertools.repeat)
+
     def _state(self) -> Any:
         return _plain(self._iterator.get_state()) if self.resumable else None  # type: ignore[attr-defined]
 

@@ -132,7 +132,7 @@ class Run:
                 self._prepare(self.placement.whole_batch(first))
         # Of other data than ours nothing tells whether a position is one in it.
         known = is_dataset(batches) or (self._feed is not None and self._feed[0] is data)
-        if self._resumed and not feed.resumable:
+        if self._resumed and feed.begins_again:
             logger.warning("this data keeps no position: it is read from its beginning again")
         elif self.position is not None and (self._resumed or known):
             try:
