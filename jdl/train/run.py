@@ -77,7 +77,7 @@ class Run:
         self.trail: deque[tuple[int, Any]] = deque(maxlen=256)
         self.classes: tuple[str, ...] | None = None
         self.init_seconds = 0.0
-        self._feed: tuple[Data, bool, Feed] | None = None
+        self._feed: tuple[Data, bool | None, Feed] | None = None  # None: not repeatable
 
     # ------------------------------------------------------------------ the state
 
@@ -122,7 +122,9 @@ class Run:
 
     def feed(self, data: Data, *, repeat: bool) -> Feed:
         """The feed of the same data goes on; a new one starts where the last checkpoint was."""
-        if self._feed is not None and self._feed[0] is data and self._feed[1] == repeat:
+        if self._feed is not None and self._feed[0] is data and self._feed[1] in (None, repeat):
+            if not repeat:
+                ending(data)
             return self._feed[2]
         batches = repeated(opened(data)) if repeat else ending(opened(data))
         feed = Feed(batches, self.placement)
@@ -142,7 +144,7 @@ class Run:
                     raise
                 # Other data than this process has trained on so far: from its beginning.
         self._resumed = False
-        self._feed = (data, repeat, feed)
+        self._feed = (data, repeat if is_dataset(batches) else None, feed)
         return feed
 
     def once(self, data: Data) -> Iterator[Served]:
