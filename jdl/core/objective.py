@@ -416,6 +416,9 @@ def batch_size(batch: Batch, inputs: str | tuple[str, ...] = ()) -> int:
 'image' has 4 rows, got {'graph': (7, 7)}. What is one for all examples belongs in the \
 model or the loss, or is to be repeated for each; single examples are to be put together in batches.
     """
+    leads = {jnp.shape(x)[:1] for x in jax.tree.leaves(dict(batch))}
+    if len(leads) == 1 and (lead := leads.pop()):
+        return lead[0]
     names = (inputs,) if isinstance(inputs, str) else inputs
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(x)
@@ -425,17 +428,13 @@ model or the loss, or is to be repeated for each; single examples are to be put 
     # The inputs first, then the mask: their rows are the examples.
     ordered = sorted(shapes, key=lambda path: (path.split("/")[0] not in names, path != "mask"))
     of = next((path for path in ordered if shapes[path]), ordered[0])
-    size = shapes[of][0] if shapes[of] else 1
-    odd = next((path for path in ordered if shapes[path][:1] != (size,)), of)
-    check.argument(
-        shapes[odd][:1] == (size,),
-        "batch",
-        f"a dict of arrays with one row an example: {of!r} has {size} rows",
-        {odd: shapes[odd]},
-        "What is one for all examples belongs in the model or the loss, or is to be repeated for "
-        "each; single examples are to be put together in batches.",
+    has = f": {of!r} has {shapes[of][0]} rows" if shapes[of] else ""
+    odd = {path: shapes[path] for path in ordered if shapes[path][:1] != (shapes[of][:1] or None)}
+    raise check.ArgumentError(
+        f"`batch` must be a dict of arrays with one row an example{has}, got {odd}. What is one "
+        "for all examples belongs in the model or the loss, or is to be repeated for each; single "
+        "examples are to be put together in batches."
     )
-    return size
 
 
 def asked(

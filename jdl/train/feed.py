@@ -53,6 +53,11 @@ class Feed:
         """Whether the data can go on from a position."""
         return hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state")
 
+    @property
+    def begins_again(self) -> bool:
+        """Whether it cannot, and that matters: one batch for ever has no positions."""
+        return not self.resumable and not isinstance(self._iterator, itertools.repeat)
+
     def _state(self) -> Any:
         return _plain(self._iterator.get_state()) if self.resumable else None  # type: ignore[attr-defined]
 
@@ -104,7 +109,10 @@ def entries(
     arrays: dict[str, Any] = {}
     texts: dict[str, np.ndarray] = {}
     for name, value in batch.items():
-        found = jax.tree.map(partial(_array, name), value, is_leaf=lambda x: isinstance(x, list))
+        found = value
+        if not isinstance(value, np.ndarray | jax.Array):
+            is_rows = lambda x: isinstance(x, list)  # noqa: E731
+            found = jax.tree.map(partial(_array, name), value, is_leaf=is_rows)
         is_text = isinstance(found, np.ndarray) and found.dtype.kind in "OUSMm"
         (texts if is_text else arrays)[name] = found
     for name in (inputs,) if isinstance(inputs, str) else inputs:

@@ -70,7 +70,7 @@ class Limits(NamedTuple):
         of = "" if last_step is None else f" of {last_step - began}"
         logger.warning(
             "the data ended before %s: %d%s steps were made. Only data sets of jdl.data are "
-            "repeated by themselves; give data that goes on, or call `train` once an epoch.",
+            "repeated by themselves; of a list, itertools.cycle(list) goes on.",
             limit,
             step - began,
             of,

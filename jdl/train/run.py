@@ -82,7 +82,7 @@ class Run:
         self.restores = 0
         self.init_seconds = 0.0
         self.signals = Signals(saves=keeper.workdir is not None)
-        self._feed: tuple[Data, bool, Feed] | None = None
+        self._feed: tuple[Data, bool | None, Feed] | None = None  # None: not repeatable
 
     # ------------------------------------------------------------------ the state
 
@@ -126,7 +126,9 @@ class Run:
 
     def feed(self, data: Data, *, repeat: bool) -> Feed:
         """The feed of the same data goes on; a new one starts where the last checkpoint was."""
-        if self._feed is not None and self._feed[0] is data and self._feed[1] == repeat:
+        if self._feed is not None and self._feed[0] is data and self._feed[1] in (None, repeat):
+            if not repeat:
+                ending(data)
             return self._feed[2]
         batches = repeated(opened(data)) if repeat else ending(opened(data))
         feed = Feed(batches, self.placement)
@@ -136,7 +138,7 @@ class Run:
                 self._prepare(self.placement.whole_batch(first))
         # Of other data than ours nothing tells whether a position is one in it.
         known = is_dataset(batches) or (self._feed is not None and self._feed[0] is data)
-        if self._resumed and not feed.resumable:
+        if self._resumed and feed.begins_again:
             logger.warning("this data keeps no position: it is read from its beginning again")
         elif self.position is not None and (self._resumed or known):
             try:
@@ -146,7 +148,7 @@ class Run:
                     raise
                 # Other data than this process has trained on so far: from its beginning.
         self._resumed = False
-        self._feed = (data, repeat, feed)
+        self._feed = (data, repeat if is_dataset(batches) else None, feed)
         return feed
 
     def once(self, data: Data) -> Iterator[Served]:

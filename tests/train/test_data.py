@@ -76,6 +76,12 @@ def test_what_has_no_end_is_refused_where_one_pass_is_meant(endless):
         make().train(lambda: from_arrays(X, Y, batch_size=16))
 
 
+def test_no_batch_of_what_comes_once_is_lost():
+    batches = iter(lists(16, 16, 16))
+    estimator = make().initialize(batches).train(batches, steps=1).train(batches)
+    assert_same(estimator.params, make().train(lists(16, 16, 16)).params)
+
+
 def test_what_comes_once_is_no_validation():
     with pytest.raises(check.ArgumentError, match="`validation` must be data that can be passed"):
         make().train(lists(20), steps=1, validation=iter(lists(20)), validate_every=1)
