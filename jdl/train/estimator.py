@@ -16,7 +16,6 @@ import optax
 
 from jdl.core import check
 from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
-from jdl.metrics import directions
 from jdl.train.arguments import check_all, curvature_share, prepared_model, prepared_optimizer
 from jdl.train.compiled import CompiledSteps
 from jdl.train.ema import average
@@ -30,6 +29,7 @@ from jdl.train.predictor import Predict, Predictor
 from jdl.train.run import Run
 from jdl.train.step import Metrics, TrainState, build
 from jdl.train.trainer import Trainer
+from jdl.train.writers import directions
 
 
 class Estimator:
