@@ -75,7 +75,7 @@ class Estimator:
       clock: reads the time that training seconds are counted in; `time.process_time` is disturbed
         less where a machine is shared.
       hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
-        ends the run.
+        ends the run, and one that remembers rows is to be a `Remembering`.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
