@@ -3,7 +3,6 @@
 The trainer averages them over examples, exactly, whatever the remainder of the last batch.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -30,8 +29,8 @@ def direction(best: str | Mapping[str, str]) -> Callable[[_M], _M]:
     >>> @direction("max")
     ... def margin(outputs, batch):
     ...     return outputs[:, 0] - outputs[:, 1]
-    >>> directions({"margin": margin})
-    {'loss': 'min', 'margin': 'max'}
+    >>> margin.direction
+    'max'
     """
     for value in [best] if isinstance(best, str) else best.values():
         check.one_of("best", value, ("max", "min"))
@@ -41,22 +40,6 @@ def direction(best: str | Mapping[str, str]) -> Callable[[_M], _M]:
         return metric
 
     return declared
-
-
-def directions(metrics: Any) -> dict[str, str]:
-    """Name -> "max" or "min" of what `Estimator(metrics=…)` is given, as far as it is declared."""
-    if isinstance(metrics, Mapping):
-        each = {name: _declared(metric) for name, metric in metrics.items()}
-    else:
-        each = found if isinstance(found := _declared(metrics), Mapping) else {}
-    return {"loss": "min", **{name: best for name, best in each.items() if best is not None}}
-
-
-def _declared(metric: Any) -> Any:
-    found = getattr(metric, "direction", None)
-    if found is None and isinstance(metric, functools.partial):
-        return _declared(metric.func)
-    return found
 
 
 @direction("max")

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from sklearn import metrics as sk
 
+import jdl
 from jdl import cli
 from jdl.cli import progress
 
@@ -136,6 +137,19 @@ def test_plain_lines_tell_speed_wait_and_what_is_left(monkeypatch):
     assert lines[-1].endswith("ETA 0:00")
     assert 3 <= len(lines) <= 10
     assert any("ETA" in line and not line.endswith("ETA 0:00") for line in lines[:-1])
+
+
+def test_a_second_run_is_not_timed_with_the_first():
+    shown = progress.StepProgress(total=100, batch_size=64)
+    shown._console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    images, labels = np.zeros((4, 3), np.float32), np.zeros(4, np.int32)
+    for steps in (2, 4):
+        data = jdl.data.from_arrays(images, labels, batch_size=4)
+        net = jdl.models.MLP(widths=(), num_outputs=2)
+        jdl.classifier(net, "sgd", hooks=[shown], log_every=1).train(data, steps=steps)
+    assert [point.step for point in shown._recent] == [1, 2, 3, 4]
+    later = jdl.classifier(net, "sgd", hooks=[shown], log_every=5).train(data, steps=5)
+    assert [point.step for point in shown._recent] == [later.step]
 
 
 def test_a_terminal_shows_one_live_line(monkeypatch):

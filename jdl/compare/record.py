@@ -28,9 +28,8 @@ from jdl.compare.problems import Problem
 from jdl.compare.results import Row
 from jdl.compare.trial import Outcome
 from jdl.core import check
-from jdl.metrics import directions
 from jdl.train.lock import RunLock
-from jdl.train.writers import JsonlWriter, declare, write_atomically
+from jdl.train.writers import JsonlWriter, declare, directions, write_atomically
 
 logger = logging.getLogger("jdl.compare")
 

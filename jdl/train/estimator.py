@@ -16,7 +16,6 @@ import optax
 
 from jdl.core import check
 from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
-from jdl.metrics import directions
 from jdl.train.arguments import check_all, curvature_share, prepared_model, prepared_optimizer
 from jdl.train.compiled import CompiledSteps
 from jdl.train.ema import average
@@ -31,6 +30,7 @@ from jdl.train.run import Run
 from jdl.train.step import Metrics, TrainState, build
 from jdl.train.termination import Stopped
 from jdl.train.trainer import Trainer
+from jdl.train.writers import directions
 
 
 class Estimator:
@@ -78,7 +78,7 @@ class Estimator:
       clock: reads the time that training seconds are counted in; `time.process_time` is disturbed
         less where a machine is shared.
       hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
-        ends the run.
+        ends the run, and one that remembers rows is to be a `Remembering`.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax

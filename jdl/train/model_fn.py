@@ -49,10 +49,11 @@ import optax
 from jdl.core import check
 from jdl.core.model import Model, in_precision
 from jdl.core.types import Batch, Key, Mode, ModelState, Outputs, Params
-from jdl.metrics import direction, directions
+from jdl.metrics import direction
 from jdl.optim import registry
 from jdl.train.estimator import Estimator
 from jdl.train.step import scale_images
+from jdl.train.writers import directions
 
 Labels = Any
 ModelFn = Callable[[Any, Labels, Mode], "Spec"]

@@ -7,6 +7,7 @@ doubles.
 
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -250,6 +251,28 @@ class Writers:
         """Drops the rows of steps after `step` from all."""
         for writer in self._all:
             writer.rewind(step)
+
+
+def directions(metrics: Any) -> dict[str, str]:
+    """Name -> "max" or "min" of what `Estimator(metrics=…)` is given, as far as it is declared.
+
+    >>> from jdl.metrics import accuracy
+    >>> directions({"accuracy": accuracy, "length": len})
+    {'loss': 'min', 'accuracy': 'max'}
+    """
+    declared = _declared(metrics)
+    if isinstance(metrics, Mapping):
+        declared = {name: _declared(metric) for name, metric in metrics.items()}
+    each = declared.items() if isinstance(declared, Mapping) else ()
+    return {"loss": "min", **{name: best for name, best in each if best is not None}}
+
+
+def _declared(metric: Any) -> Any:
+    """What `jdl.metrics.direction` has declared of it, or of the function that it is a part of."""
+    found = getattr(metric, "direction", None)
+    if found is None and isinstance(metric, functools.partial):
+        return _declared(metric.func)
+    return found
 
 
 def declare(workdir: str | Path, directions: Mapping[str, str]) -> None:

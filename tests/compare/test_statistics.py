@@ -14,6 +14,7 @@ from jdl.compare.statistics import (
     performance_profiles,
     win_matrix,
 )
+from jdl.core.check import ArgumentError
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (5, 0), (7, 3), (12, 12), (2, 9)])
@@ -67,6 +68,8 @@ def test_the_interval_of_the_median_is_scipys():
     assert low == pytest.approx(found.low, rel=0.05)
     assert high == pytest.approx(found.high, rel=0.05)
     assert median_interval([1.0, 2.0, math.inf, math.inf])[1] == math.inf
+    with pytest.raises(ArgumentError, match=r"`level` must be a number in \(0.0, 1.0\)"):
+        median_interval(x, level=1.0)
 
 
 def test_costs_are_read_from_a_study(plant):

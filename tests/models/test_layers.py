@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jdl.core import check
+from jdl.models.cnn import CNN
 from jdl.models.layers import ACTIVATIONS, INITIALIZERS, RandomShift, activation, initializer
 from jdl.models.mlp import MLP
 
@@ -85,3 +86,9 @@ def test_images_shift_by_whole_pixels_in_training_alone():
         RandomShift(Same(), by=0).apply({}, images)
     with pytest.raises(check.ArgumentError, match=r"`image` must be of shape \[B, H, W, C\]"):
         RandomShift(MLP()).init(KEY, jnp.ones((2, 9)))
+
+
+@pytest.mark.parametrize("net", [MLP(dropout=1.0), CNN(dropout=-0.1)])
+def test_a_share_of_units_to_drop_is_below_one(net):
+    with pytest.raises(check.ArgumentError, match=r"`dropout` must be a number in \[0.0, 1.0\)"):
+        net.init(KEY, jnp.ones((2, 8, 8, 1)))

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jdl
+from jdl.cli import gan_pictures
 from jdl.core import check
 from jdl.data import from_arrays
 from jdl.models import MLP
@@ -430,6 +431,18 @@ def test_histograms_leave_out_what_is_not_finite(tmp_path):
     write = hooks.parameter_histograms(tmp_path / "h.jsonl", bins=3)
     with pytest.raises(check.TrainingError, match="The loss is nan at step 3"):
         make("sgd", hooks=[write], log_every=1).train(data(poisoned=[33]), epochs=1)
+
+
+def test_samples_of_a_gan_are_drawn_at_the_same_steps_after_a_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(gan_pictures, "draw_from", lambda *_, **__: np.zeros((12, 2, 2, 1)))
+
+    def drawn(folder, *stops):
+        for steps in stops:
+            hook = gan_pictures.samples_over_time(None, folder)
+            make("sgd", workdir=folder, hooks=[hook], log_every=1).train(data(), max_steps=steps)
+        return sorted(int(path.stem) for path in (folder / "samples").iterdir())
+
+    assert drawn(tmp_path / "parted", 6, 20) == drawn(tmp_path / "whole", 20) == [1, 2, 4, 8, 16]
 
 
 def test_an_evaluation_beside_a_training_leaves_its_histograms_alone(tmp_path):

@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from jdl.core import check
+from jdl.train import curves
 from jdl.train.writers import (
     CsvWriter,
     JsonlWriter,
@@ -151,3 +152,19 @@ def test_a_file_has_the_permissions_of_the_umask_and_keeps_those_it_has(tmp_path
     finally:
         os.umask(before)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_curves_are_drawn_of_what_is_a_number_and_of_metrics_that_came_later(tmp_path, monkeypatch):
+    rows = [row(1, loss=2.0), row(2, loss=None, note="odd", flag=True), row(3, loss=1.0, late=0.5)]
+    log = tmp_path / "m.jsonl"
+    log.write_text("\n".join(map(json.dumps, [*rows, {"loss": 3.0}])) + '\n{"step": 4, "lo')
+    drawn = {}
+    panel = curves._panel
+
+    def spy(axes, rows, name):
+        panel(axes, rows, name)
+        drawn[name] = [line.get_xydata().tolist() for line in axes.lines]
+
+    monkeypatch.setattr(curves, "_panel", spy)
+    curves.draw(log, tmp_path / "m.png")
+    assert drawn == {"loss": [[[1.0, 2.0], [3.0, 1.0]]], "late": [[[3.0, 0.5]]]}
