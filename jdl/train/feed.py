@@ -65,12 +65,17 @@ class Feed:
         """Makes sure that the next batch is on its way, and shows it; None at the end."""
         if self._ahead is None:
             start = time.perf_counter()
-            batch = next(self._iterator, None)
-            if batch is None:
-                self.ended = True
-                return None
-            arrays, _ = entries(batch, self._placement.inputs)
-            self._ahead = (self._placement.put_step_batch(arrays), self._state())
+            try:
+                batch = next(self._iterator, None)
+                if batch is None:
+                    self.ended = True
+                    return None
+                arrays, _ = entries(batch, self._placement.inputs)
+                self._ahead = (self._placement.put_step_batch(arrays), self._state())
+            except KeyboardInterrupt:
+                if self.resumable:  # the batch being made is not lost
+                    _go_to(self._iterator, self.position)
+                raise
             self.wait_seconds += time.perf_counter() - start
         return self._ahead[0]
 

@@ -113,6 +113,41 @@ def test_a_second_ctrl_c_ends_a_hook_and_a_wait_for_data(ctrl_c):
     assert not ended
 
 
+def test_a_batch_that_was_being_made_is_made_again(ctrl_c):
+    made, pressed = [], []
+
+    class Numbers:
+        """Batch i holds the number i; it takes for ever to make the fourth, the first time."""
+
+        def __init__(self):
+            self.at = 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            i, self.at = self.at, self.at + 1
+            if i == 3 and not pressed:
+                pressed.append(True)
+                ctrl_c()
+                ctrl_c()
+            made.append(i)
+            return {"image": np.full((4, 6), i, np.float32), "label": np.zeros(4, np.int32)}
+
+        def get_state(self):
+            return {"at": self.at}
+
+        def set_state(self, state):
+            self.at = state["at"]
+
+    numbers, estimator = Numbers(), make()
+    with pytest.raises(KeyboardInterrupt):
+        estimator.train(numbers, steps=6)
+    assert estimator.step == 3
+    estimator.train(numbers, max_steps=6)
+    assert made == list(range(6))
+
+
 def test_a_handler_of_ones_own_is_called_between_two_steps_and_put_back(ctrl_c):
     del ctrl_c
     calls = []
