@@ -27,7 +27,7 @@ import jax
 from jdl.core import check
 
 HEARTBEAT_SECONDS = 10  # a process that gives no sign of life for this long is taken for dead
-SHUTDOWN_SECONDS = 8  # how long one that is done waits for the others to be
+SHUTDOWN_SECONDS = 30  # how long one that is done waits for the others to be
 INTERRUPTED = 130  # the exit code of one that Ctrl-C ended
 _KEYS = "jdl/"  # of the store that process 0 keeps for all
 _FAILURE = "jdl/failure"

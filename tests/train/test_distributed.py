@@ -117,14 +117,14 @@ OWN = {
     "mistake": (1, "jdl: error: this is not to be done"),
     "kill": (-signal.SIGKILL, ""),
     "interrupt": (130, "jdl: process {rank} was interrupted"),
-    "leave": (1, "jdl: ended, because process {rank} was done 8 s before another"),
+    "leave": (1, "jdl: ended, because process {rank} was done 30 s before another"),
 }
 OTHERS = {
     "raise": "process {rank} failed: ValueError: this one raises",
     "mistake": "process {rank} failed: UserError: this is not to be done",
     "kill": "process {rank}(, which coordinates,)? is gone",
     "interrupt": "process {rank} was interrupted",
-    "leave": "process {rank} was done 8 s before another",
+    "leave": "process {rank} was done 30 s before another",
 }
 
 
