@@ -83,7 +83,7 @@ class Args:
     deterministic: bool = False
     """have XLA choose reproducible kernels on GPUs, some of them slower"""
     config: Path | None = None
-    """these flags from a .toml, .yaml or a run's config.toml; the later wins, then flags (--no-X)"""
+    """flags from a .toml, .yaml or a run's config.toml; the later wins, then flags (--no-X)"""
 
 
 def run(args: Args) -> None:
