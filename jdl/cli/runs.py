@@ -117,6 +117,7 @@ def about(workdir: Path, root: Path) -> dict[str, Any]:
         step, second = row.pop("step", 0), row.pop("seconds", 0.0)
         steps = max(steps, int(step) if _is_finite(step) else 0)
         seconds = max(seconds, float(second) if _is_finite(second) else 0.0)
+        row.pop("epoch", None)
         split = str(row.pop("split", ""))
         split = SPLITS.get(split, split)
         if isinstance(row.get("optimizer"), str):

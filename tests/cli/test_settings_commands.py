@@ -193,7 +193,7 @@ def test_a_switch_is_taken_back_without_a_file(capsys):
     code, _, err = said(capsys, "train", "mlp", "--no-flip", "--data", "missing.tar")
     assert code == 2
     assert "missing.tar" in err
-    assert "--no-flip" not in said(capsys, "train", "--help")[1].replace("--no-flip takes", "")
+    assert "--no-flip" not in said(capsys, "train", "--help")[1]
     assert "--no-nothing" in said(capsys, "train", "mlp", "--no-nothing")[2]
 
 
