@@ -3,8 +3,9 @@
 The trainer averages them over examples, exactly, whatever the remainder of the last batch.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,51 @@ from jaxtyping import Array, Float
 from jdl.core import check
 from jdl.core.types import Batch
 
+_M = TypeVar("_M", bound=Callable[..., Any])
 
+
+def direction(best: str | Mapping[str, str]) -> Callable[[_M], _M]:
+    """Declares of a metric, as its decorator, whether its largest or its smallest value is best.
+
+    A run records it, and `jdl runs` goes by it: of a metric that declares nothing it shows the last
+    value. The loss is best at its smallest.
+
+    Args:
+      best: "max" or "min"; for a function that gives several metrics, a dict of them by name.
+
+    >>> @direction("max")
+    ... def margin(outputs, batch):
+    ...     return outputs[:, 0] - outputs[:, 1]
+    >>> directions({"margin": margin})
+    {'loss': 'min', 'margin': 'max'}
+    """
+    for value in [best] if isinstance(best, str) else best.values():
+        check.one_of("best", value, ("max", "min"))
+
+    def declared(metric: _M) -> _M:
+        cast(Any, metric).direction = best
+        return metric
+
+    return declared
+
+
+def directions(metrics: Any) -> dict[str, str]:
+    """Name -> "max" or "min" of what `Estimator(metrics=…)` is given, as far as it is declared."""
+    if isinstance(metrics, Mapping):
+        each = {name: _declared(metric) for name, metric in metrics.items()}
+    else:
+        each = found if isinstance(found := _declared(metrics), Mapping) else {}
+    return {"loss": "min", **{name: best for name, best in each.items() if best is not None}}
+
+
+def _declared(metric: Any) -> Any:
+    found = getattr(metric, "direction", None)
+    if found is None and isinstance(metric, functools.partial):
+        return _declared(metric.func)
+    return found
+
+
+@direction("max")
 def accuracy(
     outputs: Float[Array, "B K"], batch: Batch, target: str = "label"
 ) -> Float[Array, " B"]:
@@ -43,6 +88,7 @@ def top_k_accuracy(k: int) -> Callable[..., Float[Array, " B"]]:
     """
     check.positive_int("k", k)
 
+    @direction("max")
     def metric(outputs: jax.Array, batch: Batch, target: str = "label") -> jax.Array:
         largest = jax.lax.top_k(outputs, min(k, outputs.shape[-1]))[1]
         hit = largest == batch[target][:, None].astype(largest.dtype)
@@ -51,6 +97,7 @@ def top_k_accuracy(k: int) -> Callable[..., Float[Array, " B"]]:
     return metric
 
 
+@direction("min")
 def squared_error(
     outputs: Float[Array, "B ..."], batch: Batch, target: str = "label"
 ) -> Float[Array, " B"]:

@@ -94,7 +94,7 @@ def _run(name: str, arguments: list[str]) -> int:
     from jdl.core.check import UserError
 
     try:
-        if any(a.partition("=")[0] == "--config" for a in arguments):
+        if any(a.partition("=")[0] == "--config" or a.startswith("--no-") for a in arguments):
             from jdl.cli.config_file import expand
 
             arguments = expand(arguments, module.Args)
@@ -106,25 +106,30 @@ def _run(name: str, arguments: list[str]) -> int:
 
     try:
         module.run(parsed)
-    except UserError as error:
-        code = _mistake(str(error), name)
-        if getattr(parsed, "distributed", False):
-            from jdl.train import distributed
-
-            distributed.announce(error, code)
-        return code
+        return 0
     except SystemExit as end:  # SIGTERM, with everything saved
         if not str(end).isdigit():
             print(f"jdl {name}: {end}", file=sys.stderr)
         return int(end.code or 0)
-    except OSError as error:
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        code, message = _told(error, name)
+        if getattr(parsed, "distributed", False):
+            from jdl.train import distributed
+
+            distributed.announce(error, code, message)
+        print(message, file=sys.stderr)
+        return code
+
+
+def _told(error: BaseException, name: str) -> tuple[int, str]:
+    """The exit code, and what the user is to know of it; raises what is a fault of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"jdl {name}: {str(error) or 'interrupted; what was written stays'}."
+    if isinstance(error, OSError):
         if error.errno not in UNWRITABLE:
-            raise
-        return _mistake(f"{error.filename}: {error.strerror}.", name)
-    except KeyboardInterrupt:
-        print(f"jdl {name}: interrupted; what was written stays.", file=sys.stderr)
-        return 130
-    return 0
+            raise error
+        return 2, f"jdl {name}: error: {error.filename}: {error.strerror}."
+    return 2, f"jdl {name}: error: {error}"
 
 
 def _parse(name: str, module: object, arguments: list[str]) -> object:

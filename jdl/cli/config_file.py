@@ -1,8 +1,8 @@
 """A command's settings from a file, .toml or .yaml: the same names as its flags.
 
 The file's entries become command-line arguments before the user's own, so that both are read by
-one parser, and the command line wins. A run's own `config.toml` has its command's settings in a
-table `[command]`.
+one parser, and the command line wins; of several files the later. `--no-FLAG` takes back what a
+file switches on. A run's own `config.toml` has its command's settings in a table `[command]`.
 """
 
 import dataclasses
@@ -18,25 +18,34 @@ MAX_BYTES = 1 << 20
 
 
 def expand(arguments: list[str], args_class: type) -> list[str]:
-    """The arguments with those of `--config FILE` before them, and `--config` gone."""
-    names = [f.name for f in dataclasses.fields(args_class)] if is_dataclass(args_class) else []
-    if "config" not in names:  # such as where there are commands of a command
+    """The arguments with those of `--config FILE` before them, and no `--config` or `--no-FLAG`."""
+    fields = dataclasses.fields(args_class) if is_dataclass(args_class) else ()
+    known = {_flag(f.name): f.type for f in fields}
+    if "config" not in known:  # such as where there are commands of a command
         return arguments
-    own, path = _without_config(arguments)
-    if path is None:
-        return arguments
-    settings = read(Path(path))
-    known = {_flag(name) for name in names} - {"config", "workdir"}
-    given: list[str] = []
-    for name, value in settings.items():
-        flag = check.one_of(f"a setting in {path}", _flag(name), known)
-        if flag == "model":
-            if not own or own[0].startswith("-"):
-                own = [str(value), *own]
-            continue
-        given += _as_arguments(flag, value)
+    switches = [flag for flag, kind in known.items() if kind is bool]
+    own, paths = _without_config(arguments)
+    settings: dict[str, Any] = {}
+    for path in paths:
+        for name, value in read(Path(path)).items():
+            options = [flag for flag in known if flag != "config"]
+            flag = check.one_of(f"a setting in {path}", _flag(name), options)
+            must = "true or false" if flag in switches else "a value or a list of them"
+            ok = isinstance(value, bool) == (flag in switches) and not isinstance(value, dict)
+            check.argument(ok or value is None, f"{name} in {path}", must, value)
+            settings[flag] = value
+    for argument in own:
+        for flag in switches:
+            if argument in (f"--{flag}", f"--no-{flag}"):
+                settings[flag] = argument == f"--{flag}"
+    spoken = {f"--{no}{flag}" for flag in switches for no in ("", "no-")}
+    own = [argument for argument in own if argument not in spoken]
+    model = settings.pop("model", None)
+    if model is not None and (not own or own[0].startswith("-")):
+        own = [str(model), *own]
     # The positional MODEL stays in front.
     front = [] if not own or own[0].startswith("-") else own[:1]
+    given = [a for flag, value in settings.items() for a in _as_arguments(flag, value)]
     return [*front, *given, *own[len(front) :]]
 
 
@@ -81,13 +90,22 @@ def as_table(args: Any) -> dict[str, Any]:
     return plain
 
 
-def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            return arguments[:i] + arguments[i + 2 :], arguments[i + 1]
-        if argument.startswith("--config="):
-            return arguments[:i] + arguments[i + 1 :], argument.partition("=")[2]
-    return arguments, None
+def _without_config(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--config FILE`, and the files in their order."""
+    own: list[str] = []
+    paths: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        name, given, path = argument.partition("=")
+        if name != "--config":
+            own.append(argument)
+        elif given:
+            paths.append(path)
+        elif (following := next(left, None)) is not None:
+            paths.append(following)
+        else:
+            own.append(argument)  # the parser says what it lacks
+    return own, paths
 
 
 def _flag(name: str) -> str:

@@ -211,14 +211,12 @@ def _finite(value: Any) -> Any:
 
 def _draw(path: Path, found: dict[str, Any], by_batch: Any) -> None:
     """Density on the left, top eigenvalues with the batches' own on the right."""
-    import os
-    import tempfile
-
     import matplotlib
     import numpy as np
     from matplotlib.figure import Figure
 
     from jdl.compare.drawing import INK, LINES, MUTED, STYLE
+    from jdl.train.writers import appearing
 
     blue, orange = LINES[0], LINES[1]
     names = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton", "fisher": "empirical Fisher"}
@@ -269,12 +267,5 @@ def _draw(path: Path, found: dict[str, Any], by_batch: Any) -> None:
             color=INK,
             fontsize=9.0,
         )
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                figure.savefig(file, format="png", dpi=150)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with appearing(path) as file:
+            figure.savefig(file, format="png", dpi=150)

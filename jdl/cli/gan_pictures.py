@@ -1,16 +1,19 @@
 """What a generator makes: over time, at the end, between two points, beside its nearest images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jdl.cli.pictures import tiles
+from jdl.train.hooks import Hook, Remembering
+from jdl.train.writers import Row
 
 COLUMNS = 12
 
 
-class SamplesOverTime:
+def samples_over_time(gan: Any, workdir: Path) -> Remembering:
     """A hook that writes a row of samples of the same noise, at steps that double.
 
     Args:
@@ -18,16 +21,26 @@ class SamplesOverTime:
       workdir: its run directory; rows are `samples/00000010.png` and so on.
     """
 
-    def __init__(self, gan: Any, workdir: Path):
-        self.gan, self.folder, self._next = gan, workdir / "samples", 1
+    def make(earlier: Sequence[Row]) -> Hook:
+        due = 1
 
-    def __call__(self, row: Any) -> None:
-        """Writes a row when it is time."""
-        if row["split"] != "train" or row["step"] < self._next:
-            return
-        self._next = 2 * row["step"]
-        images = draw_from(self.gan, row.estimator, COLUMNS, seed=1)
-        tiles(images[None], self.folder / f"{row['step']:08d}.png")
+        def is_due(row: Row) -> bool:
+            nonlocal due
+            if row["split"] != "train" or row["step"] < due:
+                return False
+            due = 2 * row["step"]
+            return True
+
+        def hook(row: Any) -> None:
+            if is_due(row):
+                images = draw_from(gan, row.estimator, COLUMNS, seed=1)
+                tiles(images[None], workdir / "samples" / f"{row['step']:08d}.png")
+
+        for row in earlier:
+            is_due(row)
+        return hook
+
+    return Remembering(make, "train")
 
 
 def draw_samples(gan: Any, estimator: Any, data: Any, workdir: Path) -> list[Path]:

@@ -30,6 +30,7 @@ class StepProgress:
         self._total, self._batch_size = total, batch_size
         self._printed = time.monotonic()
         self._recent: deque[_Point] = deque(maxlen=RECENT)
+        self._run: Any = None  # that the recent rows are of, and how often it was restored
         self._bar = Progress(
             MofNCompleteColumn(table_column=Column("step", min_width=2 * len(str(total)) + 1)),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the words leave
@@ -53,8 +54,10 @@ class StepProgress:
         if row["split"] != "train":
             return
         waited = row.get("data_wait", 0.0)
-        if self._recent and row["step"] <= self._recent[-1].step:
-            self._recent.clear()  # rolled back
+        run = (getattr(row, "estimator", None), getattr(row, "restores", 0))
+        if run != self._run:
+            self._recent.clear()
+        self._run = run
         self._recent.append(_Point(row["step"], row["seconds"], time.monotonic()))
         numbers = "  ".join([f"loss {row['loss']:.3g}", *self._speed(waited)])
         if self._console.is_terminal:

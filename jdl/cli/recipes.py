@@ -224,7 +224,7 @@ def _gan_estimator(
 ) -> Any:
     import jax.numpy as jnp
 
-    from jdl.cli.gan_pictures import SamplesOverTime
+    from jdl.cli.gan_pictures import samples_over_time
     from jdl.models.gan import optimizers
     from jdl.optim import diagnostics
     from jdl.train.estimator import Estimator
@@ -241,7 +241,7 @@ def _gan_estimator(
         metrics={"discriminator": gan.discriminator_loss, "generator": gan.generator_loss},
         workdir=workdir,
         ema=0.99 if ema is None else ema,
-        hooks=[*hooks, SamplesOverTime(gan, workdir)],
+        hooks=[*hooks, samples_over_time(gan, workdir)],
         **options,
     )
 

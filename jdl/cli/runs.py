@@ -1,5 +1,8 @@
 """The runs below a folder, with what each reached at its best.
 
+Whether more or less of a metric is better, the metric declares (`jdl.metrics.direction`); of one
+that does not, the last value is shown.
+
 Examples:
   jdl runs
   jdl runs experiments --sort accuracy
@@ -9,18 +12,16 @@ import json
 import math
 import sys
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 LOG = "metrics.jsonl"
 # How a log's splits are told: its rows of `train` are of single batches.
 SPLITS = {"all of train": "train", "train": "batch"}
-# Where more is better; of all other metrics the least is the best.
-RISING = ("accuracy", "top", "gain")
+SHOWN = ("test_accuracy", "test_loss", "validation_loss", "train_loss")
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Args:
     """where to look, and in all folders below"""
     sort: str | None = None
     """a metric such as accuracy or test_loss: the best run first; by default by name"""
+    direction: Literal["min", "max"] | None = None
+    """which value of that metric is the best; by default what the metric declares of itself"""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """print one JSON object a run"""
 
@@ -50,34 +53,45 @@ def run(args: Args) -> None:
     check.argument(
         bool(found), "DIR", f"a folder with runs in it, each with a {LOG}", str(args.folder)
     )
+    check.argument(
+        args.direction is None or args.sort is not None, "--direction", "given with --sort", None
+    )
+    held = {name for entry in found for name in entry["last"]}
+    columns = [name for name in SHOWN if name in held]
+    columns = columns or sorted(held & {"batch_loss", "batch_accuracy"})
+    which = {name: _direction(name, found) or "last" for name in columns}
     if args.sort is not None:
-        sort = _column(args.sort, found)
-
-        def rank(run: dict[str, Any]) -> float:
-            value = run["best"].get(sort, math.nan)
-            if math.isnan(value):
-                return math.inf
-            return -value if _rises(sort) else value
-
-        found.sort(key=rank)
+        sort = _column(args.sort, held)
+        best = args.direction or _direction(sort, found) or ""
+        check.argument(
+            bool(best),
+            "--direction",
+            f"min or max with --sort {args.sort}",
+            None,
+            f"No one has declared which value of {sort} is the best.",
+        )
+        which = {sort: best} | {name: at for name, at in which.items() if name != sort}
+        sign = -1.0 if best == "max" else 1.0
+        found.sort(key=lambda entry: sign * entry[best].get(sort, sign * math.inf))
     if args.as_json:
         for entry in found:
             print(json.dumps(entry))
         return
     from jdl.cli import progress
 
-    held = {name for entry in found for name in entry["best"]}
-    columns = [name for name in ("test_accuracy", "test_loss", "train_loss") if name in held]
-    columns = columns or sorted(held & {"batch_loss", "batch_accuracy"})
+    titles = [f"{'last' if at == 'last' else 'best'} {name}" for name, at in which.items()]
     progress.table(
-        ["run", "optimizer", "steps", "seconds", *(f"best {c}" for c in columns)],
+        ["run", "optimizer", "steps", "seconds", *titles],
         [
             [
                 entry["run"],
                 entry["optimizer"] or "",
                 str(entry["steps"]),
                 f"{entry['seconds']:.1f}",
-                *(f"{entry['best'][c]:.4g}" if c in entry["best"] else "" for c in columns),
+                *(
+                    f"{entry[at][name]:.4g}" if name in entry[at] else ""
+                    for name, at in which.items()
+                ),
             ]
             for entry in found
         ],
@@ -85,28 +99,42 @@ def run(args: Args) -> None:
 
 
 def about(workdir: Path, root: Path) -> dict[str, Any]:
-    """A run's settings and its best figures, by split: `test_accuracy`, `train_loss`."""
-    best: dict[str, float] = {}
+    """A run's settings and its figures, by split: `test_accuracy`, `train_loss`.
+
+    Of each figure there is the last, the least and the greatest value; the best where the metric
+    declares which that is.
+    """
+    from jdl.train.writers import read_directions, read_jsonl
+
+    last: dict[str, float] = {}
+    least: dict[str, float] = {}
+    greatest: dict[str, float] = {}
+    declared = {"loss": "min"} | read_directions(workdir)
+    directions: dict[str, str] = {}
     steps, seconds = 0, 0.0
     optimizers: set[str] = set()
-    for row in _rows(workdir / LOG):
+    for row in read_jsonl(workdir / LOG):
         step, second = row.pop("step", 0), row.pop("seconds", 0.0)
-        steps = max(steps, int(step) if _is_number(step) else 0)
-        seconds = max(seconds, float(second) if _is_number(second) else 0.0)
+        steps = max(steps, int(step) if _is_finite(step) else 0)
+        seconds = max(seconds, float(second) if _is_finite(second) else 0.0)
         split = str(row.pop("split", ""))
         split = SPLITS.get(split, split)
         if isinstance(row.get("optimizer"), str):
             optimizers.add(row["optimizer"])
         for name, value in row.items():
-            if not _is_number(value):
+            if not _is_finite(value):
                 continue
             full = name if split == "evaluate" else f"{split}_{name}"
-            better = max if _rises(full) else min
-            best[full] = better(best.get(full, value), value)
+            last[full] = value
+            least[full] = min(least.get(full, value), value)
+            greatest[full] = max(greatest.get(full, value), value)
+            if name in declared:
+                directions[full] = declared[name]
     settings = _settings(workdir / "config.toml")
     named = settings.get("optimizer")
     optimizer = named if isinstance(named, str) else " ".join(sorted(optimizers)) or None
     place = str(workdir.relative_to(root)) if workdir != root else str(workdir)
+    extremes = {"min": least, "max": greatest}
     return {
         "run": place,
         "model": settings.get("model"),
@@ -114,25 +142,18 @@ def about(workdir: Path, root: Path) -> dict[str, Any]:
         "optimizer": optimizer,
         "steps": steps,
         "seconds": seconds,
-        "best": best,
+        "directions": directions,
+        "best": {name: extremes[at][name] for name, at in directions.items()},
+        "last": last,
+        **extremes,
     }
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue  # a line that is being written, or another's
-            if isinstance(row, dict):
-                yield row
-
-
-def _is_number(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     """Whether it is a finite number that fits a float: others may have written the log."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
+    from jdl.train.writers import is_number
+
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -142,16 +163,18 @@ def _settings(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _rises(name: str) -> bool:
-    return any(word in name for word in RISING)
+def _direction(name: str, found: list[dict[str, Any]]) -> str | None:
+    """Which value of a metric is the best by the runs that declare it; None unless they agree."""
+    declared = {entry["directions"].get(name) for entry in found} - {None}
+    return declared.pop() if len(declared) == 1 else None
 
 
-def _column(wanted: str, found: list[dict[str, Any]]) -> str:
+def _column(wanted: str, known: set[str]) -> str:
     """The metric of that name; of the test split where the split is left out."""
     from jdl.core import check
 
-    known = sorted({name for entry in found for name in entry["best"]})
-    for name in (wanted, f"test_{wanted}", f"train_{wanted}"):
+    splits = ("test", "validation", "train", "batch")
+    for name in (wanted, *(f"{split}_{wanted}" for split in splits)):
         if name in known:
             return name
-    return check.one_of("--sort", wanted, known)
+    return check.one_of("--sort", wanted, sorted(known))

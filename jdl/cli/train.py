@@ -83,7 +83,8 @@ class Args:
     deterministic: bool = False
     """have XLA choose reproducible kernels on GPUs, some of them slower"""
     config: Path | None = None
-    """a .toml or .yaml with these flags' names, or a run's config.toml; the flags given win"""
+    """a .toml or .yaml with these flags' names, or a run's config.toml; of several files the later
+    wins, and over all the flags given: --no-flip takes back a flip"""
 
 
 def run(args: Args) -> None:

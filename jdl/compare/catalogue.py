@@ -272,6 +272,7 @@ def autoencoder(
     net = Autoencoder(widths=widths, kernel_init=sparse_init(15))
     loss = losses.squared_error if linear else losses.sigmoid_cross_entropy
 
+    @metrics.direction("min")
     def squared_error(outputs: jax.Array, batch: Batch) -> jax.Array:
         seen = outputs if linear else jax.nn.sigmoid(outputs)
         return metrics.squared_error(seen, batch, target="image")

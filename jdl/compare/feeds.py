@@ -71,10 +71,6 @@ class Repeated:
     def __iter__(self) -> Iterator[Batch]:
         return itertools.repeat(self._batch)
 
-    def repeat(self) -> "Repeated":
-        """Itself: it has no end."""
-        return self
-
 
 class Evaluation:
     """The loss and the metrics on training and other data: one program for all optimizers.

@@ -95,7 +95,7 @@ def arrays_problem(
       loss: `loss(outputs, batch) -> float[B]`.
       train: entry of the batch -> array [n, …].
       test: likewise; None where nothing is held out.
-      validation: the share of `train` that settings are chosen on, in [0, 1); 0 for none.
+      validation: the share of `train` that settings are chosen on, in [0, 0.9]; 0 for none.
       **fields: further fields of `Problem`, `target` among them.
 
     >>> from jdl.models import MLP

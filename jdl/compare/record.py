@@ -2,6 +2,7 @@
 
 config.toml     what it is
 metrics.jsonl   its rows
+directions.json which of their values are best at their smallest, which at their largest
 checkpoints/    where it goes on when it was cut short
 error.txt       the trace of what ended it
 result.json     how it ended; written last
@@ -27,8 +28,9 @@ from jdl.compare.problems import Problem
 from jdl.compare.results import Row
 from jdl.compare.trial import Outcome
 from jdl.core import check
+from jdl.metrics import directions
 from jdl.train.lock import RunLock
-from jdl.train.writers import JsonlWriter, write_atomically
+from jdl.train.writers import JsonlWriter, declare, write_atomically
 
 logger = logging.getLogger("jdl.compare")
 
@@ -73,6 +75,9 @@ def run(
             return failed(_words(error, directory))
         try:
             _prepare(directory, config)
+            best = directions(problem.metrics).items()
+            parts = ("train", "validation", "test")
+            declare(directory, {f"{part}_{name}": at for part in parts for name, at in best})
             writer = JsonlWriter(directory / "metrics.jsonl")
 
             def write_row(row: Row) -> None:

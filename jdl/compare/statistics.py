@@ -136,7 +136,7 @@ def median_interval(
     References:
       Efron & Tibshirani, An introduction to the bootstrap (1993), chapter 13.
     """
-    check.in_range("level", level, 0.0, 1.0, open_low=True)
+    check.in_range("level", level, 0.0, 1.0, open_low=True, open_high=True)
     x = np.asarray(values, float)
     medians = np.sort(_medians(x, draws, seed))
     low = math.floor((1.0 - level) / 2.0 * draws)

@@ -63,12 +63,25 @@ def positive_ints(**values: Any) -> None:
 
 
 def in_range(
-    name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
+    name: str,
+    value: float,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> float:
-    """`value`, if low ≤ value ≤ high (low < value with `open_low`); NaN is in no range."""
+    """`value`, if low ≤ value ≤ high, both `<` where the end is open; NaN is in no range.
+
+    >>> in_range("decay", 1.0, 0.0, 1.0, open_high=True)
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.ArgumentError: `decay` must be a number in [0.0, 1.0), got 1.0.
+    """
     above = value > low if open_low else value >= low
-    left = "(" if open_low else "["
-    argument(bool(above and value <= high), name, f"a number in {left}{low}, {high}]", value)
+    below = value < high if open_high else value <= high
+    ends = "(" if open_low else "[", ")" if open_high else "]"
+    argument(bool(above and below), name, f"a number in {ends[0]}{low}, {high}{ends[1]}", value)
     return value
 
 

@@ -78,7 +78,7 @@ def from_linen(module: Any) -> Model:
     """
     accepted = _keywords(type(module).__call__)
 
-    def mode(train: bool) -> dict[str, bool]:
+    def mode(train: bool) -> dict[str, Any]:
         if "train" in accepted:
             return {"train": train}
         return {"deterministic": not train} if "deterministic" in accepted else {}
@@ -86,7 +86,8 @@ def from_linen(module: Any) -> Model:
     def init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
         params_key, dropout_key = jax.random.split(key)
         rngs = {"params": params_key, "dropout": dropout_key}
-        variables = dict(module.init(rngs, *inputs, **mode(False)))
+        with bytes_refused():
+            variables = dict(module.init(rngs, *inputs, **mode(False)))
         params = variables.pop("params", {})
         return params, variables
 
@@ -99,11 +100,37 @@ def from_linen(module: Any) -> Model:
     ) -> tuple[Outputs, ModelState]:
         variables = {"params": params, **state}
         rngs = {} if key is None else {"dropout": key}
-        if not (train and state):
-            return module.apply(variables, *inputs, rngs=rngs, **mode(train)), state
-        return module.apply(variables, *inputs, rngs=rngs, mutable=list(state), **mode(train))
+        options = mode(train) | ({"mutable": list(state)} if train and state else {})
+        with bytes_refused():
+            found = module.apply(variables, *inputs, rngs=rngs, **options)
+        return found if train and state else (found, state)
 
     return Model(init, apply)
+
+
+def bytes_refused() -> Any:
+    """A context in which Linen's dense and convolutional layers refuse uint8.
+
+    They would take it for numbers of 0 to 255, and nothing tells whether it is pixels, not scaled,
+    or class numbers.
+    """
+    import flax.linen as nn
+
+    layers = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)
+
+    def refuse(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        given = args[0] if args else None
+        check.argument(
+            not (isinstance(context.module, layers) and getattr(given, "dtype", None) == jnp.uint8),
+            "inputs",
+            f"floating-point numbers for {type(context.module).__name__}",
+            f"uint8{[*getattr(given, 'shape', ())]}",
+            "Images are scaled to [0, 1] where they are uint8 [B, H, W, C] with C of 1, 3 or 4; "
+            "give other pixels as float32, and class numbers to an Embed.",
+        )
+        return method(*args, **kwargs)
+
+    return nn.intercept_methods(refuse)
 
 
 def from_nnx(build: Callable[[Any], Any]) -> Model:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jdl.core import check, fisher, layers, tree
 from jdl.core.layers import Bases, Layers, Probe
-from jdl.core.objective import Objective, _batch_size, require_of_outputs
+from jdl.core.objective import Objective, require_of_outputs
 from jdl.core.types import Batch, Key, Outputs, Params, PyTree
 
 CURVATURES = ("fisher", "empirical", "exact")
@@ -39,7 +39,7 @@ def rows(objective: Objective, size: int) -> Objective:
     Fewer where the batch has not as many, or where microbatches do not divide them.
     """
     batch = objective.batch
-    count = _batch_size(batch)
+    count = objective._size(batch)
     if objective.axis_name is not None:
         size = -(-size // jax.lax.axis_size(objective.axis_name))
     size = min(size, count)
@@ -52,7 +52,7 @@ def rows(objective: Objective, size: int) -> Objective:
 
 def examples(objective: Objective, curvature: bool = False) -> int:
     """How many examples the objective's batch, or its curvature batch, has on this device."""
-    return _batch_size(objective._curvature_batch() if curvature else objective.batch)
+    return objective._size(objective._curvature_batch() if curvature else objective.batch)
 
 
 def find_layers(objective: Objective, params: Params) -> Layers:
@@ -117,7 +117,7 @@ def second_moments(
 
     def part(batch: Batch, own_key: Key | None) -> Any:
         weights = batch.get("mask")
-        size = _batch_size(batch)
+        size = objective._size(batch)
 
         def f(params: Params, probes: PyTree) -> Outputs:
             def predict(p: Params) -> Outputs:
@@ -214,7 +214,7 @@ def quadratic(objective: Objective, params: Params, vectors: Sequence[PyTree]) -
 def _slice_of(objective: Objective) -> Batch:
     """The first of the batch's slices, for what is only traced."""
     batch = objective._curvature_batch()
-    size = _batch_size(batch) // objective.microbatches
+    size = objective._size(batch) // objective.microbatches
     return jax.tree.map(lambda x: x[:size], dict(batch))
 
 

@@ -11,7 +11,7 @@ Everything data-parallel and memory-bound happens here, so that optimizers know 
 `axis_name` every reduction crosses the devices of that axis.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -206,8 +206,8 @@ class Objective:
         total = self._weight(batch)
 
         def losses(batch: Batch, key: Key | None, params: Params) -> jax.Array:
-            weights = batch.get("mask", jnp.ones(_batch_size(batch)))
-            values = self.loss(self._apply(params, batch, key)[0], batch)
+            weights = batch.get("mask", jnp.ones(self._size(batch)))
+            values = self._losses(self._apply(params, batch, key)[0], batch)
             weights = jnp.sqrt(weights / total).astype(values.dtype)
             return jnp.where(weights > 0, weights * values, 0.0)
 
@@ -221,7 +221,7 @@ class Objective:
         B is the number of examples; the mask has no part in it.
         """
         batch = self._curvature_batch()
-        count = self._psum(jnp.asarray(float(_batch_size(batch)), jnp.float32))
+        count = self._psum(jnp.asarray(float(self._size(batch)), jnp.float32))
         product = self._gram(lambda b, key, p: fn(p, b), batch, params, vector)
         return tree.scale(1.0 / count, product)
 
@@ -256,12 +256,12 @@ class Objective:
             draw = key
             if self.axis_name is not None:
                 draw = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
-            size = _batch_size(batch)
+            size = self._size(batch)
             weights = batch.get("mask", jnp.ones(size)).astype(jnp.float32)
             signs = jax.random.rademacher(draw, (size,), jnp.float32)
 
             def f(params: Params) -> jax.Array:
-                losses = self.loss(self._apply(params, batch, own_key)[0], batch)
+                losses = self._losses(self._apply(params, batch, own_key)[0], batch)
                 factors = (signs * weights).astype(losses.dtype)
                 return jnp.sum(jnp.where(weights > 0, losses * factors, 0.0))
 
@@ -272,7 +272,7 @@ class Objective:
 
     def curvature_share(self) -> float:
         """The curvature batch's examples per example of the batch."""
-        return _batch_size(self._curvature_batch()) / _batch_size(self.batch)
+        return self._size(self._curvature_batch()) / self._size(self.batch)
 
     # ------------------------------------------------------------------ inner workings
 
@@ -287,10 +287,17 @@ class Objective:
             inputs = tuple(batch[name] for name in names)
         return self.model.apply(params, self.model_state, *inputs, key=key, train=self.train)
 
+    def _size(self, batch: Batch) -> int:
+        return batch_size(batch, self.inputs)
+
+    def _losses(self, outputs: Outputs, batch: Batch) -> jax.Array:
+        losses: jax.Array = asked(self.loss, "loss", outputs, batch)
+        return losses
+
     def _sum(self, outputs: Outputs, batch: Batch) -> jax.Array:
         """Σᵢ mᵢ ℓᵢ, in at least float32."""
-        losses = self.loss(outputs, batch)
-        size = _batch_size(batch)
+        losses = self._losses(outputs, batch)
+        size = self._size(batch)
         check.argument(
             losses.shape == (size,),
             "loss",
@@ -313,7 +320,7 @@ class Objective:
         """Σᵢ mᵢ over all microbatches and devices."""
         mask = batch.get("mask")
         if mask is None:
-            return self._psum(jnp.asarray(float(_batch_size(batch)), jnp.float32))
+            return self._psum(jnp.asarray(float(self._size(batch)), jnp.float32))
         return jnp.maximum(self._psum(jnp.sum(mask.astype(jnp.float32))), 1.0)
 
     def _value(self, params: Params, batch: Batch) -> jax.Array:
@@ -341,7 +348,7 @@ class Objective:
         if n == 1:
             total, rest = part(batch, key)
             return self._psum(total), rest
-        size = _batch_size(batch)
+        size = self._size(batch)
         check.argument(
             size % n == 0, "microbatches", f"a divisor of the batch's {size} examples", n
         )
@@ -399,13 +406,59 @@ def check_mask(mask: Any, size: int) -> None:
     )
 
 
-def _batch_size(batch: Batch) -> int:
-    leaves = jax.tree.leaves(dict(batch))
-    check.argument(bool(leaves), "batch", "a dict with at least one array", batch)
-    sizes = {leaf.shape[0] for leaf in leaves}
-    shapes = {name: getattr(leaf, "shape", None) for name, leaf in batch.items()}
-    check.argument(len(sizes) == 1, "batch", "a dict of arrays of one leading size", shapes)
-    return sizes.pop()
+def batch_size(batch: Batch, inputs: str | tuple[str, ...] = ()) -> int:
+    """The number of examples B: the leading size of the model's inputs, which all entries have.
+
+    >>> batch_size({"graph": jnp.ones((7, 7)), "image": jnp.ones((4, 3))}, "image")
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.ArgumentError: `batch` must be a dict of arrays with one row an example: \
+'image' has 4 rows, got {'graph': (7, 7)}. What is one for all examples belongs in the \
+model or the loss, or is to be repeated for each; single examples are to be put together in batches.
+    """
+    names = (inputs,) if isinstance(inputs, str) else inputs
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(dict(batch))
+    }
+    check.argument(bool(shapes), "batch", "a dict with at least one array", batch)
+    # The inputs first, then the mask: their rows are the examples.
+    ordered = sorted(shapes, key=lambda path: (path.split("/")[0] not in names, path != "mask"))
+    of = next((path for path in ordered if shapes[path]), ordered[0])
+    size = shapes[of][0] if shapes[of] else 1
+    odd = next((path for path in ordered if shapes[path][:1] != (size,)), of)
+    check.argument(
+        shapes[odd][:1] == (size,),
+        "batch",
+        f"a dict of arrays with one row an example: {of!r} has {size} rows",
+        {odd: shapes[odd]},
+        "What is one for all examples belongs in the model or the loss, or is to be repeated for "
+        "each; single examples are to be put together in batches.",
+    )
+    return size
+
+
+def asked(
+    function: Callable[[Outputs, Batch], Any], what: str, outputs: Outputs, batch: Batch
+) -> Any:
+    """`function(outputs, batch)`; an entry that it misses in the batch is told by name.
+
+    >>> asked(lambda outputs, batch: batch["label"], "loss", jnp.zeros(1), {"image": jnp.zeros(1)})
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.DataError: `loss` asks for 'label'; the batch has no such entry, only 'image'.
+    """
+    try:
+        return function(outputs, batch)
+    except KeyError as error:
+        key = error.args[0] if error.args else None
+        if key in batch:
+            raise  # of something else
+        only = ", ".join(map(repr, batch)) or "none"
+        also = f"; nor have the outputs: {[*outputs]}" if isinstance(outputs, Mapping) else ""
+        raise check.DataError(
+            f"`{what}` asks for {key!r}; the batch has no such entry, only {only}{also}."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
-from jdl.core.objective import Objective
+from jdl.core.objective import Objective, batch_size
 from jdl.core.types import Batch, Params
 
 KINDS = ("hessian", "gauss_newton", "fisher")
@@ -163,7 +163,7 @@ def _examples(objective: Objective) -> float:
     mask = objective.batch.get("mask")
     if mask is not None:
         return float(np.sum(np.asarray(mask)))
-    return float(jax.tree.leaves(dict(objective.batch))[0].shape[0])
+    return float(batch_size(objective.batch, objective.inputs))
 
 
 @jax.jit

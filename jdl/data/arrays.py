@@ -23,6 +23,10 @@ def from_arrays(
 ) -> "ArrayBatches":
     """Batches `{"image": features[B, …], "label": targets[B, …]}`, of any shapes and types.
 
+    An Estimator scales images of bytes, uint8 [n, H, W, C] with C of 1, 3 or 4, to [0, 1]; gray
+    pixels [n, H, W] become such by `pixels[..., None]`. All other bytes stay as they are: give
+    flattened pixels as float32, tokens and class numbers as int32.
+
     A batch is gathered at once, without threads: fast enough for models of which thousands of
     steps fit into a second. Where an epoch's last batch is not full it is padded with zeros, and
     every batch has an entry `"mask"`, float32[B], 1 for rows that count.
@@ -83,8 +87,8 @@ class ArrayBatches(Batches):
         self.arrays = arrays
 
     @property
-    def element_spec(self) -> dict[str, Any]:
-        """What a batch is made of: name -> jax.ShapeDtypeStruct."""
+    def loaded_spec(self) -> dict[str, Any]:
+        """What a batch as loaded is made of: name -> jax.ShapeDtypeStruct."""
         import jax
 
         rows = self.plan.rows

@@ -8,6 +8,7 @@ threads, worker processes or hosts that read, nor from which records turned out 
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -60,6 +61,15 @@ class Dataset(Protocol):
     @property
     def element_spec(self) -> dict[str, Any]:
         """What a batch is made of: name -> jax.ShapeDtypeStruct."""
+
+    def repeat(self) -> "Dataset":
+        """The same data without end."""
+
+    def once(self) -> "Dataset":
+        """One pass over all records in their own order."""
+
+    def shard(self, part: int, parts: int) -> "Dataset":
+        """The same batches, of which this process makes one part."""
 
     def __iter__(self) -> Any: ...
 
@@ -182,10 +192,24 @@ class Loaded(NamedTuple):
     error: Exception | None = None
 
 
+def _refused(name: str) -> Any:
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        """Refused."""
+        del self, args, options
+        raise check.ArgumentError(
+            f"`{name}` would lose what these batches know of their epochs, processes and position. "
+            "Use `map(function)`, from batch to batch, or give what loads them other arguments."
+        )
+
+    return method
+
+
 class Batches(grain.IterDataset):
     """A data set of batches, each a dict of arrays with leading axis B; a `grain.IterDataset`.
 
-    Subclasses say how to `load` a span; everything about order and position is here.
+    Subclasses say how to `load` a span; everything about order and position is here. Of grain's own
+    methods `map` keeps that; those that change which batches there are, or draw by a count of
+    their own, are refused: filter, batch, seed, random_map, map_with_index, mp_prefetch.
 
     Attributes:
       plan: which places each batch holds.
@@ -198,6 +222,11 @@ class Batches(grain.IterDataset):
     num_threads = 0  # of those that load ahead; 0: batches are made when asked for
     num_workers = 0  # processes that do so instead
     ahead = 0  # batches made before they are asked for
+    _maps: tuple[Callable[[Any], Any], ...] = ()
+
+    filter, batch, seed = _refused("filter"), _refused("batch"), _refused("seed")
+    random_map, map_with_index = _refused("random_map"), _refused("map_with_index")
+    prefetch, mp_prefetch = _refused("prefetch"), _refused("mp_prefetch")
 
     def __init__(
         self,
@@ -231,6 +260,33 @@ class Batches(grain.IterDataset):
         whole batches, good for any number of processes.
         """
         return self._with(self.plan.sharded(part, parts), self.order)
+
+    def map(self, transform: Any) -> "Batches":
+        """The same data set, its batches changed by a function as they are asked for.
+
+        Args:
+          transform: `transform(batch) -> batch`, from dict to dict of arrays, row by row: where
+            several processes train together it is given this process's rows. It is to keep the
+            rows' number and `"mask"`, and to draw nothing at random, or a resumed run would draw
+            something else.
+
+        >>> from jdl.data import from_arrays
+        >>> data = from_arrays(np.arange(3), batch_size=2, epochs=1)
+        >>> doubled = data.map(lambda batch: batch | {"image": 2 * batch["image"]})
+        >>> [batch["image"].tolist() for batch in doubled], doubled.batches_per_epoch
+        ([[0, 2], [4, 0]], 2)
+        """
+        function = getattr(transform, "map", transform)  # grain's transformations have a method
+        check.argument(callable(function), "transform", "a function of a batch", transform)
+        other = self._with(self.plan, self.order)
+        other._maps = (*self._maps, function)
+        return other
+
+    def mapped(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as loaded, changed by all functions of `map`."""
+        for function in self._maps:
+            batch = function(batch)
+        return batch
 
     def _with(self, plan: Plan, order: Order) -> "Batches":
         other = copy.copy(self)
@@ -275,6 +331,17 @@ class Batches(grain.IterDataset):
     @property
     def element_spec(self) -> dict[str, Any]:
         """What a batch is made of: name -> jax.ShapeDtypeStruct."""
+        import jax
+
+        spec = self.loaded_spec
+        if not self._maps:
+            return spec
+        changed = self.mapped({name: np.zeros(s.shape, s.dtype) for name, s in spec.items()})
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), changed)
+
+    @property
+    def loaded_spec(self) -> dict[str, Any]:
+        """The same of a batch as loaded, before `map`."""
         raise NotImplementedError
 
     @property
@@ -332,7 +399,7 @@ class BatchIterator(grain.DatasetIterator):
         if loaded.skipped:
             self._count(loaded.skipped)
         assert loaded.batch is not None
-        return loaded.batch
+        return self.dataset.mapped(loaded.batch)
 
     @property
     def skipped(self) -> int:

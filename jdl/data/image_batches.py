@@ -84,8 +84,8 @@ class ImageBatches(Batches):
         return self.plan.padded or self._skip
 
     @property
-    def element_spec(self) -> dict[str, Any]:
-        """What a batch is made of: name -> jax.ShapeDtypeStruct."""
+    def loaded_spec(self) -> dict[str, Any]:
+        """What a batch as loaded is made of: name -> jax.ShapeDtypeStruct."""
         import jax
 
         rows = self.plan.rows

@@ -73,6 +73,7 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
         """Logits [B, num_classes] for images [B, H, W, C]."""
+        check.in_range("dropout", self.dropout, 0.0, 1.0, open_high=True)
         check.argument(image.ndim == 4, "image", "of shape [B, H, W, C]", image.shape)
         layer = {
             "dtype": self.dtype,

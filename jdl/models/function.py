@@ -6,6 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jdl.core.model import bytes_refused
+
 
 class Function(nn.Module):
     """`function(*args)`, which may make Linen modules, and parameters of its own by `param`.
@@ -26,7 +28,8 @@ class Function(nn.Module):
     @nn.compact
     def __call__(self, *args: Any) -> Any:
         """What the function returns."""
-        return self.function(*args)
+        with bytes_refused():
+            return self.function(*args)
 
 
 class _Parameter(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jdl.core import check
 from jdl.models.layers import Activation, Initializer, activation, initializer
 
 
@@ -48,6 +49,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Outputs [B, num_outputs] for inputs [B, ...]."""
+        check.in_range("dropout", self.dropout, 0.0, 1.0, open_high=True)
         x = x.reshape(x.shape[0], -1)
         kernel_init = initializer(self.kernel_init)
         for width in self.widths:

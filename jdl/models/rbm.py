@@ -60,7 +60,7 @@ def sparse_divergence(target: float, cost: float) -> Callable[[Energies, Batch],
     The penalty's derivative with respect to a unit's input is cost · (P(hⱼ) − target).
 
     Args:
-      target: wanted activity of the hidden units, in (0, 1).
+      target: wanted activity of the hidden units, in [10⁻⁶, 1 − 10⁻⁶].
       cost: ≥ 0.
 
     References:
@@ -109,7 +109,7 @@ class RBM(nn.Module):
       chains: how many persistent chains (PCD); 0 to start each step from the data (CD).
       fast_rate: learning rate of fast PCD's additional weights, which only the chains see; 0 for
         none.
-      fast_decay: what remains of them after a step.
+      fast_decay: what remains of them after a step, in [0, 1].
       sample_visible: whether ṽ is sampled. False takes its mean, by which CD-1 reached a far better
         likelihood on black and white digits, and features that tell them apart less well.
       kernel_init, visible_bias_init, hidden_bias_init: initializers.

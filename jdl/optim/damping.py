@@ -51,8 +51,8 @@ def levenberg_marquardt(
     Args:
       damping: λ ≥ 0.
       ratio: ρ; NaN counts as misled.
-      increase: factor > 1.
-      decrease: factor in (0, 1).
+      increase: factor ≥ 1.
+      decrease: factor in (0, 1].
       minimum: the least λ.
       maximum: the greatest λ.
 

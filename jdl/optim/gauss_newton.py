@@ -92,9 +92,9 @@ def gauss_newton(
       Schraudolph, Fast curvature matrix-vector products (2002): convex losses.
     """
     check_scale("learning_rate", learning_rate)
-    check.in_range("c1", c1, 0.0, 1.0, open_low=True)
+    check.in_range("c1", c1, 0.0, 1.0, open_low=True, open_high=True)
     if cutoff is not None:
-        check.in_range("cutoff", cutoff, 0.0, 1.0)
+        check.in_range("cutoff", cutoff, 0.0, 1.0, open_high=True)
     check.positive_ints(
         max_parameters=max_parameters,
         chunk_size=chunk_size,

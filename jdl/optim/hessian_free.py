@@ -104,8 +104,9 @@ def hessian_free(
       learning_rate: the factor on CG's solution before backtracking, > 0, or a schedule.
       curvature: "gauss_newton", "hessian", or "auto": Gauss-Newton where there is an objective.
       damping: the first λ ≥ 0, in units of the curvature of the mean loss.
-      damping_increase: λ's factor when the reduction ratio is below ¼, > 1.
-      damping_decrease: λ's factor when it is above ¾, in (0, 1).
+      damping_increase: λ's factor when the reduction ratio is below ¼, ≥ 1; 1 with a decrease of 1
+        keeps λ.
+      damping_decrease: λ's factor when it is above ¾, in (0, 1].
       damping_minimum: the least λ, ≥ 0.
       trust_region: the first radius of a trust region (Steihaug), which then stands in for damping
         and warm start, > 0; the choice for true Hessians of either sign. None for damping.
@@ -173,9 +174,9 @@ def hessian_free(
     check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True)
     check.in_range("damping_minimum", damping_minimum, 0.0)
     check.in_range("progress", progress, 0.0)
-    check.in_range("tolerance", tolerance, 0.0, 1.0)
+    check.in_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
     check.in_range("warm_start", warm_start, 0.0, 1.0)
-    check.in_range("c1", c1, 0.0, 1.0, open_low=True)
+    check.in_range("c1", c1, 0.0, 1.0, open_low=True, open_high=True)
     check.positive_ints(
         max_linear_iterations=max_linear_iterations,
         num_candidates=num_candidates,

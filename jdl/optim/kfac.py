@@ -175,9 +175,9 @@ def kfac(
     check_scale("learning_rate", learning_rate)
     check.one_of("curvature", curvature, moments.CURVATURES)
     check.in_range("damping", damping, 0.0, open_low=True)
-    check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True)
+    check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True, open_high=True)
     check.in_range("damping_minimum", damping_minimum, 0.0, open_low=True)
-    check.in_range("factors_decay", factors_decay, 0.0, 1.0)
+    check.in_range("factors_decay", factors_decay, 0.0, 1.0, open_high=True)
     check.in_range("weight_decay", weight_decay, 0.0)
     check.positive_ints(
         damping_every=damping_every,
@@ -190,7 +190,7 @@ def kfac(
     if kl_clip is not None:
         check.in_range("kl_clip", kl_clip, 0.0, open_low=True)
     if averaging is not None:
-        check.in_range("averaging", averaging, 0.0, 1.0, open_low=True)
+        check.in_range("averaging", averaging, 0.0, 1.0, open_low=True, open_high=True)
 
     def init(params: Params) -> KfacState:
         check_params("kfac", params)

@@ -341,7 +341,7 @@ def preconditioner(
       every: steps from one refresh to the next, ≥ 1.
     """
     check.one_of("curvature", curvature, moments.CURVATURES)
-    check.in_range("decay", decay, 0.0, 1.0)
+    check.in_range("decay", decay, 0.0, 1.0, open_high=True)
     check.positive_int("max_size", max_size)
     check.positive_int("every", every)
 

@@ -123,9 +123,9 @@ def lbfgs(
     check.positive_int("max_evaluations", max_evaluations)
     check.one_of("scaling", scaling, ["diagonal", "scalar"])
     check.one_of("guard", guard, ["cautious", "powell"])
-    check.in_range("cautious", cautious, 0.0, 1.0)
-    check.in_range("c2", c2, 0.0, 1.0, open_low=True)
-    check.in_range("c1", c1, 0.0, c2, open_low=True)
+    check.in_range("cautious", cautious, 0.0, 1.0, open_high=True)
+    check.in_range("c2", c2, 0.0, 1.0, open_low=True, open_high=True)
+    check.in_range("c1", c1, 0.0, c2, open_low=True, open_high=True)
 
     def init(params: Params) -> LBFGSState:
         check_params("lbfgs", params)

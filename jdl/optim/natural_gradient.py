@@ -113,7 +113,7 @@ def natural_gradient(
     check.in_range("damping_increase", damping_increase, 1.0)
     check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True)
     check.in_range("damping_minimum", damping_minimum, 0.0)
-    check.in_range("tolerance", tolerance, 0.0, 1.0)
+    check.in_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
     check.in_range("warm_start", warm_start, 0.0, 1.0)
     check.positive_int("max_linear_iterations", max_linear_iterations)
     if max_divergence is not None:

@@ -118,8 +118,8 @@ def nonlinear_cg(
     check.one_of("method", method, METHODS)
     check.positive_int("max_evaluations", max_evaluations)
     check.in_range("growth", growth, 1.0)
-    check.in_range("c2", c2, 0.0, 0.5, open_low=True)
-    check.in_range("c1", c1, 0.0, c2, open_low=True)
+    check.in_range("c2", c2, 0.0, 0.5, open_low=True, open_high=True)
+    check.in_range("c1", c1, 0.0, c2, open_low=True, open_high=True)
     if restart_threshold is not None:
         check.in_range("restart_threshold", restart_threshold, 0.0, open_low=True)
 

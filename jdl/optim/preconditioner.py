@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdl.core import tree
+from jdl.core import check, tree
 from jdl.core.types import Key, Params, PyTree
 from jdl.optim.local import Local
 
@@ -50,6 +50,8 @@ def diagonal(power: float = 0.75, decay: float = 0.95) -> Preconditioner:
       Martens, Deep learning via Hessian-free optimization (2010), section 4.7.
       Chapelle & Erhan, Improved preconditioner for Hessian free optimization (2011).
     """
+    check.in_range("power", power, 0.0, 1.0, open_low=True)
+    check.in_range("decay", decay, 0.0, 1.0, open_high=True)
 
     def init(params: Params) -> PyTree:
         return jax.tree.map(jnp.zeros_like, params)

@@ -176,7 +176,7 @@ class GradientDescent(Iterative):
         manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
         super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner)
         check.positive_int("maxls", maxls)
-        check.in_range("decrease_factor", decrease_factor, 0.0, 1.0, open_low=True)
+        check.in_range("decrease_factor", decrease_factor, 0.0, 1.0, open_low=True, open_high=True)
         self.stepsize, self.maxls, self.acceleration = stepsize, maxls, acceleration
         self.decrease_factor = decrease_factor
         self.optimizer = gradient_descent(

@@ -126,14 +126,19 @@ def rbm(
     """
     loss = contrastive_divergence if sparsity is None else sparse_divergence(*sparsity)
 
+    @metrics.direction("min")
     def squared_error(outputs: Any, batch: Any) -> jax.Array:
         return metrics.squared_error(outputs.visible, batch, target="image")
+
+    @metrics.direction("max")
+    def accuracy(outputs: Any, batch: Any) -> jax.Array:
+        return metrics.accuracy(outputs.classes, batch)
 
     measures = {"free_energy": lambda outputs, batch: outputs.positive}
     if isinstance(model, RBM):  # a higher layer of a stack reproduces features, not the image
         measures["squared_error"] = squared_error
     if labels:
-        measures["accuracy"] = lambda outputs, batch: metrics.accuracy(outputs.classes, batch)
+        measures["accuracy"] = accuracy
     options = {"metrics": measures, "inputs": ("image", "label") if labels else "image"} | options
     return Estimator(
         model,

@@ -4,16 +4,25 @@ A state is saved as a flat mapping from each leaf's path to its array, so that a
 another model or optimizer is refused with the differing paths named.
 """
 
-from collections.abc import Iterator
+import json
+import logging
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jdl.core import check
 from jdl.core.types import PyTree
+
+logger = logging.getLogger("jdl.train")
+
+_T = TypeVar("_T")
 
 
 class Restored(NamedTuple):
@@ -25,11 +34,14 @@ class Restored(NamedTuple):
 
 def begun(workdir: Path) -> bool:
     """Whether a run has saved a checkpoint there."""
-    return any((workdir / "checkpoints").glob("[0-9]*"))
+    return bool(_steps(workdir / "checkpoints"))
 
 
 class Checkpoints:
     """The checkpoints of one directory.
+
+    Reading changes nothing in the directory and needs no permission to write there, so that any
+    number of processes may read beside one that trains. The first save opens it for writing.
 
     Args:
       directory: where they lie.
@@ -38,69 +50,156 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, keep: int = 3, keep_every: int | None = None):
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True
-        )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(
-            Path(directory).absolute(), options=options, item_handlers=handlers
-        )
+        self.directory = Path(directory).absolute()
+        self._keep, self._keep_every = keep, keep_every
+        self._manager: Any = None  # while it is open for writing
+        self._damaged: set[int] = set()
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
-        return self._manager.latest_step()
+        return max(_steps(self.directory) - self._damaged, default=None)
+
+    # ------------------------------------------------------------------ writing
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
-        """Starts to write; returns before the bytes are on disk.
+        """Starts to write; returns before the bytes are on disk. One process at a time may save.
 
         The leaves are copied first: the next step is free to reuse their memory. Checkpoints of
         later steps are of a course that was left; they go once this one is whole.
         """
-        if step == self.latest_step():
-            return
-        args = self._ocp.args
-        leaves = {path: jnp.copy(x) for path, x in _leaves(_plain_keys(state)).items()}
-        steps = self._manager.all_steps()
-        later = [s for s in steps if s > step]
         with self._telling(step):
+            manager = self._opened()
+            if step == manager.latest_step():
+                return
+            args = _orbax().args
+            leaves = {path: jnp.copy(x) for path, x in _leaves(_plain_keys(state)).items()}
+            steps = manager.all_steps()
+            later = [s for s in steps if s > step]
             if step not in steps:
                 items = args.Composite(state=args.StandardSave(leaves), meta=args.JsonSave(meta))
                 # Without force, orbax silently saves nothing below its latest step.
-                self._manager.save(step, args=items, force=bool(later))
+                manager.save(step, args=items, force=bool(later))
             if later:
-                self._manager.wait_until_finished()
-                for left in sorted({*later} & {*self._manager.all_steps()}):
-                    self._manager.delete(left)
+                manager.wait_until_finished()
+                for left in sorted({*later} & {*manager.all_steps()}):
+                    manager.delete(left)
+
+    def delete(self, step: int) -> None:
+        """Removes the checkpoint of this step."""
+        self._opened().delete(step)
+
+    def _opened(self) -> Any:
+        if self._manager is None:
+            self._set_aside_damaged()
+            options = _orbax().CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                keep_period=self._keep_every,
+                cleanup_tmp_directories=True,  # of a process that was killed
+            )
+            self._manager = _orbax().CheckpointManager(
+                self.directory, options=options, item_handlers=_handlers()
+            )
+        return self._manager
+
+    def _set_aside_damaged(self) -> None:
+        """Makes room for what training is going to save under the same steps."""
+        if jax.process_index() == 0:
+            for step in sorted(self._damaged & _steps(self.directory)):
+                aside = self.directory / f"damaged-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+                logger.warning("the damaged checkpoint of step %d now lies in %s", step, aside)
+        self._damaged.clear()
+
+    def close(self) -> None:
+        """Returns when everything saved is on disk; the next save opens the directory anew."""
+        if self._manager is None:
+            return
+        try:
+            with self._telling(None):
+                self._manager.close()
+        finally:
+            self._manager = None
+
+    @contextmanager
+    def _telling(self, step: int | None) -> Iterator[None]:
+        """Says of a write that failed, a full disk say, what it leaves behind."""
+        try:
+            yield
+        except Exception as error:
+            whole = _steps(self.directory) - {step}
+            kept = f"That of step {max(whole)} is whole." if whole else "There is none yet."
+            raise check.TrainingError(
+                f"A checkpoint could not be written to {self.directory}: {_reason(error)}. {kept}"
+            ) from error
+
+    # ------------------------------------------------------------------ reading
 
     def restore(self, state: PyTree, shardings: PyTree) -> Restored | None:
-        """The newest checkpoint in the structure of `state`, or None if there is none.
+        """The newest whole checkpoint in the structure of `state`, or None if there is none.
 
         Args:
           state: arrays, or `jax.ShapeDtypeStruct`s, of the structure expected.
           shardings: where its arrays are to lie, in the same structure.
 
         Raises:
-          DataError: the checkpoint is of another model or optimizer.
+          DataError: the checkpoint is of another model or optimizer, or none can be read.
         """
-        step = self.latest_step()
-        if step is None:
+        return self._newest(partial(self._read, state=state, shardings=shardings))
+
+    def meta(self) -> dict[str, Any] | None:
+        """What the newest whole checkpoint holds besides arrays, or None if there is none."""
+        return self._newest(self._read_meta)
+
+    def _newest(self, read: Callable[[int], _T]) -> _T | None:
+        """What `read` gives of the newest checkpoint that it can read; others are told."""
+        failed: dict[int, Exception] = {}
+        while left := _steps(self.directory) - failed.keys():
+            step = max(left)
+            try:
+                found = read(step)
+            except (check.UserError, PermissionError, jax.errors.JaxRuntimeError):
+                raise  # of another model; or no room for it, and no fault of the file's
+            except Exception as error:
+                if step in _steps(self.directory):  # else a training beside has deleted it
+                    failed[step] = error
+                continue
+            newer = {bad: why for bad, why in failed.items() if bad > step}
+            for bad, why in newer.items():
+                logger.warning(
+                    "the checkpoint of step %d cannot be read (%s); that of step %d is taken "
+                    "instead. To remove it: rm -r %s",
+                    *(bad, _reason(why), step, shlex.quote(str(self.directory / str(bad)))),
+                )
+            self._damaged |= newer.keys()
+            return found
+        if not failed:
             return None
-        args = self._ocp.args
+        self._damaged |= failed.keys()
+        told = "; ".join(f"step {step}: {_reason(why)}" for step, why in failed.items())
+        raise check.DataError(
+            f"No checkpoint in {self.directory} can be read ({told}). To begin anew, remove them: "
+            f"rm -r {shlex.quote(str(self.directory))}"
+        )
+
+    def _read(self, step: int, state: PyTree, shardings: PyTree) -> Restored:
+        args = _orbax().args
         expected = jax.eval_shape(_plain_keys, state)
         leaves = _leaves(expected)
-        saved = self._manager.item_metadata(step).state.tree
-        self._check_same(step, leaves, saved)
-        places = dict(_paths(shardings))
-        targets = {
-            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path])
-            for path, x in leaves.items()
-        }
-        found = self._manager.restore(
-            step, args=args.Composite(state=args.StandardRestore(targets), meta=args.JsonRestore())
-        )
+        with _orbax().Checkpointer(_orbax().CompositeCheckpointHandler(**_handlers())) as reader:
+            saved = reader.metadata(self.directory / str(step)).item_metadata.state
+            if saved is None:
+                raise ValueError("state/_METADATA is missing")
+            self._check_same(step, leaves, saved.tree)
+            places = dict(_paths(shardings))
+            targets = {
+                path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path])
+                for path, x in leaves.items()
+            }
+            found = reader.restore(
+                self.directory / str(step),
+                args.Composite(state=args.StandardRestore(targets), meta=args.JsonRestore()),
+            )
         filled = [
             found.state[path]
             if x.size
@@ -109,6 +208,9 @@ class Checkpoints:
         ]
         restored = jax.tree.unflatten(jax.tree.structure(expected), filled)
         return Restored(_typed_keys(restored, state), dict(found.meta))
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        return dict(json.loads((self.directory / str(step) / "meta" / "metadata").read_bytes()))
 
     def _check_same(self, step: int, expected: dict[str, Any], saved: dict[str, Any]) -> None:
         def shape(x: Any) -> str:
@@ -124,39 +226,29 @@ class Checkpoints:
         if differing:
             shown = "; ".join(differing[:6]) + ("; …" if len(differing) > 6 else "")
             raise check.DataError(
-                f"The checkpoint of step {step} in {self._manager.directory} is of another model "
+                f"The checkpoint of step {step} in {self.directory} is of another model "
                 f"or optimizer: {shown}. Choose another work directory, or train what it holds."
             )
 
-    def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        with self._telling(None):
-            self._manager.wait_until_finished()
 
-    @contextmanager
-    def _telling(self, step: int | None) -> Iterator[None]:
-        """Says of a write that failed, a full disk say, what it leaves behind."""
-        try:
-            yield
-        except Exception as error:
-            whole = [s for s in self._manager.all_steps(read=True) if s != step]
-            kept = f"That of step {max(whole)} is whole." if whole else "There is none yet."
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise check.TrainingError(
-                f"A checkpoint could not be written to {self._manager.directory}: {reason}. {kept}"
-            ) from error
+def _orbax() -> Any:
+    import orbax.checkpoint  # slow to import, and not needed where nothing is saved
 
-    def meta(self) -> dict[str, Any] | None:
-        """What the newest whole checkpoint holds besides arrays, or None if there is none."""
-        step = self.latest_step()
-        if step is None:
-            return None
-        args = self._ocp.args
-        return dict(self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta)
+    return orbax.checkpoint
 
-    def close(self) -> None:
-        """Waits, and releases the directory."""
-        self._manager.close()
+
+def _handlers() -> dict[str, Any]:
+    orbax = _orbax()
+    return {"state": orbax.StandardCheckpointHandler(), "meta": orbax.JsonCheckpointHandler()}
+
+
+def _steps(directory: Path) -> set[int]:
+    """Those of the whole checkpoints on disk: they get such a name once they are whole."""
+    return {int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _paths(tree: PyTree) -> list[tuple[str, Any]]:

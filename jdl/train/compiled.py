@@ -1,15 +1,20 @@
 """The step, compiled ahead of the loop, once for each shape of batch."""
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 
 from jdl.core import check
+from jdl.core.objective import batch_size
 from jdl.core.types import Batch
 from jdl.train.parallel import Placement
 from jdl.train.step import Logs, TrainState
+
+logger = logging.getLogger("jdl.train")
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Logs]]
 
@@ -20,19 +25,28 @@ class CompiledSteps:
     Args:
       train: the pure step.
       placement: where it is to run.
+      off_clock: what to compile in, in the midst of training.
 
     Attributes:
       seconds: time spent compiling.
     """
 
-    def __init__(self, train: Step, placement: Placement):
-        self._train, self._placement = train, placement
+    def __init__(
+        self,
+        train: Step,
+        placement: Placement,
+        off_clock: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        self._train, self._placement, self._off_clock = train, placement, off_clock
         self._steps: dict[str, Step] = {}
-        self._plan: Any = None  # XLA's account of the last one's memory
+        self._plan: Any = None  # XLA's account of the memory of the last asked for
         self.seconds = 0.0
 
     def for_batch(self, state: TrainState, batch: Batch) -> Step:
-        """The step for batches of this shape; it reuses the memory of the state it is given."""
+        """The step for batches of this shape; it reuses the memory of the state it is given.
+
+        Handed a batch of other rows, and all else the same, it is compiled once more.
+        """
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
         signature = str(shapes)
         if signature not in self._steps:
@@ -41,9 +55,40 @@ class CompiledSteps:
             _refuse_changed_types(state, lowered.out_info[0])
             compiled = lowered.compile()
             self._plan = compiled.memory_analysis()
-            self._steps[signature] = _naming_shapes(compiled, shapes)
+            self._steps[signature] = self._any_rows(compiled, shapes)
             self.seconds += time.perf_counter() - start
         return self._steps[signature]
+
+    def _any_rows(self, compiled: Any, shapes: Any) -> Step:
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
+            try:
+                stepped: tuple[TrainState, Logs] = compiled(state, batch)
+                return stepped
+            except TypeError as error:
+                found = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
+                if found == shapes:
+                    raise
+                if self._of_a_row(found) != self._of_a_row(shapes):
+                    raise check.DataError(
+                        f"A batch differs from the first one: it has {found}, the first had "
+                        f"{shapes}. Only the number of rows may change."
+                    ) from error
+            if str(found) not in self._steps:
+                rows = batch_size(self._placement.whole_batch(batch), self._placement.inputs)
+                logger.warning("a batch of %d rows: one more compilation of the step", rows)
+            plan = self._plan
+            with self._off_clock():
+                other = self.for_batch(state, batch)
+            self._plan = plan
+            return other(state, batch)
+
+        return step
+
+    def _of_a_row(self, shapes: Any) -> Any:
+        """The shapes of a batch, without its rows."""
+        lead = 2 if self._placement.mode == "pmap" else 1
+        is_leaf = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], str)  # noqa: E731
+        return jax.tree.map(lambda x: (x[0][lead:], x[1]), shapes, is_leaf=is_leaf)
 
     @property
     def memory(self) -> dict[str, int]:
@@ -77,19 +122,3 @@ def _refuse_changed_types(before: Any, after: Any) -> None:
             f"The step changes the types of its state, first {changed[0]}. "
             "Mend the optimizer or the model so that they stay the same."
         )
-
-
-def _naming_shapes(compiled: Any, shapes: Any) -> Step:
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
-        try:
-            stepped: tuple[TrainState, Logs] = compiled(state, batch)
-            return stepped
-        except TypeError as error:
-            found = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
-            if found == shapes:
-                raise
-            raise check.DataError(
-                f"A batch differs from the first one: it has {found}, the first had {shapes}."
-            ) from error
-
-    return step

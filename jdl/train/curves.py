@@ -1,13 +1,14 @@
 """A run's curves as a picture: loss, and each metric, against steps."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from jdl.core import check
-from jdl.train.writers import read_jsonl
+from jdl.train.writers import is_number, read_jsonl
 
 # What the trainer logs besides losses and metrics.
-_ACCOUNTS = {"step", "seconds", "epoch", "split", "data_wait"}
+_ACCOUNTS = {"step", "seconds", "epoch", "split", "data_wait", "skipped", "learning_rate"}
 
 
 def draw(metrics: str | Path, picture: str | Path) -> Path:
@@ -25,10 +26,11 @@ def draw(metrics: str | Path, picture: str | Path) -> Path:
 
     from jdl.train.step import UNIFORM_FIELDS
 
-    rows = read_jsonl(metrics)
-    if not rows:
+    rows = [row for row in read_jsonl(metrics) if _is_finite(row.get("step")) and "split" in row]
+    drawn = [k for row in rows for k, value in row.items() if value is None or _is_finite(value)]
+    names = [k for k in dict.fromkeys(drawn) if k not in _ACCOUNTS and k not in UNIFORM_FIELDS]
+    if not names:
         raise check.DataError(f"{metrics} holds no rows to draw.")
-    names = [k for k in rows[0] if k not in _ACCOUNTS and k not in UNIFORM_FIELDS]
     figure = Figure(figsize=(5.0 * len(names), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for i, name in enumerate(names):
@@ -40,13 +42,17 @@ def draw(metrics: str | Path, picture: str | Path) -> Path:
     return picture
 
 
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
 def _panel(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
     colors = {"train": "#0072B2", "test": "#D55E00"}
     for split in dict.fromkeys(row["split"] for row in rows):
         points = [
             (row["step"], row[name])
             for row in rows
-            if row["split"] == split and row.get(name) is not None
+            if row["split"] == split and _is_finite(row.get(name))
         ]
         if not points:
             continue
@@ -54,7 +60,7 @@ def _panel(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
         few = len(points) < 3
         color = colors.get(split, "#009E73")
         axes.plot(steps, values, "o" if few else "-", color=color, label=split, linewidth=1.4)
-    if "loss" in name and all(row.get(name) is None or row[name] > 0 for row in rows):
+    if "loss" in name and all(row[name] > 0 for row in rows if _is_finite(row.get(name))):
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_title(name, loc="left", fontsize=11)

@@ -38,7 +38,7 @@ def averaging(
     >>> round(float(average(state)), 3)  # d₁ = 2/11 of 0, and the rest of −1
     -0.818
     """
-    check.in_range("ema", decay, 0.0, 1.0, open_low=True)
+    check.in_range("ema", decay, 0.0, 1.0, open_low=True, open_high=True)
     wrapped = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> AveragingState:

@@ -16,18 +16,20 @@ import optax
 
 from jdl.core import check
 from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
+from jdl.metrics import directions
 from jdl.train.arguments import check_all, curvature_share, prepared_model, prepared_optimizer
 from jdl.train.compiled import CompiledSteps
 from jdl.train.ema import average
 from jdl.train.evaluator import Evaluator, Sums
 from jdl.train.feed import Data
-from jdl.train.hooks import Profile, Report, StopTraining
+from jdl.train.hooks import Profile, Report, StopTraining, warn_of_idle
 from jdl.train.keeper import Keeper
 from jdl.train.limits import Limits
 from jdl.train.parallel import SplitRule, placement
 from jdl.train.predictor import Predict, Predictor
 from jdl.train.run import Run
 from jdl.train.step import Metrics, TrainState, build
+from jdl.train.termination import Stopped
 from jdl.train.trainer import Trainer
 
 
@@ -40,11 +42,14 @@ class Estimator:
       optimizer: any optax transformation, first or second order, such as `optax.adam(3e-3)`; or a
         name, for its default settings: sgd, adam, lbfgs, hf, kfac … (`jdl.optim.by_name`).
       metrics: name -> `metric(outputs, batch) -> float[B]`, averaged over examples; or one function
-        that gives a dict of such values.
+        that gives a dict of such values. `jdl.metrics.direction` declares which of their values
+        are best.
       workdir: the run directory, for `metrics.jsonl` and `checkpoints/`; a run started again in it
         goes on from its last checkpoint. None keeps everything in memory.
       seed: of the initial parameters and all that is random in training.
-      inputs: the entry of the batch that the model is given, or a tuple of several.
+      inputs: the entry of the batch that the model is given, or a tuple of several; () for the
+        whole batch. Images of bytes, uint8 [B, H, W, C] with C of 1, 3 or 4, reach it as float32 in
+        [0, 1]; all other bytes reach it as they are.
       regularizer: a scalar function of the parameters, added to the loss in training.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples of the batch that curvature products use; None for all.
@@ -62,7 +67,8 @@ class Estimator:
       keep: how many checkpoints to keep, the newest ones.
       keep_every: besides, all whose step is a multiple of this; None for none.
       keep_best: besides, the one of the best validation, by `("accuracy", "max")` or
-        `("loss", "min")`, in `best/`.
+        `("loss", "min")`, in `best/` of the run directory; with another metric or mode than
+        before, the best from there on.
       ema: decay of an exponential moving average of the parameters, in (0, 1); evaluation and
         prediction then use the average. None for none.
       on_nonfinite: what to do when a loss, a gradient or new parameters are not finite: "stop";
@@ -121,10 +127,11 @@ class Estimator:
         check_all(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
         self.model = prepared_model(model, precision, rematerialize)
         self.loss = loss
-        self.workdir = None if workdir is None else Path(workdir)
+        # Whole, so that a later change of the current folder does not part the run.
+        self.workdir = None if workdir is None else Path(workdir).absolute()
         self.seed = seed
         inputs = inputs if isinstance(inputs, str) else tuple(inputs)
-        placed = placement(devices, parallel, split_rule)
+        placed = placement(devices, parallel, split_rule)._replace(inputs=inputs)
         program = build(
             self.model,
             loss,
@@ -140,15 +147,17 @@ class Estimator:
         )
         self._evaluator = Evaluator(program, placed)
         self._predictor = Predictor(program.predict, inputs)
-        self._keeper = Keeper(self.workdir, logs, keep, keep_every, keep_best)
+        self._keeper = Keeper(
+            self.workdir, logs, keep, keep_every, keep_best, lambda: directions(metrics)
+        )
         run = Run(program.init, seed, placed, self._keeper, ema is not None, clock)
-        steps = CompiledSteps(program.train, placed)
+        steps = CompiledSteps(program.train, placed, run.off_clock)
         self._run, self._steps = run, steps
         tracing = Profile(profile, self.workdir)
         self._trainer = Trainer(
             run, steps, tracing, self._values, self._report, log_every, save_every, on_nonfinite
         )
-        self._hooks = tuple(hooks)
+        self._hooks, self._keep_best = tuple(hooks), keep_best
 
     # ------------------------------------------------------------------ what it holds
 
@@ -215,15 +224,21 @@ class Estimator:
         """Trains, going on from where the last call or the last checkpoint stopped.
 
         With a limit, a data set of `jdl.data` is passed over as often as it takes, whatever its
-        own `epochs`; without one, it is passed over as it is, and is to have an end.
+        own `epochs`; without one, it is passed over as it is, and is to have an end. Any other
+        data that ends before the limit ends the training, with a warning.
 
         Args:
           data: batches: a data set, any iterable of dicts of arrays, or a function that makes one.
+            Every array has a row an example; entries of text stay on the host. A batch of another
+            number of rows, a smaller last one, costs one more compilation. An iterator with
+            `get_state` and `set_state`, as grain's are, goes on after a restart where it stood;
+            other iterables begin again.
           steps: how many more steps to run.
           max_steps: run until this many steps in total.
           epochs: how many more passes over the data.
           seconds: how many more seconds on the training clock, alone or beside a step limit.
-          validation: data to evaluate on in between, under the split "validation".
+          validation: data to evaluate on in between, under the split "validation"; no iterator,
+            which would be used up the first time.
           validate_every: steps between two such evaluations; by default an epoch.
           save: whether to write a checkpoint at the end; else at `save_every` and `save` alone.
 
@@ -233,13 +248,24 @@ class Estimator:
         Raises:
           ArgumentError: there is no limit, and no end of the data.
           TrainingError: the loss is not finite, or a checkpoint could not be written.
-          Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75.
+          Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75. Without a
+            run directory SIGTERM ends the program as it does anywhere else.
+          KeyboardInterrupt: Ctrl-C was pressed. Training ends after the step at hand, and saves
+            where there is a run directory; the Estimator can be used, and trained on. A second
+            Ctrl-C also ends a hook, a validation, or the wait for data.
           UserError: another process is training in the same run directory.
         """
-        with self._keeper.lock():
-            limits = Limits(steps, max_steps, epochs, seconds)
-            if self._trainer.train(data, limits, validation, validate_every) and save:
-                self._run.save(wait=True)
+        limits = Limits(steps, max_steps, epochs, seconds)
+        warn_of_idle(self._hooks, self._keep_best, validates=validation is not None)
+        run, keeper = self._run, self._keeper
+        with run.signals as signals, keeper.writing():
+            try:
+                if self._trainer.train(data, limits, validation, validate_every) and save:
+                    run.save(wait=True)
+                if signals.terminated:
+                    raise Stopped(run.step)
+            except (KeyboardInterrupt, Stopped) as end:
+                raise run.ended_by(end) from end
         return self
 
     def restore_best(self, data: Data) -> "Estimator":
@@ -253,7 +279,7 @@ class Estimator:
 
     def save(self) -> "Estimator":
         """Writes a checkpoint of this step into the run directory, if there is one."""
-        with self._keeper.lock():
+        with self._run.signals, self._keeper.writing():
             self._run.save(wait=True)
         return self
 
@@ -302,6 +328,8 @@ class Estimator:
     def predict_batches(self, data: Data) -> Iterator[tuple[Batch, Outputs]]:
         """Pairs (batch, outputs), batch by batch, in constant memory; padding is left out.
 
+        The batch is whole, with its entries of text, as NumPy arrays.
+
         Where several processes work together, each is given its own rows.
         """
         return self._predictor.pairs(self._run.once(data))
@@ -347,9 +375,10 @@ class Estimator:
         self, step: int, seconds: float, epoch: float | None, split: str, values: dict[str, float]
     ) -> None:
         row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
-        row.estimator = self
+        row.estimator, row.restores = self, self._run.restores
         try:
-            for hook in self._hooks:
-                hook(row)
+            with self._run.signals.window("hooks"):
+                for hook in self._hooks:
+                    hook(row)
         finally:
             self._keeper.write(row)  # with what hooks have added to it

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 
 from jdl.core import check
+from jdl.core.objective import asked
 from jdl.core.types import Batch, Outputs, Params
 from jdl.train.clock import as_floats
+from jdl.train.feed import EMPTY
 from jdl.train.parallel import Placement
 from jdl.train.run import Served
 from jdl.train.step import Program
@@ -41,7 +43,7 @@ class Evaluator:
         tables: dict[str, Any] = {}
         count = 0.0
         evaluate = self.compiled(sums)
-        for batch, params, model_state in batches:
+        for batch, params, model_state, _ in batches:
             (found, examples), of_batch = evaluate(params, model_state, batch)
             for key, value in as_floats(found).items():
                 totals[key] = totals.get(key, 0.0) + value
@@ -49,7 +51,7 @@ class Evaluator:
                 tables[key] = tables.get(key, 0.0) + np.asarray(table, np.float64)
             count += float(examples)
         if count == 0:
-            raise check.DataError("The evaluation data holds no example.")
+            raise check.DataError(f"The evaluation data holds no example: {EMPTY}.")
         check.argument(
             not tables.keys() & totals.keys(),
             "sums",
@@ -68,7 +70,10 @@ class Evaluator:
                 found = program.evaluate(params, model_state, batch)
                 # The compiler sees that this forward pass is the one above.
                 outputs = program.predict(params, model_state, batch) if named else None
-                return found, {name: function(outputs, batch) for name, function in named}
+                return found, {
+                    name: asked(function, f"sums[{name!r}]", outputs, batch)
+                    for name, function in named
+                }
 
             # Whole everywhere, so that each of several processes can read it.
             whole = self._placement.state

@@ -3,12 +3,15 @@
 A hook is called with one row, `{"step", "seconds", "epoch", "split", values…}`; `row.estimator` is
 the Estimator that made it, whose parameters may be a step or more ahead of the row. One that raises
 `StopTraining` ends `train` in good order; whatever else it raises ends it as an error.
+
+One that remembers rows is to be a `Remembering`, as those here are. One that looks at the rows of
+a single split alone may say so in an attribute `split`; `train` warns where there are none.
 """
 
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +22,7 @@ import optax
 from jdl.core import check
 from jdl.core.types import Batch
 from jdl.train import relu
-from jdl.train.writers import read_jsonl
+from jdl.train.writers import JsonlWriter, Row, is_number, read_jsonl
 
 if TYPE_CHECKING:
     from jdl.train.estimator import Estimator
@@ -28,9 +31,15 @@ logger = logging.getLogger("jdl.train")
 
 
 class Report(dict[str, Any]):
-    """One row of a run's log: step, seconds, epoch, split and the values."""
+    """One row of a run's log: step, seconds, epoch, split and the values.
+
+    Attributes:
+      estimator: the one that made it.
+      restores: how often its run has been taken up from a checkpoint so far.
+    """
 
     estimator: "Estimator"
+    restores: int
 
 
 Hook = Callable[[Any], None]
@@ -38,6 +47,64 @@ Hook = Callable[[Any], None]
 
 class StopTraining(Exception):
     """Raised by a hook: `train` saves and returns."""
+
+
+class Remembering:
+    """A hook with a memory of its run.
+
+    So it starts fresh in each run that it is given to, goes on in a second `train` of the same
+    Estimator, and forgets the steps that a run has gone back from.
+
+    `make(earlier)` gives a function of a row. It is called at the first row of each Estimator, and
+    again after its run has gone back to a checkpoint. `earlier` are the rows that the run's log
+    holds up to there, so that a run taken up again is remembered as one that never ended.
+
+    Args:
+      make: `make(earlier) -> hook`, with the memory in the hook's closure.
+      split: the only split whose rows count; None where several do.
+
+    >>> def make(earlier):
+    ...     losses = [row["loss"] for row in earlier]
+    ...     def hook(row):
+    ...         losses.append(row["loss"])
+    ...         print(min(losses))
+    ...     return hook
+    >>> best_so_far = Remembering(make)
+    >>> for loss in (0.5, 0.7):
+    ...     best_so_far({"split": "train", "step": 1, "loss": loss})
+    0.5
+    0.5
+    """
+
+    def __init__(self, make: Callable[[Sequence[Row]], Hook], split: str | None = None):
+        self.split = split
+        self._make = make
+        self._runs: weakref.WeakKeyDictionary[Any, tuple[int, Hook]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, row: Any) -> None:
+        """Gives the row to the hook of its run."""
+        run = getattr(row, "estimator", self)  # rows that are plain dicts are one run's
+        restores = getattr(row, "restores", 0)
+        before, hook = self._runs.get(run, (-1, None))
+        if hook is None or before != restores:
+            hook = self._make(_logged_before(row))
+            self._runs[run] = (restores, hook)
+        hook(row)
+
+
+def _logged_before(row: Any) -> list[Row]:
+    """The rows before this one in the log of its run, without those of later steps."""
+    workdir = getattr(getattr(row, "estimator", None), "workdir", None)
+    if workdir is None:
+        return []
+    at, split = row["step"], row["split"]
+
+    def is_earlier(logged: Row) -> bool:
+        step = logged["step"]
+        return step < at or (step == at and logged.get("split") != split)
+
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    return [r for r in rows if is_number(r.get("step")) and is_earlier(r)]
 
 
 def early_stopping(
@@ -50,18 +117,19 @@ def early_stopping(
 ) -> Hook:
     """Ends training when `metric` has not improved for `patience` validations.
 
-    Validations that the run's log holds from before it was taken up again are counted too.
+    Validations that the run's log holds from before it was taken up again are counted too, where
+    they have the metric. A value that is not finite is no improvement.
 
     Args:
       metric: a name among the row's values.
       patience: how many rows without improvement, ≥ 1.
       minimum_change: what counts as improvement, ≥ 0.
       mode: "min" or "max".
-      split: the rows to look at.
+      split: the rows to look at: "validation" or "train".
 
     >>> hook = early_stopping(patience=2)
-    >>> for loss in (1.0, 0.5, 0.6):
-    ...     hook({"split": "validation", "step": 1, "loss": loss})
+    >>> for step, loss in enumerate((1.0, 0.5, 0.6)):
+    ...     hook({"split": "validation", "step": step, "loss": loss})
     >>> hook({"split": "validation", "step": 4, "loss": 0.7})
     Traceback (most recent call last):
         ...
@@ -71,46 +139,63 @@ def early_stopping(
     check.in_range("minimum_change", minimum_change, 0.0)
     check.one_of("mode", mode, ("min", "max"))
     sign = 1.0 if mode == "max" else -1.0
-    best, since, taken_up = -math.inf, 0, False
 
-    def count(row: Mapping[str, Any]) -> None:
-        nonlocal best, since
-        if row["split"] != split:
-            return
-        check.one_of("metric", metric, [k for k in row if k != "split"])
-        better = sign * row[metric] > best + minimum_change
-        best, since = (sign * row[metric], 0) if better else (best, since + 1)
+    def make(earlier: Sequence[Row]) -> Hook:
+        best, since, last_step = -math.inf, 0, -1
 
-    def hook(row: Mapping[str, Any]) -> None:
-        nonlocal taken_up
-        if not taken_up:
-            taken_up = True
-            for earlier in _logged_before(row):
-                count(earlier)
-        count(row)
-        if row["split"] == split and since >= patience:
-            raise StopTraining(
-                f"no better {metric} than {sign * best:.4g} in the last {since} {split}s"
-            )
+        def count(row: Row) -> None:
+            nonlocal best, since, last_step
+            if row["step"] == last_step:  # a step evaluated twice is one validation
+                return
+            last_step = row["step"]
+            value = sign * (math.nan if row[metric] is None else row[metric])
+            better = math.isfinite(value) and value > best + minimum_change
+            best, since = (value, 0) if better else (best, since + 1)
 
-    return hook
+        def hook(row: Row) -> None:
+            if row["split"] != split:
+                return
+            check.one_of("metric", metric, [k for k in row if k != "split"])
+            value = row[metric]
+            check.argument(value is None or is_number(value), f"row[{metric!r}]", "a number", value)
+            count(row)
+            if since >= patience:
+                raise StopTraining(
+                    f"no better {metric} than {sign * best:.4g} in the last {since} {split}s"
+                )
+
+        for row in earlier:
+            value = row.get(metric, "none")
+            if row.get("split") == split and (value is None or is_number(value)):
+                count(row)
+        return hook
+
+    return Remembering(make, split)
 
 
-def _logged_before(row: Any) -> list[dict[str, Any]]:
-    """The rows of earlier steps in the log of the run that this one is of."""
-    workdir = getattr(getattr(row, "estimator", None), "workdir", None)
-    if workdir is None:
-        return []
-    return [r for r in read_jsonl(workdir / "metrics.jsonl") if r["step"] < row["step"]]
+def warn_of_idle(hooks: Sequence[Hook], keep_best: Any, *, validates: bool) -> None:
+    """Says which of these have nothing to look at in a training."""
+    made = {"train", *(["validation"] if validates else [])}
+    splits = {split for h in hooks if isinstance(split := getattr(h, "split", None), str)}
+    for split in sorted(splits - made):
+        hint = "Give `validation`." if split == "validation" else "Training makes none."
+        logger.warning("a hook such as early_stopping awaits rows of %r in vain. %s", split, hint)
+    if keep_best is not None and not validates:
+        logger.warning("keep_best compares validations, of which there are none: give `validation`")
 
 
 def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) -> Hook:
     """Writes a histogram of each parameter array at every `every`-th logged training row.
 
-    Each is a line `{"step", "parameter", "counts"[bins], "edges"[bins + 1]}` of the file.
+    It counts the array's finite values, as they are when the row is written: `row.estimator` may be
+    a step or more ahead of the row.
+
+    Each is a line `{"step", "parameter", "counts"[bins], "edges"[bins + 1]}` of the file, which is
+    one run's: a run taken up again first drops from it the steps beyond its checkpoint, and another
+    run begins it anew.
 
     Args:
-      path: the JSONL file to append to.
+      path: the JSONL file.
       every: rows between two sets of histograms.
       bins: how many, of equal width between the smallest and the largest value.
 
@@ -122,29 +207,51 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
     ...     hook = parameter_histograms(f"{folder}/histograms.jsonl", bins=3)
     ...     estimator = jdl.Estimator(line, loss, "sgd", hooks=[hook], log_every=1)
     ...     _ = estimator.train(data, steps=1)
-    ...     sum(json.loads(Path(folder, "histograms.jsonl").read_text())["counts"])
+    ...     sum(read_jsonl(f"{folder}/histograms.jsonl")[0]["counts"])
     2
     """
-    due = _each_training_row(every)
+    check.positive_int("every", every)
     check.positive_int("bins", bins)
     path = Path(path)
 
-    def hook(row: Any) -> None:
-        if not due(row):
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for where, values in jax.tree.leaves_with_path(row.estimator.params):
-                counts, edges = np.histogram(np.asarray(values, np.float32), bins=bins)
+    def make(earlier: Sequence[Row]) -> Hook:
+        last_step = max((row["step"] for row in earlier), default=-1)
+        file: JsonlWriter | None = None
+
+        def begun() -> JsonlWriter:
+            if last_step < 0 and read_jsonl(path):
+                logger.warning("%s held the histograms of another run; it begins anew", path)
+            writer = JsonlWriter(path)
+            writer.rewind(last_step)
+            return writer
+
+        def write(row: Any) -> None:
+            nonlocal file
+            if jax.process_index() != 0:
+                return
+            file = file or begun()
+            for where, leaf in jax.tree.leaves_with_path(row.estimator.params):
+                counts, edges = _histogram(np.asarray(leaf).astype(np.float64), bins)
                 line = {
                     "step": row["step"],
                     "parameter": jax.tree_util.keystr(where, simple=True, separator="/"),
                     "counts": counts.tolist(),
                     "edges": edges.tolist(),
                 }
-                file.write(json.dumps(line) + "\n")
+                file.write(line)
 
-    return hook
+        return _each_training_row(every, earlier, write)
+
+    return Remembering(make, "train")
+
+
+def _histogram(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    values = values[np.isfinite(values)]
+    least, largest = (values.min(), values.max()) if values.size else (0.0, 1.0)
+    if least == largest:  # numpy's own ± ½ is nothing beside a large number
+        pad = 0.5 * max(1.0, abs(least))
+        least, largest = least - pad, largest + pad
+    return np.histogram(values, bins=bins, range=(least, largest))
 
 
 def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
@@ -167,33 +274,30 @@ def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
     >>> 0.0 <= rows[0]["dead/0"] <= 1.0
     True
     """
-    due = _each_training_row(every)
+    check.positive_int("every", every)
 
-    def hook(row: Any) -> None:
-        if not due(row):
-            return
+    def measure(row: Any) -> None:
         estimator = row.estimator
         shares = relu.dead_shares(
             estimator.model, estimator.params, estimator.model_state, batch[inputs]
         )
         row.update({f"dead/{i}": float(share) for i, share in enumerate(shares)})
 
-    return hook
+    return Remembering(lambda earlier: _each_training_row(every, earlier, measure), "train")
 
 
-def _each_training_row(every: int) -> Callable[[Mapping[str, Any]], bool]:
-    """Tells whether to do something at a row: at every `every`-th of training."""
-    check.positive_int("every", every)
-    seen = 0
+def _each_training_row(every: int, earlier: Sequence[Row], act: Hook) -> Hook:
+    """Acts at every `every`-th row of training, those before included in the count."""
+    seen = sum(row.get("split") == "train" for row in earlier)
 
-    def due(row: Mapping[str, Any]) -> bool:
+    def hook(row: Row) -> None:
         nonlocal seen
-        if row["split"] != "train":
-            return False
-        seen += 1
-        return seen % every == 0
+        if row["split"] == "train":
+            seen += 1
+            if seen % every == 0:
+                act(row)
 
-    return due
+    return hook
 
 
 class RangeTest(NamedTuple):

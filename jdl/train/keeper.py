@@ -1,8 +1,10 @@
 """What a run keeps: its checkpoints and its log, in its directory, or nothing without one."""
 
+import errno
+import logging
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import jax
 
 from jdl.core import check, tree
 from jdl.core.types import PyTree
-from jdl.train import checkpoint
 from jdl.train.checkpoint import Checkpoints, Restored
 from jdl.train.lock import RunLock
 from jdl.train.step import TrainState
 from jdl.train.writers import Row, Writers
+
+logger = logging.getLogger("jdl.train")
 
 _all_finite = jax.jit(tree.all_finite)
 
@@ -34,6 +37,7 @@ class Keeper:
       keep: how many checkpoints, the newest ones.
       keep_every: besides, all whose step is a multiple of this.
       keep_best: besides, the one with the best value of a metric, ("accuracy", "max") say.
+      directions: gives which values of the rows are best at their "max", and which at their "min".
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Keeper:
         keep: int,
         keep_every: int | None,
         keep_best: tuple[str, str] | None,
+        directions: Callable[[], Mapping[str, str]] = dict,
     ):
         check.positive_int("keep", keep)
         if keep_every is not None:
@@ -55,23 +60,50 @@ class Keeper:
                 'a metric and "min" or "max", such as ("accuracy", "max")',
                 keep_best,
             )
+            hint = "The best checkpoint is kept there."
+            check.argument(workdir is not None, "workdir", "given with keep_best", workdir, hint)
         self.workdir = workdir
         self._leads = jax.process_index() == 0
-        self._writers = None if workdir is None else Writers(workdir, logs)
+        self._writers = None if workdir is None else Writers(workdir, logs, directions)
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._training = False
         self._opened: dict[str, Checkpoints] = {}
         self._rewind_to: int | None = None  # step the log is to go back to before training
 
-    def lock(self) -> AbstractContextManager[Any]:
-        """Keeps other processes from training in the same directory."""
-        return RunLock(self.workdir) if self.workdir is not None and self._leads else nullcontext()
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps others from training in the same directory; at its end all saved is on disk.
+
+        Raises:
+          UserError: another process, or Estimator, is training there.
+          TrainingError: a checkpoint could not be written.
+        """
+        locks = self.workdir is not None and self._leads
+        with RunLock(str(self.workdir)) if locks else nullcontext():
+            self._training = True
+            try:
+                yield
+            except BaseException:
+                if jax.process_count() == 1:  # of several, the others may not come to wait
+                    with suppress(check.TrainingError):
+                        self.close()
+                raise
+            finally:
+                self._training = False
+            self.close()
 
     # ------------------------------------------------------------------ the log
 
     def write(self, row: Row) -> None:
-        """Appends a row to the log."""
-        if self._writers is not None and self._leads:
+        """Appends a row to the log; an evaluation of a run one may only read is not logged."""
+        if self._writers is None or not self._leads:
+            return
+        try:
             self._writers.write(row)
+        except OSError as error:
+            if self._training or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            logger.warning("the evaluation is not logged: %s", error)
 
     def begin(self) -> None:
         """Drops from the log what a run since restored had written beyond its checkpoint.
@@ -86,9 +118,9 @@ class Keeper:
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
-        return self._checkpoints().latest_step() if self._begun() else None
+        return None if self.workdir is None else self._checkpoints().latest_step()
 
-    def save(self, state: TrainState, meta: dict[str, Any], *, wait: bool) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves the state after this step.
 
         Raises:
@@ -105,30 +137,42 @@ class Keeper:
         if self.workdir is None:
             return
         self._checkpoints().save(int(state.step), state, meta)
-        if wait:
-            self.wait()
 
-    def wait(self) -> None:
+    def close(self) -> None:
         """Returns when everything saved is on disk."""
-        if self._begun():
-            self._checkpoints().wait()
+        for checkpoints in self._opened.values():
+            checkpoints.close()
 
     def save_if_best(
         self, state: TrainState, meta: dict[str, Any], values: Mapping[str, float]
     ) -> None:
         """Saves the state in `best/` if the metric of `keep_best` has never been as good."""
-        if self._keep_best is None or self.workdir is None:
+        if self._keep_best is None:
             return
         name, mode = self._keep_best
         check.one_of("keep_best", name, values)
-        best = self._checkpoints("best")
-        before = best.meta()
-        sign = 1.0 if mode == "max" else -1.0
-        if math.isnan(values[name]):
+        if not math.isfinite(values[name]):
             return
+        best = self._checkpoints("best")
+        try:
+            before = best.meta()
+        except check.DataError as error:
+            logger.warning("%s This validation is taken for the best so far.", error)
+            before = None
+        before_step = best.latest_step()
+        if before is not None and (by := _best_by(before, name, mode)) != (name, mode):
+            logger.warning(
+                "best/ holds the best step by %s (%s), %s; from here on it is that by %s (%s)",
+                *(*by, before_step, name, mode),
+            )
+            before = None
+        sign = 1.0 if mode == "max" else -1.0
         if before is None or sign * values[name] > sign * before["values"][name]:
-            best.save(int(state.step), state, meta | {"values": dict(values)})
-            best.wait()
+            step, found = int(state.step), {"values": dict(values), "keep_best": [name, mode]}
+            if before_step == step:  # of a course that was left, or by another metric
+                best.delete(step)
+            best.save(step, state, meta | found)
+            best.close()
 
     def restore(
         self, expected: PyTree, shardings: PyTree, *, best: bool = False
@@ -140,24 +184,19 @@ class Keeper:
           shardings: where its arrays are to lie.
           best: whether to take the one in `best/`.
         """
-        if self.workdir is None or (best and not (self.workdir / "best").exists()):
-            return None
-        found = None
-        if best or self._begun():
-            name = "best" if best else "checkpoints"
-            found = self._checkpoints(name).restore(expected, shardings)
-        self._rewind_to = 0 if found is None else int(found.state.step)
-        return found
-
-    def _begun(self) -> bool:
-        """Whether to look for checkpoints by orbax, which makes a folder where there is none.
-
-        Where several processes train all do: orbax has each wait for the others.
-        """
         if self.workdir is None:
-            return False
-        several = jax.process_count() > 1
-        return several or "checkpoints" in self._opened or checkpoint.begun(self.workdir)
+            return None
+        found = self._checkpoints("best" if best else "checkpoints").restore(expected, shardings)
+        if best and found is not None and self._keep_best is not None:
+            by = _best_by(found.meta, *self._keep_best)
+            if by != self._keep_best:
+                raise check.UserError(
+                    f"best/ holds the best step by {by[0]} ({by[1]}), and keep_best asks for "
+                    f"{self._keep_best}: no validation has been compared by that yet."
+                )
+        if found is not None or not best:
+            self._rewind_to = 0 if found is None else int(found.state.step)
+        return found
 
     def _checkpoints(self, name: str = "checkpoints") -> Checkpoints:
         if name not in self._opened:
@@ -170,3 +209,12 @@ class Keeper:
                 else Checkpoints(directory, self._keep, self._keep_every)
             )
         return self._opened[name]
+
+
+def _best_by(meta: Mapping[str, Any], name: str, mode: str) -> tuple[str, str]:
+    """The metric and mode that a checkpoint in `best/` is the best by.
+
+    Those asked for, where it does not tell but has the metric: older versions did not record them.
+    """
+    metric, by = meta.get("keep_best", (name if name in meta["values"] else "another metric", mode))
+    return metric, by

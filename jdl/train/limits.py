@@ -1,11 +1,14 @@
 """How far a call of `train` goes."""
 
+import logging
 from typing import NamedTuple
 
 import jax
 
 from jdl.core import check
 from jdl.train.feed import Data, batches_per_epoch
+
+logger = logging.getLogger("jdl.train")
 
 
 class Limits(NamedTuple):
@@ -28,19 +31,8 @@ class Limits(NamedTuple):
         """Whether there are any."""
         return any(limit is not None for limit in self)
 
-    def check(self, *, endless: bool) -> None:
-        """Refuses limits out of range, that contradict each other, and none for endless data.
-
-        Args:
-          endless: whether the data has no end of its own.
-        """
-        check.argument(
-            self.given or not endless,
-            "steps",
-            "given for data without an end (epochs=None)",
-            None,
-            "Or give max_steps, epochs or seconds.",
-        )
+    def check(self) -> None:
+        """Refuses limits out of range, and that contradict each other."""
         of_steps = {"steps": self.steps, "max_steps": self.max_steps, "epochs": self.epochs}
         given = [name for name, value in of_steps.items() if value is not None]
         check.argument(len(given) <= 1, "steps, max_steps, epochs", "given one at a time", given)
@@ -63,3 +55,23 @@ class Limits(NamedTuple):
         if self.epochs is not None:
             return done + self.epochs * batches_per_epoch(data)
         return self.max_steps
+
+    def tell_shortfall(self, step: int, last_step: int | None, began: int) -> None:
+        """Warns of data that has ended before the limit.
+
+        Args:
+          step: the last that was made.
+          last_step: as `last_step` told.
+          began: the steps made before this call.
+        """
+        if not self.given or step == last_step:
+            return
+        limit = next(f"{k}={v}" for k, v in self._asdict().items() if v is not None)
+        of = "" if last_step is None else f" of {last_step - began}"
+        logger.warning(
+            "the data ended before %s: %d%s steps were made. Only data sets of jdl.data are "
+            "repeated by themselves; give data that goes on, or call `train` once an epoch.",
+            limit,
+            step - began,
+            of,
+        )

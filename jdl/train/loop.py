@@ -1,14 +1,15 @@
 """The loop of training: nothing in it waits for the step just dispatched."""
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 from jdl.train.clock import LateLog
 from jdl.train.compiled import Step
 from jdl.train.feed import Feed
-from jdl.train.hooks import Profile
+from jdl.train.hooks import Profile, StopTraining
 from jdl.train.run import Run
-from jdl.train.termination import Stopped, Termination
+from jdl.train.termination import Stopped
 
 
 class Loop(NamedTuple):
@@ -38,46 +39,61 @@ class Loop(NamedTuple):
         """Runs them on the batches of `feed`, and gives their numbers to `log`.
 
         Raises:
-          Stopped: SIGTERM came; everything is saved.
+          Stopped: SIGTERM came.
+          KeyboardInterrupt: Ctrl-C was pressed.
         """
+        self.run.leave_later_checkpoints()
+        self.run.keeper.begin()
+        with self.run.clock, self.profile:
+            try:
+                self._steps(feed, log)
+            except (KeyboardInterrupt, Stopped):
+                with contextlib.suppress(StopTraining):
+                    log.flush()  # what has been trained is logged
+                raise
+
+    def _steps(self, feed: Feed, log: LateLog) -> None:
         run, last_step, deadline = self.run, self.last_step, self.deadline
-        run.leave_later_checkpoints()
-        run.keeper.begin()
-        with Termination() as termination, run.clock as clock, self.profile as profile:
-            began, first = clock.seconds, run.step
-            while last_step is None or run.step < last_step:
-                run.trail.append((run.step, feed.position))
-                batch = feed.take()
-                if batch is None:
-                    break
-                profile.before(run.step + 1)
-                run.state, logs = self.step(run.given_up(), batch)
-                run.step += 1
-                run.position = feed.position
+        signals, data = run.signals, run.signals.window("data")
+        clock, profile = run.clock, self.profile
+        began, first = clock.seconds, run.step
+        while last_step is None or run.step < last_step:
+            signals.check()
+            run.trail.append((run.step, feed.position))
+            with data:
+                batch = feed.prefetch()
+            if batch is None:
+                break
+            profile.before(run.step + 1)
+            run.state, logs = self.step(run.given_up(), batch)
+            run.step += 1
+            feed.take()
+            run.position = feed.position
+            try:
                 if run.step != last_step:
-                    feed.prefetch()  # the next batch travels while the device works
+                    with data:
+                        feed.prefetch()  # the next batch travels while the device works
+            finally:
                 log.push(run.step, logs)
-                if profile.ends(run.step):
-                    log.flush()
-                    profile.stop()
-                if self.validate is not None and run.step % (self.validate_every or 1) == 0:
-                    log.flush()
-                    clock.stop()
-                    self.validate()
-                    clock.start()
-                if self.save_every and run.step % self.save_every == 0:
-                    log.flush()
-                    run.save()
-                if run.keeper.workdir is not None and termination.asked(run.step):
-                    log.flush()
-                    run.save(wait=True)
-                    raise Stopped(run.step)
-                if deadline is not None:
-                    if run.step == first + 1:
-                        log.flush()  # else the mean is of dispatching, and a second step follows
-                    mean = (clock.seconds - began) / (run.step - first)
-                    if clock.seconds + 2 * mean >= deadline:
-                        log.flush()  # near the end step by step, not to overrun by one in flight
-                    if clock.seconds >= deadline:
-                        break
-            log.finish()
+            if profile.ends(run.step):
+                log.flush()
+                profile.stop()
+            if self.validate is not None and run.step % (self.validate_every or 1) == 0:
+                log.flush()
+                clock.stop()
+                self.validate()
+                clock.start()
+            if self.save_every and run.step % self.save_every == 0:
+                log.flush()
+                run.save()
+            if signals.asked(run.step):
+                raise Stopped(run.step)
+            if deadline is not None:
+                if run.step == first + 1:
+                    log.flush()  # else the mean is of dispatching, and a second step follows
+                mean = (clock.seconds - began) / (run.step - first)
+                if clock.seconds + 2 * mean >= deadline:
+                    log.flush()  # near the end step by step, not to overrun by one in flight
+                if clock.seconds >= deadline:
+                    break
+        log.finish()

@@ -49,6 +49,7 @@ import optax
 from jdl.core import check
 from jdl.core.model import Model, in_precision
 from jdl.core.types import Batch, Key, Mode, ModelState, Outputs, Params
+from jdl.metrics import direction, directions
 from jdl.optim import registry
 from jdl.train.estimator import Estimator
 from jdl.train.step import scale_images
@@ -65,7 +66,8 @@ class Spec(NamedTuple):
       loss: float[B], one value an example; or, with `outputs`, a function `loss(outputs, labels)`
         that gives it. Needed to train and evaluate.
       optimizer: any optax transformation, or a name; needed to train.
-      metrics: name -> float[B], or a function of (outputs, labels) that gives it.
+      metrics: name -> float[B], or a function of (outputs, labels) that gives it, and that may
+        declare its `jdl.metrics.direction`.
       outputs: what a loss that is a function is a function of: floating-point arrays. Second-order
         methods by Gauss-Newton products or Kronecker factors (hf, kfac …) need a loss so told
         apart, convex in the outputs.
@@ -94,8 +96,8 @@ def from_model_fn(
     Args:
       fn: `fn(features, labels, mode) -> Spec`, with Linen modules and `jdl.models.param` inside.
         In `Mode.PREDICT` labels are None.
-      features: the batch's entry it is given, images of bytes scaled to [0, 1]; several names for
-        a dict of them.
+      features: the batch's entry it is given, images of bytes scaled to [0, 1] as by `Estimator`;
+        several names for a dict of them.
       labels: the entry with the labels.
       **options: as for `Estimator`: workdir, seed, hooks, ….
 
@@ -187,6 +189,7 @@ def from_model_fn(
         model = precisely(Model(init, apply_to))
         return model.apply(params, state, inputs(batch), key=None, train=False)[0]
 
+    @direction(latest.directions)
     def metrics(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
         return {
             name: metric(outputs["outputs"], labels_of(batch))
@@ -212,6 +215,7 @@ class _Latest:
 
     def __init__(self) -> None:
         self.spec = Spec()
+        self.directions: dict[str, str] = {}  # of its metrics
         self.optimizer = optax.GradientTransformationExtraArgs(
             lambda params: self._optimizer().init(params),
             lambda grads, state, params=None, **extra: self._optimizer().update(
@@ -255,6 +259,7 @@ class _Latest:
                 "This one holds on to an array of the model function: pass it in `outputs`.",
             )
         self.spec = spec
+        self.directions |= directions(metrics)
         outputs: dict[str, Any] = {} if spec.outputs is None else {"outputs": spec.outputs}
         if not callable(spec.loss):
             outputs["loss"] = spec.loss

@@ -46,7 +46,7 @@ def roll_back(run: Run, feed: Feed, error: NonFiniteError, last_rate: float) -> 
       TrainingError: the optimizer's state holds no learning rate.
     """
     batch = feed.prefetch()
-    run.keeper.wait()
+    run.keeper.close()
     if batch is None or not run.restore(run.placement.whole_batch(batch)):
         raise error
     state = run.current()

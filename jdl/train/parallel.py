@@ -19,6 +19,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jdl.core import check
+from jdl.core.objective import batch_size
 from jdl.core.types import Batch, PyTree
 
 MODES = ("jit", "fsdp", "pmap")
@@ -54,6 +55,7 @@ class Placement(NamedTuple):
       devices: those that share a batch, of all processes.
       mode: "jit", "fsdp" or "pmap".
       rule: which arrays "fsdp" splits, and along which axis.
+      inputs: the batch's entries that the model is given.
     """
 
     state: jax.sharding.Sharding
@@ -61,6 +63,7 @@ class Placement(NamedTuple):
     devices: tuple[jax.Device, ...]
     mode: str = "jit"
     rule: SplitRule = split_largest_axis
+    inputs: str | tuple[str, ...] = ()
 
     @property
     def num_devices(self) -> int:
@@ -87,20 +90,19 @@ class Placement(NamedTuple):
         self._check_divides(batch)
         if jax.process_count() == 1:
             return jax.device_put(dict(batch), self.batch)
-        return {
-            name: jax.make_array_from_process_local_data(self.batch, np.asarray(x))
-            for name, x in batch.items()
-        }
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self.batch, np.asarray(x)),
+            dict(batch),
+        )
 
     def put_step_batch(self, batch: Batch) -> dict[str, Any]:
         """The same, in the shape that the compiled step takes."""
         if self.mode == "pmap":
             self._check_divides(batch)
             n = self.num_devices
-            stacked = {
-                name: np.reshape(x, (n, np.shape(x)[0] // n, *np.shape(x)[1:]))
-                for name, x in batch.items()
-            }
+            stacked = jax.tree.map(
+                lambda x: np.reshape(x, (n, np.shape(x)[0] // n, *np.shape(x)[1:])), dict(batch)
+            )
             return jax.device_put(stacked, self.batch)
         return dict(batch) if self.is_host else self.put_batch(batch)
 
@@ -108,16 +110,17 @@ class Placement(NamedTuple):
         """A step's batch with one leading axis of examples."""
         if self.mode != "pmap":
             return dict(batch)
-        return {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), dict(batch))
 
     def _check_divides(self, batch: Batch) -> None:
-        sizes = {name: np.shape(x)[0] for name, x in batch.items() if np.ndim(x)}
+        rows = batch_size(batch, self.inputs)
         check.argument(
-            all(n % self.num_local == 0 for n in sizes.values()),
+            rows % self.num_local == 0,
             "batch_size",
             f"a multiple of the {self.num_local} devices that share it",
-            sizes,
-            "Or pass devices=jax.devices()[:1].",
+            rows,
+            "Fill a smaller last batch up with rows that its mask leaves out, as jdl.data does; or "
+            "pass devices=jax.devices()[:1].",
         )
 
     def put_state(self, state: PyTree) -> PyTree:
@@ -226,7 +229,7 @@ def make_deterministic() -> None:
     Raises:
       UserError: a device has been used already, after which it is too late.
     """
-    from jax._src import xla_bridge
+    from jax._src import xla_bridge  # JAX tells nowhere else whether a device has been used
 
     if xla_bridge.backends_are_initialized():
         raise check.UserError(

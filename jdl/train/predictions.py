@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from jdl.core import check
+from jdl.core.objective import batch_size
 from jdl.core.types import Batch, Outputs
 from jdl.train.estimator import Estimator
-from jdl.train.feed import Data
+from jdl.train.feed import Data, entries, one_pass, opened
 from jdl.train.tables import open_table
 
 Columns = Callable[[Batch, Outputs], Mapping[str, Any]]
@@ -80,17 +81,14 @@ class _Numbered:
     """One pass of a data set, each row with the number of its record."""
 
     def __init__(self, data: Any):
-        self._data = data() if callable(data) else data
-
-    def once(self) -> "_Numbered":
-        """Itself."""
-        return self
+        self._data = opened(data)
 
     def __iter__(self) -> Iterator[Batch]:
         # A pass by `once` is in the records' own order, its last batch padded to full size.
         at = 0
-        for batch in self._data.once() if hasattr(self._data, "once") else self._data:
-            rows = len(next(iter(batch.values())))
+        for batch in one_pass(self._data):
+            arrays, texts = entries(batch)
+            rows = batch_size(arrays | texts)
             yield {**batch, _RECORD: np.arange(at, at + rows, dtype=np.int32)}
             at += rows
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.core.types import Batch, ModelState, Outputs, Params
+from jdl.train.feed import EMPTY
 from jdl.train.parallel import own_rows
 from jdl.train.run import Served
 
@@ -29,8 +30,9 @@ class Predictor:
 
     def pairs(self, batches: Iterable[Served]) -> Iterator[tuple[Batch, Outputs]]:
         """Pairs (batch, outputs) on the host: this process's rows, without padding."""
-        for batch, params, model_state in batches:
+        for batch, params, model_state, texts in batches:
             host = own_rows((dict(batch), self._predict(params, model_state, batch)))
+            host[0].update(texts)
             mask = host[0].get("mask")
             kept = slice(None) if mask is None else mask > 0
             yield jax.tree.map(lambda x, kept=kept: x[kept], host)
@@ -39,7 +41,7 @@ class Predictor:
         """All outputs, in order, as NumPy arrays with leading axis N."""
         parts = [outputs for _, outputs in self.pairs(batches)]
         if not parts:
-            raise check.DataError("The data to predict holds no example.")
+            raise check.DataError(f"The data to predict holds no example: {EMPTY}.")
         return jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
 
     def export(self, path: str | Path, batches: Iterable[Served], **options: Any) -> Path:

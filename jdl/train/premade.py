@@ -79,6 +79,7 @@ def autoencoder(
         plain = not isinstance(outputs, Reconstruction)
         return to_input(outputs, batch) if plain else to_input(outputs[0], batch) + outputs.penalty
 
+    @metrics.direction("min")
     def squared_error(outputs: Any, batch: Any) -> jax.Array:
         seen = as_reconstruction(outputs).outputs
         return metrics.squared_error(link(seen), batch, target=target)

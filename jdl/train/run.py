@@ -4,20 +4,23 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jdl.core import check
 from jdl.core.types import Batch, Key, ModelState, Params
 from jdl.train.clock import Clock
 from jdl.train.ema import average
-from jdl.train.feed import Data, Feed, once, opened, repeated
+from jdl.train.feed import Data, Feed, ending, is_dataset, once, opened, repeated
 from jdl.train.keeper import Keeper
 from jdl.train.parallel import Placement
 from jdl.train.step import TrainState
+from jdl.train.termination import Interrupted, Signals, Stopped
 
 logger = logging.getLogger("jdl.train")
 
@@ -28,6 +31,7 @@ class Served(NamedTuple):
     batch: Batch
     params: Params
     model_state: ModelState
+    texts: dict[str, np.ndarray]  # the batch's entries that are no numbers, on the host
 
 
 class Run:
@@ -48,7 +52,9 @@ class Run:
       position: where in the data the next step begins.
       trail: (step, position) of recent steps.
       classes: those of the training data; None where it tells none.
+      restores: how often a checkpoint has been taken up.
       init_seconds: time spent on the initial state.
+      signals: SIGTERM and Ctrl-C, while training.
     """
 
     def __init__(
@@ -73,7 +79,9 @@ class Run:
         self._resumed = False  # whether the position is a checkpoint's
         self.trail: deque[tuple[int, Any]] = deque(maxlen=256)
         self.classes: tuple[str, ...] | None = None
+        self.restores = 0
         self.init_seconds = 0.0
+        self.signals = Signals(saves=keeper.workdir is not None)
         self._feed: tuple[Data, bool, Feed] | None = None
 
     # ------------------------------------------------------------------ the state
@@ -97,10 +105,9 @@ class Run:
 
     def _held(self, batch: Batch) -> TrainState:
         """The state, restored from the run directory if need be."""
-        if self.state is None and self.keeper.workdir is not None:
-            if self.keeper.latest_step() is None:
-                raise check.UserError(f"{self.keeper.workdir} holds no checkpoint: train first.")
-            self._prepare(batch)
+        workdir = self.keeper.workdir
+        if self.state is None and workdir is not None and not self.restore(batch):
+            raise check.UserError(f"{workdir} holds no checkpoint: train first.")
         return self.current()
 
     def _prepare(self, batch: Batch) -> None:
@@ -121,16 +128,19 @@ class Run:
         """The feed of the same data goes on; a new one starts where the last checkpoint was."""
         if self._feed is not None and self._feed[0] is data and self._feed[1] == repeat:
             return self._feed[2]
-        batches = repeated(opened(data)) if repeat else opened(data)
-        put = self.placement.put_step_batch
-        feed = Feed(batches, put)
+        batches = repeated(opened(data)) if repeat else ending(opened(data))
+        feed = Feed(batches, self.placement)
         if self.state is None:
             first = feed.prefetch()
             if first is not None:
                 self._prepare(self.placement.whole_batch(first))
-        if self.position is not None:
+        # Of other data than ours nothing tells whether a position is one in it.
+        known = is_dataset(batches) or (self._feed is not None and self._feed[0] is data)
+        if self._resumed and not feed.resumable:
+            logger.warning("this data keeps no position: it is read from its beginning again")
+        elif self.position is not None and (self._resumed or known):
             try:
-                feed = Feed(batches, put, self.position)
+                feed = Feed(batches, self.placement, self.position)
             except check.DataError:
                 if self._resumed:
                     raise
@@ -141,10 +151,10 @@ class Run:
 
     def once(self, data: Data) -> Iterator[Served]:
         """The batches of one pass over the data, and what is to serve them."""
-        for batch in once(data, self.placement):
+        for batch, texts in once(data, self.placement):
             state = self._held(batch)
             params = average(state.opt_state) if self.averages else state.params
-            yield Served(batch, params, state.model_state)
+            yield Served(batch, params, state.model_state, texts)
 
     def leave_feed(self) -> None:
         """The next feed is a new one, even of the same data."""
@@ -159,6 +169,7 @@ class Run:
         if restored is None:
             return False
         self.state, meta = restored
+        self.restores += 1
         self.step = int(self.state.step)
         self.clock = Clock(meta["seconds"], self._now)
         self.position, self._resumed = meta["position"], True
@@ -188,7 +199,7 @@ class Run:
 
     def restore_best(self, data: Data) -> None:
         """Takes up the best checkpoint of a training on such data; raises where there is none."""
-        batch = Feed(opened(data), self.placement.put_step_batch).prefetch()
+        batch = Feed(opened(data), self.placement).prefetch()
         if batch is None or not self.restore(self.placement.whole_batch(batch), best=True):
             raise check.UserError(
                 "There is no best checkpoint: train with a work directory, keep_best and "
@@ -198,9 +209,17 @@ class Run:
 
     def save(self, *, wait: bool = False) -> None:
         """Saves the state, off the clock."""
+        with self.off_clock():
+            self.keeper.save(self.current(), self._meta())
+            if wait:
+                self.keeper.close()
+
+    @contextmanager
+    def off_clock(self) -> Iterator[None]:
+        """What is done inside is in no training clock."""
         running = self.clock.running
         self.clock.stop()
-        self.keeper.save(self.current(), self._meta(), wait=wait)
+        yield
         if running:
             self.clock.start()
 
@@ -208,6 +227,25 @@ class Run:
         """Before training goes on from an older step: what is saved is then where it stands."""
         if self.step < (self.keeper.latest_step() or 0):
             self.save(wait=True)
+
+    def ended_by(self, signal: KeyboardInterrupt | Stopped) -> KeyboardInterrupt | Stopped:
+        """Saves where training was ended by a signal; what is to be raised then."""
+        keeper, step = self.keeper, self.step
+        alone = jax.process_count() == 1
+        if isinstance(signal, Stopped):
+            self.save(wait=True)
+            return Stopped(step)
+        told = f"interrupted after step {step}"
+        if keeper.workdir is None or self.state is None or step == 0:
+            return Interrupted(told)
+        if not alone:  # the others may be at another step, and do not wait to save
+            return Interrupted(f"{told}; {keeper.workdir} holds what was saved before")
+        try:
+            self.save(wait=True)
+        except check.TrainingError as error:
+            return Interrupted(f"{told}, which could not be saved: {error}")
+        where = keeper.workdir / "checkpoints"
+        return Interrupted(f"{told}, saved in {where}; the same command goes on from there")
 
     def save_if_best(self, values: dict[str, Any]) -> None:
         """Saves the state in `best/` if this validation is the best so far."""

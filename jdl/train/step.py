@@ -9,6 +9,7 @@
 All functions here are pure and not yet compiled; `jdl.train.parallel` compiles them.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,12 +19,16 @@ import optax
 
 from jdl.core import check, tree
 from jdl.core.model import Model
-from jdl.core.objective import Objective, check_mask
+from jdl.core.objective import Objective, asked, batch_size, check_mask
 from jdl.core.types import Batch, Key, Loss, Metric, ModelState, Outputs, Params
 from jdl.optim import diagnostics
 
+logger = logging.getLogger("jdl.train")
+
 Logs = dict[str, jax.Array]
 Metrics = Callable[[Outputs, Batch], Mapping[str, jax.Array]]  # all at once, float[B] each
+
+Names = str | tuple[str, ...]
 
 ROW_FIELDS = ("step", "seconds", "epoch", "split")  # what every row of the log begins with
 
@@ -73,7 +78,7 @@ def build(
     optimizer: optax.GradientTransformation,
     *,
     metrics: Mapping[str, Metric] | Metrics | None = None,
-    inputs: str | tuple[str, ...] = "image",
+    inputs: Names = "image",
     regularizer: Callable[[Params], jax.Array] | None = None,
     microbatches: int = 1,
     curvature_batch_size: int | None = None,
@@ -102,8 +107,11 @@ def build(
 
     def measured(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
         if callable(metrics):
-            return _own_names(dict(metrics(outputs, batch)))
-        return {name: metric(outputs, batch) for name, metric in (metrics or {}).items()}
+            return _own_names(dict(asked(metrics, "metrics", outputs, batch)))
+        return {
+            name: asked(metric, f"metrics[{name!r}]", outputs, batch)
+            for name, metric in (metrics or {}).items()
+        }
 
     if metrics is not None and not callable(metrics):
         check.argument(
@@ -123,7 +131,20 @@ def build(
                 name,
                 "Name the entry the model is to be given.",
             )
-        return tuple(batch[name] for name in names)
+        given = {name: batch[name] for name in names}
+        for name in names:
+            if _is_bytes(given[name]) and name not in told:
+                told.add(name)
+                logger.warning(
+                    "%r is uint8%s: the model is given numbers of 0 to 255. Images, uint8 "
+                    "[B, H, W, C] with C of 1, 3 or 4, are scaled to [0, 1]; give other pixels as "
+                    "float32, class numbers and tokens as int32.",
+                    name,
+                    list(given[name].shape),
+                )
+        return tuple(given.values())
+
+    told: set[str] = set()
 
     def init(key: Key, batch: Batch) -> TrainState:
         batch = scale_images(batch, inputs)
@@ -141,7 +162,7 @@ def build(
             loss,
             state.model_state,
             batch,
-            curvature_batch=_subsample(batch, curvature_batch_size),
+            curvature_batch=_subsample(batch, curvature_batch_size, inputs),
             key=jax.random.fold_in(state.key, state.step),
             inputs=inputs,
             regularizer=regularizer,
@@ -163,7 +184,7 @@ def build(
                 whole_params=state.params,  # for one that is handed a part of them
             )
             params = optax.apply_updates(state.params, updates)
-        sums, count = _sums(measured(aux.outputs, batch), batch)
+        sums, count = _sums(measured(aux.outputs, batch), batch, inputs)
         if axis_name is not None:
             sums, count = jax.lax.psum((sums, count), axis_name)
         logs = {"loss": value, **{k: v / jnp.maximum(count, 1.0) for k, v in sums.items()}}
@@ -184,7 +205,8 @@ def build(
     def evaluate(params: Params, model_state: ModelState, batch: Batch) -> tuple[Logs, jax.Array]:
         batch = scale_images(batch, inputs)
         outputs = forward(params, model_state, batch)
-        return _sums({"loss": loss(outputs, batch), **measured(outputs, batch)}, batch)
+        values = {"loss": asked(loss, "loss", outputs, batch), **measured(outputs, batch)}
+        return _sums(values, batch, inputs)
 
     def predict(params: Params, model_state: ModelState, batch: Batch) -> Outputs:
         return forward(params, model_state, scale_images(batch, inputs))
@@ -201,26 +223,35 @@ def _own_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return dict(metrics)
 
 
-def scale_images(batch: Batch, inputs: str | tuple[str, ...]) -> dict[str, Any]:
-    """The batch with its uint8 inputs as float32 in [0, 1], so that bytes travel to the device.
+def scale_images(batch: Batch, inputs: Names) -> dict[str, Any]:
+    """The batch with its inputs that are images of bytes as float32 in [0, 1].
+
+    Images are uint8 [B, H, W, C] with C of 1, 3 or 4. All other bytes, such as tokens [B, T], and
+    what is no input, stay as they are.
 
     >>> import numpy as np
-    >>> scale_images({"image": np.full((1, 1), 255, np.uint8)}, "image")["image"].tolist()
-    [[1.0]]
+    >>> batch = {"image": np.full((1, 1, 1, 3), 255, np.uint8), "word": np.ones((1, 2), np.uint8)}
+    >>> scaled = scale_images(batch, ("image", "word"))
+    >>> scaled["image"].tolist(), scaled["word"].tolist()
+    ([[[[1.0, 1.0, 1.0]]]], [[1, 1]])
     """
     names = (inputs,) if isinstance(inputs, str) else inputs
 
     def scaled(name: str, x: Any) -> Any:
-        is_image = name in names and getattr(x, "dtype", None) == jnp.uint8
+        is_image = name in names and _is_bytes(x) and x.ndim == 4 and x.shape[3] in (1, 3, 4)
         return jnp.asarray(x, jnp.float32) / 255.0 if is_image else x
 
     return {name: scaled(name, x) for name, x in batch.items()}
 
 
-def _sums(values: Mapping[str, jax.Array], batch: Batch) -> tuple[Logs, jax.Array]:
+def _is_bytes(x: Any) -> bool:
+    return getattr(x, "dtype", None) == jnp.uint8
+
+
+def _sums(values: Mapping[str, jax.Array], batch: Batch, inputs: Names) -> tuple[Logs, jax.Array]:
     """Each measure's sum over the examples that the mask keeps, and their number."""
     mask = batch.get("mask")
-    size = jax.tree.leaves(dict(batch))[0].shape[0]
+    size = batch_size(batch, inputs)
     if mask is not None:
         check_mask(mask, size)
     kept = jnp.ones(size) if mask is None else mask.astype(jnp.float32)
@@ -255,11 +286,11 @@ def _strongly_typed(opt_state: Any) -> Any:
     return jax.tree.map(strong, opt_state)
 
 
-def _subsample(batch: Batch, size: int | None) -> Batch | None:
+def _subsample(batch: Batch, size: int | None, inputs: Names) -> Batch | None:
     """`size` examples spread evenly over the batch, so that each device's share gives its part."""
     if size is None:
         return None
-    total = jax.tree.leaves(dict(batch))[0].shape[0]
+    total = batch_size(batch, inputs)
     check.argument(
         1 <= size <= total, "curvature_batch_size", f"between 1 and the batch's {total}", size
     )

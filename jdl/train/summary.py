@@ -1,12 +1,12 @@
 """What a model is made of: its parameters, and what it computes for one example."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
+from jdl.core.jaxpr import as_function, scans
 from jdl.core.model import as_model
 from jdl.core.types import PyTree
 
@@ -123,7 +123,7 @@ def _flops(program: Any) -> float | None:
     total = _counted_once(program)
     if total is None:
         return None
-    for body, length in _scans(program.jaxpr):
+    for body, length in scans(program):
         all_of_it, once = _flops(body), _counted_once(body)
         if all_of_it is None or once is None:
             return None
@@ -133,19 +133,5 @@ def _flops(program: Any) -> float | None:
 
 def _counted_once(program: Any) -> float | None:
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in program.in_avals]
-    costs = jax.jit(jex.jaxpr_as_fun(program)).lower(*args).cost_analysis()
+    costs = jax.jit(as_function(program)).lower(*args).cost_analysis()
     return None if not costs else float(costs.get("flops", 0.0))
-
-
-def _scans(jaxpr: Any) -> Iterator[tuple[Any, int]]:
-    """The outermost scans' bodies and lengths."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            yield equation.params["jaxpr"], equation.params["length"]
-            continue
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(inner, jex.ClosedJaxpr):
-                    yield from _scans(inner.jaxpr)
-                elif isinstance(inner, jex.Jaxpr):
-                    yield from _scans(inner)

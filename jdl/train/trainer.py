@@ -75,16 +75,23 @@ class Trainer:
           validation: data to evaluate on in between; None for none.
           validate_every: steps between two such evaluations; None for an epoch.
         """
-        limits.check(endless=getattr(data, "epochs", 0) is None)
+        limits.check()
         check.argument(
             validation is not None or validate_every is None,
             "validation",
             "given with validate_every",
             None,
         )
+        check.argument(
+            not isinstance(validation, Iterator),
+            "validation",
+            "data that can be passed over again: a data set, a list, a function that makes one",
+            type(validation).__name__,
+        )
         run = self._run
         feed = run.feed(data, repeat=limits.given)
-        batch = feed.prefetch()
+        with run.signals.window("data"):
+            batch = feed.prefetch()
         if batch is None:
             raise check.DataError(
                 "The training data gives no batch: it is at its end, or holds fewer examples than "
@@ -108,11 +115,13 @@ class Trainer:
             validate=None if validation is None else partial(self._validation, validation),
             validate_every=validate_every,
         )
-        rollbacks, rate = 0, math.inf
+        rollbacks, rate, began = 0, math.inf, run.step
         while True:
             log = LateLog(run.clock, self._log_every, self._on_finished(data, feed))
             try:
                 loop(feed, log)
+                if feed.ended:
+                    limits.tell_shortfall(run.step, last_step, began)
                 return True
             except StopTraining as stop:
                 log.drop()
@@ -130,13 +139,15 @@ class Trainer:
                 feed = run.feed(data, repeat=True)
 
     def _validation(self, data: Data) -> None:
-        values, run = self._validate(data), self._run
+        run = self._run
+        with run.signals.window("validation"):
+            values = self._validate(data)
         run.save_if_best(values)  # first, since a hook may end the training here
         self._report(run.step, run.clock.seconds, None, "validation", values)
 
     def scratch(self, data: Data) -> tuple[Step, TrainState, Iterator[Batch]]:
         """The compiled step, a copy of the state, and batches."""
-        feed = Feed(repeated(opened(data)), self._run.placement.put_step_batch)
+        feed = Feed(repeated(opened(data)), self._run.placement)
         first = feed.prefetch()
         if first is None:
             raise check.DataError("The data gives no batch.")

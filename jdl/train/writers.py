@@ -5,22 +5,26 @@ goes on from an earlier checkpoint first drops what lies beyond it, so that no l
 doubles.
 """
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 import math
 import os
+import secrets
+import shutil
 import struct
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from jdl.core import check
 
 Row = Mapping[str, Any]
+
+DIRECTIONS = "directions.json"
 
 
 class Writer(Protocol):
@@ -33,21 +37,32 @@ class Writer(Protocol):
         """Drops the rows of steps after `step`."""
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces the file as a whole, or leaves the old one as it was."""
+@contextlib.contextmanager
+def appearing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when all has been written, and else leaves the old one as it was.
+
+    Its permissions are those of the old one; of a new one, those the umask gives.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Replaces the file as a whole, or leaves the old one as it was."""
+    with appearing(path) as file:
+        file.write(text.encode())
 
 
 class JsonlWriter:
@@ -55,17 +70,23 @@ class JsonlWriter:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: Row) -> None:
-        """Appends one row."""
+        """Appends one row; a last line cut short stays a line of its own."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         clean = {k: None if _not_finite(v) else v for k, v in row.items()}
+        begin = "\n" if _is_cut(self.path) else ""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+            file.write(begin + json.dumps(clean) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops the rows of steps after `step`, and a last line cut short."""
-        kept = [row for row in read_jsonl(self.path) if row.get("step", 0) <= step]
+        """Drops the rows of steps after `step`, and lines cut short."""
+
+        def stays(row: Row) -> bool:
+            at = row.get("step", 0)
+            return not is_number(at) or at <= step
+
+        kept = [row for row in read_jsonl(self.path) if stays(row)]
         if self.path.exists():
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -78,13 +99,16 @@ class CsvWriter:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._columns: list[str] | None = None  # of the file, once read
 
     def write(self, row: Row) -> None:
         """Appends one row."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._columns is None:
-            self._columns = self._read()[0]
+            columns, rows = self._read()
+            if _is_cut(self.path):
+                self._write_all(columns, rows)
+            self._columns = columns
         if new := [name for name in row if name not in self._columns]:
             self._write_all([*self._columns, *new], self._read()[1])
         with self.path.open("a", encoding="utf-8", newline="") as file:
@@ -180,10 +204,18 @@ class Writers:
     Args:
       workdir: the run directory.
       besides: "csv" for `metrics.csv`, "tensorboard" for the folder `tensorboard`.
+      directions: gives the directions of the rows' values, see `declare`; asked at the first row.
     """
 
-    def __init__(self, workdir: str | Path, besides: Iterable[str] = ()):
+    def __init__(
+        self,
+        workdir: str | Path,
+        besides: Iterable[str] = (),
+        directions: Callable[[], Mapping[str, str]] = dict,
+    ):
         workdir = Path(workdir)
+        self._workdir, self._directions = workdir, directions
+        self._declared = False
         kinds: dict[str, Callable[[], Writer]] = {
             "csv": lambda: CsvWriter(workdir / "metrics.csv"),
             "tensorboard": lambda: TensorBoardWriter(workdir / "tensorboard"),
@@ -200,6 +232,9 @@ class Writers:
         self._stepped = self._stepped or row["split"] == "train"
         if not self._stepped and self._told_before(row):
             return
+        if not self._declared:
+            declare(self._workdir, self._directions())
+            self._declared = True
         for writer in self._all:
             writer.write(row)
 
@@ -217,18 +252,55 @@ class Writers:
             writer.rewind(step)
 
 
+def declare(workdir: str | Path, directions: Mapping[str, str]) -> None:
+    """Adds to a run's `directions.json` which values are best at their "max" or "min"."""
+    known = read_directions(workdir)
+    if known != (found := known | dict(directions)):
+        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        write_atomically(Path(workdir) / DIRECTIONS, text)
+
+
+def read_directions(workdir: str | Path) -> dict[str, str]:
+    """Name -> "max" or "min", as far as the run has declared them."""
+    try:
+        found = json.loads((Path(workdir) / DIRECTIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    known = found.items() if isinstance(found, dict) else ()
+    return {name: best for name, best in known if best in ("min", "max")}
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file, without a last line cut short; none where there is no file."""
+    """The rows of a file, without lines that hold none, such as one cut short.
+
+    None where there is no file.
+    """
     path = Path(path)
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
+
+
+def is_number(value: Any) -> bool:
+    """Whether a row's value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the file's last line is without its end: its process was killed as it wrote."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _not_finite(value: Any) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.core.types import Batch, Params
+from jdl.train.feed import one_pass
 from jdl.vision import images
 from jdl.vision.dream import check_channels
 from jdl.vision.trunk import Trunk
@@ -132,7 +133,7 @@ def exciting(
     check_channels(trunk, (name,), channels)
     best: list[list[tuple[float, int, np.ndarray]]] = [[] for _ in channels]
     seen = 0
-    for batch in data.once() if hasattr(data, "once") else data:
+    for batch in one_pass(data):
         x = np.asarray(batch["image"])
         mask = np.asarray(batch.get("mask", np.ones(len(x)))) > 0
         x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)

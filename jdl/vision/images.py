@@ -4,18 +4,17 @@ Photographs may be anybody's; `jdl.data.decode` bounds what they may cost. Gray 
 is dropped, EXIF's orientation is followed.
 """
 
-import contextlib
 import io
 import math
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from jdl.core import check
+from jdl.train.writers import appearing
 
 LARGEST_FILE = 1 << 29  # bytes
 LARGEST_SIDE = 16384  # pixels of a picture made here
@@ -113,7 +112,7 @@ def write(path: str | Path, image: Any) -> Path:
 
     path = check_out(path)
     picture = Image.fromarray(eight_bits(image))
-    with _appearing(path) as file:
+    with appearing(path) as file:
         picture.save(file, "PNG")
     return path
 
@@ -147,7 +146,7 @@ def write_frames(
         loop=0,
         **({"quality": 90} if path.suffix.lower() == ".webp" else {}),
     )
-    with _appearing(path) as file:
+    with appearing(path) as file:
         file.write(packed.getvalue())
     return [path]
 
@@ -163,23 +162,6 @@ def check_frames_out(path: str | Path) -> Path:
         ok = False
     check.argument(ok, "out", "a name with one number in it, such as zoom-%04d.png", str(path))
     return check_out(path)
-
-
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when all has been written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def resized(image: Any, size: tuple[int, int]) -> np.ndarray:

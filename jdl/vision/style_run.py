@@ -19,6 +19,7 @@ import numpy as np
 from jdl.core import check
 from jdl.core.model import Model
 from jdl.core.types import Batch, Key, Loss, ModelState, Outputs, Params
+from jdl.metrics import direction
 from jdl.optim import registry
 from jdl.train.checkpoint import begun
 from jdl.train.estimator import Estimator
@@ -210,6 +211,7 @@ def losses(
     def loss(outputs: Outputs, batch: Batch) -> jax.Array:
         return terms(outputs, batch).total(weights)
 
+    @direction(dict.fromkeys(st.Terms._fields, "min"))
     def metrics(outputs: Outputs, batch: Batch) -> Mapping[str, jax.Array]:
         return terms(outputs, batch)._asdict()
 

@@ -5,6 +5,7 @@ notebook - becomes one, and all of vision works on any of them.
 """
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
 from jdl.core import check
+from jdl.core.jaxpr import CALLS, CUSTOM, Evaluator, Site, bind
 from jdl.core.model import Model
 from jdl.core.types import ModelState, Params
 
@@ -207,7 +208,9 @@ def of_model(
     """The trunk of any `Model`, whatever it was made of.
 
     Its layers are the results of its convolutions and matrix products, numbered as computed:
-    "conv_1", "dot_1", and "output". Loops count as one step, not looked into.
+    "conv_1", "dot_1", and "output". Calls are looked into; loops and branches count as one step, so
+    what they compute within has no name. A function with a derivative of its own keeps it, unless
+    a layer in it is edited.
 
     >>> from jdl.core.model import from_fns
     >>> weights = jnp.ones((12, 5))
@@ -218,12 +221,10 @@ def of_model(
 
     def outputs(variables: Any, images: jax.Array, edits: Edits) -> Features:
         x = as_trained(images, image_shape)
-        closed, shape = jax.make_jaxpr(
+        program, shape = jax.make_jaxpr(
             lambda v, x: model.apply(v["params"], v["state"], x)[0], return_shape=True
         )(variables, x)
-        found: Features = {}
-        flat = jax.tree.leaves((variables, x))
-        leaves = _record(closed.jaxpr, closed.consts, flat, found, edits)
+        leaves, found = _record(program, jax.tree.leaves((variables, x)), edits)
         if isinstance(shape, jax.ShapeDtypeStruct):
             found["output"] = leaves[0]
         return found
@@ -302,38 +303,25 @@ def _collect(tree: Any, path: tuple[str, ...], found: Features) -> None:
 
 
 _LAYERS = {"conv_general_dilated": "conv", "canonical_conv": "conv", "dot_general": "dot"}
-_CALLS = ("jit", "pjit", "closed_call", "remat", "checkpoint")
 
 
-def _record(
-    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: Features, edits: Edits
-) -> list[Any]:
-    """Evaluates a jaxpr, noting the results of convolutions and products."""
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values |= zip(jaxpr.invars, args, strict=True)
+def _record(program: Any, args: Sequence[Any], edits: Edits) -> tuple[list[Any], Features]:
+    """A program's outputs, and the results of its convolutions and products."""
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+    def visit(site: Site, inputs: list[Any], found: Features) -> Any:
+        if site.name in CALLS:
+            return None
+        if site.name in CUSTOM:
+            outputs, more = evaluator.inside(site, inputs, found)
+            edited = edits.keys() & (more.keys() - found.keys())
+            return outputs if edited else bind(site.eqn, inputs), more
+        outputs = bind(site.eqn, inputs)
+        if site.name not in _LAYERS:
+            return outputs, found
+        kind = _LAYERS[site.name]
+        layer = f"{kind}_{1 + sum(each.startswith(f'{kind}_') for each in found)}"
+        y = outputs[0] + edits[layer] if layer in edits else outputs[0]
+        return [y], found | {layer: y}
 
-    for eqn in jaxpr.eqns:
-        name, inputs = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-        if name in _CALLS:
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            consts = getattr(inner, "consts", ())
-            outs = _record(getattr(inner, "jaxpr", inner), consts, inputs, found, edits)
-        else:
-            outs = _bind(eqn.primitive, inputs, eqn.params)
-        if name in _LAYERS:
-            kind = _LAYERS[name]
-            layer = f"{kind}_{1 + sum(each.startswith(f'{kind}_') for each in found)}"
-            outs = [outs[0] + edits[layer] if layer in edits else outs[0]]
-            found[layer] = outs[0]
-        values |= zip(eqn.outvars, outs, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _bind(primitive: Any, inputs: Sequence[Any], params: Any) -> list[Any]:
-    bound = primitive.get_bind_params(params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # before JAX 0.10
-    outs = primitive.bind(*functions, *inputs, **params)
-    return list(outs) if primitive.multiple_results else [outs]
+    evaluator = Evaluator(visit)
+    return evaluator.run(program, args, OrderedDict())  # it keeps its order through checkpoints

@@ -5,9 +5,13 @@ import json
 import shutil
 import subprocess
 import tomllib
+from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import jdl
 from jdl import cli
 from jdl.cli import completion, config_file, runs, train
 from jdl.core.check import ArgumentError, DataError
@@ -24,6 +28,7 @@ def write_run(folder, optimizer, accuracy):
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "se'
     (folder / "metrics.jsonl").write_text(text)
     (folder / "config.toml").write_text(f'optimizer = "{optimizer}"\nmodel = "cnn"\n')
+    (folder / "directions.json").write_text('{"accuracy": "max", "odd": 3}')
 
 
 def test_runs_are_listed_with_their_best(tmp_path, capsys):
@@ -48,6 +53,77 @@ def test_runs_are_listed_with_their_best(tmp_path, capsys):
     assert cli.main(["runs", str(tmp_path)]) == 0
     (tmp_path / "none").mkdir()
     assert cli.main(["runs", str(tmp_path / "none")]) == 2
+
+
+def f1(outputs, batch):
+    return outputs[:, 0]
+
+
+def trained_in_python(folder, values, metric):
+    """A run by an Estimator whose metric takes these values at steps 1, 2 ….
+
+    Its parameter and its loss are 0 throughout.
+    """
+    model = jdl.from_fns(lambda key, x: jnp.zeros(()), lambda w, x: x + 0.0 * w)
+    estimator = jdl.Estimator(
+        model,
+        lambda outputs, batch: 0.0 * outputs[:, 0],
+        "sgd",
+        metrics={"f1": metric},
+        workdir=folder,
+        log_every=1,
+    )
+    for value in values:
+        x = np.full((2, 1), value, np.float32)
+        estimator.train([{"image": x}], steps=1, save=False)
+        estimator.evaluate([{"image": x}], name="test")
+
+
+def said(capsys, *arguments):
+    capsys.readouterr()
+    code = cli.main([str(a) for a in arguments])
+    heard = capsys.readouterr()
+    return code, heard.out, heard.err
+
+
+def test_runs_go_by_what_a_metric_declares_and_not_by_its_name(tmp_path, capsys):
+    for name, values in {"a": [0.2, 0.9, 0.3], "b": [0.5, 0.6, 0.4]}.items():
+        declared = jdl.metrics.direction("max")(lambda outputs, batch: outputs[:, 0])
+        trained_in_python(tmp_path / "declared" / name, values, declared)
+        trained_in_python(tmp_path / "silent" / name, values, f1)
+    known = json.loads((tmp_path / "declared" / "a" / "directions.json").read_text())
+    assert known == {"loss": "min", "f1": "max"}
+    code, out, _ = said(capsys, "runs", tmp_path / "declared", "--sort", "f1")
+    header, first, second = (line.split() for line in out.splitlines() if line.strip(" ─"))
+    assert code == 0
+    assert header[4:] == ["best", "test_f1", "best", "test_loss"]
+    assert (first[0], first[-2], second[0], second[-2]) == ("a", "0.9", "b", "0.6")
+    code, _, err = said(capsys, "runs", tmp_path / "silent", "--sort", "f1")
+    assert code == 2
+    assert "`--direction` must be min or max with --sort f1" in err
+    folder = tmp_path / "silent"
+    assert said(capsys, "runs", folder, "--direction", "min")[0] == 2
+    for direction, best in (("min", ["0.2", "0.4"]), ("max", ["0.9", "0.6"])):
+        _, out, _ = said(capsys, "runs", folder, "--sort", "f1", "--direction", direction)
+        table = [line.split() for line in out.splitlines() if line.strip(" ─")]
+        assert [row[-2] for row in table[1:]] == best
+    entry = runs.about(folder / "a", folder)
+    assert entry["best"] == {"batch_loss": 0.0, "test_loss": 0.0}
+    assert (entry["last"]["test_f1"], entry["max"]["test_f1"]) == pytest.approx((0.3, 0.9))
+
+
+def test_accuracy_without_a_direction_shows_its_last_value(tmp_path, capsys):
+    write_run(tmp_path / "a", "adam", 0.8)
+    (tmp_path / "a" / "directions.json").unlink()
+    _, out, _ = said(capsys, "runs", tmp_path)
+    assert "last test_accuracy" in out
+    assert "0.7" in out
+    assert "0.8" not in out
+    write_run(tmp_path / "b", "adam", 0.8)
+    (tmp_path / "a" / "directions.json").write_text('{"accuracy": "min"}')  # they disagree
+    code, _, err = said(capsys, "runs", tmp_path, "--sort", "accuracy")
+    assert code == 2
+    assert "No one has declared which value of test_accuracy is the best." in err
 
 
 def test_the_doctor_tells_what_there_is(capsys, monkeypatch):
@@ -91,9 +167,49 @@ def test_a_file_says_what_flags_say(tmp_path):
         assert own == ["cnn", *expected[1:], "--batch-size", "9"]
 
 
+def test_of_several_files_the_later_wins_and_of_all_the_command_line(tmp_path):
+    first, second = tmp_path / "a.toml", tmp_path / "b.yaml"
+    first.write_text('model = "mlp"\nsteps = 3\nflip = true\ncolor = true\nlogs = ["csv"]\n')
+    second.write_text("steps: 4\nworkdir: here/run\nflip: false\nlogs: []\n")
+    files = ["--config", str(first), f"--config={second}"]
+
+    def parsed(*arguments):
+        expanded = config_file.expand([*arguments], train.Args)
+        return cli._parse("train", train, expanded)
+
+    args = parsed(*files)
+    assert (args.model, args.steps, args.flip, args.color, args.logs) == ("mlp", 4, False, True, ())
+    assert args.workdir == Path("here/run")  # as the flag: from the folder one is in
+    args = parsed("cnn", *files, "--no-color", "--flip", "--workdir", "x", "--logs", "csv")
+    assert (args.model, args.color, args.flip, args.logs) == ("cnn", False, True, ("csv",))
+    assert args.workdir == Path("x")
+    args = parsed(*files[::-1][:1], *files[:2], "--no-flip")
+    assert (args.steps, args.flip) == (3, False)
+    assert not parsed("mlp", "--flip", "--no-flip").flip
+    assert parsed("mlp", "--no-flip", "--flip").flip
+
+
+def test_a_switch_is_taken_back_without_a_file(capsys):
+    code, _, err = said(capsys, "train", "mlp", "--no-flip", "--data", "missing.tar")
+    assert code == 2
+    assert "missing.tar" in err
+    assert "--no-flip" not in said(capsys, "train", "--help")[1].replace("--no-flip takes", "")
+    assert "--no-nothing" in said(capsys, "train", "mlp", "--no-nothing")[2]
+
+
+def test_the_names_of_settings_are_told_in_the_order_of_the_help(tmp_path):
+    (tmp_path / "a.toml").write_text("qqq = 3")
+    with pytest.raises(ArgumentError, match="one of model, data, optimizer, learning-rate, steps,"):
+        config_file.expand(["--config", str(tmp_path / "a.toml")], train.Args)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "word"),
     [
+        ("b.toml", "seed = true", "seed in .* must be a value or a list of them, got True"),
+        ("b.yaml", "flip: maybe", "flip in .* must be true or false, got 'maybe'"),
+        ("b.toml", "[seed]\nx = 1", "a value or a list"),
+        ("b.yaml", "workdirr: x", "Did you mean 'workdir'"),
         ("a.toml", "stepz = 3", "steps"),
         ("a.toml", "steps =", "TOML"),
         ("a.yaml", "{", "YAML"),

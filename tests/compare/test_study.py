@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from jdl import optim
+from jdl.cli import runs
 from jdl.compare import Budget, Entry, Study, Target, machine, named, table
 from jdl.compare.feeds import Repeated, training
 from jdl.compare.optimizers import as_entry
@@ -81,6 +82,14 @@ def test_all_start_alike_and_are_charged_what_they_did(problem, lbfgs, tmp_path)
     assert {(row["optimizer"], row["seed"]) for row in merged} == {
         (name, seed) for name in ("sgd", "lbfgs") for seed in (0, 7)
     }
+
+
+def test_the_runs_of_a_study_go_by_what_its_metrics_declare(problem, tmp_path):
+    results, _ = run(problem, [sgd()], tmp_path, seeds=[0])
+    found = runs.about(tmp_path / "blobs" / "sgd-seed0", tmp_path)
+    rows = results.trials[0].evaluations
+    assert found["best"]["test_accuracy"] == max(row["test_accuracy"] for row in rows)
+    assert found["best"]["train_loss"] == min(row["train_loss"] for row in rows)
 
 
 def test_finished_trials_are_not_run_again(problem, tmp_path):

@@ -15,7 +15,7 @@ from jdl.core.check import ArgumentError
 from jdl.core.model import from_linen
 from jdl.core.objective import Objective
 from jdl.losses import softmax_cross_entropy
-from jdl.optim import by_name, diagnostics
+from jdl.optim import by_name, diagnostics, kronecker, preconditioner
 from jdl.optim.registry import REGISTRY
 
 EVERY = sorted(REGISTRY)
@@ -586,6 +586,43 @@ def test_the_registry_knows_what_trainers_ask():
 def test_an_option_that_does_not_exist_is_refused_at_once(name, options, told):
     with pytest.raises(ArgumentError, match=told):
         by_name(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("hf", "tolerance", 1.0),
+        ("hf", "c1", 1.0),
+        ("natural_gradient", "tolerance", 1.0),
+        ("kfac", "factors_decay", 1.0),
+        ("kfac", "averaging", 1.0),
+        ("kfac", "damping_decrease", 1.0),
+        ("lbfgs", "cautious", 1.0),
+        ("lbfgs", "c2", 1.0),
+        ("lbfgs", "c1", 0.9),
+        ("cg", "c2", 0.5),
+        ("cg", "c1", 0.1),
+        ("gauss_newton", "cutoff", 1.0),
+        ("gauss_newton", "c1", 1.0),
+    ],
+)
+def test_the_open_end_of_a_range_is_refused(name, option, value):
+    with pytest.raises(ArgumentError, match=rf"`{option}` must be a number in .*\), got {value}"):
+        by_name(name, **{option: value})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: preconditioner.diagonal(decay=1.0),
+        lambda: preconditioner.diagonal(power=0.0),
+        lambda: preconditioner.diagonal(power=1.5),
+        lambda: kronecker.preconditioner(decay=1.0),
+    ],
+)
+def test_a_preconditioner_out_of_range_is_refused(make):
+    with pytest.raises(ArgumentError, match="must be a number in"):
+        make()
 
 
 def test_first_order_ones_are_optax_to_the_bit():

@@ -364,6 +364,40 @@ def test_networks_learn_with_dropout_and_batch_norm(module, shape):
     assert ("['norm']['scale']" in told) == (shape == (6, 6, 1))
 
 
+class Cells(nn.Module):
+    cell: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3)(nn.RNN(self.cell(4))(x)[:, -1])
+
+
+# Computed with JAX 0.10.2, where K-FAC walked through scans by code of its own.
+LOSSES = {
+    "rnn": [1.2726743, 0.9607907, 0.8561468, 0.7362465, 0.6330460],
+    "lstm": [1.1290222, 1.0400529, 0.9790400, 0.9102108, 0.8363013],
+    "hessian-free rnn": [1.2726743, 1.0076880, 0.8680682, 0.7358870, 0.5920195],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_release_of_jax_takes_the_same_steps_through_a_scan(name):
+    data = {
+        "image": jnp.asarray(numbers(16, 5, 2), jnp.float32),
+        "label": jnp.arange(16, dtype=jnp.int32) % 3,
+    }
+    model = jdl.from_linen(Cells(nn.LSTMCell if name == "lstm" else nn.SimpleCell))
+    shapes, _ = jax.eval_shape(model.init, jax.random.key(0), data["image"])
+    leaves, structure = jax.tree.flatten(shapes)
+    drawn = [jnp.asarray(numbers(*s.shape, seed=i) / 2, s.dtype) for i, s in enumerate(leaves)]
+    params = jax.tree.unflatten(structure, drawn)
+    optimizer = hessian_free(preconditioner="kronecker") if "free" in name else made()
+    objective = Objective(model, losses.softmax_cross_entropy, {}, data)
+    *_, values = run(optimizer, objective, params, len(LOSSES[name]))
+    np.testing.assert_allclose(values, LOSSES[name], rtol=0, atol=1e-5)
+
+
 def test_any_loss_is_told_its_route_and_the_log_has_it_once(caplog):
     def lambda_loss(z, b):
         return optax.sigmoid_binary_cross_entropy(z, jax.nn.sigmoid(b["y"])).sum(axis=1)

@@ -112,20 +112,66 @@ def test_processes_that_are_done_end_in_good_order(tmp_path):
         assert [p.returncode for p in processes] == [0, 0], texts
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("kind", ["raise", "kill"])
-def test_when_one_fails_all_end_soon_and_say_why(kind, rank, tmp_path):
-    processes = start(2, tmp_path, 10**6, "--fail", kind, "--rank", str(rank))
-    failing, other = processes[rank], processes[1 - rank]
-    failing.communicate(timeout=120)
+OWN = {
+    "raise": (1, "ValueError: this one raises"),
+    "mistake": (1, "jdl: error: this is not to be done"),
+    "kill": (-signal.SIGKILL, ""),
+    "interrupt": (130, "jdl: process {rank} was interrupted"),
+    "leave": (1, "jdl: ended, because process {rank} was done 8 s before another"),
+}
+OTHERS = {
+    "raise": "process {rank} failed: ValueError: this one raises",
+    "mistake": "process {rank} failed: UserError: this is not to be done",
+    "kill": "process {rank}(, which coordinates,)? is gone",
+    "interrupt": "process {rank} was interrupted",
+    "leave": "process {rank} was done 8 s before another",
+}
+
+
+def clean(text):
+    """Whether it has no dump of C++, and no traceback of what another process's end has caused."""
+    dumps = "terminate called|stack trace|SIGABRT|absl::|Gloo \\w+ failed"
+    return not re.search(dumps, text) and text.count("Traceback") <= text.count("this one raises")
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "rank"),
+    [
+        *((kind, "step", rank) for kind in ("raise", "kill", "interrupt") for rank in (0, 1)),
+        ("mistake", "data", 1),
+        ("raise", "checkpoint", 0),
+        ("kill", "checkpoint", 1),
+        ("leave", "step", 1),
+    ],
+)
+def test_when_one_fails_all_end_soon_and_name_it(kind, at, rank, tmp_path):
+    processes = start(2, tmp_path, 10**6, "--fail", kind, "--at", at, "--rank", str(rank))
+    wait_for(lambda: any(p.poll() is not None for p in processes))
     began = time.monotonic()
-    text = other.communicate(timeout=60)[0]
+    texts = outputs(processes, timeout=60)
     assert time.monotonic() - began < 20
-    assert other.returncode != 0
-    if kind == "raise":
-        assert f"process {rank} failed: ValueError: this one raises" in text
-    else:
-        assert re.search(r"(?i)gloo|heartbeat|closed|gone|unavailable|died", text), text
+    own, other = texts[rank], texts[1 - rank]
+    code, line = OWN[kind]
+    assert [processes[rank].returncode, processes[1 - rank].returncode] == [code, 1], texts
+    assert line.format(rank=rank) in own
+    assert own.count("Traceback") == (kind == "raise")
+    told = [line for line in other.splitlines() if line.startswith("jdl: ")]
+    assert len(told) == 1, other
+    assert re.match(f"jdl: ended, because {OTHERS[kind].format(rank=rank)}", told[0]), other
+    assert "Traceback" not in other
+    assert clean(own), own
+    assert clean(other), other
+
+
+def test_ctrl_c_to_all_ends_all_as_interrupted(tmp_path):
+    processes = start(2, tmp_path, 10**6, "--slow", "0.01")
+    wait_for(lambda: checkpoints(tmp_path), processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    texts = outputs(processes, timeout=20)
+    assert [p.returncode for p in processes] == [130, 130], texts
+    assert all(f"jdl: process {i} was interrupted" in text for i, text in enumerate(texts)), texts
+    assert all(map(clean, texts)), texts
 
 
 def test_one_that_is_late_is_waited_for(tmp_path):
@@ -145,26 +191,52 @@ def test_sigterm_to_one_saves_on_all_at_the_same_step(tmp_path):
     assert checkpoints(tmp_path)[-1] == last + 2
 
 
-def test_a_mistake_in_one_command_is_told_to_all(tmp_path):
-    command = "import sys; from jdl.cli import main; sys.exit(main())"
+def command(tmp_path, *options):
+    """`jdl train` in two processes; `options` are those of each."""
+    script = "import sys; from jdl.cli import main; sys.exit(main())"
     port = free_port()
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", command, "train", "mlp", "--distributed", "--data", data],
+            [sys.executable, "-c", script, "train", "mlp", "--distributed", *own],
             env=coordinates(port, 2, i),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for i, data in enumerate(("missing.tar", "digits"))
+        for i, own in enumerate(options)
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "mistake", "reason"),
+    [
+        (["--data", "missing.tar"], "There is no archive 'missing.tar'.", "DataError: There is no"),
+        (["--workdir", "file/run"], "{}/run: Not a directory.", "NotADirectoryError: "),
+    ],
+)
+def test_a_mistake_in_one_command_is_told_to_all(options, mistake, reason, tmp_path):
+    (tmp_path / "file").touch()
+    processes = command(tmp_path, options, ["--workdir", "run"])
     began = time.monotonic()
     mistaken, other = outputs(processes, timeout=60)
     assert time.monotonic() - began < 40
     assert [p.returncode for p in processes] == [2, 1]
-    assert mistaken.strip() == "jdl train: error: There is no archive 'missing.tar'."
-    assert "jdl: ended, because process 0 failed: DataError: There is no archive" in other
+    assert mistaken.strip() == f"jdl train: error: {mistake.format('file')}"
+    assert f"jdl: ended, because process 0 failed: {reason}" in other
+
+
+def test_ctrl_c_to_one_command_ends_all(tmp_path):
+    options = ["--steps", "1000000", "--save-every", "20", "--workdir", "run"]
+    processes = command(tmp_path, options, options)
+    wait_for(lambda: checkpoints(tmp_path / "run"), processes[0])
+    processes[1].send_signal(signal.SIGINT)
+    other, interrupted = outputs(processes, timeout=20)
+    assert [p.returncode for p in processes] == [1, 130], (other, interrupted)
+    assert re.fullmatch(r"jdl train: interrupted after step \d+; .*", interrupted.splitlines()[-1])
+    assert other.splitlines()[-1] == "jdl: ended, because process 1 was interrupted"
+    assert clean(other), other
+    assert clean(interrupted), interrupted
 
 
 def test_a_runtime_shut_down_in_good_order_ends_nobody():

@@ -1,5 +1,6 @@
 """Training that goes on, resumes, evaluates exactly, and refuses what it must."""
 
+import contextlib
 import errno
 import inspect
 import json
@@ -70,6 +71,91 @@ def test_looking_for_a_checkpoint_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("file", "kept"),
+    [
+        ("state/_sharding", 40),
+        ("state/_METADATA", 0),
+        ("meta/metadata", 0),
+        ("state/manifest.ocdbt", 20),
+        ("state/d/*", 100),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's reading
+def test_a_damaged_checkpoint_is_left_out_and_told(file, kept, tmp_path, caplog):
+    whole = make("adam").train(data(), steps=9)
+    make("adam", workdir=tmp_path, save_every=3).train(data(), steps=6)
+    newest = tmp_path / "checkpoints" / "6"
+    for path in newest.glob(file):
+        path.write_bytes(path.read_bytes()[:kept])
+    reader = make("adam", workdir=tmp_path)
+    reader.evaluate(data(epochs=1))
+    assert reader.step == 3
+    told = caplog.messages[-1]
+    assert "step 6 cannot be read" in told
+    assert "that of step 3 is taken instead" in told
+    assert f"rm -r {newest}" in told
+    assert newest.is_dir()  # who only reads changes nothing
+    resumed = make("adam", workdir=tmp_path, save_every=3).train(data(), max_steps=9)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+    names = {path.name for path in newest.parent.iterdir()}
+    assert names == {"3", "6", "9", "damaged-6"}
+    assert make("adam", workdir=tmp_path).train(data(), max_steps=9).step == 9
+
+
+def test_where_no_checkpoint_can_be_read_nothing_begins_anew_by_itself(tmp_path):
+    make("adam", workdir=tmp_path).train(data(), steps=2)
+    (tmp_path / "checkpoints" / "2" / "meta" / "metadata").write_bytes(b"")
+    with pytest.raises(check.DataError, match=r"can be read .step 2: .*To begin anew, remove"):
+        make("adam", workdir=tmp_path).train(data(), steps=2)
+
+
+def test_an_estimator_that_only_reads_makes_no_file(tmp_path):
+    make("adam", workdir=tmp_path, keep_best=("accuracy", "max")).train(
+        data(), steps=2, validation=data(epochs=1), validate_every=1
+    )
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    before = files()
+    reader = make("adam", workdir=tmp_path)
+    reader.predict(data(epochs=1))
+    make("adam", workdir=tmp_path).restore_best(data())
+    make("adam", workdir=tmp_path).initialize(data())
+    assert files() == before
+    make("adam", workdir=tmp_path / "none", logs=("csv", "tensorboard"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_evaluation_that_cannot_be_logged_is_told_and_given(tmp_path, monkeypatch, caplog):
+    make("adam", workdir=tmp_path).train(data(), steps=2)
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "metrics.jsonl")
+
+    monkeypatch.setattr("jdl.train.writers.JsonlWriter.write", refused)
+    assert make("adam", workdir=tmp_path).evaluate(data(epochs=1))["loss"] > 0
+    assert "the evaluation is not logged" in caplog.text
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+    with pytest.raises(PermissionError):  # a training without its log is refused
+        make("adam", workdir=tmp_path).train(data(), steps=2)
+
+
+def test_what_is_being_written_survives_the_next_estimator(tmp_path):
+    def fail(row):
+        if row["step"] == 5:
+            raise RuntimeError("a fault in a hook")
+
+    for end in (10, 20, 30):
+        estimator = make("adam", 512, workdir=tmp_path, save_every=4, log_every=1, hooks=[fail])
+        with contextlib.suppress(RuntimeError):
+            estimator.train(data(), max_steps=end)
+        assert make("adam", 512, workdir=tmp_path).initialize(data()).step >= 4
+        assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     make("sgd", workdir=tmp_path).train(data(), steps=4)
     estimator = make(optax.sgd(np.nan), workdir=tmp_path / "other", log_every=1)
@@ -80,8 +166,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
 
 def test_batches_that_change_shape_are_refused():
     (one,) = list(data(batch_size=70, epochs=1))
-    two = {name: x[:10] for name, x in one.items()}
-    with pytest.raises(check.DataError, match="differs from the first"):
+    two = one | {"label": one["label"].astype(np.float32)}
+    with pytest.raises(check.DataError, match=r"differs from the first.*Only the number of rows"):
         make("sgd").train([one, two])
 
 

@@ -1,6 +1,7 @@
 """Early stopping, averages, the guard against non-finite steps, range test, profile, dead units."""
 
 import json
+import logging
 
 import flax.linen as nn
 import jax
@@ -70,6 +71,12 @@ def test_the_average_of_parameters_is_what_the_formula_says():
     jax.tree.map(close, averaged.ema_params, expected)
     jax.tree.map(close, averaged.params, plain.params)
     assert averaged.evaluate(data())["loss"] != plain.evaluate(data())["loss"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_a_decay_that_averages_nothing_is_refused(decay):
+    with pytest.raises(check.ArgumentError, match=r"`ema` must be a number in \(0.0, 1.0\)"):
+        make(ema=decay)
 
 
 def test_a_step_that_is_not_finite_is_skipped():
@@ -168,6 +175,65 @@ def test_dead_units_are_counted_by_layer():
     assert seen[0]["dead/0"] == pytest.approx(0.5)
 
 
+def dead(f, *inputs):
+    model = jdl.from_fns(lambda key, x: (), lambda _, *inputs: f(*inputs))
+    return [float(s) for s in relu.dead_shares(model, (), {}, *inputs)]
+
+
+def test_dead_units_are_counted_inside_of_every_kind_of_call():
+    # By unit: alive at the first step, alive at the last, never, never.
+    x = np.array([[[1.0, -1, -1, -1], [-1, 2, -1, -1]], [[0, 0, 0, 0], [-1, -1, -1, -1]]])
+    x = jnp.asarray(x, jnp.float32)
+
+    def steps(x):
+        return jax.lax.scan(lambda h, row: (h + nn.relu(row), ()), x[:, 0], x.swapaxes(0, 1))[0]
+
+    def loop(x):
+        body = lambda c: (c[0] + 1, c[1] + nn.relu(x[:, c[0]]))  # noqa: E731
+        return jax.lax.while_loop(lambda c: c[0] < 2, body, (0, jnp.zeros((2, 4))))[1]
+
+    def branch(x, at_least=0.0):
+        return jax.lax.cond(x.max() > at_least, lambda: nn.relu(x[:, 0]), lambda: nn.relu(x[:, 1]))
+
+    assert dead(steps, x) == [0.5]
+    assert dead(loop, x) == [0.5]
+    assert dead(jax.checkpoint(lambda x: nn.relu(x[:, 0])), x) == [0.75]
+    assert dead(jax.jit(jnp.maximum), x[:, 0], jnp.zeros((2, 4))) == []
+    # Of a branch that is not taken no unit is alive: it is 1 for one of the two.
+    assert sorted(dead(branch, x)) == [0.75, 1.0]
+    assert sorted(dead(lambda x: branch(x, 9.0), x)) == [0.75, 1.0]
+
+    def every_other(x):  # each branch at one of two steps: neither is left out
+        def step(i, row):
+            return i + 1, jax.lax.cond(i % 2 == 0, nn.relu, lambda row: nn.relu(row) / 2, row)
+
+        return jax.lax.scan(step, 0, x.swapaxes(0, 1))[1]
+
+    assert dead(every_other, x) == [0.75, 0.75]
+    # One entry each, in the order of computation.
+    assert dead(lambda x: nn.relu(jax.checkpoint(nn.relu)(x[:, 0]) - 1.5), x) == [0.75, 1.0]
+
+
+def test_units_of_a_recurrent_layer_are_counted_over_all_steps():
+    rnn = nn.RNN(nn.SimpleCell(16, activation_fn=nn.relu))
+    x = np.random.default_rng(0).normal(size=(1, 3, 2)).astype(np.float32)
+    params = jax.jit(rnn.init)(jax.random.key(0), x)
+    hidden = np.asarray(jax.jit(rnn.apply)(params, x))
+    expected = np.mean(np.all(hidden <= 0, axis=(0, 1)))
+    assert 0 < expected < np.mean(hidden <= 0)
+    assert dead(lambda x: rnn.apply(params, x), x) == [pytest.approx(expected)]
+
+
+def test_dead_units_are_compiled_once():
+    model = jdl.from_linen(Dying())
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    params, state = model.init(jax.random.key(0), x)
+    first = relu.dead_shares(model, params, state, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "make_jaxpr", None)  # nothing is traced again
+        assert relu.dead_shares(model, params, state, x) == first
+
+
 def test_early_stopping_counts_what_the_log_holds_and_the_best_is_kept_first(tmp_path):
     def again(steps):
         stop = hooks.early_stopping(patience=2)
@@ -209,3 +275,166 @@ def test_the_range_test_says_that_the_data_is_at_its_end():
     few = list(data())
     with pytest.raises(check.DataError, match="The data ends after"):
         hooks.learning_rate_range_test(make("sgd"), few, steps=10, high=1e-5)
+
+
+def stopped_at(estimator, **options):
+    options = {"max_steps": 100, "validation": data(), "validate_every": 5} | options
+    return estimator.train(data(), **options).step
+
+
+def test_a_hook_with_memory_starts_fresh_in_each_run():
+    image = np.ones((8, 6), np.float32)
+    shared = [hooks.early_stopping(patience=2), hooks.dead_units({"image": image}, every=2)]
+    runs = []
+    for _ in range(2):
+        seen = []
+        runs.append(make(optax.sgd(0.0), hooks=[*shared, seen.append], log_every=1))
+        assert stopped_at(runs[-1], max_steps=10) == 10
+        measured = [r["step"] for r in seen if "dead/0" in r]
+        assert measured == [2, 4, 6, 8, 10]
+    assert [stopped_at(run) for run in runs] == [15, 15]  # two more calls are the same two runs
+
+
+def test_early_stopping_forgets_the_steps_that_a_run_went_back_from(tmp_path):
+    stop = hooks.early_stopping(patience=3)
+    rate = optax.piecewise_constant_schedule(0.3, {10: 0.0})
+    options = {"workdir": tmp_path, "keep_best": ("loss", "min"), "hooks": [stop]}
+    estimator = make(optax.sgd(rate), **options)
+    assert stopped_at(estimator, max_steps=20) == 20  # the best is step 10, two are no better
+    assert estimator.restore_best(data()).step == 10
+    assert stopped_at(estimator, validate_every=20) == 60  # and not 20, with those two
+
+
+@pytest.mark.parametrize("patience", [2, 3])
+def test_a_value_that_is_not_finite_is_no_improvement_before_and_after_a_restart(
+    patience, tmp_path
+):
+    def again(workdir, steps):
+        stop = hooks.early_stopping(patience=patience)
+        estimator = make("sgd", workdir=workdir, hooks=[stop])
+        return stopped_at(estimator, max_steps=steps, validation=data(poisoned=[3]))
+
+    assert again(tmp_path / "whole", 100) == 5 * patience
+    assert again(tmp_path / "parted", 5) == 5
+    assert again(tmp_path / "parted", 100) == 5 * patience
+
+
+def first_logit(outputs, batch):
+    return outputs[:, 0]
+
+
+def test_a_metric_that_older_rows_lack_counts_from_now_on(tmp_path, caplog):
+    before = make(optax.sgd(0.1), workdir=tmp_path, keep_best=("loss", "min"))
+    assert stopped_at(before, max_steps=10) == 10
+    options = {"metrics": {"first": first_logit}, "keep_best": ("first", "max")}
+    stop = hooks.early_stopping("first", mode="max", patience=2)
+    after = make(optax.sgd(0.0), workdir=tmp_path, hooks=[stop], **options)
+    with pytest.raises(check.UserError, match=r"best/ holds the best step by loss \(min\)"):
+        after.restore_best(data())
+    assert stopped_at(after, max_steps=100) == 25
+    assert "by loss (min), 10; from here on it is that by first (max)" in caplog.text
+    assert after.restore_best(data()).step == 15
+    assert caplog.text.count("from here on it is that by") == 1
+
+
+def test_the_best_of_another_mode_is_not_compared_with(tmp_path):
+    def once(rate, keep_best):
+        estimator = make(optax.sgd(rate), workdir=tmp_path, keep_best=keep_best)
+        settings = {"max_steps": 10, "validation": data(), "validate_every": 10, "save": False}
+        return estimator.train(data(), **settings)
+
+    once(0.1, ("loss", "min"))
+    worse = once(0.01, ("loss", "max"))  # its loss at step 10 is larger
+    expected = jax.tree.map(np.array, worse.params)
+    assert worse.restore_best(data()).step == 10
+    jax.tree.map(np.testing.assert_array_equal, worse.params, expected)
+    once(0.05, ("loss", "max"))  # smaller again: the best stays
+    kept = make(optax.sgd(0.1), workdir=tmp_path).restore_best(data())
+    jax.tree.map(np.testing.assert_array_equal, kept.params, expected)
+
+
+def test_a_better_step_takes_the_place_of_the_same_step_of_a_course_that_was_left(tmp_path):
+    def once(rate):
+        estimator = make(optax.sgd(rate), workdir=tmp_path, keep_best=("loss", "min"))
+        settings = {"max_steps": 10, "validation": data(), "validate_every": 10, "save": False}
+        return estimator.train(data(), **settings)
+
+    once(0.01)
+    better = once(0.1)
+    expected = jax.tree.map(np.array, better.params)
+    jax.tree.map(np.testing.assert_array_equal, better.restore_best(data()).params, expected)
+
+
+def test_what_can_never_act_is_told_before_training(caplog, tmp_path):
+    caplog.set_level(logging.WARNING, "jdl.train")
+    waits = hooks.early_stopping()
+    make(hooks=[waits, hooks.early_stopping(split="train"), len]).train(data(), steps=1)
+    assert "awaits rows of 'validation' in vain. Give `validation`" in caplog.text
+    caplog.clear()
+    estimator = make(hooks=[waits], workdir=tmp_path, keep_best=("loss", "min"))
+    estimator.train(data(), steps=1, validation=data(), validate_every=1)
+    assert not caplog.records
+    estimator.train(data(), steps=1)
+    assert "keep_best compares validations, of which there are none" in caplog.text
+    with pytest.raises(check.ArgumentError, match="`workdir` must be given with keep_best"):
+        make(keep_best=("loss", "min"))
+
+
+def histograms(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_histograms_of_a_run_cut_short_are_those_of_one_that_was_not(tmp_path):
+    def run(folder, steps):
+        hook = hooks.parameter_histograms(folder / "h.jsonl", every=3, bins=4)
+        image = np.ones((8, 6), np.float32)
+        dead = hooks.dead_units({"image": image}, every=2)
+        estimator = make("sgd", workdir=folder, hooks=[hook, dead], log_every=1)
+        estimator.train(data(), max_steps=steps)
+        return estimator
+
+    run(tmp_path / "whole", 12)
+    parted = tmp_path / "parted"
+    run(parted, 4).train(data(), steps=5, save=False)  # to step 9, and then killed
+    with (parted / "h.jsonl").open("a") as file:
+        file.write('{"step": 9, "par')
+    run(parted, 12)
+    found, whole = histograms(parted / "h.jsonl"), histograms(tmp_path / "whole" / "h.jsonl")
+    assert [(x["step"], x["parameter"]) for x in found] == [
+        (x["step"], x["parameter"]) for x in whole
+    ]
+    assert sorted({x["step"] for x in found}) == [3, 6, 9, 12]
+    dead = [[r["step"] for r in rows(d) if "dead/0" in r] for d in (parted, tmp_path / "whole")]
+    assert dead == [[2, 4, 6, 8, 10, 12]] * 2
+
+
+def test_histograms_go_back_with_the_run(tmp_path, caplog):
+    feed, estimator = growing(2.5)
+    write = hooks.parameter_histograms(tmp_path / "h.jsonl", bins=3)
+    run = estimator(workdir=tmp_path, on_nonfinite="rollback", save_every=100, hooks=[write])
+    run.train(feed, max_steps=1)
+    run.train(feed, max_steps=120)
+    steps = [line["step"] for line in histograms(tmp_path / "h.jsonl")]
+    assert steps == [r["step"] for r in rows(tmp_path) if r["split"] == "train"]
+    assert steps == list(range(1, 121))
+    options = {"keep_best": ("loss", "max"), "hooks": [write], "log_every": 2}
+    again = make("adam", workdir=tmp_path / "best", **options)
+    again.train(data(), steps=12, validation=data(), validate_every=4)
+    assert "held the histograms of another run" in caplog.text
+    again.restore_best(data()).train(data(), steps=3)
+    lines = histograms(tmp_path / "h.jsonl")
+    assert [x["step"] for x in lines if x["parameter"] == "Dense_0/bias"] == [2, 4, 6, 7]
+
+
+def test_histograms_leave_out_what_is_not_finite(tmp_path):
+    write = hooks.parameter_histograms(tmp_path / "h.jsonl", bins=3)
+    with pytest.raises(check.TrainingError, match="The loss is nan at step 3"):
+        make("sgd", hooks=[write], log_every=1).train(data(poisoned=[33]), epochs=1)
+
+
+def test_an_evaluation_beside_a_training_leaves_its_histograms_alone(tmp_path):
+    write = hooks.parameter_histograms(tmp_path / "h.jsonl")
+    make("sgd", workdir=tmp_path, hooks=[write], log_every=1).train(data(), steps=3)
+    before = (tmp_path / "h.jsonl").read_text()
+    make("sgd", workdir=tmp_path, hooks=[write]).evaluate(data())
+    assert (tmp_path / "h.jsonl").read_text() == before

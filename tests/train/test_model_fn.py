@@ -12,6 +12,7 @@ from jdl import Mode, Spec, from_model_fn
 from jdl.core import check
 from jdl.data import from_arrays
 from jdl.models import MLP, param
+from jdl.train.writers import read_directions
 
 ONE = jax.devices()[:1]
 
@@ -235,3 +236,16 @@ def test_the_names_that_old_ones_are_led_to_exist():
     assert {"validation", "validate_every"} <= set(
         inspect.signature(jdl.Estimator.train).parameters
     )
+
+
+def test_a_metric_that_is_a_function_declares_its_direction(tmp_path):
+    @jdl.metrics.direction("max")
+    def right(outputs, labels):
+        return (jnp.argmax(outputs, -1) == labels).astype(jnp.float32)
+
+    def fn(features, labels, mode):
+        spec = classify("sgd")(features, labels, mode)
+        return spec if mode == Mode.PREDICT else spec._replace(metrics={"right": right})
+
+    from_model_fn(fn, devices=ONE, workdir=tmp_path).train(data(), steps=1)
+    assert read_directions(tmp_path) == {"loss": "min", "right": "max"}

@@ -93,3 +93,50 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
     assert checkpoints(tmp_path) == [4]
     assert finish(tmp_path, "adam", 8, "--width", "4096")[0] == 0
     assert checkpoints(tmp_path)[-1] == 8
+
+
+READER = """
+import sys
+from pathlib import Path
+from jdl.cli.run_config import RunConfig
+
+workdir = Path(sys.argv[1])
+config = RunConfig.load(workdir)
+digits = config.images(config.data, config.split, batch_size=64)
+shuffled = config.images(config.data, config.split, batch_size=64, shuffle=True, seed=0)
+for _ in range(12):
+    estimator = config.estimator(workdir)
+    assert estimator.evaluate(digits)["loss"] > 0
+    assert len(estimator.predict(digits)) == digits.num_records
+    assert config.estimator(workdir).initialize(shuffled).step >= estimator.step
+"""
+
+
+def test_a_training_that_saves_all_the_time_is_not_disturbed_by_readers(tmp_path):
+    run = str(tmp_path / "run")
+    jdl = [sys.executable, "-m", "jdl"]
+    training = subprocess.Popen(
+        [*jdl, "train", "mlp", "--workdir", run, "--save-every", "2", "--steps", "1000000"],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(lambda: checkpoints(tmp_path / "run"), training)
+    at_first = checkpoints(tmp_path / "run")[-1]
+    readers = [
+        [*jdl, "evaluate", "--workdir", run],
+        [*jdl, "predict", "--workdir", run, "--out", str(tmp_path / "p.jsonl")],
+        [*jdl, "curvature", "--workdir", run, "--images", "128"],
+        [*jdl, "runs", str(tmp_path)],
+        [sys.executable, "-c", READER, run],
+    ]
+    for command in readers:
+        done = subprocess.run(
+            command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, cwd=tmp_path
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        assert training.poll() is None, training.communicate()[0]
+    at_last = checkpoints(tmp_path / "run")[-1]
+    training.terminate()
+    output, _ = training.communicate(timeout=60)
+    assert training.returncode == 75, output
+    assert at_last > at_first + 20
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))

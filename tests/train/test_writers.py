@@ -2,12 +2,20 @@
 
 import csv
 import json
+import os
 import struct
 
 import pytest
 
 from jdl.core import check
-from jdl.train.writers import CsvWriter, JsonlWriter, TensorBoardWriter, Writers, read_jsonl
+from jdl.train.writers import (
+    CsvWriter,
+    JsonlWriter,
+    TensorBoardWriter,
+    Writers,
+    read_jsonl,
+    write_atomically,
+)
 
 
 def row(step, split="train", **values):
@@ -107,3 +115,39 @@ def test_jsonl_goes_back_behind_a_line_cut_short(tmp_path):
         file.write('{"step": 3, "lo')
     writer.rewind(1)
     assert read_jsonl(writer.path) == [row(1, loss=None)]
+
+
+def test_a_log_goes_on_behind_a_line_cut_short_and_what_is_no_row(tmp_path):
+    writer = JsonlWriter(tmp_path / "m.jsonl")
+    writer.write(row(1))
+    with writer.path.open("a") as file:
+        file.write('3\n{"step": "x"}\n{"step": 2, "lo')  # killed; then an evaluation beside
+    for step in (2, 3):
+        writer.write(row(step))
+    assert read_jsonl(writer.path) == [row(1), {"step": "x"}, row(2), row(3)]
+    writer.rewind(2)
+    assert read_jsonl(writer.path) == [row(1), {"step": "x"}, row(2)]
+
+
+def test_a_table_goes_on_behind_a_line_cut_short(tmp_path):
+    path = tmp_path / "m.csv"
+    CsvWriter(path).write(row(1, loss=0.25))
+    with path.open("a") as file:
+        file.write("2,0.5,,train,0.")
+    CsvWriter(path).write(row(3, loss=0.125))
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [(r["step"], r["loss"]) for r in found] == [("1", "0.25"), ("3", "0.125")]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_a_file_has_the_permissions_of_the_umask_and_keeps_those_it_has(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            write_atomically(tmp_path / "new", "text")
+            assert (tmp_path / "new").stat().st_mode & 0o777 == 0o666 & ~umask
+            os.umask(0o022)
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -57,6 +57,62 @@ def test_a_models_layers_equal_its_linen_modules(cnn, x):
         np.testing.assert_allclose(mine[a] + shift, theirs[b], rtol=1e-4, atol=1e-5)
 
 
+def of_function(f, weights):
+    model = jdl.from_fns(lambda key, x: weights, lambda w, x: f(w, x.reshape(-1, 12)))
+    return trunk.of_model(model, weights, image_shape=(2, 2, 3))
+
+
+def test_layers_within_calls_are_found_and_keep_their_derivatives():
+    @jax.custom_jvp
+    def product(x, w):
+        return x @ w
+
+    product.defjvp(lambda p, t: (product(*p), 7.0 * (t[0] @ p[1] + p[0] @ t[1])))
+
+    @jax.custom_vjp
+    def again(x, w):
+        return jnp.tanh(x @ w)
+
+    again.defvjp(lambda x, w: (again(x, w), (x, w)), lambda kept, g: (5.0 * g @ kept[1].T, kept[1]))
+
+    def network(w, x):
+        x = nn.relu(product(x, w[0]))
+        x = jax.checkpoint(lambda x: again(x, w[1]) @ w[1])(x)
+        return x + jax.lax.fori_loop(0, 3, lambda _, y: y @ w[1], x)
+
+    weights = [jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((12, 4), (4, 4)))]
+    found = of_function(network, weights)
+    assert found.layers == ("dot_1", "dot_2", "dot_3", "output")  # a loop is one step
+    images = jax.random.uniform(jax.random.key(2), (2, 2, 2, 3))
+    variables, x = found.params, images.reshape(2, 12)
+    features = found.features(images, found.layers)
+    np.testing.assert_allclose(features["dot_1"], x @ weights[0], rtol=1e-5)
+    np.testing.assert_allclose(features["output"], network(weights, x), rtol=1e-5)
+
+    def output(images, edits=None):
+        return found.apply(variables, images, ("output",), edits)["output"].sum()
+
+    expected = jax.jit(jax.grad(lambda x: network(weights, x).sum()))(x).reshape(images.shape)
+    np.testing.assert_allclose(jax.jit(jax.grad(output))(images), expected, rtol=1e-4, atol=1e-5)
+    edits = {"dot_1": jnp.ones((2, 4))}
+    shifted = network(
+        [jnp.concatenate([weights[0], jnp.ones((1, 4))]), weights[1]],
+        jnp.pad(x, [(0, 0), (0, 1)], constant_values=1.0),
+    )
+    np.testing.assert_allclose(jax.jit(output)(images, edits), shifted.sum(), rtol=1e-5)
+
+
+def test_names_of_layers_keep_their_order_through_rematerialization():
+    @jax.checkpoint
+    def network(w, x):
+        for _ in range(11):
+            x = jnp.tanh(x @ w)
+        return x
+
+    names = tuple(f"dot_{i}" for i in range(1, 12))
+    assert of_function(network, jnp.eye(12)).layers == (*names, "output")
+
+
 @pytest.mark.slow
 def test_edits_reach_the_layers_after(cnn, x):
     module, params = cnn

@@ -1,0 +1,176 @@
+"""The one evaluator of jaxprs, and all that depends on how JAX writes them (releases 0.8 to 0.12).
+
+Other files know primitives by name, and their public parameters.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex
+
+from jdl.core.types import PyTree
+
+_REMAT = ("remat", "remat2", "checkpoint")
+CALLS = ("jit", "pjit", "closed_call", "core_call", "call", "eval_jaxpr", *_REMAT)
+as_function = jex.jaxpr_as_fun  # program -> its function of arrays
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # calls with a derivative of their own
+
+
+class Site(NamedTuple):
+    """One equation of a program.
+
+    Attributes:
+      eqn: the equation.
+      place: the numbers of the equations and branches that lead to it, unique in the program.
+      times: how often the scans around it run it.
+    """
+
+    eqn: Any
+    place: tuple[int, ...]
+    times: int
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return str(self.eqn.primitive.name)
+
+
+class Evaluator(NamedTuple):
+    """Evaluates programs equation by equation, and shows each equation to `visit`.
+
+    Attributes:
+      visit: (site, inputs, state) -> (outputs, state), or None to go on by `inside`. State is
+        carried through branches and loops, which must leave its shapes as they are.
+      leave: makes arrays of what a loop carries or slices and of what a branch hands on, where
+        `visit` gives other pytrees of one array each.
+
+    >>> program = jax.make_jaxpr(lambda x: 2 * jax.jit(jax.numpy.sin)(x))(1.0)
+    >>> evaluator = Evaluator(lambda site, inputs, state: print(site.name, site.place))
+    >>> [float(y) for y in evaluator.run(program, [0.0])[0]]
+    jit (0,)
+    sin (0, 0)
+    mul (1,)
+    [0.0]
+    """
+
+    visit: Callable[[Site, list[Any], PyTree], tuple[list[Any], PyTree] | None]
+    leave: Callable[[list[Any]], list[Any]] = list
+
+    def run(
+        self,
+        program: Any,
+        args: Sequence[Any],
+        state: PyTree = (),
+        place: tuple[int, ...] = (),
+        times: int = 1,
+    ) -> tuple[list[Any], PyTree]:
+        """The outputs of a program from `jax.make_jaxpr`, or of one inside of it; and the state."""
+        jaxpr, consts = getattr(program, "jaxpr", program), getattr(program, "consts", ())
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            inputs, site = [read(atom) for atom in eqn.invars], Site(eqn, (*place, i), times)
+            with eqn.ctx.manager:
+                seen = self.visit(site, inputs, state)
+                outputs, state = self.inside(site, inputs, state) if seen is None else seen
+            values |= zip(eqn.outvars, outputs, strict=True)
+        return [read(atom) for atom in jaxpr.outvars], state
+
+    def inside(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
+        """An equation, evaluated within: calls, rematerialization, scans, branches, while loops.
+
+        Others are evaluated as they are, as is a while loop that `jax.vmap` gave a condition for
+        each example. Of a while loop's condition nothing is shown. A call with a derivative of its
+        own gets that of its body.
+        """
+        eqn, params = site.eqn, site.eqn.params
+        if site.name == "cond":
+            index, *operands = inputs
+            branches = [
+                lambda state, *args, j=j, body=body: self._body(site, body, args, state, j)
+                for j, body in enumerate(params["branches"])
+            ]
+            return jax.lax.switch(*self.leave([index]), branches, state, *operands)
+        if site.name == "scan":
+            return self._scan(site, inputs, state)
+        if site.name == "while" and not params["cond_jaxpr"].out_avals[0].shape:
+            return self._while(site, inputs, state)
+        if site.name not in (*CALLS, *CUSTOM):
+            return bind(eqn, inputs), state
+
+        def call(state: PyTree, *args: Any) -> Any:
+            body = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+            return self.run(body, args, state, site.place, site.times)
+
+        if site.name in _REMAT:
+            options = {k: params[k] for k in ("prevent_cse", "policy")}
+            call = jax.checkpoint(call, **options)
+        return call(state, *inputs)
+
+    def _body(
+        self, site: Site, body: Any, args: Sequence[Any], state: PyTree, *branch: int
+    ) -> tuple[list[Any], PyTree]:
+        times = site.times * site.eqn.params.get("length", 1)
+        outputs, state = self.run(body, args, state, (*site.place, *branch), times)
+        return self.leave(outputs), state
+
+    def _scan(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
+        params = site.eqn.params
+        n, m = scan_groups(site.eqn)
+
+        def step(carry: Any, xs: list[Any]) -> Any:
+            args = [*inputs[:n], *carry[0], *xs]
+            outputs, state = self._body(site, params["jaxpr"], args, carry[1])
+            return (outputs[: m - n], state), outputs[m - n :]
+
+        first = self.leave(inputs[n:m]), state
+        options = {k: params[k] for k in ("length", "reverse", "unroll")}
+        (last, state), ys = jax.lax.scan(step, first, self.leave(inputs[m:]), **options)
+        return [*last, *ys], state
+
+    def _while(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
+        params = site.eqn.params
+        n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        test, told = as_function(params["cond_jaxpr"]), self.leave(inputs[:n])
+        return jax.lax.while_loop(
+            lambda carry: test(*told, *carry[0])[0],
+            lambda carry: self._body(
+                site, params["body_jaxpr"], [*inputs[n:m], *carry[0]], carry[1]
+            ),
+            (self.leave(inputs[m:]), state),
+        )
+
+
+def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """What an equation gives for these inputs."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Up to JAX 0.9 functions come apart from the other parameters.
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    outputs = eqn.primitive.bind(*functions, *inputs, **params)
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def scan_groups(eqn: Any) -> tuple[int, int]:
+    """Where a scan's carry begins among its inputs, and where what it slices."""
+    params = eqn.params
+    if "num_consts" in params:  # before JAX 0.12
+        n, carry = params["num_consts"], params["num_carry"]
+    else:
+        n, carry, _ = map(len, params["ft_in"].unpack())
+    return n, n + carry
+
+
+def scans(program: Any) -> Iterator[tuple[Any, int]]:
+    """The bodies and lengths of the outermost scans of a program."""
+    for eqn in getattr(program, "jaxpr", program).eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn.params["jaxpr"], eqn.params["length"]
+            continue
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(inner, jex.ClosedJaxpr | jex.Jaxpr):
+                    yield from scans(inner)
