@@ -45,6 +45,7 @@ def direction(best: str | Mapping[str, str]) -> Callable[[_M], _M]:
 
 def directions(metrics: Any) -> dict[str, str]:
     """Name -> "max" or "min" of what `Estimator(metrics=…)` is given, as far as it is declared."""
+    each: Mapping[str, Any]
     if isinstance(metrics, Mapping):
         each = {name: _declared(metric) for name, metric in metrics.items()}
     else:
