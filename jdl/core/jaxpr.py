@@ -172,5 +172,5 @@ def scans(program: Any) -> Iterator[tuple[Any, int]]:
             continue
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(inner, jex.ClosedJaxpr | jex.Jaxpr):
+                if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
                     yield from scans(inner)

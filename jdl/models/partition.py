@@ -151,7 +151,7 @@ def exact_log_z(rbm: RBM, params: Params) -> float:
     for high in itertools.product((0, 1), repeat=n - inner):
         h = np.concatenate([low, np.tile(np.asarray(high, np.float32), (len(low), 1))], axis=1)
         parts.append(float(_log_sum(rbm, params, jnp.asarray(h))))
-    return float(np.logaddexp.reduce(np.asarray(parts, np.float64)))
+    return float(functools.reduce(np.logaddexp, parts))
 
 
 @functools.partial(jax.jit, static_argnames="rbm")

@@ -36,8 +36,9 @@ def pad(sequences: Sequence[np.ndarray], steps: int | None = None) -> dict[str, 
             "Leave empty sequences out.",
         )
     lengths = np.array([len(array) for array in arrays], np.int32)
-    steps = int(lengths.max()) if steps is None else steps
-    check.argument(bool(lengths.max() <= steps), "steps", f"at least {lengths.max()}", steps)
+    longest = int(np.max(lengths))
+    steps = longest if steps is None else steps
+    check.argument(longest <= steps, "steps", f"at least {longest}", steps)
     padded = np.zeros((len(arrays), steps, *arrays[0].shape[1:]), arrays[0].dtype)
     for i, array in enumerate(arrays):
         padded[i, : len(array)] = array

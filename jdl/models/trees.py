@@ -74,7 +74,7 @@ def _shape(tree: Tree, height: np.ndarray) -> tuple[int, int, int, int]:
     widths = np.bincount(height)[1:]
     counts = Counter(tree.parents)
     counts.pop(-1, None)
-    width = int(widths.max()) if widths.size else 1
+    width = int(np.max(widths)) if widths.size else 1
     return len(height), max(int(height.max()), 1), width, max(counts.values(), default=1)
 
 

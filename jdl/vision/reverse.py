@@ -29,7 +29,7 @@ from jdl.core.types import Params
 from jdl.vision.dream import COLORS, check_channels, total_variation
 from jdl.vision.trunk import Trunk
 
-_MIXING = COLORS / np.linalg.norm(COLORS, axis=0).max()
+_MIXING = COLORS / np.max(np.linalg.norm(COLORS, axis=0))
 
 
 class Search(NamedTuple):
