@@ -280,7 +280,10 @@ def iter_dataset():
     )
 
 
-@pytest.mark.parametrize("data", [loader, map_dataset, iter_dataset, Batched])
+@pytest.mark.parametrize(
+    "data",
+    [loader, pytest.param(map_dataset, marks=pytest.mark.slow), iter_dataset, Batched],
+)
 def test_any_iterator_with_a_position_is_resumed_bit_for_bit(data, tmp_path):
     whole = make("adam").train(data(), steps=9)
     make("adam", workdir=tmp_path).train(data(), steps=4)
@@ -350,7 +353,7 @@ def test_compiling_for_a_smaller_batch_is_in_no_clock():
     assert estimator.compile_seconds - compiling > 0.5 > estimator.seconds - before
 
 
-@pytest.mark.parametrize("parallel", ["jit", "fsdp", "pmap"])
+@pytest.mark.parametrize("parallel", ["jit", pytest.param("fsdp", marks=pytest.mark.slow), "pmap"])
 def test_smaller_batches_over_two_devices_give_the_numbers_of_one(parallel):
     data = lists(32, 32, 6)
     one = make(optax.sgd(0.1)).train(data)
@@ -385,14 +388,13 @@ class Words(nn.Module):
         return nn.Dense(4)(nn.Embed(7, 8)(words).reshape(len(words), -1))
 
 
-@pytest.mark.parametrize("name", ["image", "tokens"])
-def test_tokens_of_bytes_are_the_tokens_they_are(name):
+def test_tokens_of_bytes_are_the_tokens_they_are():
     words = RNG.integers(0, 7, (96, 5))
     label = (words[:, 0] % 4).astype(np.int32)
     accuracy = []
     for kind in (np.uint8, np.int32):
-        data = from_arrays({name: words.astype(kind), "label": label}, batch_size=32, seed=0)
-        estimator = jdl.classifier(Words(), optax.adam(0.05), inputs=name, devices=ONE)
+        data = from_arrays({"image": words.astype(kind), "label": label}, batch_size=32, seed=0)
+        estimator = jdl.classifier(Words(), optax.adam(0.05), devices=ONE)
         accuracy.append(estimator.train(data, steps=60).evaluate(data)["accuracy"])
     assert accuracy[0] == accuracy[1] > 0.9
 
@@ -484,7 +486,9 @@ def test_names_stay_on_the_host_and_come_back_with_the_predictions(parallel):
         make(inputs=("image", "a name")).train([batch])
 
 
-@pytest.mark.parametrize(("optimizer", "parallel"), [("hf", "jit"), ("adam", "pmap")])
+@pytest.mark.parametrize(
+    ("optimizer", "parallel"), [pytest.param("hf", "jit", marks=pytest.mark.slow), ("adam", "pmap")]
+)
 def test_what_is_carried_is_cut_with_the_rest(optimizer, parallel):
     """Slices and curvature examples take each entry's own rows."""
 
