@@ -1,7 +1,7 @@
 """Spoilt archives, images and index files: clean errors, bounded memory, nothing made up.
 
-Every mutation follows from its number. `make test` runs a few hundred, `make test-release` ten thousand
-in a process whose memory is limited.
+Every mutation follows from its number. `make test` runs a few hundred, `make test-release` ten
+thousand in a process whose memory is limited.
 """
 
 import gzip
