@@ -292,7 +292,7 @@ def test_a_workers_exception_arrives_once_with_the_members_name(tmp_path):
     iterator.close()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_ten_million_members_in_a_worker(tmp_path):
     """What a worker holds for itself, when it maps an index of ten million members."""
     n, folders = 10_000_000, 100_000

@@ -1,7 +1,7 @@
 """Spoilt archives, images and index files: clean errors, bounded memory, nothing made up.
 
-Every mutation follows from its number. `make test` runs a few hundred, `make test-all` ten thousand
-in a process whose memory is limited.
+Every mutation follows from its number. `make test` runs a few hundred, `make test-release` ten
+thousand in a process whose memory is limited.
 """
 
 import gzip
@@ -222,7 +222,7 @@ def peak_memory():
     return int(line.split()[1]) * 1024
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_ten_thousand_mutations_in_bounded_memory(tmp_path):
     code = f"""
 import resource, sys
