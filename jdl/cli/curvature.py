@@ -10,6 +10,7 @@ Examples:
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Args:
     """radius of the ball in which the loss's rise is sought"""
     seed: int = 0
     """of the images drawn and the random directions"""
+    out: Path | None = None
+    """folder for curvature.png and curvature.json; by default the run directory"""
 
 
 def run(args: Args) -> None:
@@ -141,8 +144,6 @@ def run(args: Args) -> None:
         "memory_bytes": max(top.memory, density.memory),
         "seconds": time.perf_counter() - started,
     }
-    write_atomically(args.workdir / "curvature.json", json.dumps(_finite(found), indent=1) + "\n")
-    _draw(args.workdir / "curvature.png", found, by_batch)
     rows = [
         [f"{i + 1}", f"{value:.4g}", "" if s is None else f"{s:.2g}", f"{residual:.1g}"]
         for i, (value, s, residual) in enumerate(
@@ -159,7 +160,17 @@ def run(args: Args) -> None:
     else:
         print(f"noise scale {noise.value:.4g} images ({noise.low:.4g} to {noise.high:.4g})")
     print(f"sharpness: the loss rises by {sharp.rise:.4g} within {args.rho:g}")
-    print(f"wrote {args.workdir / 'curvature.png'} and curvature.json")
+    folder = args.out or args.workdir
+    try:
+        write_atomically(folder / "curvature.json", json.dumps(_finite(found), indent=1) + "\n")
+        _draw(folder / "curvature.png", found, by_batch)
+    except PermissionError as error:
+        if args.out is not None:
+            raise
+        told = f"{folder} may only be read ({error.strerror}): no picture; give --out FOLDER"
+        print(f"jdl curvature: {told}.", file=sys.stderr)
+        return
+    print(f"wrote {folder / 'curvature.png'} and curvature.json")
 
 
 class _Stages:
@@ -169,8 +180,6 @@ class _Stages:
         self._last = time.perf_counter()
 
     def __call__(self, text: str) -> None:
-        import sys
-
         now = time.perf_counter()
         print(f"{text} ({now - self._last:.1f} s)", file=sys.stderr)
         self._last = now

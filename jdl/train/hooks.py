@@ -8,6 +8,7 @@ One that remembers rows is to be a `Remembering`, as those here are. One that lo
 a single split alone may say so in an attribute `split`; `train` warns where there are none.
 """
 
+import itertools
 import logging
 import math
 import weakref
@@ -191,8 +192,8 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
     a step or more ahead of the row.
 
     Each is a line `{"step", "parameter", "counts"[bins], "edges"[bins + 1]}` of the file, which is
-    one run's: a run taken up again first drops from it the steps beyond its checkpoint, and another
-    run begins it anew.
+    one run's: a run taken up again first drops from it the steps beyond its checkpoint, and for
+    another run it is renamed to `NAME-1.jsonl` and begun anew.
 
     Args:
       path: the JSONL file.
@@ -212,7 +213,7 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
     """
     check.positive_int("every", every)
     check.positive_int("bins", bins)
-    path = Path(path)
+    path = Path(path).absolute()
 
     def make(earlier: Sequence[Row]) -> Hook:
         last_step = max((row["step"] for row in earlier), default=-1)
@@ -220,7 +221,9 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
 
         def begun() -> JsonlWriter:
             if last_step < 0 and read_jsonl(path):
-                logger.warning("%s held the histograms of another run; it begins anew", path)
+                names = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1))
+                kept = path.rename(next(name for name in names if not name.exists()))
+                logger.warning("the histograms of another run now lie in %s", kept)
             writer = JsonlWriter(path)
             writer.rewind(last_step)
             return writer

@@ -421,7 +421,8 @@ def test_histograms_go_back_with_the_run(tmp_path, caplog):
     options = {"keep_best": ("loss", "max"), "hooks": [write], "log_every": 2}
     again = make("adam", workdir=tmp_path / "best", **options)
     again.train(data(), steps=12, validation=data(), validate_every=4)
-    assert "held the histograms of another run" in caplog.text
+    assert "the histograms of another run now lie in" in caplog.text
+    assert [x["step"] for x in histograms(tmp_path / "h-1.jsonl")] == list(range(1, 121))
     again.restore_best(data()).train(data(), steps=3)
     lines = histograms(tmp_path / "h.jsonl")
     assert [x["step"] for x in lines if x["parameter"] == "Dense_0/bias"] == [2, 4, 6, 7]

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,3 +141,37 @@ def test_a_training_that_saves_all_the_time_is_not_disturbed_by_readers(tmp_path
     assert training.returncode == 75, output
     assert at_last > at_first + 20
     assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
+
+
+def test_a_run_that_may_only_be_read_is_evaluated_and_predicted(tmp_path):
+    run, jdl = tmp_path / "run", [sys.executable, "-m", "jdl"]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may write anywhere, and there is no setpriv to give that up")
+        jdl = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *jdl]
+    subprocess.run(
+        [*jdl, "train", "mlp", "--workdir", str(run), "--steps", "3"], env=ENVIRONMENT, check=True
+    )
+    files = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for path in [*files, run]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for command in (["evaluate"], ["predict", "--out", str(tmp_path / "p.jsonl")], ["curvature"]):
+        done = subprocess.run(
+            [*jdl, *command, "--workdir", str(run)], env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        if command == ["evaluate"]:
+            assert "accuracy" in done.stdout
+            assert "the evaluation is not logged: " in done.stderr
+            assert "Permission denied" in done.stderr
+        if command == ["curvature"]:
+            assert "trace " in done.stdout
+            assert "may only be read (Permission denied): no picture" in done.stderr
+    trained = subprocess.run(
+        [*jdl, "train", "mlp", "--workdir", str(run), "--steps", "5"],
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert trained.returncode == 2, trained.stderr
+    assert "Permission denied" in trained.stderr
+    assert "Traceback" not in trained.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == files
