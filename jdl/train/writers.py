@@ -100,20 +100,24 @@ class CsvWriter:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._columns: list[str] | None = None  # of the file, once read
+        self._columns: list[str] = []
+        self._size = -1  # of the file when its columns were these
 
     def write(self, row: Row) -> None:
         """Appends one row."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._columns is None:
-            columns, rows = self._read()
+        if self._size != self._size_now():  # at first, and when another process has written
+            self._columns, rows = self._read()
             if _is_cut(self.path):
-                self._write_all(columns, rows)
-            self._columns = columns
+                self._write_all(self._columns, rows)
         if new := [name for name in row if name not in self._columns]:
             self._write_all([*self._columns, *new], self._read()[1])
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(_cells(row))
+        self._size = self._size_now()
+
+    def _size_now(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def rewind(self, step: int) -> None:
         """Drops the rows of steps after `step`, and a last line cut short."""

@@ -168,3 +168,20 @@ def test_curves_are_drawn_of_what_is_a_number_and_of_metrics_that_came_later(tmp
     monkeypatch.setattr(curves, "_panel", spy)
     curves.draw(log, tmp_path / "m.png")
     assert drawn == {"loss": [[[1.0, 2.0], [3.0, 1.0]]], "late": [[[3.0, 0.5]]]}
+
+
+def test_two_processes_write_one_table(tmp_path):
+    """An evaluation beside a training may bring columns that the training does not know."""
+    training, evaluation = CsvWriter(tmp_path / "m.csv"), CsvWriter(tmp_path / "m.csv")
+    training.write({"step": 1, "loss": 0.5})
+    evaluation.write({"step": 1, "f1": 0.25, "loss": 0.75})
+    training.write({"step": 2, "loss": 0.125})
+    training.write({"step": 3, "loss": 0.125, "norm": 2.0})
+    with (tmp_path / "m.csv").open() as file:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    assert rows == [
+        {"step": "1", "loss": "0.5"},
+        {"step": "1", "loss": "0.75", "f1": "0.25"},
+        {"step": "2", "loss": "0.125"},
+        {"step": "3", "loss": "0.125", "norm": "2.0"},
+    ]
