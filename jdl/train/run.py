@@ -133,7 +133,8 @@ class Run:
         batches = repeated(opened(data)) if repeat else ending(opened(data))
         feed = Feed(batches, self.placement)
         if self.state is None:
-            first = feed.prefetch()
+            with self.signals.window("data"):
+                first = feed.prefetch()
             if first is not None:
                 self._prepare(self.placement.whole_batch(first))
         # Of other data than ours nothing tells whether a position is one in it.
@@ -233,14 +234,15 @@ class Run:
     def ended_by(self, signal: KeyboardInterrupt | Stopped) -> KeyboardInterrupt | Stopped:
         """Saves where training was ended by a signal; what is to be raised then."""
         keeper, step = self.keeper, self.step
-        alone = jax.process_count() == 1
+        begun = self.state is not None and step > 0
         if isinstance(signal, Stopped):
-            self.save(wait=True)
+            if begun:
+                self.save(wait=True)
             return Stopped(step)
         told = f"interrupted after step {step}"
-        if keeper.workdir is None or self.state is None or step == 0:
+        if keeper.workdir is None or not begun:
             return Interrupted(told)
-        if not alone:  # the others may be at another step, and do not wait to save
+        if jax.process_count() > 1:  # the others may be at another step, and do not wait to save
             return Interrupted(f"{told}; {keeper.workdir} holds what was saved before")
         try:
             self.save(wait=True)

@@ -75,7 +75,8 @@ class Signals:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._interrupted and self._window is not None:
             self._pass_on(frame)
-        self._interrupted = True
+        else:
+            self._interrupted = True
 
     def _pass_on(self, frame: FrameType | None = None) -> None:
         """To the handler of before: Python's raises KeyboardInterrupt."""
@@ -108,7 +109,12 @@ class Signals:
             return self._terminated
         from jax.experimental import multihost_utils
 
-        asked = bool(multihost_utils.reached_preemption_sync_point(step))
+        try:
+            asked = bool(multihost_utils.reached_preemption_sync_point(step))
+        except RuntimeError:  # JAX's service is switched off, and takes no signal then
+            if self._saves:
+                raise
+            return False
         if asked and not self._saves:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)

@@ -110,6 +110,13 @@ def test_a_second_ctrl_c_ends_a_hook_and_a_wait_for_data(ctrl_c):
 
     with pytest.raises(Interrupted):
         make().train(stuck, steps=9)
+
+    def stuck_at_once():
+        twice()
+        yield
+
+    with pytest.raises(Interrupted, match="after step 0"):
+        make().train(stuck_at_once, steps=9)
     assert not ended
 
 
