@@ -8,6 +8,7 @@ Examples:
   jdl curvature --workdir runs/photos --data held-out.tar --images 4096 --matrix gauss_newton
 """
 
+import errno
 import json
 import math
 import sys
@@ -164,8 +165,8 @@ def run(args: Args) -> None:
     try:
         write_atomically(folder / "curvature.json", json.dumps(_finite(found), indent=1) + "\n")
         _draw(folder / "curvature.png", found, by_batch)
-    except PermissionError as error:
-        if args.out is not None:
+    except OSError as error:
+        if args.out is not None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         told = f"{folder} may only be read ({error.strerror}): no picture; give --out FOLDER"
         print(f"jdl curvature: {told}.", file=sys.stderr)

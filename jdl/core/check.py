@@ -62,6 +62,15 @@ def positive_ints(**values: Any) -> None:
         positive_int(name, value)
 
 
+def reason(error: BaseException) -> str:
+    """An error's first line, or its kind where it says nothing.
+
+    >>> reason(ValueError("no such file")), reason(KeyError())
+    ('no such file', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def in_range(
     name: str,
     value: float,

@@ -42,8 +42,8 @@ class Evaluator(NamedTuple):
     Attributes:
       visit: (site, inputs, state) -> (outputs, state), or None to go on by `inside`. State is
         carried through branches and loops, which must leave its shapes as they are.
-      leave: makes arrays of what a loop carries or slices and of what a branch hands on, where
-        `visit` gives other pytrees of one array each.
+      leave: turns values into plain arrays before they enter a loop, as carry or slices, or leave a
+        branch or a loop's body; needed where `visit` returns pytrees that wrap an array.
 
     >>> program = jax.make_jaxpr(lambda x: 2 * jax.jit(jax.numpy.sin)(x))(1.0)
     >>> evaluator = Evaluator(lambda site, inputs, state: print(site.name, site.place))

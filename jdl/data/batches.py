@@ -209,7 +209,8 @@ class Batches(grain.IterDataset):
 
     Subclasses say how to `load` a span; everything about order and position is here. Of grain's own
     methods `map` keeps that; those that change which batches there are, or draw by a count of
-    their own, are refused: filter, batch, seed, random_map, map_with_index, mp_prefetch.
+    their own, are refused: filter, batch, seed, random_map, map_with_index, prefetch,
+    mp_prefetch.
 
     Attributes:
       plan: which places each batch holds.

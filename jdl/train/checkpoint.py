@@ -84,9 +84,17 @@ class Checkpoints:
                 for left in sorted({*later} & {*manager.all_steps()}):
                     manager.delete(left)
 
-    def delete(self, step: int) -> None:
-        """Removes the checkpoint of this step."""
-        self._opened().delete(step)
+    def replace(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+        """Saves, in place of what there may be of this step, which goes once this is whole."""
+        old, aside = self.directory / str(step), self.directory / f"replaced-{step}"
+        leads = jax.process_index() == 0
+        if leads and old.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            old.rename(aside)
+        self.save(step, state, meta)
+        self.close()
+        if leads:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _opened(self) -> Any:
         if self._manager is None:
@@ -130,7 +138,8 @@ class Checkpoints:
             whole = _steps(self.directory) - {step}
             kept = f"That of step {max(whole)} is whole." if whole else "There is none yet."
             raise check.TrainingError(
-                f"A checkpoint could not be written to {self.directory}: {_reason(error)}. {kept}"
+                f"A checkpoint could not be written to {self.directory}: {check.reason(error)}. "
+                f"{kept}"
             ) from error
 
     # ------------------------------------------------------------------ reading
@@ -158,25 +167,28 @@ class Checkpoints:
             step = max(left)
             try:
                 found = read(step)
-            except (check.UserError, PermissionError, jax.errors.JaxRuntimeError):
-                raise  # of another model; or no room for it, and no fault of the file's
             except Exception as error:
-                if step in _steps(self.directory):  # else a training beside has deleted it
-                    failed[step] = error
+                if isinstance(error, check.UserError):
+                    raise  # of another model
+                if step not in _steps(self.directory):
+                    continue  # a training beside has deleted it
+                if not _is_damage(error):
+                    raise
+                failed[step] = error
                 continue
             newer = {bad: why for bad, why in failed.items() if bad > step}
             for bad, why in newer.items():
                 logger.warning(
                     "the checkpoint of step %d cannot be read (%s); that of step %d is taken "
                     "instead. To remove it: rm -r %s",
-                    *(bad, _reason(why), step, shlex.quote(str(self.directory / str(bad)))),
+                    *(bad, check.reason(why), step, shlex.quote(str(self.directory / str(bad)))),
                 )
             self._damaged |= newer.keys()
             return found
         if not failed:
             return None
         self._damaged |= failed.keys()
-        told = "; ".join(f"step {step}: {_reason(why)}" for step, why in failed.items())
+        told = "; ".join(f"step {step}: {check.reason(why)}" for step, why in failed.items())
         raise check.DataError(
             f"No checkpoint in {self.directory} can be read ({told}). To begin anew, remove them: "
             f"rm -r {shlex.quote(str(self.directory))}"
@@ -247,8 +259,12 @@ def _steps(directory: Path) -> set[int]:
     return {int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()}
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _is_damage(error: Exception) -> bool:
+    """Whether the files are to blame: not a lack of memory, rights, or a disk that is away."""
+    others = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED")
+    if isinstance(error, MemoryError) or any(word in str(error) for word in others):
+        return False
+    return not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
 
 
 def _paths(tree: PyTree) -> list[tuple[str, Any]]:

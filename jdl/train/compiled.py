@@ -25,7 +25,7 @@ class CompiledSteps:
     Args:
       train: the pure step.
       placement: where it is to run.
-      off_clock: what to compile in, in the midst of training.
+      off_clock: the context for a compilation during training, such as one that stops the clock.
 
     Attributes:
       seconds: time spent compiling.
@@ -38,7 +38,7 @@ class CompiledSteps:
         off_clock: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._train, self._placement, self._off_clock = train, placement, off_clock
-        self._steps: dict[str, Step] = {}
+        self._steps: dict[str, tuple[Step, Any]] = {}
         self._plan: Any = None  # XLA's account of the memory of the last asked for
         self.seconds = 0.0
 
@@ -54,10 +54,10 @@ class CompiledSteps:
             lowered = self._placement.lower_step(self._train, state, batch)
             _refuse_changed_types(state, lowered.out_info[0])
             compiled = lowered.compile()
-            self._plan = compiled.memory_analysis()
-            self._steps[signature] = self._any_rows(compiled, shapes)
+            self._steps[signature] = self._any_rows(compiled, shapes), compiled.memory_analysis()
             self.seconds += time.perf_counter() - start
-        return self._steps[signature]
+        step, self._plan = self._steps[signature]
+        return step
 
     def _any_rows(self, compiled: Any, shapes: Any) -> Step:
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:

@@ -96,11 +96,10 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
                 coordinator_bind_address=bind if process_id in (0, None) else None,
             )
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise check.UserError(
-            f"The processes do not find each other: {reason} Start them with a launcher that JAX "
-            "detects (SLURM, Open MPI 4, Kubernetes, Cloud TPU), or set JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID for each."
+            f"The processes do not find each other: {check.reason(error)} Start them with a "
+            "launcher that JAX detects (SLURM, Open MPI 4, Kubernetes, Cloud TPU), or set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each."
         ) from error
 
 

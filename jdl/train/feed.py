@@ -15,6 +15,7 @@ from jdl.core import check
 from jdl.core.objective import batch_size
 from jdl.core.types import Batch
 from jdl.train.parallel import Placement
+from jdl.train.termination import Stopped
 
 Data = Iterable[Batch] | Callable[[], Iterable[Batch]]
 
@@ -72,7 +73,7 @@ class Feed:
                     return None
                 arrays, _ = entries(batch, self._placement.inputs)
                 self._ahead = (self._placement.put_step_batch(arrays), self._state())
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Stopped):
                 if self.resumable:  # the batch being made is not lost
                     _go_to(self._iterator, self.position)
                 raise
@@ -105,7 +106,7 @@ def entries(
     (['image', 'label'], ['name'])
     """
     check.argument(
-        isinstance(batch, Mapping) or hasattr(batch, "items"),
+        hasattr(batch, "items"),
         "data",
         "an iterable of dicts of arrays",
         f"an iterable of {type(batch).__name__}",
@@ -192,10 +193,9 @@ def _go_to(iterator: Any, position: Any) -> None:
     except check.UserError:
         raise
     except Exception as error:  # whatever another library's iterator makes of another's position
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise check.DataError(
             "The saved position belongs to other data than this "
-            f"{type(iterator).__name__}: {reason}"
+            f"{type(iterator).__name__}: {check.reason(error)}"
         ) from error
 
 

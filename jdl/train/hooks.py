@@ -179,8 +179,9 @@ def warn_of_idle(hooks: Sequence[Hook], keep_best: Any, *, validates: bool) -> N
     made = {"train", *(["validation"] if validates else [])}
     splits = {split for h in hooks if isinstance(split := getattr(h, "split", None), str)}
     for split in sorted(splits - made):
-        hint = "Give `validation`." if split == "validation" else "Training makes none."
-        logger.warning("a hook such as early_stopping awaits rows of %r in vain. %s", split, hint)
+        hint = " Give `validation`." if split == "validation" else ""
+        told = "a hook such as early_stopping reads rows of split %r; this training logs none.%s"
+        logger.warning(told, split, hint)
     if keep_best is not None and not validates:
         logger.warning("keep_best compares validations, of which there are none: give `validation`")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jdl.core import check, tree
 from jdl.core.types import PyTree
@@ -128,6 +129,7 @@ class Keeper:
           TrainingError: it cannot be written.
         """
         if not bool(_all_finite(state.params)):
+            self.close()
             kept = self.latest_step()
             raise NonFiniteError(
                 f"The parameters are not finite after step {int(state.step)}; they are not saved. "
@@ -169,10 +171,8 @@ class Keeper:
         sign = 1.0 if mode == "max" else -1.0
         if before is None or sign * values[name] > sign * before["values"][name]:
             step, found = int(state.step), {"values": dict(values), "keep_best": [name, mode]}
-            if before_step == step:  # of a course that was left, or by another metric
-                best.delete(step)
-            best.save(step, state, meta | found)
-            best.close()
+            # There may be one of this step, of a course that was left or by another metric.
+            best.replace(step, state, meta | found)
 
     def restore(
         self, expected: PyTree, shardings: PyTree, *, best: bool = False
@@ -187,6 +187,11 @@ class Keeper:
         if self.workdir is None:
             return None
         found = self._checkpoints("best" if best else "checkpoints").restore(expected, shardings)
+        if jax.process_count() > 1:  # of a damaged one, another process may have read more
+            from jax.experimental import multihost_utils
+
+            step = -1 if found is None else int(found.state.step)
+            multihost_utils.assert_equal(np.int32(step), "the processes read different checkpoints")
         if best and found is not None and self._keep_best is not None:
             by = _best_by(found.meta, *self._keep_best)
             if by != self._keep_best:

@@ -8,6 +8,7 @@ from jdl.train.clock import LateLog
 from jdl.train.compiled import Step
 from jdl.train.feed import Feed
 from jdl.train.hooks import Profile, StopTraining
+from jdl.train.keeper import NonFiniteError
 from jdl.train.run import Run
 from jdl.train.termination import Stopped
 
@@ -48,7 +49,7 @@ class Loop(NamedTuple):
             try:
                 self._steps(feed, log)
             except (KeyboardInterrupt, Stopped):
-                with contextlib.suppress(StopTraining):
+                with contextlib.suppress(StopTraining, NonFiniteError):
                     log.flush()  # what has been trained is logged
                 raise
 
@@ -73,8 +74,11 @@ class Loop(NamedTuple):
                 if run.step != last_step:
                     with data:
                         feed.prefetch()  # the next batch travels while the device works
-            finally:
-                log.push(run.step, logs)
+            except (KeyboardInterrupt, Stopped):
+                with contextlib.suppress(StopTraining, NonFiniteError):
+                    log.push(run.step, logs)
+                raise
+            log.push(run.step, logs)
             if profile.ends(run.step):
                 log.flush()
                 profile.stop()

@@ -16,6 +16,7 @@ logger = logging.getLogger("jdl.train")
 
 def error(run: Run, data: Data, finished: Finished) -> NonFiniteError:
     """What to raise about the first such step; names the records it was made of in the log."""
+    run.keeper.close()  # what is being written counts
     kept = run.keeper.latest_step()
     assert finished.nonfinite is not None
     step, loss = finished.nonfinite
@@ -46,7 +47,6 @@ def roll_back(run: Run, feed: Feed, error: NonFiniteError, last_rate: float) -> 
       TrainingError: the optimizer's state holds no learning rate.
     """
     batch = feed.prefetch()
-    run.keeper.close()
     if batch is None or not run.restore(run.placement.whole_batch(batch)):
         raise error
     state = run.current()

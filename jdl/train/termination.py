@@ -2,7 +2,8 @@
 
 SIGTERM is the notice that a scheduler gives before it takes a machine away; Ctrl-C is a person's.
 Both wait for the step at hand, since in the midst of one the old parameters are given up and the
-new ones are not there yet. A second Ctrl-C ends the data's, a hook's or a validation's own work.
+new ones are not there yet. A second Ctrl-C also interrupts a hook, a validation, or a wait for
+data.
 """
 
 import os
@@ -24,6 +25,8 @@ class Stopped(SystemExit):
         self.step = step
 
     def __str__(self) -> str:
+        if self.step == 0:
+            return "stopped by SIGTERM before a step was made"
         return f"stopped by SIGTERM after step {self.step}; the same command goes on from there"
 
 
@@ -32,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Takes SIGTERM and Ctrl-C as wishes to end after the step at hand, while it is entered.
+    """While entered, turns SIGTERM and Ctrl-C into a request to stop after the current step.
 
     Where several processes train together, a SIGTERM to one of them ends all at the same step:
     JAX's own preemption service carries it. Without a run directory there is nothing to save, and
@@ -45,16 +48,21 @@ class Signals:
     def __init__(self, saves: bool):
         self._saves = saves
         self._before: dict[int, Any] = {}
+        self._entered = 0  # how often: a hook may save, which enters it too
         self._terminated = self._interrupted = False
         self._window: str | None = None
 
     def __enter__(self) -> "Signals":
+        self._entered += 1
+        if self._entered > 1:
+            return self
         self._terminated = self._interrupted = False
-        if threading.current_thread() is threading.main_thread() and not self._before:
+        if threading.current_thread() is threading.main_thread():
             # A handler that is no function is to ignore the signal, or not Python's.
             if callable(signal.getsignal(signal.SIGINT)):
                 self._take_over(signal.SIGINT, self._interrupt)
-            if self._saves and jax.process_count() == 1:
+            taken = signal.getsignal(signal.SIGTERM) in (None, signal.SIG_IGN)
+            if self._saves and not taken and jax.process_count() == 1:
                 self._take_over(signal.SIGTERM, self._terminate)
         return self
 
@@ -63,6 +71,9 @@ class Signals:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         del kind, trace
+        self._entered -= 1
+        if self._entered:
+            return
         before, self._before = self._before, {}
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -109,12 +120,9 @@ class Signals:
             return self._terminated
         from jax.experimental import multihost_utils
 
-        try:
-            asked = bool(multihost_utils.reached_preemption_sync_point(step))
-        except RuntimeError:  # JAX's service is switched off, and takes no signal then
-            if self._saves:
-                raise
+        if not getattr(jax.config, "jax_enable_preemption_service", True):  # since JAX 0.9
             return False
+        asked = bool(multihost_utils.reached_preemption_sync_point(step))
         if asked and not self._saves:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -122,13 +130,17 @@ class Signals:
 
 
 class _Window:
-    __slots__ = ("_name", "_signals")
+    __slots__ = ("_name", "_outer", "_signals")
 
     def __init__(self, signals: Signals, name: str):
         self._signals, self._name = signals, name
+        self._outer: str | None = None
 
     def __enter__(self) -> None:
+        if self._name == "data" and self._signals.terminated:
+            raise Stopped(0)
+        self._outer = self._signals._window
         self._signals._window = self._name
 
     def __exit__(self, *_: object) -> None:
-        self._signals._window = None
+        self._signals._window = self._outer

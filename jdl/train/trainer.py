@@ -125,8 +125,7 @@ class Trainer:
                 return True
             except StopTraining as stop:
                 log.drop()
-                logger.info("training ended at step %d: %s", run.step, stop)
-                return True
+                return self._stopped(stop)
             except NonFiniteError as error:
                 rollbacks += 1
                 if self._on_nonfinite != "rollback" or rollbacks > MAX_ROLLBACKS:
@@ -134,9 +133,16 @@ class Trainer:
                 log.drop()
                 rate = nonfinite.roll_back(run, feed, error, rate)
                 seconds = run.clock.seconds
-                self._report(run.step, seconds, None, "rollback", {"learning_rate": rate})
+                try:
+                    self._report(run.step, seconds, None, "rollback", {"learning_rate": rate})
+                except StopTraining as stop:
+                    return self._stopped(stop)
                 run.leave_feed()
-                feed = run.feed(data, repeat=True)
+                feed = run.feed(data, repeat=limits.given)
+
+    def _stopped(self, stop: StopTraining) -> bool:
+        logger.info("training ended at step %d: %s", self._run.step, stop)
+        return True
 
     def _validation(self, data: Data) -> None:
         run = self._run

@@ -268,7 +268,7 @@ def directions(metrics: Any) -> dict[str, str]:
     if isinstance(metrics, Mapping):
         declared = {name: _declared(metric) for name, metric in metrics.items()}
     each = declared.items() if isinstance(declared, Mapping) else ()
-    return {"loss": "min", **{name: best for name, best in each if best is not None}}
+    return {"loss": "min", **{name: best for name, best in each if best in ("min", "max")}}
 
 
 def _declared(metric: Any) -> Any:
@@ -298,9 +298,9 @@ def read_directions(workdir: str | Path) -> dict[str, str]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file, without lines that hold none, such as one cut short.
+    """The rows of a file; lines that hold none, such as one cut short, are left out.
 
-    None where there is no file.
+    An empty list where there is no file.
     """
     path = Path(path)
     if not path.exists():

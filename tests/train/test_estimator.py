@@ -110,6 +110,20 @@ def test_where_no_checkpoint_can_be_read_nothing_begins_anew_by_itself(tmp_path)
         make("adam", workdir=tmp_path).train(data(), steps=2)
 
 
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_called_damaged(tmp_path, monkeypatch):
+    make("adam", workdir=tmp_path, save_every=3).train(data(), steps=6)
+
+    def away(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jdl.train.checkpoint.Checkpoints._read", away)
+        with pytest.raises(OSError, match="Input/output"):
+            make("adam", workdir=tmp_path).train(data(), steps=1)
+    assert make("adam", workdir=tmp_path).train(data(), steps=1).step == 7
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "6", "7"}
+
+
 def test_an_estimator_that_only_reads_makes_no_file(tmp_path):
     make("adam", workdir=tmp_path, keep_best=("accuracy", "max")).train(
         data(), steps=2, validation=data(epochs=1), validate_every=1

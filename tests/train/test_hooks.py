@@ -370,7 +370,7 @@ def test_what_can_never_act_is_told_before_training(caplog, tmp_path):
     caplog.set_level(logging.WARNING, "jdl.train")
     waits = hooks.early_stopping()
     make(hooks=[waits, hooks.early_stopping(split="train"), len]).train(data(), steps=1)
-    assert "awaits rows of 'validation' in vain. Give `validation`" in caplog.text
+    assert "split 'validation'; this training logs none. Give `validation`" in caplog.text
     caplog.clear()
     estimator = make(hooks=[waits], workdir=tmp_path, keep_best=("loss", "min"))
     estimator.train(data(), steps=1, validation=data(), validate_every=1)

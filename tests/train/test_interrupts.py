@@ -16,7 +16,7 @@ import pytest
 import jdl
 from jdl.data import from_arrays
 from jdl.models import MLP
-from jdl.train.termination import Interrupted
+from jdl.train.termination import Interrupted, Signals, Stopped
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -120,7 +120,9 @@ def test_a_second_ctrl_c_ends_a_hook_and_a_wait_for_data(ctrl_c):
     assert not ended
 
 
-def test_a_batch_that_was_being_made_is_made_again(ctrl_c):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_batch_that_was_being_made_is_made_again(number, ctrl_c, tmp_path):
+    del ctrl_c
     made, pressed = [], []
 
     class Numbers:
@@ -136,8 +138,8 @@ def test_a_batch_that_was_being_made_is_made_again(ctrl_c):
             i, self.at = self.at, self.at + 1
             if i == 3 and not pressed:
                 pressed.append(True)
-                ctrl_c()
-                ctrl_c()
+                signal.raise_signal(number)
+                signal.raise_signal(number)
             made.append(i)
             return {"image": np.full((4, 6), i, np.float32), "label": np.zeros(4, np.int32)}
 
@@ -147,12 +149,52 @@ def test_a_batch_that_was_being_made_is_made_again(ctrl_c):
         def set_state(self, state):
             self.at = state["at"]
 
-    numbers, estimator = Numbers(), make()
-    with pytest.raises(KeyboardInterrupt):
+    numbers, estimator = Numbers(), make(workdir=tmp_path)
+    with pytest.raises((KeyboardInterrupt, Stopped)):
         estimator.train(numbers, steps=6)
     assert estimator.step == 3
     estimator.train(numbers, max_steps=6)
     assert made == list(range(6))
+
+
+def test_sigterm_just_before_a_wait_for_data_ends_it():
+    signals, waited = Signals(saves=True), []
+
+    def train():
+        with signals:
+            signal.raise_signal(signal.SIGTERM)  # as it might in the midst of a step
+            with signals.window("data"):
+                waited.append(True)
+
+    with pytest.raises(Stopped):
+        train()
+    assert not waited
+
+
+def test_a_loss_that_is_not_finite_does_not_hide_ctrl_c(ctrl_c, tmp_path):
+    x = np.zeros((4, 6), np.float32)
+    numbers = [0, 1, 2, 3, 4, np.nan, np.nan, np.nan, np.nan]
+    batches = [{"image": x + number, "label": np.arange(4) % 3} for number in numbers]
+    estimator = make(
+        workdir=tmp_path, on_nonfinite="rollback", save_every=2, hooks=[at_step(4, ctrl_c)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        estimator.train(batches, steps=9)
+    assert estimator.step <= 6
+
+
+def test_a_hook_that_saves_leaves_the_signals_to_the_training(ctrl_c):
+    del ctrl_c
+    handlers = []
+
+    def hook(row):
+        row.estimator.save()
+        handlers.append(signal.getsignal(signal.SIGINT))
+
+    make(hooks=[hook]).train(data(), steps=3)
+    assert len(set(handlers)) == 1
+    assert handlers[0] is not signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_handler_of_ones_own_is_called_between_two_steps_and_put_back(ctrl_c):
