@@ -41,6 +41,9 @@ class Feed:
 
     def __init__(self, data: Iterable[Batch], placement: Placement, position: Any = None):
         self._iterator: Iterator[Batch] = iter(data)
+        self._own = is_dataset(data) and hasattr(
+            data, "plan"
+        )  # its positions are plain as they are
         self._placement = placement
         self._ahead: tuple[Batch, Any] | None = None
         self.wait_seconds = 0.0
@@ -60,7 +63,10 @@ class Feed:
         return not self.resumable and not isinstance(self._iterator, itertools.repeat)
 
     def _state(self) -> Any:
-        return _plain(self._iterator.get_state()) if self.resumable else None  # type: ignore[attr-defined]
+        if not self.resumable:
+            return None
+        state = self._iterator.get_state()  # type: ignore[attr-defined]
+        return state if self._own else _plain(state)
 
     def prefetch(self) -> Batch | None:
         """Makes sure that the next batch is on its way, and shows it; None at the end."""

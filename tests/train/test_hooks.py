@@ -409,6 +409,42 @@ def test_histograms_of_a_run_cut_short_are_those_of_one_that_was_not(tmp_path):
     assert dead == [[2, 4, 6, 8, 10, 12]] * 2
 
 
+def test_a_hook_may_end_a_training_that_has_just_rolled_back(tmp_path):
+    def stop(row):
+        if row["split"] == "rollback":
+            raise hooks.StopTraining("enough")
+
+    feed, estimator = growing(2.5)
+    run = estimator(workdir=tmp_path, on_nonfinite="rollback", hooks=[stop])
+    run.train(feed, max_steps=1).train(feed, max_steps=400)
+    assert run.step == 1
+
+
+def test_a_training_to_the_end_of_its_data_ends_there_after_a_way_back_too(tmp_path):
+    x = np.zeros((4, 6), np.float32)
+    batches = [{"image": x + i, "label": np.arange(4) % 3} for i in (0, 1, np.nan, 3)]
+    passes = []
+
+    class Data:
+        """One pass over four batches, of which the third is spoilt the first time."""
+
+        epochs = 1
+
+        def __iter__(self):
+            passes.append(True)
+            assert len(passes) < 9
+            return iter(batches if len(passes) == 1 else [*batches[:2], *batches[3:]])
+
+        def repeat(self):
+            raise AssertionError("repeated")
+
+        once = shard = None
+
+    run = make("adam", workdir=tmp_path, on_nonfinite="rollback", log_every=1, save_every=1)
+    run.train(Data())
+    assert 3 <= run.step <= 8
+
+
 def test_histograms_go_back_with_the_run(tmp_path, caplog):
     feed, estimator = growing(2.5)
     write = hooks.parameter_histograms(tmp_path / "h.jsonl", bins=3)
