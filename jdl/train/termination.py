@@ -53,8 +53,8 @@ class Signals:
         self._window: str | None = None
 
     def __enter__(self) -> "Signals":
-        self._entered += 1
-        if self._entered > 1:
+        if self._entered:
+            self._entered += 1
             return self
         self._terminated = self._interrupted = False
         if threading.current_thread() is threading.main_thread():
@@ -64,6 +64,7 @@ class Signals:
             taken = signal.getsignal(signal.SIGTERM) in (None, signal.SIG_IGN)
             if self._saves and not taken and jax.process_count() == 1:
                 self._take_over(signal.SIGTERM, self._terminate)
+        self._entered = 1  # last: a Ctrl-C before its handler stands leaves all as it was
         return self
 
     def _take_over(self, number: int, handler: Any) -> None:
@@ -75,7 +76,7 @@ class Signals:
         if self._entered:
             return
         before, self._before = self._before, {}
-        for number, handler in before.items():
+        for number, handler in reversed(before.items()):  # Ctrl-C's last, which may raise at once
             signal.signal(number, handler)
         # What came too late to end the training ends what comes after it.
         if self._terminated and not isinstance(error, Stopped):

@@ -7,6 +7,7 @@ training that nobody interrupted, bit for bit.
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -65,10 +66,14 @@ def same(a, b):
 
 
 def logged(rows):
-    """The rows without their clock, and without those that end a call, due or not."""
+    """The rows without their clock and those that end a call; files have null for infinity."""
     clock = {"seconds", "data_wait"}
     due = [r for r in rows if r["split"] != "train" or r["step"] % 3 == 0]
-    return [{k: v for k, v in row.items() if k not in clock} for row in due]
+
+    def plain(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{k: plain(v) for k, v in row.items() if k not in clock} for row in due]
 
 
 chance = random.Random(args.optimizer)
