@@ -1,14 +1,13 @@
 """The loss landscape at a trained run's parameters, averaged over batches.
 
 Top eigenvalues with their spread between batches, spectral density, trace, gradient noise scale and
-sharpness. Writes curvature.png and curvature.json into the run directory.
+sharpness. Writes curvature.png and curvature.json into the run directory, or into --out.
 
 Examples:
   jdl curvature --workdir runs/cnn-digits-adam
   jdl curvature --workdir runs/photos --data held-out.tar --images 4096 --matrix gauss_newton
 """
 
-import errno
 import json
 import math
 import sys
@@ -64,7 +63,7 @@ def run(args: Args) -> None:
     from jdl.core import check
     from jdl.core.objective import Objective
     from jdl.train.step import scale_images
-    from jdl.train.writers import write_atomically
+    from jdl.train.writers import READ_ONLY, write_atomically
 
     for name in ("batch_size", "top", "steps", "probes", "max_products"):
         flag = "--" + name.replace("_", "-")
@@ -166,7 +165,7 @@ def run(args: Args) -> None:
         write_atomically(folder / "curvature.json", json.dumps(_finite(found), indent=1) + "\n")
         _draw(folder / "curvature.png", found, by_batch)
     except OSError as error:
-        if args.out is not None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if args.out is not None or error.errno not in READ_ONLY:
             raise
         told = f"{folder} may only be read ({error.strerror}): no picture; give --out FOLDER"
         print(f"jdl curvature: {told}.", file=sys.stderr)

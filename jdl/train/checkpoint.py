@@ -91,8 +91,13 @@ class Checkpoints:
         if leads and old.exists():
             shutil.rmtree(aside, ignore_errors=True)
             old.rename(aside)
-        self.save(step, state, meta)
-        self.close()
+        try:
+            self.save(step, state, meta)
+            self.close()
+        except BaseException:
+            if leads and aside.exists() and not old.exists():
+                aside.rename(old)
+            raise
         if leads:
             shutil.rmtree(aside, ignore_errors=True)
 

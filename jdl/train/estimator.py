@@ -127,7 +127,7 @@ class Estimator:
         check_all(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
         self.model = prepared_model(model, precision, rematerialize)
         self.loss = loss
-        # Whole, so that a later change of the current folder does not part the run.
+        # Absolute, so that a later os.chdir does not split the run.
         self.workdir = None if workdir is None else Path(workdir).absolute()
         self.seed = seed
         inputs = inputs if isinstance(inputs, str) else tuple(inputs)
@@ -252,7 +252,7 @@ class Estimator:
             run directory SIGTERM ends the program as it does anywhere else.
           KeyboardInterrupt: Ctrl-C was pressed. Training ends after the step at hand, and saves
             where there is a run directory; the Estimator can be used, and trained on. A second
-            Ctrl-C also ends a hook, a validation, or the wait for data.
+            Ctrl-C also interrupts a hook, a validation, or a wait for data.
           UserError: another process is training in the same run directory.
         """
         limits = Limits(steps, max_steps, epochs, seconds)

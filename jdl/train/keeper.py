@@ -1,6 +1,5 @@
 """What a run keeps: its checkpoints and its log, in its directory, or nothing without one."""
 
-import errno
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from jdl.core.types import PyTree
 from jdl.train.checkpoint import Checkpoints, Restored
 from jdl.train.lock import RunLock
 from jdl.train.step import TrainState
-from jdl.train.writers import Row, Writers
+from jdl.train.writers import READ_ONLY, Row, Writers
 
 logger = logging.getLogger("jdl.train")
 
@@ -38,7 +37,7 @@ class Keeper:
       keep: how many checkpoints, the newest ones.
       keep_every: besides, all whose step is a multiple of this.
       keep_best: besides, the one with the best value of a metric, ("accuracy", "max") say.
-      directions: gives which values of the rows are best at their "max", and which at their "min".
+      directions: gives whether "max" or "min" of each logged value is best, see `writers.declare`.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Keeper:
         try:
             self._writers.write(row)
         except OSError as error:
-            if self._training or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if self._training or error.errno not in READ_ONLY:
                 raise
             logger.warning("the evaluation is not logged: %s", error)
 

@@ -61,8 +61,8 @@ class Signals:
             # A handler that is no function is to ignore the signal, or not Python's.
             if callable(signal.getsignal(signal.SIGINT)):
                 self._take_over(signal.SIGINT, self._interrupt)
-            taken = signal.getsignal(signal.SIGTERM) in (None, signal.SIG_IGN)
-            if self._saves and not taken and jax.process_count() == 1:
+            ignored = signal.getsignal(signal.SIGTERM) in (None, signal.SIG_IGN)
+            if self._saves and not ignored and jax.process_count() == 1:
                 self._take_over(signal.SIGTERM, self._terminate)
         self._entered = 1  # last: a Ctrl-C before its handler stands leaves all as it was
         return self

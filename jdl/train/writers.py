@@ -7,6 +7,7 @@ doubles.
 
 import contextlib
 import csv
+import errno
 import functools
 import io
 import itertools
@@ -26,6 +27,7 @@ from jdl.core import check
 Row = Mapping[str, Any]
 
 DIRECTIONS = "directions.json"
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # how the system refuses to write
 
 
 class Writer(Protocol):

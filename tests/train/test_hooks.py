@@ -17,6 +17,7 @@ from jdl.data import from_arrays
 from jdl.models import MLP
 from jdl.optim import registry
 from jdl.train import hooks, relu
+from jdl.train.checkpoint import Checkpoints
 
 
 def data(n=64, batch_size=16, poisoned=()):
@@ -407,6 +408,22 @@ def test_histograms_of_a_run_cut_short_are_those_of_one_that_was_not(tmp_path):
     assert sorted({x["step"] for x in found}) == [3, 6, 9, 12]
     dead = [[r["step"] for r in rows(d) if "dead/0" in r] for d in (parted, tmp_path / "whole")]
     assert dead == [[2, 4, 6, 8, 10, 12]] * 2
+
+
+def test_the_best_stays_where_another_of_its_step_cannot_be_written(tmp_path, monkeypatch):
+    options = {"workdir": tmp_path, "keep_best": ("loss", "min")}
+    first = make("adam", **options)
+    first.train(data(), steps=2, validation=data(), validate_every=2)
+    best = tmp_path / "best"
+    before = {p.relative_to(best): p.read_bytes() for p in best.rglob("*") if p.is_file()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(check.TrainingError, match="No space left"):
+        Checkpoints(best, 1).replace(2, first.state, {})
+    assert {p.relative_to(best): p.read_bytes() for p in best.rglob("*") if p.is_file()} == before
 
 
 def test_a_hook_may_end_a_training_that_has_just_rolled_back(tmp_path):
