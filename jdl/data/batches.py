@@ -30,7 +30,7 @@ class Dataset(Protocol):
 
     >>> from jdl.data import from_arrays
     >>> data: Dataset = from_arrays(np.eye(5), batch_size=2, epochs=3)
-    >>> data.batches_per_epoch, data.epochs
+    >>> data.steps_per_epoch, data.epochs
     (3, 3)
     """
 
@@ -43,7 +43,7 @@ class Dataset(Protocol):
         """Records in an epoch."""
 
     @property
-    def batches_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Batches in an epoch."""
 
     @property
@@ -150,7 +150,7 @@ class Plan:
         return Span(span.epoch, start, min(start + self.rows, span.stop))
 
     @property
-    def batches_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """How many batches an epoch has."""
         return self._left(0)
 
@@ -165,7 +165,7 @@ class Plan:
         # with batches of the present size.
         left = self._left(record)
         if number >= left:
-            further, number = divmod(number - left, self.batches_per_epoch)
+            further, number = divmod(number - left, self.steps_per_epoch)
             epoch, record = epoch + 1 + further, 0
         start = record + number * self.batch_size
         return Span(epoch, start, min(start + self.batch_size, self.num_records))
@@ -176,7 +176,7 @@ class Plan:
             return _ENDLESS
         if epoch >= self.epochs:
             return 0
-        return self._left(record) + (self.epochs - epoch - 1) * self.batches_per_epoch
+        return self._left(record) + (self.epochs - epoch - 1) * self.steps_per_epoch
 
     def _left(self, record: int) -> int:
         """How many batches an epoch still has from that record on."""
@@ -274,7 +274,7 @@ class Batches(grain.IterDataset):
         >>> from jdl.data import from_arrays
         >>> data = from_arrays(np.arange(3), batch_size=2, epochs=1)
         >>> doubled = data.map(lambda batch: batch | {"image": 2 * batch["image"]})
-        >>> [batch["image"].tolist() for batch in doubled], doubled.batches_per_epoch
+        >>> [batch["image"].tolist() for batch in doubled], doubled.steps_per_epoch
         ([[0, 2], [4, 0]], 2)
         """
         function = getattr(transform, "map", transform)  # grain's transformations have a method
@@ -310,9 +310,9 @@ class Batches(grain.IterDataset):
         return self.plan.epochs
 
     @property
-    def batches_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Batches in an epoch."""
-        return self.plan.batches_per_epoch
+        return self.plan.steps_per_epoch
 
     @property
     def classes(self) -> tuple[str, ...] | None:
