@@ -165,7 +165,7 @@ def test_curves_are_drawn_of_what_is_a_number_and_of_metrics_that_came_later(tmp
         panel(axes, rows, name)
         drawn[name] = [line.get_xydata().tolist() for line in axes.lines]
 
-    monkeypatch.setattr(curves, "_panel", spy)
+    monkeypatch.setattr(plot, "_panel", spy)
     plot.draw(log, tmp_path / "m.png")
     assert drawn == {"loss": [[[1.0, 2.0], [3.0, 1.0]]], "late": [[[3.0, 0.5]]]}
 
