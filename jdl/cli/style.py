@@ -162,7 +162,7 @@ def _transfer(args: Transfer) -> None:
     photograph = images.read(args.photograph, longest=args.longest)
     longest = args.style_size or max(photograph.shape[:2])
     paintings = [images.read(p, longest=longest) for p in args.paintings]
-    trunk = pretrained.load(args.model)
+    trunk = pretrained.load_trunk(args.model)
     layers = style.usual_layers(trunk)
     layers = style.Layers(args.content_layers or layers.content, args.style_layers or layers.style)
     trunk.known(layers.all)
@@ -224,7 +224,7 @@ def _train(args: Train) -> None:
         names,
     )
     paintings = [images.read(p, longest=args.style_size) for p in args.paintings]
-    trunk = pretrained.load(args.model)
+    trunk = pretrained.load_trunk(args.model)
     trunk.known(args.content_layers + args.style_layers)
     photographs = from_tar(
         resolve(args.data),
@@ -285,7 +285,7 @@ def _apply(args: Apply) -> None:
 
     if args.longest is not None:
         check.positive_int("--longest", args.longest)
-    loaded = painter.load(args.painter)
+    loaded = painter.load_painter(args.painter)
     shares = _shares(args.mix)
     loaded.mixture(shares)
 

@@ -11,13 +11,13 @@ from typing import Any
 from jdl.optim.result import ResultCode as ResultCode
 from jdl.solvers.gradient_check import check_gradient as check_gradient
 from jdl.solvers.gradient_descent import GradientDescent as GradientDescent
+from jdl.solvers.hessian_free import HessianFree as HessianFree
 from jdl.solvers.lbfgs import LBFGS as LBFGS
 from jdl.solvers.lbfgs import LBFGSB as LBFGSB
 from jdl.solvers.least_squares import GaussNewton as GaussNewton
 from jdl.solvers.least_squares import LevenbergMarquardt as LevenbergMarquardt
 from jdl.solvers.minimize import Result as Result
 from jdl.solvers.minimize import minimize as minimize
-from jdl.solvers.newton import HessianFree as HessianFree
 from jdl.solvers.newton import Newton as Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG as NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver as OptaxSolver

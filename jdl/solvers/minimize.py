@@ -15,10 +15,11 @@ from jdl.optim.result import ResultCode
 from jdl.solvers import problem
 from jdl.solvers.gradient_check import check_problem_s_gradient
 from jdl.solvers.gradient_descent import GradientDescent
+from jdl.solvers.hessian_free import HessianFree
 from jdl.solvers.iterative import Iterative
 from jdl.solvers.lbfgs import LBFGS
 from jdl.solvers.least_squares import GaussNewton, LevenbergMarquardt
-from jdl.solvers.newton import HessianFree, Newton
+from jdl.solvers.newton import Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver
 from jdl.solvers.state import SolverState
