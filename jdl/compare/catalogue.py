@@ -275,7 +275,7 @@ def autoencoder(
     @metrics.direction("min")
     def squared_error(outputs: jax.Array, batch: Batch) -> jax.Array:
         seen = outputs if linear else jax.nn.sigmoid(outputs)
-        return metrics.squared_error(seen, batch, target="image")
+        return metrics.sum_squared_error(seen, batch, target="image")
 
     return arrays_problem(
         name,
@@ -316,7 +316,7 @@ def adding_rnn() -> Problem:
         {"image": x[:10_000], "label": y[:10_000]},
         {"image": x[10_000:], "label": y[10_000:]},
         target=Target("test_squared_error", "at most", 0.01),
-        metrics={"squared_error": metrics.squared_error},
+        metrics={"squared_error": metrics.sum_squared_error},
         about={"data": "generated: 50 pairs of number and mark, the two marked ones to be added"},
     )
 

@@ -31,7 +31,7 @@ class Dataset(Protocol):
 
     >>> from jdl.data import from_arrays
     >>> data: Dataset = from_arrays(np.eye(5), batch_size=2, epochs=3)
-    >>> data.batches_per_epoch, data.epochs
+    >>> data.steps_per_epoch, data.epochs
     (3, 3)
     """
 
@@ -44,7 +44,7 @@ class Dataset(Protocol):
         """Records in an epoch."""
 
     @property
-    def batches_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Batches in an epoch."""
 
     @property
@@ -157,7 +157,7 @@ class Batches(grain.IterDataset):
         >>> from jdl.data import from_arrays
         >>> data = from_arrays(np.arange(3), batch_size=2, epochs=1)
         >>> doubled = data.map(lambda batch: batch | {"image": 2 * batch["image"]})
-        >>> [batch["image"].tolist() for batch in doubled], doubled.batches_per_epoch
+        >>> [batch["image"].tolist() for batch in doubled], doubled.steps_per_epoch
         ([[0, 2], [4, 0]], 2)
         """
         function = getattr(transform, "map", transform)  # grain's transformations have a method
@@ -193,9 +193,9 @@ class Batches(grain.IterDataset):
         return self.plan.epochs
 
     @property
-    def batches_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Batches in an epoch."""
-        return self.plan.batches_per_epoch
+        return self.plan.steps_per_epoch
 
     @property
     def classes(self) -> tuple[str, ...] | None:

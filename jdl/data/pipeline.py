@@ -114,7 +114,7 @@ def from_tar(
     >>> data = from_tar(digits_path(), split="test", grayscale=True, batch_size=100, threads=0)
     >>> {name: entry.shape for name, entry in next(iter(data)).items()}
     {'image': (100, 8, 8, 1), 'label': (100,), 'mask': (100,)}
-    >>> data.num_records, data.batches_per_epoch
+    >>> data.num_records, data.steps_per_epoch
     (359, 4)
     """
     check.one_of("on_error", on_error, ("raise", "skip"))

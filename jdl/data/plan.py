@@ -84,7 +84,7 @@ class Plan:
         return Span(span.epoch, start, min(start + self.rows, span.stop))
 
     @property
-    def batches_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """How many batches an epoch has."""
         return self._left(0)
 
@@ -99,7 +99,7 @@ class Plan:
         # with batches of the present size.
         left = self._left(record)
         if number >= left:
-            further, number = divmod(number - left, self.batches_per_epoch)
+            further, number = divmod(number - left, self.steps_per_epoch)
             epoch, record = epoch + 1 + further, 0
         start = record + number * self.batch_size
         return Span(epoch, start, min(start + self.batch_size, self.num_records))
@@ -110,7 +110,7 @@ class Plan:
             return _ENDLESS
         if epoch >= self.epochs:
             return 0
-        return self._left(record) + (self.epochs - epoch - 1) * self.batches_per_epoch
+        return self._left(record) + (self.epochs - epoch - 1) * self.steps_per_epoch
 
     def _left(self, record: int) -> int:
         """How many batches an epoch still has from that record on."""

@@ -20,7 +20,7 @@ from jdl.core.types import Params, PyTree
 from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
 from jdl.optim import kronecker
-from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.kronecker import Kronecker
 from jdl.optim.local import (
     ScalarOrSchedule,
@@ -30,6 +30,7 @@ from jdl.optim.local import (
     local,
     schedule_value,
 )
+from jdl.optim.result import ResultCode
 
 _logger = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -317,7 +318,7 @@ def kfac(
             average = tree.where(active, mixed, average)
 
         share = moments.examples(some) / moments.examples(objective)
-        code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         work = _add_work(state.work, found, factors, objective, share, drawn, inverted, tries)
         told = diag.advance(
             state.diagnostics,

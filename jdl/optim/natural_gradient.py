@@ -19,7 +19,7 @@ from jdl.core.types import Params, PyTree
 from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
 from jdl.optim import linear_cg
-from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.local import (
     ScalarOrSchedule,
     check_params,
@@ -29,6 +29,7 @@ from jdl.optim.local import (
     local,
     schedule_value,
 )
+from jdl.optim.result import ResultCode
 
 
 class NaturalGradientState(NamedTuple):
@@ -182,7 +183,7 @@ def natural_gradient(
             decrease=damping_decrease,
             minimum=min(damping_minimum, damping),
         )
-        code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         share = here.objective.curvature_share()
         told = diag.advance(
             state.diagnostics,

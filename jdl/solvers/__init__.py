@@ -8,6 +8,7 @@
 
 from typing import Any
 
+from jdl.optim.result import ResultCode as ResultCode
 from jdl.solvers.gradient_check import check_gradient as check_gradient
 from jdl.solvers.gradient_descent import GradientDescent as GradientDescent
 from jdl.solvers.lbfgs import LBFGS as LBFGS
@@ -22,7 +23,6 @@ from jdl.solvers.nonlinear_cg import NonlinearCG as NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver as OptaxSolver
 from jdl.solvers.state import OptStep as OptStep
 from jdl.solvers.state import SolverState as SolverState
-from jdl.solvers.status import Status as Status
 
 __all__ = [
     "LBFGS",
@@ -36,8 +36,8 @@ __all__ = [
     "OptStep",
     "OptaxSolver",
     "Result",
+    "ResultCode",
     "SolverState",
-    "Status",
     "check_gradient",
     "minimize",
 ]

@@ -18,8 +18,9 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
-from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.local import local, scalar_dtype
+from jdl.optim.result import ResultCode
 
 C1 = 1e-4  # sufficient decrease
 CAUTIOUS = 1e-6  # pairs of less curvature, ⟨s, y⟩ / ‖s‖ ‖y‖, are left out
@@ -125,7 +126,7 @@ def projected_lbfgs(
         s = jnp.where(end.good, ravel_pytree(end.params)[0] - x, 0.0)
         y = jnp.where(end.good, ravel_pytree(end.grad)[0] - gradient, 0.0)
         lost = active & ~end.good  # a failure puts the history in doubt: start afresh
-        code = jnp.where(end.good, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(end.good, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         new = BoxState(
             s=jnp.where(lost, 0.0, _pushed(state.s, s, end.good)),
             y=jnp.where(lost, 0.0, _pushed(state.y, y, end.good)),

@@ -220,7 +220,7 @@ def test_hosts_have_equal_batches_and_no_record_twice(n, rows, parts, drop):
         for part in range(parts):
             mine = plan.sharded(part, parts)
             assert mine.rows == rows
-            assert mine.batches_per_epoch == plan.batches_per_epoch
+            assert mine.steps_per_epoch == plan.steps_per_epoch
             _, start, stop = mine.mine(plan.span(0, 0, number))
             assert 0 <= stop - start <= rows
             seen += range(start, stop)
@@ -418,7 +418,7 @@ def test_chance_is_a_function_of_seed_epoch_and_record(tmp_path):
         for number, batch in enumerate(data):
             for image, label, counts in zip(*batch.values(), strict=True):
                 if counts:
-                    found[number // data.batches_per_epoch][int(label)] = image
+                    found[number // data.steps_per_epoch][int(label)] = image
         return found
 
     one, two = epochs(True, 0), epochs(False, 3)
