@@ -18,16 +18,16 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import spectral
-from jdl.optim.diagnostics import Diagnostics, Termination
-from jdl.optim.local import (
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
     current_rate,
+    gather,
     hessian_product,
-    local,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics, Termination
 
 
 class NewtonState(NamedTuple):
@@ -123,7 +123,7 @@ def newton(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, NewtonState]:
-        here = local("newton", updates, params, **extras)
+        here = gather("newton", updates, params, **extras)
         objective = here.objective
         rate = current_rate(learning_rate, state)
         dtype = here.value.dtype

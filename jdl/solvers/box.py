@@ -18,8 +18,8 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
+from jdl.optim.context import gather, scalar_dtype
 from jdl.optim.diagnostics import Diagnostics, Termination
-from jdl.optim.local import local, scalar_dtype
 
 C1 = 1e-4  # sufficient decrease
 CAUTIOUS = 1e-6  # pairs of less curvature, ⟨s, y⟩ / ‖s‖ ‖y‖, are left out
@@ -87,7 +87,7 @@ def projected_lbfgs(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, BoxState]:
-        here = local("projected_lbfgs", updates, params, **extras)
+        here = gather("projected_lbfgs", updates, params, **extras)
         dtype = here.value.dtype
         x, unravel = ravel_pytree(here.params)
         gradient = ravel_pytree(here.grad)[0]

@@ -19,7 +19,7 @@ from jdl.core import check, tree
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
-from jdl.optim.local import noise_floor, scalar_dtype
+from jdl.optim.context import noise_floor, scalar_dtype
 from jdl.solvers import box, implicit, problem, status
 from jdl.solvers.problem import Problem
 from jdl.solvers.state import Manner, OptStep, SolverState
