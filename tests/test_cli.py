@@ -10,7 +10,7 @@ import tarfile
 import pytest
 
 from jdl import cli
-from jdl.data.bundled import digits_path
+from jdl.data.bundled_digits import digits_path
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ class RunConfig:
     grayscale: bool
     classes: tuple[str, ...]
     on_error: str
-    precision: str | None = None
+    compute_dtype: str | None = None
     ema: float | None = None
     crop: str | None = None
     flip: bool = False
@@ -85,7 +85,14 @@ class RunConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise check.DataError(f"{path} is not readable as TOML: {error}.") from error
         fields = {f.name for f in dataclasses.fields(cls)}
-        optional = {"learning_rate", "curvature_batch_size", "split", "precision", "ema", "crop"}
+        optional = {
+            "learning_rate",
+            "curvature_batch_size",
+            "split",
+            "compute_dtype",
+            "ema",
+            "crop",
+        }
         missing = sorted(fields - optional - table.keys() - {"flip"})
         if missing:
             raise check.DataError(f"{path} lacks {', '.join(missing)}.")
@@ -119,7 +126,7 @@ class RunConfig:
             seed=self.seed,
             microbatches=self.microbatches,
             curvature_batch_size=self.curvature_batch_size,
-            precision=self.precision,
+            compute_dtype=self.compute_dtype,
             ema=self.ema,
             hooks=hooks,
             **options,

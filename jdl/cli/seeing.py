@@ -28,7 +28,7 @@ def opened(
     """The network, its layers and the photograph; what takes longest to load comes last.
 
     Args:
-      model: as for `jdl.vision.load`.
+      model: as for `jdl.vision.load_trunk`.
       layer: names with commas between them; None for one that sees parts of things.
       image: the photograph's file; None for none.
       longest: pixels that its longer side is reduced to; None for as it is.
@@ -39,7 +39,7 @@ def opened(
 
     photograph = None if image is None else images.read(image, longest=longest)
     use_compilation_cache()
-    trunk = pretrained.load(model)
+    trunk = pretrained.load_trunk(model)
     names = tuple(layer.replace(" ", "").split(",")) if layer else (usual_layer(trunk),)
     return Opened(trunk, trunk.known(names), photograph)
 

@@ -45,8 +45,9 @@ from jdl.optim.context import (
     hessian_product,
     schedule_value,
 )
-from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.preconditioner import Preconditioner, diagonal
+from jdl.optim.result import ResultCode
 
 
 class HessianFreeState(NamedTuple):
@@ -305,7 +306,7 @@ def hessian_free(
             next_radius = damping_rules.trust_radius(radius, ratio, edge)
         nothing = jax.tree.map(jnp.zeros_like, here.params)
         code = diag.ending(found.termination, here.finite, here.stationary, descends)
-        concave = (code == Termination.ACCEPTED) & (solution.reason == linear_cg.CURVATURE)
+        concave = (code == ResultCode.ACCEPTED) & (solution.reason == linear_cg.CURVATURE)
         products = solution.products.astype(jnp.float32)
         if solver is not None and objective is None:
             products += solver.products
@@ -313,7 +314,7 @@ def hessian_free(
         told = diag.advance(
             state.diagnostics,
             step_size=found.step,
-            termination=jnp.where(concave, Termination.NEGATIVE_CURVATURE, code),
+            termination=jnp.where(concave, ResultCode.NEGATIVE_CURVATURE, code),
             values=found.evaluations + tried,
             gradients=share * solver.gradients if solver and objective is not None else 0.0,
             hessian_products=0.0 if use_gauss_newton else products * share,

@@ -27,11 +27,12 @@ from jdl.optim.context import (
     gather,
     schedule_value,
 )
-from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.kronecker import factors as kronecker
 from jdl.optim.kronecker import inverses, moments, summary
 from jdl.optim.kronecker.factors import Kronecker
 from jdl.optim.kronecker.layers import Layers
+from jdl.optim.result import ResultCode
 
 
 class Work(NamedTuple):
@@ -296,7 +297,7 @@ def kfac(
         adapted = active & ((k % damping_every == damping_every - 1) | ~(ratio > 0))
 
         share = some.num_examples(some.batch) / objective.num_examples(objective.batch)
-        code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         work = _add_work(state.work, found, factors, objective, share, drawn, inverted, tries)
         told = diag.advance(
             state.diagnostics,

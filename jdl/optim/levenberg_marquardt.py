@@ -25,7 +25,8 @@ from jdl.optim.context import (
     current_rate,
     schedule_value,
 )
-from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.result import ResultCode
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -170,7 +171,7 @@ def levenberg_marquardt(
             max_evaluations=max_evaluations,
         )
         moved, delta = end.good, step_of(end.step)
-        code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         told = diag.advance(
             state.diagnostics,
             step_size=jnp.where(moved, factor, 0.0),

@@ -28,7 +28,8 @@ from jdl.optim.context import (
     gather,
     schedule_value,
 )
-from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.result import ResultCode
 
 
 class NaturalGradientState(NamedTuple):
@@ -176,7 +177,7 @@ def natural_gradient(
             decrease=damping_decrease,
             minimum=min(damping_minimum, damping),
         )
-        code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         share = objective.curvature_share()
         told = diag.advance(
             state.diagnostics,

@@ -27,7 +27,8 @@ from jdl.optim.context import (
     hessian_product,
     schedule_value,
 )
-from jdl.optim.diagnostics import Diagnostics, Termination
+from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.result import ResultCode
 
 
 class NewtonState(NamedTuple):
@@ -165,9 +166,9 @@ def newton(
         )
         moved, delta = end.good, step_of(end.step)
         nothing = jax.tree.map(jnp.zeros_like, here.params)
-        code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         concave = moved & (eigenvalues[0] < -floor)
-        code = jnp.where(concave, Termination.NEGATIVE_CURVATURE, code)
+        code = jnp.where(concave, ResultCode.NEGATIVE_CURVATURE, code)
         descends = jnp.asarray(True)
         share = 1.0 if objective is None else objective.curvature_share()
         told = diag.advance(

@@ -144,7 +144,7 @@ def of_net(net: StyleNet, params: Any, styles: tuple[str, ...]) -> Painter:
     return Painter(apply, params, styles, net.reach, net.statistics_size)
 
 
-def load(path: str | Path) -> Painter:
+def load_painter(path: str | Path) -> Painter:
     """The painter of a run directory of `jdl style train`, or of an exported file.
 
     Args:
@@ -160,7 +160,7 @@ def load(path: str | Path) -> Painter:
         return StyleRun.load(path).painter(path)
     from jdl.train import export
 
-    predict = export.load(path)
+    predict = export.load_exported(path)
     notes = predict.notes
     if notes.get("kind") != _KIND or "statistics" not in predict.inputs:
         raise check.DataError(f"{str(path)!r} is an exported function, but of no style network.")

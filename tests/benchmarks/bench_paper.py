@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from jdl.cli.run_config import use_compilation_cache
-from jdl.compare import Budget, Entry, Study, Tuning, drawing, load, named, write_report
+from jdl.compare import Budget, Entry, Study, Tuning, drawing, load_results, named, write_report
 from jdl.compare import machine as machines
 from jdl.compare import results as res
 from jdl.compare.catalogue import autoencoder_curves, autoencoder_mnist
@@ -151,7 +151,7 @@ def found_in(workdir: Path) -> dict[str, res.Results]:
     found = {}
     for name in ("curves", "mnist"):
         with contextlib.suppress(check.DataError):
-            results = load(workdir / name)
+            results = load_results(workdir / name)
             found[results.problems[0]] = results
     return found
 

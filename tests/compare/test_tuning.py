@@ -8,7 +8,17 @@ import optax
 import pytest
 from scipy.stats import qmc
 
-from jdl.compare import Budget, Entry, Split, Study, Tuning, load, named, table, write_report
+from jdl.compare import (
+    Budget,
+    Entry,
+    Split,
+    Study,
+    Tuning,
+    load_results,
+    named,
+    table,
+    write_report,
+)
 from jdl.compare import tuning as tune
 from jdl.compare.results import chosen, tunings
 from jdl.compare.tables import settings, tuning_table
@@ -112,7 +122,7 @@ def test_tuned_and_untuned_are_reported_beside_each_other(tuned_study):
     assert "What each value tried ended with" in page
     assert "tuning included" in page
     assert (workdir / "sensitivity.png").stat().st_size > 5000
-    assert load(workdir).tuned.keys() == results.tuned.keys()
+    assert load_results(workdir).tuned.keys() == results.tuned.keys()
 
 
 @pytest.mark.slow
@@ -120,7 +130,7 @@ def test_trials_that_another_study_left_do_not_count(problem, tmp_path):
     def run(trials, epochs):
         budget, tuning = Budget(epochs, "epochs"), Tuning(trials)
         Study(problem, [sgd()], budget=budget, tuning=tuning, workdir=tmp_path).run()
-        return load(tmp_path)
+        return load_results(tmp_path)
 
     run(4, 4)
     results = run(2, 2)

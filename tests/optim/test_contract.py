@@ -17,6 +17,7 @@ from jdl.core.objective import Objective
 from jdl.losses import softmax_cross_entropy
 from jdl.optim import by_name, diagnostics, kronecker, preconditioner
 from jdl.optim.registry import REGISTRY
+from jdl.optim.result import ResultCode
 
 EVERY = sorted(REGISTRY)
 SECOND = [name for name in EVERY if REGISTRY[name].second_order]
@@ -249,7 +250,7 @@ def saddle(x):
 def test_hard_functions_end_and_never_rise(name, minimize):
     if needs_objective(name):
         pytest.skip("bare functions are not for methods that need an objective")
-    T = diagnostics.Termination
+    T = ResultCode
     for f, x in (
         (nan_beyond, [0.0, 0.5]),
         (nan_everywhere, [0.0, 0.5]),

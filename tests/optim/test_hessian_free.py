@@ -7,7 +7,7 @@ from jax.flatten_util import ravel_pytree
 from jdl.core.check import ArgumentError
 from jdl.core.objective import Objective
 from jdl.optim import hessian_free
-from jdl.optim.diagnostics import Termination
+from jdl.optim.result import ResultCode
 
 
 def rosenbrock(x):
@@ -92,7 +92,7 @@ def test_negative_curvature_is_told():
     updates, state = optimizer.update(
         grad, optimizer.init(x), x, value=value, grad=grad, value_fn=f
     )
-    assert int(state.diagnostics.termination) == Termination.NEGATIVE_CURVATURE
+    assert int(state.diagnostics.termination) == ResultCode.NEGATIVE_CURVATURE
     assert float(jnp.linalg.norm(updates)) == pytest.approx(0.3, rel=1e-3)
 
 

@@ -7,7 +7,7 @@ import scipy.optimize
 
 from jdl.core.check import ArgumentError
 from jdl.optim import lbfgs
-from jdl.optim.diagnostics import Termination
+from jdl.optim.result import ResultCode
 
 START = np.array([-1.2, 1.0] * 3, np.float32)
 
@@ -157,7 +157,7 @@ def test_ends_at_the_noise_of_float32_without_wasting_evaluations(minimize):
 def test_an_ascent_direction_from_a_chain_falls_back(minimize):
     optimizer = optax.chain(optax.scale(-1.0), lbfgs())
     run = minimize(optimizer, lambda x: jnp.sum(jnp.square(x)), jnp.ones(3), steps=1)
-    assert int(run.told.termination) == Termination.STEEPEST_DESCENT
+    assert int(run.told.termination) == ResultCode.STEEPEST_DESCENT
     assert np.all(np.asarray(run.params) < 1.0)
 
 
