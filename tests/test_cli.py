@@ -11,7 +11,7 @@ import pytest
 
 from jdl.cli.commands import COMMANDS
 from jdl.cli.main import main
-from jdl.data.bundled import digits_path
+from jdl.data.bundled_digits import digits_path
 
 
 @pytest.fixture(autouse=True)

@@ -124,14 +124,14 @@ def _class(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
 def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
     from jdl.cli import output
     from jdl.vision import activations, images
-    from jdl.vision.reverse import Search, preferred
+    from jdl.vision.reverse import PictureSearch, preferred
 
     channels = _channels(args)
     if channels is None and photograph is not None:
         channels = list(activations.maps(trunk, photograph, layer, count=args.count).channels)
     if channels is None:
         channels = list(range(args.count))
-    search = Search(size=args.size, steps=args.steps)
+    search = PictureSearch(size=args.size, steps=args.steps)
     found = preferred(trunk, layer, channels, search, seed=args.seed, on_step=output.print_tenths)
     return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
 

@@ -66,12 +66,12 @@ class Args:
 
 def run(args: Args) -> None:
     """Runs the trials, prints the tables, writes the report."""
-    from jdl.compare import Tuning, load
+    from jdl.compare import Tuning, load_results
     from jdl.core import check
     from jdl.optim import registry
 
     if args.report:
-        _show(load(args.workdir), args.workdir)
+        _show(load_results(args.workdir), args.workdir)
         return
     check.argument(args.seeds >= 1, "--seeds", "at least 1", args.seeds)
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)

@@ -15,6 +15,7 @@ from jdl.core import check
 from jdl.recipes.run_config import COMMAND
 
 MAX_BYTES = 1 << 20
+ALIASES = {"steps": "max-steps"}
 
 
 def expand(arguments: list[str], args_class: type) -> list[str]:
@@ -29,7 +30,9 @@ def expand(arguments: list[str], args_class: type) -> list[str]:
     for path in paths:
         for name, value in read(Path(path)).items():
             options = [flag for flag in known if flag != "config"]
-            flag = check.one_of(f"a setting in {path}", _flag(name), options)
+            flag = _flag(name)
+            flag = ALIASES.get(flag, flag) if flag not in known else flag
+            flag = check.one_of(f"a setting in {path}", flag, options)
             must = "true or false" if flag in switches else "a value or a list of them"
             ok = isinstance(value, bool) == (flag in switches) and not isinstance(value, dict)
             check.argument(ok or value is None, f"{name} in {path}", must, value)

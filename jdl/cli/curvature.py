@@ -32,7 +32,7 @@ class Args:
     """a tar, a glob, a brace range, or digits; by default what the run was trained on"""
     split: str | None = None
     """first folder of the members; by default train where there is one; all for all"""
-    matrix: Literal["hessian", "gauss_newton", "fisher"] = "hessian"
+    matrix: Literal["hessian", "gauss_newton", "empirical_fisher"] = "hessian"
     """whose spectrum: the Hessian's, Gauss-Newton's, or the empirical Fisher's"""
     images: int = 1024
     """how many images, drawn at random, to average over; 0 for all"""
@@ -228,7 +228,11 @@ def _draw(path: Path, found: dict[str, Any], by_batch: Any) -> None:
     from jdl.train.writers import appearing
 
     blue, orange = LINES[0], LINES[1]
-    names = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton", "fisher": "empirical Fisher"}
+    names = {
+        "hessian": "Hessian",
+        "gauss_newton": "Gauss-Newton",
+        "empirical_fisher": "empirical Fisher",
+    }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 3.7), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))

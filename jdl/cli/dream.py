@@ -92,10 +92,10 @@ def _class(args: Args) -> Any:
     from jdl.cli import output
     from jdl.cli.networks import open_network
     from jdl.vision import activations
-    from jdl.vision.reverse import Search, of_class
+    from jdl.vision.reverse import PictureSearch, of_class
 
     trunk = open_network(args.model).trunk
-    search = Search(size=args.size, steps=256 if args.steps is None else args.steps)
+    search = PictureSearch(size=args.size, steps=256 if args.steps is None else args.steps)
     found = of_class(trunk, args.wanted or "", search, seed=args.seed, on_step=output.print_tenths)
     name, share = activations.classify(trunk, found, count=1)[0]
     print(f"taken for {name} ({share:.1%})")

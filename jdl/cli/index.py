@@ -51,8 +51,8 @@ def _make_seekable(data: str) -> None:
     import os
     import sys
 
-    from jdl.data.archive import make_seekable
-    from jdl.data.paths import expand
+    from jdl.data.tar.paths import expand
+    from jdl.data.tar.seekable import make_seekable
 
     for path in expand(data):
         file = make_seekable(path)

@@ -30,7 +30,7 @@ on images streamed from tar archives.
 examples:
   jdl demo
   jdl train cnn --optimizer hf
-  jdl train cnn --data 'photos-*.tar' --optimizer adam --steps 500 --workdir runs/photos
+  jdl train cnn --data 'photos-*.tar' --optimizer adam --max-steps 500 --workdir runs/photos
   jdl compare --data photos.tar --model cnn --optimizers sgd,adam,lbfgs,hf --seconds 30
 
 `jdl COMMAND --help` tells a command's options."""

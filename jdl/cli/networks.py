@@ -23,7 +23,7 @@ def open_network(
     """Loads what the arguments name; the network, which takes longest, comes last.
 
     Args:
-      model: as `jdl.vision.load`.
+      model: as `jdl.vision.load_trunk`.
       layer: names separated by commas; None for the network's usual layer.
       image: the photograph's file; None for no photograph.
       longest: pixels that a photograph's longer side is reduced to; None to keep its size.
@@ -32,6 +32,6 @@ def open_network(
     from jdl.vision.trunk import usual_layer
 
     photograph = None if image is None else images.read(image, longest=longest)
-    trunk = pretrained.load(model)
+    trunk = pretrained.load_trunk(model)
     names = tuple(layer.replace(" ", "").split(",")) if layer else (usual_layer(trunk),)
     return Opened(trunk, trunk.known(names), photograph)

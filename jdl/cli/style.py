@@ -73,7 +73,7 @@ class Train:
     """photographs: a tar, a glob, or a brace range such as a-{00..07}.tar"""
     workdir: Path | None = None
     """the run directory; by default runs/style-NAMES. Started again, a run goes on"""
-    steps: int = 4000
+    max_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 4000
     """steps in total"""
     batch_size: int = 4
     """photographs a step"""
@@ -159,7 +159,7 @@ def _transfer(args: Transfer) -> None:
     photograph = images.read(args.photograph, longest=args.longest)
     longest = args.style_size or max(photograph.shape[:2])
     paintings = [images.read(p, longest=longest) for p in args.paintings]
-    trunk = pretrained.load(args.model)
+    trunk = pretrained.load_trunk(args.model)
     layers = style.usual_layers(trunk)
     layers = style.Layers(args.content_layers or layers.content, args.style_layers or layers.style)
     trunk.known(layers.all)
@@ -206,12 +206,12 @@ def _train(args: Train) -> None:
     from jdl.core import check
     from jdl.data import from_tar, resolve
     from jdl.recipes.style_config import StyleConfig
-    from jdl.train.curves import draw
+    from jdl.train.plot import draw
     from jdl.vision import images, painter, pretrained
     from jdl.vision.style_training import build_estimator, digest
     from jdl.vision.transformer import STRIDE
 
-    for name in ("steps", "batch_size", "size", "style_size", "blocks", "save_every"):
+    for name in ("max_steps", "batch_size", "size", "style_size", "blocks", "save_every"):
         check.positive_int(f"--{name.replace('_', '-')}", getattr(args, name))
     check.argument(args.size % STRIDE == 0, "--size", f"a multiple of {STRIDE}", args.size)
     names = tuple(path.stem for path in args.paintings)
@@ -222,7 +222,7 @@ def _train(args: Train) -> None:
         names,
     )
     paintings = [images.read(p, longest=args.style_size) for p in args.paintings]
-    trunk = pretrained.load(args.model)
+    trunk = pretrained.load_trunk(args.model)
     trunk.known(args.content_layers + args.style_layers)
     photographs = from_tar(
         resolve(args.data),
@@ -252,18 +252,18 @@ def _train(args: Train) -> None:
         seed=args.seed,
     )
     workdir = args.workdir or Path("runs") / f"style-{'-'.join(names)}"
-    shown = StepProgress(args.steps, args.batch_size)
+    shown = StepProgress(args.max_steps, args.batch_size)
     estimator = build_estimator(
         config, trunk, paintings, workdir, save_every=args.save_every, hooks=[shown]
     )
     config.save(workdir)
     print(
         f"{' and '.join(names)} from {photographs.num_records} photographs of {args.data}, to step "
-        f"{args.steps}; writing to {workdir}"
+        f"{args.max_steps}; writing to {workdir}"
     )
     with shown:
-        estimator.train(photographs, max_steps=args.steps)
-    trained = painter.load(workdir)
+        estimator.train(photographs, max_steps=args.max_steps)
+    trained = painter.load_painter(workdir)
     sample = [image / 255.0 for image in next(iter(photographs.once()))["image"][:4]]
     pictures = [p for image in sample for p in (image, *(trained(image, {n: 1}) for n in names))]
     sheet = images.sheet(pictures, columns=1 + len(names), captions=None)
@@ -283,7 +283,7 @@ def _apply(args: Apply) -> None:
 
     if args.longest is not None:
         check.positive_int("--longest", args.longest)
-    loaded = painter.load(args.painter)
+    loaded = painter.load_painter(args.painter)
     shares = _shares(args.mix)
     loaded.mixture(shares)
 

@@ -28,7 +28,7 @@ class RunConfig:
       model: a name in `jdl.recipes.registry.RECIPES`.
       data: as `--data`.
       optimizer, learning_rate: as `jdl.optim.by_name`; None for the optimizer's own rate.
-      batch_size, curvature_batch_size, microbatches, seed, precision, ema: as `Estimator`.
+      batch_size, curvature_batch_size, microbatches, seed, compute_dtype, ema: as `Estimator`.
       split: the training split; None for all of the data.
       image_shape: shape of one input.
       grayscale: whether images are made gray.
@@ -50,7 +50,7 @@ class RunConfig:
     learning_rate: float | None = None
     curvature_batch_size: int | None = None
     split: str | None = None
-    precision: str | None = None
+    compute_dtype: str | None = None
     ema: float | None = None
     crop: str | None = None
     flip: bool = False
@@ -123,7 +123,7 @@ class RunConfig:
             seed=self.seed,
             microbatches=self.microbatches,
             curvature_batch_size=self.curvature_batch_size,
-            precision=self.precision,
+            compute_dtype=self.compute_dtype,
             ema=self.ema,
             hooks=hooks,
             **options,

@@ -14,7 +14,7 @@ class StyleConfig:
     Attributes:
       styles: names, in the order of the paintings.
       paintings: a digest of each painting's pixels, as `jdl.vision.style_training.digest`.
-      trunk: the network that measures content and style, as `jdl.vision.load`.
+      trunk: the network that measures content and style, as `jdl.vision.load_trunk`.
       content_layers, style_layers: layers of the trunk.
       content, style, variation: weights of the loss's three terms.
       filters, blocks: of the trained network, as `jdl.vision.transformer.StyleNet`.

@@ -8,21 +8,21 @@
 
 from typing import Any
 
+from jdl.optim.result import ResultCode as ResultCode
 from jdl.solvers.gradient_check import check_gradient as check_gradient
 from jdl.solvers.gradient_descent import GradientDescent as GradientDescent
+from jdl.solvers.hessian_free import HessianFree as HessianFree
 from jdl.solvers.lbfgs import LBFGS as LBFGS
 from jdl.solvers.lbfgs import LBFGSB as LBFGSB
 from jdl.solvers.least_squares import GaussNewton as GaussNewton
 from jdl.solvers.least_squares import LevenbergMarquardt as LevenbergMarquardt
 from jdl.solvers.minimize import Result as Result
 from jdl.solvers.minimize import minimize as minimize
-from jdl.solvers.newton import HessianFree as HessianFree
 from jdl.solvers.newton import Newton as Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG as NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver as OptaxSolver
 from jdl.solvers.state import OptStep as OptStep
 from jdl.solvers.state import SolverState as SolverState
-from jdl.solvers.status import Status as Status
 
 __all__ = [
     "LBFGS",
@@ -36,8 +36,8 @@ __all__ = [
     "OptStep",
     "OptaxSolver",
     "Result",
+    "ResultCode",
     "SolverState",
-    "Status",
     "check_gradient",
     "minimize",
 ]

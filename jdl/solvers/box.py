@@ -18,8 +18,9 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
-from jdl.optim.diagnostics import Diagnostics, Termination
-from jdl.optim.local import local, scalar_dtype
+from jdl.optim.context import gather, scalar_dtype
+from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.result import ResultCode
 
 C1 = 1e-4  # sufficient decrease
 CAUTIOUS = 1e-6  # pairs of less curvature, ⟨s, y⟩ / ‖s‖ ‖y‖, are left out
@@ -53,13 +54,13 @@ class _Trial(NamedTuple):
 
 
 def projected_lbfgs(
-    learning_rate: float = 1.0, *, history: int = 10, max_evaluations: int = 30
+    learning_rate: float = 1.0, *, memory_size: int = 10, max_evaluations: int = 30
 ) -> optax.GradientTransformationExtraArgs:
     """L-BFGS whose updates stay in a box, given to `update` as `bounds=(lower, upper)`.
 
     Args:
       learning_rate: the first trial step, > 0.
-      history: how many pairs, ≥ 1.
+      memory_size: how many pairs, ≥ 1.
       max_evaluations: trials of the line search at most, ≥ 1.
 
     References:
@@ -71,8 +72,8 @@ def projected_lbfgs(
     def init(params: Params) -> BoxState:
         flat = ravel_pytree(params)[0]
         return BoxState(
-            s=jnp.zeros((history, flat.size), flat.dtype),
-            y=jnp.zeros((history, flat.size), flat.dtype),
+            s=jnp.zeros((memory_size, flat.size), flat.dtype),
+            y=jnp.zeros((memory_size, flat.size), flat.dtype),
             value=jnp.full((), jnp.inf, scalar_dtype(params)),
             grad=jax.tree.map(jnp.zeros_like, params),
             diagnostics=diag.init(),
@@ -87,7 +88,7 @@ def projected_lbfgs(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, BoxState]:
-        here = local("projected_lbfgs", updates, params, **extras)
+        here = gather("projected_lbfgs", updates, params, **extras)
         dtype = here.value.dtype
         x, unravel = ravel_pytree(here.params)
         gradient = ravel_pytree(here.grad)[0]
@@ -125,7 +126,7 @@ def projected_lbfgs(
         s = jnp.where(end.good, ravel_pytree(end.params)[0] - x, 0.0)
         y = jnp.where(end.good, ravel_pytree(end.grad)[0] - gradient, 0.0)
         lost = active & ~end.good  # a failure puts the history in doubt: start afresh
-        code = jnp.where(end.good, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(end.good, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         new = BoxState(
             s=jnp.where(lost, 0.0, _pushed(state.s, s, end.good)),
             y=jnp.where(lost, 0.0, _pushed(state.y, y, end.good)),

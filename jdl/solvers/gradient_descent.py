@@ -18,8 +18,8 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import linesearch
+from jdl.optim.context import gather, scalar_dtype
 from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import local, scalar_dtype
 from jdl.solvers.iterative import Iterative
 from jdl.solvers.state import Manner, SolverState
 
@@ -77,7 +77,7 @@ def gradient_descent(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, GradientDescentState]:
-        here = local("gradient_descent", updates, params, **extras)
+        here = gather("gradient_descent", updates, params, **extras)
         dtype = here.value.dtype
         down = tree.scale(-1.0, updates)
         told: Any = state.diagnostics

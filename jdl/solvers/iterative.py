@@ -19,11 +19,11 @@ from jdl.core import check, tree
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
-from jdl.optim.local import noise_floor, scalar_dtype
-from jdl.solvers import box, implicit, problem, status
+from jdl.optim.context import noise_floor, scalar_dtype
+from jdl.optim.result import ResultCode
+from jdl.solvers import box, implicit, problem
 from jdl.solvers.problem import Problem
 from jdl.solvers.state import Manner, OptStep, SolverState
-from jdl.solvers.status import Status
 
 
 class Iterative:
@@ -204,11 +204,11 @@ class Iterative:
             params, state = self._jit_update(
                 self._moving_fun(), params, state, args, {**kwargs, "data": data}, fresh=True
             )
-            if int(state.status) == Status.NOT_FINITE:
+            if int(state.status) == ResultCode.NOT_FINITE:
                 return OptStep(params, state)
         if state is None:
             raise check.DataError("The iterator gives nothing to run on.")
-        ended = jnp.full_like(state.status, Status.MAX_ITERATIONS)
+        ended = jnp.full_like(state.status, ResultCode.MAX_ITERATIONS)
         return OptStep(params, state._replace(status=ended))
 
     def optimality_fun(self, params: Params, *args: Any, **kwargs: Any) -> PyTree:
@@ -257,7 +257,7 @@ class Iterative:
             grad=grad,
             aux=aux,
             stepsize=jnp.full((), jnp.nan, dtype),
-            status=zero,
+            status=jnp.asarray(ResultCode.RUNNING, jnp.int32),
             num_fun_eval=one,
             num_grad_eval=one,
             stalled=zero,
@@ -320,7 +320,7 @@ class Iterative:
         return None
 
     def _loop(self, body: Any, first: tuple[Params, SolverState]) -> tuple[Params, SolverState]:
-        running = lambda c: c[1].status == Status.RUNNING  # noqa: E731
+        running = lambda c: c[1].status == ResultCode.RUNNING  # noqa: E731
         reverse = self.unroll is True or (
             self.unroll == "auto" and not self.implicit_diff and not self.searches_lines
         )
@@ -368,7 +368,7 @@ class Iterative:
             gradients = (told.gradients - before.gradients).astype(jnp.int32)
             values = (told.values - before.values).astype(jnp.int32)
             stepsize = told.step_size.astype(stepsize.dtype)
-            failed = told.termination == diag.Termination.NO_DECREASE
+            failed = told.termination == ResultCode.NO_DECREASE
         error = tree.norm(_optimality(asked, new, grad)).astype(state.error.dtype)
         if told is None:  # slow is not stuck, nor is one that gathers gradients or warms up
             lower = smaller = _differ((params, state.internal_state), (new, inner))
@@ -402,13 +402,13 @@ class Iterative:
         given_up = state.failures >= self.failures_allowed
         # A flat stretch before the failures shows that rounding hides what decrease there is.
         hidden = given_up & (state.stalled > state.failures)
-        code = jnp.asarray(Status.RUNNING, jnp.int32)
+        code = jnp.asarray(ResultCode.RUNNING, jnp.int32)
         for holds, ending in (  # later ones overrule earlier ones
-            (state.iter_num >= self.maxiter, Status.MAX_ITERATIONS),
-            (given_up, Status.LINE_SEARCH_FAILED),
-            (hidden | (state.stalled >= self.patience), Status.NO_PROGRESS),
-            (self._converged(params, state), Status.CONVERGED),
-            (~finite, Status.NOT_FINITE),
+            (state.iter_num >= self.maxiter, ResultCode.MAX_ITERATIONS),
+            (given_up, ResultCode.LINE_SEARCH_FAILED),
+            (hidden | (state.stalled >= self.patience), ResultCode.NO_PROGRESS),
+            (self._converged(params, state), ResultCode.CONVERGED),
+            (~finite, ResultCode.NOT_FINITE),
         ):
             code = jnp.where(holds, jnp.asarray(ending, jnp.int32), code)
         return code
@@ -430,7 +430,9 @@ class Iterative:
 
     def message(self, state: SolverState) -> str:
         """How the run that led to `state` ended, in words."""
-        return status.message(state.status, state.error, self.tol, jnp.result_type(state.value))
+        words = ResultCode(int(np.asarray(state.status))).words
+        error, dtype = float(np.asarray(state.error)), jnp.result_type(state.value)
+        return f"{words} (error {error:.3g}, tol {self.tol:.3g}, {dtype})"
 
 
 def reevaluated(asked: Problem, params: Params, state: SolverState) -> SolverState:

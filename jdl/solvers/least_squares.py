@@ -116,7 +116,7 @@ class GaussNewton(LeastSquares):
       jit: whether to compile.
       unroll: "auto" or False.
       callback: called after each update.
-      **options: of `jdl.optim.gauss_newton`: cutoff, max_parameters …
+      **options: of `jdl.optim.gauss_newton`: rcond, max_parameters …
 
     >>> a = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
     >>> solver = GaussNewton(lambda x, b: a @ x - b)

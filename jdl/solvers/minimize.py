@@ -11,17 +11,18 @@ import optax
 
 from jdl.core import check, tree
 from jdl.core.types import Params
+from jdl.optim.result import ResultCode
 from jdl.solvers import problem
 from jdl.solvers.gradient_check import check_problem_s_gradient
 from jdl.solvers.gradient_descent import GradientDescent
+from jdl.solvers.hessian_free import HessianFree
 from jdl.solvers.iterative import Iterative
 from jdl.solvers.lbfgs import LBFGS
 from jdl.solvers.least_squares import GaussNewton, LevenbergMarquardt
-from jdl.solvers.newton import HessianFree, Newton
+from jdl.solvers.newton import Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver
 from jdl.solvers.state import SolverState
-from jdl.solvers.status import Status
 
 METHODS: dict[str, Callable[..., Iterative]] = {
     "lbfgs": LBFGS,
@@ -42,7 +43,7 @@ class Result:
       params: the last parameters.
       value: f there.
       error: ‖∇f‖ there, or with bounds ‖x − P(x − ∇f)‖.
-      status: how it ended, a `Status`.
+      status: how it ended, a `ResultCode`.
       message: the same in words, with figures.
       iterations: updates made.
       evaluations: evaluations of f, with or without its gradient.
@@ -57,7 +58,7 @@ class Result:
     params: Params
     value: float
     error: float
-    status: Status
+    status: ResultCode
     message: str
     iterations: int
     evaluations: int
@@ -71,7 +72,7 @@ class Result:
     @property
     def success(self) -> bool:
         """Whether it converged."""
-        return self.status == Status.CONVERGED
+        return self.status == ResultCode.CONVERGED
 
     def __str__(self) -> str:
         shapes = [f"{name} {of}" for name, of in problem.shapes(self.params).items()]
@@ -153,7 +154,7 @@ def minimize(
         params=found,
         value=float(state.value),
         error=float(state.error),
-        status=Status(int(np.asarray(state.status))),
+        status=ResultCode(int(np.asarray(state.status))),
         message=solver.message(state),
         iterations=int(state.iter_num),
         evaluations=int(state.num_fun_eval),

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jdl.core.types import Params
+from jdl.optim.result import ResultCode
 from jdl.solvers import implicit
-from jdl.solvers.status import Status
 
 
 class SolverState(NamedTuple):
@@ -20,7 +20,7 @@ class SolverState(NamedTuple):
       grad: ∇f there.
       aux: what `fun` gives besides its value, there; None without `has_aux`.
       stepsize: the length of the last step in units of its direction; NaN where unknown.
-      status: a `Status` code.
+      status: a `ResultCode`.
       num_fun_eval: evaluations of f so far, with or without the gradient.
       num_grad_eval: evaluations of ∇f so far.
       stalled: updates since `best_value` or `best_error` last improved visibly.
@@ -33,7 +33,7 @@ class SolverState(NamedTuple):
     >>> import jax.numpy as jnp
     >>> from jdl.solvers import LBFGS
     >>> state = LBFGS(lambda x: jnp.sum(jnp.square(x - 1.0))).run(jnp.zeros(2)).state
-    >>> float(state.value), Status(int(state.status)).name
+    >>> float(state.value), ResultCode(int(state.status)).name
     (0.0, 'CONVERGED')
     """
 
@@ -56,7 +56,7 @@ class SolverState(NamedTuple):
     @property
     def failed_linesearch(self) -> jax.Array:
         """Whether the run ended because the line search found no decrease."""
-        return self.status == Status.LINE_SEARCH_FAILED
+        return self.status == ResultCode.LINE_SEARCH_FAILED
 
     @property
     def gradient(self) -> Params:

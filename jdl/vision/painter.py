@@ -146,7 +146,7 @@ def of_net(net: StyleNet, params: Any, styles: tuple[str, ...]) -> Painter:
     return Painter(apply, params, styles, net.reach, net.statistics_size)
 
 
-def load(path: str | Path) -> Painter:
+def load_painter(path: str | Path) -> Painter:
     """The painter of a run directory of `jdl style train`, or of an exported file.
 
     Args:
@@ -162,7 +162,7 @@ def load(path: str | Path) -> Painter:
         config = StyleConfig.load(path)
         net, params = style_training.build_net(config), style_training.trained_params(config, path)
         return of_net(net, params, config.styles)
-    predict = export.load(path)
+    predict = export.load_exported(path)
     notes = predict.notes
     if notes.get("kind") != _KIND or "statistics" not in predict.inputs:
         raise check.DataError(f"{str(path)!r} is an exported function, but of no style network.")

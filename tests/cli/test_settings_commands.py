@@ -170,7 +170,7 @@ def test_a_file_says_what_flags_say(tmp_path):
 def test_of_several_files_the_later_wins_and_of_all_the_command_line(tmp_path):
     first, second = tmp_path / "a.toml", tmp_path / "b.yaml"
     first.write_text('model = "mlp"\nsteps = 3\nflip = true\ncolor = true\nlogs = ["csv"]\n')
-    second.write_text("steps: 4\nworkdir: here/run\nflip: false\nlogs: []\n")
+    second.write_text("max_steps: 4\nworkdir: here/run\nflip: false\nlogs: []\n")
     files = ["--config", str(first), f"--config={second}"]
 
     def parsed(*arguments):
@@ -178,13 +178,19 @@ def test_of_several_files_the_later_wins_and_of_all_the_command_line(tmp_path):
         return parse("train", train, expanded)
 
     args = parsed(*files)
-    assert (args.model, args.steps, args.flip, args.color, args.logs) == ("mlp", 4, False, True, ())
+    assert (args.model, args.max_steps, args.flip, args.color, args.logs) == (
+        "mlp",
+        4,
+        False,
+        True,
+        (),
+    )
     assert args.workdir == Path("here/run")  # as the flag: from the folder one is in
     args = parsed("cnn", *files, "--no-color", "--flip", "--workdir", "x", "--logs", "csv")
     assert (args.model, args.color, args.flip, args.logs) == ("cnn", False, True, ("csv",))
     assert args.workdir == Path("x")
     args = parsed(*files[::-1][:1], *files[:2], "--no-flip")
-    assert (args.steps, args.flip) == (3, False)
+    assert (args.max_steps, args.flip) == (3, False)
     assert not parsed("mlp", "--flip", "--no-flip").flip
     assert parsed("mlp", "--no-flip", "--flip").flip
 
@@ -199,7 +205,9 @@ def test_a_switch_is_taken_back_without_a_file(capsys):
 
 def test_the_names_of_settings_are_told_in_the_order_of_the_help(tmp_path):
     (tmp_path / "a.toml").write_text("qqq = 3")
-    with pytest.raises(ArgumentError, match="one of model, data, optimizer, learning-rate, steps,"):
+    with pytest.raises(
+        ArgumentError, match="one of model, data, optimizer, learning-rate, max-steps,"
+    ):
         config_file.expand(["--config", str(tmp_path / "a.toml")], train.Args)
 
 
@@ -241,7 +249,7 @@ def test_a_runs_own_settings_make_it_anew(tmp_path, capsys):
     assert len(losses[0]) >= 3
     settings = tomllib.loads((second / "config.toml").read_text())
     assert settings["crop"] == "random"
-    assert settings["command"]["steps"] == 3
+    assert settings["command"]["max_steps"] == 3
     capsys.readouterr()
 
 

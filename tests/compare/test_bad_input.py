@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jdl.cli.main import main
-from jdl.compare import Budget, Entry, Study, load, record
+from jdl.compare import Budget, Entry, Study, load_results, record
 from jdl.train.lock import RunLock
 
 
@@ -71,7 +71,7 @@ def test_shares_of_a_study_are_disjoint_and_all_of_it(problem, tmp_path):
             **options,
         ).run(share=(k, 2))
     assert sorted(ran) == ["a", "b", "c"]
-    assert {t.status for t in load(tmp_path).trials} == {"done"}
+    assert {t.status for t in load_results(tmp_path).trials} == {"done"}
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_problem_file_that_fails_leaves_the_other_problems(tmp_path, capsys):
     assert code == 2
     assert "line 1: ModuleNotFoundError" in told.err
     assert "Traceback" not in told.err
-    (trial,) = load(tmp_path / "study").trials
+    (trial,) = load_results(tmp_path / "study").trials
     assert (trial.problem, trial.status) == ("quadratic", "done")
     report = tmp_path / "study" / "report.html"
     assert report.exists()

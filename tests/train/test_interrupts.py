@@ -16,7 +16,7 @@ import pytest
 import jdl
 from jdl.data import from_arrays
 from jdl.models import MLP
-from jdl.train.termination import Interrupted, Signals, Stopped
+from jdl.train.signals import Interrupted, Signals, Stopped
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

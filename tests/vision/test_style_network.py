@@ -137,7 +137,7 @@ def test_what_a_painter_refuses():
 def test_an_exported_painter_paints_the_same_at_any_size(tmp_path):
     pytest.importorskip("flatbuffers")
     path = painter().export(tmp_path / "painter.jdl")
-    loaded = pt.load(path)
+    loaded = pt.load_painter(path)
     assert (loaded.styles, loaded.reach) == (STYLES, NET.reach)
     for picture, tile in ((random(20, 33, 3), 1024), (random(150, 131, 3), 112)):
         want = painter()(picture, {"one": 1, "two": 1}, tile=tile)
@@ -146,7 +146,7 @@ def test_an_exported_painter_paints_the_same_at_any_size(tmp_path):
     damaged = path.read_bytes()[:-2000]
     path.write_bytes(damaged)
     with pytest.raises(check.DataError, match="damaged"):
-        pt.load(path)
+        pt.load_painter(path)
 
 
 # ---------------------------------------------------------------------- training
@@ -216,7 +216,7 @@ def test_training_from_a_tar_lowers_both_terms_and_the_run_paints(tmp_path):
     assert after["loss"] < 0.5 * before["loss"]
     assert after["style"] < 0.5 * before["style"]
 
-    loaded = pt.load(workdir)
+    loaded = pt.load_painter(workdir)
     picture = random(13, 18, 3)
     (outputs,) = [
         out for _, out in estimator.predict_batches([{"image": np.zeros((2, 8, 8, 3), np.uint8)}])
@@ -260,18 +260,18 @@ def test_the_loss_is_gatys_objective_of_each_example():
 
 def test_what_is_no_run(tmp_path):
     with pytest.raises(check.UserError, match="not a run directory of `jdl style train`"):
-        pt.load(tmp_path)
+        pt.load_painter(tmp_path)
     with pytest.raises(check.DataError, match="no file"):
-        pt.load(tmp_path / "nothing.jdl")
+        pt.load_painter(tmp_path / "nothing.jdl")
     setting().save(tmp_path)
     with pytest.raises(check.UserError, match="no checkpoint"):
-        pt.load(tmp_path)
+        pt.load_painter(tmp_path)
     (tmp_path / "config.toml").write_text('model = "style"\nstyles = ["a"]')
     with pytest.raises(check.DataError, match="lacks .*paintings"):
-        pt.load(tmp_path)
+        pt.load_painter(tmp_path)
     (tmp_path / "config.toml").write_text("model = ")
     with pytest.raises(check.DataError, match="TOML"):
-        pt.load(tmp_path)
+        pt.load_painter(tmp_path)
     pytest.importorskip("flatbuffers")
     import jdl
     from jdl.models import MLP
@@ -279,4 +279,4 @@ def test_what_is_no_run(tmp_path):
     data = from_arrays(random(4, 2, 2, 1), np.arange(4, dtype=np.int32) % 2, batch_size=4)
     other = jdl.classifier(MLP(widths=(2,)), "adam").train(data, steps=1)
     with pytest.raises(check.DataError, match="of no style network"):
-        pt.load(other.export(tmp_path / "mlp.jdl", data))
+        pt.load_painter(other.export(tmp_path / "mlp.jdl", data))

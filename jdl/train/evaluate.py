@@ -12,7 +12,7 @@ from jdl.core.types import Batch, Outputs, Params
 from jdl.train.clock import as_floats
 from jdl.train.feed import EMPTY
 from jdl.train.parallel import Placement
-from jdl.train.run import Served
+from jdl.train.run import EvalBatch
 from jdl.train.step import Program
 
 Sums = Mapping[str, Callable[[Outputs, Batch], jax.Array]]
@@ -31,7 +31,7 @@ class Evaluator:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def over(
-        self, batches: Iterable[Served], sums: Sums
+        self, batches: Iterable[EvalBatch], sums: Sums
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """The means over all examples, and the sums as float64 arrays.
 

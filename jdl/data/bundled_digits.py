@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdl.core import check
-from jdl.data.paths import Paths
+from jdl.data.tar.paths import Paths
 
 if TYPE_CHECKING:
     from jdl.data.image_batches import ImageBatches

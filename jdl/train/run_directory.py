@@ -26,7 +26,7 @@ class NonFiniteError(check.TrainingError):
     """A loss or parameters are not finite."""
 
 
-class Keeper:
+class RunDirectory:
     """Saves and restores a run, and writes its log.
 
     Where several processes train together, all save and restore, and one writes the log.

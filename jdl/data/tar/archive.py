@@ -1,4 +1,4 @@
-"""An archive's bytes, wherever it is: at random where that can be had, else in order.
+"""An archive's bytes: at random where that is possible, else in order.
 
     a plain tar on a disk          random     `pread`, from any thread or process
     a plain tar behind an URL      random     ranges through fsspec, tried again when they fail
@@ -6,34 +6,23 @@
     compressed, or no ranges       in order   going back means to begin again
     standard input, "-"            in order   there is no going back
 
-Seek files are made for gzip only. Measured on a tar of 30 kB images, images/s at random:
-indexed_gzip 105 with a seek point every 256 kB (the seek file takes 12 % of the archive), 410 with
-one every 64 kB (50 %); rapidgzip 48, and it ends the interpreter with an abort unless closed in
-time; rapidgzip on bzip2 5; indexed_zstd 114 on one frame; plain tars 96,000. So even the best
-serves to look something up, not to train: `jdl pack` rewrites once, or batches come in order.
+`open.open_archive` chooses among these.
 """
 
 import abc
 import hashlib
-import importlib.util
-import logging
 import os
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from jdl.core import check
-from jdl.data import inflate
-
-logger = logging.getLogger("jdl.data")
+from jdl.data.tar import inflate
 
 UNKNOWN = 2**62  # the size of a tar whose end has not been met yet
 STDIN = "-"
-SEEK_SUFFIX = ".jdlseek"
-SEEK_SPACING = 1 << 18
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _PIECE = 1 << 18  # bytes read at once in order
@@ -100,33 +89,6 @@ class Archive(abc.ABC):
 
     def close(self) -> None:  # noqa: B027  # most hold nothing
         """Lets go of it."""
-
-
-def open_archive(path: str, *, seekable: bool = True) -> Archive:
-    """The archive at `path`: a file, an URL, or "-" for standard input.
-
-    Args:
-      path: where.
-      seekable: whether to use a seek file that is there.
-
-    Raises:
-      DataError: if it cannot be opened.
-    """
-    if path == STDIN:
-        return Forward(path, lambda at: sys.stdin.buffer, None)
-    if is_url(path):
-        from jdl.data.remote import RemoteFile
-
-        raw: Raw = RemoteFile(path)
-    else:
-        raw = LocalFile(path)
-    if not raw.ranges:
-        return Forward(path, raw.read_from, raw)
-    if inflate.compression(raw.pread(8, 0)) is None:
-        return raw
-    if isinstance(raw, LocalFile) and seekable and os.path.isfile(path + SEEK_SUFFIX):
-        return Seekable(raw)
-    return Forward(path, raw.read_from, raw)
 
 
 class Raw(Archive):
@@ -283,90 +245,3 @@ class Forward(Archive):
         self.rest()
         if self._raw is not None:
             self._raw.close()
-
-
-class Seekable(Archive):
-    """A local .gz with a file of places at which decompression can begin."""
-
-    mode = "seekable"
-    wide = narrow = 1 << 20
-
-    def __init__(self, raw: LocalFile):
-        self.path, self._raw = raw.path, raw
-        try:
-            self._file = _indexed_gzip().IndexedGzipFile(
-                raw.path, spacing=SEEK_SPACING, index_file=raw.path + SEEK_SUFFIX
-            )
-        except check.MissingExtraError:
-            raise
-        except Exception as error:  # indexed_gzip's own, whatever stands in the file
-            raise check.DataError(
-                f"The seek file {raw.path + SEEK_SUFFIX!r} cannot be used: {error}. Remove it, or "
-                "make it anew with `jdl index --seekable`."
-            ) from error
-        self._lock = threading.Lock()
-        self.size = UNKNOWN
-
-    def pread(self, size: int, offset: int) -> bytes:
-        """See `Archive`."""
-        with self._lock:
-            try:
-                self._file.seek(offset)
-                data = self._file.read(size)
-            except Exception as error:  # zlib's and indexed_gzip's own, and EOFError
-                raise check.DataError(
-                    f"Cannot read {self.path!r} at byte {offset}: {error}. If its seek file does "
-                    f"not belong to it, remove {self.path + SEEK_SUFFIX!r}."
-                ) from error
-        if len(data) < size:
-            self.size = offset + len(data)
-        return data
-
-    def stamp(self) -> dict[str, Any]:
-        """See `Archive`."""
-        return self._raw.stamp()
-
-    def check_unchanged(self, stamp: dict[str, Any]) -> None:
-        """See `Archive`."""
-        self._raw.check_unchanged(stamp)
-
-    def close(self) -> None:
-        """See `Archive`."""
-        self._file.close()
-        self._raw.close()
-
-
-def make_seekable(path: str) -> str:
-    """Writes the seek file of a local .gz beside it, at once or not at all; gives its path.
-
-    Raises:
-      DataError: if the archive is not gzip, or damaged.
-      MissingExtraError: without indexed_gzip.
-    """
-    raw = LocalFile(path)
-    kind = inflate.compression(raw.pread(8, 0))
-    raw.close()
-    if kind != "gzip":
-        what = f"{kind}-compressed" if kind else "not compressed"
-        hint = "It needs none." if kind is None else "Rewrite it with `jdl pack`."
-        raise check.DataError(f"{path!r} is {what}; seek files are made for gzip alone. {hint}")
-    file = _indexed_gzip().IndexedGzipFile(path, spacing=SEEK_SPACING)
-    temporary = f"{path}{SEEK_SUFFIX}.{os.getpid()}.tmp"
-    try:
-        file.build_full_index()
-        file.export_index(temporary)
-        os.replace(temporary, path + SEEK_SUFFIX)
-    except Exception as error:
-        raise check.DataError(f"No seek file could be made for {path!r}: {error}.") from error
-    finally:
-        file.close()
-        Path(temporary).unlink(missing_ok=True)
-    return path + SEEK_SUFFIX
-
-
-def _indexed_gzip() -> Any:
-    if importlib.util.find_spec("indexed_gzip") is None:
-        raise check.MissingExtraError("indexed_gzip", "seekable", "Random access to a .gz")
-    import indexed_gzip  # type: ignore[import-untyped]
-
-    return indexed_gzip

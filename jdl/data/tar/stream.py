@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jdl.data import tar_scan
-from jdl.data.archive import Archive
+from jdl.data.tar import scan
+from jdl.data.tar.archive import Archive
 
 MAX_MEMBER = 1 << 28  # bytes; larger ones are passed over
 
@@ -31,7 +31,7 @@ class MemberStream:
     """
 
     def __init__(self, archive: Archive):
-        self._archive, self._walk = archive, tar_scan.Walk(archive)
+        self._archive, self._walk = archive, scan.Walk(archive)
         self._walk.many = 1  # each header as it comes, before what follows it is read
         self.damage = self._walk.damage
 
@@ -42,9 +42,9 @@ class MemberStream:
                 if not len(offsets):
                     continue
                 folder = [*walk.folders][ids[0]]
-                name = tar_scan.text(folder + b"/" + base if folder else base)
+                name = scan.text(folder + b"/" + base if folder else base)
                 size, kind = int(sizes[0]), kinds[0]
-                if kind not in (tar_scan.IMAGE, tar_scan.OTHER):
+                if kind not in (scan.IMAGE, scan.OTHER):
                     continue
                 if size > MAX_MEMBER:
                     detail = f"it has {size} bytes, more than the {MAX_MEMBER} that are read"
@@ -55,7 +55,7 @@ class MemberStream:
                     walk.size = self._archive.size
                     walk.note_cut(int(offsets[0]) - 512, name.encode(), int(offsets[0]), size)
                     continue
-                yield Member(name, bool(kind == tar_scan.IMAGE), data)
+                yield Member(name, bool(kind == scan.IMAGE), data)
             walk.parts.clear()
             walk.bases.clear()
             walk.folders.clear()

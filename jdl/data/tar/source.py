@@ -1,6 +1,6 @@
 """Images in tar archives: a grain data source over one archive or many.
 
-Nothing is unpacked. An index (see `tar_index`) says where every member stands, and `pread` reads
+Nothing is unpacked. An index (see `index`) says where every member stands, and `pread` reads
 one there, from any thread or process, without a position that readers would have to share. What
 is compressed is read so too, but well only in the order in which it stands (see `window`).
 """
@@ -16,13 +16,14 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data import labels as lb
-from jdl.data import tar_scan
-from jdl.data.archive import Archive, is_url, open_archive
 from jdl.data.holdout import Holdout
 from jdl.data.images import BadImage
-from jdl.data.paths import Paths, expand
-from jdl.data.selection import Selection
-from jdl.data.tar_index import TarIndex, open_index
+from jdl.data.tar import scan
+from jdl.data.tar.archive import Archive, is_url
+from jdl.data.tar.index import TarIndex, open_index
+from jdl.data.tar.open import open_archive
+from jdl.data.tar.paths import Paths, expand
+from jdl.data.tar.selection import Selection
 
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
 _GROUP = 256  # records asked for at once from remote archives
@@ -146,7 +147,7 @@ class TarSource:
         return tuple(self._indexes)
 
     @property
-    def damage(self) -> list[tuple[str, tar_scan.Damage]]:
+    def damage(self) -> list[tuple[str, scan.Damage]]:
         """What is wrong with the archives: (archive, damage)."""
         return [(index.path, each) for index in self._indexes for each in index.damage]
 
@@ -203,7 +204,7 @@ class TarSource:
         holdout = Holdout.parse(split) if isinstance(split, str) else split
         holds = None if holdout is None else holdout.checked().chooser()
         for index in self._indexes:
-            wanted = index.columns.kinds == tar_scan.IMAGE
+            wanted = index.columns.kinds == scan.IMAGE
             images += int(wanted.sum())
             if holds is not None:
                 for row in np.flatnonzero(wanted).tolist():
@@ -216,7 +217,7 @@ class TarSource:
         self._ends = np.cumsum([len(rows) for rows in self._rows])
         if not images:
             members = sum(map(len, self._indexes))
-            known = ", ".join(sorted(e.decode() for e in tar_scan.IMAGE_EXTENSIONS))
+            known = ", ".join(sorted(e.decode() for e in scan.IMAGE_EXTENSIONS))
             why = f"none readable with an extension of {known}"
             for path, damage in self.damage[:1]:
                 why = f"{path!r} is damaged ({damage.word}): {damage.detail}"
@@ -275,7 +276,7 @@ class TarSource:
     ) -> Iterator[tuple[int, str]]:
         """The class of each image that has a member of its key and that extension beside it."""
         index = self._indexes[archive]
-        others = np.flatnonzero(index.columns.kinds == tar_scan.OTHER).tolist()
+        others = np.flatnonzero(index.columns.kinds == scan.OTHER).tolist()
         cut = ((row, lb.sidecar_key(index.name(row))) for row in others)
         beside = {key: row for row, (key, ending) in cut if ending == extension}
         found: dict[int, str] = {}

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jdl.data import labels as lb
-from jdl.data import tar_scan
-from jdl.data.archive import STDIN
-from jdl.data.paths import Paths, expand
-from jdl.data.tar import TarSource
-from jdl.data.tar_index import TarIndex, open_index
+from jdl.data.tar import scan
+from jdl.data.tar.archive import STDIN
+from jdl.data.tar.index import TarIndex, open_index
+from jdl.data.tar.paths import Paths, expand
+from jdl.data.tar.source import TarSource
 
 
 class Description(NamedTuple):
@@ -42,13 +42,13 @@ class Description(NamedTuple):
 
 
 _KIND_NAMES = {
-    tar_scan.IMAGE: "image",
-    tar_scan.OTHER: "other file",
-    tar_scan.FOLDER: "folder",
-    tar_scan.LINK: "link",
-    tar_scan.DEVICE: "device or pipe",
-    tar_scan.SPARSE: "sparse file",
-    tar_scan.CUT: "truncated file",
+    scan.IMAGE: "image",
+    scan.OTHER: "other file",
+    scan.FOLDER: "folder",
+    scan.LINK: "link",
+    scan.DEVICE: "device or pipe",
+    scan.SPARSE: "sparse file",
+    scan.CUT: "truncated file",
 }
 
 
@@ -119,7 +119,7 @@ def splits(paths: Paths, *, keep_index: bool = True) -> tuple[str, ...]:
 
 
 def _splits(index: TarIndex) -> dict[str, int]:
-    ids = index.columns.folder_ids[index.columns.kinds == tar_scan.IMAGE]
+    ids = index.columns.folder_ids[index.columns.kinds == scan.IMAGE]
     counts = np.bincount(ids, minlength=len(index.columns.folder_ends))
     found: dict[str, int] = {}
     for folder, count in zip(index.folders(), counts.tolist(), strict=True):

@@ -10,14 +10,15 @@ import numpy as np
 from jdl.core import check
 from jdl.data import images
 from jdl.data import labels as lb
-from jdl.data.archive import STDIN, open_archive
 from jdl.data.augment import Augmentation
-from jdl.data.batches import Loaded, Plan
 from jdl.data.holdout import Holdout
 from jdl.data.image_batches import ImageBatches
+from jdl.data.loading import InOrder, Loaded
 from jdl.data.order import Order
-from jdl.data.tar_stream import Member, MemberStream
-from jdl.data.window import InOrder
+from jdl.data.plan import Plan
+from jdl.data.tar.archive import STDIN
+from jdl.data.tar.open import open_archive
+from jdl.data.tar.stream import Member, MemberStream
 
 logger = logging.getLogger("jdl.data")
 

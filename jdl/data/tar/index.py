@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from jdl.core import check
-from jdl.data import tar_scan
-from jdl.data.archive import STDIN, Archive, is_url, open_archive
-from jdl.data.tar_scan import Columns, Damage
+from jdl.data.tar import scan
+from jdl.data.tar.archive import STDIN, Archive, is_url
+from jdl.data.tar.open import open_archive
+from jdl.data.tar.scan import Columns, Damage
 
 logger = logging.getLogger("jdl.data")
 
@@ -69,13 +70,13 @@ class TarIndex:
         """The full name of member `i`."""
         folder = _piece(self.columns.folders, self.columns.folder_ends, self.columns.folder_ids[i])
         base = _piece(self.columns.bases, self.columns.base_ends, i)
-        return tar_scan.text(folder + b"/" + base if folder else base)
+        return scan.text(folder + b"/" + base if folder else base)
 
     def folders(self) -> list[str]:
         """All folders' names, in the order of the columns' `folder_ids`."""
         whole, ends = self.columns.folders.tobytes(), self.columns.folder_ends.tolist()
         starts = [0, *ends[:-1]] if ends else []
-        return [tar_scan.text(whole[a:b]) for a, b in zip(starts, ends, strict=True)]
+        return [scan.text(whole[a:b]) for a, b in zip(starts, ends, strict=True)]
 
     def __reduce__(self) -> Any:
         """Worker processes map the index file anew; only what has none travels whole."""
@@ -114,7 +115,7 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
                 logger.info("not using the index %r: %s", file, error)
         if archive.mode == "stream":
             tell_cost(archive)
-        columns, damage = tar_scan.scan(archive)
+        columns, damage = scan.scan(archive)
         if archive.stamp() != stamp:
             raise check.DataError(f"{path!r} changed while it was being indexed. Try again.")
         size = archive.size
@@ -225,7 +226,7 @@ def _check_columns(columns: Columns, size: int) -> None:
     for start in range(0, n, _ROWS):
         offsets, sizes, kinds, ids = (c[start : start + _ROWS] for c in columns[:4])
         _sound(ids.min() >= 0 and ids.max() < len(columns.folder_ends), "it lacks a folder")
-        inside = kinds != tar_scan.CUT
+        inside = kinds != scan.CUT
         fits = offsets.min() >= 512 and sizes.min() >= 0 and (sizes[inside] <= size).all()
         fits = fits and (offsets[inside] <= size - sizes[inside]).all()
         _sound(fits, "a member lies outside the archive")

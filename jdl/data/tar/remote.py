@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jdl.core import check
-from jdl.data import inflate
-from jdl.data.archive import UNKNOWN, Raw
+from jdl.data.tar import inflate
+from jdl.data.tar.archive import UNKNOWN, Raw
 
 logger = logging.getLogger("jdl.data")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from jdl.core import check
-from jdl.data.archive import SEEK_SUFFIX, STDIN, is_url
-from jdl.data.tar_index import SUFFIX
+from jdl.data.tar.archive import STDIN, is_url
+from jdl.data.tar.index import SUFFIX
+from jdl.data.tar.seekable import SEEK_SUFFIX
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 

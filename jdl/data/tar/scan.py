@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdl.data import tar_format as fmt
-from jdl.data.archive import Archive
-from jdl.data.tar_format import BLOCK
+from jdl.data.tar import format as fmt
+from jdl.data.tar.archive import Archive
+from jdl.data.tar.format import BLOCK
 
 # Kinds of members, as stored in an index.
 IMAGE, OTHER, FOLDER, LINK, DEVICE, SPARSE, CUT = range(7)
