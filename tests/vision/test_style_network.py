@@ -267,7 +267,7 @@ def test_what_is_no_run(tmp_path):
     with pytest.raises(check.UserError, match="no checkpoint"):
         pt.load_painter(tmp_path)
     (tmp_path / "config.toml").write_text('model = "style"\nstyles = ["a"]')
-    with pytest.raises(check.DataError, match="lacks .*paintings"):
+    with pytest.raises(check.DataError, match=r"lacks .*paintings"):
         pt.load_painter(tmp_path)
     (tmp_path / "config.toml").write_text("model = ")
     with pytest.raises(check.DataError, match="TOML"):
