@@ -18,8 +18,8 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
+from jdl.optim.context import UpdateContext, gather, scalar_dtype
 from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import Local, local, scalar_dtype
 from jdl.optim.result import ResultCode
 
 C1 = 1e-4  # sufficient decrease
@@ -54,13 +54,13 @@ class _Trial(NamedTuple):
 
 
 def projected_lbfgs(
-    learning_rate: float = 1.0, *, history: int = 10, max_evaluations: int = 30
+    learning_rate: float = 1.0, *, memory_size: int = 10, max_evaluations: int = 30
 ) -> optax.GradientTransformationExtraArgs:
     """L-BFGS whose updates stay in a box, given to `update` as `bounds=(lower, upper)`.
 
     Args:
       learning_rate: the first trial step, > 0.
-      history: how many pairs, ≥ 1.
+      memory_size: how many pairs, ≥ 1.
       max_evaluations: trials of the line search at most, ≥ 1.
 
     References:
@@ -72,8 +72,8 @@ def projected_lbfgs(
     def init(params: Params) -> BoxState:
         flat = ravel_pytree(params)[0]
         return BoxState(
-            s=jnp.zeros((history, flat.size), flat.dtype),
-            y=jnp.zeros((history, flat.size), flat.dtype),
+            s=jnp.zeros((memory_size, flat.size), flat.dtype),
+            y=jnp.zeros((memory_size, flat.size), flat.dtype),
             value=jnp.full((), jnp.inf, scalar_dtype(params)),
             grad=jax.tree.map(jnp.zeros_like, params),
             diagnostics=diag.init(),
@@ -88,7 +88,7 @@ def projected_lbfgs(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, BoxState]:
-        here = local("projected_lbfgs", updates, params, **extras)
+        here = gather("projected_lbfgs", updates, params, **extras)
         dtype = here.value.dtype
         x, unravel = ravel_pytree(here.params)
         gradient = ravel_pytree(here.grad)[0]
@@ -132,7 +132,7 @@ def projected_lbfgs(
 
 
 def _projected_search(
-    here: Local,
+    here: UpdateContext,
     direction: jax.Array,
     bounds: tuple[jax.Array, jax.Array],
     first: jax.Array,

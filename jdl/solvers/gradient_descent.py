@@ -19,8 +19,8 @@ from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import linesearch
+from jdl.optim.context import UpdateContext, gather, scalar_dtype
 from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import Local, local, scalar_dtype
 from jdl.solvers.iterative import Iterative
 from jdl.solvers.options import SolverOptions
 
@@ -78,7 +78,7 @@ def gradient_descent(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, GradientDescentState]:
-        here = local("gradient_descent", updates, params, **extras)
+        here = gather("gradient_descent", updates, params, **extras)
         down = tree.scale(-1.0, updates)
         diagnostics: Any = state.diagnostics
         if searches:
@@ -113,7 +113,11 @@ def gradient_descent(
 
 
 def _searched(
-    here: Local, updates: PyTree, last: jax.Array, decrease_factor: float, max_evaluations: int
+    here: UpdateContext,
+    updates: PyTree,
+    last: jax.Array,
+    decrease_factor: float,
+    max_evaluations: int,
 ) -> tuple[jax.Array, jax.Array, linesearch.LineSearchResult]:
     """The step along −updates, what the next search starts from, and the search itself."""
     dtype = here.value.dtype

@@ -20,7 +20,7 @@ from jdl.core import check, tree
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
-from jdl.optim.local import noise_floor, scalar_dtype
+from jdl.optim.context import noise_floor, scalar_dtype
 from jdl.optim.result import ResultCode
 from jdl.solvers import box, implicit
 from jdl.solvers.options import SolverOptions

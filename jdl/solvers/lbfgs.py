@@ -99,7 +99,7 @@ class LBFGS(Iterative):
         self.bounds, self.history_size, self.maxls = bounds, history_size, maxls
         self.max_stepsize = max_stepsize
         make = box.projected_lbfgs if self._boxed() else lbfgs
-        self.optimizer = make(max_stepsize, history=history_size, max_evaluations=maxls)
+        self.optimizer = make(max_stepsize, memory_size=history_size, max_evaluations=maxls)
 
     def _boxed(self) -> bool:
         return self.bounds is not None

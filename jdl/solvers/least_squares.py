@@ -108,7 +108,7 @@ class GaussNewton(LeastSquares):
       tol: on the norm of the gradient Jᵀ r. (jaxopt's is on the length of the step.)
       has_aux: whether residuals come as `(r, aux)`.
       **options: `jdl.solvers.options.SolverOptions`, and the arguments of `jdl.optim.gauss_newton`:
-        max_parameters, chunk_size …
+        rcond, max_parameters …
 
     >>> a = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
     >>> solver = GaussNewton(lambda x, b: a @ x - b)
