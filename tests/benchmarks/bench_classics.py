@@ -461,9 +461,7 @@ def hf_rnn(data, seed):
     rows = []
 
     def hf(hidden):
-        return jdl.optim.hessian_free(
-            structural_damping=0.03, hidden=hidden, max_linear_iterations=60
-        )
+        return jdl.optim.hessian_free(structural_damping=0.03, hidden=hidden, max_cg_iterations=60)
 
     def sgd(rate, _):
         return optax.sgd(rate)

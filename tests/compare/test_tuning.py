@@ -23,7 +23,7 @@ from jdl.compare import tuning as tune
 from jdl.compare.results import chosen, tunings
 from jdl.compare.tables import settings, tuning_table
 from jdl.core.check import ArgumentError
-from jdl.optim.registry import Search
+from jdl.optim.registry import TuningRange
 
 
 def sgd(name="sgd", learning_rate=0.1, low=1e-3, high=10.0):
@@ -32,7 +32,7 @@ def sgd(name="sgd", learning_rate=0.1, low=1e-3, high=10.0):
         lambda: optax.sgd(learning_rate),
         9,
         options={"learning_rate": learning_rate},
-        search=Search("learning_rate", low, high),
+        search=TuningRange("learning_rate", low, high),
         tuned=lambda value: sgd("sgd-tuned", value),
     )
 
@@ -43,7 +43,7 @@ def test_places_are_scipys_van_der_corput():
 
 
 def test_values_lie_in_the_range_and_begin_with_the_default():
-    found = tune.values(Search("damping", 1e-4, 10.0), 8, 0.3)
+    found = tune.values(TuningRange("damping", 1e-4, 10.0), 8, 0.3)
     assert len(found) == 8
     assert found[0] == 0.3
     assert all(1e-4 <= x <= 10 for x in found)

@@ -13,10 +13,12 @@ from flax import nnx
 
 import jdl
 from jdl import losses
-from jdl.core import fisher, layers, moments, tree
-from jdl.core.layers import Probe
+from jdl.core import tree
 from jdl.core.objective import Objective
 from jdl.models import CNN, RNN
+from jdl.optim import kronecker, quadratic
+from jdl.optim.kronecker import layers, moments, output_hessian
+from jdl.optim.kronecker.probes import Probe, probed
 
 
 def names_of(params):
@@ -136,11 +138,11 @@ def moments_of(predict, params, weights, mask=None, **options):
         probes[i] = Probe(jnp.zeros((d + 1, d + 1)), jnp.zeros((k, k)), jnp.zeros(()))
 
     def f(probes):
-        outputs = layers.probed(predict, params, found, probes, {}, mask, **options)
+        outputs = probed(predict, params, found, probes, {}, mask, **options)
         return jnp.sum(weights * outputs)
 
     np.testing.assert_allclose(  # the outputs themselves are untouched
-        layers.probed(predict, params, found, probes, {}), predict(params), rtol=1e-6
+        probed(predict, params, found, probes, {}), predict(params), rtol=1e-6
     )
     return jax.jit(jax.grad(f))(probes), found
 
@@ -289,10 +291,10 @@ def test_functions_that_hide_their_product_are_tagged():
         return x @ p["w"] + p["b"][None]
 
     def tagged(p):
-        return layers.tag_dense(hidden(x, p["w"], p["b"]), x, p["w"], p["b"])
+        return kronecker.tag_dense(hidden(x, p["w"], p["b"]), x, p["w"], p["b"])
 
     def doubly(p):  # a product in the open, tagged as well, counts once
-        return layers.tag_dense(x @ p["w"] + p["b"][None], x, p["w"], p["b"])
+        return kronecker.tag_dense(x @ p["w"] + p["b"][None], x, p["w"], p["b"])
 
     assert layers.find(lambda p: hidden(x, p["w"], p["b"]), params).known == {}
     want, _ = moments_of(plain, params, g)
@@ -311,7 +313,7 @@ def test_functions_that_hide_their_product_are_tagged():
 
     def tagged_conv(p):  # a kernel that is rescaled first, which nothing could see through
         y = 0.5 * conv({"w": 2.0 * p["w"]})
-        return layers.tag_conv(y, image, p["w"], strides=(2, 2), padding=((1, 1), (1, 1)))
+        return kronecker.tag_conv(y, image, p["w"], strides=(2, 2), padding=((1, 1), (1, 1)))
 
     assert layers.find(lambda p: conv({"w": 2.0 * p["w"]}), {"w": kernel}).known == {}
     g = numbers(2, 3, 3, 2)
@@ -371,15 +373,15 @@ def test_roots_of_output_hessians_are_exact(name):
     outputs = numbers(*shape)
     batch = {"y": jax.nn.sigmoid(numbers(*shape, seed=1)), "weight": jnp.abs(numbers(6, 3))}
     batch["label"] = jnp.arange(math.prod(shape[:-1])).reshape(shape[:-1]) % 4
-    kind = fisher.route(loss, outputs, batch)
+    kind = output_hessian.route(loss, outputs, batch)
     assert kind == want
     count = math.prod(shape[1:])
 
     @jax.jit
     def all_of_it(keys):
-        _, column = fisher.columns(kind, loss, outputs, batch)
+        _, column = output_hessian.columns(kind, loss, outputs, batch)
         u = jax.lax.map(column, jnp.arange(count)).reshape(count, 6, -1)
-        draw = functools.partial(fisher.draw, kind, loss, outputs, batch)
+        draw = functools.partial(output_hessian.draw, kind, loss, outputs, batch)
         draws = jax.lax.map(lambda key: draw(jax.random.split(key, 6)), keys)
         draws = draws.reshape(len(keys), 6, -1)
         mean = jnp.einsum("kbi,kbj->bij", draws, draws) / len(keys)
@@ -393,9 +395,9 @@ def test_roots_of_output_hessians_are_exact(name):
 
 def test_a_large_coupled_loss_falls_back_on_its_gradient_and_says_so():
     outputs, batch = numbers(3, 100), {"y": numbers(3, 100, seed=1)}
-    kind = fisher.route(distance, outputs, batch)
+    kind = output_hessian.route(distance, outputs, batch)
     assert kind == "gradient"
-    u = fisher.draw(kind, distance, outputs, batch, jax.random.split(jax.random.key(0), 3))
+    u = output_hessian.draw(kind, distance, outputs, batch, jax.random.split(jax.random.key(0), 3))
     g = jax.grad(lambda z: jnp.sum(distance(z, batch)))(outputs)
     np.testing.assert_allclose(jnp.abs(u), jnp.abs(g), rtol=1e-6)
 
@@ -428,7 +430,7 @@ def test_of_one_linear_layer_the_factors_are_the_exact_gauss_newton_matrix(mask,
     # Where the outputs' Hessian is the same for all examples the Kronecker product is exact.
     params = {"b": numbers(2, seed=3), "w": numbers(3, 2, seed=2)}
     objective = linear_objective(losses.squared_error, mask, microbatches=microbatches)
-    probe = factors_of(objective, params, curvature="exact")
+    probe = factors_of(objective, params, curvature="gauss_newton")
     product = np.kron(probe.first, probe.last)  # rows of [w; b], then columns
     flat = jnp.concatenate([params["w"], params["b"][None]])
 
@@ -443,7 +445,7 @@ def test_softmax_at_equal_outputs_is_exact_too():
     batch = {"x": numbers(8, 3), "label": jnp.arange(8) % 2}
     objective = Objective.from_fns(linear, losses.softmax_cross_entropy, batch)
     params = {"b": jnp.zeros(2), "w": jnp.zeros((3, 2))}
-    probe = factors_of(objective, params, curvature="exact")
+    probe = factors_of(objective, params, curvature="gauss_newton")
 
     def f(flat):
         return objective.value({"w": flat[:3], "b": flat[3]})
@@ -464,10 +466,10 @@ def test_drawn_factors_average_to_the_exact_ones_and_empirical_ones_to_numpys():
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(draw, keys))
 
     drawn = mean(jax.random.split(jax.random.key(0), 3000))
-    exact = factors_of(objective, params, curvature="exact")
+    exact = factors_of(objective, params, curvature="gauss_newton")
     np.testing.assert_allclose(drawn.last, exact.last, atol=0.01)
     np.testing.assert_allclose(drawn.first, exact.first, rtol=1e-4)
-    empirical = factors_of(objective, params, curvature="empirical")
+    empirical = factors_of(objective, params, curvature="empirical_fisher")
     z = np.asarray(linear(params, objective.batch), np.float64)
     g = 1 / (1 + np.exp(-z)) - np.asarray(objective.batch["label"])
     np.testing.assert_allclose(empirical.last, g.T @ g / 8, rtol=1e-5)
@@ -488,7 +490,7 @@ def test_the_quadratic_model_agrees_with_finite_differences_and_gauss_newton_pro
             microbatches=2,
         )
         vectors = [jax.tree.map(lambda x, i=i: jnp.cos(i + x), params) for i in (1, 2)]
-        model = jax.jit(moments.quadratic)(objective, params, vectors)
+        model = jax.jit(quadratic.quadratic)(objective, params, vectors)
 
         @jax.jit
         def f(t, v):
@@ -507,8 +509,8 @@ def test_the_quadratic_model_agrees_with_finite_differences_and_gauss_newton_pro
 def test_rows_are_spread_over_the_batch():
     batch = {"x": jnp.arange(12.0), "y": jnp.zeros(12)}
     objective = Objective.from_fns(lambda p, b: p * b["x"], lambda o, b: o, batch)
-    assert moments.rows(objective, 5).batch["x"].tolist() == [0, 2, 4, 6, 8]
-    assert moments.examples(moments.rows(objective, 99)) == 12
+    assert quadratic.subset(objective, 5).batch["x"].tolist() == [0, 2, 4, 6, 8]
+    assert len(quadratic.subset(objective, 99).batch["x"]) == 12
     sliced = Objective.from_fns(lambda p, b: p, lambda o, b: o, batch, microbatches=4)
-    few = moments.rows(sliced, 5)
-    assert (moments.examples(few), few.microbatches) == (4, 2)
+    few = quadratic.subset(sliced, 5)
+    assert (len(few.batch["x"]), few.microbatches) == (4, 2)

@@ -1,28 +1,119 @@
-"""A walk through a model's jaxpr that follows its parameters and marks the products they meet."""
+r"""Finds a model's layers: which parameters are kernels and biases, and of what kind.
 
-from collections.abc import Callable, Sequence
+No module has to be tagged for that. Every parameter is followed through the model's jaxpr, through
+changes of type and layout (`layout.py`), calls and scans, to the product that uses it
+(`recognize.py`):
+
+    y = x W  (dense, also inside a scan: recurrent)        y = x ∗ W  (convolution)
+
+and a bias to the sum after it. A parameter used in any other way belongs to no layer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
 from jdl.core.jaxpr import CALLS, Evaluator, Site, bind
-from jdl.core.layers.probes import Marks
-from jdl.core.layers.products import USES, Dense, Use
-from jdl.core.layers.views import LAYOUT, Output, Piece, View
-from jdl.core.types import PyTree
+from jdl.core.types import Params
+from jdl.optim.kronecker.layout import LAYOUT, Output, Piece, View
+from jdl.optim.kronecker.recognize import USES, Dense, Use
+
+# Given a product's output y, its input x and how it uses a kernel: y, marked.
+Mark: TypeAlias = Callable[[jax.Array, jax.Array, Use], jax.Array]
 
 
-class Found:
-    """What a walk through a jaxpr saw."""
+class Layer(NamedTuple):
+    """A kernel all of whose uses are recognized.
+
+    Attributes:
+      kernel: the leaf's number, of shape (inputs..., outputs).
+      bias: the number of the leaf that is added to its outputs, of shape (outputs,); or None.
+      kind: "dense" or "conv".
+      transposed: whether it is used as x Wᵀ.
+      tagged: whether it was declared by `tag_dense` or `tag_conv`.
+      rows: how often it is used for the traced batch: examples × positions × steps × reuses.
+    """
+
+    kernel: int
+    bias: int | None
+    kind: str
+    transposed: bool
+    tagged: bool
+    rows: int
+
+
+class Layers(NamedTuple):
+    """The layers of a model.
+
+    Attributes:
+      known: kernel's leaf number -> layer.
+      unknown: number of any other leaf that joins no layer -> why.
+    """
+
+    known: Mapping[int, Layer]
+    unknown: Mapping[int, str]
+
+
+def find(predict: Callable[[Params], Any], params: Params) -> Layers:
+    """The layers of `predict(params)`.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(())}
+    >>> def predict(p):
+    ...     return jnp.tanh(jnp.ones((5, 3)) @ p["w"] + p["b"][None]) * p["scale"]
+    >>> found = find(predict, params)
+    >>> [(layer.kind, layer.kernel, layer.bias) for layer in found.known.values()]
+    [('dense', 2, 0)]
+    >>> dict(found.unknown)
+    {1: 'used by mul'}
+    """
+    leaves = jax.tree.leaves(params)
+    found = _Found()
+    jax.eval_shape(lambda p: walk(predict, p, found=found), params)
+    known: dict[int, Layer] = {}
+    unknown: dict[int, str] = {}
+    owners: dict[int, int] = {kernel: bias for bias, kernel in found.tagged_biases.items()}
+    for bias, places in found.joins.items():
+        owner, *others = set(places.values())
+        if not others and owner is not None and bias not in found.unrecognized:
+            owners.setdefault(owner, bias)
+    for i, leaf in enumerate(leaves):
+        uses = list(found.uses.get(i, {}).values())
+        tagged = [use for use in uses if use[2]]
+        uses = tagged or uses
+        ways = {use[:2] for use in uses}
+        if uses and leaf.ndim < 2:
+            unknown[i] = "a kernel of one axis"
+        elif i in found.unrecognized and not tagged:
+            unknown[i] = found.unrecognized[i]
+        elif len(ways) > 1:
+            unknown[i] = "used both as W and as Wᵀ, or in layers of several kinds"
+        elif uses:
+            ((kind, transposed),) = ways
+            joined = None if transposed else owners.get(i)
+            rows = sum(use[3] for use in uses)
+            known[i] = Layer(i, joined, kind, transposed, bool(tagged), rows)
+        elif i not in found.joins and i not in found.tagged_biases:
+            unknown[i] = "not used by the model"
+    biases = {layer.bias for layer in known.values()}
+    for i in {*found.joins, *found.tagged_biases} - known.keys() - biases:
+        unknown[i] = found.unrecognized.get(i, "added to no one known layer")
+    unknown = {i: why for i, why in sorted(unknown.items()) if i not in biases}
+    return Layers(known, unknown)
+
+
+class _Found:
+    """The uses of parameters that a walk through a jaxpr met."""
 
     def __init__(self) -> None:
         self.uses: dict[int, dict[Any, tuple[str, bool, bool, int]]] = {}
         self.joins: dict[int, dict[Any, int | None]] = {}
-        self.strange: dict[int, str] = {}
-        self.told: dict[int, int] = {}  # bias -> kernel, by a tag
+        self.unrecognized: dict[int, str] = {}  # leaf -> why
+        self.tagged_biases: dict[int, int] = {}  # bias -> kernel
 
     def use(self, place: Any, use: Use, rows: int) -> None:
         """Notes that a product at this place uses a kernel for so many rows."""
@@ -35,15 +126,19 @@ class Found:
         self.joins.setdefault(bias, {})[place] = kernel
 
     def other(self, tag: Any, why: str) -> None:
-        """Notes that a parameter is used in a way that is no layer's."""
+        """Notes that a parameter is used by an operation that no rule recognizes."""
         for piece in tag.pieces if isinstance(tag, View) else ():
-            self.strange.setdefault(piece.leaf, why)
+            self.unrecognized.setdefault(piece.leaf, why)
 
 
-def walk_model(
-    predict: Callable[[PyTree], Any], params: PyTree, found: Found, marks: Marks | None
+def walk(
+    predict: Callable[[Params], Any],
+    params: Params,
+    *,
+    found: _Found | None = None,
+    mark: Mark | None = None,
 ) -> Any:
-    """`predict(params)`; `found` notes what becomes of params, `marks` go behind their products."""
+    """`predict(params)`; notes the uses of params in `found`, applies `mark` to their products."""
     leaves, structure = jax.tree.flatten(params)
     shapes: list[Any] = []
 
@@ -57,9 +152,9 @@ def walk_model(
         View(tuple(range(x.ndim)), (Piece(i, 0, 0, x.shape[-1] if x.ndim else 1),))
         for i, x in enumerate(leaves)
     ]
-    walk = _Walk(found, marks)
-    outputs, _ = walk.evaluator.run(program, list(map(_Tagged, leaves, views)))
-    return jax.tree.unflatten(shapes[-1], walk.untag(outputs, "an output of the model"))
+    walker = _Walk(found or _Found(), mark)
+    outputs, _ = walker.evaluator.run(program, list(map(_Tagged, leaves, views)))
+    return jax.tree.unflatten(shapes[-1], walker.untag(outputs, "an output of the model"))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["tag"])
@@ -74,9 +169,9 @@ class _Tagged:
 class _Walk:
     """Evaluates a jaxpr, and follows parameters through it."""
 
-    def __init__(self, found: Found, marks: Marks | None):
-        self.found, self.marks = found, marks
-        leave = partial(self.untag, why="carried or sliced by a loop, or handed on by a branch")
+    def __init__(self, found: _Found, mark: Mark | None):
+        self.found, self.mark = found, mark
+        leave = partial(self.untag, why="carried or sliced by a loop, or returned by a branch")
         self.evaluator = Evaluator(self.visit, leave)
 
     def untag(self, values: Sequence[Any], why: str) -> list[Any]:
@@ -119,12 +214,12 @@ class _Walk:
         (y,) = bind(site.eqn, inputs)
         axis = use.site.output_axis if isinstance(use.site, Dense) else use.site.y_spec[1]
         self.found.use(site.place, use, site.times * y.size // max(1, y.shape[axis]))
-        if self.marks is not None:
-            y = self.marks.put(y, x, use)
+        if self.mark is not None:
+            y = self.mark(y, x, use)
         if use.tagged and len(tags) == 4:
             bias, kernel = tags[3], use.view.pieces[0].leaf
             if isinstance(bias, View):
-                self.found.told[bias.pieces[0].leaf] = kernel
+                self.found.tagged_biases[bias.pieces[0].leaf] = kernel
         whole = not use.transposed
         return [y], [Output(use.view.pieces if whole else (), axis)]
 

@@ -1,72 +1,36 @@
-r"""What Kronecker-factored methods ask of an objective: second moments, and a small exact model.
+r"""The curvature's second moments on a batch: for layers' factors and other leaves' diagonals.
 
-Like everything that meets a batch, both are sums over its slices and over devices, which the
-objective takes care of.
+Both are sums over the batch's slices and over devices, which `Objective.scan` takes care of.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jdl.core import check, fisher, layers, tree
-from jdl.core.layers import Bases, Layers, Probe
+from jdl.core import check
 from jdl.core.objective import Objective, require_of_outputs
 from jdl.core.types import Batch, Key, Outputs, Params, PyTree
+from jdl.optim.kronecker import layers, output_hessian
+from jdl.optim.kronecker.layers import Layers
+from jdl.optim.kronecker.probes import Bases, Probe, dtype_of, probed
 
-CURVATURES = ("fisher", "empirical", "exact")
-
-
-class Quadratic(NamedTuple):
-    """f and its second-order model along m directions v.
-
-    Attributes:
-      value: f(θ).
-      slopes: ⟨∇f, vᵢ⟩, [m].
-      curvature: ⟨vᵢ, G vⱼ⟩ with the Gauss-Newton matrix G, [m, m].
-    """
-
-    value: jax.Array
-    slopes: jax.Array
-    curvature: jax.Array
-
-
-def rows(objective: Objective, size: int) -> Objective:
-    """The same function on `size` of its examples, over all devices, spread evenly.
-
-    Fewer where the batch has not as many, or where microbatches do not divide them.
-    """
-    batch = objective.batch
-    count = objective._size(batch)
-    if objective.axis_name is not None:
-        size = -(-size // jax.lax.axis_size(objective.axis_name))
-    size = min(size, count)
-    slices = -(-size * objective.microbatches // count)
-    size -= size % slices
-    stride = count // size
-    some = jax.tree.map(lambda x: x[: size * stride : stride], dict(batch))
-    return dataclasses.replace(objective, batch=some, curvature_batch=None, microbatches=slices)
-
-
-def examples(objective: Objective, curvature: bool = False) -> int:
-    """How many examples the objective's batch, or its curvature batch, has on this device."""
-    return objective._size(objective._curvature_batch() if curvature else objective.batch)
+CURVATURES = ("fisher", "empirical_fisher", "gauss_newton")
 
 
 def find_layers(objective: Objective, params: Params) -> Layers:
     """The layers of the objective's model; nothing is computed."""
     batch = _slice_of(objective)
-    return layers.find(lambda p: objective._apply(p, batch, objective.key)[0], params)
+    return layers.find(lambda p: objective.apply(p, batch, objective.key)[0], params)
 
 
 def find_route(objective: Objective, params: Params) -> str:
-    """How draws from the loss's output Hessian are made: see `jdl.core.fisher`."""
+    """How draws from the loss's output Hessian are made: see `output_hessian`."""
     batch = _slice_of(objective)
-    outputs = jax.eval_shape(lambda p: objective._apply(p, batch, objective.key)[0], params)
+    outputs = jax.eval_shape(lambda p: objective.apply(p, batch, objective.key)[0], params)
     require_of_outputs(objective.loss)
-    return fisher.route(objective.loss, outputs, batch)
+    return output_hessian.route(objective.loss, outputs, batch)
 
 
 def second_moments(
@@ -94,8 +58,8 @@ def second_moments(
       probes: zeros, one for each known kernel.
       bases: where probes have `squares`, likewise divided by Σᵢ mᵢ.
       key: of the draws.
-      curvature: "fisher" draws by `find_route`, "empirical" takes the loss's own gradients,
-        "exact" takes every column of the Hessian's root: one backward pass an output.
+      curvature: "fisher" draws by `find_route`, "empirical_fisher" takes the loss's own gradients,
+        "gauss_newton" takes every column of the Hessian's root: one backward pass an output.
       max_rows: bounds a convolution's patches.
 
     References:
@@ -107,23 +71,23 @@ def second_moments(
       networks (2018), section 3.4.
     """
     check.one_of("curvature", curvature, CURVATURES)
-    batch = objective._curvature_batch()
-    total = objective._weight(batch)
-    kind = "gradient" if curvature == "empirical" else find_route(objective, params)
+    batch = objective.batch_for_curvature
+    total = objective.total_weight(batch)
+    kind = "gradient" if curvature == "empirical_fisher" else find_route(objective, params)
     # Squared once they are summed over devices, gradients of all examples' draws are the same
     # however those are shared out. Slices of a batch share keys, and are squared one by one.
-    whole = objective.microbatches == 1 and curvature != "exact"
+    whole = objective.microbatches == 1 and curvature != "gauss_newton"
     device = 0 if objective.axis_name is None else jax.lax.axis_index(objective.axis_name)
 
     def part(batch: Batch, own_key: Key | None) -> Any:
         weights = batch.get("mask")
-        size = objective._size(batch)
+        size = objective.num_examples(batch)
 
         def f(params: Params, probes: PyTree) -> Outputs:
             def predict(p: Params) -> Outputs:
-                return objective._apply(p, batch, own_key)[0]
+                return objective.apply(p, batch, own_key)[0]
 
-            return layers.probed(predict, params, found, probes, bases, weights, max_rows)
+            return probed(predict, params, found, probes, bases, weights, max_rows)
 
         outputs, pull = jax.vjp(f, params, dict(probes))
 
@@ -137,17 +101,17 @@ def second_moments(
                     u,
                 )
             grads, moments = pull(u)
-            leaves = [x.astype(layers.dtype_of(x)) for x in jax.tree.leaves(grads)]
+            leaves = [x.astype(dtype_of(x)) for x in jax.tree.leaves(grads)]
             slopes = {i: leaves[i] for i in found.unknown}
             return moments, slopes if whole else jax.tree.map(jnp.square, slopes)
 
-        if curvature != "exact":
+        if curvature != "gauss_newton":
             # Each example has its own key, whichever device it is on. Slices of a batch share them.
             numbers = device * size + jnp.arange(size)
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
-            return pulled(fisher.draw(kind, objective.loss, outputs, batch, keys)), ()
+            return pulled(output_hessian.draw(kind, objective.loss, outputs, batch, keys)), ()
 
-        count, column = fisher.columns(kind, objective.loss, outputs, batch)
+        count, column = output_hessian.columns(kind, objective.loss, outputs, batch)
         signs = jax.random.rademacher(key, (count, size), jnp.float32)
 
         def body(sums: PyTree, k: jax.Array) -> tuple[PyTree, tuple[()]]:
@@ -159,7 +123,7 @@ def second_moments(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(body, zeros, jnp.arange(count))
 
-    (moments, squares), _ = objective._scan(part, batch)
+    (moments, squares), _ = objective.scan(part, batch)
     if whole:
         squares = jax.tree.map(jnp.square, squares)
 
@@ -178,43 +142,10 @@ def second_moments(
     return {i: normalized(i, p) for i, p in moments.items()}, mean(squares, total)
 
 
-def quadratic(objective: Objective, params: Params, vectors: Sequence[PyTree]) -> Quadratic:
-    """The exact model along a few directions on the objective's batch: one forward product each.
-
-    With J the outputs' Jacobian, ⟨vᵢ, G vⱼ⟩ = ⟨J vᵢ, ∇²ℓ J vⱼ⟩ + ⟨vᵢ, ∇²r vⱼ⟩.
-    """
-    total = objective._weight(objective.batch)
-
-    def part(batch: Batch, key: Key | None) -> Any:
-        def predict(p: Params) -> Outputs:
-            return objective._apply(p, batch, key)[0]
-
-        outputs, product = jax.linearize(predict, params)
-        loss = lambda z: objective._mean_part(z, batch, total)  # noqa: E731
-        value, grad = jax.value_and_grad(loss)(outputs)
-        tangents = [product(v) for v in vectors]
-        bent = [jax.jvp(jax.grad(loss), (outputs,), (t,))[1] for t in tangents]
-        slopes = jnp.stack([tree.vdot(grad, t) for t in tangents])
-        curvature = jnp.stack([jnp.stack([tree.vdot(t, b) for b in bent]) for t in tangents])
-        return (value, slopes, curvature), ()
-
-    with jax.default_matmul_precision("highest"):
-        (value, slopes, curvature), _ = objective._scan(part, objective.batch)
-    if objective.regularizer is not None:
-        r, grad = jax.value_and_grad(objective.regularizer)(params)
-        bent = [jax.jvp(jax.grad(objective.regularizer), (params,), (v,))[1] for v in vectors]
-        value = value + r
-        slopes = slopes + jnp.stack([tree.vdot(grad, v) for v in vectors])
-        curvature = curvature + jnp.stack(
-            [jnp.stack([tree.vdot(v, b) for b in bent]) for v in vectors]
-        )
-    return Quadratic(value, slopes, curvature)
-
-
 def _slice_of(objective: Objective) -> Batch:
     """The first of the batch's slices, for what is only traced."""
-    batch = objective._curvature_batch()
-    size = objective._size(batch) // objective.microbatches
+    batch = objective.batch_for_curvature
+    size = objective.num_examples(batch) // objective.microbatches
     return jax.tree.map(lambda x: x[:size], dict(batch))
 
 

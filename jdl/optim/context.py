@@ -1,7 +1,7 @@
 """The objective of one update, as seen from the current parameters.
 
 Whatever a caller hands to `update`, a full `jdl.Objective` or three bare extras, the algorithms see
-one `Local`; what is missing or of the wrong kind is refused here, once, by name.
+one `UpdateContext`; what is missing or of the wrong kind is refused here, once, by name.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check, tree
+from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
-from jdl.optim.part import Part, PartialObjective
+from jdl.optim.masking import Part, restricted
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 
 
-class Local(NamedTuple):
+class UpdateContext(NamedTuple):
     """The objective around the current parameters; all scalars have one type, at least float32.
 
     Attributes:
@@ -30,6 +31,7 @@ class Local(NamedTuple):
       finite: whether value and gradient are.
       stationary: whether the gradient is zero.
       objective: the one handed over, as a function of θ; None without.
+      fill: θ -> all parameters, where optax.masked or optax.partition let through a part.
     """
 
     params: Params
@@ -40,15 +42,28 @@ class Local(NamedTuple):
     noise: jax.Array
     finite: jax.Array
     stationary: jax.Array
-    objective: Any
+    objective: Objective | None
+    fill: Callable[[Params], Params]
 
     @property
     def active(self) -> jax.Array:
         """Whether there is a step to look for."""
         return self.finite & ~self.stationary
 
+    def needed_objective(self, purpose: str, hint: str = "") -> Objective:
+        """The objective; raises where the caller gave none."""
+        check.argument(
+            self.objective is not None,
+            "objective",
+            f"given, for {purpose}",
+            None,
+            f"Pass objective=jdl.Objective.from_fns(predict, loss, batch){hint}.",
+        )
+        assert self.objective is not None
+        return self.objective
 
-def local(
+
+def gather(
     optimizer: str,
     updates: PyTree,
     params: Params | None,
@@ -56,10 +71,10 @@ def local(
     value: Any = None,
     grad: PyTree | None = None,
     value_fn: Callable[..., Any] | None = None,
-    objective: Any | None = None,
+    objective: Objective | None = None,
     whole_params: Params | None = None,
     **others: Any,
-) -> Local:
+) -> UpdateContext:
     """Gathers an update's extra arguments.
 
     Args:
@@ -89,10 +104,11 @@ def local(
         )
     structure: Any = jax.tree.structure(params)
     assert value_fn is not None  # among `needed`
+    part = None
     if jax.tree.structure(grad) != structure and whole_params is not None:
         part = Part(params, whole_params)
         grad, value_fn = part.of(grad), part.function(value_fn)
-        objective = None if objective is None else PartialObjective(objective, part)
+        objective = None if objective is None else restricted(objective, part)
     for name, given in (("updates", updates), ("grad", grad)):
         check.argument(
             jax.tree.structure(given) == structure,
@@ -120,7 +136,7 @@ def local(
         return scalar(v), g
 
     value = scalar(value)
-    return Local(
+    return UpdateContext(
         params=params,
         value=value,
         grad=grad,
@@ -130,6 +146,7 @@ def local(
         finite=jnp.isfinite(value) & tree.all_finite(grad),
         stationary=tree.vdot(grad, grad) == 0,
         objective=whole,
+        fill=(lambda p: p) if part is None else part.filled,
     )
 
 
@@ -144,7 +161,7 @@ def noise_floor(value: jax.Array, params: Params) -> jax.Array:
     return jnp.asarray(units * coarsest, value.dtype) * jnp.abs(value)
 
 
-def descending(direction: PyTree, here: Local) -> tuple[PyTree, jax.Array]:
+def descending(direction: PyTree, here: UpdateContext) -> tuple[PyTree, jax.Array]:
     """The direction, or −∇f if it is not finite or does not descend; and whether it does."""
     slope = tree.vdot(direction, here.grad)
     norms = tree.norm(direction) * tree.norm(here.grad)

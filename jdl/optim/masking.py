@@ -5,14 +5,15 @@ structure of the whole, with `optax.MaskedNode()` for each leaf or branch that i
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jdl.core import check
+from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 
 
@@ -60,66 +61,31 @@ class Part:
             [group[0][0] if group and not group[0][1] else optax.MaskedNode() for group in groups]
         )
 
-    def filled(self, part: PyTree, others: Params | None = None) -> PyTree:
-        """The whole with this part in it, and `others` (the held values) elsewhere."""
-        others = self.whole if others is None else others
-        leaves = jax.tree.leaves(others)
-        structure: Any = jax.tree.structure(others)
+    def filled(self, part: PyTree) -> PyTree:
+        """The whole with this part in it, and its own values elsewhere."""
+        leaves = jax.tree.leaves(self.whole)
+        structure: Any = jax.tree.structure(self.whole)
         given = iter(jax.tree.leaves(part))
         pairs = zip(leaves, self.lacking, strict=True)
         return structure.unflatten([x if out else next(given) for x, out in pairs])
-
-    def padded(self, part: PyTree) -> PyTree:
-        """The part among zeros."""
-        return self.filled(part, jax.tree.map(jnp.zeros_like, self.whole))
 
     def function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the whole as one of the part."""
         return lambda part: fn(self.filled(part))
 
 
-class PartialObjective:
-    """A `jdl.Objective` as a function of part of the parameters."""
+def restricted(objective: Objective, part: Part) -> Objective:
+    """The objective as a function of the part, the other parameters held where they are."""
 
-    def __init__(self, objective: Any, part: Part):
-        self.objective, self.part = objective, part
+    def apply(params: Params, *args: Any, **options: Any) -> Any:
+        return objective.model.apply(part.filled(params), *args, **options)
 
-    def __getattr__(self, name: str) -> Any:
-        # batch, key, axis_name, curvature_share: what has nothing to do with parameters
-        return getattr(self.objective, name)
-
-    def value(self, params: Params, **_: Any) -> jax.Array:
-        """f(θ)."""
-        return self.objective.value(self.part.filled(params))
-
-    def value_and_grad(self, params: Params, **_: Any) -> tuple[jax.Array, Params, Any]:
-        """f(θ), its gradient in the part, and the evaluation's `Aux`."""
-        value, grad, aux = self.objective.value_and_grad(self.part.filled(params))
-        return value, self.part.of(grad), aux
-
-    def _product(self, product: Any, params: Params, vector: PyTree) -> PyTree:
-        return self.part.of(product(self.part.filled(params), self.part.padded(vector)))
-
-    def hvp(self, params: Params, vector: PyTree) -> PyTree:
-        """The part's block of the Hessian times v."""
-        return self._product(self.objective.hvp, params, vector)
-
-    def gnvp(self, params: Params, vector: PyTree) -> PyTree:
-        """The part's block of the Gauss-Newton matrix times v."""
-        return self._product(self.objective.gnvp, params, vector)
-
-    def efvp(self, params: Params, vector: PyTree) -> PyTree:
-        """The part's block of the empirical Fisher matrix times v."""
-        return self._product(self.objective.efvp, params, vector)
-
-    def gram_product(self, fn: Any, params: Params, vector: PyTree) -> PyTree:
-        """The part's block of Jᵀ J, J the Jacobian of `fn`, times v."""
-        product = lambda p, v: self.objective.gram_product(fn, p, v)  # noqa: E731
-        return self._product(product, params, vector)
-
-    def fisher_diagonal(self, params: Params, key: Any) -> Params:
-        """The part of the Fisher diagonal."""
-        return self.part.of(self.objective.fisher_diagonal(self.part.filled(params), key))
+    regularizer = objective.regularizer
+    return dataclasses.replace(
+        objective,
+        model=objective.model._replace(apply=apply),
+        regularizer=None if regularizer is None else part.function(regularizer),
+    )
 
 
 def _is_masked(x: Any) -> bool:

@@ -1,39 +1,80 @@
-"""The second moments of a layer's inputs and output gradients, gathered behind its product."""
+r"""Second moments of a layer's inputs and output gradients, gathered during a backward pass.
+
+A layer's output y passes through an identity whose derivative also gives, as the "gradient" of a
+`Probe` of zeros, the sums Σ ā āᵀ and Σ g gᵀ over rows (examples, positions, steps), for inputs a
+and the gradient g at y. Sums over reuses of a kernel, scans, slices of the batch and devices are
+then those of any other gradient.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jdl.core import tree
-from jdl.core.layers.products import Dense, Use
-from jdl.core.layers.types import Bases, Layer, Layers, Probe
-from jdl.core.layers.views import Piece
+from jdl.core.types import Params, PyTree
+from jdl.optim.kronecker.layers import Layer, Layers, walk
+from jdl.optim.kronecker.layout import Piece
+from jdl.optim.kronecker.recognize import Dense, Use
 
 
-class Marks(NamedTuple):
-    """What a walk needs to put marks behind products."""
+class Probe(NamedTuple):
+    """The second moments of a kernel of D inputs and K outputs, summed over rows.
 
-    layers: Layers
-    probes: Mapping[int, Probe]
-    bases: Mapping[int, Bases]
-    weights: jax.Array | None
-    max_rows: int
+    Attributes:
+      first: of the side of its leading axes, [D+1, D+1], the last coordinate being the bias's 1
+        (zero where no bias joins); or [D+1], the diagonal alone.
+      last: of the side of its last axis, [K, K] or [K].
+      rows: the number of rows, weighted by the mask.
+      squares: of the gradients in the eigenbases, [D+1, K]; () where not asked for.
+    """
 
-    def put(self, y: jax.Array, x: jax.Array, use: Use) -> jax.Array:
-        """`y`, whose gradient also fills the probes of the kernels behind it."""
-        pieces = [p for p in use.view.pieces if p.leaf in self.layers.known]
-        known = [self.layers.known[p.leaf] for p in pieces]
+    first: jax.Array
+    last: jax.Array
+    rows: jax.Array
+    squares: PyTree = ()
+
+
+class Bases(NamedTuple):
+    """Orthogonal bases for `Probe.squares`; () stands for the identity."""
+
+    first: PyTree
+    last: PyTree
+
+
+def probed(
+    predict: Callable[[Params], Any],
+    params: Params,
+    layers: Layers,
+    probes: Mapping[int, Probe],
+    bases: Mapping[int, Bases],
+    weights: jax.Array | None = None,
+    max_rows: int = 1 << 14,
+) -> Any:
+    """`predict(params)`, whose gradient with respect to `probes` is their layers' second moments.
+
+    Args:
+      predict: params -> outputs.
+      params: where.
+      layers: from `layers.find`.
+      probes: one for each kernel, of zeros.
+      bases: for the probes that have `squares`.
+      weights: float[B], the mask, for arrays whose first axis is of that size.
+      max_rows: of more patches of a convolution than this, evenly spaced ones are used.
+    """
+
+    def mark(y: jax.Array, x: jax.Array, use: Use) -> jax.Array:
+        pieces = [p for p in use.view.pieces if p.leaf in layers.known]
+        known = [layers.known[p.leaf] for p in pieces]
         if not pieces or (any(layer.tagged for layer in known) and not use.tagged):
             return y
-        probes = [self.probes[p.leaf] for p in pieces]
-        bases = [self.bases.get(p.leaf) for p in pieces]
-        weights = self.weights
-        if weights is not None and (not x.ndim or x.shape[0] != weights.shape[0]):
-            weights = None
-        max_rows = self.max_rows
+        mine = [probes[p.leaf] for p in pieces]
+        theirs = [bases.get(p.leaf) for p in pieces]
+        rows = weights
+        if rows is not None and (not x.ndim or x.shape[0] != rows.shape[0]):
+            rows = None
 
         @jax.custom_vjp
         def identity(y: Any, x: Any, probes: Any, bases: Any, weights: Any) -> Any:
@@ -52,7 +93,9 @@ class Marks(NamedTuple):
             return g, None, moments, None, None
 
         identity.defvjp(forward, backward)
-        return identity(y, jax.lax.stop_gradient(x), probes, bases, weights)
+        return identity(y, jax.lax.stop_gradient(x), mine, theirs, rows)
+
+    return walk(predict, params, mark=mark)
 
 
 def _rows(site: Any, x: Any, g: Any, weights: Any, max_rows: int) -> tuple[Any, Any, Any]:

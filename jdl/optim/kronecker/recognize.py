@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jdl.core.layers.views import View
+from jdl.optim.kronecker.layout import View
 
 
 class Dense(NamedTuple):
