@@ -200,7 +200,8 @@ def digits_of(data, side):
     images = np.clip(images, 0.0, 1.0).astype(np.float32)
     around = (side - images.shape[1]) // 2
     images = np.pad(images, [(0, 0), (around, around), (around, around)])
-    return images, np.asarray(labels, np.int32)
+    order = np.random.default_rng(0).permutation(len(images))  # the bundled ones come by class
+    return images[order], np.asarray(labels, np.int32)[order]
 
 
 def mnist(folder):

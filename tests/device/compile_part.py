@@ -23,14 +23,11 @@ FIRST = ("momentum", "kfac", "hf", "adam", "lbfgs", "muon", "lm", "newton", "cg"
 
 def run(results, *, tiny, data):
     del data
-    share = 0.4 * results.left()
     names = FIRST[:3] if tiny else [*FIRST, *(n for n in REGISTRY if n not in FIRST)]
-    end = results.left() - share
     with results.guard("Lanczos, 2.8 M"):
         lanczos(results, "Lanczos, deep autoencoder", *deep_autoencoder(tiny), k=3, products=60)
     with results.guard("Lanczos, 100 M"):
         lanczos(results, "Lanczos, perceptron", *perceptron(tiny), k=1, products=8)
-    del end
     for name in names:
         if results.left() < 5 and not tiny:
             results.add(f"compile {name}", skipped="no time left")

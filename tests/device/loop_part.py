@@ -139,7 +139,7 @@ class Bare:
             return None
         found = []
         for _ in range(rounds + 1):
-            (self._carry, logs), seconds = timed(
+            (self._carry, _), seconds = timed(
                 lambda: jax.block_until_ready(self._scan(self._carry, next(self._batches)))
             )
             found.append(1e3 * seconds / self._queued)
@@ -197,9 +197,10 @@ def compiled(case):
 
 def measure(results, name, case, loops, figures, tiny):
     """Milliseconds a step of all loops, in turns."""
-    _, probe = timed(functools.partial(loops["bare"], 3))
+    loops["bare"](10)
+    _, probe = timed(functools.partial(loops["bare"], 10))
     turn, rounds = (0.2, 2) if tiny else (0.8, 3)
-    steps = max(3, int(turn / (probe / 3)))
+    steps = max(3, int(turn / (probe / 10)))
     times = {loop: [] for loop in loops}
     for _ in range(rounds):
         for loop, run_steps in loops.items():

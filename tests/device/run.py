@@ -24,6 +24,7 @@ jdl are enlarged.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -97,10 +98,8 @@ def start_part(name, args, limit, cache):
             state = "ended" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
             state = f"killed at its limit of {limit:.0f} s"
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # workers of its own too
-        except ProcessLookupError:
-            pass
         process.wait()
         log.seek(0)
         return state, log.read()[-4000:]

@@ -27,7 +27,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from nets import Small, size
@@ -35,10 +34,10 @@ from results import timed
 
 import jdl
 from jdl import losses
-from jdl.core import moments
-from jdl.core.layers import Probe
 from jdl.data import from_arrays
-from jdl.optim import by_name, kronecker
+from jdl.optim import by_name
+from jdl.optim.kronecker import factors
+from jdl.optim.kronecker.moments import find_layers
 from jdl.optim.registry import REGISTRY
 from jdl.train.step import build
 
@@ -57,7 +56,7 @@ def run(results, *, tiny, data):
         with results.guard("curvature products against float64 on the CPU"):
             curvature_products(results)
         with results.guard("K-FAC factors against float64 on the CPU"):
-            factors(results)
+            kronecker_factors(results)
         with results.guard("parallel on one device"):
             placements(results)
         with results.guard("kill and resume"):
@@ -220,7 +219,7 @@ def curvature_products(results):
         results.add(f"{kind} against float64", within=bool(within), **errors)
 
 
-def factors(results):
+def kronecker_factors(results):
     """The second moments of every layer that K-FAC knows, of the loss's own gradients."""
 
     def layers(dtype):
@@ -228,16 +227,11 @@ def factors(results):
 
         @jax.jit
         def second_moments(objective, params):
-            found = moments.find_layers(objective, params)
-            state = kronecker.init(params)
-            probes = {}
-            for i in found.known:
-                first, last = jax.tree.map(jnp.zeros_like, state.moments[i])
-                probes[i] = Probe(first, last, jnp.zeros((), first.dtype), ())
-            drawn, _ = moments.second_moments(
-                objective, params, found, probes, {}, jax.random.key(0), "empirical"
-            )
-            return {i: (probe.first, probe.last) for i, probe in drawn.items()}
+            found = find_layers(objective, params)
+            state, key = factors.init(params), jax.random.key(0)
+            gradients = "empirical_fisher"  # the loss's own: float64 would draw other targets
+            args = objective, params, found, state, key, gradients
+            return factors.refresh_moments(*args).moments
 
         return second_moments(objective, params)
 
