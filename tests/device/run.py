@@ -14,6 +14,9 @@ DIR/PART.json after every measurement, so that a run cut short still counts:
     compile  seconds to compile each optimizer's step; Lanczos on 2.8 and 100 million parameters
     vision   steps a second of style transfer and of DeepDream, PyTorch beside where it is installed
 
+While `truth` runs, which times nothing, another process compiles what `loop` and `clock` need into
+a compilation cache that lasts as long as the run; what each took there is in truth's JSON.
+
 A summary is printed and left as DIR/summary.md and DIR/summary.json. The exit code is 1 if a part
 failed or ran out of time, or if a comparison in `truth` is outside its tolerance.
 
@@ -39,7 +42,6 @@ HERE = Path(__file__).resolve().parent
 SHARES = {"truth": 95, "loop": 75, "clock": 120, "loader": 45, "compile": 35, "vision": 20}
 TINY_SHARES = {"truth": 60, "loop": 30, "clock": 40, "loader": 20, "compile": 20, "vision": 10}
 MINUTES, TINY_MINUTES = 6.5, 4.0
-MODULES = {part: f"{part}_part" for part in SHARES}
 RESERVE = 6.0  # seconds before its limit at which a part begins nothing new
 
 
@@ -52,7 +54,7 @@ def run_part(name, out, limit, tiny, data):
     from results import Results
 
     found = Results(out / f"{name}.json", name, limit - RESERVE)
-    importlib.import_module(MODULES[name]).run(found, tiny=tiny, data=data)
+    importlib.import_module(f"{name}_part").run(found, tiny=tiny, data=data)
     found.end()
     sys.stdout.flush()
     os._exit(0)  # threads and worker processes may be in the middle of something
@@ -80,34 +82,34 @@ def environment(name, cache):
     return given
 
 
-def start_part(name, args, limit, cache):
-    """How the part's process ended ("ended", "failed" or "killed at its limit") and its output."""
-    command = [sys.executable, str(HERE / "run.py"), "--part", name, "--out", str(args.out)]
+def start(name, out, args, limit, cache):
+    """A part's process, and the file of what it prints."""
+    command = [sys.executable, str(HERE / "run.py"), "--part", name, "--out", str(out)]
     command += ["--limit", str(limit), *(["--tiny"] if args.tiny else [])]
     command += ["--data", args.data] if args.data else []
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment(name, cache),
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=limit)
-            state = "ended" if code == 0 else f"failed with exit code {code}"
-        except subprocess.TimeoutExpired:
-            state = f"killed at its limit of {limit:.0f} s"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # workers of its own too
-        process.wait()
+    log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  until `finish`
+    how = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment(name, cache)}
+    return subprocess.Popen(command, start_new_session=True, **how), log
+
+
+def finish(process, log, limit):
+    """Waits for it so long; how it ended and the end of what it printed."""
+    try:
+        code = process.wait(timeout=max(limit, 0.0))
+        state = "ended" if code == 0 else f"failed with exit code {code}"
+    except subprocess.TimeoutExpired:
+        state = f"killed at its limit, after {limit:.0f} s"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # workers of its own too
+    process.wait()
+    with log:
         log.seek(0)
         return state, log.read()[-4000:]
 
 
-def read_part(name, args, state, output, seconds):
+def read_part(name, out, state, output, seconds):
     """What the part has written, with how it ended."""
-    path = args.out / f"{name}.json"
+    path = out / f"{name}.json"
     found = json.loads(path.read_text()) if path.exists() else {"part": name, "rows": []}
     found |= {"state": state, "wall_seconds": round(seconds, 1)}
     errors = [row for row in found["rows"] if "error" in row["figures"]]
@@ -156,7 +158,7 @@ def main():
     parser.add_argument("--only", default=",".join(SHARES), help="parts, separated by commas")
     parser.add_argument("--minutes", type=float, help="for all parts together")
     parser.add_argument("--data", help="folder with MNIST's IDX files")
-    parser.add_argument("--part", choices=SHARES, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=[*SHARES, "warm"], help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out = args.out.absolute()
@@ -176,13 +178,20 @@ def run_parts(parts, args):
     end = time.monotonic() + 60 * (args.minutes or (TINY_MINUTES if args.tiny else MINUTES))
     everything = []
     with tempfile.TemporaryDirectory(prefix="jdl-device-") as cache:
+        warm = None
         for i, name in enumerate(parts):
-            left = end - time.monotonic()
+            began, left = time.monotonic(), end - time.monotonic()
             limit = left * shares[name] / sum(shares[p] for p in parts[i:])
-            start = time.monotonic()
-            state, output = start_part(name, args, limit, cache)
-            everything.append(read_part(name, args, state, output, time.monotonic() - start))
-            print(report(everything[-1]), flush=True)
+            if name == "truth" and len(parts) > 1:
+                warm = start("warm", Path(cache), args, 1.3 * limit, cache), began + 1.3 * limit
+            state, output = finish(*start(name, args.out, args, limit, cache), limit)
+            found = read_part(name, args.out, state, output, time.monotonic() - began)
+            everything.append(found)
+            if warm is not None:
+                state, output = finish(*warm[0], warm[1] - time.monotonic())
+                found["warm"] = read_part("warm", Path(cache), state, output, 0.0)["rows"]
+                warm = None
+            print(report(found), flush=True)
             write_summary(everything, args.out)
     for found in everything:
         print(f"{found['part']:8} {found['wall_seconds']:6.1f} s  {found['state']}")

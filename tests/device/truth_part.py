@@ -110,7 +110,7 @@ def one_optimizer(name, batches, left):
     figures, chaotic = {"within": True}, False
     for n in (1, STEPS):
         allowed = max(TOLERANCE[n], AMPLIFIED * rounding[n])
-        chaotic |= allowed > TOLERANCE[n]
+        chaotic |= rounding[n] > TOLERANCE[n] / 10
         figures |= {f"after_{n}": exact[n], f"disturbed_{n}": rounding[n]}
         figures["within"] &= bool(exact[n] <= allowed)
     figures["chaotic"] = chaotic
@@ -299,7 +299,7 @@ def train_to_the_end(folder, name):
     make_deterministic()
 
     def kill(report):
-        if name == "killed" and report.step == KILLED_AT:
+        if name == "killed" and report["step"] == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
 
     images, labels = digits(10 * BATCH)
