@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from jdl.cli.pictures import tiles
-from jdl.train.hooks import Hook, Remembering
+from jdl.train.hooks import Hook, StatefulHook
 from jdl.train.writers import Row
 
 COLUMNS = 12
 
 
-def samples_over_time(gan: Any, workdir: Path) -> Remembering:
+def samples_over_time(gan: Any, workdir: Path) -> StatefulHook:
     """A hook that writes a row of samples of the same noise, at steps that double.
 
     Args:
@@ -40,7 +40,7 @@ def samples_over_time(gan: Any, workdir: Path) -> Remembering:
             is_due(row)
         return hook
 
-    return Remembering(make, "train")
+    return StatefulHook(make, "train")
 
 
 def draw_samples(gan: Any, estimator: Any, data: Any, workdir: Path) -> list[Path]:

@@ -37,7 +37,7 @@ def run(args: Args) -> None:
     from jdl.cli.recipes import recipe
     from jdl.cli.run_config import RunConfig, default_split, use_compilation_cache
     from jdl.core import check
-    from jdl.train.predictions import write_predictions
+    from jdl.train.predict import write_predictions
 
     check.argument(args.batch_size >= 1, "--batch-size", "at least 1", args.batch_size)
     config = RunConfig.load(args.workdir)
