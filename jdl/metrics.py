@@ -81,7 +81,7 @@ def top_k_accuracy(k: int) -> Callable[..., Float[Array, " B"]]:
 
 
 @direction("min")
-def squared_error(
+def sum_squared_error(
     outputs: Float[Array, "B ..."], batch: Batch, target: str = "label"
 ) -> Float[Array, " B"]:
     """Σ (o − t)² over an example's elements.
@@ -91,7 +91,7 @@ def squared_error(
       batch: `batch[target]` holds the targets, shaped as `outputs`.
       target: the entry that holds the targets.
 
-    >>> squared_error(jnp.ones((1, 2)), {"label": jnp.array([[0.0, 3.0]])}).tolist()
+    >>> sum_squared_error(jnp.ones((1, 2)), {"label": jnp.array([[0.0, 3.0]])}).tolist()
     [5.0]
     """
     difference = outputs.astype(jnp.float32) - batch[target].astype(jnp.float32)

@@ -2,7 +2,7 @@ r"""A training script for accelerators, with a model of its own: copy it and mak
 
     python notebooks/train_script.py                                   # the bundled digits
     python notebooks/train_script.py --data 'photos-*.tar' --size 64 --batch-size 512 \
-        --steps 20000 --precision bfloat16 --workdir runs/photos
+        --max-steps 20000 --compute-dtype bfloat16 --workdir runs/photos
 
 It trains a small vision transformer on images streamed from tar archives, on all devices there
 are. Started again with the same flags it goes on from its last checkpoint, at the place in the data
@@ -77,7 +77,7 @@ class VisionTransformer(nn.Module):
 def optimizer(flags):
     """AdamW on clipped gradients; the rate warms up, then falls along a cosine."""
     rate = optax.warmup_cosine_decay_schedule(
-        0.0, flags.learning_rate, min(flags.warmup, flags.steps // 2), flags.steps
+        0.0, flags.learning_rate, min(flags.warmup, flags.max_steps // 2), flags.max_steps
     )
 
     def matrices(params):
@@ -122,7 +122,7 @@ def estimator(flags, classes, hooks=()):
         workdir=flags.workdir,
         seed=flags.seed,
         ema=flags.ema,
-        precision=None if flags.precision == "float32" else flags.precision,
+        compute_dtype=None if flags.compute_dtype == "float32" else flags.compute_dtype,
         parallel=flags.parallel,
         microbatches=flags.microbatches,
         log_every=flags.log_every,
@@ -168,7 +168,7 @@ def parsed(argv):
     flag("--crop", choices=("random", "center"), help="windows rather than stretched images")
     flag("--flip", action="store_true", help="mirror half of the training images")
     flag("--batch-size", type=int, default=64, help="examples of a step, on all devices together")
-    flag("--steps", type=int, default=1000, help="of the whole run; the schedule ends there")
+    flag("--max-steps", type=int, default=1000, help="of the whole run; the schedule ends there")
     flag("--learning-rate", type=float, default=2e-3, help="at its highest")
     flag("--warmup", type=int, default=100, help="steps until it is reached")
     flag("--weight-decay", type=float, default=0.05, help="of matrices, AdamW's")
@@ -178,7 +178,7 @@ def parsed(argv):
     flag("--width", type=int, default=64, help="numbers for each patch; a multiple of --heads")
     flag("--depth", type=int, default=3, help="how many blocks")
     flag("--heads", type=int, default=4, help="of the attention of each block")
-    flag("--precision", choices=("float32", "bfloat16"), default="float32", help="of the model")
+    flag("--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     flag("--parallel", choices=("jit", "fsdp", "pmap"), default="jit", help="see Estimator")
     flag("--microbatches", type=int, default=1, help="slices of a batch, to bound memory")
     flag("--log-every", type=int, default=50, help="steps between two rows of the log")
@@ -206,9 +206,11 @@ def run(flags):
         fitted.initialize(train)
         parameters = sum(x.size for x in jax.tree.leaves(fitted.params))
         if jax.process_index() == 0:
-            print(f"{parameters:,} parameters; at step {fitted.step} of {flags.steps}", flush=True)
+            print(
+                f"{parameters:,} parameters; at step {fitted.step} of {flags.max_steps}", flush=True
+            )
         fitted.train(
-            train, max_steps=flags.steps, validation=test, validate_every=flags.validate_every
+            train, max_steps=flags.max_steps, validation=test, validate_every=flags.validate_every
         )
     start = time.perf_counter()
     values = fitted.evaluate(test, name="test")

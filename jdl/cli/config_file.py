@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jdl.core import check
+from jdl.recipes.run_config import COMMAND
 
-TABLE = "command"
 MAX_BYTES = 1 << 20
+ALIASES = {"steps": "max-steps"}
 
 
 def expand(arguments: list[str], args_class: type) -> list[str]:
@@ -29,7 +30,9 @@ def expand(arguments: list[str], args_class: type) -> list[str]:
     for path in paths:
         for name, value in read(Path(path)).items():
             options = [flag for flag in known if flag != "config"]
-            flag = check.one_of(f"a setting in {path}", _flag(name), options)
+            flag = _flag(name)
+            flag = ALIASES.get(flag, flag) if flag not in known else flag
+            flag = check.one_of(f"a setting in {path}", flag, options)
             must = "true or false" if flag in switches else "a value or a list of them"
             ok = isinstance(value, bool) == (flag in switches) and not isinstance(value, dict)
             check.argument(ok or value is None, f"{name} in {path}", must, value)
@@ -64,8 +67,8 @@ def read(path: Path) -> dict[str, Any]:
         raise check.DataError(f"{path} is not readable as TOML: {error}.") from error
     if not isinstance(settings, dict):
         raise check.DataError(f"{path} must hold names and values, such as `optimizer: hf`.")
-    table = settings.get(TABLE, settings)
-    check.argument(isinstance(table, dict), TABLE, "a table of settings", table)
+    table = settings.get(COMMAND, settings)
+    check.argument(isinstance(table, dict), COMMAND, "a table of settings", table)
     return dict(table)
 
 

@@ -2,8 +2,8 @@
 
 Examples:
   jdl train cnn
-  jdl train cnn --data 'photos-*.tar' --optimizer adam --steps 500 --workdir runs/photos
-  jdl train autoencoder --optimizer hf --batch-size 1024 --steps 50
+  jdl train cnn --data 'photos-*.tar' --optimizer adam --max-steps 500 --workdir runs/photos
+  jdl train autoencoder --optimizer hf --batch-size 1024 --max-steps 50
   jdl train --config runs/photos/config.toml --seed 1 --workdir runs/photos-1
   mpirun -n 2 jdl train cnn --distributed
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from jdl.cli.run_config import RunConfig
+    from jdl.recipes.run_config import RunConfig
 
 
 # For optimizers whose steps want little sampling noise.
@@ -38,7 +38,7 @@ class Args:
     """sgd adam lbfgs cg hf kfac, or another of `jdl compare --help`; by default the model's"""
     learning_rate: float | None = None
     """by default the optimizer's own"""
-    steps: int | None = None
+    max_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
     """steps in total, by default what suits the model; started again, a run goes on to there"""
     batch_size: int | None = None
     """images a step; by default what suits the optimizer"""
@@ -68,11 +68,11 @@ class Args:
     """steps between checkpoints"""
     logs: tuple[Literal["csv", "tensorboard"], ...] = ()
     """what to write besides metrics.jsonl: csv for metrics.csv, tensorboard for its event files"""
-    precision: Literal["bfloat16", "float16"] | None = None
+    compute_dtype: Literal["bfloat16", "float16"] | None = None
     """what the model computes in; parameters, losses and optimizer stay float32"""
     ema: float | None = None
     """decay of an average of the parameters, which evaluation then uses, such as 0.999"""
-    rematerialize: bool = False
+    remat: bool = False
     """compute activations once more for the gradient instead of keeping them"""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """what to do when a loss is not finite"""
@@ -89,16 +89,11 @@ class Args:
 def run(args: Args) -> None:
     """Trains, evaluates on the test split if there is one, and draws the curves."""
     from jdl.cli import config_file
-    from jdl.cli.recipes import recipe
-    from jdl.cli.run_config import (
-        RunConfig,
-        default_split,
-        open_images,
-        parse_size,
-        use_compilation_cache,
-    )
     from jdl.core import check
     from jdl.optim import registry
+    from jdl.recipes.datasets import default_split, input_shape, open_images, parse_size
+    from jdl.recipes.registry import recipe
+    from jdl.recipes.run_config import RunConfig
     from jdl.train import distributed, parallel
 
     if args.deterministic:
@@ -115,7 +110,7 @@ def run(args: Args) -> None:
     )
     optimizer = args.optimizer or chosen.optimizer
     entry = registry.REGISTRY[check.one_of("optimizer", optimizer, registry.REGISTRY)]
-    for name in ("steps", "batch_size", "curvature_batch_size", "microbatches", "save_every"):
+    for name in ("max_steps", "batch_size", "curvature_batch_size", "microbatches", "save_every"):
         value = getattr(args, name)
         check.argument(
             value is None or value >= 1, f"--{name.replace('_', '-')}", "at least 1", value
@@ -147,7 +142,7 @@ def run(args: Args) -> None:
         source != "trees" or not given, f"--{''.join(list(given)[:1])}", "left out for trees", given
     )
     data = images(batch_size, split=split, shuffle=True, seed=args.seed, classes=classes, **given)
-    steps = args.steps or (chosen.steps if entry.batches == "mini" else LARGE_STEPS)
+    steps = args.max_steps or (chosen.steps if entry.batches == "mini" else LARGE_STEPS)
     config = RunConfig(
         model=args.model,
         data=source,
@@ -158,25 +153,24 @@ def run(args: Args) -> None:
         microbatches=args.microbatches,
         seed=args.seed,
         split=split,
-        image_shape=getattr(data, "shape", None) or (*size, 3 if args.color else 1),
+        image_shape=input_shape(source, size, 3 if args.color else 1),
         grayscale=not args.color,
         classes=classes,
         on_error=args.on_error,
-        precision=args.precision,
+        compute_dtype=args.compute_dtype,
         ema=args.ema,
         crop=args.crop,
         flip=args.flip,
     )
     if _leads():
         resolved = dataclasses.replace(
-            args, data=source, optimizer=optimizer, steps=steps, batch_size=batch_size
+            args, data=source, optimizer=optimizer, max_steps=steps, batch_size=batch_size
         )
         config.save(workdir, config_file.as_table(resolved))
-    use_compilation_cache()
     options = {
         "save_every": args.save_every,
         "logs": args.logs,
-        "rematerialize": args.rematerialize,
+        "remat": args.remat,
         "on_nonfinite": args.on_nonfinite,
         "parallel": args.parallel,
     }
@@ -197,11 +191,11 @@ def _leads() -> bool:
 def _train(
     config: "RunConfig", workdir: Path, data: Any, steps: int, options: dict[str, Any]
 ) -> None:
-    from jdl.cli import progress
-    from jdl.cli.recipes import recipe
-    from jdl.cli.run_config import default_split
+    from jdl.cli import output, progress
+    from jdl.recipes.datasets import default_split
+    from jdl.recipes.registry import Finished, recipe
     from jdl.train.checkpoint import begun
-    from jdl.train.curves import draw
+    from jdl.train.plot import draw
 
     chosen = recipe(config.model)
 
@@ -231,13 +225,15 @@ def _train(
         values = estimator.evaluate(images, name="all of train" if split == "train" else split)
         rows.append([split, *(f"{v:.4f}" for v in values.values())])
         columns = ["split", *values]
-    progress.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
+    output.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
     if not _leads():
         return
     picture = draw(workdir / "metrics.jsonl", workdir / "curves.png")
     print(f"metrics: {workdir / 'metrics.jsonl'}\ncurves:  {picture}")
     if chosen.pictures is not None:
-        for path in chosen.pictures(estimator, images, workdir):
+        first, last = next(iter(held.values())), images
+        finished = Finished(config.build_model(), estimator, first, last, workdir)
+        for path in chosen.pictures(finished):
             print(f"picture: {path}")
     if data.skipped:
         print(f"skipped: {data.skipped} images that could not be read")

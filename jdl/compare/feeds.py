@@ -63,7 +63,7 @@ def _numbers(problem: Problem) -> int:
 class Repeated:
     """One batch over and over, held on the device: the data of a full-batch method."""
 
-    batches_per_epoch = 1
+    steps_per_epoch = 1
 
     def __init__(self, batch: Batch):
         self._batch = batch

@@ -9,7 +9,7 @@ import numpy as np
 from jdl.compare import plots, statistics, tuning
 from jdl.compare import results as res
 from jdl.compare.results import Results
-from jdl.optim import diagnostics
+from jdl.optim import result
 
 RULES = (
     "All have the same budget. The training clock stands still during compilation, evaluation and "
@@ -176,7 +176,7 @@ def standings(results: Results) -> tuple[list[str], list[list[str]], str] | None
     Returns:
       Column names, a row an optimizer, and what they mean.
     """
-    costs = statistics.cost_to_target(results)
+    costs = res.cost_to_target(results)
     trials = len(next(iter(costs.values())))
     if trials < 3 or len(costs) < 2:
         return None
@@ -224,7 +224,7 @@ def describe_steps(results: Results, problem: str) -> list[Steps]:
         if damping:
             medians[2] = f"{damping[0][1]:.2g} → {damping[-1][1]:.2g}"
         endings = Counter(
-            diagnostics.words(row["termination"])
+            result.words(row["termination"])
             for trial in trials
             for row in trial.steps
             if row.get("termination") is not None

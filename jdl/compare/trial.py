@@ -29,7 +29,7 @@ from jdl.optim import diagnostics
 from jdl.optim.kfac import Work
 from jdl.train import step
 from jdl.train.estimator import Estimator
-from jdl.train.keeper import NonFiniteError
+from jdl.train.run_directory import NonFiniteError
 
 logger = logging.getLogger("jdl.compare")
 

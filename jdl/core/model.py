@@ -193,7 +193,7 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
     return Model(init, apply)
 
 
-def in_precision(model: Model, dtype: Any) -> Model:
+def with_compute_dtype(model: Model, dtype: Any) -> Model:
     """The same model, computing in `dtype`; parameters, state and outputs stay float32.
 
     Losses, gradients and everything an optimizer does with them are float32 too, since parameters
@@ -204,7 +204,7 @@ def in_precision(model: Model, dtype: Any) -> Model:
       dtype: such as "bfloat16".
 
     >>> line = from_fns(lambda key, x: jnp.ones(()), lambda slope, x: slope * x)
-    >>> half = in_precision(line, "bfloat16")
+    >>> half = with_compute_dtype(line, "bfloat16")
     >>> half.apply(jnp.float32(1 / 3), {}, jnp.ones(1))[0].tolist(), round(1 / 3, 8)
     ([0.333984375], 0.33333333)
     """
@@ -213,7 +213,7 @@ def in_precision(model: Model, dtype: Any) -> Model:
     except TypeError:
         narrow = jnp.dtype(bool)  # refused just below
     floating = jnp.issubdtype(narrow, jnp.floating)
-    check.argument(floating, "precision", "a floating type such as 'bfloat16'", dtype)
+    check.argument(floating, "compute_dtype", "a floating type such as 'bfloat16'", dtype)
 
     def cast(x: Any, to: Any) -> Any:
         floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
@@ -235,11 +235,11 @@ def in_precision(model: Model, dtype: Any) -> Model:
     return Model(model.init, apply)
 
 
-def rematerialized(model: Model) -> Model:
+def with_remat(model: Model) -> Model:
     """The same model, which keeps no activations for its gradient but computes them once more.
 
     >>> line = from_fns(lambda key, x: jnp.ones(()), lambda slope, x: jnp.sin(slope * x))
-    >>> spared = rematerialized(line)
+    >>> spared = with_remat(line)
     >>> float(jax.grad(lambda s: spared.apply(s, {}, jnp.ones(()))[0])(0.0))
     1.0
     """

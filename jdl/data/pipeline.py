@@ -15,14 +15,14 @@ import numpy as np
 from jdl.core import check
 from jdl.data import images
 from jdl.data import labels as lb
-from jdl.data.archive import STDIN
 from jdl.data.augment import Augment, Augmentation
-from jdl.data.batches import Plan
 from jdl.data.holdout import Holdout
 from jdl.data.image_batches import ImageBatches
 from jdl.data.order import Mixture, Order
-from jdl.data.paths import Paths, expand
-from jdl.data.tar import TarSource
+from jdl.data.plan import Plan
+from jdl.data.tar.archive import STDIN
+from jdl.data.tar.paths import Paths, expand
+from jdl.data.tar.source import TarSource
 from jdl.data.window import WINDOW, WindowOrder
 
 logger = logging.getLogger("jdl.data")
@@ -114,7 +114,7 @@ def from_tar(
     >>> data = from_tar(digits_path(), split="test", grayscale=True, batch_size=100, threads=0)
     >>> {name: entry.shape for name, entry in next(iter(data)).items()}
     {'image': (100, 8, 8, 1), 'label': (100,), 'mask': (100,)}
-    >>> data.num_records, data.batches_per_epoch
+    >>> data.num_records, data.steps_per_epoch
     (359, 4)
     """
     check.one_of("on_error", on_error, ("raise", "skip"))

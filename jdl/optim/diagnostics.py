@@ -5,13 +5,12 @@ nested that state. Work is counted in evaluations of the full batch, so that opt
 it differently can be compared: see `COSTS`.
 """
 
-import enum
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jdl.core import check
+from jdl.optim.result import ResultCode
 
 Number = jax.Array | float | int
 
@@ -24,31 +23,6 @@ COSTS = {
     "gradients": 1.0,
     "hessian_products": 2.0,
     "gauss_newton_products": 4 / 3,
-}
-
-
-class Termination(enum.IntEnum):
-    """How an update ended; `words` says it in a sentence."""
-
-    NOT_STARTED = 0
-    ACCEPTED = 1
-    DECREASE_ONLY = 2
-    STEEPEST_DESCENT = 3
-    NO_DECREASE = 4
-    STATIONARY = 5
-    NOT_FINITE = 6
-    NEGATIVE_CURVATURE = 7
-
-
-_WORDS = {
-    Termination.NOT_STARTED: "no update yet",
-    Termination.ACCEPTED: "step accepted",
-    Termination.DECREASE_ONLY: "step accepted for its decrease; the line search ran out of trials",
-    Termination.STEEPEST_DESCENT: "direction was not one of descent; stepped along -gradient",
-    Termination.NO_DECREASE: "no step: no trial decreased the objective",
-    Termination.STATIONARY: "no step: the gradient is zero",
-    Termination.NOT_FINITE: "no step: value or gradient is not finite",
-    Termination.NEGATIVE_CURVATURE: "step accepted; it follows a direction of negative curvature",
 }
 
 
@@ -66,7 +40,7 @@ class Diagnostics(NamedTuple):
       damping: λ of the last step; 0 for methods without.
       reduction_ratio: ρ, actual over predicted reduction of the last step; NaN where unknown.
       linear_iterations: iterations of the inner linear solver, int32.
-      termination: how the last update ended, a `Termination` code, int32.
+      termination: how the last update ended, a `ResultCode` code, int32.
       values: evaluations of the value alone.
       gradients: evaluations of the gradient.
       hessian_products: Hessian-vector products, in units of the full batch.
@@ -132,7 +106,7 @@ def advance(
     Args:
       last: the diagnostics before it.
       step_size: the factor on the direction.
-      termination: a `Termination` code.
+      termination: a `ResultCode` code.
       values: evaluations of the value alone.
       gradients: evaluations of the gradient besides the one handed over.
       hessian_products: Hessian products times the curvature batch's share of the batch.
@@ -174,7 +148,7 @@ def advance(
 def ending(
     code: Number, finite: jax.Array, stationary: jax.Array, descends: jax.Array
 ) -> jax.Array:
-    """The `Termination` of an update whose line search ended with `code`.
+    """The `ResultCode` of an update whose line search ended with `code`.
 
     Args:
       code: how the line search ended.
@@ -183,10 +157,10 @@ def ending(
       descends: whether the direction descended, so that −gradient did not have to stand in.
     """
     code = jnp.asarray(code, jnp.int32)
-    stood_in = (code == Termination.ACCEPTED) & ~descends
-    code = jnp.where(stood_in, Termination.STEEPEST_DESCENT, code)
-    code = jnp.where(stationary, Termination.STATIONARY, code)
-    return jnp.where(finite, code, Termination.NOT_FINITE).astype(jnp.int32)
+    stood_in = (code == ResultCode.ACCEPTED) & ~descends
+    code = jnp.where(stood_in, ResultCode.STEEPEST_DESCENT, code)
+    code = jnp.where(stationary, ResultCode.STATIONARY, code)
+    return jnp.where(finite, code, ResultCode.NOT_FINITE).astype(jnp.int32)
 
 
 def read(opt_state: Any) -> Diagnostics | None:
@@ -203,14 +177,3 @@ def read(opt_state: Any) -> Diagnostics | None:
     """
     found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Diagnostics))
     return next((x for x in found if isinstance(x, Diagnostics)), None)
-
-
-def words(termination: Any) -> str:
-    """A `Termination` code in words.
-
-    >>> words(5)
-    'no step: the gradient is zero'
-    """
-    code = int(termination)
-    check.one_of("termination", code, [int(t) for t in Termination])
-    return _WORDS[Termination(code)]

@@ -18,14 +18,15 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import least_squares, spectral
-from jdl.optim.diagnostics import Diagnostics, Termination
-from jdl.optim.local import (
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
     current_rate,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.result import ResultCode
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -170,7 +171,7 @@ def levenberg_marquardt(
             max_evaluations=max_evaluations,
         )
         moved, delta = end.good, step_of(end.step)
-        code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         told = diag.advance(
             state.diagnostics,
             step_size=jnp.where(moved, factor, 0.0),

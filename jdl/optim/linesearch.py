@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from jdl.core import tree
 from jdl.core.types import Params
-from jdl.optim.diagnostics import Number, Termination
+from jdl.optim.diagnostics import Number
+from jdl.optim.result import ResultCode
 
 
 class Point(NamedTuple):
@@ -32,7 +33,7 @@ class Point(NamedTuple):
     slope: jax.Array  # φ'(α)
 
 
-class Search(NamedTuple):
+class LineSearchResult(NamedTuple):
     """What a line search found.
 
     Attributes:
@@ -41,7 +42,7 @@ class Search(NamedTuple):
       slope: φ'(α); NaN from `backtracking`, which knows values only.
       grad: ∇f(θ + α d); None from `backtracking`.
       evaluations: how many points were tried, int32.
-      termination: a `Termination` code, int32.
+      termination: a `ResultCode` code, int32.
     """
 
     step: jax.Array
@@ -75,7 +76,7 @@ def strong_wolfe(
     c2: float = 0.9,
     max_evaluations: int = 20,
     active: jax.Array | bool = True,
-) -> Search:
+) -> LineSearchResult:
     """A step that satisfies the strong Wolfe conditions, by bracketing and zooming.
 
     The first trials go outwards until a bracket is found, then the bracket shrinks; each new trial
@@ -124,7 +125,7 @@ def strong_wolfe(
         width=nowhere.step,
         grad=grad,
         evaluations=jnp.zeros((), jnp.int32),
-        termination=jnp.where(possible, 0, Termination.NO_DECREASE).astype(jnp.int32),
+        termination=jnp.where(possible, 0, ResultCode.NO_DECREASE).astype(jnp.int32),
     )
 
     def body(s: _State) -> _State:
@@ -152,8 +153,8 @@ def strong_wolfe(
         evaluations = s.evaluations + 1
         stuck = (evaluations >= max_evaluations) | (trial == new.step)
         stuck |= jnp.isfinite(width) & (width <= tiny)
-        best = jnp.where(low.step > 0, Termination.DECREASE_ONLY, Termination.NO_DECREASE)
-        termination = jnp.where(accepted, Termination.ACCEPTED, jnp.where(stuck, best, 0))
+        best = jnp.where(low.step > 0, ResultCode.DECREASE_ONLY, ResultCode.NO_DECREASE)
+        termination = jnp.where(accepted, ResultCode.ACCEPTED, jnp.where(stuck, best, 0))
         return _State(
             trial=trial,
             low=low,
@@ -165,7 +166,7 @@ def strong_wolfe(
         )
 
     end = jax.lax.while_loop(lambda s: s.termination == 0, body, initial)
-    return Search(*end.low, end.grad, end.evaluations, end.termination)
+    return LineSearchResult(*end.low, end.grad, end.evaluations, end.termination)
 
 
 def backtracking(
@@ -182,7 +183,7 @@ def backtracking(
     shrink: float = 0.5,
     max_evaluations: int = 30,
     active: jax.Array | bool = True,
-) -> Search:
+) -> LineSearchResult:
     """The first of the steps α₀, α₀ r, α₀ r², … with φ(α) ≤ φ(0) + c₁ α φ'(0) + ε (Armijo).
 
     Args:
@@ -236,8 +237,8 @@ def backtracking(
 
     end = jax.lax.while_loop(going, body, Carry(jnp.asarray(known, jnp.int32), first, before))
     found = possible & enough(end.step, end.value)
-    code = jnp.where(found, Termination.ACCEPTED, Termination.NO_DECREASE)
-    return Search(
+    code = jnp.where(found, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
+    return LineSearchResult(
         step=jnp.where(found, end.step, 0.0),
         value=jnp.where(found, end.value, value),
         slope=jnp.full((), jnp.nan, dtype),

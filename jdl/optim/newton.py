@@ -18,16 +18,17 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import spectral
-from jdl.optim.diagnostics import Diagnostics, Termination
-from jdl.optim.local import (
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
     current_rate,
+    gather,
     hessian_product,
-    local,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.result import ResultCode
 
 
 class NewtonState(NamedTuple):
@@ -123,7 +124,7 @@ def newton(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, NewtonState]:
-        here = local("newton", updates, params, **extras)
+        here = gather("newton", updates, params, **extras)
         objective = here.objective
         rate = current_rate(learning_rate, state)
         dtype = here.value.dtype
@@ -165,9 +166,9 @@ def newton(
         )
         moved, delta = end.good, step_of(end.step)
         nothing = jax.tree.map(jnp.zeros_like, here.params)
-        code = jnp.where(moved, Termination.ACCEPTED, Termination.NO_DECREASE)
+        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         concave = moved & (eigenvalues[0] < -floor)
-        code = jnp.where(concave, Termination.NEGATIVE_CURVATURE, code)
+        code = jnp.where(concave, ResultCode.NEGATIVE_CURVATURE, code)
         descends = jnp.asarray(True)
         share = 1.0 if objective is None else objective.curvature_share()
         told = diag.advance(

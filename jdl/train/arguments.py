@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 from jdl.core import check
-from jdl.core.model import Model, as_model, in_precision, rematerialized
+from jdl.core.model import Model, as_model, with_compute_dtype, with_remat
 from jdl.optim import registry
 from jdl.train.ema import averaging
 from jdl.train.parallel import Placement
@@ -44,12 +44,12 @@ def check_all(
     )
 
 
-def prepared_model(model: Any, precision: str | None, rematerialize: bool) -> Model:
+def prepared_model(model: Any, compute_dtype: str | None, remat: bool) -> Model:
     """The pure functions of the model, computing as they are asked to."""
     prepared = as_model(model)
-    if precision is not None:
-        prepared = in_precision(prepared, precision)
-    return rematerialized(prepared) if rematerialize else prepared
+    if compute_dtype is not None:
+        prepared = with_compute_dtype(prepared, compute_dtype)
+    return with_remat(prepared) if remat else prepared
 
 
 def prepared_optimizer(

@@ -128,7 +128,7 @@ def rbm(
 
     @metrics.direction("min")
     def squared_error(outputs: Any, batch: Any) -> jax.Array:
-        return metrics.squared_error(outputs.visible, batch, target="image")
+        return metrics.sum_squared_error(outputs.visible, batch, target="image")
 
     @metrics.direction("max")
     def accuracy(outputs: Any, batch: Any) -> jax.Array:

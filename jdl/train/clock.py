@@ -74,7 +74,7 @@ class _Dispatched(NamedTuple):
     at: float  # perf_counter's time
 
 
-class LateLog:
+class DeferredMetrics:
     """Waits for each step only after the next has been dispatched, so the device never idles.
 
     Steps shorter than a millisecond, where waiting itself would be felt, pile up a little first.

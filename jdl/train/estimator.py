@@ -19,16 +19,16 @@ from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
 from jdl.train.arguments import check_all, curvature_share, prepared_model, prepared_optimizer
 from jdl.train.compiled import CompiledSteps
 from jdl.train.ema import average
-from jdl.train.evaluator import Evaluator, Sums
+from jdl.train.evaluate import Evaluator, Sums
 from jdl.train.feed import Data
 from jdl.train.hooks import Profile, Report, StopTraining, warn_of_idle
-from jdl.train.keeper import Keeper
 from jdl.train.limits import Limits
 from jdl.train.parallel import SplitRule, placement
 from jdl.train.predictor import Predict, Predictor
 from jdl.train.run import Run
+from jdl.train.run_directory import RunDirectory
+from jdl.train.signals import Stopped
 from jdl.train.step import Metrics, TrainState, build
-from jdl.train.termination import Stopped
 from jdl.train.trainer import Trainer
 from jdl.train.writers import directions
 
@@ -53,9 +53,9 @@ class Estimator:
       regularizer: a scalar function of the parameters, added to the loss in training.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples of the batch that curvature products use; None for all.
-      precision: a type such as "bfloat16" for the model to compute in; parameters, losses,
+      compute_dtype: a type such as "bfloat16" for the model to compute in; parameters, losses,
         gradients and optimizer stay float32. None for float32 throughout.
-      rematerialize: whether to compute activations once more for the gradient instead of keeping
+      remat: whether to compute activations once more for the gradient instead of keeping
         them.
       devices: the devices to share each batch; None for all.
       parallel: "jit", or "fsdp" to split large parameters and their optimizer state over the
@@ -106,8 +106,8 @@ class Estimator:
         regularizer: Callable[[Params], jax.Array] | None = None,
         microbatches: int = 1,
         curvature_batch_size: int | None = None,
-        precision: str | None = None,
-        rematerialize: bool = False,
+        compute_dtype: str | None = None,
+        remat: bool = False,
         devices: Sequence[jax.Device] | None = None,
         parallel: str = "jit",
         split_rule: SplitRule | None = None,
@@ -125,7 +125,7 @@ class Estimator:
         hooks: Sequence[Callable[[Report], None]] = (),
     ):
         check_all(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
-        self.model = prepared_model(model, precision, rematerialize)
+        self.model = prepared_model(model, compute_dtype, remat)
         self.loss = loss
         # Absolute, so that a later os.chdir does not split the run.
         self.workdir = None if workdir is None else Path(workdir).absolute()
@@ -147,7 +147,7 @@ class Estimator:
         )
         self._evaluator = Evaluator(program, placed)
         self._predictor = Predictor(program.predict, inputs)
-        self._keeper = Keeper(
+        self._keeper = RunDirectory(
             self.workdir, logs, keep, keep_every, keep_best, lambda: directions(metrics)
         )
         run = Run(program.init, seed, placed, self._keeper, ema is not None, clock)
@@ -164,7 +164,7 @@ class Estimator:
     @property
     def state(self) -> TrainState:
         """All that training changes; raises before the first `train`."""
-        return self._run.lent()
+        return self._run.borrow()
 
     @property
     def params(self) -> Params:
@@ -351,7 +351,7 @@ class Estimator:
         """Writes the predict function and its parameters to one file, which needs no code of ours.
 
         Args:
-          path: the file; `jdl.train.export.load` reads it.
+          path: the file; `jdl.train.export.load_exported` reads it.
           data: as for `predict`; its first batch tells shapes and types.
           **options: as for `jdl.train.export.save`.
         """

@@ -15,7 +15,7 @@ from jdl.core import check
 from jdl.core.objective import batch_size
 from jdl.core.types import Batch
 from jdl.train.parallel import Placement
-from jdl.train.termination import Stopped
+from jdl.train.signals import Stopped
 
 Data = Iterable[Batch] | Callable[[], Iterable[Batch]]
 
@@ -306,13 +306,13 @@ def once(data: Data, placement: Placement) -> Iterator[tuple[Batch, dict[str, np
         yield put(arrays), texts
 
 
-def batches_per_epoch(data: Data, argument: str = "epochs", wanted: str = "left out") -> int:
+def steps_per_epoch(data: Data, argument: str = "epochs", wanted: str = "left out") -> int:
     """How many batches the data tells that an epoch has; an error is about that argument."""
-    number = getattr(data, "batches_per_epoch", None)
+    number = getattr(data, "steps_per_epoch", None)
     check.argument(
         number is not None,
         argument,
-        f"{wanted} for data that does not tell its batches_per_epoch",
+        f"{wanted} for data that does not tell its steps_per_epoch",
         type(data).__name__,
         "Give a number of steps.",
     )

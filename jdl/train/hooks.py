@@ -22,7 +22,7 @@ import optax
 
 from jdl.core import check
 from jdl.core.types import Batch
-from jdl.train import relu
+from jdl.train import dead_units as dead
 from jdl.train.writers import JsonlWriter, Row, is_number, read_jsonl
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
 
     def measure(row: Any) -> None:
         estimator = row.estimator
-        shares = relu.dead_shares(
+        shares = dead.dead_shares(
             estimator.model, estimator.params, estimator.model_state, batch[inputs]
         )
         row.update({f"dead/{i}": float(share) for i, share in enumerate(shares)})

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from jdl.core import check
-from jdl.train.feed import Data, batches_per_epoch
+from jdl.train.feed import Data, steps_per_epoch
 
 logger = logging.getLogger("jdl.train")
 
@@ -53,7 +53,7 @@ class Limits(NamedTuple):
         if self.steps is not None:
             return done + self.steps
         if self.epochs is not None:
-            return done + self.epochs * batches_per_epoch(data)
+            return done + self.epochs * steps_per_epoch(data)
         return self.max_steps
 
     def tell_shortfall(self, step: int, last_step: int | None, began: int) -> None:

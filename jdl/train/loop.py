@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jdl.train.clock import LateLog
+from jdl.train.clock import DeferredMetrics
 from jdl.train.compiled import Step
 from jdl.train.feed import Feed
 from jdl.train.hooks import Profile, StopTraining
-from jdl.train.keeper import NonFiniteError
 from jdl.train.run import Run
-from jdl.train.termination import Stopped
+from jdl.train.run_directory import NonFiniteError
+from jdl.train.signals import Stopped
 
 
 class Loop(NamedTuple):
@@ -36,7 +36,7 @@ class Loop(NamedTuple):
     validate: Callable[[], None] | None
     validate_every: int | None
 
-    def __call__(self, feed: Feed, log: LateLog) -> None:
+    def __call__(self, feed: Feed, log: DeferredMetrics) -> None:
         """Runs them on the batches of `feed`, and gives their numbers to `log`.
 
         Raises:
@@ -53,7 +53,7 @@ class Loop(NamedTuple):
                     log.flush()  # what has been trained is logged
                 raise
 
-    def _steps(self, feed: Feed, log: LateLog) -> None:
+    def _steps(self, feed: Feed, log: DeferredMetrics) -> None:
         run, last_step, deadline = self.run, self.last_step, self.deadline
         signals, data = run.signals, run.signals.window("data")
         clock, profile = run.clock, self.profile
@@ -66,7 +66,7 @@ class Loop(NamedTuple):
             if batch is None:
                 break
             profile.before(run.step + 1)
-            run.state, logs = self.step(run.given_up(), batch)
+            run.state, logs = self.step(run.take(), batch)
             run.step += 1
             feed.take()
             run.position = feed.position

@@ -47,7 +47,7 @@ import jax
 import optax
 
 from jdl.core import check
-from jdl.core.model import Model, in_precision
+from jdl.core.model import Model, with_compute_dtype
 from jdl.core.types import Batch, Key, Mode, ModelState, Outputs, Params
 from jdl.metrics import direction
 from jdl.optim import registry
@@ -122,10 +122,10 @@ def from_model_fn(
     check.argument(callable(fn), "fn", "a function of (features, labels, mode)", fn)
     names = (features,) if isinstance(features, str) else tuple(features)
     module, latest = Function(fn), _Latest()
-    precision = options.pop("precision", None)
+    compute_dtype = options.pop("compute_dtype", None)
 
     def precisely(model: Model) -> Model:  # of features alone: bytes are scaled by then
-        return model if precision is None else in_precision(model, precision)
+        return model if compute_dtype is None else with_compute_dtype(model, compute_dtype)
 
     def inputs(batch: Batch) -> Any:
         for name in names:
@@ -199,7 +199,7 @@ def from_model_fn(
             for name, metric in (latest.spec.metrics or {}).items()
         }
 
-    precisely(Model(init, apply))  # a wrong precision is told now
+    precisely(Model(init, apply))  # a wrong compute_dtype is told now
     estimator = Estimator(
         Model(init, apply),
         _Loss(latest, labels_of),

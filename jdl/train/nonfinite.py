@@ -8,8 +8,8 @@ import optax
 from jdl.core import check
 from jdl.train.clock import Finished
 from jdl.train.feed import Data, Feed, record_names
-from jdl.train.keeper import NonFiniteError
 from jdl.train.run import Run
+from jdl.train.run_directory import NonFiniteError
 
 logger = logging.getLogger("jdl.train")
 

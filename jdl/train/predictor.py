@@ -11,7 +11,7 @@ from jdl.core import check
 from jdl.core.types import Batch, ModelState, Outputs, Params
 from jdl.train.feed import EMPTY
 from jdl.train.parallel import own_rows
-from jdl.train.run import Served
+from jdl.train.run import EvalBatch
 
 Predict = Callable[[Params, ModelState, Batch], Outputs]
 
@@ -28,7 +28,7 @@ class Predictor:
         self._predict = jax.jit(predict)
         self._inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
 
-    def pairs(self, batches: Iterable[Served]) -> Iterator[tuple[Batch, Outputs]]:
+    def pairs(self, batches: Iterable[EvalBatch]) -> Iterator[tuple[Batch, Outputs]]:
         """Pairs (batch, outputs) on the host: this process's rows, without padding."""
         for batch, params, model_state, texts in batches:
             host = own_rows((dict(batch), self._predict(params, model_state, batch)))
@@ -37,14 +37,14 @@ class Predictor:
             kept = slice(None) if mask is None else mask > 0
             yield jax.tree.map(lambda x, kept=kept: x[kept], host)
 
-    def whole(self, batches: Iterable[Served]) -> Outputs:
+    def whole(self, batches: Iterable[EvalBatch]) -> Outputs:
         """All outputs, in order, as NumPy arrays with leading axis N."""
         parts = [outputs for _, outputs in self.pairs(batches)]
         if not parts:
             raise check.DataError(f"The data to predict holds no example: {EMPTY}.")
         return jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
 
-    def export(self, path: str | Path, batches: Iterable[Served], **options: Any) -> Path:
+    def export(self, path: str | Path, batches: Iterable[EvalBatch], **options: Any) -> Path:
         """Writes function and parameters to a file, see `jdl.train.export.save`."""
         from jdl.train.export import save
 

@@ -82,7 +82,7 @@ def autoencoder(
     @metrics.direction("min")
     def squared_error(outputs: Any, batch: Any) -> jax.Array:
         seen = as_reconstruction(outputs).outputs
-        return metrics.squared_error(link(seen), batch, target=target)
+        return metrics.sum_squared_error(link(seen), batch, target=target)
 
     options = {"metrics": {"squared_error": squared_error}} | options
     return Estimator(model, penalized, optimizer, **options)

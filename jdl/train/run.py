@@ -17,15 +17,15 @@ from jdl.core.types import Batch, Key, ModelState, Params
 from jdl.train.clock import Clock
 from jdl.train.ema import average
 from jdl.train.feed import Data, Feed, ending, is_dataset, once, opened, repeated
-from jdl.train.keeper import Keeper
 from jdl.train.parallel import Placement
+from jdl.train.run_directory import RunDirectory
+from jdl.train.signals import Interrupted, Signals, Stopped
 from jdl.train.step import TrainState
-from jdl.train.termination import Interrupted, Signals, Stopped
 
 logger = logging.getLogger("jdl.train")
 
 
-class Served(NamedTuple):
+class EvalBatch(NamedTuple):
     """A batch on the devices, and what evaluation and prediction are to use for it."""
 
     batch: Batch
@@ -62,7 +62,7 @@ class Run:
         init: Callable[[Key, Batch], TrainState],
         seed: int,
         placement: Placement,
-        keeper: Keeper,
+        keeper: RunDirectory,
         averages: bool,
         now: Callable[[], float],
     ):
@@ -72,7 +72,7 @@ class Run:
         self._rate_is_old = False  # whether it is the one asked for when the state was saved
         self.averages = averages
         self.state: TrainState | None = None
-        self._lent = False  # whether someone may hold on to arrays of the state
+        self._borrowed = False  # whether someone may hold on to arrays of the state
         self.step = 0
         self.clock = Clock(now=now)
         self.position: Any = None
@@ -92,15 +92,15 @@ class Run:
             raise check.UserError("This Estimator holds no parameters yet: train it first.")
         return self.state
 
-    def lent(self) -> TrainState:
+    def borrow(self) -> TrainState:
         """The state, for someone who may hold on to it."""
-        self._lent = True
+        self._borrowed = True
         return self.current()
 
-    def given_up(self) -> TrainState:
+    def take(self) -> TrainState:
         """The state, for a step that reuses its memory: a copy if someone may hold on to it."""
-        if self._lent:
-            self.state, self._lent = jax.tree.map(jnp.copy, self.state), False
+        if self._borrowed:
+            self.state, self._borrowed = jax.tree.map(jnp.copy, self.state), False
         return self.current()
 
     def _held(self, batch: Batch) -> TrainState:
@@ -152,12 +152,12 @@ class Run:
         self._feed = (data, repeat if is_dataset(batches) else None, feed)
         return feed
 
-    def once(self, data: Data) -> Iterator[Served]:
+    def once(self, data: Data) -> Iterator[EvalBatch]:
         """The batches of one pass over the data, and what is to serve them."""
         for batch, texts in once(data, self.placement):
             state = self._held(batch)
             params = average(state.opt_state) if self.averages else state.params
-            yield Served(batch, params, state.model_state, texts)
+            yield EvalBatch(batch, params, state.model_state, texts)
 
     def leave_feed(self) -> None:
         """The next feed is a new one, even of the same data."""

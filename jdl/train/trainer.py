@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jdl.core import check
 from jdl.core.types import Batch, Mode
 from jdl.train import nonfinite
-from jdl.train.clock import Finished, LateLog
+from jdl.train.clock import DeferredMetrics, Finished
 from jdl.train.compiled import CompiledSteps, Step
-from jdl.train.feed import Data, Feed, batches_per_epoch, opened, repeated
+from jdl.train.feed import Data, Feed, opened, repeated, steps_per_epoch
 from jdl.train.hooks import Profile, StopTraining
-from jdl.train.keeper import NonFiniteError
 from jdl.train.limits import Limits
 from jdl.train.loop import Loop
 from jdl.train.run import Run
+from jdl.train.run_directory import NonFiniteError
 from jdl.train.step import TrainState
 
 logger = logging.getLogger("jdl.train")
@@ -103,7 +103,7 @@ class Trainer:
         run.take_up_rate(batch)
         run.classes = getattr(data, "classes", None) or run.classes
         if validation is not None:
-            validate_every = validate_every or batches_per_epoch(data, "validate_every", "given")
+            validate_every = validate_every or steps_per_epoch(data, "validate_every", "given")
             check.positive_int("validate_every", validate_every)
         loop = Loop(
             run,
@@ -117,7 +117,7 @@ class Trainer:
         )
         rollbacks, rate, began = 0, math.inf, run.step
         while True:
-            log = LateLog(run.clock, self._log_every, self._on_finished(data, feed))
+            log = DeferredMetrics(run.clock, self._log_every, self._on_finished(data, feed))
             try:
                 loop(feed, log)
                 if feed.ended:
@@ -162,7 +162,7 @@ class Trainer:
         return step, jax.tree.map(jnp.copy, state), iter(feed.take, None)
 
     def _on_finished(self, data: Data, feed: Feed) -> Callable[[Finished], None]:
-        per_epoch = getattr(data, "batches_per_epoch", None)
+        per_epoch = getattr(data, "steps_per_epoch", None)
         waited, began = feed.wait_seconds, self._run.clock.seconds
 
         def on_finished(finished: Finished) -> None:

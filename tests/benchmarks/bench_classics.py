@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import jdl
-from jdl.models import partition, scores, sequences, trees
+from jdl.models import rbm_likelihood, scores, sequences, trees
 from jdl.models.autoencoder import Autoencoder, denoising
 from jdl.models.cnn import CNN, Block
 from jdl.models.dbn import DBN, starting_at
@@ -162,10 +162,12 @@ def binary(x):
 def likelihood_rows(name, target, data, rbm, params, clock, note):
     """Test log-likelihood by annealing from the data's log odds, refused where it is uncertain."""
     base = log_odds(binary(data.x).mean(0))(None, (784,))
-    found = partition.annealed_log_z(rbm, params, jax.random.key(7), chains=1000, base_bias=base)
+    found = rbm_likelihood.annealed_log_z(
+        rbm, params, jax.random.key(7), chains=1000, base_bias=base
+    )
     note += f", s.e. {found.relative_error:.2g}"
     try:
-        reached = partition.log_likelihood(rbm, params, binary(data.test_x), found)
+        reached = rbm_likelihood.log_likelihood(rbm, params, binary(data.test_x), found)
     except jdl.core.check.TrainingError:
         reached, note = None, note + ": refused"
     return [Row(name, "≥", target, reached, clock.cpu, clock.wall, note)]
@@ -191,8 +193,10 @@ def rbm_exact(data, seed):
         estimator = rbm_estimator(rbm, momentum_switch(0.5, after=300), seed=seed, log_every=1000)
         estimator.train(batches(x, seed=seed), steps=steps_of(1000))
     base = log_odds(x.mean(0))(None, (784,))
-    found = partition.annealed_log_z(rbm, estimator.params, jax.random.key(seed), base_bias=base)
-    gap = abs(found.log_z - partition.exact_log_z(rbm, estimator.params))
+    found = rbm_likelihood.annealed_log_z(
+        rbm, estimator.params, jax.random.key(seed), base_bias=base
+    )
+    gap = abs(found.log_z - rbm_likelihood.exact_log_z(rbm, estimator.params))
     note = f"s.e. {found.relative_error:.2g}"
     return [Row("RBM, 20 hidden: |AIS − exact log Z|", "≤", 0.1, gap, clock.cpu, clock.wall, note)]
 
@@ -253,7 +257,7 @@ def rbm_sklearn(data, seed):
         "visible_bias": jnp.asarray(theirs.intercept_visible_, jnp.float32),
         "hidden_bias": jnp.asarray(theirs.intercept_hidden_, jnp.float32),
     }
-    score = jax.jit(lambda p: partition.pseudo_log_likelihood(rbm, p, test).mean())
+    score = jax.jit(lambda p: rbm_likelihood.pseudo_log_likelihood(rbm, p, test).mean())
     scores = [float(score(p)) for p in (ours.params, params)]
     told = f"exact, {scores[0]:.1f} and {scores[1]:.1f}, 1,000 test images"
     note = f"medians {statistics.median(clocks[0]):.1f} and {statistics.median(clocks[1]):.1f} s"
@@ -462,9 +466,7 @@ def hf_rnn(data, seed):
     rows = []
 
     def hf(hidden):
-        return jdl.optim.hessian_free(
-            structural_damping=0.03, hidden=hidden, max_linear_iterations=60
-        )
+        return jdl.optim.hessian_free(structural_damping=0.03, hidden=hidden, max_cg_iterations=60)
 
     def sgd(rate, _):
         return optax.sgd(rate)

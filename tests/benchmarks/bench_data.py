@@ -352,7 +352,7 @@ def index(rounds: int) -> None:
 
 
 def run_index(what: str, path: str) -> dict[str, float]:
-    from jdl.data import tar_index
+    from jdl.data.tar import index as tar_index
 
     if what == "open":
         tar_index.open_index(path)

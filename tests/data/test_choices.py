@@ -18,11 +18,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from jdl.core.check import ArgumentError, DataError, UserError
-from jdl.data import Holdout, TarSource, decode, from_tar, tar_index, tar_scan
-from jdl.data.batches import Plan
+from jdl.data import Holdout, TarSource, decode, from_tar
 from jdl.data.images import CENTER, Crop
 from jdl.data.order import Mixture
-from jdl.data.selection import Selection
+from jdl.data.plan import Plan
+from jdl.data.tar import index as tar_index
+from jdl.data.tar import scan as tar_scan
+from jdl.data.tar.selection import Selection
 
 PHOTO = Image.fromarray(load_sample_images().images[0])  # 427 × 640
 
@@ -218,7 +220,7 @@ def test_hosts_have_equal_batches_and_no_record_twice(n, rows, parts, drop):
         for part in range(parts):
             mine = plan.sharded(part, parts)
             assert mine.rows == rows
-            assert mine.batches_per_epoch == plan.batches_per_epoch
+            assert mine.steps_per_epoch == plan.steps_per_epoch
             _, start, stop = mine.mine(plan.span(0, 0, number))
             assert 0 <= stop - start <= rows
             seen += range(start, stop)
@@ -311,7 +313,7 @@ def test_ten_million_members_in_a_worker(tmp_path):
         folder_ends=np.cumsum([len(f) for f in folder_names]),
         folders=np.frombuffer(b"".join(folder_names), np.uint8),
     )
-    from jdl.data.archive import open_archive
+    from jdl.data.tar.open import open_archive
 
     archive = open_archive(str(path))
     index = tar_index.TarIndex(str(path), columns, (), archive.stamp(), archive.size)
@@ -333,7 +335,7 @@ open({str(tmp_path / "source")!r}, "wb").write(pickle.dumps(source))
 
             (tmp_path / "source").write_bytes(pickle.dumps(source))
         worker = f"""
-import pickle, numpy as np, jdl.data.tar, jdl.data.pipeline
+import pickle, numpy as np, jdl.data.tar.source, jdl.data.pipeline
 def unshared():
     with open("/proc/self/smaps_rollup") as file:
         lines = dict(line.split(":") for line in file if ":" in line and "rollup" not in line)
@@ -416,7 +418,7 @@ def test_chance_is_a_function_of_seed_epoch_and_record(tmp_path):
         for number, batch in enumerate(data):
             for image, label, counts in zip(*batch.values(), strict=True):
                 if counts:
-                    found[number // data.batches_per_epoch][int(label)] = image
+                    found[number // data.steps_per_epoch][int(label)] = image
         return found
 
     one, two = epochs(True, 0), epochs(False, 3)

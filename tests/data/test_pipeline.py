@@ -21,7 +21,7 @@ from PIL import Image
 
 from jdl.core.check import ArgumentError, DataError, UserError
 from jdl.data import Dataset, digits, digits_path, from_arrays, from_tar, resolve, splits
-from jdl.data.batches import Plan
+from jdl.data.plan import Plan
 
 
 def png(value, size=(6, 5)):
@@ -84,7 +84,7 @@ def test_one_pass_in_order(tar):
     batches = list(data)
     assert values(batches) == [list(range(i, min(i + 5, 23))) for i in range(0, 23, 5)]
     assert batches[0]["label"].tolist() == [0, 1, 2, 0, 1]
-    assert (data.num_records, data.batches_per_epoch, data.epochs) == (23, 5, 1)
+    assert (data.num_records, data.steps_per_epoch, data.epochs) == (23, 5, 1)
     assert data.classes == ("0", "1", "2")
     for batch in batches:
         assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
@@ -131,7 +131,7 @@ def test_every_epoch_is_a_new_permutation(kind, drop, tar):
     else:
         data = from_arrays(np.arange(23), np.arange(23), **options)
     found = values(data)
-    n = data.batches_per_epoch
+    n = data.steps_per_epoch
     assert n == (4 if drop else 5)
     epochs = [flat(found[i : i + n]) for i in range(0, 3 * n, n)]
     for epoch in epochs:
@@ -186,7 +186,7 @@ def test_going_on_with_another_batch_size(tar):
         resumed = iter(data)
         resumed.set_state(state)
         after = values(resumed)
-        first = before + flat(after[: len(after) - data.batches_per_epoch])
+        first = before + flat(after[: len(after) - data.steps_per_epoch])
         assert len(first) == len(set(first)) == expected
         assert len(flat(after)) == expected - 10 + (20 if drop else 23)
 
@@ -219,7 +219,7 @@ def test_plans_cover_each_epoch_once(n, batch, epochs, drop):
         return
     plan = Plan.checked(n, batch, epochs, drop)
     spans = [plan.span(0, 0, i) for i in range(plan.count(0, 0))]
-    assert len(spans) == epochs * plan.batches_per_epoch
+    assert len(spans) == epochs * plan.steps_per_epoch
     for e in range(epochs):
         places = [p for span in spans if span.epoch == e for p in range(span.start, span.stop)]
         assert places == list(range(n - n % batch if drop else n))
@@ -230,7 +230,7 @@ def test_plans_cover_each_epoch_once(n, batch, epochs, drop):
 
 def test_an_endless_stream_drops_its_remainder_if_it_can(tar):
     data = from_tar(tar, batch_size=5, epochs=None)
-    assert data.batches_per_epoch == 4
+    assert data.steps_per_epoch == 4
     assert next(iter(data)).keys() == {"image", "label"}
     large = iter(from_tar(tar, batch_size=30, epochs=None))
     assert [b["mask"].sum() for b in take(large, 3)] == [23] * 3

@@ -51,12 +51,12 @@ def last_object(text):
 @pytest.mark.slow
 def test_it_trains_on_a_mesh_and_goes_on_where_it_was(tmp_path):
     flags = ["--save-every", "2", "--validate-every", "3"]
-    first = script(tmp_path, "--steps", "4", *flags, devices=2)
+    first = script(tmp_path, "--max-steps", "4", *flags, devices=2)
     assert "1438 training images of 10 classes, 2 device(s)" in first.stdout
     assert "at step 0 of 4" in first.stdout
     assert last_object(first.stdout)["step"] == 4
 
-    second = script(tmp_path, "--steps", "6", *flags, devices=2)
+    second = script(tmp_path, "--max-steps", "6", *flags, devices=2)
     assert "at step 4 of 6" in second.stdout
     found = last_object(second.stdout)
     assert found["step"] == 6
@@ -64,7 +64,7 @@ def test_it_trains_on_a_mesh_and_goes_on_where_it_was(tmp_path):
     assert 0 <= found["accuracy"] <= 1
     assert [row["step"] for row in rows(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows(tmp_path, "validation")] == [3, 6]
-    assert json.loads((tmp_path / "flags.json").read_text())["steps"] == "6"
+    assert json.loads((tmp_path / "flags.json").read_text())["max_steps"] == "6"
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--data", "nowhere.tar"), ("--patch", "9")])
@@ -77,7 +77,7 @@ def test_a_mistake_is_told_in_one_line(flag, value, tmp_path):
 
 @pytest.mark.slow
 def test_stopped_by_sigterm_it_ends_as_if_it_had_not_been(tmp_path):
-    flags = ["--steps", "300", "--log-every", "10", "--ema", "0.9"]
+    flags = ["--max-steps", "300", "--log-every", "10", "--ema", "0.9"]
     with subprocess.Popen(
         command(tmp_path / "stopped", *flags),
         env=environment(1),
@@ -108,7 +108,7 @@ def test_stopped_by_sigterm_it_ends_as_if_it_had_not_been(tmp_path):
 @pytest.mark.slow
 def test_it_learns_and_evaluates_alone(tmp_path):
     model = ["--width", "48", "--depth", "2", "--patch", "2", "--log-every", "50"]
-    trained = last_object(script(tmp_path, *model, "--steps", "600").stdout)
+    trained = last_object(script(tmp_path, *model, "--max-steps", "600").stdout)
     assert trained["accuracy"] > 0.9
     started = time.time()
     evaluated = script(tmp_path, *model, "--evaluate")

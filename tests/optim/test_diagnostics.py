@@ -3,7 +3,8 @@ import optax
 import pytest
 
 from jdl.core.check import ArgumentError
-from jdl.optim import diagnostics, lbfgs
+from jdl.optim import diagnostics, lbfgs, result
+from jdl.optim.result import ResultCode
 
 UNIFORM = (
     "iterations",
@@ -58,7 +59,7 @@ def test_read_says_none_for_first_order():
 
 
 def test_every_code_has_words_and_others_are_refused():
-    sentences = {diagnostics.words(code) for code in diagnostics.Termination}
-    assert len(sentences) == len(diagnostics.Termination)
-    with pytest.raises(ArgumentError, match="termination"):
-        diagnostics.words(99)
+    sentences = {result.words(code) for code in ResultCode}
+    assert len(sentences) == len(ResultCode)
+    with pytest.raises(ArgumentError, match="code"):
+        result.words(99)

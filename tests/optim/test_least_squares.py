@@ -11,7 +11,7 @@ from jdl import losses
 from jdl.core.check import ArgumentError
 from jdl.core.objective import Objective
 from jdl.optim import diagnostics, gauss_newton, levenberg_marquardt
-from jdl.optim.diagnostics import Termination
+from jdl.optim.result import ResultCode
 
 
 def run(optimizer, residuals, x, steps=60, **extra):
@@ -86,7 +86,7 @@ def test_the_objective_gives_what_the_residuals_give():
                 grad, optimizer.init(x), x, value=value, grad=grad, **extra
             )
             told[name] = updates
-            assert int(state.diagnostics.termination) == Termination.ACCEPTED
+            assert int(state.diagnostics.termination) == ResultCode.ACCEPTED
         np.testing.assert_allclose(told["o"], told["r"], rtol=5e-3, atol=1e-5)
 
 
@@ -133,7 +133,7 @@ def test_residuals_in_a_region_without_values_end_in_words():
     assert float(x[0]) == pytest.approx(1.0, abs=1e-3)
     assert value < 1e-6
     x, state, _ = run(levenberg_marquardt(), residuals, jnp.array([-1.0]), steps=3)
-    assert int(state.diagnostics.termination) == Termination.NOT_FINITE
+    assert int(state.diagnostics.termination) == ResultCode.NOT_FINITE
     assert float(x[0]) == -1.0
 
 
@@ -153,7 +153,7 @@ def test_what_it_does_without_is_named():
         (levenberg_marquardt, {"damping": -1.0}, "damping"),
         (levenberg_marquardt, {"trust_region": 0.0}, "trust_region"),
         (levenberg_marquardt, {"max_parameters": 0}, "max_parameters"),
-        (gauss_newton, {"cutoff": 2.0}, "cutoff"),
+        (gauss_newton, {"rcond": 2.0}, "rcond"),
         (gauss_newton, {"c1": 0.0}, "c1"),
     ],
 )

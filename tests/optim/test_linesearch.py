@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdl.optim.diagnostics import Termination
 from jdl.optim.linesearch import backtracking, strong_wolfe
+from jdl.optim.result import ResultCode
 
 
 def search(f, x, d, **options):
@@ -43,7 +43,7 @@ def test_more_thuente_functions_reach_the_strong_wolfe_conditions(phi, c1, c2, f
         f = lambda x: phi(x[0])  # noqa: E731
         x, d = jnp.zeros(1), jnp.ones(1)
         found = search(f, x, d, initial_step=first, c1=c1, c2=c2, max_evaluations=25)
-        assert int(found.termination) == Termination.ACCEPTED
+        assert int(found.termination) == ResultCode.ACCEPTED
         start = float(jax.grad(f)(x)[0])
         assert float(found.value) <= float(f(x)) + c1 * float(found.step) * start
         assert abs(float(found.slope)) <= -c2 * start
@@ -62,7 +62,7 @@ def test_in_the_noise_slopes_decide():
     f = lambda x: 1e6 + jnp.sum(jnp.square(x))  # noqa: E731
     x = jnp.array([0.1])
     found = search(f, x, -x, initial_step=0.01, noise=10 * 1.2e-7 * 1e6, c2=0.1)
-    assert int(found.termination) == Termination.ACCEPTED
+    assert int(found.termination) == ResultCode.ACCEPTED
     assert float(found.step) == pytest.approx(1.0, abs=0.1)
     assert int(found.evaluations) <= 5
 
@@ -90,7 +90,7 @@ def test_no_descent_no_step():
     f = lambda x: jnp.sum(jnp.square(x))  # noqa: E731
     found = search(f, jnp.ones(1), jnp.ones(1))
     assert (float(found.step), int(found.evaluations)) == (0.0, 0)
-    assert int(found.termination) == Termination.NO_DECREASE
+    assert int(found.termination) == ResultCode.NO_DECREASE
 
 
 def test_the_gradient_is_compiled_once():

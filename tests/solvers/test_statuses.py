@@ -1,5 +1,7 @@
 """How runs end, what they say, and what is refused."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 import jdl
 from jdl import solvers
 from jdl.core.check import ArgumentError, DataError
-from jdl.solvers import Status
+from jdl.solvers import ResultCode
+from jdl.solvers.options import SolverOptions
 
 
 def bowl(x):
@@ -42,11 +45,11 @@ def test_each_solver_converges_and_stops_at_nan_and_after_its_iterations(name):
     solver = SOLVERS[name](fun, tol=1e-3, maxiter=300)
     params, state = solver.run(jnp.zeros(2), 0.0)
     np.testing.assert_allclose(params, 1.0, atol=1e-3)
-    assert int(state.status) == Status.CONVERGED
+    assert int(state.status) == ResultCode.CONVERGED
     assert float(state.error) <= 1e-3
     assert 0 < int(state.iter_num) < 300
     state = solver.run(jnp.zeros(2), jnp.nan).state
-    assert int(state.status) == Status.NOT_FINITE
+    assert int(state.status) == ResultCode.NOT_FINITE
     assert int(state.iter_num) == 0
     assert "not finite" in solver.message(state)
 
@@ -64,7 +67,7 @@ def test_optax_s_line_searches(optimizer):
     for fun, given in ((bowl, False), (own, True), (OBJECTIVE, False)):
         solver = solvers.OptaxSolver(fun, optimizer, value_and_grad=given, tol=1e-3)
         params, state = solver.run(jnp.zeros(2))
-        assert int(state.status) == Status.CONVERGED
+        assert int(state.status) == ResultCode.CONVERGED
         np.testing.assert_allclose(params, 1.0, atol=1e-3)
 
 
@@ -73,9 +76,9 @@ def test_an_optimizer_that_waits_is_not_stuck():
     gathers = optax.MultiSteps(optax.sgd(0.04), 20).gradient_transformation()
     for optimizer in (gathers, optax.sgd(late)):
         state = solvers.OptaxSolver(bowl, optimizer, maxiter=3000).run(jnp.zeros(2)).state
-        assert int(state.status) == Status.CONVERGED
+        assert int(state.status) == ResultCode.CONVERGED
     state = solvers.OptaxSolver(bowl, optax.sgd(0.0)).run(jnp.zeros(2)).state
-    assert int(state.status) == Status.NO_PROGRESS
+    assert int(state.status) == ResultCode.NO_PROGRESS
 
 
 @pytest.mark.parametrize("jit", [True, False])
@@ -89,13 +92,13 @@ def test_aux_and_optimizer_states_of_any_type(jit):
     assert bool(found["key"] == key)
     noisy = optax.noisy_sgd(0.04, eta=1e-6, key=key)
     solver = solvers.OptaxSolver(bowl, noisy, implicit_diff=True, tol=1e-2, jit=jit)
-    assert int(solver.run(jnp.zeros(2)).state.status) == Status.CONVERGED
+    assert int(solver.run(jnp.zeros(2)).state.status) == ResultCode.CONVERGED
 
 
 def test_too_few_iterations_are_told():
     solver = solvers.LBFGS(rosenbrock, maxiter=3)
     state = solver.run(jnp.array([-1.2, 1.0])).state
-    assert (int(state.status), int(state.iter_num)) == (Status.MAX_ITERATIONS, 3)
+    assert (int(state.status), int(state.iter_num)) == (ResultCode.MAX_ITERATIONS, 3)
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "NonlinearCG", "GradientDescent", "boxed"])
@@ -105,16 +108,16 @@ def test_a_tolerance_below_the_resolution_ends_without_progress(name):
 
     solver = SOLVERS[name](fun, tol=1e-12, maxiter=2000)
     params, state = solver.run(jnp.array([0.3, 0.7]))
-    assert int(state.status) in (Status.NO_PROGRESS, Status.CONVERGED)
+    assert int(state.status) in (ResultCode.NO_PROGRESS, ResultCode.CONVERGED)
     assert int(state.iter_num) < 1000
-    assert int(state.status) == Status.CONVERGED or "resolves" in solver.message(state)
+    assert int(state.status) == ResultCode.CONVERGED or "precision" in solver.message(state)
     np.testing.assert_allclose(params, [1.0 - 4.3 / 1001, 1.0 - 4.3 / 10001], atol=1e-3)
 
 
 def test_a_wrong_gradient_is_a_failed_line_search_and_the_check_names_it():
     wrong = lambda x: (bowl(x) - 11.0, -jax.grad(bowl)(x))  # noqa: E731
     state = solvers.LBFGS(wrong, value_and_grad=True).run(jnp.zeros(2)).state
-    assert int(state.status) == Status.LINE_SEARCH_FAILED
+    assert int(state.status) == ResultCode.LINE_SEARCH_FAILED
     assert bool(state.failed_linesearch)
     with pytest.raises(ArgumentError, match="200"):
         jdl.minimize(wrong, jnp.zeros(2), value_and_grad=True, check_gradient=True)
@@ -127,7 +130,7 @@ def test_a_wrong_gradient_is_a_failed_line_search_and_the_check_names_it():
 
 def test_a_point_that_is_stationary_already_needs_no_update():
     state = solvers.LBFGS(bowl).run(jnp.ones(2)).state
-    assert (int(state.status), int(state.iter_num)) == (Status.CONVERGED, 0)
+    assert (int(state.status), int(state.iter_num)) == (ResultCode.CONVERGED, 0)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,7 @@ def test_without_jit_the_function_sees_numbers():
 def test_minimize_tells_what_happened():
     result = jdl.minimize(rosenbrock, jnp.array([-1.2, 1.0]), tol=1e-3)
     assert result.success
-    assert result.status is Status.CONVERGED
+    assert result.status is ResultCode.CONVERGED
     assert result.iterations == int(result.state.iter_num)
     text = str(result)
     for said in ("minimize by lbfgs", "converged", "iterations", "float32[2]"):
@@ -314,3 +317,35 @@ def test_an_objective_is_minimized_with_gauss_newton_products():
     for method in ("hessian_free", "lbfgs", "newton"):
         result = jdl.minimize(objective, jnp.zeros(3), method=method, tol=1e-4)
         np.testing.assert_allclose(result.params, [1.0, -2.0, 0.5], atol=1e-3)
+
+
+def test_the_table_of_defaults_is_what_the_constructors_have():
+    rows = [line.split() for line in solvers.__doc__.splitlines()]
+    table = {row[0]: row[1:] for row in rows if row and hasattr(solvers, row[0])}
+    assert len(table) == 10
+    for name, (*maxiter, tol) in table.items():
+        parameters = inspect.signature(getattr(solvers, name)).parameters
+        assert parameters["tol"].default == float(tol), name
+        if name != "minimize":
+            assert [str(parameters["maxiter"].default)] == maxiter, name
+
+
+def test_signatures_list_the_shared_options():
+    for name in ("LBFGS", "NonlinearCG", "Newton", "LevenbergMarquardt", "OptaxSolver"):
+        parameters = inspect.signature(getattr(solvers, name)).parameters
+        assert set(SolverOptions.__annotations__) <= set(parameters), name
+    assert inspect.signature(solvers.OptaxSolver).parameters["implicit_diff"].default is False
+
+
+@pytest.mark.parametrize("method", ["hager-zhang", "hager_zhang", "dai_yuan", "dai-yuan"])
+def test_formulas_are_spelled_with_hyphens_or_underscores(method):
+    run = solvers.NonlinearCG(bowl, method=method).run(jnp.zeros(2))
+    np.testing.assert_allclose(run.params, 1.0, atol=1e-3)
+
+
+def test_methods_go_by_short_and_long_names():
+    for short, long in (("hf", "hessian_free"), ("cg", "nonlinear_cg")):
+        one = jdl.minimize(bowl, jnp.zeros(2), method=short)
+        other = jdl.minimize(bowl, jnp.zeros(2), method=long)
+        np.testing.assert_array_equal(one.params, other.params)
+        assert one.method == other.method

@@ -122,7 +122,7 @@ def numbers(**options):
 def test_a_mapped_data_set_keeps_all_that_it_knew(caplog):
     data = numbers(epochs=1, classes=("a", "b", "c")).map(doubled)
     assert isinstance(data, Dataset)
-    assert (data.batches_per_epoch, data.epochs, data.classes) == (5, 1, ("a", "b", "c"))
+    assert (data.steps_per_epoch, data.epochs, data.classes) == (5, 1, ("a", "b", "c"))
     assert data.element_spec["image"].shape == (16, 6)
     twice = [b["image"] for b in numbers(epochs=1)]
     assert_same([b["image"] for b in data], [2 * x for x in twice])
@@ -422,13 +422,13 @@ def test_other_bytes_reach_the_model_as_they_are_and_are_told_of(shape, caplog):
     assert "0 to 255" in caplog.text
 
 
-@pytest.mark.parametrize("precision", [None, "bfloat16"])
-def test_bytes_that_may_be_pixels_or_tokens_are_no_numbers_to_a_dense_layer(precision):
+@pytest.mark.parametrize("compute_dtype", [None, "bfloat16"])
+def test_bytes_that_may_be_pixels_or_tokens_are_no_numbers_to_a_dense_layer(compute_dtype):
     digits = {"image": RNG.integers(0, 256, (8, 6), dtype=np.uint8), "label": Y[:8]}
     with pytest.raises(check.ArgumentError, match=r"numbers for Dense, got 'uint8\[8, 6\]'"):
-        make(precision=precision).train([digits])
+        make(compute_dtype=compute_dtype).train([digits])
     scaled = {**digits, "image": digits["image"].astype(np.float32) / 255}
-    assert make(precision=precision).train([scaled]).step == 1
+    assert make(compute_dtype=compute_dtype).train([scaled]).step == 1
 
     def fn(features, labels, mode):
         return jdl.Spec(
@@ -436,7 +436,7 @@ def test_bytes_that_may_be_pixels_or_tokens_are_no_numbers_to_a_dense_layer(prec
         )
 
     with pytest.raises(check.ArgumentError, match="numbers for Dense"):
-        jdl.from_model_fn(fn, precision=precision, devices=ONE).train([digits])
+        jdl.from_model_fn(fn, compute_dtype=compute_dtype, devices=ONE).train([digits])
 
 
 # ---------------------------------------------------------------------- entries

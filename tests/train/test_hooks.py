@@ -11,12 +11,12 @@ import optax
 import pytest
 
 import jdl
-from jdl.cli import gan_pictures
 from jdl.core import check
 from jdl.data import from_arrays
 from jdl.models import MLP
 from jdl.optim import registry
-from jdl.train import hooks, relu
+from jdl.recipes import gan_pictures
+from jdl.train import dead_units, hooks
 from jdl.train.checkpoint import Checkpoints
 
 
@@ -169,7 +169,7 @@ def test_dead_units_are_counted_by_layer():
     model = jdl.from_linen(Dying())
     x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
     params, state = model.init(jax.random.key(0), x)
-    assert [float(s) for s in relu.dead_shares(model, params, state, x)] == [0.5, 0.5]
+    assert [float(s) for s in dead_units.dead_shares(model, params, state, x)] == [0.5, 0.5]
     seen = []
     net = jdl.classifier(Dying(), "sgd", devices=jax.devices()[:1], log_every=1)
     net._hooks = (hooks.dead_units({"image": x}), seen.append)
@@ -179,7 +179,7 @@ def test_dead_units_are_counted_by_layer():
 
 def dead(f, *inputs):
     model = jdl.from_fns(lambda key, x: (), lambda _, *inputs: f(*inputs))
-    return [float(s) for s in relu.dead_shares(model, (), {}, *inputs)]
+    return [float(s) for s in dead_units.dead_shares(model, (), {}, *inputs)]
 
 
 def test_dead_units_are_counted_inside_of_every_kind_of_call():
@@ -230,10 +230,10 @@ def test_dead_units_are_compiled_once():
     model = jdl.from_linen(Dying())
     x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
     params, state = model.init(jax.random.key(0), x)
-    first = relu.dead_shares(model, params, state, x)
+    first = dead_units.dead_shares(model, params, state, x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "make_jaxpr", None)  # nothing is traced again
-        assert relu.dead_shares(model, params, state, x) == first
+        assert dead_units.dead_shares(model, params, state, x) == first
 
 
 def test_early_stopping_counts_what_the_log_holds_and_the_best_is_kept_first(tmp_path):

@@ -134,7 +134,7 @@ def test_bytes_are_images_as_features_but_numbers_as_labels():
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.float32])
-def test_features_alone_are_computed_with_in_another_precision(kind):
+def test_features_alone_are_computed_with_in_another_dtype(kind):
     seen = {}
 
     def fn(features, labels, mode):
@@ -146,13 +146,13 @@ def test_features_alone_are_computed_with_in_another_precision(kind):
 
     image, label = np.ones((4, 2, 2, 1), kind), np.ones(4, np.float32)
     batch = {"image": image, "label": label}
-    estimator = from_model_fn(fn, precision="bfloat16", devices=ONE).train([batch], steps=1)
+    estimator = from_model_fn(fn, compute_dtype="bfloat16", devices=ONE).train([batch], steps=1)
     assert estimator.predict([batch]).dtype == np.float32
     assert estimator.params["Dense_0"]["kernel"].dtype == jnp.float32
     assert seen[Mode.TRAIN] == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     assert seen[Mode.PREDICT] == (jnp.bfloat16, jnp.bfloat16, None)
-    with pytest.raises(check.ArgumentError, match="`precision` must be a floating type"):
-        from_model_fn(fn, precision="int8")
+    with pytest.raises(check.ArgumentError, match="`compute_dtype` must be a floating type"):
+        from_model_fn(fn, compute_dtype="int8")
 
 
 def test_batch_statistics_move_in_training_only():

@@ -32,7 +32,7 @@ def train(module, optimizer="adam", steps=60, **options):
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs", "hf"])
 def test_bfloat16_learns_and_keeps_parameters_and_state_in_float32(optimizer):
     steps = 60 if optimizer == "adam" else 6
-    half = train(Normed(), optimizer, steps, precision="bfloat16")
+    half = train(Normed(), optimizer, steps, compute_dtype="bfloat16")
     held = (half.params, half.model_state, half.state.opt_state)
     assert not any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(held))
     assert half.predict(data()).dtype == np.float32
@@ -45,7 +45,7 @@ def test_bfloat16_learns_and_keeps_parameters_and_state_in_float32(optimizer):
 def test_recomputing_changes_no_number_and_is_in_the_program():
     deep = MLP(widths=(64,) * 12, num_outputs=3)
     big = {"steps": 3}
-    plain, spared = train(deep, **big), train(deep, rematerialize=True, **big)
+    plain, spared = train(deep, **big), train(deep, remat=True, **big)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
     jax.tree.map(close, plain.params, spared.params)
     program = jax.make_jaxpr(spared.model.apply)(spared.params, {}, jnp.ones((2, 6)))

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from jdl.core import check
-from jdl.train import curves
+from jdl.train import plot
 from jdl.train.writers import (
     CsvWriter,
     JsonlWriter,
@@ -159,14 +159,14 @@ def test_curves_are_drawn_of_what_is_a_number_and_of_metrics_that_came_later(tmp
     log = tmp_path / "m.jsonl"
     log.write_text("\n".join(map(json.dumps, [*rows, {"loss": 3.0}])) + '\n{"step": 4, "lo')
     drawn = {}
-    panel = curves._panel
+    panel = plot._panel
 
     def spy(axes, rows, name):
         panel(axes, rows, name)
         drawn[name] = [line.get_xydata().tolist() for line in axes.lines]
 
-    monkeypatch.setattr(curves, "_panel", spy)
-    curves.draw(log, tmp_path / "m.png")
+    monkeypatch.setattr(plot, "_panel", spy)
+    plot.draw(log, tmp_path / "m.png")
     assert drawn == {"loss": [[[1.0, 2.0], [3.0, 1.0]]], "late": [[[3.0, 0.5]]]}
 
 

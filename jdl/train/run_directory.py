@@ -1,0 +1,224 @@
+"""What a run keeps: its checkpoints and its log, in its directory, or nothing without one."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jdl.core import check, tree
+from jdl.core.types import PyTree
+from jdl.train.checkpoint import Checkpoints, Restored
+from jdl.train.lock import RunLock
+from jdl.train.step import TrainState
+from jdl.train.writers import READ_ONLY, Row, Writers
+
+logger = logging.getLogger("jdl.train")
+
+_all_finite = jax.jit(tree.all_finite)
+
+
+class NonFiniteError(check.TrainingError):
+    """A loss or parameters are not finite."""
+
+
+class RunDirectory:
+    """Saves and restores a run, and writes its log.
+
+    Where several processes train together, all save and restore, and one writes the log.
+
+    Args:
+      workdir: the run directory; None keeps nothing.
+      logs: what to write besides `metrics.jsonl`, see `Writers`.
+      keep: how many checkpoints, the newest ones.
+      keep_every: besides, all whose step is a multiple of this.
+      keep_best: besides, the one with the best value of a metric, ("accuracy", "max") say.
+      directions: gives whether "max" or "min" of each logged value is best, see `writers.declare`.
+    """
+
+    def __init__(
+        self,
+        workdir: Path | None,
+        logs: Iterable[str],
+        keep: int,
+        keep_every: int | None,
+        keep_best: tuple[str, str] | None,
+        directions: Callable[[], Mapping[str, str]] = dict,
+    ):
+        check.positive_int("keep", keep)
+        if keep_every is not None:
+            check.positive_int("keep_every", keep_every)
+        if keep_best is not None:
+            pair = isinstance(keep_best, tuple) and len(keep_best) == 2
+            check.argument(
+                pair and keep_best[1] in ("min", "max"),
+                "keep_best",
+                'a metric and "min" or "max", such as ("accuracy", "max")',
+                keep_best,
+            )
+            hint = "The best checkpoint is kept there."
+            check.argument(workdir is not None, "workdir", "given with keep_best", workdir, hint)
+        self.workdir = workdir
+        self._leads = jax.process_index() == 0
+        self._writers = None if workdir is None else Writers(workdir, logs, directions)
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._training = False
+        self._opened: dict[str, Checkpoints] = {}
+        self._rewind_to: int | None = None  # step the log is to go back to before training
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps others from training in the same directory; at its end all saved is on disk.
+
+        Raises:
+          UserError: another process, or Estimator, is training there.
+          TrainingError: a checkpoint could not be written.
+        """
+        locks = self.workdir is not None and self._leads
+        with RunLock(str(self.workdir)) if locks else nullcontext():
+            self._training = True
+            try:
+                yield
+            except BaseException:
+                if jax.process_count() == 1:  # of several, the others may not come to wait
+                    with suppress(check.TrainingError):
+                        self.close()
+                raise
+            finally:
+                self._training = False
+            self.close()
+
+    # ------------------------------------------------------------------ the log
+
+    def write(self, row: Row) -> None:
+        """Appends a row to the log; an evaluation of a run one may only read is not logged."""
+        if self._writers is None or not self._leads:
+            return
+        try:
+            self._writers.write(row)
+        except OSError as error:
+            if self._training or error.errno not in READ_ONLY:
+                raise
+            logger.warning("the evaluation is not logged: %s", error)
+
+    def begin(self) -> None:
+        """Drops from the log what a run since restored had written beyond its checkpoint.
+
+        Not before training begins: an evaluation beside a running training leaves its log alone.
+        """
+        if self._rewind_to is not None and self._writers is not None and self._leads:
+            self._writers.rewind(self._rewind_to)
+        self._rewind_to = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, or None."""
+        return None if self.workdir is None else self._checkpoints().latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Saves the state after this step.
+
+        Raises:
+          NonFiniteError: its parameters are not finite, saved or not; the last checkpoint stays.
+          TrainingError: it cannot be written.
+        """
+        if not bool(_all_finite(state.params)):
+            self.close()
+            kept = self.latest_step()
+            raise NonFiniteError(
+                f"The parameters are not finite after step {int(state.step)}; they are not saved. "
+                + ("" if kept is None else f"The checkpoint of step {kept} is the last good one. ")
+                + "Try a smaller learning rate."
+            )
+        if self.workdir is None:
+            return
+        self._checkpoints().save(int(state.step), state, meta)
+
+    def close(self) -> None:
+        """Returns when everything saved is on disk."""
+        for checkpoints in self._opened.values():
+            checkpoints.close()
+
+    def save_if_best(
+        self, state: TrainState, meta: dict[str, Any], values: Mapping[str, float]
+    ) -> None:
+        """Saves the state in `best/` if the metric of `keep_best` has never been as good."""
+        if self._keep_best is None:
+            return
+        name, mode = self._keep_best
+        check.one_of("keep_best", name, values)
+        if not math.isfinite(values[name]):
+            return
+        best = self._checkpoints("best")
+        try:
+            before = best.meta()
+        except check.DataError as error:
+            logger.warning("%s This validation is taken for the best so far.", error)
+            before = None
+        before_step = best.latest_step()
+        if before is not None and (by := _best_by(before, name, mode)) != (name, mode):
+            logger.warning(
+                "best/ holds the best step by %s (%s), %s; from here on it is that by %s (%s)",
+                *(*by, before_step, name, mode),
+            )
+            before = None
+        sign = 1.0 if mode == "max" else -1.0
+        if before is None or sign * values[name] > sign * before["values"][name]:
+            step, found = int(state.step), {"values": dict(values), "keep_best": [name, mode]}
+            # There may be one of this step, of a course that was left or by another metric.
+            best.replace(step, state, meta | found)
+
+    def restore(
+        self, expected: PyTree, shardings: PyTree, *, best: bool = False
+    ) -> Restored | None:
+        """The newest checkpoint, or the best one; None where there is none.
+
+        Args:
+          expected: the shapes of the state.
+          shardings: where its arrays are to lie.
+          best: whether to take the one in `best/`.
+        """
+        if self.workdir is None:
+            return None
+        found = self._checkpoints("best" if best else "checkpoints").restore(expected, shardings)
+        if jax.process_count() > 1:  # of a damaged one, another process may have read more
+            from jax.experimental import multihost_utils
+
+            step = -1 if found is None else int(found.state.step)
+            multihost_utils.assert_equal(np.int32(step), "the processes read different checkpoints")
+        if best and found is not None and self._keep_best is not None:
+            by = _best_by(found.meta, *self._keep_best)
+            if by != self._keep_best:
+                raise check.UserError(
+                    f"best/ holds the best step by {by[0]} ({by[1]}), and keep_best asks for "
+                    f"{self._keep_best}: no validation has been compared by that yet."
+                )
+        if found is not None or not best:
+            self._rewind_to = 0 if found is None else int(found.state.step)
+        return found
+
+    def _checkpoints(self, name: str = "checkpoints") -> Checkpoints:
+        if name not in self._opened:
+            assert self.workdir is not None
+            directory = self.workdir / name
+            is_best = name == "best"
+            self._opened[name] = (
+                Checkpoints(directory, 1)
+                if is_best
+                else Checkpoints(directory, self._keep, self._keep_every)
+            )
+        return self._opened[name]
+
+
+def _best_by(meta: Mapping[str, Any], name: str, mode: str) -> tuple[str, str]:
+    """The metric and mode that a checkpoint in `best/` is the best by.
+
+    Those asked for, where it does not tell but has the metric: older versions did not record them.
+    """
+    metric, by = meta.get("keep_best", (name if name in meta["values"] else "another metric", mode))
+    return metric, by
