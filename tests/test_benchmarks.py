@@ -1,7 +1,6 @@
 """Every benchmark runs, at its smallest size; what it measures then means nothing."""
 
 import gzip
-import json
 import os
 import re
 import subprocess
@@ -20,7 +19,8 @@ SMALLEST = {
     "data": "--rounds 1 --seconds 0.05",
     "kfac": "--data {data} --seconds 2 --tune 0.5 --optimizers adam",
     "optim": "--data {data}/mnist --rounds 1 --seconds 2",
-    "paper": "--data {data}/mnist --workdir {data}/paper --minutes 0.05 --examples 200 --trials 1 --evaluations 2 --only curves --methods kfac",
+    "paper": "--workdir {data}/paper --only curves --methods kfac --examples 200 "
+    "--minutes 0.05 --trials 1 --evaluations 2",
     "solvers": "--rounds 1",
     "start": "--rounds 1",
     "step": "--rounds 1 --share 0.002",
@@ -35,7 +35,9 @@ def data(tmp_path_factory):
     """The bundled digits, enlarged to 28 × 28, as MNIST's four files."""
     folder = tmp_path_factory.mktemp("data")
     batch = next(iter(jdl.data.digits(batch_size=700)))
-    images = np.pad(np.kron(batch["image"][..., 0], np.ones((1, 3, 3), np.uint8)), [(0, 0), (2, 2), (2, 2)])
+    images = np.pad(
+        np.kron(batch["image"][..., 0], np.ones((1, 3, 3), np.uint8)), [(0, 0), (2, 2), (2, 2)]
+    )
     (folder / "mnist").mkdir()
     for part, rows in {"train": np.arange(5000) % 500, "t10k": np.arange(500, 700)}.items():
         x, y = images[rows].astype(np.uint8), batch["label"][rows].astype(np.uint8)
@@ -47,7 +49,9 @@ def data(tmp_path_factory):
 
 
 def test_every_benchmark_is_tried():
-    assert {f"bench_{name}.py" for name in SMALLEST} == {p.name for p in BENCHMARKS.glob("bench_*.py")}
+    assert {f"bench_{name}.py" for name in SMALLEST} == {
+        p.name for p in BENCHMARKS.glob("bench_*.py")
+    }
 
 
 @pytest.mark.parametrize("name", SMALLEST)
