@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("models", "optim", "solvers", "curvature", "data", "compare", "vision")
 NO_EXAMPLE = {  # where one would need what is not at hand in a docstring
     "jdl.compare.Split": "a part of what `arrays_problem` gives",
-    "jdl.compare.table": "needs a study that has run: `jdl.compare.load` shows one",
+    "jdl.compare.table": "needs a study that has run: `jdl.compare.load_results` shows one",
     "jdl.compare.write_report": "likewise",
     "jdl.data.standard_input": "reads a process's standard input",
     "jdl.models.scores.calibration": "needs a network that has been trained",
@@ -25,9 +25,9 @@ NO_EXAMPLE = {  # where one would need what is not at hand in a docstring
     "jdl.train.boltzmann.rbm": "likewise",
     "jdl.train.distributed.initialize": "needs other processes: the page on them has it",
     "jdl.train.step.build": "the Estimator is its example",
-    "jdl.train.export.load": "`save` shows it",
-    "jdl.vision.load": "needs weights that are an extra",
-    "jdl.vision.painter.load": "needs a style network that has been trained",
+    "jdl.train.export.load_exported": "`save` shows it",
+    "jdl.vision.load_trunk": "needs weights that are an extra",
+    "jdl.vision.painter.load_painter": "needs a style network that has been trained",
     "jdl.vision.reverse.of_class": "as `preferred`, for a classifier's logits",
     "jdl.vision.style.transfer": "needs a network that has been trained",
 }

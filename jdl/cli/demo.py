@@ -31,6 +31,6 @@ def run(args: Args) -> None:
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     index.run(index.Args("digits"))
     # Curvature from a quarter of the data, and a bounded inner solve: both are in the report.
-    hf = named("hf", curvature_batch_size=360, max_linear_iterations=20)
+    hf = named("hf", curvature_batch_size=360, max_cg_iterations=20)
     optimizers = ["sgd", "adam", "lbfgs", "cg", hf]
     compare.study(digits_cnn(), optimizers, 1, (args.seconds, "seconds"), args.workdir)

@@ -7,7 +7,7 @@ from jdl.compare.optimizers import Entry, named
 from jdl.compare.problems import Problem, Split, arrays_problem, tar_problem
 from jdl.compare.report import write as write_report
 from jdl.compare.results import Results, Target, table
-from jdl.compare.store import load
+from jdl.compare.store import load_results
 from jdl.compare.study import Event, Study
 from jdl.compare.tuning import Tuning
 
@@ -26,7 +26,7 @@ __all__ = [
     "by_name",
     "digits_cnn",
     "drawing",
-    "load",
+    "load_results",
     "named",
     "table",
     "tar_problem",

@@ -49,7 +49,7 @@ def by_name(name: str, data: Any = None) -> Problem:
     if name.endswith(".py"):
         from jdl.compare import problem_file
 
-        return problem_file.load(name)
+        return problem_file.load_problem(name)
     named = CATALOGUE[check.one_of("problem", name, CATALOGUE)]
     return named.make(data) if named.needs else named.make()
 
@@ -176,7 +176,7 @@ def autoencoder_curves(
       validation: the share of them that settings are chosen on.
       target: a training error, squared and summed over pixels.
     """
-    from jdl.compare.curves import curves
+    from jdl.compare.curves_dataset import curves
 
     pictures = curves(CURVES_TRAIN + CURVES_TEST)
     return autoencoder(
@@ -187,8 +187,8 @@ def autoencoder_curves(
         Target("train_squared_error", "at most", target),
         validation=validation,
         about={
-            "data": "CURVES, made anew from its description (jdl/compare/curves.py): not the "
-            "papers' files, so that errors compare with theirs in size, not to the digit"
+            "data": "CURVES, generated from its description (jdl/compare/curves_dataset.py), not "
+            "the papers' files: errors are of the same size as theirs, not equal to the digit"
         },
     )
 

@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import optax
 
 from jdl.core import check
-from jdl.optim.local import ScalarOrSchedule
-from jdl.optim.registry import Search
+from jdl.optim.context import ScalarOrSchedule
+from jdl.optim.registry import TuningRange
 
 BatchSize: TypeAlias = int | Literal["full"]
 
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     curvature_batch_size: int | None = None
     microbatches: int | None = None
     options: Mapping[str, Any] = {}
-    search: Search | None = None
+    search: TuningRange | None = None
     tuned: Callable[[float], "Entry"] | None = None
 
     def settings(self) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from jdl.compare import drawing
 from jdl.compare.budget import Budget
-from jdl.compare.results import Results, Row, Trial, reached, tuning_cost, tunings
-from jdl.compare.statistics import cost_to_target, performance_profiles
+from jdl.compare.results import Results, Row, Trial, cost_to_target, reached, tuning_cost, tunings
+from jdl.compare.statistics import performance_profiles
 
 UNITS = {"seconds": "seconds of training", "epoch": "epochs", "work": "work", "step": "steps"}
 FLOOR = 1e-8  # below, a mean of float32 losses is rounding; lower ones are drawn here

@@ -32,7 +32,7 @@ from jdl.core.model import as_model
 from jdl.train import step
 
 
-def load(path: str | Path) -> Problem:
+def load_problem(path: str | Path) -> Problem:
     """The problem that a Python file holds. The file is run: it is to be the user's own.
 
     Raises:

@@ -196,7 +196,7 @@ def tar_problem(
     (1438, 'test accuracy ≥ 90 %')
     """
     from jdl.data import from_tar, splits
-    from jdl.data.paths import expand
+    from jdl.data.tar.paths import expand
 
     keep_index = bool(options.get("keep_index", True))
     held_out = set(splits(paths, keep_index=keep_index)) == {"train", "test"}

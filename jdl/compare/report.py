@@ -59,7 +59,7 @@ def write(workdir: str | Path, results: Results | None = None) -> Path:
       UserError: they cannot be written: the disk is full, say.
     """
     workdir = Path(workdir)
-    results = store.load(workdir) if results is None else results
+    results = store.load_results(workdir) if results is None else results
     try:
         _write(workdir, results)
     except OSError as error:

@@ -12,7 +12,10 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jdl.compare.budget import Budget
+from jdl.compare.statistics import median_interval
 from jdl.compare.tuning import Curve
 
 Row = dict[str, Any]  # one line of metrics.jsonl
@@ -164,6 +167,29 @@ def reached(trial: Trial, target: Target, budget: Budget) -> Row | None:
     return next((row for row in trial.within(budget) if target.met(row)), None)
 
 
+def cost_to_target(results: Results) -> dict[str, np.ndarray]:
+    """Optimizer -> what each (problem, seed) took to the target, ∞ where it was missed."""
+    budget = results.budget
+
+    def cost(problem: str, optimizer: str, seed: int) -> float:
+        for trial in results.of(problem, optimizer):
+            if trial.seed == seed:
+                row = reached(trial, results.target(problem), budget)
+                return math.inf if row is None else float(row[budget.column])
+        return math.inf
+
+    return {
+        optimizer: np.array(
+            [
+                cost(problem, optimizer, seed)
+                for problem in results.problems
+                for seed in results.study["seeds"]
+            ]
+        )
+        for optimizer in results.optimizers
+    }
+
+
 def lines(results: Results, problem: str) -> list[Line]:
     """The table of one problem, in the optimizers' order."""
     return [_line(results, problem, optimizer) for optimizer in results.optimizers]
@@ -303,7 +329,7 @@ def table(results: Results, problem: str) -> tuple[list[str], list[list[str]]]:
     """The table of one problem as plain text: column names, and a row an optimizer.
 
     Args:
-      results: what `Study.run` gave, or `jdl.compare.load`.
+      results: what `Study.run` gave, or `jdl.compare.load_results`.
       problem: the problem's name.
     """
     found = lines(results, problem)
@@ -416,8 +442,6 @@ def _to_target(line: Line, spread: Spread) -> str:
 
 def _interval(values: tuple[float, ...]) -> str:
     """The median's interval by bootstrap, or the range of seeds too few for one."""
-    from jdl.compare.statistics import median_interval
-
     if len(values) < 5:
         return f"{formatted('', min(values))}–{formatted('', max(values))}"
     low, high = median_interval(values)

@@ -1,7 +1,7 @@
 """Whether one optimizer beats another, over problems and seeds, and how surely.
 
-Everything is computed from what it took to reach the target, in the budget's own unit; a trial that
-did not reach it took ∞, and is never dropped.
+Everything is computed from the cost to reach the target, in the budget's own unit. A trial that
+missed it has the cost ∞; none is dropped.
 """
 
 import math
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdl.compare.results import Results, reached
 from jdl.core import check
 
 
@@ -41,29 +40,6 @@ class Duel(NamedTuple):
     wins: int
     losses: int
     p_value: float
-
-
-def cost_to_target(results: Results) -> dict[str, np.ndarray]:
-    """Optimizer -> what each (problem, seed) took to the target, ∞ where it was missed."""
-    budget = results.budget
-
-    def cost(problem: str, optimizer: str, seed: int) -> float:
-        for trial in results.of(problem, optimizer):
-            if trial.seed == seed:
-                row = reached(trial, results.target(problem), budget)
-                return math.inf if row is None else float(row[budget.column])
-        return math.inf
-
-    return {
-        optimizer: np.array(
-            [
-                cost(problem, optimizer, seed)
-                for problem in results.problems
-                for seed in results.study["seeds"]
-            ]
-        )
-        for optimizer in results.optimizers
-    }
 
 
 def performance_profiles(costs: dict[str, np.ndarray], up_to: float = 4.0) -> dict[str, Profile]:

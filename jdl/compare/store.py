@@ -33,7 +33,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise check.DataError(f"{path} is no TOML file that can be read: {error}.") from error
 
 
-def load(workdir: str | Path) -> Results:
+def load_results(workdir: str | Path) -> Results:
     """The results that a study's directory holds.
 
     Args:
@@ -47,7 +47,7 @@ def load(workdir: str | Path) -> Results:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     budget = Budget(3, "steps")
     ...     _ = Study(by_name("quadratic"), ["sgd"], budget=budget, workdir=folder).run()
-    ...     results = load(folder)
+    ...     results = load_results(folder)
     >>> table(results, "quadratic")[1][0][0]
     'sgd'
     """

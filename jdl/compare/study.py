@@ -188,7 +188,7 @@ class Study:
         self._merge()
         if n == 1:
             self._write_study()  # with the settings that were chosen
-        return store.load(self.workdir)
+        return store.load_results(self.workdir)
 
     def _names(self) -> list[str]:
         """All that are reported: as they are, and tuned."""

@@ -176,7 +176,7 @@ def standings(results: Results) -> tuple[list[str], list[list[str]], str] | None
     Returns:
       Column names, a row an optimizer, and what they mean.
     """
-    costs = statistics.cost_to_target(results)
+    costs = res.cost_to_target(results)
     trials = len(next(iter(costs.values())))
     if trials < 3 or len(costs) < 2:
         return None

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jdl.core import check
-from jdl.optim.registry import Search
+from jdl.optim.registry import TuningRange
 
 SAME = 0.1  # values closer to the default than this, in logarithm, are passed over
 SEED = 10_000  # of initial parameters and data order while tuning
@@ -60,10 +60,10 @@ class Tuning(NamedTuple):
         return self.criterion
 
 
-def values(search: Search, trials: int, default: float | None = None) -> list[float]:
+def values(search: TuningRange, trials: int, default: float | None = None) -> list[float]:
     """The values to try: the default, then log-uniform ones by van der Corput's sequence.
 
-    >>> values(Search("learning_rate", 1e-4, 1.0), 4, 0.5)
+    >>> values(TuningRange("learning_rate", 1e-4, 1.0), 4, 0.5)
     [0.5, 0.01, 0.001, 0.1]
 
     References:

@@ -137,17 +137,17 @@ class Objective:
 
     def value_and_grad(self, params: Params, **_: Any) -> tuple[jax.Array, Params, Aux]:
         """f(θ), ∇f(θ), and the outputs and new model state of the same evaluation."""
-        total = self._weight(self.batch)
+        total = self.total_weight(self.batch)
 
         def part(batch: Batch, key: Key | None) -> Any:
             def f(params: Params) -> tuple[jax.Array, Aux]:
-                outputs, state = self._apply(params, batch, key)
-                return self._mean_part(outputs, batch, total), Aux(state, outputs)
+                outputs, state = self.apply(params, batch, key)
+                return self.mean_loss(outputs, batch, total), Aux(state, outputs)
 
             (value, aux), grads = jax.value_and_grad(f, has_aux=True)(params)
             return (value, grads), aux
 
-        (value, grads), aux = self._scan(part, self.batch)
+        (value, grads), aux = self.scan(part, self.batch)
         if self.regularizer is not None:
             r, r_grad = jax.value_and_grad(self.regularizer)(params)
             value, grads = value + r, tree.add_scaled(grads, 1.0, r_grad)
@@ -162,17 +162,17 @@ class Objective:
 
     def hvp(self, params: Params, vector: PyTree) -> PyTree:
         """∇²f(θ) v on the curvature batch, forward over reverse (Pearlmutter 1994)."""
-        batch = self._curvature_batch()
-        total = self._weight(batch)
+        batch = self.batch_for_curvature
+        total = self.total_weight(batch)
 
         def part(batch: Batch, key: Key | None) -> Any:
             def f(params: Params) -> jax.Array:
-                return self._mean_part(self._apply(params, batch, key)[0], batch, total)
+                return self.mean_loss(self.apply(params, batch, key)[0], batch, total)
 
             return jax.jvp(jax.grad(f), (params,), (vector,))[1], ()
 
         with jax.default_matmul_precision("highest"):
-            return self._regularized(self._scan(part, batch)[0], params, vector)
+            return self._regularized(self.scan(part, batch)[0], params, vector)
 
     def gnvp(self, params: Params, vector: PyTree) -> PyTree:
         r"""G v with G = Σᵢ mᵢ Jᵢᵀ ∇²ℓᵢ Jᵢ / Σᵢ mᵢ + ∇²r, on the curvature batch (Schraudolph 2002).
@@ -181,33 +181,33 @@ class Objective:
         ℓ is convex, G is positive semi-definite.
         """
         require_of_outputs(self.loss)
-        batch = self._curvature_batch()
-        total = self._weight(batch)
+        batch = self.batch_for_curvature
+        total = self.total_weight(batch)
 
         def part(batch: Batch, key: Key | None) -> Any:
             def predict(params: Params) -> Outputs:
-                return self._apply(params, batch, key)[0]
+                return self.apply(params, batch, key)[0]
 
             outputs, jvp = jax.linearize(predict, params)
-            loss_grad = jax.grad(lambda outputs: self._mean_part(outputs, batch, total))
+            loss_grad = jax.grad(lambda outputs: self.mean_loss(outputs, batch, total))
             cotangents = jax.jvp(loss_grad, (outputs,), (jvp(vector),))[1]
             (product,) = jax.linear_transpose(jvp, params)(cotangents)
             return product, ()
 
         with jax.default_matmul_precision("highest"):
-            return self._regularized(self._scan(part, batch)[0], params, vector)
+            return self._regularized(self.scan(part, batch)[0], params, vector)
 
     def efvp(self, params: Params, vector: PyTree) -> PyTree:
         r"""E v with E = Σᵢ mᵢ gᵢ gᵢᵀ / Σᵢ mᵢ, the empirical Fisher, on the curvature batch.
 
         gᵢ is the gradient of example i's loss. The regularizer has no part in it.
         """
-        batch = self._curvature_batch()
-        total = self._weight(batch)
+        batch = self.batch_for_curvature
+        total = self.total_weight(batch)
 
         def losses(batch: Batch, key: Key | None, params: Params) -> jax.Array:
-            weights = batch.get("mask", jnp.ones(self._size(batch)))
-            values = self._losses(self._apply(params, batch, key)[0], batch)
+            weights = batch.get("mask", jnp.ones(self.num_examples(batch)))
+            values = self._losses(self.apply(params, batch, key)[0], batch)
             weights = jnp.sqrt(weights / total).astype(values.dtype)
             return jnp.where(weights > 0, weights * values, 0.0)
 
@@ -220,8 +220,8 @@ class Objective:
 
         B is the number of examples; the mask has no part in it.
         """
-        batch = self._curvature_batch()
-        count = self._psum(jnp.asarray(float(self._size(batch)), jnp.float32))
+        batch = self.batch_for_curvature
+        count = self._psum(jnp.asarray(float(self.num_examples(batch)), jnp.float32))
         product = self._gram(lambda b, key, p: fn(p, b), batch, params, vector)
         return tree.scale(1.0 / count, product)
 
@@ -239,47 +239,50 @@ class Objective:
             return jax.linear_transpose(jvp, params)(jvp(vector))[0], ()
 
         with jax.default_matmul_precision("highest"):
-            return self._scan(part, batch)[0]
+            return self.scan(part, batch)[0]
 
-    def fisher_diagonal(self, params: Params, key: Key) -> Params:
+    def empirical_fisher_diagonal(self, params: Params, key: Key) -> Params:
         """One draw, unbiased, of diag(Σᵢ mᵢ gᵢ gᵢᵀ / Σᵢ mᵢ), the empirical Fisher's diagonal.
 
         gᵢ is the gradient of example i of the curvature batch. One backward pass of Σᵢ sᵢ mᵢ ℓᵢ
         with random signs sᵢ does it: squared, its cross terms vanish in expectation (Chapelle &
         Erhan 2011). Each microbatch and device draws for itself, which lowers the variance.
         """
-        batch = self._curvature_batch()
-        total = self._weight(batch)
+        batch = self.batch_for_curvature
+        total = self.total_weight(batch)
 
         def part(batch: Batch, own_key: Key | None) -> Any:
             # Signs must be independent within a microbatch only, so microbatches share them.
             draw = key
             if self.axis_name is not None:
                 draw = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
-            size = self._size(batch)
+            size = self.num_examples(batch)
             weights = batch.get("mask", jnp.ones(size)).astype(jnp.float32)
             signs = jax.random.rademacher(draw, (size,), jnp.float32)
 
             def f(params: Params) -> jax.Array:
-                losses = self._losses(self._apply(params, batch, own_key)[0], batch)
+                losses = self._losses(self.apply(params, batch, own_key)[0], batch)
                 factors = (signs * weights).astype(losses.dtype)
                 return jnp.sum(jnp.where(weights > 0, losses * factors, 0.0))
 
             grads = jax.grad(f)(params)
             return jax.tree.map(lambda g: g * g / total.astype(g.dtype), grads), ()
 
-        return self._scan(part, batch)[0]
+        return self.scan(part, batch)[0]
+
+    # ------------------------------------------------------------------ parts, for own sums
+
+    @property
+    def batch_for_curvature(self) -> Batch:
+        """The examples for curvature: `curvature_batch`, or the whole batch."""
+        return self.batch if self.curvature_batch is None else self.curvature_batch
 
     def curvature_share(self) -> float:
         """The curvature batch's examples per example of the batch."""
-        return self._size(self._curvature_batch()) / self._size(self.batch)
+        return self.num_examples(self.batch_for_curvature) / self.num_examples(self.batch)
 
-    # ------------------------------------------------------------------ inner workings
-
-    def _curvature_batch(self) -> Batch:
-        return self.batch if self.curvature_batch is None else self.curvature_batch
-
-    def _apply(self, params: Params, batch: Batch, key: Key | None) -> tuple[Outputs, ModelState]:
+    def apply(self, params: Params, batch: Batch, key: Key | None) -> tuple[Outputs, ModelState]:
+        """The model's outputs for these examples, and its new state."""
         if self.inputs == ():
             inputs: tuple[Any, ...] = (batch,)
         else:
@@ -287,60 +290,32 @@ class Objective:
             inputs = tuple(batch[name] for name in names)
         return self.model.apply(params, self.model_state, *inputs, key=key, train=self.train)
 
-    def _size(self, batch: Batch) -> int:
+    def num_examples(self, batch: Batch) -> int:
+        """How many examples `batch` has on this device."""
         return batch_size(batch, self.inputs)
 
-    def _losses(self, outputs: Outputs, batch: Batch) -> jax.Array:
-        losses: jax.Array = asked(self.loss, "loss", outputs, batch)
-        return losses
-
-    def _sum(self, outputs: Outputs, batch: Batch) -> jax.Array:
-        """Σᵢ mᵢ ℓᵢ, in at least float32."""
-        losses = self._losses(outputs, batch)
-        size = self._size(batch)
-        check.argument(
-            losses.shape == (size,),
-            "loss",
-            f"a function that gives one value an example, shape ({size},)",
-            losses.shape,
-        )
-        losses = losses.astype(tree.accumulator(losses.dtype))
-        mask = batch.get("mask")
-        if mask is None:
-            return jnp.sum(losses)
-        check_mask(mask, size)
-        return jnp.sum(jnp.where(mask > 0, losses * mask.astype(losses.dtype), 0.0))
-
-    def _mean_part(self, outputs: Outputs, batch: Batch, total: jax.Array) -> jax.Array:
-        """What these examples add to the mean over all of weight `total`."""
-        losses = self._sum(outputs, batch)
-        return losses / total.astype(losses.dtype)
-
-    def _weight(self, batch: Batch) -> jax.Array:
+    def total_weight(self, batch: Batch) -> jax.Array:
         """Σᵢ mᵢ over all microbatches and devices."""
         mask = batch.get("mask")
         if mask is None:
-            return self._psum(jnp.asarray(float(self._size(batch)), jnp.float32))
+            return self._psum(jnp.asarray(float(self.num_examples(batch)), jnp.float32))
         return jnp.maximum(self._psum(jnp.sum(mask.astype(jnp.float32))), 1.0)
 
-    def _value(self, params: Params, batch: Batch) -> jax.Array:
-        total = self._weight(batch)
+    def mean_loss(self, outputs: Outputs, batch: Batch, total: jax.Array) -> jax.Array:
+        """Σᵢ mᵢ ℓᵢ / total: what these examples add to the mean over all of weight `total`."""
+        losses = self._sum(outputs, batch)
+        return losses / total.astype(losses.dtype)
 
-        def part(batch: Batch, key: Key | None) -> Any:
-            outputs, _ = self._apply(params, batch, key)
-            return self._mean_part(outputs, batch, total), ()
+    def scan(self, part: Callable[[Batch, Key | None], Any], batch: Batch) -> Any:
+        """A sum over microbatches and devices, which every evaluation and product is made of.
 
-        value, _ = self._scan(part, batch)
-        return value if self.regularizer is None else value + self.regularizer(params)
+        Args:
+          part: (microbatch, its key) -> (term, rest).
+          batch: the examples.
 
-    def _regularized(self, product: PyTree, params: Params, vector: PyTree) -> PyTree:
-        if self.regularizer is None:
-            return product
-        own = jax.jvp(jax.grad(self.regularizer), (params,), (vector,))[1]
-        return tree.add_scaled(product, 1.0, own)
-
-    def _scan(self, part: Callable[[Batch, Key | None], Any], batch: Batch) -> Any:
-        """Σ over microbatches and devices of part(microbatch)[0], and all part(...)[1] in order."""
+        Returns:
+          Σ of the terms, and each microbatch's rest, stacked in order.
+        """
         key = self.key
         if key is not None and self.axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
@@ -348,7 +323,7 @@ class Objective:
         if n == 1:
             total, rest = part(batch, key)
             return self._psum(total), rest
-        size = self._size(batch)
+        size = self.num_examples(batch)
         check.argument(
             size % n == 0, "microbatches", f"a divisor of the batch's {size} examples", n
         )
@@ -367,6 +342,45 @@ class Objective:
             outputs = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), rest.outputs)
             rest = Aux(rest.model_state, outputs)
         return self._psum(total), rest
+
+    # ------------------------------------------------------------------ inner workings
+
+    def _losses(self, outputs: Outputs, batch: Batch) -> jax.Array:
+        losses: jax.Array = asked(self.loss, "loss", outputs, batch)
+        return losses
+
+    def _sum(self, outputs: Outputs, batch: Batch) -> jax.Array:
+        """Σᵢ mᵢ ℓᵢ, in at least float32."""
+        losses = self._losses(outputs, batch)
+        size = self.num_examples(batch)
+        check.argument(
+            losses.shape == (size,),
+            "loss",
+            f"a function that gives one value an example, shape ({size},)",
+            losses.shape,
+        )
+        losses = losses.astype(tree.accumulator(losses.dtype))
+        mask = batch.get("mask")
+        if mask is None:
+            return jnp.sum(losses)
+        check_mask(mask, size)
+        return jnp.sum(jnp.where(mask > 0, losses * mask.astype(losses.dtype), 0.0))
+
+    def _value(self, params: Params, batch: Batch) -> jax.Array:
+        total = self.total_weight(batch)
+
+        def part(batch: Batch, key: Key | None) -> Any:
+            outputs, _ = self.apply(params, batch, key)
+            return self.mean_loss(outputs, batch, total), ()
+
+        value, _ = self.scan(part, batch)
+        return value if self.regularizer is None else value + self.regularizer(params)
+
+    def _regularized(self, product: PyTree, params: Params, vector: PyTree) -> PyTree:
+        if self.regularizer is None:
+            return product
+        own = jax.jvp(jax.grad(self.regularizer), (params,), (vector,))[1]
+        return tree.add_scaled(product, 1.0, own)
 
     def _merge_states(self, state: ModelState) -> ModelState:
         """The mean, over microbatches and devices, of what each made of the same incoming state.

@@ -20,7 +20,7 @@ from jdl.core import check, tree
 from jdl.core.objective import Objective, batch_size
 from jdl.core.types import Batch, Params
 
-KINDS = ("hessian", "gauss_newton", "fisher")
+KINDS = ("hessian", "gauss_newton", "empirical_fisher")
 
 
 class Landscape:
@@ -178,7 +178,7 @@ def _gradient(objective: Objective, params: Params) -> jax.Array:
 
 @functools.cache
 def _product(kind: str) -> Callable[..., jax.Array]:
-    name = {"hessian": "hvp", "gauss_newton": "gnvp", "fisher": "efvp"}[kind]
+    name = {"hessian": "hvp", "gauss_newton": "gnvp", "empirical_fisher": "efvp"}[kind]
 
     @jax.jit
     def product(objective: Objective, params: Params, vector: Params) -> jax.Array:

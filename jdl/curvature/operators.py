@@ -42,7 +42,7 @@ def operator(
         scalar function of the parameters, for the Hessian only.
       params: a pytree of floating-point arrays.
       kind: "hessian"; "gauss_newton", Jᵀ ∇²ℓ J, positive where the loss is convex in the outputs;
-        "fisher", the empirical Fisher Σ gᵢ gᵢᵀ / B of the examples' gradients.
+        "empirical_fisher", Σ gᵢ gᵢᵀ / B of the examples' gradients.
 
     >>> op = operator(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))
     >>> op.product(np.ones(2, np.float32)).tolist()

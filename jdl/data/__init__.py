@@ -10,38 +10,38 @@ if TYPE_CHECKING:
     from jdl.data.arrays import from_arrays as from_arrays
     from jdl.data.batches import Batches as Batches
     from jdl.data.batches import Dataset as Dataset
-    from jdl.data.bundled import digits as digits
-    from jdl.data.bundled import digits_path as digits_path
-    from jdl.data.bundled import resolve as resolve
-    from jdl.data.contents import Description as Description
-    from jdl.data.contents import describe as describe
-    from jdl.data.contents import splits as splits
+    from jdl.data.bundled_digits import digits as digits
+    from jdl.data.bundled_digits import digits_path as digits_path
+    from jdl.data.bundled_digits import resolve as resolve
+    from jdl.data.description import Description as Description
+    from jdl.data.description import describe as describe
+    from jdl.data.description import splits as splits
     from jdl.data.holdout import Holdout as Holdout
     from jdl.data.images import BadImage as BadImage
     from jdl.data.images import decode as decode
-    from jdl.data.piped import standard_input as standard_input
     from jdl.data.pipeline import from_tar as from_tar
-    from jdl.data.tar import Record as Record
-    from jdl.data.tar import TarSource as TarSource
+    from jdl.data.stdin import standard_input as standard_input
+    from jdl.data.tar.source import Record as Record
+    from jdl.data.tar.source import TarSource as TarSource
 
 # public name -> the module that defines it
 _NAMES = {
     "Batches": "batches",
     "BadImage": "images",
     "Dataset": "batches",
-    "Description": "contents",
+    "Description": "description",
     "Holdout": "holdout",
-    "Record": "tar",
-    "TarSource": "tar",
+    "Record": "tar.source",
+    "TarSource": "tar.source",
     "decode": "images",
-    "describe": "contents",
-    "digits": "bundled",
-    "digits_path": "bundled",
+    "describe": "description",
+    "digits": "bundled_digits",
+    "digits_path": "bundled_digits",
     "from_arrays": "arrays",
     "from_tar": "pipeline",
-    "resolve": "bundled",
-    "splits": "contents",
-    "standard_input": "piped",
+    "resolve": "bundled_digits",
+    "splits": "description",
+    "standard_input": "stdin",
 }
 
 __all__ = [*_NAMES]

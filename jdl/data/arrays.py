@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from jdl.core import check
-from jdl.data.batches import Batches, Loaded, Plan, Span
+from jdl.data.batches import Batches
+from jdl.data.loading import Loaded
 from jdl.data.order import Order
+from jdl.data.plan import Plan, Span
 
 
 def from_arrays(

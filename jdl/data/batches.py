@@ -9,18 +9,19 @@ threads, worker processes or hosts that read, nor from which records turned out 
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
 from jdl.core import check
+from jdl.data.loading import Loaded, load_ahead
 from jdl.data.order import Order
+from jdl.data.plan import Plan, Span
 
 logger = logging.getLogger("jdl.data")
 
-_ENDLESS = 2**62
 _VERSION = 1
 
 
@@ -72,124 +73,6 @@ class Dataset(Protocol):
         """The same batches, of which this process makes one part."""
 
     def __iter__(self) -> Any: ...
-
-
-class Span(NamedTuple):
-    """The places [start, stop) of one epoch's order that a batch holds."""
-
-    epoch: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which places each batch holds.
-
-    Attributes:
-      num_records: records in an epoch.
-      batch_size: rows in every batch.
-      epochs: how many epochs; None for no end.
-      drop_remainder: whether an epoch's last records that fill no batch are left out.
-      part: which part of every batch is made here, of `parts`: hosts share batches, not records,
-        so all have the same number, and the position is one for all.
-      parts: how many parts a batch is cut into.
-    """
-
-    num_records: int
-    batch_size: int
-    epochs: int | None
-    drop_remainder: bool
-    part: int = 0
-    parts: int = 1
-
-    @classmethod
-    def checked(
-        cls, num_records: int, batch_size: int, epochs: int | None, drop_remainder: bool | None
-    ) -> "Plan":
-        """A plan of arguments that a user gave.
-
-        By default (`drop_remainder=None`) only an endless stream drops its remainder, and only if
-        an epoch fills at least one batch.
-        """
-        check.positive_int("batch_size", batch_size)
-        if epochs is not None:
-            check.positive_int("epochs", epochs)
-        if drop_remainder is None:
-            drop_remainder = epochs is None and num_records >= batch_size
-        check.argument(
-            not drop_remainder or batch_size <= num_records,
-            "batch_size",
-            f"at most the {num_records} records there are",
-            batch_size,
-            "Or pass drop_remainder=False: the batch is padded then, and says so in its mask.",
-        )
-        return cls(num_records, batch_size, epochs, drop_remainder)
-
-    def sharded(self, part: int, parts: int) -> "Plan":
-        """The same batches, of which this process makes one part."""
-        check.positive_int("parts", parts)
-        ok = isinstance(part, int) and not isinstance(part, bool) and 0 <= part < parts
-        check.argument(ok, "part", f"an integer of 0 to {parts - 1}", part)
-        check.argument(
-            self.batch_size % parts == 0,
-            "batch_size",
-            f"a multiple of the {parts} processes that share it",
-            self.batch_size,
-        )
-        return replace(self, part=part, parts=parts)
-
-    @property
-    def rows(self) -> int:
-        """Rows of every batch that are made here."""
-        return self.batch_size // self.parts
-
-    def mine(self, span: "Span") -> "Span":
-        """What of a batch is made here; none of a padded one, it may be."""
-        start = min(span.start + self.part * self.rows, span.stop)
-        return Span(span.epoch, start, min(start + self.rows, span.stop))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """How many batches an epoch has."""
-        return self._left(0)
-
-    @property
-    def padded(self) -> bool:
-        """Whether some batch is."""
-        return not self.drop_remainder and self.num_records % self.batch_size > 0
-
-    def span(self, epoch: int, record: int, number: int) -> Span:
-        """The batch `number` batches after the one that begins at that position."""
-        # The position may stem from a run with another batch size: its epoch is finished first,
-        # with batches of the present size.
-        left = self._left(record)
-        if number >= left:
-            further, number = divmod(number - left, self.steps_per_epoch)
-            epoch, record = epoch + 1 + further, 0
-        start = record + number * self.batch_size
-        return Span(epoch, start, min(start + self.batch_size, self.num_records))
-
-    def count(self, epoch: int, record: int) -> int:
-        """How many batches there are from that position on."""
-        if self.epochs is None:
-            return _ENDLESS
-        if epoch >= self.epochs:
-            return 0
-        return self._left(record) + (self.epochs - epoch - 1) * self.steps_per_epoch
-
-    def _left(self, record: int) -> int:
-        """How many batches an epoch still has from that record on."""
-        left = max(self.num_records - record, 0)
-        return left // self.batch_size if self.drop_remainder else -(-left // self.batch_size)
-
-
-class Loaded(NamedTuple):
-    """A batch, or the error met in making it, and the records it lacks: (where, why)."""
-
-    batch: dict[str, np.ndarray] | None
-    skipped: tuple[tuple[str, str], ...] = ()
-    error: Exception | None = None
 
 
 def _refused(name: str) -> Any:
@@ -355,7 +238,15 @@ class Batches(grain.IterDataset):
 
     def start_loading(self, epoch: int, record: int) -> Any:
         """The batches from a position on, ahead of being asked for; has `close`."""
-        return _load_ahead(self, epoch, record)
+        return load_ahead(
+            self.load,
+            self.plan,
+            epoch,
+            record,
+            threads=self.num_threads,
+            workers=self.num_workers,
+            ahead=self.ahead,
+        )
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
@@ -483,53 +374,3 @@ class BatchIterator(grain.DatasetIterator):
 
     def __str__(self) -> str:
         return f"BatchIterator(epoch={self._epoch}, record={self._record})"
-
-
-class _Stream:
-    """The batches from a position on, as a grain data source for its threads to read from."""
-
-    def __init__(self, dataset: Batches, epoch: int, record: int):
-        self._dataset, self._epoch, self._record = dataset, epoch, record
-        self._length = dataset.plan.count(epoch, record)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, number: int) -> Loaded:
-        # What is raised in one of grain's threads does not arrive as what it was: it is carried.
-        try:
-            return self._dataset.load(self._dataset.plan.span(self._epoch, self._record, number))
-        except Exception as error:
-            return Loaded(None, error=error)
-
-    def __repr__(self) -> str:
-        return f"Batches(epoch={self._epoch}, record={self._record})"
-
-
-def _load_ahead(dataset: Batches, epoch: int, record: int) -> Any:
-    """An iterator over the batches from a position on, in threads or processes if it wants them."""
-    stream = _Stream(dataset, epoch, record)
-    if dataset.num_workers:
-        return _in_workers(stream, dataset.num_workers, dataset.ahead)
-    if not (dataset.num_threads and dataset.ahead):
-        return (stream[number] for number in range(len(stream)))
-    options = grain.ReadOptions(num_threads=dataset.num_threads, prefetch_buffer_size=dataset.ahead)
-    loader = iter(grain.MapDataset.source(stream).to_iter_dataset(options))
-    loader.start_prefetch()
-    return loader
-
-
-def _in_workers(stream: _Stream, workers: int, ahead: int) -> Any:
-    """An iterator over a stream's batches, made in turns by spawned processes."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():  # grain asks for it, and plain scripts never do it
-        flags.FLAGS.mark_as_parsed()
-    one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    options = grain.multiprocessing.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=max(1, ahead // workers)
-    )
-    batches = grain.MapDataset.source(stream).to_iter_dataset(one_thread)
-    loader = iter(batches.mp_prefetch(options))
-    loader.start_prefetch()
-    return loader

@@ -16,10 +16,12 @@ import numpy as np
 from jdl.core import check
 from jdl.data import images
 from jdl.data.augment import Augmentation
-from jdl.data.batches import Batches, Loaded, Plan, Span
+from jdl.data.batches import Batches
+from jdl.data.loading import InOrder, Loaded
 from jdl.data.order import Order
-from jdl.data.tar import TarSource
-from jdl.data.window import InOrder, Window, WindowOrder
+from jdl.data.plan import Plan, Span
+from jdl.data.tar.source import TarSource
+from jdl.data.window import Window, WindowOrder
 
 logger = logging.getLogger("jdl.data")
 

@@ -21,11 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdl.core import check
-from jdl.data import images, inflate, tar_index, tar_scan
-from jdl.data.archive import STDIN, is_url, open_archive
+from jdl.data import images
 from jdl.data.labels import sidecar_key
-from jdl.data.paths import expand, tars_in
-from jdl.data.tar_stream import MemberStream
+from jdl.data.tar import index, inflate, scan
+from jdl.data.tar.archive import STDIN, is_url
+from jdl.data.tar.open import open_archive
+from jdl.data.tar.paths import expand, tars_in
+from jdl.data.tar.stream import MemberStream
 
 SHARD_BYTES = 1 << 30
 _QUALITY = 95
@@ -142,7 +144,7 @@ def _nothing(source: str, skipped: list[tuple[str, str]]) -> str:
 
 
 def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower().encode() in tar_scan.IMAGE_EXTENSIONS
+    return name.rpartition(".")[2].lower().encode() in scan.IMAGE_EXTENSIONS
 
 
 def _samples(members: Members) -> Iterator[list[tuple[str, bytes]]]:
@@ -235,7 +237,7 @@ class _Shards:
             if int(number) >= len(self.shards) and os.path.isfile(path):
                 os.unlink(path)
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path + tar_index.SUFFIX)
+                    os.unlink(path + index.SUFFIX)
 
 
 # ---------------------------------------------------------------------- sources

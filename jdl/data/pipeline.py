@@ -15,14 +15,14 @@ import numpy as np
 from jdl.core import check
 from jdl.data import images
 from jdl.data import labels as lb
-from jdl.data.archive import STDIN
 from jdl.data.augment import Augment, Augmentation
-from jdl.data.batches import Plan
 from jdl.data.holdout import Holdout
 from jdl.data.image_batches import ImageBatches
 from jdl.data.order import Mixture, Order
-from jdl.data.paths import Paths, expand
-from jdl.data.tar import TarSource
+from jdl.data.plan import Plan
+from jdl.data.tar.archive import STDIN
+from jdl.data.tar.paths import Paths, expand
+from jdl.data.tar.source import TarSource
 from jdl.data.window import WINDOW, WindowOrder
 
 logger = logging.getLogger("jdl.data")

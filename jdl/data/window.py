@@ -9,22 +9,14 @@ W records are in memory, however large the archives; a record moves forward at w
 more than W places, so shuffling is not global: rewrite with `jdl pack` for that.
 """
 
-import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
-
 import numpy as np
 
 from jdl.data.images import BadImage
 from jdl.data.order import Order, key, mix, permuted
-from jdl.data.tar import TarSource
+from jdl.data.tar.source import TarSource
 
 WINDOW = 2048
 _DRAWS = 512
-_READ, _DECODE = "jdl-read", "jdl-decode"  # threads' names
 
 
 class WindowOrder(Order):
@@ -133,67 +125,3 @@ class Window:
             some = numbers[start : start + 256]
             data = self._source.read_many(self._draws.records(some))
             self._held |= zip(some, data, strict=True)
-
-
-class InOrder:
-    """Batches of what one reader brings in order, decoded in threads ahead of being asked for.
-
-    Args:
-      read: gives the bytes of batch i; called for 0, 1, … in this order by one thread.
-      decode: makes a batch of them, in any thread.
-      count: how many batches there are.
-      threads: how many decode.
-      ahead: batches made before they are asked for.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[int], Any],
-        decode: Callable[[int, Any], Any],
-        count: int,
-        threads: int,
-        ahead: int,
-    ):
-        self._reader = ThreadPoolExecutor(1, _READ)
-        self._decoders = ThreadPoolExecutor(max(threads, 1), _DECODE)
-        self._read, self._decode, self._count = read, decode, count
-        self._ahead = max(ahead, 1)
-        self._waiting: deque[Future[Any]] = deque()
-        self._next = 0
-
-    def start_prefetch(self) -> None:
-        """Keeps as many batches on their way as there may be."""
-        while len(self._waiting) < self._ahead and self._next < self._count:
-            read = self._reader.submit(self._read, self._next)
-            self._waiting.append(self._decoders.submit(self._finish, self._next, read))
-            self._next += 1
-
-    def _finish(self, number: int, read: "Future[Any]") -> Any:
-        return self._decode(number, read.result())
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        self.start_prefetch()
-        if not self._waiting:
-            raise StopIteration
-        found = self._waiting.popleft().result()
-        self.start_prefetch()
-        return found
-
-    # Kept here: when the interpreter ends, a module's own names may be gone before its objects.
-    _interpreter_ends = staticmethod(sys.is_finalizing)
-
-    def close(self) -> None:
-        """Ends the threads, and waits for them, but not for the one that this may be called in.
-
-        What nobody holds any more is closed in whichever thread the garbage is collected. When the
-        interpreter ends, the threads have ended already.
-        """
-        if self._interpreter_ends():
-            return
-        wait = not threading.current_thread().name.startswith((_READ, _DECODE))
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._reader.shutdown(wait=wait, cancel_futures=True)
-        self._decoders.shutdown(wait=wait)

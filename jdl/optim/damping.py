@@ -37,7 +37,7 @@ def reduction_ratio(
     return jnp.where(unclear, 1.0, ratio)
 
 
-def levenberg_marquardt(
+def update_damping(
     damping: jax.Array,
     ratio: jax.Array,
     *,
@@ -56,7 +56,7 @@ def levenberg_marquardt(
       minimum: the least λ.
       maximum: the greatest λ.
 
-    >>> float(levenberg_marquardt(jnp.asarray(2.0), jnp.asarray(-0.5)))
+    >>> float(update_damping(jnp.asarray(2.0), jnp.asarray(-0.5)))
     3.0
 
     References:

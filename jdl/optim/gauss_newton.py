@@ -18,9 +18,7 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import least_squares, linesearch, spectral
-from jdl.optim.damping import reduction_ratio
-from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import (
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
@@ -28,6 +26,8 @@ from jdl.optim.local import (
     descending,
     schedule_value,
 )
+from jdl.optim.damping import reduction_ratio
+from jdl.optim.diagnostics import Diagnostics
 
 
 class GaussNewtonState(NamedTuple):
@@ -45,7 +45,7 @@ class GaussNewtonState(NamedTuple):
 def gauss_newton(
     learning_rate: ScalarOrSchedule = 1.0,
     *,
-    cutoff: float | None = None,
+    rcond: float | None = None,
     max_parameters: int = 5000,
     chunk_size: int = 64,
     c1: float = 1e-4,
@@ -64,7 +64,7 @@ def gauss_newton(
 
     Args:
       learning_rate: the line search's first trial step, > 0, or a schedule.
-      cutoff: singular values of J below this share of the largest count as zero, in [0, 1); None
+      rcond: singular values of J below this share of the largest count as zero, in [0, 1); None
         for machine precision times the number of parameters.
       max_parameters: n at most, ≥ 1.
       chunk_size: columns of J computed at once, ≥ 1.
@@ -93,8 +93,8 @@ def gauss_newton(
     """
     check_scale("learning_rate", learning_rate)
     check.in_range("c1", c1, 0.0, 1.0, open_low=True, open_high=True)
-    if cutoff is not None:
-        check.in_range("cutoff", cutoff, 0.0, 1.0, open_high=True)
+    if rcond is not None:
+        check.in_range("rcond", rcond, 0.0, 1.0, open_high=True)
     check.positive_ints(
         max_parameters=max_parameters,
         chunk_size=chunk_size,
@@ -124,7 +124,7 @@ def gauss_newton(
 
         flat, unravel = ravel_pytree(updates)
         spectrum = curvature.spectrum(jnp.ones(flat.size, dtype))
-        share = flat.size * float(jnp.finfo(dtype).eps) if cutoff is None else cutoff
+        share = flat.size * float(jnp.finfo(dtype).eps) if rcond is None else rcond
         # A matrix is known to less than the square of what its factor is known to.
         floor = share**2 if curvature.is_jacobian else max(share**2, float(jnp.finfo(dtype).eps))
         felt = spectrum.values > floor * jnp.max(spectrum.values)

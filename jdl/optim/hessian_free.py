@@ -12,7 +12,7 @@ iterations, by a Kronecker preconditioner, do best. On a deep autoencoder, with 
 1,000 and half of each for the curvature,
 
     hessian_free(
-        preconditioner=kronecker.preconditioner(every=20), max_linear_iterations=2, warm_start=0.5,
+        preconditioner=kronecker.preconditioner(every=20), max_cg_iterations=2, warm_start=0.5,
         num_candidates=1, damping=1.0, damping_decrease=0.87, damping_increase=1.15,
         damping_minimum=1e-4,
     )
@@ -21,6 +21,7 @@ came to a quarter of the error that 8 iterations by the diagonal preconditioner 
 two minutes (`make bench-optim`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,18 +34,18 @@ from jdl.core.types import Batch, Params, PyTree
 from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
 from jdl.optim import kronecker, linear_cg, linesearch
-from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import (
-    Local,
+from jdl.optim.context import (
     ScalarOrSchedule,
+    UpdateContext,
     check_params,
     check_scale,
     current_rate,
     descending,
+    gather,
     hessian_product,
-    local,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.preconditioner import Preconditioner, diagonal
 from jdl.optim.result import ResultCode
 
@@ -82,13 +83,13 @@ def hessian_free(
     damping_decrease: float = 2 / 3,
     damping_minimum: float = 1e-10,
     trust_region: float | None = None,
-    max_linear_iterations: int = 250,
+    max_cg_iterations: int = 250,
     progress: float = 5e-4,
     tolerance: float = 1e-3,
     warm_start: float = 0.95,
     num_candidates: int = 8,
     preconditioner: str | Preconditioner | None = None,
-    weight_decay: float = 0.0,
+    l2_reg: float = 0.0,
     structural_damping: float = 0.0,
     hidden: Callable[[Params, Batch], PyTree] | None = None,
     c1: float = 1e-2,
@@ -111,7 +112,7 @@ def hessian_free(
       damping_minimum: the least λ, ≥ 0.
       trust_region: the first radius of a trust region (Steihaug), which then stands in for damping
         and warm start, > 0; the choice for true Hessians of either sign. None for damping.
-      max_linear_iterations: CG iterations a step at most, ≥ 1.
+      max_cg_iterations: CG iterations a step at most, ≥ 1.
       progress: CG ends when an iteration's share in q's decrease, averaged over the last tenth of
         them (at least 10), falls below this, ≥ 0.
       tolerance: CG ends when its residual is this small relative to the gradient, in [0, 1).
@@ -120,7 +121,7 @@ def hessian_free(
         kept for backtracking, ≥ 1; each takes a gradient's memory during the step.
       preconditioner: "diagonal" for M = (diag + λ)^¾, "kronecker" for K-FAC's factors, a
         `jdl.optim.preconditioner.Preconditioner` such as `diagonal(power=1.0)`, or None.
-      weight_decay: μ ≥ 0; adds ½ μ ‖θ‖² to f, in values, gradient and curvature alike.
+      l2_reg: μ ≥ 0; adds ½ μ ‖θ‖² to f, in values, gradient and curvature alike.
       structural_damping: κ ≥ 0, for recurrent networks; adds κ λ Hᵀ H / B to the curvature CG
         solves with, H the Jacobian of the hidden units' activations, so that steps which would
         upset them are short. ρ is judged without it. Needs `hidden` and an objective.
@@ -162,7 +163,7 @@ def hessian_free(
         "kronecker": kronecker.preconditioner,
     }
     solver = named[preconditioner]() if isinstance(preconditioner, str) else preconditioner
-    check.in_range("weight_decay", weight_decay, 0.0)
+    check.in_range("l2_reg", l2_reg, 0.0)
     check.in_range("structural_damping", structural_damping, 0.0)
     check.argument(
         (structural_damping > 0) == (hidden is not None),
@@ -179,7 +180,7 @@ def hessian_free(
     check.in_range("warm_start", warm_start, 0.0, 1.0)
     check.in_range("c1", c1, 0.0, 1.0, open_low=True, open_high=True)
     check.positive_ints(
-        max_linear_iterations=max_linear_iterations,
+        max_cg_iterations=max_cg_iterations,
         num_candidates=num_candidates,
         max_evaluations=max_evaluations,
     )
@@ -206,41 +207,32 @@ def hessian_free(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, HessianFreeState]:
-        here = local("hessian_free", updates, params, **extras)
+        here = gather("hessian_free", updates, params, **extras)
         objective = here.objective
-        check.argument(
-            curvature != "gauss_newton" or objective is not None,
-            "objective",
-            "given for Gauss-Newton products",
-            objective,
-            "Pass objective=jdl.Objective.from_fns(predict, loss, batch), or use "
-            'curvature="hessian".',
-        )
-        undecayed = here.value_fn
-        if weight_decay:
-            here, updates = _decayed(here, updates, weight_decay)
+        if curvature == "gauss_newton":
+            here.needed_objective("Gauss-Newton products", ', or use curvature="hessian"')
         rate = current_rate(learning_rate, state)
-        use_gauss_newton = curvature != "hessian" and objective is not None
+        use_gauss_newton = False
+        data_product = hessian_product(here.value_fn, here.params)
+        if objective is not None:
+            use_gauss_newton = curvature != "hessian"
+            product = objective.gnvp if use_gauss_newton else objective.hvp
+            data_product = functools.partial(product, here.params)
+        if l2_reg:
+            here, updates = _decayed(here, updates, l2_reg)
         scale = rate.astype(here.value.dtype)
         damping_now = state.damping.astype(here.value.dtype)
         active = here.active
 
-        if use_gauss_newton:
-            data_product = lambda v: objective.gnvp(here.params, v)  # noqa: E731
-        elif objective is not None:
-            data_product = lambda v: objective.hvp(here.params, v)  # noqa: E731
-        else:
-            data_product = hessian_product(undecayed, here.params)
-
         def plain_product(v: PyTree) -> PyTree:
-            return tree.add_scaled(data_product(v), weight_decay, v)
+            return tree.add_scaled(data_product(v), l2_reg, v)
 
         def damped_product(v: PyTree) -> PyTree:
             product = tree.add_scaled(plain_product(v), damping_now, v)
             if hidden is None:
                 return product
-            jitter = objective.gram_product(hidden, here.params, v)
-            return tree.add_scaled(product, structural_damping * damping_now, jitter)
+            gram = _hidden_gram(here, hidden, v)
+            return tree.add_scaled(product, structural_damping * damping_now, gram)
 
         solve, solver_state = None, state.preconditioner
         if solver is not None:
@@ -257,7 +249,7 @@ def hessian_free(
             if warm_start > 0 and trust_region is None
             else None,
             preconditioner=solve,
-            max_iterations=max_linear_iterations,
+            max_iterations=max_cg_iterations,
             tolerance=tolerance,
             progress=progress,
             radius=None if trust_region is None else state.radius.astype(here.value.dtype),
@@ -289,8 +281,8 @@ def hessian_free(
         moved = found.step > 0
         extra_curvature = damping_now * tree.vdot(delta, delta)
         if hidden is not None:
-            jitter = objective.gram_product(hidden, here.params, delta)
-            extra_curvature += structural_damping * damping_now * tree.vdot(delta, jitter)
+            gram = _hidden_gram(here, hidden, delta)
+            extra_curvature += structural_damping * damping_now * tree.vdot(delta, gram)
         ratio = _ratio(here, updates, delta, model, extra_curvature, scale, candidate_value)
         ratio = jnp.where(descends & moved, ratio, -jnp.inf)
         next_damping, next_radius = damping_now, state.radius
@@ -298,7 +290,7 @@ def hessian_free(
             # Negative curvature cut the solve short, however well the stump was foretold: the model
             # has no minimum until λ makes it convex.
             concave = solution.reason == linear_cg.CURVATURE
-            next_damping = damping_rules.levenberg_marquardt(
+            next_damping = damping_rules.update_damping(
                 damping_now,
                 jnp.where(concave, -jnp.inf, ratio),
                 increase=damping_increase,
@@ -347,7 +339,7 @@ def hessian_free(
 
 
 def _best_candidate(
-    here: Local, solution: linear_cg.Solution, scale: jax.Array
+    here: UpdateContext, solution: linear_cg.Solution, scale: jax.Array
 ) -> tuple[PyTree, jax.Array, jax.Array, jax.Array]:
     """The kept CG iterate to use: back from the last as long as f falls.
 
@@ -381,7 +373,7 @@ def _best_candidate(
 
 
 def _ratio(
-    here: Local,
+    here: UpdateContext,
     updates: PyTree,
     delta: PyTree,
     model: jax.Array,
@@ -398,18 +390,30 @@ def _ratio(
     return damping_rules.reduction_ratio(here.value, new_value, predicted, here.noise)
 
 
-def _decayed(here: Local, updates: PyTree, weight_decay: float) -> tuple[Local, PyTree]:
+def _hidden_gram(
+    here: UpdateContext, hidden: Callable[[Params, Batch], PyTree], v: PyTree
+) -> PyTree:
+    """Hᵀ H v / B, H the Jacobian of the hidden units' activations."""
+
+    def activations(params: Params, batch: Batch) -> PyTree:
+        return hidden(here.fill(params), batch)
+
+    objective = here.needed_objective("structural damping")
+    return objective.gram_product(activations, here.params, v)
+
+
+def _decayed(here: UpdateContext, updates: PyTree, l2_reg: float) -> tuple[UpdateContext, PyTree]:
     """The objective around θ, and the model's gradient, with ½ μ ‖θ‖² added."""
 
     def penalty(params: Params) -> jax.Array:
-        return 0.5 * weight_decay * tree.vdot(params, params).astype(here.value.dtype)
+        return 0.5 * l2_reg * tree.vdot(params, params).astype(here.value.dtype)
 
     value_fn = here.value_fn
-    grad = tree.add_scaled(here.grad, weight_decay, here.params)
+    grad = tree.add_scaled(here.grad, l2_reg, here.params)
     here = here._replace(
         value=here.value + penalty(here.params),
         grad=grad,
         value_fn=lambda params: value_fn(params) + penalty(params),
         stationary=tree.vdot(grad, grad) == 0,
     )
-    return here, tree.add_scaled(updates, weight_decay, here.params)
+    return here, tree.add_scaled(updates, l2_reg, here.params)

@@ -7,33 +7,32 @@ Factors are averaged over steps and inverted now and then. B, the exact Gauss-Ne
 only in the 2×2 form of q, on some rows of the batch, and λ follows the reduction ratio on those.
 """
 
-import logging
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jdl.core import check, moments, tree
-from jdl.core.layers import Layers
+from jdl.core import check, tree
+from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
-from jdl.optim import kronecker
-from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.kronecker import Kronecker
-from jdl.optim.local import (
+from jdl.optim import quadratic
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
     current_rate,
-    local,
+    gather,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.kronecker import factors as kronecker
+from jdl.optim.kronecker import inverses, moments, summary
+from jdl.optim.kronecker.factors import Kronecker
+from jdl.optim.kronecker.layers import Layers
 from jdl.optim.result import ResultCode
-
-_logger = logging.getLogger(__name__)
-_logged: set[str] = set()
 
 
 class Work(NamedTuple):
@@ -63,7 +62,6 @@ class KfacState(NamedTuple):
       inverted_damping: λ of the last inverses, float32.
       kronecker: factors, inverses, diagonals.
       direction: δ₋, the last step.
-      average: the parameters' running mean; () without averaging.
       work: where the multiplications went.
       diagnostics: see `jdl.optim.diagnostics`.
     """
@@ -73,7 +71,6 @@ class KfacState(NamedTuple):
     inverted_damping: jax.Array
     kronecker: Kronecker
     direction: PyTree
-    average: PyTree
     work: Work
     diagnostics: Diagnostics
 
@@ -92,8 +89,7 @@ def kfac(
     factors_decay: float = 0.95,
     model_rows: int = 256,
     kl_clip: float | None = None,
-    weight_decay: float = 0.0,
-    averaging: float | None = None,
+    l2_reg: float = 0.0,
     max_size: int = 4096,
     max_backtracks: int = 4,
     seed: int = 0,
@@ -101,8 +97,9 @@ def kfac(
     r"""K-FAC after Martens and Grosse, for any model and any per-example loss.
 
     `update` needs `value`, `grad` and `objective`. Dense, convolutional and recurrent kernels, with
-    their biases, have Kronecker factors; all other parameters have the curvature's diagonal.
-    `describe` tells which is which. The reduction ratio compares f with q on `model_rows` rows:
+    their biases, have Kronecker factors; other parameters use a diagonal approximation.
+    `jdl.optim.kronecker.describe` lists which is which. The reduction ratio compares f with q on
+    `model_rows` rows:
 
         ρ = 1 + (change of f there − change that q foretold there) / (q foretold on the whole batch)
 
@@ -117,9 +114,9 @@ def kfac(
       damping_decrease: λ's factor a step when ρ > ¾, its inverse when ρ < ¼; in (0, 1).
       damping_every: λ is changed every so many steps (to that power), and after a failed step.
       damping_minimum: the least λ, > 0.
-      curvature: "fisher" for factors by one draw from the loss's output Hessian, "empirical" for
-        the loss's own gradients, "exact" for the Gauss-Newton factors without any draw, at one
-        backward pass an output.
+      curvature: "fisher" for factors by one draw from the loss's output Hessian,
+        "empirical_fisher" for the loss's own gradients, "gauss_newton" for factors without any
+        draw, at one backward pass an output.
       eigen: whether to damp and correct in the factors' eigenbases (EKFAC); eigenvectors take about
         ten times as long as inverses.
       factors_every: steps from one refresh of the factors to the next, ≥ 1.
@@ -130,9 +127,7 @@ def kfac(
         fits them and misleads elsewhere, unseen by ρ.
       kl_clip: steps are shortened to ½⟨δ, B δ⟩, the predictions' change in nats an example, ≤ this;
         > 0, or None for no bound.
-      weight_decay: η ≥ 0 of ½η‖θ‖², in gradient and model.
-      averaging: decay in (0, 1) of the parameters' running mean, to be read with
-        `optax.tree.get(state, "average")`; None for no mean.
+      l2_reg: η ≥ 0 of ½η‖θ‖², in gradient and model.
       max_size: a kernel's side with more coordinates than this has a diagonal factor, ≥ 1.
       max_backtracks: halvings of a step at most, ≥ 0.
       seed: of the draws.
@@ -179,7 +174,7 @@ def kfac(
     check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True, open_high=True)
     check.in_range("damping_minimum", damping_minimum, 0.0, open_low=True)
     check.in_range("factors_decay", factors_decay, 0.0, 1.0, open_high=True)
-    check.in_range("weight_decay", weight_decay, 0.0)
+    check.in_range("l2_reg", l2_reg, 0.0)
     check.positive_ints(
         damping_every=damping_every,
         factors_every=factors_every,
@@ -190,8 +185,6 @@ def kfac(
     check.positive_int("max_backtracks", max_backtracks + 1)
     if kl_clip is not None:
         check.in_range("kl_clip", kl_clip, 0.0, open_low=True)
-    if averaging is not None:
-        check.in_range("averaging", averaging, 0.0, 1.0, open_low=True, open_high=True)
 
     def init(params: Params) -> KfacState:
         check_params("kfac", params)
@@ -201,7 +194,6 @@ def kfac(
             inverted_damping=jnp.array(damping, jnp.float32),
             kronecker=kronecker.init(params, eigen=eigen, max_size=max_size),
             direction=jax.tree.map(jnp.zeros_like, params),
-            average=() if averaging is None else jax.tree.map(jnp.copy, params),
             work=Work(*(jnp.zeros((), jnp.float32) for _ in Work._fields)),
             diagnostics=diag.init(damping),
         )
@@ -214,17 +206,10 @@ def kfac(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, KfacState]:
-        here = local("kfac", updates, params, **extras)
-        check.argument(
-            here.objective is not None,
-            "objective",
-            "given, for layers' inputs and output gradients come through it",
-            None,
-            "Pass objective=jdl.Objective.from_fns(predict, loss, batch).",
-        )
-        objective = kronecker.plain(here.objective)
+        here = gather("kfac", updates, params, **extras)
+        objective = here.needed_objective("the layers' inputs and output gradients")
         found = moments.find_layers(objective, here.params)
-        _log(found, objective, here.params, max_size, curvature)
+        summary.log(found, objective, here.params, max_size, curvature)
         k = state.diagnostics.iterations
         rate = current_rate(learning_rate, state)
         scalar = here.value.dtype
@@ -246,7 +231,7 @@ def kfac(
         drift = jnp.abs(jnp.log(state.damping / state.inverted_damping)) > jnp.log(4.0)
         first = drawn & (factors.refreshes == 1)
         inverted = active & ((k % inverses_every == 0) | first | (drift & (not eigen)))
-        mesh = kronecker.mesh_of(jax.tree.leaves(here.params)[0])
+        mesh = inverses.mesh_of(jax.tree.leaves(here.params)[0])
         factors = jax.lax.cond(
             inverted,
             lambda factors: kronecker.refresh_inverses(
@@ -258,16 +243,16 @@ def kfac(
 
         # The direction; its length and momentum by the exact model.
         gradient = updates
-        if weight_decay:
-            gradient = tree.add_scaled(updates, weight_decay, here.params)
+        if l2_reg:
+            gradient = tree.add_scaled(updates, l2_reg, here.params)
         natural = kronecker.apply(found, factors, gradient, lam)
-        some = moments.rows(objective, model_rows)
+        some = quadratic.subset(objective, model_rows)
         vectors = (natural, state.direction)
-        model = moments.quadratic(some, here.params, vectors)
+        model = quadratic.quadratic(some, here.params, vectors)
         bent = model.curvature.astype(scalar)
         gram = _matrix(lambda i, j: tree.vdot(vectors[i], vectors[j])).astype(scalar)
         slopes = jnp.stack([tree.vdot(gradient, v) for v in vectors]).astype(scalar)
-        weights = solve_pair(bent + (lam + weight_decay) * gram, slopes)
+        weights = quadratic.solve_pair(bent + (lam + l2_reg) * gram, slopes)
         if kl_clip is not None:
             divergence = 0.5 * weights @ bent @ weights
             weights = weights * jnp.sqrt(kl_clip / jnp.maximum(divergence, kl_clip))
@@ -284,7 +269,7 @@ def kfac(
             curved = 0.5 * w @ bent @ w
             there = w @ model.slopes.astype(scalar) + curved
             surprise = moved - model.value.astype(scalar) - there
-            foretold = w @ slopes + curved + 0.5 * weight_decay * w @ gram @ w
+            foretold = w @ slopes + curved + 0.5 * l2_reg * w @ gram @ w
             return damping_rules.reduction_ratio(
                 here.value, here.value + foretold + surprise, foretold, here.noise
             )
@@ -306,18 +291,12 @@ def kfac(
         step = tree.where(moved, stepped(scale), jax.tree.map(jnp.zeros_like, here.params))
 
         factor = damping_decrease**damping_every
-        next_damping = damping_rules.levenberg_marquardt(
+        next_damping = damping_rules.update_damping(
             lam, ratio, increase=1 / factor, decrease=factor, minimum=damping_minimum
         )
         adapted = active & ((k % damping_every == damping_every - 1) | ~(ratio > 0))
-        average = state.average
-        if averaging is not None:
-            kept = jnp.minimum(1.0 - 1.0 / (k.astype(jnp.float32) + 1.0), averaging)
-            ahead = tree.add_scaled(here.params, 1.0, step)
-            mixed = tree.add_scaled(tree.scale(kept, average), 1.0 - kept, ahead)
-            average = tree.where(active, mixed, average)
 
-        share = moments.examples(some) / moments.examples(objective)
+        share = some.num_examples(some.batch) / objective.num_examples(objective.batch)
         code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         work = _add_work(state.work, found, factors, objective, share, drawn, inverted, tries)
         told = diag.advance(
@@ -338,67 +317,11 @@ def kfac(
             inverted_damping=jnp.where(inverted, state.damping, state.inverted_damping),
             kronecker=factors,
             direction=step,
-            average=average,
             work=work,
             diagnostics=told,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def describe(
-    objective: Any, params: Params, *, max_size: int = 4096, curvature: str = "fisher"
-) -> str:
-    """Which parameters have factors, which a diagonal and why, and how curvature is sampled.
-
-    >>> from jdl.core.objective import Objective
-    >>> from jdl.losses import squared_error
-    >>> batch = {"x": jnp.ones((4, 3)), "label": jnp.ones((4, 2))}
-    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(2)}
-    >>> def predict(p, b):
-    ...     return (b["x"] @ p["w"] + p["b"][None]) * p["scale"][None]
-    >>> print(describe(Objective.from_fns(predict, squared_error, batch), params))
-    factored: ['w'] with ['b'] (dense, 4×4 and 2×2)
-    diagonal: ['scale'] (used by mul)
-    curvature: fisher, by draws from the loss's output Hessian (diagonal)
-    """
-    found = moments.find_layers(objective, params)
-    return "\n".join(_account(found, objective, params, max_size, curvature))
-
-
-def _account(
-    found: Layers, objective: Any, params: Params, max_size: int, curvature: str
-) -> list[str]:
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    names = [jax.tree_util.keystr(path) for path, _ in paths]
-
-    def side(size: int) -> str:
-        return f"{size}×{size}" if size <= max_size else f"diagonal {size}"
-
-    lines = []
-    for i, layer in found.known.items():
-        leaf = paths[i][1]
-        sides = side(leaf.size // leaf.shape[-1] + 1), side(leaf.shape[-1])
-        joined = "" if layer.bias is None else f" with {names[layer.bias]}"
-        lines.append(f"factored: {names[i]}{joined} ({layer.kind}, {sides[0]} and {sides[1]})")
-    lines += [f"diagonal: {names[i]} ({why})" for i, why in found.unknown.items()]
-    how = "the loss's own gradients"
-    if curvature != "empirical":
-        route = moments.find_route(objective, params)
-        way = "draws from" if curvature == "fisher" else "every column of"
-        how = f"{way} the loss's output Hessian ({route})"
-        if route == "gradient":
-            how = "the loss's own gradients, as its output Hessian is neither known nor small"
-    return [*lines, f"curvature: {curvature}, by {how}"]
-
-
-def _log(found: Layers, objective: Any, params: Params, max_size: int, curvature: str) -> None:
-    """The account, once for each that differs."""
-    if _logger.isEnabledFor(logging.INFO):
-        account = "\n".join(_account(found, objective, params, max_size, curvature))
-        if account not in _logged:
-            _logged.add(account)
-            _logger.info("kfac:\n%s", account)
 
 
 def shares(work: Work) -> dict[str, float]:
@@ -415,7 +338,7 @@ def _add_work(
     work: Work,
     found: Layers,
     factors: Kronecker,
-    objective: Any,
+    objective: Objective,
     share: float,
     drawn: jax.Array,
     inverted: jax.Array,
@@ -423,11 +346,11 @@ def _add_work(
 ) -> Work:
     """The work with this step's in it, from the layers' shapes."""
     forward, squares, cubes, products = 0.0, 0.0, 0.0, 0.0
-    per_slice = moments.examples(objective, curvature=True) / objective.microbatches
+    per_slice = objective.num_examples(objective.batch_for_curvature) / objective.microbatches
     for i, layer in found.known.items():
         first, last = factors.inverses[i]
         d, n = first.shape[0], last.shape[0]
-        rows = layer.rows / per_slice * moments.examples(objective)
+        rows = layer.rows / per_slice * objective.num_examples(objective.batch)
         forward += rows * d * n
         squares += rows * sum(x.shape[0] ** x.ndim for x in (first, last))
         cubes += sum(x.shape[0] ** 3 for x in (first, last) if x.ndim == 2)
@@ -446,18 +369,3 @@ def _add_work(
 def _matrix(entry: Any) -> jax.Array:
     a, b, d = entry(0, 0), entry(0, 1), entry(1, 1)
     return jnp.stack([jnp.stack([a, b]), jnp.stack([b, d])])
-
-
-def solve_pair(matrix: jax.Array, slopes: jax.Array) -> jax.Array:
-    """The minimizer of ⟨s, w⟩ + ½⟨w, M w⟩ over two weights; the second is 0 where M is singular.
-
-    >>> solve_pair(jnp.diag(jnp.array([2.0, 4.0])), jnp.array([-2.0, 4.0])).tolist()
-    [1.0, -1.0]
-    """
-    a, b, d = matrix[0, 0], matrix[0, 1], matrix[1, 1]
-    determinant = a * d - b * b
-    regular = (determinant > 1e-6 * a * d) & (a > 0)
-    safe = jnp.where(regular, determinant, 1.0)
-    both = jnp.stack([b * slopes[1] - d * slopes[0], b * slopes[0] - a * slopes[1]]) / safe
-    alone = jnp.where(a > 0, -slopes[0] / jnp.where(a > 0, a, 1.0), 0.0)
-    return jnp.where(regular, both, jnp.stack([alone, jnp.zeros_like(alone)]))

@@ -17,17 +17,17 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import linesearch
-from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import (
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
     current_rate,
     descending,
-    local,
+    gather,
     scalar_dtype,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics
 
 
 class LBFGSState(NamedTuple):
@@ -60,8 +60,8 @@ class LBFGSState(NamedTuple):
 def lbfgs(
     learning_rate: ScalarOrSchedule = 1.0,
     *,
-    history: int = 10,
-    history_dtype: Any = None,
+    memory_size: int = 10,
+    memory_dtype: Any = None,
     scaling: str = "diagonal",
     guard: str = "cautious",
     cautious: float = 1e-6,
@@ -80,8 +80,8 @@ def lbfgs(
     Args:
       learning_rate: the line search's first trial step, > 0, or a schedule. While the history is
         empty, −grad is scaled to this length where it is longer.
-      history: m ≥ 1, how many pairs.
-      history_dtype: the type pairs are stored in; None for the parameters' own, at least float32.
+      memory_size: m ≥ 1, how many pairs.
+      memory_dtype: the type pairs are stored in; None for the parameters' own, at least float32.
       scaling: "diagonal" for a D that follows BFGS on the diagonal alone, which badly scaled
         parameters need; "scalar" for D = I, which takes a gradient's memory less.
       guard: "cautious" leaves out pairs of negligible or negative curvature; "powell" mends them,
@@ -119,7 +119,7 @@ def lbfgs(
       (2007): both gradients of a pair on one batch.
     """
     check_scale("learning_rate", learning_rate)
-    check.positive_int("history", history)
+    check.positive_int("memory_size", memory_size)
     check.positive_int("max_evaluations", max_evaluations)
     check.one_of("scaling", scaling, ["diagonal", "scalar"])
     check.one_of("guard", guard, ["cautious", "powell"])
@@ -131,17 +131,17 @@ def lbfgs(
         check_params("lbfgs", params)
 
         def ring(x: jax.Array) -> jax.Array:
-            dtype = history_dtype or tree.accumulator(x.dtype)
-            return jnp.zeros((history, *x.shape), dtype)
+            dtype = memory_dtype or tree.accumulator(x.dtype)
+            return jnp.zeros((memory_size, *x.shape), dtype)
 
         def ones(x: jax.Array) -> jax.Array:
-            return jnp.ones(x.shape, history_dtype or tree.accumulator(x.dtype))
+            return jnp.ones(x.shape, memory_dtype or tree.accumulator(x.dtype))
 
         return LBFGSState(
             learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
             s=jax.tree.map(ring, params),
             y=jax.tree.map(ring, params),
-            rho=jnp.zeros((history,), scalar_dtype(params)),
+            rho=jnp.zeros((memory_size,), scalar_dtype(params)),
             stored=jnp.zeros((), jnp.int32),
             scale=jax.tree.map(ones, params) if scaling == "diagonal" else (),
             value=jnp.full((), jnp.inf, scalar_dtype(params)),
@@ -157,7 +157,7 @@ def lbfgs(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, LBFGSState]:
-        here = local("lbfgs", updates, params, **extras)
+        here = gather("lbfgs", updates, params, **extras)
         rate = current_rate(learning_rate, state)
         active = here.active
 

@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import spectral
-from jdl.optim.local import Local, local
-from jdl.optim.part import Part
+from jdl.optim.context import UpdateContext, gather
+from jdl.optim.masking import Part
 
 Residuals = Callable[[Params], PyTree]
 
@@ -54,8 +54,8 @@ def around(
     objective: Any = None,
     whole_params: Params | None = None,
     **extras: Any,
-) -> tuple[Local, Curvature]:
-    """The objective of an update and Jᵀ J, `chunk_size` columns at a time; see `local.local`.
+) -> tuple[UpdateContext, Curvature]:
+    """The objective of an update and Jᵀ J, `chunk_size` columns at a time; see `context.gather`.
 
     `residual_fn` goes before `objective`, and stands in for a missing `value_fn`.
     """
@@ -70,7 +70,7 @@ def around(
     if value_fn is None and residual_fn is not None:
         value_fn = _half_square(residual_fn)
     extras |= {"value_fn": value_fn, "objective": objective, "whole_params": whole_params}
-    here = local(optimizer, updates, params, **extras)
+    here = gather(optimizer, updates, params, **extras)
     whole: Any = jax.tree.structure(whole_params)
     masked = whole_params is not None and whole != jax.tree.structure(params)
     if residual_fn is not None and masked:
@@ -86,13 +86,14 @@ def _half_square(residual_fn: Residuals) -> Callable[[Params], Any]:
     return value
 
 
-def _curvature(here: Local, residual_fn: Residuals | None, chunk_size: int) -> Curvature:
+def _curvature(here: UpdateContext, residual_fn: Residuals | None, chunk_size: int) -> Curvature:
     dtype = here.value.dtype
     size = ravel_pytree(here.params)[0].size
     if residual_fn is None:
-        product = lambda v: here.objective.gnvp(here.params, v)  # noqa: E731
+        objective = here.needed_objective("Gauss-Newton products")
+        product = lambda v: objective.gnvp(here.params, v)  # noqa: E731
         matrix = spectral.dense(product, here.params, chunk_size, dtype)
-        return Curvature(matrix, False, size * here.objective.curvature_share())
+        return Curvature(matrix, False, size * objective.curvature_share())
     with jax.default_matmul_precision("highest"):
         _, push = jax.linearize(residual_fn, here.params)
         # A column is a tangent pushed forward: half of a product.

@@ -18,14 +18,14 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import least_squares, spectral
-from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import (
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
     current_rate,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.result import ResultCode
 
 

@@ -33,7 +33,7 @@ class Point(NamedTuple):
     slope: jax.Array  # φ'(α)
 
 
-class Search(NamedTuple):
+class LineSearchResult(NamedTuple):
     """What a line search found.
 
     Attributes:
@@ -76,7 +76,7 @@ def strong_wolfe(
     c2: float = 0.9,
     max_evaluations: int = 20,
     active: jax.Array | bool = True,
-) -> Search:
+) -> LineSearchResult:
     """A step that satisfies the strong Wolfe conditions, by bracketing and zooming.
 
     The first trials go outwards until a bracket is found, then the bracket shrinks; each new trial
@@ -166,7 +166,7 @@ def strong_wolfe(
         )
 
     end = jax.lax.while_loop(lambda s: s.termination == 0, body, initial)
-    return Search(*end.low, end.grad, end.evaluations, end.termination)
+    return LineSearchResult(*end.low, end.grad, end.evaluations, end.termination)
 
 
 def backtracking(
@@ -183,7 +183,7 @@ def backtracking(
     shrink: float = 0.5,
     max_evaluations: int = 30,
     active: jax.Array | bool = True,
-) -> Search:
+) -> LineSearchResult:
     """The first of the steps α₀, α₀ r, α₀ r², … with φ(α) ≤ φ(0) + c₁ α φ'(0) + ε (Armijo).
 
     Args:
@@ -238,7 +238,7 @@ def backtracking(
     end = jax.lax.while_loop(going, body, Carry(jnp.asarray(known, jnp.int32), first, before))
     found = possible & enough(end.step, end.value)
     code = jnp.where(found, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
-    return Search(
+    return LineSearchResult(
         step=jnp.where(found, end.step, 0.0),
         value=jnp.where(found, end.value, value),
         slope=jnp.full((), jnp.nan, dtype),

@@ -19,16 +19,16 @@ from jdl.core.types import Params, PyTree
 from jdl.optim import damping as damping_rules
 from jdl.optim import diagnostics as diag
 from jdl.optim import linear_cg
-from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import (
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
     current_rate,
     descending,
-    local,
+    gather,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.result import ResultCode
 
 
@@ -51,13 +51,13 @@ class NaturalGradientState(NamedTuple):
 def natural_gradient(
     learning_rate: ScalarOrSchedule = 0.3,
     *,
-    fisher: str = "model",
+    curvature: str = "fisher",
     damping: float = 1.0,
     damping_increase: float = 1.5,
     damping_decrease: float = 2 / 3,
     damping_minimum: float = 1e-4,
-    max_divergence: float | None = 0.5,
-    max_linear_iterations: int = 20,
+    kl_clip: float | None = 0.5,
+    max_cg_iterations: int = 20,
     tolerance: float = 1e-2,
     warm_start: float = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
@@ -71,16 +71,16 @@ def natural_gradient(
 
     Args:
       learning_rate: α > 0, or a schedule.
-      fisher: "model" for the Gauss-Newton matrix, the Fisher of losses that are −log p of an
-        exponential family; "empirical" for Σᵢ gᵢ gᵢᵀ / B of the examples' own gradients.
+      curvature: "fisher" for the Gauss-Newton matrix, the Fisher of losses that are −log p of an
+        exponential family; "empirical_fisher" for Σᵢ gᵢ gᵢᵀ / B of the examples' own gradients.
       damping: the first λ ≥ 0, in units of the curvature of the mean loss.
       damping_increase: λ's factor when the reduction ratio is below ¼, ≥ 1; 1 with a decrease of 1
         holds λ where it is.
       damping_decrease: λ's factor when it is above ¾, in (0, 1].
       damping_minimum: the least λ, ≥ 0.
-      max_divergence: steps are shortened to ½ ⟨δ, F δ⟩, the predictions' change in nats an example,
+      kl_clip: steps are shortened to ½ ⟨δ, F δ⟩, the predictions' change in nats an example,
         ≤ this; > 0, or None for no bound.
-      max_linear_iterations: CG iterations a step at most, ≥ 1.
+      max_cg_iterations: CG iterations a step at most, ≥ 1.
       tolerance: CG ends when its residual is this small relative to the gradient, in [0, 1).
       warm_start: factor on the last solution to start CG from, in [0, 1]; 0 starts from zero.
 
@@ -95,7 +95,7 @@ def natural_gradient(
     >>> from jdl.losses import squared_error
     >>> batch = {"x": jnp.diag(jnp.array([1.0, 10.0])), "label": jnp.ones((2, 1))}
     >>> objective = Objective.from_fns(lambda w, b: b["x"] @ w, squared_error, batch)
-    >>> optimizer, w = natural_gradient(1.0, damping=1e-4, max_divergence=None), jnp.zeros((2, 1))
+    >>> optimizer, w = natural_gradient(1.0, damping=1e-4, kl_clip=None), jnp.zeros((2, 1))
     >>> value, grad, _ = objective.value_and_grad(w)
     >>> updates, _ = optimizer.update(
     ...     grad, optimizer.init(w), w, value=value, grad=grad, objective=objective)
@@ -109,16 +109,16 @@ def natural_gradient(
       Martens, New insights and perspectives on the natural gradient method (2020), sections 8, 11.
     """
     check_scale("learning_rate", learning_rate)
-    check.one_of("fisher", fisher, ["model", "empirical"])
+    check.one_of("curvature", curvature, ["fisher", "empirical_fisher"])
     check.in_range("damping", damping, 0.0)
     check.in_range("damping_increase", damping_increase, 1.0)
     check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True)
     check.in_range("damping_minimum", damping_minimum, 0.0)
     check.in_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
     check.in_range("warm_start", warm_start, 0.0, 1.0)
-    check.positive_int("max_linear_iterations", max_linear_iterations)
-    if max_divergence is not None:
-        check.in_range("max_divergence", max_divergence, 0.0, open_low=True)
+    check.positive_int("max_cg_iterations", max_cg_iterations)
+    if kl_clip is not None:
+        check.in_range("kl_clip", kl_clip, 0.0, open_low=True)
 
     def init(params: Params) -> NaturalGradientState:
         check_params("natural_gradient", params)
@@ -137,24 +137,18 @@ def natural_gradient(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, NaturalGradientState]:
-        here = local("natural_gradient", updates, params, **extras)
-        check.argument(
-            here.objective is not None,
-            "objective",
-            "given, for Fisher products",
-            None,
-            "Pass objective=jdl.Objective.from_fns(predict, loss, batch).",
-        )
+        here = gather("natural_gradient", updates, params, **extras)
+        objective = here.needed_objective("Fisher products")
         rate = current_rate(learning_rate, state)
         dtype = here.value.dtype
         lam = state.damping.astype(dtype)
         active = here.active
-        products = here.objective.gnvp if fisher == "model" else here.objective.efvp
+        products = objective.gnvp if curvature == "fisher" else objective.efvp
         solution = linear_cg.linear_cg(
             lambda v: tree.add_scaled(products(here.params, v), lam, v),
             tree.scale(-1.0, updates),
             tree.scale(warm_start, state.direction) if warm_start > 0 else None,
-            max_iterations=max_linear_iterations,
+            max_iterations=max_cg_iterations,
             tolerance=tolerance,
             active=active,
         )
@@ -168,15 +162,15 @@ def natural_gradient(
         bend = 2 * (solution.model - tree.vdot(updates, solution.x).astype(dtype)) - lam * square
         bend = jnp.where(descends, jnp.maximum(bend, 0.0), 0.0)
         scale = rate.astype(dtype)
-        if max_divergence is not None:
-            longest = jnp.sqrt(2 * max_divergence / jnp.where(bend > 0, bend, 1.0))
+        if kl_clip is not None:
+            longest = jnp.sqrt(2 * kl_clip / jnp.where(bend > 0, bend, 1.0))
             scale = jnp.where(bend > 0, jnp.minimum(scale, longest), scale)
         new_value = here.value_fn(tree.add_scaled(here.params, scale, direction))
         slope = tree.vdot(here.grad, direction).astype(dtype)
         model = scale * slope + 0.5 * scale * scale * bend
         ratio = damping_rules.reduction_ratio(here.value, new_value, model, here.noise)
         moved = active & jnp.isfinite(new_value)
-        calm = damping_rules.levenberg_marquardt(
+        calm = damping_rules.update_damping(
             lam,
             jnp.where(descends, ratio, -jnp.inf),
             increase=damping_increase,
@@ -184,7 +178,7 @@ def natural_gradient(
             minimum=min(damping_minimum, damping),
         )
         code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
-        share = here.objective.curvature_share()
+        share = objective.curvature_share()
         told = diag.advance(
             state.diagnostics,
             step_size=jnp.where(moved, scale, 0.0),

@@ -18,16 +18,16 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import spectral
-from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import (
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
     current_rate,
+    gather,
     hessian_product,
-    local,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.result import ResultCode
 
 
@@ -124,7 +124,7 @@ def newton(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, NewtonState]:
-        here = local("newton", updates, params, **extras)
+        here = gather("newton", updates, params, **extras)
         objective = here.objective
         rate = current_rate(learning_rate, state)
         dtype = here.value.dtype

@@ -17,17 +17,17 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim import linesearch
-from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.local import (
+from jdl.optim.context import (
     ScalarOrSchedule,
     check_params,
     check_scale,
     current_rate,
     descending,
-    local,
+    gather,
     scalar_dtype,
     schedule_value,
 )
+from jdl.optim.diagnostics import Diagnostics
 
 METHODS = ("polak_ribiere", "hestenes_stiefel", "dai_yuan", "hager_zhang")
 
@@ -145,7 +145,7 @@ def nonlinear_cg(
         reused: Any = False,
         **extras: Any,
     ) -> tuple[PyTree, NonlinearCGState]:
-        here = local("nonlinear_cg", updates, params, **extras)
+        here = gather("nonlinear_cg", updates, params, **extras)
         dtype = here.value.dtype
         rate = current_rate(learning_rate, state)
         active = here.active

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jdl.core import check, tree
 from jdl.core.types import Key, Params, PyTree
-from jdl.optim.local import Local
+from jdl.optim.context import UpdateContext
 
 Inverse = Callable[[PyTree], PyTree]
 
@@ -58,7 +58,7 @@ def diagonal(power: float = 0.75, decay: float = 0.95) -> Preconditioner:
 
     def step(
         state: PyTree,
-        here: Local,
+        here: UpdateContext,
         product: Callable[[PyTree], PyTree],
         damping: jax.Array,
         count: jax.Array,
@@ -83,10 +83,10 @@ def diagonal(power: float = 0.75, decay: float = 0.95) -> Preconditioner:
     return Preconditioner(init, step, gradients=1.0, products=1.0)
 
 
-def _draw(here: Local, product: Callable[[PyTree], PyTree], key: Key) -> PyTree:
+def _draw(here: UpdateContext, product: Callable[[PyTree], PyTree], key: Key) -> PyTree:
     """One random draw of the curvature's diagonal."""
     if here.objective is not None:
-        return here.objective.fisher_diagonal(here.params, key)
+        return here.objective.empirical_fisher_diagonal(here.params, key)
     leaves, structure = jax.tree.flatten(here.params)
     keys = jax.random.split(key, len(leaves))
     signs = jax.tree.unflatten(

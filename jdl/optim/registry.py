@@ -9,18 +9,18 @@ import optax
 import optax.contrib
 
 from jdl.core import check
+from jdl.optim.context import ScalarOrSchedule
 from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.hessian_free import hessian_free
 from jdl.optim.kfac import kfac
 from jdl.optim.lbfgs import lbfgs
 from jdl.optim.levenberg_marquardt import levenberg_marquardt
-from jdl.optim.local import ScalarOrSchedule
 from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
 
 
-class Search(NamedTuple):
+class TuningRange(NamedTuple):
     """What to tune: one number, on a logarithmic scale.
 
     It is a field of the optimizer's state, so `optax.tree.set(opt_state, **{parameter: x})` tries
@@ -32,7 +32,7 @@ class Search(NamedTuple):
     high: float
 
 
-class Entry(NamedTuple):
+class OptimizerSpec(NamedTuple):
     """An optimizer as the registry knows it.
 
     Attributes:
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
     learning_rate: float
     second_order: bool
     batches: str
-    search: Search
+    search: TuningRange
 
 
 _momentum = functools.partial(optax.sgd, momentum=0.9)
@@ -56,7 +56,9 @@ _nesterov = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
 _adafactor = functools.partial(optax.adafactor, multiply_by_parameter_scale=False)
 
 
-def _first_order(make: Callable[..., Any], learning_rate: float, low: float, high: float) -> Entry:
+def _first_order(
+    make: Callable[..., Any], learning_rate: float, low: float, high: float
+) -> OptimizerSpec:
     @functools.wraps(make)  # its options are what `by_name` knows
     def with_rate_as_state(rate: Any, **options: Any) -> optax.GradientTransformation:
         # The same arithmetic, but the rate is a field of the state rather than of the program.
@@ -64,12 +66,12 @@ def _first_order(make: Callable[..., Any], learning_rate: float, low: float, hig
             learning_rate=rate
         )
 
-    return Entry(
-        with_rate_as_state, learning_rate, False, "mini", Search("learning_rate", low, high)
+    return OptimizerSpec(
+        with_rate_as_state, learning_rate, False, "mini", TuningRange("learning_rate", low, high)
     )
 
 
-REGISTRY: dict[str, Entry] = {
+REGISTRY: dict[str, OptimizerSpec] = {
     "sgd": _first_order(optax.sgd, 0.1, 1e-3, 1.0),
     "momentum": _first_order(_momentum, 0.01, 1e-4, 0.3),
     "nesterov": _first_order(_nesterov, 0.01, 1e-4, 0.3),
@@ -85,16 +87,20 @@ REGISTRY: dict[str, Entry] = {
     "lion": _first_order(optax.lion, 1e-4, 1e-6, 3e-3),
     "muon": _first_order(optax.contrib.muon, 1e-2, 1e-4, 0.3),
     "sophia": _first_order(optax.contrib.sophia, 1e-3, 1e-5, 3e-2),
-    "lbfgs": Entry(lbfgs, 1.0, True, "large", Search("learning_rate", 1e-2, 1.0)),
-    "cg": Entry(nonlinear_cg, 1.0, True, "large", Search("learning_rate", 1e-2, 1.0)),
-    "newton": Entry(newton, 1.0, True, "large", Search("damping", 1e-4, 10.0)),
-    "hf": Entry(hessian_free, 1.0, True, "large", Search("damping", 1e-3, 100.0)),
-    "gauss_newton": Entry(gauss_newton, 1.0, True, "large", Search("learning_rate", 1e-2, 1.0)),
-    "lm": Entry(levenberg_marquardt, 1.0, True, "large", Search("damping", 1e-6, 10.0)),
-    "natural_gradient": Entry(
-        natural_gradient, 0.3, True, "mini", Search("learning_rate", 1e-2, 1.0)
+    "lbfgs": OptimizerSpec(lbfgs, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
+    "cg": OptimizerSpec(nonlinear_cg, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
+    "newton": OptimizerSpec(newton, 1.0, True, "large", TuningRange("damping", 1e-4, 10.0)),
+    "hf": OptimizerSpec(hessian_free, 1.0, True, "large", TuningRange("damping", 1e-3, 100.0)),
+    "gauss_newton": OptimizerSpec(
+        gauss_newton, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)
     ),
-    "kfac": Entry(kfac, 1.0, True, "mini", Search("damping", 1e-4, 10.0)),
+    "lm": OptimizerSpec(
+        levenberg_marquardt, 1.0, True, "large", TuningRange("damping", 1e-6, 10.0)
+    ),
+    "natural_gradient": OptimizerSpec(
+        natural_gradient, 0.3, True, "mini", TuningRange("learning_rate", 1e-2, 1.0)
+    ),
+    "kfac": OptimizerSpec(kfac, 1.0, True, "mini", TuningRange("damping", 1e-4, 10.0)),
 }
 
 

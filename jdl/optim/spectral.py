@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import damping as damping_rules
-from jdl.optim.local import Local
+from jdl.optim.context import UpdateContext
 
 
 class Spectrum(NamedTuple):
@@ -110,7 +110,7 @@ def rotate(spectrum: Spectrum, x: jax.Array) -> jax.Array:
 
 
 def search(
-    here: Local,
+    here: UpdateContext,
     curvatures: jax.Array,
     slopes: jax.Array,
     raw_slopes: jax.Array,
@@ -194,7 +194,7 @@ def steered(
         edge = jnp.linalg.norm(end.step) >= 0.99 * end.radius
         radius = damping_rules.trust_radius(end.radius, end.ratio, edge)
     else:
-        calm = damping_rules.levenberg_marquardt(
+        calm = damping_rules.update_damping(
             end.damping, end.ratio, increase=increase, decrease=decrease, minimum=0.0
         )
         damping = jnp.where(end.good, jnp.where(calm > floor, calm, 0.0), end.damping)

@@ -361,7 +361,7 @@ class Estimator:
         """Writes the predict function and its parameters to one file, which needs no code of ours.
 
         Args:
-          path: the file; `jdl.train.export.load` reads it.
+          path: the file; `jdl.train.export.load_exported` reads it.
           data: as for `predict`; its first batch tells shapes and types.
           **options: as for `jdl.train.export.save`.
         """

@@ -60,7 +60,7 @@ def save(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     double, batch = lambda p, state, batch: p * batch["x"], {"x": jnp.ones(3)}
     ...     path = save(f"{folder}/double", double, jnp.full(1, 2.0), {}, batch)
-    ...     predict = load(path)
+    ...     predict = load_exported(path)
     >>> predict({"x": jnp.arange(4.0)}).tolist()
     [0.0, 2.0, 4.0, 6.0]
     """
@@ -113,7 +113,7 @@ def save(
     return path
 
 
-class Predictor:
+class ExportedModel:
     """A predict function read from a file.
 
     Attributes:
@@ -146,7 +146,7 @@ class Predictor:
         return self._call(self._leaves, given)
 
 
-def load(path: str | Path) -> Predictor:
+def load_exported(path: str | Path) -> ExportedModel:
     """What `save` wrote.
 
     Args:
@@ -169,7 +169,7 @@ def load(path: str | Path) -> Predictor:
             leaves = [
                 _array(archive.read(_LEAF.format(i)), exported.in_avals[i]) for i in range(number)
             ]
-        return Predictor(exported, leaves, about)
+        return ExportedModel(exported, leaves, about)
     except FileNotFoundError:
         raise check.DataError(f"There is no file {str(path)!r}.") from None
     except Exception as error:

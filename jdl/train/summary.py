@@ -11,7 +11,7 @@ from jdl.core.model import as_model
 from jdl.core.types import PyTree
 
 
-class Entry(NamedTuple):
+class ArrayInfo(NamedTuple):
     """One array of a model.
 
     Attributes:
@@ -41,7 +41,7 @@ class Summary(NamedTuple):
       gradient_flops: those of the outputs and the gradient.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ArrayInfo, ...]
     parameters: int
     bytes: int
     forward_flops: float | None
@@ -81,7 +81,7 @@ def summarize(model: Any, *inputs: Any) -> Summary:
     )
     one, both = (None if n is None else n / batch_size for n in counts)
     entries = tuple(
-        Entry(
+        ArrayInfo(
             jax.tree_util.keystr(path, simple=True, separator="/"),
             tuple(x.shape),
             jnp.dtype(x.dtype).name,

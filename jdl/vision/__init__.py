@@ -7,13 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jdl.vision.pretrained import load as load
+    from jdl.vision.pretrained import load_trunk as load_trunk
     from jdl.vision.trunk import Trunk as Trunk
 
 # public name -> the module that defines it
 _NAMES = {
     "Trunk": "trunk",
-    "load": "pretrained",
+    "load_trunk": "pretrained",
 }
 _MODULES = (
     "activations",
@@ -23,7 +23,7 @@ _MODULES = (
     "pretrained",
     "reverse",
     "style",
-    "style_run",
+    "style_training",
     "transformer",
     "trunk",
 )

@@ -32,7 +32,7 @@ from jdl.vision.trunk import Trunk
 _MIXING = COLORS / np.max(np.linalg.norm(COLORS, axis=0))
 
 
-class Search(NamedTuple):
+class PictureSearch(NamedTuple):
     """How preferred pictures are searched for.
 
     Attributes:
@@ -43,7 +43,7 @@ class Search(NamedTuple):
       stretch: share by which a picture is enlarged or reduced, at most.
       variation: τ, the weight of the total-variation prior; 0 for none.
 
-    >>> Search(size=64).checked().steps
+    >>> PictureSearch(size=64).checked().steps
     128
     """
 
@@ -54,7 +54,7 @@ class Search(NamedTuple):
     stretch: float = 0.2
     variation: float = 0.3
 
-    def checked(self) -> "Search":
+    def checked(self) -> "PictureSearch":
         """These, if all are in range."""
         check.argument(16 <= self.size <= 1024, "size", "from 16 to 1024", self.size)
         check.positive_int("steps", self.steps)
@@ -65,7 +65,9 @@ class Search(NamedTuple):
         return self
 
 
-def of_class(trunk: Trunk, wanted: int | str, search: Search | None = None, **options: Any) -> Any:
+def of_class(
+    trunk: Trunk, wanted: int | str, search: PictureSearch | None = None, **options: Any
+) -> Any:
     """The picture [S, S, 3] that a classifier takes most for that class.
 
     Args:
@@ -76,7 +78,7 @@ def of_class(trunk: Trunk, wanted: int | str, search: Search | None = None, **op
     """
     number = trunk.class_number(wanted)
     layer = trunk.scores or trunk.with_head()
-    search = search or Search(size=224, steps=256)
+    search = search or PictureSearch(size=224, steps=256)
     return preferred(trunk, layer, [number], search, **options)[0]
 
 
@@ -84,7 +86,7 @@ def preferred(
     trunk: Trunk,
     layer: str,
     channels: Sequence[int],
-    search: Search | None = None,
+    search: PictureSearch | None = None,
     *,
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
@@ -100,11 +102,11 @@ def preferred(
       on_step: called with (steps done, of how many).
 
     >>> bright = Trunk("bright", ("sum",), 1.0, lambda p, x, layers: {"sum": p * x})
-    >>> red = preferred(bright, "sum", [0], Search(size=16, steps=40))[0]
+    >>> red = preferred(bright, "sum", [0], PictureSearch(size=16, steps=40))[0]
     >>> bool(red[:, :, 0].mean() > 0.55)
     True
     """
-    how = (search or Search()).checked()
+    how = (search or PictureSearch()).checked()
     names = trunk.known(layer)
     check.argument(len(channels) > 0, "channels", "at least one", tuple(channels))
     check_channels(trunk, names, channels)
@@ -157,7 +159,7 @@ def _search(
     *,
     apply: Any,
     layer: str,
-    how: Search,
+    how: PictureSearch,
 ) -> tuple[jax.Array, Any]:
     def pleased(x: jax.Array) -> jax.Array:
         found = apply(params, _moved(x, key, how), (layer,))[layer]
@@ -174,7 +176,7 @@ def _search(
     return spectrum + updates, state
 
 
-def _moved(x: jax.Array, key: jax.Array, how: Search) -> jax.Array:
+def _moved(x: jax.Array, key: jax.Array, how: PictureSearch) -> jax.Array:
     """T: shifted and scaled about the middle, gray beyond the edges."""
     shift_key, scale_key = jax.random.split(key)
     shift = jax.random.uniform(shift_key, (2,), minval=-1.0, maxval=1.0) * how.shift * how.size

@@ -33,13 +33,13 @@ import optax
 
 import jdl
 from jdl import losses
-from jdl.core import moments
 from jdl.core.objective import Objective
 from jdl.data import digits
 from jdl.models import CNN, RNN, Autoencoder
 from jdl.models.layers import sparse_init
-from jdl.optim import diagnostics, kronecker
-from jdl.optim.kfac import describe, kfac, shares
+from jdl.optim import diagnostics, kfac, kronecker, quadratic
+from jdl.optim.kfac import shares
+from jdl.optim.kronecker import factors, moments
 
 FOLDERS = {"mnist": ("mnist",), "fashion": ("fashion", "fashion-mnist")}
 SLICE = 5.0  # seconds of a contestant's turn
@@ -242,7 +242,7 @@ def profile(problem, repeats=5):
     objective, params = Objective(problem.model, problem.loss, {}, batch), problem.params
     found = moments.find_layers(objective, params)
     key, lam = jax.random.key(0), jnp.float32(0.1)
-    some = moments.rows(objective, 256)
+    some = quadratic.subset(objective, 256)
 
     def timed(f, *args):
         f = jax.jit(f)
@@ -252,16 +252,16 @@ def profile(problem, repeats=5):
             jax.block_until_ready(f(*args))
         return (time.process_time() - start) / 2 / repeats, out
 
-    state = kronecker.init(params)
+    state = factors.init(params)
     times = {}
     times["gradient"], (_, grad, _) = timed(lambda o, p: o.value_and_grad(p), objective, params)
     times["factors"], state = timed(
-        lambda o, p, s: kronecker.refresh_moments(o, p, found, s, key), objective, params, state
+        lambda o, p, s: factors.refresh_moments(o, p, found, s, key), objective, params, state
     )
-    times["inverses"], state = timed(lambda s: kronecker.refresh_inverses(found, s, lam), state)
-    times["products"], step = timed(lambda s, g: kronecker.apply(found, s, g, lam), state, grad)
+    times["inverses"], state = timed(lambda s: factors.refresh_inverses(found, s, lam), state)
+    times["products"], step = timed(lambda s, g: factors.apply(found, s, g, lam), state, grad)
     times["model"], _ = timed(
-        lambda o, p, v: (moments.quadratic(o, p, [v, v]), o.value(p)), some, params, step
+        lambda o, p, v: (quadratic.quadratic(o, p, [v, v]), o.value(p)), some, params, step
     )
     return {name: round(1e3 * t, 1) for name, t in times.items()}
 
@@ -274,7 +274,7 @@ def race(name, problem, args):
         runs["kfac-jax"] = KfacJax(problem, problem.kfac_batch)
     rows = jax.tree.map(lambda x: x[: problem.kfac_batch], problem.batch)
     if args.verbose:
-        print(describe(Objective(problem.model, problem.loss, {}, rows), problem.params))
+        print(kronecker.describe(Objective(problem.model, problem.loss, {}, rows), problem.params))
     marks = sorted({m for m in (15, 30, 60, 120) if m < args.seconds} | {args.seconds})
     curves = {n: [(0.0, run.score)] for n, run in runs.items()}
     clock = 0.0

@@ -303,7 +303,7 @@ AUTOENCODER = {
             damping_decrease=0.87,
             damping_minimum=1e-4,
             preconditioner=kronecker.preconditioner(every=20),
-            max_linear_iterations=2,
+            max_cg_iterations=2,
             warm_start=0.5,
             num_candidates=1,
         ),
@@ -311,7 +311,7 @@ AUTOENCODER = {
     ),
     "jdl hessian_free, diagonal": (
         lambda: hessian_free(
-            damping=1.0, preconditioner="diagonal", max_linear_iterations=8, num_candidates=2
+            damping=1.0, preconditioner="diagonal", max_cg_iterations=8, num_candidates=2
         ),
         ((0, 500, 125), (8, 1000, 250), (30, 2500, 500), (70, 5000, 1000)),
     ),
@@ -422,7 +422,7 @@ def products(x):
         {"name": name, "seconds": s, "gradients": s / seconds["gradient"]}
         for name, s in seconds.items()
     ]
-    optimizer = hessian_free(preconditioner="diagonal", max_linear_iterations=8)
+    optimizer = hessian_free(preconditioner="diagonal", max_cg_iterations=8)
 
     def step(params, opt_state):
         value, grad, _ = objective.value_and_grad(params)

@@ -24,14 +24,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdl.cli.run_config import use_compilation_cache
-from jdl.compare import Budget, Entry, Study, Tuning, drawing, load, named, write_report
+from jdl.compare import Budget, Entry, Study, Tuning, drawing, load_results, named, write_report
 from jdl.compare import machine as machines
 from jdl.compare import results as res
 from jdl.compare.catalogue import autoencoder_curves, autoencoder_mnist
 from jdl.core import check
 from jdl.optim import hessian_free, kronecker
-from jdl.optim.registry import Search
+from jdl.optim.registry import TuningRange
 from jdl.train.writers import write_atomically
 
 METRIC = "train_squared_error"
@@ -72,7 +71,7 @@ def nesterov_entry(rate: float, name: str = "nesterov") -> Entry:
         lambda: nesterov(rate),
         200,
         options={"learning_rate": rate, "momentum": "Sutskever's schedule up to 0.99"},
-        search=Search("learning_rate", 1e-3, 1e-1),
+        search=TuningRange("learning_rate", 1e-3, 1e-1),
         tuned=lambda value: nesterov_entry(value, "nesterov-tuned"),
     )
 
@@ -85,7 +84,7 @@ def entries(curvature: int) -> list[Entry]:
         "damping_increase": 1.1,
         "damping_decrease": 0.9,
         "damping_minimum": 1e-4,
-        "max_linear_iterations": 2,
+        "max_cg_iterations": 2,
         "warm_start": 0.5,
         "num_candidates": 1,
     }
@@ -96,7 +95,7 @@ def entries(curvature: int) -> list[Entry]:
         500,
         options={**settings, "preconditioner": "kronecker, refreshed every 20 steps"},
     )
-    adam = named("adam", batch_size=200)._replace(search=Search("learning_rate", 1e-4, 1e-2))
+    adam = named("adam", batch_size=200)._replace(search=TuningRange("learning_rate", 1e-4, 1e-2))
     fixed = [named("kfac", batch_size=1000), mini, named("lbfgs"), named("cg"), hf]
     fixed = [entry._replace(search=None, tuned=None) for entry in fixed]
     return [fixed[0], nesterov_entry(0.01), adam, *fixed[1:]]
@@ -151,7 +150,7 @@ def found_in(workdir: Path) -> dict[str, res.Results]:
     found = {}
     for name in ("curves", "mnist"):
         with contextlib.suppress(check.DataError):
-            results = load(workdir / name)
+            results = load_results(workdir / name)
             found[results.problems[0]] = results
     return found
 
@@ -297,7 +296,8 @@ def main() -> int:
     args = parser.parse_args()
     args.methods = [name for name in args.methods.split(",") if name]
     print(f"output: {args.workdir.absolute()}", flush=True)
-    use_compilation_cache()
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(args.workdir / "xla"))
     try:
         for study in studies(args):
             study.run()

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import interpolate
 
 from jdl.compare import CATALOGUE, by_name, catalogue, mnist
-from jdl.compare.curves import _blurred, curves, spline
+from jdl.compare.curves_dataset import _blurred, curves, spline
 from jdl.compare.problems import arrays_problem
 from jdl.compare.results import Target
 from jdl.core.check import ArgumentError, DataError, UserError

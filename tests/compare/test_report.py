@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jdl.compare import load, plots, report, tables, write_report
+from jdl.compare import load_results, plots, report, tables, write_report
 from jdl.compare.drawing import spread
 
 FALL = [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.09, 0.9), (9.0, 0.02, 1.0)]
@@ -80,7 +80,7 @@ def test_every_file_is_written(workdir):
 
 
 def test_the_page_is_whole_and_stands_alone(workdir):
-    page = report.page(load(workdir))
+    page = report.page(load_results(workdir))
     parser = Strict()
     parser.feed(page)
     assert not parser.open
@@ -95,13 +95,13 @@ def test_the_page_is_whole_and_stands_alone(workdir):
 
 
 def test_words_from_outside_are_escaped(workdir):
-    page = report.page(load(workdir))
+    page = report.page(load_results(workdir))
     assert "<script" not in page
     assert "&lt;script&gt;alert" in page
 
 
 def test_what_steps_did_is_counted_step_by_step(workdir):
-    results = load(workdir)
+    results = load_results(workdir)
     (hf,) = tables.describe_steps(results, "planted")
     assert hf.optimizer == "hf"
     assert hf.number == 6
@@ -110,7 +110,7 @@ def test_what_steps_did_is_counted_step_by_step(workdir):
 
 def test_an_unequal_start_is_told(plant):
     other = [(0.0, 1.9, 0.1), (1.0, 0.5, 0.6)]
-    results = load(plant({("a", 0): FALL, ("b", 0): other}))
+    results = load_results(plant({("a", 0): FALL, ("b", 0): other}))
     assert any(
         "did not start" in w or "not all started" in w for w in tables.troubles(results, "planted")
     )
@@ -118,7 +118,7 @@ def test_an_unequal_start_is_told(plant):
 
 def test_bands_lie_between_the_seeds(plant):
     high = [(s, 2 * loss, a) for s, loss, a in FALL]
-    results = load(plant({("a", 0): FALL, ("a", 1): high, ("a", 2): high}))
+    results = load_results(plant({("a", 0): FALL, ("a", 1): high, ("a", 2): high}))
     (axes, *_) = plots.curves(results, "planted").axes
     (line,) = [line for line in axes.get_lines() if line.get_label() == "a"]
     assert line.get_ydata() == pytest.approx([1.0, 0.18, 0.04])
@@ -140,7 +140,7 @@ def test_standings_tell_wins_and_how_surely(plant):
     for seed in range(5):
         rows["fast", seed] = [(0.0, 1.0, 0.0), (2.0, 0.05, 0.0), (9.0, 0.04, 0.5)]
         rows["slow", seed] = [(0.0, 1.0, 0.0), (4.0, 0.05, 0.0), (9.0, 0.03, 0.5)]
-    results = load(plant(rows))
+    results = load_results(plant(rows))
     header, table_rows, note = tables.standings(results)
     assert table_rows[0][:3] == ["fast", "5 of 5", "1.00"]
     assert table_rows[0][header.index("against slow")] == "5–0 (p 0.062)"
@@ -148,6 +148,8 @@ def test_standings_tell_wins_and_how_surely(plant):
     assert "5 pairs of problem and seed" in note
     assert "Over all problems and seeds" in report.page(results)
     assert (
-        tables.standings(load(plant({("a", 0): [(0.0, 1.0, 0.0)], ("b", 0): [(0.0, 1.0, 0.0)]})))
+        tables.standings(
+            load_results(plant({("a", 0): [(0.0, 1.0, 0.0)], ("b", 0): [(0.0, 1.0, 0.0)]}))
+        )
         is None
     )

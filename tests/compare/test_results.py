@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from jdl.compare import load, table
+from jdl.compare import load_results, table
 from jdl.compare.results import Target, ending, headline, lines
 from jdl.compare.store import FORMAT
 from jdl.core.check import DataError
@@ -18,7 +18,7 @@ def only(results, optimizer):
 
 
 def test_target_counts_at_the_first_evaluation_that_meets_it(plant):
-    line = only(load(plant({("a", 0): FAST})), "a")
+    line = only(load_results(plant({("a", 0): FAST})), "a")
     assert line.seconds == (2.0, 2.0, 2.0)  # neither before, nor undone by the rise after it
     assert line.work.median == 4.0
     assert line.train_loss.median == 0.2  # the last, not the best
@@ -27,14 +27,14 @@ def test_target_counts_at_the_first_evaluation_that_meets_it(plant):
 
 def test_nothing_beyond_the_budget_counts(plant):
     late = [(0.0, 2.0, 0.1), (9.0, 0.5, 0.5), (10.1, 0.01, 0.9)]
-    line = only(load(plant({("a", 0): late})), "a")
+    line = only(load_results(plant({("a", 0): late})), "a")
     assert line.reached == 0
     assert line.train_loss.median == 0.5
 
 
 def test_misses_count_as_infinite_and_are_told(plant):
     rows = {("a", 0): FAST, ("a", 1): NEVER, ("a", 2): SLOW, ("b", 0): NEVER}
-    results = load(plant(rows | {("b", 1): NEVER, ("b", 2): NEVER}))
+    results = load_results(plant(rows | {("b", 1): NEVER, ("b", 2): NEVER}))
     line = only(results, "a")
     assert (line.reached, line.trials) == (2, 3)
     assert line.seconds == (8.0, 2.0, math.inf)
@@ -47,7 +47,7 @@ def test_misses_count_as_infinite_and_are_told(plant):
 
 def test_divergence_takes_the_last_value_away(plant):
     rows = {("a", 0): FAST, ("b", 0): SLOW}
-    results = load(plant(rows, statuses={("a", 0): "diverged"}, words="loss is nan"))
+    results = load_results(plant(rows, statuses={("a", 0): "diverged"}, words="loss is nan"))
     header, rows = table(results, "planted")
     assert rows[0][header.index("train loss")] == "diverged"
     assert rows[0][header.index("test accuracy")] == "–"
@@ -76,14 +76,14 @@ def test_divergence_takes_the_last_value_away(plant):
     ],
 )
 def test_headline(plant, rows, expected):
-    assert expected in headline(load(plant(rows)), "planted")
+    assert expected in headline(load_results(plant(rows)), "planted")
 
 
 def test_the_headline_of_many_seeds_has_the_medians_interval(plant):
     times = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     rows = {("a", s): [(0.0, 1.0, 0.0), (t, 0.05, 0.9)] for s, t in enumerate(times)}
     rows |= {("b", s): NEVER for s in range(7)}
-    told = headline(load(plant(rows)), "planted")
+    told = headline(load_results(plant(rows)), "planted")
     assert "after 4 s (median of 7 seeds, 95 % interval 2–6 s)" in told
 
 
@@ -97,14 +97,14 @@ def test_a_value_that_is_no_number_meets_no_target():
 def test_an_unfinished_trial_is_missing_not_dropped(plant):
     workdir = plant({("a", 0): FAST, ("b", 0): SLOW})
     (workdir / "planted" / "a-seed0" / "result.json").unlink()
-    assert only(load(workdir), "a").statuses == ("missing",)
+    assert only(load_results(workdir), "a").statuses == ("missing",)
 
 
 def test_no_study_and_one_of_another_version_are_told(plant, tmp_path):
     with pytest.raises(DataError, match=r"there is no study\.toml"):
-        load(tmp_path / "nowhere")
+        load_results(tmp_path / "nowhere")
     workdir = plant({("a", 0): FAST})
     text = (workdir / "study.toml").read_text().replace(f"format = {FORMAT}", "format = 99")
     (workdir / "study.toml").write_text(text)
     with pytest.raises(DataError, match="format 99"):
-        load(workdir)
+        load_results(workdir)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jdl.compare import load
+from jdl.compare import load_results
+from jdl.compare.results import cost_to_target
 from jdl.compare.statistics import (
-    cost_to_target,
     duel,
     median_interval,
     performance_profiles,
@@ -81,7 +81,7 @@ def test_costs_are_read_from_a_study(plant):
             ("slow", 1): [(0.0, 1.0, 0), (6.0, 0.5, 0)],
         }
     )
-    costs = cost_to_target(load(workdir))
+    costs = cost_to_target(load_results(workdir))
     assert costs["fast"].tolist() == [2.0, 3.0]
     assert costs["slow"].tolist() == [4.0, math.inf]
     assert win_matrix(costs)["fast", "slow"] == (2, 0, 0.5)

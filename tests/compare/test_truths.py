@@ -13,9 +13,9 @@ import optax
 import pytest
 from scipy import stats
 
-from jdl.compare import Budget, Entry, Study, Target, load, table, write_report
-from jdl.compare.results import headline, lines
-from jdl.compare.statistics import cost_to_target, duel
+from jdl.compare import Budget, Entry, Study, Target, load_results, table, write_report
+from jdl.compare.results import cost_to_target, headline, lines
+from jdl.compare.statistics import duel
 
 NAP = 0.05  # seconds, against which a step of the little model is nothing
 
@@ -126,11 +126,13 @@ def test_a_killed_study_goes_on_from_its_last_checkpoint(tmp_path):
     process.communicate()
     assert not (checkpoints.parent / "result.json").exists()
     saved = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal())
-    before = [row["step"] for row in load(workdir).trials[0].evaluations if row["step"] <= saved]
+    before = [
+        row["step"] for row in load_results(workdir).trials[0].evaluations if row["step"] <= saved
+    ]
     again = start()
     out, _ = again.communicate(timeout=120)
     assert again.returncode == 0
-    trial = load(workdir).trials[0]
+    trial = load_results(workdir).trials[0]
     assert trial.status == "done"
     steps = [row["step"] for row in trial.evaluations]
     assert steps == sorted(set(steps))

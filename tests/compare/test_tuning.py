@@ -8,12 +8,22 @@ import optax
 import pytest
 from scipy.stats import qmc
 
-from jdl.compare import Budget, Entry, Split, Study, Tuning, load, named, table, write_report
+from jdl.compare import (
+    Budget,
+    Entry,
+    Split,
+    Study,
+    Tuning,
+    load_results,
+    named,
+    table,
+    write_report,
+)
 from jdl.compare import tuning as tune
 from jdl.compare.results import chosen, tunings
 from jdl.compare.tables import settings, tuning_table
 from jdl.core.check import ArgumentError
-from jdl.optim.registry import Search
+from jdl.optim.registry import TuningRange
 
 
 def sgd(name="sgd", learning_rate=0.1, low=1e-3, high=10.0):
@@ -22,7 +32,7 @@ def sgd(name="sgd", learning_rate=0.1, low=1e-3, high=10.0):
         lambda: optax.sgd(learning_rate),
         9,
         options={"learning_rate": learning_rate},
-        search=Search("learning_rate", low, high),
+        search=TuningRange("learning_rate", low, high),
         tuned=lambda value: sgd("sgd-tuned", value),
     )
 
@@ -33,7 +43,7 @@ def test_places_are_scipys_van_der_corput():
 
 
 def test_values_lie_in_the_range_and_begin_with_the_default():
-    found = tune.values(Search("damping", 1e-4, 10.0), 8, 0.3)
+    found = tune.values(TuningRange("damping", 1e-4, 10.0), 8, 0.3)
     assert len(found) == 8
     assert found[0] == 0.3
     assert all(1e-4 <= x <= 10 for x in found)
@@ -112,7 +122,7 @@ def test_tuned_and_untuned_are_reported_beside_each_other(tuned_study):
     assert "What each value tried ended with" in page
     assert "tuning included" in page
     assert (workdir / "sensitivity.png").stat().st_size > 5000
-    assert load(workdir).tuned.keys() == results.tuned.keys()
+    assert load_results(workdir).tuned.keys() == results.tuned.keys()
 
 
 @pytest.mark.slow
@@ -120,7 +130,7 @@ def test_trials_that_another_study_left_do_not_count(problem, tmp_path):
     def run(trials, epochs):
         budget, tuning = Budget(epochs, "epochs"), Tuning(trials)
         Study(problem, [sgd()], budget=budget, tuning=tuning, workdir=tmp_path).run()
-        return load(tmp_path)
+        return load_results(tmp_path)
 
     run(4, 4)
     results = run(2, 2)

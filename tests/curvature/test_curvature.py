@@ -95,7 +95,7 @@ def test_padding_has_no_part_in_an_average(params, landscape):
     ]
     other = curvature.Landscape(objective, padded, params)
     v = np.ones(landscape.size, np.float32)
-    for kind in ("hessian", "gauss_newton", "fisher"):
+    for kind in ("hessian", "gauss_newton", "empirical_fisher"):
         np.testing.assert_allclose(
             other.product(kind, v), landscape.product(kind, v), rtol=1e-3, atol=1e-5
         )
@@ -115,7 +115,7 @@ def test_gauss_newton_and_fisher_products_against_jacobians(landscape, params):
     v = np.random.default_rng(3).normal(size=landscape.size).astype(np.float32)
     np.testing.assert_allclose(landscape.product("gauss_newton", v), gauss_newton @ v, atol=1e-4)
     fisher = gradients.T @ gradients / ROWS
-    np.testing.assert_allclose(landscape.product("fisher", v), fisher @ v, atol=1e-4)
+    np.testing.assert_allclose(landscape.product("empirical_fisher", v), fisher @ v, atol=1e-4)
 
 
 def test_exact_hessians_in_chunks(landscape, params, dense):
@@ -312,7 +312,7 @@ def test_bad_input_is_refused_in_words(landscape, params):
     with pytest.raises(DataError, match="no batch"):
         curvature.Landscape(objective, [], params).value()
     with pytest.raises(ArgumentError, match="Objective"):
-        curvature.operator(lambda p: jnp.sum(p["w1"]), params, kind="fisher")
+        curvature.operator(lambda p: jnp.sum(p["w1"]), params, kind="empirical_fisher")
     one = [{"image": IMAGES, "label": LABELS}]
     with pytest.raises(ArgumentError, match="at least 3"):
         curvature.noise_scale(curvature.Landscape(objective, one, params))

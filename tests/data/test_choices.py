@@ -18,11 +18,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from jdl.core.check import ArgumentError, DataError, UserError
-from jdl.data import Holdout, TarSource, decode, from_tar, tar_index, tar_scan
-from jdl.data.batches import Plan
+from jdl.data import Holdout, TarSource, decode, from_tar
 from jdl.data.images import CENTER, Crop
 from jdl.data.order import Mixture
-from jdl.data.selection import Selection
+from jdl.data.plan import Plan
+from jdl.data.tar import index as tar_index
+from jdl.data.tar import scan as tar_scan
+from jdl.data.tar.selection import Selection
 
 PHOTO = Image.fromarray(load_sample_images().images[0])  # 427 × 640
 
@@ -311,7 +313,7 @@ def test_ten_million_members_in_a_worker(tmp_path):
         folder_ends=np.cumsum([len(f) for f in folder_names]),
         folders=np.frombuffer(b"".join(folder_names), np.uint8),
     )
-    from jdl.data.archive import open_archive
+    from jdl.data.tar.open import open_archive
 
     archive = open_archive(str(path))
     index = tar_index.TarIndex(str(path), columns, (), archive.stamp(), archive.size)
@@ -333,7 +335,7 @@ open({str(tmp_path / "source")!r}, "wb").write(pickle.dumps(source))
 
             (tmp_path / "source").write_bytes(pickle.dumps(source))
         worker = f"""
-import pickle, numpy as np, jdl.data.tar, jdl.data.pipeline
+import pickle, numpy as np, jdl.data.tar.source, jdl.data.pipeline
 def unshared():
     with open("/proc/self/smaps_rollup") as file:
         lines = dict(line.split(":") for line in file if ":" in line and "rollup" not in line)

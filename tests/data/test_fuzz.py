@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jdl.core.check import UserError
-from jdl.data import TarSource, decode, describe, from_tar, tar_index
+from jdl.data import TarSource, decode, describe, from_tar
 from jdl.data.images import BadImage
-from jdl.data.tar_stream import MemberStream
+from jdl.data.tar import index as tar_index
+from jdl.data.tar.stream import MemberStream
 
 QUICK, MANY = 300, 10_000
 MEMORY = 1 << 30  # bytes that all mutations together may need beyond what imports take
@@ -187,7 +188,7 @@ class Mutations:
         Path(path).write_bytes(data)
         about = describe(path, keep_index=False)
         assert all(d["word"] in WORDS and d["detail"] for d in about.damage)
-        from jdl.data.archive import open_archive
+        from jdl.data.tar.open import open_archive
 
         opened = open_archive(path)
         images = sum(member.image for member in MemberStream(opened))

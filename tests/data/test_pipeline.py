@@ -21,7 +21,7 @@ from PIL import Image
 
 from jdl.core.check import ArgumentError, DataError, UserError
 from jdl.data import Dataset, digits, digits_path, from_arrays, from_tar, resolve, splits
-from jdl.data.batches import Plan
+from jdl.data.plan import Plan
 
 
 def png(value, size=(6, 5)):

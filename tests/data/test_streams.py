@@ -23,8 +23,10 @@ import pytest
 from PIL import Image
 
 from jdl.core.check import DataError, UserError
-from jdl.data import TarSource, archive, describe, from_tar, inflate, remote
-from jdl.data.window import InOrder, WindowOrder
+from jdl.data import TarSource, describe, from_tar
+from jdl.data.loading import InOrder
+from jdl.data.tar import inflate, remote, seekable
+from jdl.data.window import WindowOrder
 
 zstd = pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
 
@@ -195,7 +197,7 @@ def test_what_is_forgotten_may_be_closed_in_its_own_thread(where):
 def test_what_the_interpreters_end_closes_is_silent():
     program = """
 import concurrent.futures.thread
-from jdl.data.window import InOrder
+from jdl.data.loading import InOrder
 
 class Holder:
     batches = InOrder(lambda i: i, lambda i, read: read, 1000, 2, 8)
@@ -277,7 +279,7 @@ def test_seekable_gzip(plain, compressed):
     pytest.importorskip("indexed_gzip")
     path = compressed("gz")
     assert TarSource(path).mode == "stream"
-    assert archive.make_seekable(path) == path + archive.SEEK_SUFFIX
+    assert seekable.make_seekable(path) == path + seekable.SEEK_SUFFIX
     source = TarSource(path)
     assert source.mode == "seekable"
     expected = TarSource(plain)
@@ -285,10 +287,10 @@ def test_seekable_gzip(plain, compressed):
     options = {"batch_size": 7, "epochs": 1, "shuffle": True}
     assert values(from_tar(path, **options)) == values(from_tar(plain, **options))
     with pytest.raises(UserError, match="needs none"):
-        archive.make_seekable(plain)
+        seekable.make_seekable(plain)
     with pytest.raises(UserError, match="jdl pack"):
-        archive.make_seekable(compressed("xz"))
-    with open(path + archive.SEEK_SUFFIX, "r+b") as file:
+        seekable.make_seekable(compressed("xz"))
+    with open(path + seekable.SEEK_SUFFIX, "r+b") as file:
         file.write(b"junk")
     with pytest.raises(DataError, match="seek file"):
         TarSource(path, keep_index=False)

@@ -16,9 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdl.core.check import DataError, UserError
-from jdl.data import TarSource, archive, describe, tar_index, tar_scan
-from jdl.data import tar_format as fmt
-from jdl.data.paths import expand
+from jdl.data import TarSource, describe
+from jdl.data.tar import archive
+from jdl.data.tar import format as fmt
+from jdl.data.tar import index as tar_index
+from jdl.data.tar import scan as tar_scan
+from jdl.data.tar.paths import expand
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -10,7 +10,8 @@ from jdl.core import check
 from jdl.core.model import from_linen
 from jdl.core.objective import Objective
 from jdl.data import from_arrays
-from jdl.models.partition import (
+from jdl.models.rbm import RBM, Energies, contrastive_divergence, log_odds, sparse_divergence
+from jdl.models.rbm_likelihood import (
     Annealed,
     annealed_log_z,
     exact_log_z,
@@ -18,7 +19,6 @@ from jdl.models.partition import (
     pseudo_log_likelihood,
     temperatures,
 )
-from jdl.models.rbm import RBM, Energies, contrastive_divergence, log_odds, sparse_divergence
 from jdl.train.boltzmann import momentum_switch, weight_cost
 from jdl.train.boltzmann import rbm as rbm_estimator
 

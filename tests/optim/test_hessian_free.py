@@ -117,7 +117,7 @@ def test_backtracks_to_an_earlier_cg_iterate():
     objective = Objective.from_fns(
         objective.model.apply.predict, objective.loss, objective.batch, curvature_batch=other
     )
-    loose = {"damping": 0.0, "tolerance": 0.0, "progress": 0.0, "max_linear_iterations": 12}
+    loose = {"damping": 0.0, "tolerance": 0.0, "progress": 0.0, "max_cg_iterations": 12}
     one, _ = updates_of(hessian_free(num_candidates=1, **loose), objective, jnp.zeros(6))
     several, more = updates_of(hessian_free(num_candidates=8, **loose), objective, jnp.zeros(6))
     assert float(objective.value(several)) <= float(objective.value(one))
@@ -166,7 +166,7 @@ def test_one_product_and_few_evaluations_in_the_program():
 
 def test_weight_decay_gives_ridge_regression():
     objective, x, y = least_squares()
-    optimizer = hessian_free(weight_decay=0.5, damping=0.0, tolerance=1e-6, progress=0.0)
+    optimizer = hessian_free(l2_reg=0.5, damping=0.0, tolerance=1e-6, progress=0.0)
     updates, _ = updates_of(optimizer, objective, jnp.zeros(6))
     ridge = np.linalg.solve(x.T @ x / len(x) + 0.5 * np.eye(6), x.T @ y / len(x))
     np.testing.assert_allclose(updates, ridge, rtol=1e-3, atol=1e-4)
@@ -250,14 +250,14 @@ def test_kronecker_factors_spare_iterations():
     ("options", "name"),
     [
         ({"structural_damping": 1.0}, "hidden"),
-        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"l2_reg": -1.0}, "l2_reg"),
         ({"curvature": "fisher"}, "curvature"),
         ({"preconditioner": "cholesky"}, "preconditioner"),
         ({"damping": -1.0}, "damping"),
         ({"warm_start": 1.5}, "warm_start"),
         ({"trust_region": 0.0}, "trust_region"),
         ({"num_candidates": 0}, "num_candidates"),
-        ({"max_linear_iterations": 0}, "max_linear_iterations"),
+        ({"max_cg_iterations": 0}, "max_cg_iterations"),
     ],
 )
 def test_arguments_out_of_range(options, name):

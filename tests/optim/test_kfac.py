@@ -13,12 +13,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jdl
 from jdl import losses
-from jdl.core import moments
 from jdl.core.check import ArgumentError
 from jdl.core.objective import Objective
 from jdl.models.layers import max_pool
-from jdl.optim import hessian_free, kronecker
-from jdl.optim.kfac import describe, kfac, shares, solve_pair
+from jdl.optim import hessian_free, kfac, kronecker, quadratic
+from jdl.optim.kfac import shares
+from jdl.optim.kronecker import factors, inverses, moments
+from jdl.optim.quadratic import solve_pair
 
 
 def numbers(*shape, seed=0):
@@ -79,12 +80,12 @@ def factored(objective, params, damping, eigen=False, max_size=4096, refreshes=1
 
     @jax.jit
     def refreshed(objective, params):
-        state = kronecker.init(params, eigen=eigen, max_size=max_size)
+        state = factors.init(params, eigen=eigen, max_size=max_size)
         for i in range(refreshes):
-            state = kronecker.refresh_moments(
-                objective, params, found, state, jax.random.key(i), "exact"
+            state = factors.refresh_moments(
+                objective, params, found, state, jax.random.key(i), "gauss_newton"
             )
-            state = kronecker.refresh_inverses(found, state, jnp.float32(damping))
+            state = factors.refresh_inverses(found, state, jnp.float32(damping))
         return state
 
     return found, refreshed(objective, params)
@@ -105,7 +106,7 @@ def test_inverses_are_those_of_float64_numpy():
     # a matrix of several blocks, as large layers have
     a = numbers(700, 600)
     moment = a.T @ a / 700
-    got = jax.jit(kronecker._inverse)(jnp.asarray(moment, jnp.float32), jnp.float32(0.1))[0]
+    got = jax.jit(inverses.inverse)(jnp.asarray(moment, jnp.float32), jnp.float32(0.1))[0]
     np.testing.assert_allclose(got, np.linalg.inv(moment + 0.1 * np.eye(600)), atol=2e-4)
 
 
@@ -113,7 +114,7 @@ def test_the_preconditioner_solves_with_the_damped_kronecker_product():
     objective, params = problem()
     found, state = factored(objective, params, 0.09)
     vector = jax.tree.map(lambda x: jnp.cos(7.0 * x), params)
-    got = jax.jit(lambda s, v: kronecker.apply(found, s, v, jnp.float32(0.09)))(state, vector)
+    got = jax.jit(lambda s, v: factors.apply(found, s, v, jnp.float32(0.09)))(state, vector)
     for kernel, bias, i in (("w", "b", 3), ("v", "c", 2)):
         inverse = np.kron(*(np.asarray(m, np.float64) for m in state.inverses[i]))
         stacked = np.concatenate([vector[kernel], vector[bias][None]])
@@ -133,7 +134,7 @@ def test_eigenvalue_correction_is_the_diagonal_in_the_eigenbases():
     exact = np.mean((bordered @ first) ** 2, axis=0)[:, None] * np.ones((1, 2))
     np.testing.assert_allclose(state.squares[1], exact, rtol=1e-3)
     vector = {"b": jnp.ones(2), "w": jnp.ones((3, 2))}
-    got = kronecker.apply(found, state, vector, jnp.float32(0.1))
+    got = factors.apply(found, state, vector, jnp.float32(0.1))
     truth = np.kron(bordered.T @ bordered / 16, np.eye(2)) + 0.1 * np.eye(8)
     want = np.linalg.solve(truth, np.ones(8)).reshape(4, 2)
     np.testing.assert_allclose(got["w"], want[:3], rtol=1e-3)
@@ -147,14 +148,14 @@ def test_sides_beyond_the_limit_are_diagonal():
     assert (first.shape, last.shape) == ((6,), (4, 4))
     bordered = np.concatenate([objective.batch["x"], np.ones((24, 1))], axis=1)
     np.testing.assert_allclose(first, np.mean(bordered**2, axis=0), rtol=1e-5)
-    assert "diagonal 6 and 4×4" in describe(objective, params, max_size=5)
+    assert "diagonal 6 and 4×4" in kronecker.describe(objective, params, max_size=5)
     _, _, values = run(made(max_size=5), objective, params, 6)
     assert values[-1] < 0.5 * values[0]
 
 
 def test_work_is_shared_by_cost():
     sizes = [10, 1000, 30, 900, 20, 500, 500]
-    shares_ = kronecker.assignment(sizes, 3)
+    shares_ = inverses.assignment(sizes, 3)
     loads = [sum(n**3 for n, d in zip(sizes, shares_, strict=True) if d == i) for i in range(3)]
     assert max(loads) == 1000**3
     assert sum(loads) == sum(n**3 for n in sizes)
@@ -169,7 +170,7 @@ def test_one_step_solves_a_linear_layer():
     batch = {"x": x, "y": x @ jnp.asarray(numbers(4, 3, seed=1), jnp.float32) + 1.0}
     objective = Objective.from_fns(lambda p, b: b["x"] @ p["w"] + p["b"][None], squares, batch)
     params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)}
-    optimizer = made(damping=1e-7, damping_minimum=1e-8, curvature="exact")
+    optimizer = made(damping=1e-7, damping_minimum=1e-8, curvature="gauss_newton")
     params, state, values = run(optimizer, objective, params, 1)
     np.testing.assert_allclose(params["b"], np.ones(3), atol=1e-3)
     assert float(objective.value(params)) < 1e-5 * values[0]
@@ -199,7 +200,7 @@ def test_steps_do_not_depend_on_an_affine_change_of_the_inputs():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"eigen": True}, pytest.param({"curvature": "empirical"}, marks=pytest.mark.slow)],
+    [{}, {"eigen": True}, pytest.param({"curvature": "empirical_fisher"}, marks=pytest.mark.slow)],
 )
 def test_a_frozen_batch_decreases_monotonically(options):
     objective, params = problem()
@@ -255,11 +256,11 @@ def test_what_is_not_finite_never_enters_the_factors():
 @pytest.mark.slow
 def test_the_kl_clip_bounds_the_change_of_predictions():
     objective, params = problem(loss=functools.partial(losses.sigmoid_cross_entropy, target="y"))
-    lengths, quadratic = [], jax.jit(moments.quadratic)
+    lengths, model_of = [], jax.jit(quadratic.quadratic)
     for clip in (None, 1e-3):
         moved, _, _ = run(made(damping=0.01, kl_clip=clip), objective, params, 1)
         step = jax.tree.map(jnp.subtract, moved, params)
-        (curvature,) = quadratic(objective, params, [step]).curvature.reshape(-1)
+        (curvature,) = model_of(objective, params, [step]).curvature.reshape(-1)
         lengths.append(0.5 * float(curvature))
     assert lengths[0] > 1e-2
     assert lengths[1] == pytest.approx(1e-3, rel=1e-2)
@@ -275,25 +276,12 @@ def test_weight_decay_is_an_l2_penalty():
         plain.batch,
         regularizer=lambda p: 0.5 * decay * sum(jnp.sum(x**2) for x in jax.tree.leaves(p)),
     )
-    a, _, _ = run(made(damping=0.01, weight_decay=decay), plain, params, 25)
+    a, _, _ = run(made(damping=0.01, l2_reg=decay), plain, params, 25)
     b, _, _ = run(made(damping=0.01), penalized, params, 25)
     assert float(penalized.value(a)) < 0.5 * float(penalized.value(params))
     np.testing.assert_allclose(penalized.value(a), penalized.value(b), rtol=0.03)
     free, _, _ = run(made(damping=0.01), plain, params, 25)
     assert optax.tree.norm(a) < optax.tree.norm(free)
-
-
-@pytest.mark.slow
-def test_the_average_is_the_iterates_mean():
-    objective, params = problem()
-    optimizer = made(averaging=0.999)
-    step, state, seen = stepping(optimizer), optimizer.init(params), []
-    for _ in range(4):
-        params, state, _ = step(params, state, objective)
-        seen.append(params)
-    want = jax.tree.map(lambda *x: np.mean(x, axis=0), *seen)
-    got = optax.tree.get(state, "average")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
 def test_two_weights_are_solved_for_or_one():
@@ -358,7 +346,7 @@ def test_networks_learn_with_dropout_and_batch_norm(module, shape):
     objective = Objective(
         model, losses.softmax_cross_entropy, model_state, data, key=jax.random.key(0)
     )
-    told = describe(objective, params)
+    told = kronecker.describe(objective, params)
     kernels = [n for n in told.splitlines() if n.startswith("factored")]
     assert len(kernels) == (2 if shape == (6, 6, 1) else 9)
     assert ("['norm']['scale']" in told) == (shape == (6, 6, 1))
@@ -403,15 +391,17 @@ def test_any_loss_is_told_its_route_and_the_log_has_it_once(caplog):
         return optax.sigmoid_binary_cross_entropy(z, jax.nn.sigmoid(b["y"])).sum(axis=1)
 
     objective, params = problem(loss=lambda_loss)
-    account = describe(objective, params)
+    account = kronecker.describe(objective, params)
     assert "factored: ['w'] with ['b'] (dense, 6×6 and 4×4)" in account
     assert account.endswith("by draws from the loss's output Hessian (diagonal)")
-    with caplog.at_level(logging.INFO, logger="jdl.optim.kfac"):
+    with caplog.at_level(logging.INFO, logger="jdl.optim.kronecker.summary"):
         for _ in range(2):
             _, _, values = run(made(), objective, params, 8)
     assert values[-1] < values[0]
     assert [r.getMessage() for r in caplog.records] == ["kfac:\n" + account]
-    assert describe(objective, params, curvature="empirical").endswith("the loss's own gradients")
+    assert kronecker.describe(objective, params, curvature="empirical_fisher").endswith(
+        "the loss's own gradients"
+    )
 
 
 @pytest.mark.parametrize("eigen", [False, True])
@@ -424,7 +414,7 @@ def test_transposed_kernels_step_as_plain_ones(eigen):
     found = []
     for predict, params in ((plain, {"w": w, "v": v}), (other, {"w": w.T, "v": v.T})):
         objective = Objective.from_fns(predict, squares, batch)
-        assert describe(objective, params).count("factored") == 2
+        assert kronecker.describe(objective, params).count("factored") == 2
         found.append(run(made(eigen=eigen), objective, params, 3)[2])
     np.testing.assert_allclose(*found, rtol=1e-3)
     assert found[0][-1] < found[0][0]
@@ -460,7 +450,7 @@ def test_part_of_the_parameters():
 def test_under_a_mesh_the_inverses_are_split_and_steps_are_the_same():
     objective, params = problem(size=32)
     # exact factors: under pmap each device draws for itself
-    optimizer = made(curvature="exact", inverses_every=2, factors_every=2)
+    optimizer = made(curvature="gauss_newton", inverses_every=2, factors_every=2)
     alone, _, _ = run(optimizer, objective, params, 5)
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
@@ -498,9 +488,9 @@ def test_every_device_inverts_its_share_only():
     def solve(matrix, shift):
         note = functools.partial(lambda n, d: seen.append((int(d), n)), len(matrix))
         jax.debug.callback(note, jax.lax.axis_index("data"))
-        return kronecker._inverse(matrix, shift)
+        return inverses.inverse(matrix, shift)
 
-    inverses = jax.jit(lambda m, s: kronecker._shared(solve, m, s, axis_name=None, mesh=mesh))(
+    inverses = jax.jit(lambda m, s: inverses.shared(solve, m, s, axis_name=None, mesh=mesh))(
         matrices, shifts
     )
     jax.effects_barrier()
@@ -538,7 +528,6 @@ def test_arguments_are_checked():
         ({"curvature": "true"}, "curvature"),
         ({"factors_every": 0}, "factors_every"),
         ({"kl_clip": -1.0}, "kl_clip"),
-        ({"averaging": 2.0}, "averaging"),
         ({"max_backtracks": -1}, "max_backtracks"),
     ):
         with pytest.raises(ArgumentError, match=f"`{name}`"):
@@ -564,7 +553,7 @@ def test_where_the_factors_are_exact_conjugate_gradients_are_done_at_once():
     for name, chosen in (
         ("none", None),
         ("drawn", "kronecker"),
-        ("exact", kronecker.preconditioner("exact")),
+        ("exact", kronecker.preconditioner("gauss_newton")),
     ):
         optimizer = hessian_free(
             preconditioner=chosen, damping=1e-5, tolerance=1e-3, progress=0.0, warm_start=0.0

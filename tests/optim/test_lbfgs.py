@@ -64,7 +64,7 @@ def test_the_direction_is_minus_h_g(scaling):
     q = rng.normal(size=(6, 6))
     a = jnp.asarray(q @ q.T / 6 + np.eye(6), jnp.float32)
     f = lambda x: 0.5 * x @ a @ x  # noqa: E731
-    optimizer = lbfgs(history=3, c2=0.9, scaling=scaling)
+    optimizer = lbfgs(memory_size=3, c2=0.9, scaling=scaling)
     x = jnp.ones(6)
     state = optimizer.init(x)
     pairs = []
@@ -137,7 +137,7 @@ def test_pairs_hold_no_sampling_noise():
 
 
 def test_history_keeps_its_own_type():
-    optimizer = lbfgs(history=4, history_dtype=jnp.bfloat16)
+    optimizer = lbfgs(memory_size=4, memory_dtype=jnp.bfloat16)
     state = optimizer.init({"w": jnp.ones((2, 3))})
     assert state.s["w"].dtype == jnp.bfloat16
     assert state.s["w"].shape == (4, 2, 3)
@@ -164,7 +164,7 @@ def test_an_ascent_direction_from_a_chain_falls_back(minimize):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"history": 0}, "history"),
+        ({"memory_size": 0}, "history"),
         ({"guard": "brave"}, "guard"),
         ({"scaling": "matrix"}, "scaling"),
         ({"c2": 1.5}, "c2"),

@@ -153,7 +153,7 @@ def test_what_it_does_without_is_named():
         (levenberg_marquardt, {"damping": -1.0}, "damping"),
         (levenberg_marquardt, {"trust_region": 0.0}, "trust_region"),
         (levenberg_marquardt, {"max_parameters": 0}, "max_parameters"),
-        (gauss_newton, {"cutoff": 2.0}, "cutoff"),
+        (gauss_newton, {"rcond": 2.0}, "rcond"),
         (gauss_newton, {"c1": 0.0}, "c1"),
     ],
 )

@@ -26,7 +26,7 @@ def step(optimizer, objective, w, state=None):
     return optimizer.update(grad, state, w, value=value, grad=grad, objective=objective)
 
 
-EXACT = {"tolerance": 1e-6, "max_linear_iterations": 60, "warm_start": 0.0, "max_divergence": None}
+EXACT = {"tolerance": 1e-6, "max_cg_iterations": 60, "warm_start": 0.0, "kl_clip": None}
 
 
 def test_the_models_fisher_is_the_expectation_over_its_own_labels():
@@ -49,7 +49,7 @@ def test_the_empirical_fisher_is_that_of_the_observed_labels():
     x, label = objective.batch["x"], objective.batch["label"]
     residual = jax.nn.softmax(x @ w) - jax.nn.one_hot(label, 3)
     g = np.einsum("bi,bk->bik", x, residual).reshape(30, 12)
-    optimizer = natural_gradient(1.0, fisher="empirical", damping=0.1, **EXACT)
+    optimizer = natural_gradient(1.0, curvature="empirical_fisher", damping=0.1, **EXACT)
     updates, _ = step(optimizer, objective, w)
     matrix = g.T @ g / 30 + 0.1 * np.eye(12)
     wanted = -np.linalg.solve(matrix, np.ravel(objective.grad(w)))
@@ -58,7 +58,7 @@ def test_the_empirical_fisher_is_that_of_the_observed_labels():
 
 def test_steps_are_as_long_as_the_divergence_allows():
     objective, w = problem()
-    bounded = {**EXACT, "max_divergence": 1e-4}
+    bounded = {**EXACT, "kl_clip": 1e-4}
     updates, _ = step(natural_gradient(1.0, damping=0.1, **bounded), objective, w)
     x = objective.batch["x"]
     before, after = jax.nn.log_softmax(x @ w), jax.nn.log_softmax(x @ (w + updates))
@@ -107,8 +107,8 @@ def test_an_objective_is_asked_for():
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"fisher": "true"}, "fisher"), ({"damping": -1.0}, "damping"),
-     ({"max_divergence": 0.0}, "max_divergence"), ({"warm_start": 2.0}, "warm_start")],
+    [({"curvature": "true"}, "curvature"), ({"damping": -1.0}, "damping"),
+     ({"kl_clip": 0.0}, "kl_clip"), ({"warm_start": 2.0}, "warm_start")],
 )  # fmt: skip
 def test_arguments_out_of_range(options, name):
     with pytest.raises(ArgumentError, match=f"`{name}`"):

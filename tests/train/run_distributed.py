@@ -76,7 +76,7 @@ Checkpoints.save = save
 rng = np.random.default_rng(0)
 x = rng.normal(size=(101, 6)).astype(np.float32)
 labels = np.argmax(x[:, :3], axis=1).astype(np.int32)
-options = {"max_linear_iterations": 5} if args.optimizer == "hf" else {}
+options = {"max_cg_iterations": 5} if args.optimizer == "hf" else {}
 estimator = jdl.classifier(
     MLP(widths=(16,), num_outputs=3),
     registry.by_name(args.optimizer, **options),

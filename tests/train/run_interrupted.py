@@ -39,7 +39,7 @@ validation = from_arrays(x[:30], labels[:30], batch_size=30, epochs=1)
 
 
 def make(workdir, rows):
-    options = {"max_linear_iterations": 5} if args.optimizer == "hf" else {}
+    options = {"max_cg_iterations": 5} if args.optimizer == "hf" else {}
     return jdl.classifier(
         MLP(widths=(16,), num_outputs=3, dropout=0.2),
         registry.by_name(args.optimizer, **options),

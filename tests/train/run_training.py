@@ -33,7 +33,7 @@ from jdl.optim import registry  # noqa: E402
 rng = np.random.default_rng(0)
 x = rng.normal(size=(100, 6)).astype(np.float32)
 labels = np.argmax(x[:, :3], axis=1).astype(np.int32)
-options = {"max_linear_iterations": 5} if args.optimizer == "hf" else {}
+options = {"max_cg_iterations": 5} if args.optimizer == "hf" else {}
 estimator = jdl.classifier(
     MLP(widths=(args.width,), num_outputs=3, dropout=0.2),
     registry.by_name(args.optimizer, **options),

@@ -40,8 +40,8 @@ class Finder:  # no code of models, trainer aside from the reader
     def find_spec(self, name, path=None, target=None):
         assert not name.startswith(("flax", "optax", "jdl.models", "jdl.train.estimator")), name
 sys.meta_path.insert(0, Finder())
-from jdl.train.export import load
-predict = load(sys.argv[1])
+from jdl.train.export import load_exported
+predict = load_exported(sys.argv[1])
 batch = dict(np.load(sys.argv[2]))
 np.save(sys.argv[3], np.asarray(predict(batch)))
 print(predict.inputs)
@@ -63,11 +63,11 @@ def test_another_process_gives_the_same_outputs(cnn, tmp_path):
 
 def test_any_batch_size_or_only_one(cnn, tmp_path):
     (batch,) = images(n=4).once()
-    any_size = export.load(cnn.export(tmp_path / "any", images()))
+    any_size = export.load_exported(cnn.export(tmp_path / "any", images()))
     for n in (1, 3):
         part = {name: x[:n] for name, x in batch.items()}
         assert any_size(part).shape == (n, 3)
-    only = export.load(cnn.export(tmp_path / "only", images(), any_batch_size=False))
+    only = export.load_exported(cnn.export(tmp_path / "only", images(), any_batch_size=False))
     assert only(batch).shape == (4, 3)
     with pytest.raises(check.ArgumentError, match=r"must be uint8\[4, 8, 8, 1\]"):
         only({"image": batch["image"][:2]})
@@ -77,7 +77,7 @@ def test_any_batch_size_or_only_one(cnn, tmp_path):
 
 def test_a_scanned_model_is_exported_too(tmp_path):
     rnn = trained(RNN(num_outputs=3, hidden=8))
-    found = export.load(rnn.export(tmp_path / "rnn", images()))
+    found = export.load_exported(rnn.export(tmp_path / "rnn", images()))
     assert set(found.platforms) == set(export.PLATFORMS)
     (batch,) = images(n=4).once()
     np.testing.assert_allclose(found(batch), rnn.predict(images(n=4)), rtol=1e-6, atol=1e-6)
@@ -93,4 +93,4 @@ def test_damaged_files_are_refused_in_words(cnn, tmp_path):
             less.writestr(name, whole.read(name)[:-4] if name == "leaf-00000" else whole.read(name))
     for name in ("half", "other", "less", "none"):
         with pytest.raises(check.DataError, match=name):
-            export.load(tmp_path / name)
+            export.load_exported(tmp_path / name)

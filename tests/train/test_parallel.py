@@ -48,7 +48,7 @@ def test_pmap_gives_the_numbers_of_one_device(optimizer):
 def test_fsdp_splits_large_arrays_and_gives_the_numbers_of_one_device(optimizer):
     rule = lambda path, shape, n: split_largest_axis(path, shape, n) if len(shape) > 1 else None  # noqa: E731
     if optimizer == "hf":  # many CG iterations would magnify rounding
-        optimizer = registry.by_name("hf", max_linear_iterations=5)
+        optimizer = registry.by_name("hf", max_cg_iterations=5)
     one = make(optimizer, "jit", jax.devices()[:1], width=4096).train(data(), steps=3)
     two = make(optimizer, "fsdp", width=4096, split_rule=rule).train(data(), steps=3)
     kernel = two.params["Dense_0"]["kernel"]

@@ -50,7 +50,7 @@ def train() -> dict[str, Any]:
 
 def classify() -> Estimator:
     """Names reached through `jdl` itself."""
-    estimator = jdl.classifier(MLP(widths=(8,)), hessian_free(max_linear_iterations=5))
+    estimator = jdl.classifier(MLP(widths=(8,)), hessian_free(max_cg_iterations=5))
     assert_type(estimator, Estimator)
     return estimator.train(digits(batch_size=512, epochs=None), steps=1)
 

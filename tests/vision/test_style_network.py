@@ -15,10 +15,11 @@ from PIL import Image
 
 from jdl.core import check
 from jdl.data import from_arrays, from_tar
+from jdl.recipes.style_config import StyleConfig
 from jdl.vision import painter as pt
 from jdl.vision import style
 from jdl.vision.layers import addressable, conv
-from jdl.vision.style_run import StyleRun, digest, taking_turns
+from jdl.vision.style_training import build_estimator, digest, taking_turns
 from jdl.vision.transformer import InstanceNorm, StyleNet, by_rows, doubled, reflected
 from jdl.vision.trunk import Trunk
 
@@ -136,7 +137,7 @@ def test_what_a_painter_refuses():
 def test_an_exported_painter_paints_the_same_at_any_size(tmp_path):
     pytest.importorskip("flatbuffers")
     path = painter().export(tmp_path / "painter.jdl")
-    loaded = pt.load(path)
+    loaded = pt.load_painter(path)
     assert (loaded.styles, loaded.reach) == (STYLES, NET.reach)
     for picture, tile in ((random(20, 33, 3), 1024), (random(150, 131, 3), 112)):
         want = painter()(picture, {"one": 1, "two": 1}, tile=tile)
@@ -145,7 +146,7 @@ def test_an_exported_painter_paints_the_same_at_any_size(tmp_path):
     damaged = path.read_bytes()[:-2000]
     path.write_bytes(damaged)
     with pytest.raises(check.DataError, match="damaged"):
-        pt.load(path)
+        pt.load_painter(path)
 
 
 # ---------------------------------------------------------------------- training
@@ -165,8 +166,11 @@ def trunk():
 PAINTINGS = (random(16, 24, 3, seed=5), random(16, 16, 3, seed=6) ** 3)
 
 
+LAYERS, WEIGHTS = style.Layers(("relu1",), ("relu1",)), style.Weights(1.0, 10.0, 0.1)
+
+
 def setting(**changes):
-    made = StyleRun(
+    made = StyleConfig(
         styles=STYLES,
         paintings=tuple(digest(p) for p in PAINTINGS),
         trunk="tiny",
@@ -205,14 +209,14 @@ def test_training_from_a_tar_lowers_both_terms_and_the_run_paints(tmp_path):
     run, data = setting(), photographs(tmp_path / "photos.tar")
     workdir = tmp_path / "run"
     run.save(workdir)
-    estimator = run.estimator(trunk(), PAINTINGS, workdir).initialize(data)
+    estimator = build_estimator(run, trunk(), PAINTINGS, workdir).initialize(data)
     before = estimator.evaluate(data)
     estimator.train(data, steps=50)
     after = estimator.evaluate(data)
     assert after["loss"] < 0.5 * before["loss"]
     assert after["style"] < 0.5 * before["style"]
 
-    loaded = pt.load(workdir)
+    loaded = pt.load_painter(workdir)
     picture = random(13, 18, 3)
     (outputs,) = [
         out for _, out in estimator.predict_batches([{"image": np.zeros((2, 8, 8, 3), np.uint8)}])
@@ -227,7 +231,7 @@ def test_training_from_a_tar_lowers_both_terms_and_the_run_paints(tmp_path):
     with pytest.raises(check.UserError, match=r"style: 10.0 there, 3.0 now"):
         dataclasses.replace(run, style=3.0).save(workdir)
     with pytest.raises(check.ArgumentError, match="paintings"):
-        run.estimator(trunk(), PAINTINGS[::-1])
+        build_estimator(run, trunk(), PAINTINGS[::-1])
 
 
 def test_every_style_has_its_turn():
@@ -241,12 +245,12 @@ def test_every_style_has_its_turn():
 
 def test_the_loss_is_gatys_objective_of_each_example():
     run = setting()
-    estimator = run.estimator(trunk(), PAINTINGS)
+    estimator = build_estimator(run, trunk(), PAINTINGS)
     images, paintings = random(2, 16, 16, 3), random(2, 16, 16, 3, seed=9)
     outputs = {"painting": jnp.asarray(paintings), "mixture": jnp.eye(2)}
     found = estimator.loss(outputs, {"image": jnp.asarray(images)})
-    palette = style.palette(trunk(), PAINTINGS, run.layers)
-    f = style.objective(trunk().apply, run.layers, run.weights)
+    palette = style.palette(trunk(), PAINTINGS, LAYERS)
+    f = style.objective(trunk().apply, LAYERS, WEIGHTS)
     for i in range(2):
         features = trunk().features(images[i : i + 1], "relu1")
         target = style.target(palette, jnp.eye(2)[i : i + 1], features)
@@ -255,19 +259,19 @@ def test_the_loss_is_gatys_objective_of_each_example():
 
 
 def test_what_is_no_run(tmp_path):
-    with pytest.raises(check.UserError, match="no run directory of `jdl style train`"):
-        pt.load(tmp_path)
+    with pytest.raises(check.UserError, match="not a run directory of `jdl style train`"):
+        pt.load_painter(tmp_path)
     with pytest.raises(check.DataError, match="no file"):
-        pt.load(tmp_path / "nothing.jdl")
+        pt.load_painter(tmp_path / "nothing.jdl")
     setting().save(tmp_path)
     with pytest.raises(check.UserError, match="no checkpoint"):
-        pt.load(tmp_path)
+        pt.load_painter(tmp_path)
     (tmp_path / "config.toml").write_text('model = "style"\nstyles = ["a"]')
-    with pytest.raises(check.DataError, match="lacks paintings"):
-        pt.load(tmp_path)
+    with pytest.raises(check.DataError, match=r"lacks .*paintings"):
+        pt.load_painter(tmp_path)
     (tmp_path / "config.toml").write_text("model = ")
     with pytest.raises(check.DataError, match="TOML"):
-        pt.load(tmp_path)
+        pt.load_painter(tmp_path)
     pytest.importorskip("flatbuffers")
     import jdl
     from jdl.models import MLP
@@ -275,4 +279,4 @@ def test_what_is_no_run(tmp_path):
     data = from_arrays(random(4, 2, 2, 1), np.arange(4, dtype=np.int32) % 2, batch_size=4)
     other = jdl.classifier(MLP(widths=(2,)), "adam").train(data, steps=1)
     with pytest.raises(check.DataError, match="of no style network"):
-        pt.load(other.export(tmp_path / "mlp.jdl", data))
+        pt.load_painter(other.export(tmp_path / "mlp.jdl", data))

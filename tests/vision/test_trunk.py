@@ -163,13 +163,13 @@ def test_shared_modules_have_numbers():
 
 @pytest.mark.slow
 def test_a_run_directory_is_a_trunk(digits_run, x):
-    found = pretrained.load(digits_run)
+    found = pretrained.load_trunk(digits_run)
     assert found.classes == tuple("0123456789")
     logits = found.features(x, "output")["output"]
     assert logits.shape == (2, 10)
     assert found.layers[0] == "Conv_0"
     np.testing.assert_array_equal(
-        pretrained.load(digits_run).features(x, "output")["output"], logits
+        pretrained.load_trunk(digits_run).features(x, "output")["output"], logits
     )
 
 
@@ -177,16 +177,16 @@ def test_a_run_directory_is_a_trunk(digits_run, x):
 def test_an_untrained_run_is_refused(digits_run, tmp_path):
     (tmp_path / "config.toml").write_bytes((digits_run / "config.toml").read_bytes())
     with pytest.raises(check.UserError, match="no checkpoint"):
-        pretrained.load(tmp_path)
+        pretrained.load_trunk(tmp_path)
 
 
 @pytest.mark.slow
 def test_a_boltzmann_machines_hidden_units_are_a_layer(tmp_path):
-    from jdl import cli
+    from jdl.cli.main import main
     from jdl.models.rbm import RBM
 
-    assert cli.main(["train", "rbm", "--steps", "2", "--workdir", str(tmp_path)]) == 0
-    found = pretrained.load(tmp_path)
+    assert main(["train", "rbm", "--steps", "2", "--workdir", str(tmp_path)]) == 0
+    found = pretrained.load_trunk(tmp_path)
     images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
     gray = images @ jnp.array([[0.299], [0.587], [0.114]])
     hidden = RBM(hidden=128).transform(found.params["params"], gray)

@@ -1,0 +1,258 @@
+"""The index of one archive: where every member stands, kept in a file beside the archive.
+
+The file is raw arrays after a JSON header: nothing in it is ever executed, it is memory-mapped, so
+that many processes share one copy, and everything read from it is checked before it is believed.
+It is used only for the very archive it was made from (size, time of change, and a digest of some
+twenty pieces of the content), and made anew otherwise.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from typing import Any
+
+import numpy as np
+
+from jdl.core import check
+from jdl.data.tar import scan
+from jdl.data.tar.archive import STDIN, Archive, is_url
+from jdl.data.tar.open import open_archive
+from jdl.data.tar.scan import Columns, Damage
+
+logger = logging.getLogger("jdl.data")
+
+SUFFIX = ".jdlidx"
+_MAGIC = b"JDLINDEX2\n"
+_MAX_HEADER = 1 << 24
+_ALIGN = 64
+_ROWS = 1 << 16  # checked at once: what is only looked at must not fill a worker's memory
+_TYPES = dict(
+    zip(
+        Columns._fields,
+        ("int64", "int64", "uint8", "int32", "int64", "uint8", "int64", "uint8"),
+        strict=True,
+    )
+)
+
+
+class TarIndex:
+    """Where every member of one archive stands.
+
+    Attributes:
+      path: the archive.
+      columns: the members.
+      damage: what is wrong with the archive.
+      stamp: what the archive was recognized by.
+      size: the tar's bytes, when decompressed.
+      file: the file that the columns are mapped from, or None if they are in memory.
+      mode: how the archive can be read (see `archive`).
+    """
+
+    def __init__(
+        self,
+        path: str,
+        columns: Columns,
+        damage: tuple[Damage, ...],
+        stamp: dict[str, Any],
+        size: int,
+        file: str | None = None,
+        mode: str = "random",
+    ):
+        self.path, self.columns, self.damage = path, columns, damage
+        self.stamp, self.size, self.file, self.mode = stamp, size, file, mode
+
+    def __len__(self) -> int:
+        return len(self.columns.sizes)
+
+    def name(self, i: int) -> str:
+        """The full name of member `i`."""
+        folder = _piece(self.columns.folders, self.columns.folder_ends, self.columns.folder_ids[i])
+        base = _piece(self.columns.bases, self.columns.base_ends, i)
+        return scan.text(folder + b"/" + base if folder else base)
+
+    def folders(self) -> list[str]:
+        """All folders' names, in the order of the columns' `folder_ids`."""
+        whole, ends = self.columns.folders.tobytes(), self.columns.folder_ends.tolist()
+        starts = [0, *ends[:-1]] if ends else []
+        return [scan.text(whole[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+    def __reduce__(self) -> Any:
+        """Worker processes map the index file anew; only what has none travels whole."""
+        if self.file is not None:
+            return _reopen, (self.path, self.file, self.stamp, self.mode)
+        own = (self.path, self.columns, self.damage, self.stamp, self.size, None, self.mode)
+        return TarIndex, own
+
+
+def open_index(path: str, *, keep: bool = True) -> TarIndex:
+    """The index of the archive at `path`, read from its file or, where that fails, made.
+
+    Args:
+      path: the archive.
+      keep: whether to store an index that had to be made: beside the archive or, where that
+        is not allowed, in the cache directory.
+
+    What is no tar has an index too: one without members, that says so in its damage. Of what is
+    compressed it holds the places in the decompressed tar.
+
+    Raises:
+      DataError: if the archive is missing or cannot be read.
+    """
+    files = [cached(path)] if is_url(path) else [path + SUFFIX, cached(path)]
+    if path == STDIN:
+        files = []
+    archive = open_archive(path)
+    try:
+        stamp = archive.stamp()
+        for file in files:
+            try:
+                return _load(path, file, stamp, archive.mode)
+            except FileNotFoundError:
+                continue
+            except (ValueError, OSError) as error:
+                logger.info("not using the index %r: %s", file, error)
+        if archive.mode == "stream":
+            tell_cost(archive)
+        columns, damage = scan.scan(archive)
+        if archive.stamp() != stamp:
+            raise check.DataError(f"{path!r} changed while it was being indexed. Try again.")
+        size = archive.size
+    finally:
+        archive.close()
+    index = TarIndex(path, columns, damage, stamp, size, mode=archive.mode)
+    for file in files if keep else []:
+        try:
+            save(index, file)
+        except OSError as error:
+            logger.info("cannot keep an index at %r: %s", file, error)
+        else:
+            return _load(path, file, stamp, archive.mode)
+    return index
+
+
+def tell_cost(archive: Archive) -> None:
+    """Says what it takes to index an archive that can only be read in order."""
+    if archive.path != STDIN:
+        logger.warning(
+            "%r is compressed, or comes without ranges: it has to be read once from end to end to "
+            "index it.",
+            archive.path,
+        )
+
+
+def cached(path: str) -> str:
+    """Where the index of `path` is kept when it cannot stand beside it."""
+    root = os.environ.get("JDL_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jdl"
+    )
+    name = path if is_url(path) else os.path.realpath(path)
+    name = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+    return os.path.join(root, "index", name + SUFFIX)
+
+
+def save(index: TarIndex, file: str) -> None:
+    """Writes the index at once or not at all: no reader ever sees half of it."""
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    header: dict[str, Any] = {
+        "stamp": index.stamp,
+        "size": index.size,
+        "damage": index.damage,
+        "lengths": {},
+    }
+    for field, array in index.columns._asdict().items():
+        header["lengths"][field] = len(array)
+    start = json.dumps(header).encode()
+    temporary = f"{file}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+    fd = os.open(temporary, flags, 0o644)
+    try:
+        with os.fdopen(fd, "wb") as out:
+            out.write(_MAGIC + len(start).to_bytes(8, "little") + start)
+            for array in index.columns:
+                out.write(bytes(-out.tell() % _ALIGN))
+                out.write(np.ascontiguousarray(array).data)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
+    """The index in `file`, if it is whole, sound and of the archive with that stamp.
+
+    Raises:
+      ValueError: if it is not; OSError where it cannot be read.
+    """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(file)
+    data = np.memmap(file, np.uint8, "r")
+    prefix = len(_MAGIC) + 8
+    _sound(data[: len(_MAGIC)].tobytes() == _MAGIC, "it is of another kind or version")
+    length = int.from_bytes(data[len(_MAGIC) : prefix].tobytes(), "little")
+    _sound(length <= min(_MAX_HEADER, len(data) - prefix), "its header is cut short")
+    try:
+        header = json.loads(data[prefix : prefix + length].tobytes())
+        same = header["stamp"] == stamp
+        damage = tuple(
+            Damage(str(word), int(at), str(name), str(detail), bool(lost))
+            for word, at, name, detail, lost in header["damage"]
+        )
+        size = int(header["size"])
+        lengths = [int(header["lengths"][field]) for field in Columns._fields]
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its header is malformed ({error!r})") from error
+    _sound(same, "it is of another archive, or of an earlier state of this one")
+    arrays, at = [], prefix + length
+    for count, dtype in zip(lengths, _TYPES.values(), strict=True):
+        at += -at % _ALIGN
+        nbytes = count * np.dtype(dtype).itemsize
+        _sound(count >= 0 and at + nbytes <= len(data), "its arrays are cut short")
+        arrays.append(data[at : at + nbytes].view(dtype))
+        at += nbytes
+    columns = Columns(*map(np.asarray, arrays))
+    _check_columns(columns, size)
+    return TarIndex(path, columns, damage, stamp, size, file, mode)
+
+
+def _check_columns(columns: Columns, size: int) -> None:
+    """Whoever may write the index must not make us read where no member can stand."""
+    n = len(columns.sizes)
+    same = all(len(c) == n for c in columns[:5])
+    _sound(same, "its columns differ in length")
+    _sound(_rising(columns.base_ends, len(columns.bases)), "its names do not add up")
+    _sound(_rising(columns.folder_ends, len(columns.folders)), "its folders do not add up")
+    for start in range(0, n, _ROWS):
+        offsets, sizes, kinds, ids = (c[start : start + _ROWS] for c in columns[:4])
+        _sound(ids.min() >= 0 and ids.max() < len(columns.folder_ends), "it lacks a folder")
+        inside = kinds != scan.CUT
+        fits = offsets.min() >= 512 and sizes.min() >= 0 and (sizes[inside] <= size).all()
+        fits = fits and (offsets[inside] <= size - sizes[inside]).all()
+        _sound(fits, "a member lies outside the archive")
+
+
+def _rising(ends: np.ndarray, total: int) -> bool:
+    if not len(ends):
+        return total == 0
+    rises = all(
+        (ends[i + 1 : i + _ROWS + 1] >= ends[i : i + _ROWS][: len(ends) - i - 1]).all()
+        for i in range(0, len(ends), _ROWS)
+    )
+    return bool(rises and ends[0] >= 0 and ends[-1] == total)
+
+
+def _sound(ok: bool | np.bool_, problem: str) -> None:
+    if not ok:
+        raise ValueError(problem)
+
+
+def _piece(whole: np.ndarray, ends: np.ndarray, i: int | np.integer) -> bytes:
+    return whole[ends[i - 1] if i else 0 : ends[i]].tobytes()
+
+
+def _reopen(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
+    try:
+        return _load(path, file, stamp, mode)
+    except (ValueError, OSError):
+        return open_index(path, keep=False)

@@ -1,0 +1,210 @@
+"""A file behind an URL: by ranges where its server has them, tried again when connections fail.
+
+Whatever fsspec reads is read: http and https (with aiohttp), s3:// (with s3fs), gs:// (with gcsfs).
+"""
+
+import hashlib
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jdl.core import check
+from jdl.data.tar import inflate
+from jdl.data.tar.archive import UNKNOWN, Raw
+
+logger = logging.getLogger("jdl.data")
+
+_TRIES = 6
+_FIRST_PAUSE = 0.1  # seconds; doubled after every further failure
+_RECHECK = 30.0  # seconds between looks whether a remote archive is still the same
+_PIECE = 1 << 22
+_PATIENCE = 60.0  # seconds without a byte after which a read is given up and tried again
+_AT_ONCE = 16  # requests under way
+
+
+class RemoteFile(Raw):
+    """A file behind an URL, read by ranges, each tried again when the connection fails."""
+
+    wide, narrow, stride = 1 << 23, 1 << 16, 1 << 18
+
+    def __init__(self, path: str):
+        self.path = path
+        self._checked = time.monotonic()
+        self._fs, self._name = _file_system(path)
+        self._http = path.startswith(("http://", "https://"))
+        info = self._retried("look up", lambda: self._fs.info(self._name))
+        self.size = UNKNOWN if info.get("size") is None else int(info["size"])
+        self._tag = _tag(info)
+        self._file: Any = None
+        self.ranges = self.size != UNKNOWN and info.get("partial", True) and self._has_ranges()
+
+    def _has_ranges(self) -> bool:
+        if not self._http:
+            return True
+        self._file = self._fs.open(
+            self._name, block_size=1 << 20, cache_type="none", size=max(self.size, 1)
+        )
+        if self.size < 2:
+            return True
+        try:
+            return len(self._retried("read", lambda: self._file._fetch_range(1, 2))) == 1
+        except ValueError:  # it sent the whole
+            return False
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """See `Archive`."""
+        end = min(offset + size, self.size)
+        if offset >= end:
+            return b""
+
+        def read() -> bytes:
+            if self._http:
+                data = self._file._fetch_range(offset, end)
+            else:
+                data = self._fs.cat_file(self._name, start=offset, end=end)
+            if len(data) != end - offset:
+                raise OSError(f"{len(data)} of {end - offset} bytes came")
+            return data
+
+        return self._retried("read", read)
+
+    def pread_many(self, places: list[tuple[int, int]]) -> Iterator[bytes]:
+        """See `Archive`."""
+        # Waiting for one answer at a time would cost more than the bytes.
+        with ThreadPoolExecutor(min(_AT_ONCE, len(places)) or 1) as pool:
+            yield from pool.map(lambda place: self.pread(*place), places)
+
+    def read_from(self, at: int) -> inflate.Readable:
+        """The file, to be read in order from there."""
+        return _RemoteStream(self, at)
+
+    def open_stream(self) -> Any:
+        """A connection that brings the file from its beginning."""
+        return self._fs.open(self._name, block_size=0)
+
+    def stamp(self) -> dict[str, Any]:
+        """See `Archive`."""
+        digest = hashlib.blake2b(digest_size=16)
+        if self.ranges:
+            digest.update(self.pread(4096, 0))
+            digest.update(self.pread(4096, max(self.size - 4096, 0)))
+        return {"size": self.size, "mtime_ns": 0, "tag": self._tag, "digest": digest.hexdigest()}
+
+    def check_unchanged(self, stamp: dict[str, Any]) -> None:
+        """See `Archive`."""
+        if time.monotonic() - self._checked < _RECHECK:
+            return
+        self._checked = time.monotonic()
+        self._fs.invalidate_cache()
+        info = self._retried("look up", lambda: self._fs.info(self._name))
+        if (info.get("size") or UNKNOWN, _tag(info)) != (stamp["size"], stamp["tag"]):
+            raise check.DataError(
+                f"{self.path!r} has changed since it was indexed. Start again with the new one."
+            )
+
+    def _retried(self, what: str, action: Callable[[], Any]) -> Any:
+        return retried(f"{what} {self.path!r}", action)
+
+
+class _RemoteStream:
+    """A remote file in order; after a broken connection it goes on where it was."""
+
+    def __init__(self, remote: RemoteFile, at: int):
+        self._remote, self._at = remote, at
+        self._connection: Any = None
+
+    def read(self, size: int) -> bytes:
+        if self._remote.ranges:
+            data = self._remote.pread(max(size, _PIECE), self._at)
+        else:
+            data = retried(f"read {self._remote.path!r}", lambda: self._next(size))
+        self._at += len(data)
+        return data
+
+    def _next(self, size: int) -> bytes:
+        try:
+            if self._connection is None:
+                self._connection = self._remote.open_stream()
+                left = self._at
+                while left:  # what has been read already comes once more
+                    passed = len(self._connection.read(min(left, _PIECE)))
+                    if not passed:
+                        raise OSError("the file has become shorter")
+                    left -= passed
+            data = self._connection.read(size)
+            if not data and self._remote.size not in (UNKNOWN, self._at):
+                raise OSError(f"it ended after {self._at} of {self._remote.size} bytes")
+        except Exception:
+            self.close()
+            raise
+        return data
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def retried(what: str, action: Callable[[], Any]) -> Any:
+    """What `action` gives, tried a few times with growing pauses between.
+
+    Raises:
+      DataError: with the last failure; at once if the file does not exist or may not be read.
+    """
+    pause = _FIRST_PAUSE
+    for number in range(1, _TRIES + 1):
+        try:
+            return action()
+        except ValueError:
+            raise
+        except Exception as error:  # each file system has errors of its own
+            if _final(error):
+                raise check.DataError(
+                    f"Cannot {what}: no such file, or no permission ({error})."
+                ) from error
+            if number == _TRIES:
+                reason = str(error) or type(error).__name__
+                raise check.DataError(f"Cannot {what}, tried {_TRIES} times: {reason}.") from error
+            logger.info("%s failed (%r); trying again in %.1f s", what, error, pause)
+            time.sleep(pause)
+            pause *= 2
+    raise AssertionError
+
+
+def _final(error: Exception) -> bool:
+    """Whether trying again is of no use; fsspec says "not found" of broken connections too."""
+    if not isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    status = getattr(error.__cause__, "status", 404 if error.__cause__ is None else 599)
+    return 400 <= status < 500
+
+
+def _file_system(path: str) -> tuple[Any, str]:
+    if importlib.util.find_spec("fsspec") is None:
+        raise check.MissingExtraError("fsspec", "remote", f"Reading {path!r}")
+    import fsspec  # type: ignore[import-untyped]
+
+    options: dict[str, Any] = {}
+    try:
+        if path.startswith(("http://", "https://")):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_PATIENCE)
+            options = {"client_kwargs": {"timeout": timeout}}
+        return fsspec.core.url_to_fs(path, **options)
+    except ImportError as error:
+        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(path.split(":")[0], "aiohttp")
+        raise check.MissingExtraError(package, "remote", f"Reading {path!r}") from error
+    except ValueError as error:
+        raise check.DataError(f"Cannot read {path!r}: {error}.") from error
+
+
+def _tag(info: dict[str, Any]) -> str:
+    """What a file system says of a file's version."""
+    for key in ("ETag", "etag", "Last-Modified", "LastModified", "mtime", "updated", "created"):
+        if info.get(key):
+            return str(info[key])
+    return ""

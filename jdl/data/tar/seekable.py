@@ -1,0 +1,108 @@
+"""Random access to a local .gz by a seek file, which lists where decompression can begin.
+
+Seek files are made for gzip only. Measured on a tar of 30 kB images, images/s at random:
+indexed_gzip 105 with a seek point every 256 kB (the seek file takes 12 % of the archive), 410 with
+one every 64 kB (50 %); rapidgzip 48, and it aborts the interpreter unless closed in time; rapidgzip
+on bzip2 5; indexed_zstd 114 on one frame; plain tars 96,000. Even the best is for looking something
+up, not for training: rewrite with `jdl pack`, or read in order.
+"""
+
+import importlib.util
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from jdl.core import check
+from jdl.data.tar import inflate
+from jdl.data.tar.archive import UNKNOWN, Archive, LocalFile
+
+SEEK_SUFFIX = ".jdlseek"
+SEEK_SPACING = 1 << 18
+
+
+class Seekable(Archive):
+    """A local .gz with a file of places at which decompression can begin."""
+
+    mode = "seekable"
+    wide = narrow = 1 << 20
+
+    def __init__(self, raw: LocalFile):
+        self.path, self._raw = raw.path, raw
+        try:
+            self._file = _indexed_gzip().IndexedGzipFile(
+                raw.path, spacing=SEEK_SPACING, index_file=raw.path + SEEK_SUFFIX
+            )
+        except check.MissingExtraError:
+            raise
+        except Exception as error:  # indexed_gzip's own, whatever stands in the file
+            raise check.DataError(
+                f"The seek file {raw.path + SEEK_SUFFIX!r} cannot be used: {error}. Remove it, or "
+                "make it anew with `jdl index --seekable`."
+            ) from error
+        self._lock = threading.Lock()
+        self.size = UNKNOWN
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """See `Archive`."""
+        with self._lock:
+            try:
+                self._file.seek(offset)
+                data = self._file.read(size)
+            except Exception as error:  # zlib's and indexed_gzip's own, and EOFError
+                raise check.DataError(
+                    f"Cannot read {self.path!r} at byte {offset}: {error}. If its seek file does "
+                    f"not belong to it, remove {self.path + SEEK_SUFFIX!r}."
+                ) from error
+        if len(data) < size:
+            self.size = offset + len(data)
+        return data
+
+    def stamp(self) -> dict[str, Any]:
+        """See `Archive`."""
+        return self._raw.stamp()
+
+    def check_unchanged(self, stamp: dict[str, Any]) -> None:
+        """See `Archive`."""
+        self._raw.check_unchanged(stamp)
+
+    def close(self) -> None:
+        """See `Archive`."""
+        self._file.close()
+        self._raw.close()
+
+
+def make_seekable(path: str) -> str:
+    """Writes the seek file of a local .gz beside it, at once or not at all; gives its path.
+
+    Raises:
+      DataError: if the archive is not gzip, or damaged.
+      MissingExtraError: without indexed_gzip.
+    """
+    raw = LocalFile(path)
+    kind = inflate.compression(raw.pread(8, 0))
+    raw.close()
+    if kind != "gzip":
+        what = f"{kind}-compressed" if kind else "not compressed"
+        hint = "It needs none." if kind is None else "Rewrite it with `jdl pack`."
+        raise check.DataError(f"{path!r} is {what}; seek files are made for gzip alone. {hint}")
+    file = _indexed_gzip().IndexedGzipFile(path, spacing=SEEK_SPACING)
+    temporary = f"{path}{SEEK_SUFFIX}.{os.getpid()}.tmp"
+    try:
+        file.build_full_index()
+        file.export_index(temporary)
+        os.replace(temporary, path + SEEK_SUFFIX)
+    except Exception as error:
+        raise check.DataError(f"No seek file could be made for {path!r}: {error}.") from error
+    finally:
+        file.close()
+        Path(temporary).unlink(missing_ok=True)
+    return path + SEEK_SUFFIX
+
+
+def _indexed_gzip() -> Any:
+    if importlib.util.find_spec("indexed_gzip") is None:
+        raise check.MissingExtraError("indexed_gzip", "seekable", "Random access to a .gz")
+    import indexed_gzip  # type: ignore[import-untyped]
+
+    return indexed_gzip

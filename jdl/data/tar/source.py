@@ -1,0 +1,424 @@
+"""Images in tar archives: a grain data source over one archive or many.
+
+Nothing is unpacked. An index (see `index`) says where every member stands, and `pread` reads
+one there, from any thread or process, without a position that readers would have to share. What
+is compressed is read so too, but well only in the order in which it stands (see `window`).
+"""
+
+import re
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdl.core import check
+from jdl.data import labels as lb
+from jdl.data.holdout import Holdout
+from jdl.data.images import BadImage
+from jdl.data.tar import scan
+from jdl.data.tar.archive import Archive, is_url
+from jdl.data.tar.index import TarIndex, open_index
+from jdl.data.tar.open import open_archive
+from jdl.data.tar.paths import Paths, expand
+from jdl.data.tar.selection import Selection
+
+_MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
+_GROUP = 256  # records asked for at once from remote archives
+_MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
+_MAX_OPEN = 256  # archives kept open; further ones are opened for each read
+
+
+class Record(NamedTuple):
+    """One member.
+
+    Attributes:
+      name: its full name in the archive.
+      data: its bytes.
+      label: its place in the source's `classes`, or -1.
+
+    >>> from jdl.data import digits_path
+    >>> record = TarSource(digits_path(), keep_index=False)[0]
+    >>> record.name, record.data[1:4], record.label
+    ('test/0/0020.png', b'PNG', 0)
+    """
+
+    name: str
+    data: bytes
+    label: int
+
+
+class TarSource:
+    """The images in one tar archive or several, as a grain `RandomAccessDataSource`.
+
+    Readable images are regular members with an image's extension, whole in the archive, and not
+    macOS's `._` companions. Their order is that of the paths, then that of the archive.
+
+    Args:
+      paths: a path, an URL, a glob, a brace range (`faces-{000..015}.tar`), a folder, or a list of
+        these.
+      label: what a member's class is read from: `"folder"`, the folder it lies in; an integer, the
+        folder at that place of its path; a compiled regular expression, its (only) group; a
+        function of the member's name; `"cls"`, the text of the member `key.cls` beside `key.jpg`,
+        as WebDataset lays it out; `"json:person"`, the field `person` of `key.json`; or None, no
+        labels.
+      split: only members whose path begins with this folder; or one side of a split by hash, a
+        `Holdout` or its short form: `"train:0.1"` and `"test:0.1"` hold out a tenth by name,
+        `"test:0.1:folder"` whole folders, `"test:0.1:1"` whole groups that share the second folder
+        of the path.
+      classes: the class table, if it is to be another's: that of training, in an evaluation.
+      keep_index: whether to store an index that had to be made.
+
+    Attributes:
+      archives: the archives' paths.
+      classes: the names of the classes; their places are the labels.
+
+    Raises:
+      DataError: if an archive is missing or no tar, holds no images, has no such split, or has
+        labels that `classes` lacks.
+
+    >>> from jdl.data import digits_path
+    >>> source = TarSource(digits_path(), split="train")
+    >>> len(source), source.classes[:3], source[0].name
+    (1438, ('0', '1', '2'), 'train/0/0000.png')
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        label: lb.Label = "folder",
+        split: str | Holdout | None = None,
+        classes: Sequence[str] | None = None,
+        keep_index: bool = True,
+    ):
+        indexes = [open_index(path, keep=keep_index) for path in expand(paths)]
+        self._set_up(indexes, label, split, classes)
+
+    @classmethod
+    def from_indexes(
+        cls,
+        indexes: Sequence[TarIndex],
+        *,
+        label: lb.Label = "folder",
+        split: str | Holdout | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> "TarSource":
+        """A source over archives whose indexes are open already."""
+        source = cls.__new__(cls)
+        source._set_up(list(indexes), label, split, classes)
+        return source
+
+    def _set_up(
+        self,
+        indexes: list[TarIndex],
+        label: lb.Label,
+        split: str | Holdout | None,
+        classes: Sequence[str] | None,
+    ) -> None:
+        self._indexes = indexes
+        self.archives = [index.path for index in indexes]
+        self._open_files()
+        self._select(split)
+        self._label(label, classes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Record:
+        """Record `i`, counted from the end where negative."""
+        archive, row = self._find(i)
+        (data,) = self.read_many([i])
+        if isinstance(data, BadImage):
+            raise data
+        return Record(self._indexes[archive].name(row), data, int(self.labels([i])[0]))
+
+    def __repr__(self) -> str:
+        more = f" and {len(self.archives) - 1} more" if len(self.archives) > 1 else ""
+        return f"TarSource({self.archives[0]!r}{more}, {len(self)} images)"
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def indexes(self) -> tuple[TarIndex, ...]:
+        """The archives' indexes."""
+        return tuple(self._indexes)
+
+    @property
+    def damage(self) -> list[tuple[str, scan.Damage]]:
+        """What is wrong with the archives: (archive, damage)."""
+        return [(index.path, each) for index in self._indexes for each in index.damage]
+
+    def name(self, i: int) -> str:
+        """The name of record `i`, without reading it."""
+        archive, row = self._find(i)
+        return self._indexes[archive].name(row)
+
+    def where(self, i: int) -> str:
+        """Archive and member of record `i`, for messages."""
+        archive, row = self._find(i)
+        return f"{self.archives[archive]!r}, member {self._indexes[archive].name(row)!r}"
+
+    def labels(self, records: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The labels of these records, int32 [n]; -1 where there is none."""
+        found = np.full(len(records), lb.NO_LABEL, np.int32)
+        archives, rows = self._locate(np.asarray(records, np.int64))
+        for archive in np.unique(archives).tolist():
+            here = archives == archive
+            found[here] = self._labels_of(archive, rows[here])
+        return found
+
+    def _labels_of(self, archive: int, rows: np.ndarray) -> np.ndarray:
+        of = self._labels[archive]
+        if of is None:
+            return np.full(len(rows), lb.NO_LABEL, np.int32)
+        columns = self._indexes[archive].columns
+        return of[columns.folder_ids[rows] if self._label_is_by_folder else rows]
+
+    def count_classes(self) -> dict[str, int]:
+        """How many images each class has."""
+        counts = np.zeros(len(self.classes) + 1, np.int64)
+        for archive, rows in enumerate(self._rows):
+            labels = self._labels_of(archive, rows.all()).astype(np.int64)
+            counts += np.bincount(labels + 1, minlength=len(counts))
+        return {name: int(n) for name, n in zip(self.classes, counts[1:], strict=True)}
+
+    def unlabelled(self) -> str | None:
+        """Archive and member of an image that has no label; None if all have one."""
+        for archive, (index, chosen) in enumerate(zip(self._indexes, self._rows, strict=True)):
+            rows = chosen.all()
+            without = np.flatnonzero(self._labels_of(archive, rows) == lb.NO_LABEL)
+            if len(without):
+                return f"{self.archives[archive]!r}, member {index.name(int(rows[without[0]]))!r}"
+        return None
+
+    # ------------------------------------------------------------------ selection and labels
+
+    def _select(self, split: str | Holdout | None) -> None:
+        """Sets `_rows`, each archive's images, and `_ends`, how many there are up to each."""
+        self._rows: list[Selection] = []
+        folders: Counter[str] = Counter()
+        images = 0
+        holdout = Holdout.parse(split) if isinstance(split, str) else split
+        holds = None if holdout is None else holdout.checked().chooser()
+        for index in self._indexes:
+            wanted = index.columns.kinds == scan.IMAGE
+            images += int(wanted.sum())
+            if holds is not None:
+                for row in np.flatnonzero(wanted).tolist():
+                    wanted[row] = holds(index.name(row))
+            elif split is not None:
+                first = [(lb.folder_parts(f) or [""])[0] for f in index.folders()]
+                folders.update(first)
+                wanted &= np.array([f == split for f in first], bool)[index.columns.folder_ids]
+            self._rows.append(Selection(wanted))
+        self._ends = np.cumsum([len(rows) for rows in self._rows])
+        if not images:
+            members = sum(map(len, self._indexes))
+            known = ", ".join(sorted(e.decode() for e in scan.IMAGE_EXTENSIONS))
+            why = f"none readable with an extension of {known}"
+            for path, damage in self.damage[:1]:
+                why = f"{path!r} is damaged ({damage.word}): {damage.detail}"
+            raise check.DataError(
+                f"{_few(self.archives)} holds no images: {members} members; {why}."
+            )
+        if holdout is not None and not len(self):
+            raise check.DataError(
+                f"{_few(self.archives)} has no images on the side {holdout!r} among its {images}."
+            )
+        if not len(self):
+            there = [name for name, _ in folders.most_common(10) if name]
+            raise check.DataError(
+                f"{_few(self.archives)} has no images of the split {split!r}: no path begins with "
+                f"that folder. Paths begin with: {', '.join(map(repr, there)) or 'no folder'}."
+            )
+
+    def _label(self, label: lb.Label, classes: Sequence[str] | None) -> None:
+        """Sets `classes`, and `_labels`: each archive's labels by folder, or by row."""
+        beside = lb.sidecar(label)
+        by_name = callable(label) or isinstance(label, re.Pattern)
+        self._label_is_by_folder = not (by_name or beside)
+        named: list[list[str | None]] = []
+        for archive, (index, chosen) in enumerate(zip(self._indexes, self._rows, strict=True)):
+            if label is None:
+                continue
+            rows = chosen.all()
+            if self._label_is_by_folder:
+                used = np.zeros(len(index.columns.folder_ends), bool)
+                used[index.columns.folder_ids[rows]] = True
+                of = lb.by_folder(label)  # type: ignore[arg-type]
+                every = zip(index.folders(), used.tolist(), strict=True)
+                named.append([of(folder) if use else None for folder, use in every])
+                continue
+            names: list[str | None] = [None] * len(index)
+            if beside is not None:
+                for row, name in self._read_sidecars(archive, rows, *beside):
+                    names[row] = name
+            else:
+                of = lb.by_name(label)  # type: ignore[arg-type]
+                for row in rows.tolist():
+                    names[row] = of(index.name(row))
+            named.append(names)
+        seen = {name for names in named for name in names if name is not None}
+        self.classes = (
+            lb.class_table(seen)
+            if classes is None
+            else lb.check_classes(classes, seen, _few(self.archives))
+        )
+        self._labels: list[np.ndarray | None] = [lb.number(n, self.classes) for n in named]
+        if label is None:
+            self._labels = [None] * len(self._indexes)
+
+    def _read_sidecars(
+        self, archive: int, rows: np.ndarray, extension: str, field: str
+    ) -> Iterator[tuple[int, str]]:
+        """The class of each image that has a member of its key and that extension beside it."""
+        index = self._indexes[archive]
+        others = np.flatnonzero(index.columns.kinds == scan.OTHER).tolist()
+        cut = ((row, lb.sidecar_key(index.name(row))) for row in others)
+        beside = {key: row for row, (key, ending) in cut if ending == extension}
+        found: dict[int, str] = {}
+        handle = self._handle(archive)
+        for row in sorted(beside.values()):  # in the archive's order
+            size, offset = int(index.columns.sizes[row]), int(index.columns.offsets[row])
+            where = f"{self.archives[archive]!r}, member {index.name(row)!r}"
+            if size > _MAX_SIDECAR:
+                raise check.DataError(f"{where} names no class: it has {size} bytes.")
+            found[row] = lb.read_sidecar(handle.pread(size, offset), field, where)
+        for row in rows.tolist():
+            at = beside.get(lb.sidecar_key(index.name(row))[0])
+            if at is not None:
+                yield row, found[at]
+
+    def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Archives and rows of these records, int64."""
+        if len(self._rows) == 1:
+            return np.zeros(len(records), np.int64), self._rows[0].rows(records)
+        archives = np.searchsorted(self._ends, records, "right")
+        rows = np.empty(len(records), np.int64)
+        for archive in np.unique(archives).tolist():
+            here = archives == archive
+            start = int(self._ends[archive - 1]) if archive else 0
+            rows[here] = self._rows[archive].rows(records[here] - start)
+        return archives, rows
+
+    def _find(self, i: int) -> tuple[int, int]:
+        """Archive and row of record `i`."""
+        n = len(self)
+        if not -n <= i < n:
+            raise IndexError(f"record {i} of {n}")
+        archives, rows = self._locate(np.array([i % n]))
+        return int(archives[0]), int(rows[0])
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def mode(self) -> str:
+        """How it is read: "random", "seekable" (slowly so), or "stream", well only in order."""
+        modes = {index.mode for index in self._indexes}
+        return next(mode for mode in ("stream", "seekable", "random") if mode in modes)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many records each archive holds, int64 [archives]."""
+        return np.diff(self._ends, prepend=0)
+
+    def read_many(self, records: Sequence[int] | np.ndarray) -> "Iterator[bytes | BadImage]":
+        """The bytes of these records in this order, or why one is no image.
+
+        Raises:
+          DataError: if an archive is not what it was when it was indexed.
+        """
+        archives, rows = self._locate(np.asarray(records, np.int64) % len(self))
+        if len(self.archives) > 1 and any(map(is_url, self.archives)):
+            yield from self._read_grouped(archives, rows)
+            return
+        at = 0
+        while at < len(rows):
+            archive, start = int(archives[at]), at
+            while at < len(rows) and archives[at] == archive:
+                at += 1
+            yield from self._read(archive, rows[start:at])
+
+    def _read_grouped(self, archives: np.ndarray, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
+        """The same, asking each archive for many at once: over a network that is what counts."""
+        for start in range(0, len(rows), _GROUP):
+            some = archives[start : start + _GROUP]
+            found: dict[int, bytes | BadImage] = {}
+            for archive in np.unique(some).tolist():
+                places = np.flatnonzero(some == archive)
+                data = self._read(archive, rows[start + places])
+                found |= zip(places.tolist(), data, strict=True)
+            yield from (found[place] for place in range(len(some)))
+
+    def _read(self, archive: int, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
+        index = self._indexes[archive]
+        sizes = index.columns.sizes[rows].tolist()
+        offsets = index.columns.offsets[rows].tolist()
+        handle = self._handle(archive)
+        kept = archive in self._files
+        if self._last is not None and self._last is not handle:
+            self._last.rest()
+        self._last = handle
+        try:
+            handle.check_unchanged(index.stamp)
+            fits = [(s, at) for s, at in zip(sizes, offsets, strict=True) if s <= _MAX_ENCODED]
+            read = handle.pread_many(fits)
+            for row, size in zip(rows.tolist(), sizes, strict=True):
+                if size > _MAX_ENCODED:
+                    problem = f"it has {size} bytes, more than the {_MAX_ENCODED} an image may have"
+                    yield BadImage(problem)
+                    continue
+                data = next(read)
+                if len(data) != size:
+                    raise check.DataError(
+                        f"{index.path!r} ends inside the member {index.name(row)!r}; it has been "
+                        "cut since it was indexed."
+                    )
+                yield data
+        finally:
+            if not kept:
+                handle.close()
+
+    _last: Archive | None = None  # the one read last
+
+    def _handle(self, archive: int) -> Archive:
+        handle = self._files.get(archive)
+        if handle is not None:
+            return handle
+        handle = open_archive(self.archives[archive])
+        with self._lock:
+            if archive in self._files:  # another thread was faster
+                handle.close()
+                return self._files[archive]
+            if len(self._files) < _MAX_OPEN:
+                self._files[archive] = handle
+        return handle
+
+    def _open_files(self) -> None:
+        self._files: dict[int, Archive] = {}
+        self._last = None
+        self._lock = threading.Lock()
+        # No earlier than when no thread can be reading: a closed descriptor's number may come to
+        # mean another file.
+        weakref.finalize(self, _close_all, self._files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_files", "_last", "_lock")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open_files()
+
+
+def _close_all(files: dict[int, Archive]) -> None:
+    while files:
+        files.popitem()[1].close()
+
+
+def _few(archives: list[str]) -> str:
+    more = f" (with {len(archives) - 1} more)" if len(archives) > 1 else ""
+    return f"{archives[0]!r}{more}"

@@ -1,0 +1,61 @@
+"""A tar's members one after the other, in constant memory, without an index."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jdl.data.tar import scan
+from jdl.data.tar.archive import Archive
+
+MAX_MEMBER = 1 << 28  # bytes; larger ones are passed over
+
+
+class Member(NamedTuple):
+    """One regular file.
+
+    Attributes:
+      name: in the archive, as text.
+      image: whether it is named as images are.
+      data: its bytes.
+    """
+
+    name: str
+    image: bool
+    data: bytes
+
+
+class MemberStream:
+    """The regular files of an archive, in its order; damage is noted and passed over.
+
+    Attributes:
+      damage: what has been found wrong so far.
+    """
+
+    def __init__(self, archive: Archive):
+        self._archive, self._walk = archive, scan.Walk(archive)
+        self._walk.many = 1  # each header as it comes, before what follows it is read
+        self.damage = self._walk.damage
+
+    def __iter__(self) -> Iterator[Member]:
+        walk = self._walk
+        for _ in walk.steps():
+            for (offsets, sizes, kinds, ids, _), base in zip(walk.parts, walk.bases, strict=True):
+                if not len(offsets):
+                    continue
+                folder = [*walk.folders][ids[0]]
+                name = scan.text(folder + b"/" + base if folder else base)
+                size, kind = int(sizes[0]), kinds[0]
+                if kind not in (scan.IMAGE, scan.OTHER):
+                    continue
+                if size > MAX_MEMBER:
+                    detail = f"it has {size} bytes, more than the {MAX_MEMBER} that are read"
+                    walk.note("damaged", int(offsets[0]), name.encode(), detail)
+                    continue
+                data = self._archive.pread(size, int(offsets[0]))
+                if len(data) < size:
+                    walk.size = self._archive.size
+                    walk.note_cut(int(offsets[0]) - 512, name.encode(), int(offsets[0]), size)
+                    continue
+                yield Member(name, bool(kind == scan.IMAGE), data)
+            walk.parts.clear()
+            walk.bases.clear()
+            walk.folders.clear()

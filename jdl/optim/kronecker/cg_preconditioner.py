@@ -1,0 +1,59 @@
+"""Kronecker factors as the preconditioner of Hessian-free optimization's conjugate gradients."""
+
+from typing import Any
+
+import jax
+
+from jdl.core import check
+from jdl.core.types import Key
+from jdl.optim.context import UpdateContext
+from jdl.optim.kronecker.factors import Kronecker, apply, init, refresh_inverses, refresh_moments
+from jdl.optim.kronecker.inverses import mesh_of
+from jdl.optim.kronecker.moments import CURVATURES, find_layers
+from jdl.optim.preconditioner import Inverse, Preconditioner
+
+
+def preconditioner(
+    curvature: str = "fisher", decay: float = 0.9, max_size: int = 4096, every: int = 1
+) -> Preconditioner:
+    """The factors for conjugate gradients: `hessian_free(preconditioner="kronecker")`.
+
+    The factors are refreshed, at one gradient of the curvature batch, and inverted with that step's
+    own λ; older inverses still precondition, only less well.
+
+    Args:
+      curvature: as for `kfac`.
+      decay: of the factors' running mean, in [0, 1).
+      max_size: a side with more coordinates has a diagonal factor, ≥ 1.
+      every: steps from one refresh to the next, ≥ 1.
+    """
+    check.one_of("curvature", curvature, CURVATURES)
+    check.in_range("decay", decay, 0.0, 1.0, open_high=True)
+    check.positive_int("max_size", max_size)
+    check.positive_int("every", every)
+
+    def step(
+        state: Kronecker,
+        here: UpdateContext,
+        product: Any,
+        damping: jax.Array,
+        count: jax.Array,
+        key: Key,
+        active: jax.Array,
+    ) -> tuple[Kronecker, Inverse]:
+        del product
+        objective = here.needed_objective("the layers' inputs and output gradients")
+        found = find_layers(objective, here.params)
+
+        def refreshed(state: Kronecker) -> Kronecker:
+            state = refresh_moments(objective, here.params, found, state, key, curvature, decay)
+            mesh = mesh_of(jax.tree.leaves(here.params)[0])
+            return refresh_inverses(found, state, damping, axis_name=objective.axis_name, mesh=mesh)
+
+        due = active & ((count % every == 0) | (state.refreshes == 0))
+        state = jax.lax.cond(due, refreshed, lambda state: state, state)
+        return state, lambda vector: apply(found, state, vector, damping)
+
+    return Preconditioner(
+        lambda params: init(params, max_size=max_size), step, gradients=1.0 / every
+    )

@@ -1,0 +1,109 @@
+"""Pictures of a GAN's samples: during training, at its end, interpolated, beside nearest images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jdl.recipes.pictures import tiles
+from jdl.train.hooks import Hook, StatefulHook
+from jdl.train.writers import Row
+
+if TYPE_CHECKING:
+    import jax
+
+    from jdl.core.types import Batch
+    from jdl.data import Batches
+    from jdl.models.gan import GAN
+    from jdl.train.estimator import Estimator
+
+COLUMNS = 12
+
+
+def samples_over_time(gan: "GAN", workdir: Path) -> StatefulHook:
+    """A hook that draws samples of one fixed noise at steps that double.
+
+    Args:
+      gan: the GAN.
+      workdir: its run directory; pictures are `samples/00000010.png` and so on.
+    """
+
+    def make(earlier: Sequence[Row]) -> Hook:
+        due = 1
+
+        def is_due(row: Row) -> bool:
+            nonlocal due
+            if row["split"] != "train" or row["step"] < due:
+                return False
+            due = 2 * row["step"]
+            return True
+
+        def hook(row: Any) -> None:
+            if is_due(row):
+                images = draw_from(gan, row.estimator, COLUMNS, seed=1)
+                tiles(images[None], workdir / "samples" / f"{row['step']:08d}.png")
+
+        for row in earlier:
+            is_due(row)
+        return hook
+
+    return StatefulHook(make, "train")
+
+
+def draw_samples(gan: "GAN", estimator: "Estimator", data: "Batches", workdir: Path) -> list[Path]:
+    """Writes `samples.png`, `samples_over_time.png`, `walk.png` and `nearest.png`."""
+    import jax
+
+    from jdl.models.gan import walk
+    from jdl.models.scores import nearest
+
+    images = draw_from(gan, estimator, 10 * COLUMNS, seed=2)
+    written = [tiles(images.reshape(10, COLUMNS, *images.shape[1:]), workdir / "samples.png")]
+    moments = sorted((workdir / "samples").glob("*.png"))
+    if moments:
+        written.append(_stack(moments, workdir / "samples_over_time.png"))
+    z = walk(jax.random.key(3), 8, COLUMNS, gan.latent)
+    between = _sample(gan, estimator, z.reshape(-1, gan.latent))
+    written.append(tiles(between.reshape(8, COLUMNS, *images.shape[1:]), workdir / "walk.png"))
+    table = np.concatenate([np.asarray(b["image"])[_kept(b)] for b in data.once()])
+    table = table / np.float32(255) if table.dtype == np.uint8 else table
+    some = images[:COLUMNS]
+    found = nearest(some, table)
+    written.append(tiles(np.stack([some, table[found.place]]), workdir / "nearest.png"))
+    return written
+
+
+def draw_from(gan: "GAN", estimator: "Estimator", count: int, seed: int) -> np.ndarray:
+    """Samples of the averaged generator, float32[count, H, W, C]."""
+    import jax
+
+    return _sample(gan, estimator, jax.random.normal(jax.random.key(seed), (count, gan.latent)))
+
+
+def _sample(gan: "GAN", estimator: "Estimator", z: "jax.Array") -> np.ndarray:
+    return np.asarray(gan.sample(estimator.ema_params, estimator.model_state, z))
+
+
+def _kept(batch: "Batch") -> np.ndarray | slice:
+    return np.asarray(batch["mask"]) > 0 if "mask" in batch else slice(None)
+
+
+def _stack(paths: list[Path], to: Path) -> Path:
+    """The pictures below each other, each with its step."""
+    from PIL import Image, ImageDraw
+
+    pictures = []
+    for path in paths:
+        with Image.open(path) as file:
+            pictures.append((path.stem, file.convert("RGB")))
+    margin = 60
+    widest = margin + max(p.width for _, p in pictures)
+    whole = Image.new("RGB", (widest, sum(p.height for _, p in pictures)), "white")
+    draw, y = ImageDraw.Draw(whole), 0
+    for name, picture in pictures:
+        draw.text((4, y + picture.height // 2 - 6), str(int(name)), fill="black")
+        whole.paste(picture, (margin, y))
+        y += picture.height
+    whole.save(to)
+    return to
