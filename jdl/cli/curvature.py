@@ -59,12 +59,13 @@ def run(args: Args) -> None:
     from jdl import curvature
     from jdl.cli import output
     from jdl.core import check
+    from jdl.core.files import write_atomically
     from jdl.core.objective import Objective
     from jdl.recipes.datasets import default_split
     from jdl.recipes.registry import recipe
     from jdl.recipes.run_config import RunConfig
     from jdl.train.step import scale_images
-    from jdl.train.writers import READ_ONLY, write_atomically
+    from jdl.train.writers import READ_ONLY
 
     for name in ("batch_size", "top", "steps", "probes", "max_products"):
         flag = "--" + name.replace("_", "-")
@@ -225,7 +226,7 @@ def _draw(path: Path, found: dict[str, Any], by_batch: Any) -> None:
     from matplotlib.figure import Figure
 
     from jdl.compare.drawing import INK, LINES, MUTED, STYLE
-    from jdl.train.writers import appearing
+    from jdl.core.files import atomic_file
 
     blue, orange = LINES[0], LINES[1]
     names = {
@@ -280,5 +281,5 @@ def _draw(path: Path, found: dict[str, Any], by_batch: Any) -> None:
             color=INK,
             fontsize=9.0,
         )
-        with appearing(path) as file:
+        with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=150)

@@ -21,7 +21,7 @@ def write(workdir: Path, config: Any, **more: Any) -> None:
     import tomli_w
 
     from jdl import __version__
-    from jdl.train.writers import write_atomically
+    from jdl.core.files import write_atomically
 
     table = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     write_atomically(workdir / FILE, tomli_w.dumps({"jdl": __version__, **more, **table}))
