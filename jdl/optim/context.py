@@ -213,7 +213,7 @@ def check_scale(name: str, value: Any) -> None:
 
 
 def hessian_product(value_fn: Callable[[Params], jax.Array], params: Params) -> Callable[..., Any]:
-    """V -> ∇²f(θ) v, forward over reverse, at the highest matmul precision.
+    """v -> ∇²f(θ) v, forward over reverse, at the highest matmul precision.
 
     On accelerators whose default multiplies in fewer bits, CG would lose conjugacy.
     """
