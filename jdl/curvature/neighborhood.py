@@ -2,8 +2,8 @@ r"""How far the loss rises within a small distance of the parameters.
 
     sharpness = max over ‖δ‖ ≤ ρ of f(θ + δ) − f(θ)
 
-found by projected gradient ascent from the gradient's own direction, and along the sharpest
-eigenvector where one is given; a lower bound of the maximum, as any ascent's.
+found by projected gradient ascent from the gradient's direction, or from an eigenvector where one is
+given. Like any ascent, it gives a lower bound of the maximum.
 """
 
 from typing import NamedTuple
@@ -18,11 +18,11 @@ class Sharpness(NamedTuple):
     """The rise of a loss near given parameters.
 
     Attributes:
-      rise: the greatest found.
-      first_step: that of ρ ∇f / ‖∇f‖, which SAM descends.
+      rise: the largest found.
+      first_step: that of δ = ρ ∇f / ‖∇f‖, which SAM uses.
       rho: ρ.
       value: f(θ).
-      evaluations: gradients and values taken, each a pass over the data.
+      evaluations: gradients and values computed, each a pass over the data.
     """
 
     rise: float
@@ -39,13 +39,13 @@ def sharpness(
     steps: int = 5,
     direction: np.ndarray | None = None,
 ) -> Sharpness:
-    """The greatest rise found within ‖δ‖ ≤ ρ.
+    """The largest rise found within ‖δ‖ ≤ ρ.
 
     Args:
-      landscape: the loss and where to look.
+      landscape: the loss and the parameters.
       rho: ρ > 0, in the parameters' units.
       steps: of ascent, ≥ 1.
-      direction: a vector [n] to try both ways first: the sharpest eigenvector.
+      direction: a vector [n] to try first, in both directions, such as the top eigenvector.
 
     >>> import jax.numpy as jnp
     >>> from jdl.core.objective import Objective
