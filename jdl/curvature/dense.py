@@ -45,12 +45,8 @@ def hessian(
     elif isinstance(of, Objective):
         found = _of_objective(of, params, chunk_size)
     else:  # compiled anew each time: what the function closes over may change
-        fun = of
-        found = jax.jit(
-            lambda params: _columns(
-                functools.partial(function_hvp, fun, params), params, chunk_size
-            )
-        )(params)
+        hvp = functools.partial(function_hvp, of)
+        found = jax.jit(lambda p: _columns(functools.partial(hvp, p), p, chunk_size))(params)
     matrix = np.asarray(found)
     return 0.5 * (matrix + matrix.T)
 

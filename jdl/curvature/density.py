@@ -11,8 +11,8 @@ Measured against matfree 0.6.3 (`funm.monte_carlo_funm_sym`, full reorthogonaliz
     mean of |λ|, 0.0596            0.0015 here, 0.0018 matfree
     mean of exp(−(λ/0.05)²), 0.489    0.009 here, 0.016 matfree
 
-The quadrature is the same; matfree's normal probes are not scaled to unit length. Its 0.13 s by the
-wall against 0.7 s come from one `jit` over all products, which an average over a data set cannot be.
+The quadrature is the same; matfree's normal probes are not scaled to unit length. It took 0.13 s
+against 0.7 s, as one `jit` made all products, which is impossible for an average over a data set.
 This one also returns nodes and weights, from which `smooth` draws the density.
 """
 

@@ -35,13 +35,11 @@ class Trace(NamedTuple):
       value: the estimate.
       error: its standard error.
       products: how many were made.
-      memory: bytes of the vectors held.
     """
 
     value: float
     error: float
     products: int
-    memory: int
 
 
 def trace(
@@ -87,4 +85,4 @@ def trace(
         z -= (q @ z) @ q
         rests.append(float(np.vdot(z, operator.product(z))))
     error = np.std(rests, ddof=1) / np.sqrt(len(rests))
-    return Trace(exact + float(np.mean(rests)), float(error), products, q.nbytes)
+    return Trace(exact + float(np.mean(rests)), float(error), products)

@@ -151,8 +151,7 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """The k eigenpairs at one end of the spectrum.
 
-    A repeated eigenvalue is found with its multiplicity unless it is close to the k-th; the module's
-    docstring says how.
+    A repeated eigenvalue is found with its multiplicity unless it is close to the k-th.
 
     Args:
       operator: see `operator`.

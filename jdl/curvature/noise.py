@@ -40,19 +40,17 @@ class NoiseScale(NamedTuple):
 
 
 def noise_scale(landscape: Landscape) -> NoiseScale:
-    """The noise scale from a landscape's batches, at least 3 of one size; a smaller last is left out.
+    """The noise scale from at least 3 batches of one size; a smaller last one is left out.
 
     Args:
       landscape: the loss and the parameters.
 
     >>> import jax.numpy as jnp
     >>> from jdl.core.objective import Objective
-    >>> predict = lambda w, batch: batch["x"] @ w
-    >>> loss = lambda outputs, batch: 0.5 * jnp.square(outputs - batch["y"])
+    >>> loss = lambda outputs, batch: (outputs - batch["x"][:, 0] - 1.0) ** 2
+    >>> make = lambda batch: Objective.from_fns(lambda w, batch: batch["x"] @ w, loss, batch)
     >>> x = np.random.default_rng(0).normal(size=(8, 16, 2)).astype(np.float32)
-    >>> batches = [{"x": each, "y": each[:, 0] + 1.0} for each in x]
-    >>> make = lambda batch: Objective.from_fns(predict, loss, batch)
-    >>> landscape = Landscape(make, batches, jnp.zeros(2))
+    >>> landscape = Landscape(make, [{"x": each} for each in x], jnp.zeros(2))
     >>> found = noise_scale(landscape)
     >>> found.batches, found.batch_size, found.low < found.value < found.high
     (8, 16.0, True)
