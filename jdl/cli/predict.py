@@ -38,7 +38,7 @@ def run(args: Args) -> None:
     from jdl.recipes.datasets import default_split
     from jdl.recipes.registry import recipe
     from jdl.recipes.run_config import RunConfig
-    from jdl.train.predictions import write_predictions
+    from jdl.train.predict import write_predictions
 
     check.argument(args.batch_size >= 1, "--batch-size", "at least 1", args.batch_size)
     config = RunConfig.load(args.workdir)

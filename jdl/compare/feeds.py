@@ -14,7 +14,7 @@ from jdl.core import check
 from jdl.core.model import as_model
 from jdl.core.types import Batch
 from jdl.train import parallel, step
-from jdl.train.clock import as_floats
+from jdl.train.step import as_floats
 
 EVALUATION_BATCH = 1024
 HELD_BYTES = 1 << 30  # larger evaluation data is read anew at each evaluation

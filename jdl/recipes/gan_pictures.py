@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jdl.recipes.pictures import tiles
-from jdl.train.hooks import Hook, Remembering
+from jdl.train.hooks import Hook, StatefulHook
 from jdl.train.writers import Row
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COLUMNS = 12
 
 
-def samples_over_time(gan: "GAN", workdir: Path) -> Remembering:
+def samples_over_time(gan: "GAN", workdir: Path) -> StatefulHook:
     """A hook that draws samples of one fixed noise at steps that double.
 
     Args:
@@ -48,7 +48,7 @@ def samples_over_time(gan: "GAN", workdir: Path) -> Remembering:
             is_due(row)
         return hook
 
-    return Remembering(make, "train")
+    return StatefulHook(make, "train")
 
 
 def draw_samples(gan: "GAN", estimator: "Estimator", data: "Batches", workdir: Path) -> list[Path]:

@@ -37,6 +37,7 @@ from jdl.train.boltzmann import momentum_switch, pretrain, slower_layers
 from jdl.train.boltzmann import rbm as rbm_estimator
 
 CASES: dict[str, Any] = {}
+SHARE = 1.0  # of the steps; less only tries whether a case runs
 
 
 class Row(NamedTuple):
@@ -72,6 +73,10 @@ class Clock:
     def __exit__(self, *_):
         self.cpu += (time.process_time() - self._start[0]) / 2
         self.wall += time.perf_counter() - self._start[1]
+
+
+def steps_of(full):
+    return max(2, round(SHARE * full))
 
 
 def case(name):
@@ -120,7 +125,7 @@ def classified(data, model, optimizer, steps, seed, *, batch_size=100, x=None, y
 
 @case("mlp")
 def mlp(data, seed):
-    steps = 18_000
+    steps = steps_of(18_000)
     rate = optax.cosine_decay_schedule(1e-3, steps)
     net = MLP(widths=(1000, 1000), dropout=0.5)
     error, clock = classified(data, net, optax.adam(rate), steps, seed)
@@ -129,7 +134,7 @@ def mlp(data, seed):
 
 @case("cnn")
 def cnn(data, seed):
-    steps = 3600
+    steps = steps_of(3600)
     rate = optax.cosine_onecycle_schedule(steps, 3e-3, pct_start=0.2)
     net = CNN(blocks=(Block(filters=16), Block(filters=32)), units=128)
     error, clock = classified(data, net, optax.adam(rate), steps, seed)
@@ -139,7 +144,7 @@ def cnn(data, seed):
 @case("cnn-shift")
 def cnn_shift(data, seed):
     """The same network trained longer, on images shifted by up to two pixels in each direction."""
-    steps = 12_000
+    steps = steps_of(12_000)
     rate = optax.cosine_onecycle_schedule(steps, 3e-3, pct_start=0.2)
     net = RandomShift(CNN(blocks=(Block(filters=16), Block(filters=32)), units=128), by=2)
     error, clock = classified(data, net, optax.adam(rate), steps, seed)
@@ -174,7 +179,7 @@ def trained_rbm(data, seed, optimizer, epochs, batch_size=100, cost=2e-4, **opti
     clock = Clock()
     with clock:
         estimator = rbm_estimator(rbm, optimizer, cost=cost, seed=seed, log_every=1000)
-        steps = epochs * len(x) // batch_size
+        steps = steps_of(epochs * len(x) // batch_size)
         estimator.train(batches(x, batch_size=batch_size, seed=seed), steps=steps)
     return rbm, estimator.params, clock
 
@@ -186,7 +191,7 @@ def rbm_exact(data, seed):
     clock = Clock()
     with clock:
         estimator = rbm_estimator(rbm, momentum_switch(0.5, after=300), seed=seed, log_every=1000)
-        estimator.train(batches(x, seed=seed), steps=1000)
+        estimator.train(batches(x, seed=seed), steps=steps_of(1000))
     base = log_odds(x.mean(0))(None, (784,))
     found = rbm_likelihood.annealed_log_z(
         rbm, estimator.params, jax.random.key(seed), base_bias=base
@@ -279,7 +284,7 @@ def rbm_sklearn(data, seed):
 def autoencoder(data, seed):
     from sklearn.decomposition import PCA
 
-    steps = 9000
+    steps = steps_of(9000)
     rate = optax.cosine_decay_schedule(1e-3, steps)
     net = Autoencoder(activation="relu", kernel_init=jax.nn.initializers.he_normal())
     clock = Clock()
@@ -299,7 +304,7 @@ def autoencoder(data, seed):
 
 @case("denoising")
 def denoiser(data, seed):
-    steps = 6000
+    steps = steps_of(6000)
     rate = optax.cosine_decay_schedule(1e-3, steps)
     net = Autoencoder(widths=(1000, 500), activation="relu", code_activation="relu")
     clock = Clock()
@@ -328,7 +333,7 @@ def stacked(x, widths, steps, seed):
         params = pretrain(
             dbn,
             batches(x, seed=seed),
-            steps=steps,
+            steps=tuple(map(steps_of, steps)),
             optimizer=lambda i: momentum_switch(0.1, after=600),
             seed=seed,
             log_every=1000,
@@ -340,7 +345,7 @@ def stacked(x, widths, steps, seed):
 def dbn(data, seed):
     dbn, params, before = stacked(data.x, (500, 500, 2000), (18_000, 14_400, 9000), seed)
     net, start = dbn.unrolled_mlp(params, 10)
-    steps = 12_000
+    steps = steps_of(12_000)
     adam = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
     tuned = optax.chain(adam, slower_layers(GENTLE))
     error, clock = classified(data, starting_at(net, start), tuned, steps, seed)
@@ -356,7 +361,7 @@ def dbn_few_labels(data, seed):
     x, y = data.x[some], data.y[some]
     dbn, params, before = stacked(data.x, (500, 500, 500), (4800, 3000, 3000), seed)
     net, start = dbn.unrolled_mlp(params, 10)
-    net, steps = net.clone(dropout=0.3), 2000
+    net, steps = net.clone(dropout=0.3), steps_of(2000)
 
     def error(model, optimizer):
         return classified(data, model, optimizer, steps, seed, batch_size=50, x=x, y=y)
@@ -388,7 +393,7 @@ def dbn_few_labels(data, seed):
 def adding(data, seed):
     """Hochreiter and Schmidhuber's problem at T = 100; always answering 1 costs 0.167."""
     del data
-    steps = 1500
+    steps = steps_of(1500)
     x, y = sequences.adding(50 * steps, 100, np.random.default_rng(seed))
     held, sums = sequences.adding(2000, 100, np.random.default_rng(1000 + seed))
     net = RNN(num_outputs=1, hidden=128, cell="gru")
@@ -470,16 +475,16 @@ def hf_rnn(data, seed):
         return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate, 0.9))
 
     for problem in ("adding", "order"):
-        reached, clock = solving(problem, hf, 1000, seed)(100, until=0.995)
+        reached, clock = solving(problem, hf, 1000, seed)(steps_of(100), until=0.995)
         told = []
         for name, make, rates in (
             ("SGD", sgd, (1e-1, 1e-2, 1e-3)),
             ("momentum, clipped", momentum, (1e-2, 1e-3)),
         ):
             trains = [solving(problem, partial(make, rate), 100, seed) for rate in rates]
-            shares = [train(12_000)[0] for train in trains]
+            shares = [train(steps_of(12_000))[0] for train in trains]
             best = int(np.argmax(shares))
-            share, long = trains[best](24_000)
+            share, long = trains[best](steps_of(24_000))
             told.append(
                 f"{name} {shares[best]:.3f}, after 36,000 steps {share:.3f} in {long.cpu:.0f} s"
             )
@@ -498,7 +503,7 @@ def recursive(data, seed):
     words, classes = trees.vocabulary(train), ("0", "1")
     inputs = ("word", "children", "schedule")
     packed, held = (trees.pack(some, words, classes) for some in (train, test))
-    steps, rows = 3000, []
+    steps, rows = steps_of(3000), []
     for kind in ("nary", "child_sum"):
         net = TreeLSTM(num_outputs=2, vocabulary=len(words) + 2, hidden=48, kind=kind)
         clock = Clock()
@@ -545,7 +550,7 @@ def judge(data):
     if not JUDGES:
         net = CNN(blocks=(Block(filters=16), Block(filters=32)), units=128)
         estimator = jdl.classifier(net, "adam", seed=0, log_every=1000)
-        estimator.train(batches(data.x, data.y), steps=1800)
+        estimator.train(batches(data.x, data.y), steps=steps_of(1800))
         scale = scores.calibration(net, estimator.params, data.x[:10_000], data.test_x)
         JUDGES.append((net, estimator.params, scale))
     return JUDGES[0]
@@ -555,7 +560,7 @@ def judge(data):
 def gan(data, seed):
     """10,000 samples of the averaged generator, without labels, against 10,000 test images."""
     cnn, params, scale = judge(data)
-    steps = 6000
+    steps = steps_of(6000)
     net = GAN.of_shape((28, 28, 1))
     clock = Clock()
     with clock:
@@ -624,7 +629,10 @@ def main():
     parser.add_argument("--only", help=f"some of {','.join(CASES)}")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try the script")
     args = parser.parse_args()
+    global SHARE
+    SHARE = args.share
     wanted = args.only.split(",") if args.only else list(CASES)
     for name in wanted:
         jdl.core.check.one_of("--only", name, CASES)

@@ -9,7 +9,7 @@ two otherwise idle cores: from half the CPU time of all threads and workers, or 
 thread's CPU time if that is more.
 
 webdataset needs torch; if both are installed in another environment, set JDL_PEERS_PYTHON to its
-interpreter.
+interpreter. JDL_BENCH_SHARE=0.01 tries the script on a hundredth of the data.
 """
 
 import argparse
@@ -32,9 +32,15 @@ from typing import Any
 import numpy as np
 
 SIZE, BATCH, CORES = 128, 64, 2
-SETS = {"500x375": (375, 500, 4000), "250x250": (250, 250, 8000)}
+SHARE = float(os.environ.get("JDL_BENCH_SHARE", "1"))
+SETS = {
+    "500x375": (375, 500, round(SHARE * 4000)),
+    "250x250": (250, 250, round(SHARE * 8000)),
+}
+MEMBERS = round(SHARE * 300_000)  # of the tar whose index is timed
 PEERS = {"webdataset, one tar", "webdataset, two shards"}
 ROOT = Path(os.environ.get("JDL_BENCH_DIR") or Path(tempfile.gettempdir()) / "jdl-bench-data")
+ROOT /= "whole" if SHARE == 1 else f"share-{SHARE:g}"
 
 # ---------------------------------------------------------------------- the sets
 
@@ -325,11 +331,11 @@ def elsewhere(arguments: list[str], peer: bool = False) -> Any:
 
 
 def index(rounds: int) -> None:
-    path = ROOT / "300k.tar"
+    path = ROOT / "members.tar"
     if not path.exists():
         rng = np.random.default_rng(0)
         data = rng.bytes(400)
-        write_tar(path, ((f"train/{i % 1000}/{i:06d}.jpg", data) for i in range(300_000)))
+        write_tar(path, ((f"train/{i % 1000}/{i:06d}.jpg", data) for i in range(MEMBERS)))
     path.read_bytes()  # warm
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
@@ -340,7 +346,7 @@ def index(rounds: int) -> None:
         end = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
         times.setdefault("GNU tar -t", []).append(cpu)
-    print(f"\nindex of 300,000 members, seconds of processor time, median of {rounds}")
+    print(f"\nindex of {MEMBERS:,} members, seconds of processor time, median of {rounds}")
     for what, seconds in times.items():
         print(f"  {what:12} {statistics.median(seconds):.3f}")
 
@@ -352,12 +358,12 @@ def run_index(what: str, path: str) -> dict[str, float]:
         tar_index.open_index(path)
     start = time.process_time()
     if what == "scan":
-        assert len(tar_index.open_index(path, keep=False)) == 300_000
+        assert len(tar_index.open_index(path, keep=False)) == MEMBERS
     elif what == "open":
         assert tar_index.open_index(path).file
     else:
         with tarfile.open(path) as tar:
-            assert sum(1 for _ in tar) == 300_000
+            assert sum(1 for _ in tar) == MEMBERS
     seconds = time.process_time() - start
     Path(path + tar_index.SUFFIX).unlink(missing_ok=True)
     return {"seconds": seconds}
@@ -394,7 +400,7 @@ def memory() -> None:
         path = ROOT / f"memory-{copies}.tar"
         if not path.exists():
             data = members(str(one))
-            few = data[: next(i for i in range(len(data)) if sum(map(len, data[:i])) > 1e8)]
+            few = data[: next(i for i in range(len(data)) if sum(map(len, data[:i])) > SHARE * 1e8)]
             several = itertools.chain.from_iterable([few] * copies)
             write_tar(path, ((f"a/{i:06d}.jpg", d) for i, d in enumerate(several)))
         peaks[what] = elsewhere(["memory", str(path)])["peak"]

@@ -1,4 +1,4 @@
-"""Seconds from `jdl train` to its first step: cold, hand-written, and with a warm compilation cache.
+"""Seconds from `jdl train` to its first step: cold, hand-written, with a filled compilation cache.
 
     make bench-start
 

@@ -38,8 +38,11 @@ def our_loop(module, images, labels, batch_size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try the script")
+    args = parser.parse_args()
+    rounds = args.rounds
     for name, (make, shape, batch_size, steps) in CASES.items():
+        steps = max(2, round(args.share * steps))
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (16 * batch_size, *shape), dtype=np.uint8)
         labels = rng.integers(0, 10, 16 * batch_size).astype(np.int32)

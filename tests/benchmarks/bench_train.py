@@ -247,7 +247,7 @@ def main():
     args = parser.parse_args()
     if "small" in args.parts:
         compilations()
-        overhead(args.rounds, 2000)
+        overhead(args.rounds, 2000 if args.rounds > 1 else 20)
         checkpoint_cost("MLP 784-256-10, batch 128", SMALL, 100, args.rounds)
     if "cnn" in args.parts:
         against_peers(args.rounds, args.steps)
