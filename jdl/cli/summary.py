@@ -60,7 +60,7 @@ def run(args: Args) -> None:
         what = model
     if recipe(model).data == "trees":
         raise check.UserError(f"jdl summary counts what images take; {model} reads trees.")
-    net = recipe(model).build(shape, classes)
+    net: Any = recipe(model).build(shape, classes)
     net = getattr(net, "model", net)  # a GAN's two nets
     found = summarize(net, jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32)))
     if args.as_json:

@@ -11,10 +11,12 @@ import optax
 
 from jdl import metrics
 from jdl.core import check, tree
-from jdl.core.types import Params
+from jdl.core.model import ModelLike
+from jdl.core.types import Batch, Outputs, Params
 from jdl.models.dbn import DBN
 from jdl.models.rbm import RBM, contrastive_divergence, sparse_divergence
 from jdl.train.estimator import Estimator
+from jdl.train.feed import Data
 
 
 class Momentum(NamedTuple):
@@ -102,7 +104,7 @@ def slower_layers(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def rbm(
-    model: Any,
+    model: ModelLike,
     optimizer: str | optax.GradientTransformation | None = None,
     *,
     sparsity: tuple[float, float] | None = None,
@@ -127,11 +129,11 @@ def rbm(
     loss = contrastive_divergence if sparsity is None else sparse_divergence(*sparsity)
 
     @metrics.direction("min")
-    def squared_error(outputs: Any, batch: Any) -> jax.Array:
+    def squared_error(outputs: Outputs, batch: Batch) -> jax.Array:
         return metrics.sum_squared_error(outputs.visible, batch, target="image")
 
     @metrics.direction("max")
-    def accuracy(outputs: Any, batch: Any) -> jax.Array:
+    def accuracy(outputs: Outputs, batch: Batch) -> jax.Array:
         return metrics.accuracy(outputs.classes, batch)
 
     measures = {"free_energy": lambda outputs, batch: outputs.positive}
@@ -151,7 +153,7 @@ def rbm(
 
 def pretrain(
     dbn: DBN,
-    data: Any,
+    data: Data,
     *,
     steps: int | Sequence[int],
     optimizer: Callable[[int], Any] | None = None,

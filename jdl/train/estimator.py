@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jdl.core import check
-from jdl.core.model import Model, as_model, with_compute_dtype, with_remat
+from jdl.core.model import Model, ModelLike, as_model, with_compute_dtype, with_remat
 from jdl.core.types import Batch, Loss, Metric, Mode, ModelState, Outputs, Params
 from jdl.optim import registry
 from jdl.train.compiled import CompiledSteps, Step
@@ -100,7 +100,7 @@ class Estimator:
 
     def __init__(
         self,
-        model: Model | Any,
+        model: ModelLike,
         loss: Loss,
         optimizer: str | optax.GradientTransformation,
         *,
@@ -415,7 +415,7 @@ class Estimator:
 
 
 def _check(
-    loss: Any,
+    loss: Loss,
     microbatches: int,
     log_every: int,
     save_every: int | None,
@@ -446,7 +446,7 @@ def _check(
     )
 
 
-def _prepared_model(model: Any, compute_dtype: str | None, remat: bool) -> Model:
+def _prepared_model(model: ModelLike, compute_dtype: str | None, remat: bool) -> Model:
     """The model's pure functions, in the compute dtype and with rematerialization if asked for."""
     prepared = as_model(model)
     if compute_dtype is not None:

@@ -129,7 +129,7 @@ _RECORD = "record number"
 class _Numbered:
     """One pass of a data set, each example with the number of its record."""
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Data):
         self._data = opened(data)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core.jaxpr import as_function, scans
-from jdl.core.model import as_model
+from jdl.core.model import ModelLike, as_model
 from jdl.core.types import PyTree
 
 
@@ -48,7 +48,7 @@ class Summary(NamedTuple):
     gradient_flops: float | None
 
 
-def summarize(model: Any, *inputs: Any) -> Summary:
+def summarize(model: ModelLike, *inputs: Any) -> Summary:
     """The summary of a model; its parameters are not made.
 
     Args:
