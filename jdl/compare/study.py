@@ -221,7 +221,7 @@ class Study:
                 found.append((entry.name, entry, ""))
             value = self._tune(problem, entry, held)
             tuned = None if value is None else entry.tuned(value)
-            words = "" if tuned else f"None of {self.tuning.trials} tuning trials ran to its end."
+            words = "" if tuned else f"None of {self.tuning.trials} tuning trials came to its end."
             found.append((entry.name + TUNED, tuned, words))
         return found
 
