@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdl.core import check
-from jdl.recipes import config_file
+from jdl.recipes import config_toml
 from jdl.recipes.datasets import open_images
 from jdl.recipes.registry import recipe
 
@@ -64,31 +64,31 @@ class RunConfig:
         """
         from jdl.train.checkpoint import begun
 
-        exists = (workdir / config_file.FILE).exists()
+        exists = (workdir / config_toml.FILE).exists()
         if begun(workdir) and not exists:
             raise check.UserError(
                 f"{workdir} holds a run that `jdl train` did not make: it has no "
-                f"{config_file.FILE}. Choose another --workdir, or continue it in Python."
+                f"{config_toml.FILE}. Choose another --workdir, or continue it in Python."
             )
         if exists:
             before = RunConfig.load(workdir)  # also refuses to replace another program's file
             if begun(workdir):
-                config_file.check_same(workdir, self, before, MAY_CHANGE)
-        config_file.write(workdir, self, **{COMMAND: dict(command)})
+                config_toml.check_same(workdir, self, before, MAY_CHANGE)
+        config_toml.write(workdir, self, **{COMMAND: dict(command)})
 
     @classmethod
     def load(cls, workdir: Path) -> "RunConfig":
         """The settings of the run in that directory."""
-        table = config_file.read(workdir)
+        table = config_toml.read(workdir)
         if table is None:
             hint = ""
             if (workdir / "checkpoints").is_dir():
                 hint = " It was made in Python, where an Estimator with this workdir continues it."
             raise check.UserError(
-                f"{workdir} is not a run directory of `jdl train`: it has no {config_file.FILE}."
+                f"{workdir} is not a run directory of `jdl train`: it has no {config_toml.FILE}."
                 + hint
             )
-        return config_file.parse(cls, table, workdir)
+        return config_toml.parse(cls, table, workdir)
 
     def build_model(self) -> "Net":
         """The model of these settings."""
