@@ -4,8 +4,8 @@ The pictures that --what can ask for:
   maps        the activations of a layer's channels on IMAGE, strongest first
   grad-cam    where in IMAGE a layer finds evidence for a class
   saliency    which pixels of IMAGE change a class's score
-  preferred   for each channel, the picture that excites it most, found from noise
-  exciting    for each channel, the images of --data that excite it most
+  preferred   for each channel, a picture that excites it most, from noise
+  exciting    for each channel, images of --data that excite it most
 
 MODEL is vgg16 or squeezenet (pip install 'jax-jdl[vision]'), a .safetensors file of torchvision's
 or timm's VGG-16, VGG-19, SqueezeNet or ResNet-50, or a run directory of `jdl train`.
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from jdl.cli import options, output
+from jdl.core import check
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +65,6 @@ class Args:
 def run(args: Args) -> None:
     """Draws the picture; the file appears only when it is complete."""
     from jdl.cli.networks import open_network
-    from jdl.core import check
     from jdl.vision import images
 
     images.check_out(args.out)
@@ -85,8 +85,6 @@ def run(args: Args) -> None:
 
 
 def _channels(args: Args) -> list[int] | None:
-    from jdl.core import check
-
     if args.channels is None:
         return None
     parts = [part.strip() for part in args.channels.split(",")]
@@ -140,7 +138,6 @@ def _preferred(
 def _exciting(
     args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None"
 ) -> "np.ndarray":
-    from jdl.core import check
     from jdl.recipes.datasets import default_split, open_images
     from jdl.vision import activations, images
 

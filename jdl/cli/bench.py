@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from jdl.cli import options
+from jdl.core import check
 
 # what -> the module whose `measure` measures it
 BENCHES = {
@@ -41,8 +42,6 @@ class Args:
 
 def run(args: Args) -> None:
     """Measures, and prints a table or JSON."""
-    from jdl.core import check
-
     what = check.one_of("WHAT", args.what, BENCHES)
     options.check_positive(args, "batch_size")
     check.in_range("--seconds", args.seconds, 0.0, 3600.0, open_low=True)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jdl.cli import options, output
+from jdl.core import check
 
 if TYPE_CHECKING:
     from jdl.compare import Entry, Event, Problem, Results, Tuning
@@ -71,7 +72,6 @@ class Args:
 def run(args: Args) -> None:
     """Runs the trials, prints the tables, writes the report."""
     from jdl.compare import Tuning, load_results
-    from jdl.core import check
     from jdl.optim import registry
 
     if args.report:
@@ -104,16 +104,12 @@ def run(args: Args) -> None:
 
 
 def _listed(option: str, text: str) -> list[str]:
-    from jdl.core import check
-
     names = [name for name in text.replace(" ", "").split(",") if name]
     check.argument(bool(names), option, "names separated by commas", text)
     return names
 
 
 def _share(text: str) -> tuple[int, int]:
-    from jdl.core import check
-
     parts = text.split("/")
     ok = len(parts) == 2 and all(part.isdecimal() for part in parts)
     ok = ok and 1 <= int(parts[0]) <= int(parts[1])
@@ -124,7 +120,6 @@ def _share(text: str) -> tuple[int, int]:
 def _named_problems(args: Args) -> "tuple[list[Problem], list[str]]":
     """The problems that can be made, and the errors of the others."""
     from jdl.compare import CATALOGUE, by_name
-    from jdl.core import check
 
     names = _listed("--problem", args.problem)
     for name in names:
@@ -146,7 +141,6 @@ def _named_problems(args: Args) -> "tuple[list[Problem], list[str]]":
 def _problem(args: Args) -> "Problem":
     """The problem of `--model` and `--data`."""
     from jdl.compare import digits_cnn, tar_problem
-    from jdl.core import check
     from jdl.data import resolve
     from jdl.recipes.datasets import parse_size
     from jdl.recipes.registry import RECIPES, recipe

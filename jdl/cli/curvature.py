@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jdl.cli import options, output
+from jdl.core import check
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +63,6 @@ class Args:
 
 def run(args: Args) -> None:
     """Prints the numbers, writes them and the picture."""
-    from jdl.core import check
     from jdl.recipes.registry import recipe
 
     started = time.perf_counter()

@@ -12,6 +12,8 @@ Examples:
 from dataclasses import dataclass
 from pathlib import Path
 
+from jdl.core import check
+
 
 @dataclass
 class Args:
@@ -27,7 +29,6 @@ def run(args: Args) -> None:
     """Runs the study on the digits."""
     from jdl.cli import compare, index
     from jdl.compare import digits_cnn, named
-    from jdl.core import check
 
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     index.run(index.Args("digits"))

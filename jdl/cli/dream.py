@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from jdl.cli import options, output
+from jdl.core import check
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +78,6 @@ class Args:
 
 def run(args: Args) -> None:
     """Writes the picture; the file appears only when it is complete."""
-    from jdl.core import check
     from jdl.vision import images
 
     from_class = args.wanted is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jdl.cli import options, output
+from jdl.core import check
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +42,6 @@ class Args:
 def run(args: Args) -> None:
     """Prints the numbers."""
     from jdl import metrics
-    from jdl.core import check
     from jdl.recipes.registry import recipe
 
     opened = options.open_run(args, "test")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from jdl.core import check
+
 if TYPE_CHECKING:
     from jdl.data import Batches
     from jdl.recipes.run_config import RunConfig
@@ -44,8 +46,6 @@ Longest = Annotated[
 
 def check_positive(args: Any, *names: str) -> None:
     """Raises unless each of these options is at least 1, or None."""
-    from jdl.core import check
-
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdl.cli import options
+from jdl.core import check
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +39,6 @@ class Args:
 
 def run(args: Args) -> None:
     """Writes the predictions; the file appears only when it is complete."""
-    from jdl.core import check
     from jdl.recipes.registry import recipe
     from jdl.train.predictions import write_predictions
 

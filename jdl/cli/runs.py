@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jdl.cli import options, output
+from jdl.core import check
 
 LOG = "metrics.jsonl"
 SPLITS = {"all of train": "train", "train": "batch"}  # a log's `train` rows are single batches
@@ -40,8 +41,6 @@ class Args:
 
 def run(args: Args) -> None:
     """Reads the logs, and prints a table or one JSON object for each run."""
-    from jdl.core import check
-
     check.argument(
         args.folder.is_dir(),
         "DIR",
@@ -157,8 +156,6 @@ def _direction(name: str, found: list[dict[str, Any]]) -> str | None:
 
 def _column(wanted: str, known: set[str]) -> str:
     """The metric of that name; without a split, the first split that has it, test before others."""
-    from jdl.core import check
-
     splits = ("test", "validation", "train", "batch")
     for name in (wanted, *(f"{split}_{wanted}" for split in splits)):
         if name in known:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from jdl.cli import options
+from jdl.core import check
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,7 +150,6 @@ def run(args: Transfer | Train | Apply) -> None:
 
 def _transfer(args: Transfer) -> None:
     from jdl.cli.progress import StepProgress
-    from jdl.core import check
     from jdl.optim import registry
     from jdl.vision import images, pretrained, style
 
@@ -203,7 +203,6 @@ def _transfer(args: Transfer) -> None:
 
 def _train(args: Train) -> None:
     from jdl.cli.progress import StepProgress
-    from jdl.core import check
     from jdl.data import from_tar, resolve
     from jdl.train.plot import draw
     from jdl.vision import images, painter, pretrained
@@ -311,8 +310,6 @@ def _apply(args: Apply) -> None:
 
 def _folder(source: Path, out: Path, paint: Callable[[Path, Path], None]) -> None:
     """Paints all images of a folder; one that cannot be read does not stop the others."""
-    from jdl.core import check
-
     check.argument(not out.is_file(), "--out", "a folder, as the source is one", str(out))
     check.argument(out.resolve() != source.resolve(), "--out", "another folder", str(out))
     found = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -339,8 +336,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _shares(mix: Sequence[str]) -> dict[str, float] | None:
     """Style -> share of `NAME` and `NAME:SHARE`."""
-    from jdl.core import check
-
     shares: dict[str, float] = {}
     for part in mix:
         name, _, share = part.partition(":")

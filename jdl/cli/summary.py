@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from jdl.cli import options, output
+from jdl.core import check
 
 if TYPE_CHECKING:
     from jdl.train.summary import Summary
@@ -41,7 +42,6 @@ def run(args: Args) -> None:
     import jax
     import numpy as np
 
-    from jdl.core import check
     from jdl.recipes.datasets import parse_size
     from jdl.recipes.registry import RECIPES, recipe
     from jdl.recipes.run_config import RunConfig

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import tyro
 
 from jdl.cli import options
+from jdl.core import check
 
 if TYPE_CHECKING:
     from jdl.data import Batches
@@ -130,7 +131,6 @@ def run(args: Args) -> None:
 
 def _job(args: Args) -> _Job:
     """Opens the data and fills in the defaults."""
-    from jdl.core import check
     from jdl.optim import registry
     from jdl.recipes.datasets import default_split, input_shape, open_images, parse_size
     from jdl.recipes.registry import recipe

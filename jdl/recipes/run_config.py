@@ -3,18 +3,18 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jdl.core import check
+from jdl.core.model import Model
+from jdl.data import Batches
+from jdl.optim import registry
 from jdl.recipes import config_toml
 from jdl.recipes.datasets import open_images
-from jdl.recipes.registry import recipe
-
-if TYPE_CHECKING:
-    from jdl.core.model import Model
-    from jdl.data import Batches
-    from jdl.recipes.registry import Net
-    from jdl.train.estimator import Estimator
+from jdl.recipes.registry import Net, recipe
+from jdl.train import premade
+from jdl.train.checkpoint import begun
+from jdl.train.estimator import Estimator
 
 COMMAND = "command"  # the file's table of resolved flags, which `jdl train --config` reads
 MAY_CHANGE = ("on_error",)  # when a run is continued
@@ -62,8 +62,6 @@ class RunConfig:
           workdir: the run directory.
           command: the resolved flags, from which `jdl train --config` starts such a run anew.
         """
-        from jdl.train.checkpoint import begun
-
         exists = (workdir / config_toml.FILE).exists()
         if begun(workdir) and not exists:
             raise check.UserError(
@@ -90,7 +88,7 @@ class RunConfig:
             )
         return config_toml.parse(cls, table, workdir)
 
-    def build_model(self) -> "Net":
+    def build_model(self) -> Net:
         """The model of these settings."""
         return recipe(self.model).build(self.image_shape, len(self.classes))
 
@@ -98,9 +96,9 @@ class RunConfig:
         self,
         workdir: Path,
         hooks: Sequence[Callable[..., None]] = (),
-        model: "Net | Model | None" = None,
+        model: Net | Model | None = None,
         **options: Any,
-    ) -> "Estimator":
+    ) -> Estimator:
         """The Estimator of these settings.
 
         Args:
@@ -109,9 +107,6 @@ class RunConfig:
           model: one that the recipe has prepared; by default `build_model()`.
           **options: further ones of `Estimator`.
         """
-        from jdl.optim import registry
-        from jdl.train import premade
-
         chosen = recipe(self.model)
         premades = {"classifier": premade.classifier, "autoencoder": premade.autoencoder}
         make = chosen.estimator or premades[chosen.kind]
@@ -131,7 +126,7 @@ class RunConfig:
 
     def images(
         self, data: str, split: str | None, *, labelled: bool = True, **options: Any
-    ) -> "Batches":
+    ) -> Batches:
         """Data with the run's image size and classes, cropped in the center if it was cropped.
 
         Args:

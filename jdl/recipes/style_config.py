@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jdl.core import check
 from jdl.recipes import config_toml
+from jdl.train.checkpoint import begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,6 @@ class StyleConfig:
 
     def save(self, workdir: Path) -> None:
         """Writes the settings; raises where the directory holds a run with other settings."""
-        from jdl.train.checkpoint import begun
-
         if begun(workdir):
             config_toml.check_same(workdir, self, StyleConfig.load(workdir))
         config_toml.write(workdir, self, model="style")
