@@ -20,10 +20,10 @@ ARROWS = {
     "curvature": {"core"},
     "data": {"core"},
     "solvers": {"core", "optim"},
-    "train": {"core", "losses", "metrics", "models", "optim", "curvature"},
+    "train": {"core", "losses", "metrics", "models", "optim"},
     "recipes": {"core", "models", "optim", "data", "train"},
     "vision": {"core", "metrics", "models", "optim", "data", "train", "recipes"},
-    "compare": {"core", "losses", "metrics", "models", "optim", "data", "train", "recipes"},
+    "compare": {"core", "losses", "metrics", "models", "optim", "data", "train"},
 }
 
 
@@ -49,8 +49,10 @@ def imports(path: Path) -> set[str]:
             assert node.module
             assert not node.level, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Constant) and node.value in MODULES:
-            names.add(node.value)  # importlib.import_module("jdl.…"), a table for `__getattr__`
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {ast.literal_eval(x) for x in node.args if isinstance(x, ast.Constant)}
+        elif isinstance(node, ast.Dict):  # a table for a lazy `__getattr__`
+            names |= {x.value for x in node.values if getattr(x, "value", None) in MODULES}
     return names
 
 

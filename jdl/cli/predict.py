@@ -40,7 +40,7 @@ class Args:
 def run(args: Args) -> None:
     """Writes the predictions; the file appears only when it is complete."""
     from jdl.recipes.registry import recipe
-    from jdl.train.predictions import write_predictions
+    from jdl.train.predict import write_predictions
 
     config, _, _, images = options.open_run(args, "test", labelled=False)
     kind = recipe(config.model).kind

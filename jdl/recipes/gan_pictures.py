@@ -13,13 +13,13 @@ from jdl.models.gan import GAN, walk
 from jdl.models.scores import nearest
 from jdl.recipes.pictures import tiles
 from jdl.train.estimator import Estimator
-from jdl.train.hooks import Hook, Remembering
+from jdl.train.hooks import Hook, StatefulHook
 from jdl.train.writers import Row
 
 COLUMNS = 12
 
 
-def samples_over_time(gan: GAN, workdir: Path) -> Remembering:
+def samples_over_time(gan: GAN, workdir: Path) -> StatefulHook:
     """A hook that draws samples of one fixed noise at steps that double.
 
     Args:
@@ -46,7 +46,7 @@ def samples_over_time(gan: GAN, workdir: Path) -> Remembering:
             is_due(row)
         return hook
 
-    return Remembering(make, "train")
+    return StatefulHook(make, "train")
 
 
 def draw_samples(gan: GAN, estimator: Estimator, data: Batches, workdir: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""One problem minimized, and told about: `jdl.minimize`."""
+"""`jdl.minimize`: one problem minimized, with a report."""
 
 import dataclasses
 import time
@@ -10,10 +10,10 @@ import numpy as np
 import optax
 
 from jdl.core import check, tree
+from jdl.core.objective import Objective
 from jdl.core.types import Params
 from jdl.optim.result import ResultCode
-from jdl.solvers import problem
-from jdl.solvers.gradient_check import check_problem_s_gradient
+from jdl.solvers.gradient_check import check_problem_gradient
 from jdl.solvers.gradient_descent import GradientDescent
 from jdl.solvers.hessian_free import HessianFree
 from jdl.solvers.iterative import Iterative
@@ -22,6 +22,7 @@ from jdl.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from jdl.solvers.newton import Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver
+from jdl.solvers.problem import as_arrays, shapes
 from jdl.solvers.state import SolverState
 
 METHODS: dict[str, Callable[..., Iterative]] = {
@@ -37,7 +38,7 @@ METHODS: dict[str, Callable[..., Iterative]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `minimize` found.
+    """The result of `minimize`.
 
     Attributes:
       params: the last parameters.
@@ -51,7 +52,7 @@ class Result:
       seconds: spent on iterations.
       compile_seconds: spent on compilation before them.
       method: the method's name.
-      aux: what `fun` gives besides its value, with `has_aux`.
+      aux: what `fun` returns besides its value, with `has_aux`.
       state: the solver's last state.
     """
 
@@ -75,15 +76,15 @@ class Result:
         return self.status == ResultCode.CONVERGED
 
     def __str__(self) -> str:
-        shapes = [f"{name} {of}" for name, of in problem.shapes(self.params).items()]
-        more = f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""
+        arrays = [f"{name} {shape}" for name, shape in shapes(self.params).items()]
+        more = f" and {len(arrays) - 4} more" if len(arrays) > 4 else ""
         rows = {
             "status": self.message,
             "value": f"{self.value:.8g}",
             "iterations": f"{self.iterations}",
             "evaluations": f"{self.evaluations}, {self.gradients} of them with the gradient",
             "seconds": f"{self.seconds:.3g}, and {self.compile_seconds:.3g} to compile",
-            "params": f"{tree.size(self.params)} numbers: {', '.join(shapes[:4])}{more}",
+            "params": f"{tree.size(self.params)} numbers: {', '.join(arrays[:4])}{more}",
         }
         body = "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
         return f"minimize by {self.method}\n{body}"
@@ -92,7 +93,7 @@ class Result:
 
 
 def minimize(
-    fun: Any,
+    fun: Callable[..., Any] | Objective,
     params: Params,
     *args: Any,
     method: str | optax.GradientTransformation = "lbfgs",
@@ -104,7 +105,8 @@ def minimize(
     """Minimizes `fun(params, *args)`.
 
     Args:
-      fun: a real scalar function, a `jdl.Objective`, or for least squares the residuals.
+      fun: `fun(params, *args)`, a real scalar function; a `jdl.Objective`; or for least squares
+        the function of the residuals.
       params: where to start, a pytree of floating-point arrays.
       *args: passed to `fun`.
       method: "lbfgs", "nonlinear_cg", "newton", "hessian_free", "gradient_descent", for residuals
@@ -140,9 +142,9 @@ def minimize(
         solver = kind(fun, tol=tol, **options)
     else:
         solver = OptaxSolver(fun, method, tol=tol, **options)
-    params = problem.as_arrays(params)
+    params = as_arrays(params)
     if check_gradient:
-        check_problem_s_gradient(solver._asked(None, params, args, {}), params)
+        check_problem_gradient(solver._at(None, params, args, {}), params)
     begun = time.perf_counter()
     run = _compiled(solver, params, args)
     compiled = time.perf_counter()
@@ -170,6 +172,6 @@ def minimize(
 def _compiled(solver: Iterative, params: Params, args: tuple[Any, ...]) -> Callable[[], Any]:
     if not solver.jit:
         return lambda: solver.run(params, *args)
-    given: tuple[Any, ...] = (solver._moving_fun(), params, None, args, {})
+    given: tuple[Any, ...] = (solver._traced_fun(), params, None, args, {})
     program = solver._jit_run.lower(*given).compile()
     return lambda: program(*given)
