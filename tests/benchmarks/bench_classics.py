@@ -1,10 +1,10 @@
-"""The classics at full size on MNIST: one table of target, reached and seconds.
+"""The classic models at full size on MNIST: a table of targets, results and seconds.
 
     make bench-classics DATA=folder [ARGS="--only rbm-cd1,autoencoder --seeds 3 --json out.json"]
 
-The folder holds MNIST's four .gz files. Seconds are process CPU time / 2, which other work on a
-machine of two cores disturbs less than the wall, shown beside it; they cover training with its
-compilation, and no evaluation. A case is a function `case(mnist, seed) -> list[Row]`; to add one,
+The folder contains MNIST's four .gz files. Seconds are process CPU time / 2 (for two cores), which
+other processes affect less than wall time; wall time is shown too. They include training and its
+compilation, but not evaluation. A case is a function `case(mnist, seed) -> list[Row]`; to add one,
 decorate it with `@case(name)`.
 """
 
@@ -41,7 +41,7 @@ SHARE = 1.0  # of the steps; less only tries whether a case runs
 
 
 class Row(NamedTuple):
-    """A figure and what it must be: `goal` is "≤", "≥" or "" for one shown for comparison."""
+    """A figure and its target: `goal` is "≤", "≥", or "" for a figure shown for comparison."""
 
     figure: str
     goal: str
@@ -110,7 +110,7 @@ def once(x, y=None):
 
 
 def classified(data, model, optimizer, steps, seed, *, batch_size=100, x=None, y=None):
-    """(test error in %, clock) of a classifier after so many steps."""
+    """(test error in %, clock) of a classifier after `steps` steps."""
     x, y = (data.x, data.y) if x is None else (x, y)
     clock = Clock()
     with clock:
@@ -143,7 +143,7 @@ def cnn(data, seed):
 
 @case("cnn-shift")
 def cnn_shift(data, seed):
-    """The same net for longer, its training images moved by up to two pixels each way."""
+    """The same network trained longer, on images shifted by up to two pixels in each direction."""
     steps = steps_of(12_000)
     rate = optax.cosine_onecycle_schedule(steps, 3e-3, pct_start=0.2)
     net = RandomShift(CNN(blocks=(Block(filters=16), Block(filters=32)), units=128), by=2)
@@ -160,7 +160,7 @@ def binary(x):
 
 
 def likelihood_rows(name, target, data, rbm, params, clock, note):
-    """Test log-likelihood by annealing from the data's log odds, refused where it is uncertain."""
+    """Test log-likelihood by annealing from the data's log odds; an error if too uncertain."""
     base = log_odds(binary(data.x).mean(0))(None, (784,))
     found = rbm_likelihood.annealed_log_z(
         rbm, params, jax.random.key(7), chains=1000, base_bias=base
@@ -203,7 +203,7 @@ def rbm_exact(data, seed):
 
 @case("rbm-cd1")
 def rbm_cd1(data, seed):
-    """With reconstructions' means: sampled ones ended at −176 to −229 nats at rates 0.05 to 0.5."""
+    """With mean reconstructions: sampled ones ended at −176 to −229 nats at rates 0.05 to 0.5."""
     rbm, params, clock = trained_rbm(data, seed, momentum_switch(0.05), 20, sample_visible=False)
     name = "RBM-500, CD-1: test log-likelihood"
     return likelihood_rows(name, -123.0, data, rbm, params, clock, "20 epochs")
@@ -211,7 +211,7 @@ def rbm_cd1(data, seed):
 
 @case("rbm-pcd")
 def rbm_pcd(data, seed):
-    """At a gentle rate and weight cost: steeper machines cannot be annealed surely enough."""
+    """With a small learning rate and weight cost: annealing is too uncertain for larger weights."""
     epochs = 10
     rate = optax.linear_schedule(0.1, 0.0, epochs * 600)
     rbm, params, clock = trained_rbm(
@@ -356,7 +356,7 @@ def dbn(data, seed):
 
 @case("dbn-1000")
 def dbn_few_labels(data, seed):
-    """Pretrained on all images, 1,000 labels; against random starts with the same labels."""
+    """Pretrained on all images, 1,000 labels; compared with random initializations."""
     some = np.random.default_rng(seed).permutation(len(data.x))[:1000]
     x, y = data.x[some], data.y[some]
     dbn, params, before = stacked(data.x, (500, 500, 500), (4800, 3000, 3000), seed)
@@ -391,7 +391,7 @@ def dbn_few_labels(data, seed):
 
 @case("adding")
 def adding(data, seed):
-    """Hochreiter and Schmidhuber's problem at T = 100; to answer 1 always costs 0.167."""
+    """Hochreiter and Schmidhuber's problem at T = 100; always answering 1 costs 0.167."""
     del data
     steps = steps_of(1500)
     x, y = sequences.adding(50 * steps, 100, np.random.default_rng(seed))
@@ -408,10 +408,10 @@ def adding(data, seed):
 
 
 def solving(problem, make_optimizer, batch_size, seed, steps_of=100):
-    """`train(steps) -> (share of test sequences solved, clock)` of a vanilla net, which goes on.
+    """`train(steps) -> (fraction of test sequences solved, clock)`; each call continues.
 
-    With `until`, it ends where so large a share of other sequences is solved, looked at every ten
-    steps. An answer is right where the class is, or where it is nearer than 0.2 (Martens and
+    With `until`, training ends when that fraction of other sequences is solved, checked every ten
+    steps. An answer is right if the class is, or if its error is below 0.2 (Martens and
     Sutskever).
     """
     make = {"adding": sequences.adding, "order": sequences.temporal_order}[problem]
@@ -457,10 +457,10 @@ def solving(problem, make_optimizer, batch_size, seed, steps_of=100):
 
 @case("hf-rnn")
 def hf_rnn(data, seed):
-    """Vanilla nets with long memories: Hessian-free against first order, from the same start.
+    """Long-term dependencies with vanilla RNNs: Hessian-free against first-order methods.
 
-    That for 100 steps at most; plain SGD, and momentum with clipped gradients, each at several
-    rates for 12,000 steps, of which the best goes on to 36,000.
+    Hessian-free for at most 100 steps. Plain SGD and momentum with clipped gradients, each with
+    several learning rates for 12,000 steps, of which the best continues to 36,000.
     """
     del data
     rows = []
@@ -495,7 +495,7 @@ def hf_rnn(data, seed):
 
 @case("recursive")
 def recursive(data, seed):
-    """Formulas of logic: trained on depths 1 to 4, tested on 6 to 8, labels at roots alone."""
+    """Logical formulas: trained on depths 1 to 4, tested on 6 to 8, labels only at the roots."""
     del data
     rng = np.random.default_rng(seed)
     train = [trees.grow(trees.LOGIC, 1 + i % 4, rng) for i in range(8000)]
@@ -546,7 +546,7 @@ JUDGES: list[Any] = []
 
 
 def judge(data):
-    """The CNN whose features the Fréchet distance is taken of, one for all seeds; no Inception."""
+    """The CNN whose features the Fréchet distance uses (not Inception), the same for all seeds."""
     if not JUDGES:
         net = CNN(blocks=(Block(filters=16), Block(filters=32)), units=128)
         estimator = jdl.classifier(net, "adam", seed=0, log_every=1000)
@@ -558,7 +558,7 @@ def judge(data):
 
 @case("gan")
 def gan(data, seed):
-    """10,000 samples of the averaged generator, without labels, against as many test images."""
+    """10,000 samples of the averaged generator, without labels, against 10,000 test images."""
     cnn, params, scale = judge(data)
     steps = steps_of(6000)
     net = GAN.of_shape((28, 28, 1))
@@ -598,7 +598,7 @@ def gan(data, seed):
 
 
 def shown(rows_of_seeds):
-    """One line a figure: the first seed's, and the range over all of them."""
+    """One line per figure: the first seed's value, and the range over all seeds."""
     lines = []
     for same in zip(*rows_of_seeds, strict=True):
         row, values = same[0], [r.reached for r in same]

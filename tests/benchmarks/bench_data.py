@@ -1,15 +1,15 @@
-"""Images a second out of a tar, against what others use and against the decoder alone.
+"""Images per second from a tar, compared with other readers and with the decoder alone.
 
     python tests/benchmarks/bench_data.py [--rounds N] [--only speed,index,start,memory,deviation]
 
 Sets: JPEGs of about 500 × 375 and of 250 × 250, cut out of the photographs that scikit-image and
-scikit-learn ship, quality 90, brought to batches of 64 at 128 × 128 gray. Every contestant runs in
-a process of its own, in turns; given is the median of rounds. `cpu` is images a second on two cores
-that do nothing else: by the processor time of all threads and workers, halved, or that of the
-busiest thread if it is more.
+scikit-learn ship, quality 90, in batches of 64 at 128 × 128 grayscale. Every contestant runs in a
+process of its own, in turns; the result is the median over rounds. `cpu` is images per second on
+two otherwise idle cores: from half the CPU time of all threads and workers, or from the busiest
+thread's CPU time if that is more.
 
-webdataset needs torch; where both are in another environment, name its interpreter in
-JDL_PEERS_PYTHON. JDL_BENCH_SHARE=0.01 tries the script on a hundredth of the data.
+webdataset needs torch; if both are installed in another environment, set JDL_PEERS_PYTHON to its
+interpreter. JDL_BENCH_SHARE=0.01 tries the script on a hundredth of the data.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def members(path: str) -> list[bytes]:
 
 
 def in_threads(decode: Callable[[bytes], np.ndarray], data: list[bytes]) -> Iterator[int]:
-    """Nothing but the decoder, in two threads; a number of images at a time."""
+    """Only the decoder, in two threads; several images at a time."""
     done = threading.Semaphore(0)
     numbers = itertools.cycle(range(len(data)))
     lock = threading.Lock()
@@ -204,7 +204,7 @@ def ours_with_pillow(path: str) -> Iterator[int]:
 
 
 def classic(path: str) -> Iterator[int]:
-    """What people write: tarfile, Pillow, a list that becomes a batch."""
+    """The usual hand-written code: tarfile, Pillow, a list that becomes a batch."""
     from PIL import Image
 
     while True:
@@ -258,7 +258,7 @@ def contestants(name: str) -> dict[str, Callable[[], Iterator[int]]]:
 
 
 def processor_seconds() -> dict[int, float]:
-    """Of each thread of this process and of those it has started."""
+    """CPU time of each thread of this process and of the processes it started."""
     import psutil
 
     found: dict[int, float] = {}
@@ -269,7 +269,7 @@ def processor_seconds() -> dict[int, float]:
 
 
 def least_seconds(before: dict[int, float]) -> float:
-    """What the work since then takes two free cores: no less than its busiest thread took."""
+    """Seconds of the work since then on two idle cores: at least its busiest thread's CPU time."""
     spent = [seconds - before.get(t, 0.0) for t, seconds in processor_seconds().items()]
     return max(sum(spent) / CORES, max(spent))
 

@@ -2,10 +2,10 @@
 
     make bench-step
 
-Both run in one process, in turn; the figures are ratios of medians: of images a second by the
-clock, and of the processor time an image takes, which other work on the machine disturbs less. The
-default CNN at 128×128×1, batch 64, takes most of a second a step on two CPU cores; the nets' steps
-take about half a millisecond and, where nothing but overhead is left, a few hundredths of one.
+Both run in one process, in turn. The figures are ratios of medians: of images per second of wall
+time, and of CPU time per image, which other processes affect less. A step of the default CNN at
+128×128×1, batch 64, takes most of a second on two CPU cores; steps of the MLPs take about half a
+millisecond and, for the smallest, which measures only overhead, a few hundredths of one.
 """
 
 import argparse
