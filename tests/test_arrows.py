@@ -104,7 +104,7 @@ def test_flax_stays_in_its_rooms():
 
 def test_importing_jdl_imports_nothing_heavy():
     heavy = ("jax", "flax", "optax", "numpy", "grain", "orbax", "matplotlib", "rich", "tyro", "PIL")
-    code = f"import sys, jdl, jdl.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, jdl, jdl.cli.main; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

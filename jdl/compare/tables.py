@@ -140,7 +140,7 @@ def tuning_table(results: Results, problem: str) -> Table | None:
                 str(ends["cut"]),
                 str(ends["diverged"] + ends["failed"]),
                 res.formatted(results.budget.column, tuned.cost),
-                "not reached" if np.isinf(tuned.judged.low) else res.shown(tuned.judged, ""),
+                "not reached" if np.isinf(tuned.charged.low) else res.shown(tuned.charged, ""),
             ]
         )
     how = results.study["tuning"]
