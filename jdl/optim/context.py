@@ -30,7 +30,7 @@ class UpdateContext(NamedTuple):
       noise: how much f may vary around θ for rounding alone.
       finite: whether value and gradient are.
       stationary: whether the gradient is zero.
-      objective: the one handed over, as a function of θ; None without.
+      objective: the `jdl.Objective` passed in, or an object with its methods; None without.
       fill: θ -> all parameters, where optax.masked or optax.partition let through a part.
     """
 
@@ -42,7 +42,7 @@ class UpdateContext(NamedTuple):
     noise: jax.Array
     finite: jax.Array
     stationary: jax.Array
-    objective: Objective | None
+    objective: Objective | Any
     fill: Callable[[Params], Params]
 
     @property
@@ -71,7 +71,7 @@ def gather(
     value: Any = None,
     grad: PyTree | None = None,
     value_fn: Callable[..., Any] | None = None,
-    objective: Objective | None = None,
+    objective: Objective | Any = None,
     whole_params: Params | None = None,
     **others: Any,
 ) -> UpdateContext:
@@ -213,7 +213,7 @@ def check_scale(name: str, value: Any) -> None:
 
 
 def hessian_product(value_fn: Callable[[Params], jax.Array], params: Params) -> Callable[..., Any]:
-    """V -> ∇²f(θ) v, forward over reverse, at the highest matmul precision.
+    """v -> ∇²f(θ) v, forward over reverse, at the highest matmul precision.
 
     On accelerators whose default multiplies in fewer bits, CG would lose conjugacy.
     """

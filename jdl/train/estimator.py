@@ -1,36 +1,41 @@
-"""The Estimator: a model, a loss and an optimizer, trained, evaluated and asked for predictions.
+"""The Estimator: a model, a loss and an optimizer; trains, evaluates and predicts.
 
-It is composed of parts that serve alone: `step.build` makes the pure functions, `parallel` places
-and `compiled` compiles them, `feed` brings batches, `keeper` saves and restores and writes the log;
-`run` is what changes, `trainer` changes it, `evaluator` and `predictor` ask it.
+Its parts serve alone: `step.build` makes the pure functions, `parallel` places and `compiled`
+compiles them, `feed` brings batches, `run` holds the state, `run_directory` saves, restores and
+logs it, `loop` trains, `evaluate` and `predict` use it.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jdl.core import check
-from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
-from jdl.train.arguments import check_all, curvature_share, prepared_model, prepared_optimizer
-from jdl.train.compiled import CompiledSteps
-from jdl.train.ema import average
+from jdl.core.model import Model, ModelLike, as_model, with_compute_dtype, with_remat
+from jdl.core.types import Batch, Loss, Metric, Mode, ModelState, Outputs, Params
+from jdl.optim import registry
+from jdl.train.compiled import CompiledSteps, Step
+from jdl.train.ema import average, averaging
 from jdl.train.evaluate import Evaluator, Sums
-from jdl.train.feed import Data
-from jdl.train.hooks import Profile, Report, StopTraining, warn_of_idle
-from jdl.train.limits import Limits
-from jdl.train.parallel import SplitRule, placement
-from jdl.train.predictor import Predict, Predictor
+from jdl.train.feed import Data, Feed, for_training
+from jdl.train.log_row import Hook, LogRow, StopTraining
+from jdl.train.loop import Limits, TrainLoop
+from jdl.train.parallel import Placement, SplitRule, placement
+from jdl.train.predict import Predict, Predictor
+from jdl.train.profile import Profile
 from jdl.train.run import Run
 from jdl.train.run_directory import RunDirectory
 from jdl.train.signals import Stopped
 from jdl.train.step import Metrics, TrainState, build
-from jdl.train.trainer import Trainer
 from jdl.train.writers import directions
+
+logger = logging.getLogger("jdl.train")
 
 
 class Estimator:
@@ -42,43 +47,42 @@ class Estimator:
       optimizer: any optax transformation, first or second order, such as `optax.adam(3e-3)`; or a
         name, for its default settings: sgd, adam, lbfgs, hf, kfac … (`jdl.optim.by_name`).
       metrics: name -> `metric(outputs, batch) -> float[B]`, averaged over examples; or one function
-        that gives a dict of such values. `jdl.metrics.direction` declares which of their values
-        are best.
+        that returns a dict of such values. `jdl.metrics.direction` declares whether their largest
+        or smallest value is best.
       workdir: the run directory, for `metrics.jsonl` and `checkpoints/`; a run started again in it
         goes on from its last checkpoint. None keeps everything in memory.
       seed: of the initial parameters and all that is random in training.
-      inputs: the entry of the batch that the model is given, or a tuple of several; () for the
-        whole batch. Images of bytes, uint8 [B, H, W, C] with C of 1, 3 or 4, reach it as float32 in
-        [0, 1]; all other bytes reach it as they are.
+      inputs: the entry of the batch that the model takes, or a tuple of several; () for the whole
+        batch. Images, uint8 [B, H, W, C] with C of 1, 3 or 4, reach it as float32 in [0, 1]; other
+        uint8 arrays reach it as they are.
       regularizer: a scalar function of the parameters, added to the loss in training.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples of the batch that curvature products use; None for all.
       compute_dtype: a type such as "bfloat16" for the model to compute in; parameters, losses,
         gradients and optimizer stay float32. None for float32 throughout.
-      remat: whether to compute activations once more for the gradient instead of keeping
-        them.
+      remat: whether to recompute activations for the gradient instead of keeping them.
       devices: the devices to share each batch; None for all.
-      parallel: "jit", or "fsdp" to split large parameters and their optimizer state over the
-        devices as well, or "pmap".
+      parallel: "jit"; "fsdp" to split large parameters and their optimizer state over the devices
+        as well; or "pmap" to run the step on each device. All give the same numbers.
       split_rule: `rule(path, shape, num_devices) -> axis or None`, what "fsdp" splits.
       log_every: steps between two rows of the log.
       logs: what to write besides `metrics.jsonl`: "csv" for `metrics.csv`, "tensorboard".
       save_every: steps between two checkpoints; None for one at the end of `train` only.
       keep: how many checkpoints to keep, the newest ones.
-      keep_every: besides, all whose step is a multiple of this; None for none.
-      keep_best: besides, the one of the best validation, by `("accuracy", "max")` or
+      keep_every: also keep all whose step is a multiple of this; None for none.
+      keep_best: also keep the one of the best validation, by `("accuracy", "max")` or
         `("loss", "min")`, in `best/` of the run directory; with another metric or mode than
-        before, the best from there on.
+        before, the best from then on.
       ema: decay of an exponential moving average of the parameters, in (0, 1); evaluation and
         prediction then use the average. None for none.
       on_nonfinite: what to do when a loss, a gradient or new parameters are not finite: "stop";
         "skip" the step; or "rollback" to the last checkpoint, with half the learning rate.
       log_norms: whether to log the norms of gradients and updates.
       profile: (first, last) step to trace into `profile/`, for TensorBoard or Perfetto.
-      clock: reads the time that training seconds are counted in; `time.process_time` is disturbed
-        less where a machine is shared.
+      clock: reads the time for training seconds; `time.process_time` varies less on a shared
+        machine.
       hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
-        ends the run, and one that remembers rows is to be a `Remembering`.
+        ends the run, and one that remembers rows must be a `StatefulHook`.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -95,7 +99,7 @@ class Estimator:
 
     def __init__(
         self,
-        model: Any,
+        model: ModelLike,
         loss: Loss,
         optimizer: str | optax.GradientTransformation,
         *,
@@ -122,10 +126,10 @@ class Estimator:
         log_norms: bool = False,
         profile: tuple[int, int] | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        hooks: Sequence[Callable[[Report], None]] = (),
+        hooks: Sequence[Hook] = (),
     ):
-        check_all(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
-        self.model = prepared_model(model, compute_dtype, remat)
+        _check(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
+        self.model = _prepared_model(model, compute_dtype, remat)
         self.loss = loss
         # Absolute, so that a later os.chdir does not split the run.
         self.workdir = None if workdir is None else Path(workdir).absolute()
@@ -135,27 +139,32 @@ class Estimator:
         program = build(
             self.model,
             loss,
-            prepared_optimizer(optimizer, ema),
+            _prepared_optimizer(optimizer, ema),
             metrics=metrics,
             inputs=inputs,
             regularizer=regularizer,
             microbatches=microbatches,
-            curvature_batch_size=curvature_share(curvature_batch_size, placed),
+            curvature_batch_size=_curvature_share(curvature_batch_size, placed),
             axis_name=placed.axis_name,
             skip_nonfinite=on_nonfinite == "skip",
             log_norms=log_norms,
         )
         self._evaluator = Evaluator(program, placed)
         self._predictor = Predictor(program.predict, inputs)
-        self._keeper = RunDirectory(
+        self._directory = RunDirectory(
             self.workdir, logs, keep, keep_every, keep_best, lambda: directions(metrics)
         )
-        run = Run(program.init, seed, placed, self._keeper, ema is not None, clock)
-        steps = CompiledSteps(program.train, placed, run.off_clock)
-        self._run, self._steps = run, steps
-        tracing = Profile(profile, self.workdir)
-        self._trainer = Trainer(
-            run, steps, tracing, self._values, self._report, log_every, save_every, on_nonfinite
+        self._run = run = Run(program.init, seed, placed, self._directory, ema is not None, clock)
+        self._steps = CompiledSteps(program.train, placed, run.off_clock)
+        self._loop = TrainLoop(
+            run,
+            self._steps,
+            Profile(profile, self.workdir),
+            self._means,
+            self._report,
+            log_every,
+            save_every,
+            on_nonfinite,
         )
         self._hooks, self._keep_best = tuple(hooks), keep_best
 
@@ -178,8 +187,8 @@ class Estimator:
         return average(self.state.opt_state)
 
     @property
-    def model_state(self) -> Any:
-        """What the model carries besides its parameters."""
+    def model_state(self) -> ModelState:
+        """The model's state besides its parameters, such as batch statistics."""
         return self.state.model_state
 
     @property
@@ -189,7 +198,7 @@ class Estimator:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Those of the training data; None where it tells none."""
+        """Those of the training data; None where it has none."""
         return self._run.classes
 
     @property
@@ -223,71 +232,71 @@ class Estimator:
     ) -> "Estimator":
         """Trains, going on from where the last call or the last checkpoint stopped.
 
-        With a limit, a data set of `jdl.data` is passed over as often as it takes, whatever its
-        own `epochs`; without one, it is passed over as it is, and is to have an end. Any other
-        data that ends before the limit ends the training, with a warning.
+        With a limit, a data set of `jdl.data` is passed over as often as needed, whatever its own
+        `epochs`; without a limit it must have an end. Other data that ends before the limit ends
+        the training, with a warning.
 
         Args:
           data: batches: a data set, any iterable of dicts of arrays, or a function that makes one.
-            Every array has a row an example; entries of text stay on the host. A batch of another
-            number of rows, a smaller last one, costs one more compilation. An iterator with
-            `get_state` and `set_state`, as grain's are, goes on after a restart where it stood;
+            The leading axis of every array is B; entries of text stay on the host. A batch of
+            another size, such as a smaller last one, costs one more compilation. An iterator with
+            `get_state` and `set_state`, such as grain's, goes on after a restart where it stood;
             other iterables begin again.
           steps: how many more steps to run.
-          max_steps: run until this many steps in total.
+          max_steps: steps of the run in total, for a script that may be started again.
           epochs: how many more passes over the data.
           seconds: how many more seconds on the training clock, alone or beside a step limit.
-          validation: data to evaluate on in between, under the split "validation"; no iterator,
-            which would be used up the first time.
-          validate_every: steps between two such evaluations; by default an epoch.
-          save: whether to write a checkpoint at the end; else at `save_every` and `save` alone.
+          validation: data to evaluate on in between, under the split "validation"; not an
+            iterator, which has only one pass.
+          validate_every: steps between two validations; by default an epoch.
+          save: whether to write a checkpoint at the end.
 
         Returns:
           This Estimator.
 
         Raises:
-          ArgumentError: there is no limit, and no end of the data.
+          ArgumentError: there is no limit and the data has no end, or several limits of steps.
           TrainingError: the loss is not finite, or a checkpoint could not be written.
           Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75. Without a
-            run directory SIGTERM ends the program as it does anywhere else.
-          KeyboardInterrupt: Ctrl-C was pressed. Training ends after the step at hand, and saves
-            where there is a run directory; the Estimator can be used, and trained on. A second
-            Ctrl-C also interrupts a hook, a validation, or a wait for data.
+            run directory SIGTERM ends the program as usual.
+          KeyboardInterrupt: Ctrl-C was pressed. Training ends after the current step, and saves
+            if there is a run directory; the Estimator can be used, and trained on. A second Ctrl-C
+            also interrupts a hook, a validation, or a wait for data.
           UserError: another process is training in the same run directory.
         """
         limits = Limits(steps, max_steps, epochs, seconds)
-        warn_of_idle(self._hooks, self._keep_best, validates=validation is not None)
-        run, keeper = self._run, self._keeper
-        with run.signals as signals, keeper.writing():
+        self._warn_of_missing_rows(validates=validation is not None)
+        run = self._run
+        with run.signals as signals, self._directory.writing():
             try:
-                if self._trainer.train(data, limits, validation, validate_every) and save:
+                if self._loop.train(data, limits, validation, validate_every) and save:
                     run.save(wait=True)
                 if signals.terminated:
                     raise Stopped(run.step)
             except (KeyboardInterrupt, Stopped) as end:
-                raise run.ended_by(end) from end
+                raise run.save_after(end) from end
         return self
 
     def restore_best(self, data: Data) -> "Estimator":
-        """Takes up the checkpoint of the best validation so far.
+        """Restores the checkpoint of the best validation so far.
 
         Args:
-          data: what `train` is given.
+          data: as for `train`.
         """
         self._run.restore_best(data)
         return self
 
     def save(self) -> "Estimator":
         """Writes a checkpoint of this step into the run directory, if there is one."""
-        with self._run.signals, self._keeper.writing():
+        with self._run.signals, self._directory.writing():
             self._run.save(wait=True)
         return self
 
     def initialize(self, data: Data) -> "Estimator":
-        """Makes the initial parameters, or takes up the last checkpoint, without a step.
+        """Makes the initial parameters, or restores the last checkpoint, without a step.
 
         Args:
-          data: what `train` will be given.
+          data: as for `train`.
         """
         if self._run.feed(data, repeat=True).prefetch() is None:
             raise check.DataError("The training data gives no batch to initialize the model with.")
@@ -321,21 +330,21 @@ class Estimator:
     def predict(self, data: Data) -> Outputs:
         """The model's outputs for every example, in order, as NumPy arrays with leading axis N.
 
-        Where several processes work together, each is given those of its own rows.
+        Where several processes work together, each has those of its own examples.
         """
         return self._predictor.whole(self._run.once(data))
 
     def predict_batches(self, data: Data) -> Iterator[tuple[Batch, Outputs]]:
         """Pairs (batch, outputs), batch by batch, in constant memory; padding is left out.
 
-        The batch is whole, with its entries of text, as NumPy arrays.
+        The batch has all its entries, text too, as NumPy arrays.
 
-        Where several processes work together, each is given its own rows.
+        Where several processes work together, each has its own examples.
         """
         return self._predictor.pairs(self._run.once(data))
 
     def predict_by(self, predict: Predict, *, inputs: Sequence[str]) -> "Estimator":
-        """Predictions by a function of one's own instead of the model's outputs.
+        """Predicts with another function instead of the model's outputs.
 
         Args:
           predict: `predict(params, model_state, batch) -> outputs`, pure.
@@ -348,37 +357,122 @@ class Estimator:
         return self
 
     def export(self, path: str | Path, data: Data, **options: Any) -> Path:
-        """Writes the predict function and its parameters to one file, which needs no code of ours.
+        """Writes the predict function and its parameters to one file, which runs without the model.
 
         Args:
           path: the file; `jdl.train.export.load_exported` reads it.
-          data: as for `predict`; its first batch tells shapes and types.
+          data: as for `predict`; its first batch gives shapes and types.
           **options: as for `jdl.train.export.save`.
         """
         return self._predictor.export(path, self._run.once(data), **options)
 
     # ------------------------------------------------------------------ inner workings
 
-    def scratch(self, data: Data) -> tuple[Callable[..., Any], TrainState, Iterator[Batch]]:
-        """The compiled step, a copy of the state, and batches: to try things out, off the record.
+    def scratch(self, data: Data) -> tuple[Step, TrainState, Iterator[Batch]]:
+        """The compiled step, a copy of the state, and batches: for trials that leave no trace.
 
         Args:
           data: as for `train`.
         """
-        return self._trainer.scratch(data)
+        feed = Feed(for_training(data, repeat=True), self._run.placement)
+        first = feed.prefetch()
+        if first is None:
+            raise check.DataError("The data gives no batch.")
+        state = self._run.current()
+        step = self._steps.for_batch(state, first)
+        return step, jax.tree.map(jnp.copy, state), iter(feed.take, None)
 
-    def _values(self, data: Data) -> dict[str, Any]:
-        """The means of `evaluate`, off the record."""
+    def _means(self, data: Data) -> dict[str, Any]:
+        """The means of `evaluate`, not logged."""
         return self._evaluator.over(self._run.once(data), {})[0]
 
     def _report(
         self, step: int, seconds: float, epoch: float | None, split: str, values: dict[str, float]
     ) -> None:
-        row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
+        row = LogRow(step=step, seconds=seconds, epoch=epoch, split=split, **values)
         row.estimator, row.restores = self, self._run.restores
         try:
             with self._run.signals.window("hooks"):
                 for hook in self._hooks:
                     hook(row)
         finally:
-            self._keeper.write(row)  # with what hooks have added to it
+            self._directory.write(row)  # with the entries that hooks have added
+
+    def _warn_of_missing_rows(self, *, validates: bool) -> None:
+        """Warns of hooks and `keep_best` that wait for rows which this training does not log."""
+        logged = {"train", *(["validation"] if validates else [])}
+        splits = {s for hook in self._hooks if isinstance(s := getattr(hook, "split", None), str)}
+        for split in sorted(splits - logged):
+            logger.warning(
+                "a hook such as early_stopping reads rows of split %r; this training logs none.%s",
+                split,
+                " Give `validation`." if split == "validation" else "",
+            )
+        if self._keep_best is not None and not validates:
+            message = "keep_best compares validations, of which there are none: give `validation`"
+            logger.warning(message)
+
+
+def _check(
+    loss: Loss,
+    microbatches: int,
+    log_every: int,
+    save_every: int | None,
+    on_nonfinite: str,
+    workdir: Any,
+    hooks: Any,
+) -> None:
+    """Checks the arguments that no part of the Estimator checks."""
+    check.argument(
+        isinstance(hooks, Sequence) and all(map(callable, hooks)),
+        "hooks",
+        "a list of functions",
+        hooks,
+    )
+    check.argument(
+        callable(loss), "loss", "a function of (outputs, batch)", loss, "`jdl.losses` has some."
+    )
+    check.positive_int("microbatches", microbatches)
+    check.positive_int("log_every", log_every)
+    if save_every is not None:
+        check.positive_int("save_every", save_every)
+    check.one_of("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
+    check.argument(
+        on_nonfinite != "rollback" or workdir is not None,
+        "workdir",
+        'given with on_nonfinite="rollback", which goes back to its checkpoints',
+        workdir,
+    )
+
+
+def _prepared_model(model: ModelLike, compute_dtype: str | None, remat: bool) -> Model:
+    """The model's pure functions, in the compute dtype and with rematerialization if asked for."""
+    prepared = as_model(model)
+    if compute_dtype is not None:
+        prepared = with_compute_dtype(prepared, compute_dtype)
+    return with_remat(prepared) if remat else prepared
+
+
+def _prepared_optimizer(
+    optimizer: str | optax.GradientTransformation, ema: float | None
+) -> optax.GradientTransformation:
+    """The transformation, looked up if it is a name, with a moving average if asked for."""
+    if isinstance(optimizer, str):
+        optimizer = registry.by_name(optimizer)
+    ok = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+    hint = "Call it: it makes a transformation." if callable(optimizer) else ""
+    check.argument(ok, "optimizer", "an optax transformation or a name", optimizer, hint)
+    return optimizer if ema is None else averaging(optimizer, ema)
+
+
+def _curvature_share(curvature_batch_size: int | None, placed: Placement) -> int | None:
+    """The examples for curvature products that one call of the step sees: in pmap a device's."""
+    if curvature_batch_size is None or placed.mode != "pmap":
+        return curvature_batch_size
+    check.argument(
+        curvature_batch_size % placed.num_devices == 0,
+        "curvature_batch_size",
+        f"a multiple of the {placed.num_devices} devices that share it",
+        curvature_batch_size,
+    )
+    return curvature_batch_size // placed.num_devices

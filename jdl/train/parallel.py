@@ -1,11 +1,14 @@
 """Where a program runs: one device, or several that share each batch.
 
-    "jit"    parameters whole on every device, the compiler inserts what crosses devices
+    "jit"    parameters replicated on every device, the compiler inserts the collectives
     "fsdp"   likewise, with large parameters and their optimizer state split over the devices
-    "pmap"   the step mapped over devices, its collectives where `Objective` reduces
+    "pmap"   each device runs the step on its part of the batch, `Objective` holds the collectives
 
-All three give the numbers of one device, within rounding. Several processes, each with devices of
-its own, share a batch in the first two.
+All three compile one `jax.jit` with the same shardings and give the numbers of one device, within
+rounding. "pmap" differs by one `jax.shard_map` around the step, which is what `jax.pmap` is made of
+today. It is used with `check_vma=False`: with the check, JAX would sum gradients over the devices
+by itself, and `Objective` does so already. Every reduction of a step must therefore be in
+`Objective`: a loop whose condition differs between devices would wait for ever.
 """
 
 import math
@@ -15,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jdl.core import check
@@ -25,14 +27,14 @@ from jdl.core.types import Batch, PyTree
 MODES = ("jit", "fsdp", "pmap")
 AXIS = "data"
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-SPLIT_FROM = 2**14  # elements: smaller arrays cost less memory whole than time in pieces
+SPLIT_FROM = 2**14  # elements: splitting smaller arrays saves little memory and costs time
 
 # (path of a leaf of the train state, its shape, devices) -> the axis to split, or None
 SplitRule = Callable[[str, tuple[int, ...], int], int | None]
 
 
 def split_largest_axis(path: str, shape: tuple[int, ...], num_devices: int) -> int | None:
-    """The largest axis that the devices divide evenly, of arrays worth splitting.
+    """The largest axis that the devices divide evenly; None for small arrays.
 
     >>> split_largest_axis("params/kernel", (512, 1024), 2)
     1
@@ -47,15 +49,15 @@ def split_largest_axis(path: str, shape: tuple[int, ...], num_devices: int) -> i
 
 
 class Placement(NamedTuple):
-    """Where state and batches lie.
+    """Shardings of state and batches.
 
     Attributes:
-      state: the sharding of what is whole on every device.
-      batch: that of a batch: leading axis split over the devices.
+      state: that of arrays replicated on every device.
+      batch: that of a batch: the leading axis is split over the devices.
       devices: those that share a batch, of all processes.
       mode: "jit", "fsdp" or "pmap".
       rule: which arrays "fsdp" splits, and along which axis.
-      inputs: the batch's entries that the model is given.
+      inputs: the batch's entries that the model takes.
     """
 
     state: jax.sharding.Sharding
@@ -77,12 +79,12 @@ class Placement(NamedTuple):
 
     @property
     def is_host(self) -> bool:
-        """Whether it is one CPU, to which nothing need travel."""
+        """Whether it is one CPU, to which nothing is transferred."""
         return self.num_devices == 1 and self.devices[0].platform == "cpu"
 
     @property
     def axis_name(self) -> str | None:
-        """The axis that `Objective` is to reduce over."""
+        """The axis that `Objective` reduces over."""
         return AXIS if self.mode == "pmap" else None
 
     def put_batch(self, batch: Batch) -> dict[str, Any]:
@@ -96,30 +98,17 @@ class Placement(NamedTuple):
         )
 
     def put_step_batch(self, batch: Batch) -> dict[str, Any]:
-        """The same, in the shape that the compiled step takes."""
-        if self.mode == "pmap":
-            self._check_divides(batch)
-            n = self.num_devices
-            stacked = jax.tree.map(
-                lambda x: np.reshape(x, (n, np.shape(x)[0] // n, *np.shape(x)[1:])), dict(batch)
-            )
-            return jax.device_put(stacked, self.batch)
+        """The same for a training step, which takes host arrays where the device is the host."""
         return dict(batch) if self.is_host else self.put_batch(batch)
 
-    def whole_batch(self, batch: Batch) -> dict[str, Any]:
-        """A step's batch with one leading axis of examples."""
-        if self.mode != "pmap":
-            return dict(batch)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), dict(batch))
-
     def _check_divides(self, batch: Batch) -> None:
-        rows = batch_size(batch, self.inputs)
+        size = batch_size(batch, self.inputs)
         check.argument(
-            rows % self.num_local == 0,
+            size % self.num_local == 0,
             "batch_size",
             f"a multiple of the {self.num_local} devices that share it",
-            rows,
-            "Fill a smaller last batch up with rows that its mask leaves out, as jdl.data does; or "
+            size,
+            "Pad a smaller last batch with examples that its mask leaves out, as jdl.data does; or "
             "pass devices=jax.devices()[:1].",
         )
 
@@ -142,7 +131,7 @@ class Placement(NamedTuple):
             check.argument(
                 -leaf.ndim <= axis < leaf.ndim and leaf.shape[axis] % self.num_devices == 0,
                 "split_rule",
-                f"a function that gives an axis which {self.num_devices} devices divide, or None",
+                f"a function that returns an axis which {self.num_devices} devices divide, or None",
                 f"axis {axis} for {name} of shape {leaf.shape}",
             )
             spec: list[str | None] = [None] * leaf.ndim
@@ -151,25 +140,17 @@ class Placement(NamedTuple):
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
-    def compile_init(self, init: Callable[..., Any], key: Any, batch: Batch) -> Callable[..., Any]:
-        """`init(key, batch)` of a whole batch; one jitted call makes the whole state."""
-        shapes = jax.eval_shape(init, key, batch)
-        if self.mode == "pmap" and self.num_devices > 1:
-            _refuse_line_searches(shapes)
-        return jax.jit(init, out_shardings=self.shardings(shapes))
-
     def lower_step(self, train: Callable[..., Any], state: PyTree, batch: Batch) -> Any:
         """The step `(state, batch) -> (state, logs)`, lowered; it reuses the state's memory."""
-        if self.mode == "pmap":
-            mapped = jax.pmap(
+        if self.axis_name is not None:
+            assert isinstance(self.state, NamedSharding)
+            train = jax.shard_map(
                 train,
-                axis_name=AXIS,
-                in_axes=(None, 0),
-                out_axes=(None, None),
-                donate_argnums=0,
-                devices=list(self.devices),
+                mesh=self.state.mesh,
+                in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+                out_specs=PartitionSpec(),
+                check_vma=False,
             )
-            return mapped.lower(state, batch)
         shardings = self.shardings(state)
         return jax.jit(
             train,
@@ -198,38 +179,32 @@ def placement(
     if len(devices) == 1 and mode != "pmap":
         single = SingleDeviceSharding(devices[0])
         return Placement(single, single, tuple(devices), mode, rule)
-    check.argument(
-        mode != "pmap" or jax.process_count() == 1,
-        "parallel",
-        '"jit" or "fsdp" where several processes train together',
-        mode,
-    )
     # Auto axes: with make_mesh's default explicit axes, dropout under grad raises a sharding type
     # error.
     mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
-    whole = NamedSharding(mesh, PartitionSpec())
-    return Placement(whole, NamedSharding(mesh, PartitionSpec(AXIS)), tuple(devices), mode, rule)
+    state, batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (AXIS,)))
+    return Placement(state, batch, tuple(devices), mode, rule)
 
 
-def own_rows(tree: PyTree) -> PyTree:
-    """The rows of batches or outputs that lie with this process, as NumPy arrays."""
+def own_examples(tree: PyTree) -> PyTree:
+    """This process's examples of batches or outputs, as NumPy arrays."""
 
-    def rows(x: Any) -> np.ndarray:
+    def own(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
         pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
         return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
 
-    return jax.tree.map(rows, tree)
+    return jax.tree.map(own, tree)
 
 
 def make_deterministic() -> None:
-    """Has XLA choose reproducible kernels on GPUs, where it would take faster ones by default.
+    """Has XLA use reproducible kernels on GPUs instead of the fastest ones.
 
     Raises:
       UserError: a device has been used already, after which it is too late.
     """
-    from jax._src import xla_bridge  # JAX tells nowhere else whether a device has been used
+    from jax._src import xla_bridge  # nothing public says whether a device has been used
 
     if xla_bridge.backends_are_initialized():
         raise check.UserError(
@@ -237,21 +212,3 @@ def make_deterministic() -> None:
             f"XLA_FLAGS={DETERMINISTIC} in the environment instead."
         )
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
-
-
-def _refuse_line_searches(state: PyTree) -> None:
-    """The line searches of optax differentiate `value_fn` themselves and average over no devices.
-
-    Each device would follow its own gradients, and a loop that ends at different times on different
-    devices waits for ever.
-    """
-    kinds = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
-    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
-    searching = next((type(x).__name__ for x in found if isinstance(x, kinds)), None)
-    check.argument(
-        searching is None,
-        "optimizer",
-        'free of optax\'s line searches where parallel="pmap"',
-        searching,
-        'Take jdl.optim.lbfgs instead of optax.lbfgs, or parallel="jit".',
-    )
