@@ -51,7 +51,7 @@ def read(data: Any, needed_for: str) -> Mnist:
 
 
 def _idx(folder: Path, part: str, where: str) -> tuple[np.ndarray, np.ndarray]:
-    from jdl.data.pack import read_idx
+    from jdl.data.idx import read_idx
 
     found = []
     for kind in ("images-idx3", "labels-idx1"):
