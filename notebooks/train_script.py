@@ -24,9 +24,9 @@ import optax
 
 import jdl
 from jdl.core.check import UserError
+from jdl.core.files import write_atomically
 from jdl.data import from_tar, resolve, splits
 from jdl.train import distributed
-from jdl.train.writers import write_atomically
 
 # ------------------------------------------------------------------ the model
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data import from_tar, splits
-from jdl.data.pack import read_idx
+from jdl.data.idx import read_idx
 from jdl.data.tar.paths import Paths
 
 LIMIT = 1 << 32  # bytes of pixels at most

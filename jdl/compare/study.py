@@ -35,7 +35,7 @@ from jdl.compare.results import Results, Row, Trial
 from jdl.compare.trial import Outcome, Task
 from jdl.compare.tuning import Tuning
 from jdl.core import check
-from jdl.train.writers import write_atomically
+from jdl.core.files import write_atomically
 
 logger = logging.getLogger("jdl.compare")
 
