@@ -119,7 +119,7 @@ class Trunk(NamedTuple):
         """The shapes of the layers' activations for one image of the training size."""
         example = jax.ShapeDtypeStruct((1, *(self.size or (224, 224)), 3), jnp.float32)
         found = jax.eval_shape(partial(self.apply, layers=tuple(layers)), self.params, example)
-        return {name: activations.shape for name, activations in found.items()}
+        return {name: found[name].shape for name in layers}
 
     def check_channels(self, layers: Sequence[str], channels: Sequence[int]) -> None:
         """Raises unless every layer has all of the channels."""
