@@ -113,8 +113,8 @@ def run(args: Args) -> None:
         "left out for recursive, which learns generated trees, and images for all others",
         source,
     )
-    optimizer = args.optimizer or chosen.optimizer
-    entry = registry.REGISTRY[check.one_of("optimizer", optimizer, registry.REGISTRY)]
+    optimizer = registry.short_name(args.optimizer or chosen.optimizer)
+    entry = registry.REGISTRY[optimizer]
     for name in ("max_steps", "batch_size", "curvature_batch_size", "microbatches", "save_every"):
         value = getattr(args, name)
         check.argument(

@@ -68,7 +68,8 @@ def named(
     """The entry of an optimizer by its name on the command line.
 
     Args:
-      name: sgd, momentum, nesterov, adam, adamw, lbfgs, cg, newton, hf …
+      name: sgd, momentum, nesterov, adam, adamw, lbfgs, cg, newton, hf …; see
+        `jdl.optim.by_name`.
       label: what to call it, where one name appears with several settings.
       batch_size: examples of a step; by default "full" for methods with a line search or curvature
         products, which sampling noise misleads, and 64 for the others. Never more than there are.
@@ -81,6 +82,8 @@ def named(
     {'batch_size': 64, 'b1': 0.9, 'b2': 0.999, ..., 'learning_rate': 0.0001}
     """
     from jdl.optim import registry
+
+    name = registry.short_name(name)
 
     def make() -> optax.GradientTransformation:
         return registry.by_name(name, learning_rate, **options)

@@ -85,7 +85,7 @@ def nonlinear_cg(
     Args:
       learning_rate: length of the first trial step, > 0, or a schedule; later ones start from the
         last step times the ratio of slopes.
-      method: the formula for β.
+      method: the formula for β; hyphens count as underscores.
       restart_threshold: ν > 0; start afresh where |⟨g⁺, g⟩| ≥ ν ‖g⁺‖² (Powell); None for never.
       growth: a trial step starts at most this many times longer than the last step, ≥ 1.
       c1: sufficient decrease of the line search, in (0, c2).
@@ -115,6 +115,7 @@ def nonlinear_cg(
       Nocedal & Wright, Numerical Optimization (2006), section 5.2; (3.60) for the first trial.
     """
     check_scale("learning_rate", learning_rate)
+    method = method.replace("-", "_")
     check.one_of("method", method, METHODS)
     check.positive_int("max_evaluations", max_evaluations)
     check.in_range("growth", growth, 1.0)

@@ -11,6 +11,7 @@ import optax
 
 from jdl.core import check, tree
 from jdl.core.types import Params
+from jdl.optim import registry
 from jdl.optim.result import ResultCode
 from jdl.solvers import problem
 from jdl.solvers.gradient_check import check_problem_s_gradient
@@ -24,14 +25,15 @@ from jdl.solvers.nonlinear_cg import NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver
 from jdl.solvers.state import SolverState
 
+# The registry's names of optimizers that have a solver class; others run in `OptaxSolver`.
 METHODS: dict[str, Callable[..., Iterative]] = {
     "lbfgs": LBFGS,
-    "nonlinear_cg": NonlinearCG,
+    "cg": NonlinearCG,
     "newton": Newton,
-    "hessian_free": HessianFree,
+    "hf": HessianFree,
     "gradient_descent": GradientDescent,
     "gauss_newton": GaussNewton,
-    "levenberg_marquardt": LevenbergMarquardt,
+    "lm": LevenbergMarquardt,
 }
 
 
@@ -108,7 +110,8 @@ def minimize(
       params: where to start, a pytree of floating-point arrays.
       *args: passed to `fun`.
       method: "lbfgs", "nonlinear_cg", "newton", "hessian_free", "gradient_descent", for residuals
-        "gauss_newton" and "levenberg_marquardt", or an optax transformation.
+        "gauss_newton" and "levenberg_marquardt"; any other name of `jdl.optim.by_name`, or an
+        optax transformation.
       tol: on the norm of the gradient, ≥ 0.
       maxiter: updates at most; None for the method's own default.
       check_gradient: whether to compare the gradient with differences of values first.
@@ -135,11 +138,7 @@ def minimize(
     if maxiter is not None:
         options["maxiter"] = maxiter
     name = method if isinstance(method, str) else "optax"
-    if isinstance(method, str):
-        kind = METHODS[check.one_of("method", method, METHODS)]
-        solver = kind(fun, tol=tol, **options)
-    else:
-        solver = OptaxSolver(fun, method, tol=tol, **options)
+    solver = _solver(fun, method, tol=tol, **options)
     params = problem.as_arrays(params)
     if check_gradient:
         check_problem_s_gradient(solver._asked(None, params, args, {}), params)
@@ -165,6 +164,15 @@ def minimize(
         aux=state.aux,
         state=state,
     )
+
+
+def _solver(fun: Any, method: str | optax.GradientTransformation, **options: Any) -> Iterative:
+    if not isinstance(method, str):
+        return OptaxSolver(fun, method, **options)
+    name = registry.short_name(method, "method", METHODS)
+    if name in METHODS:
+        return METHODS[name](fun, **options)
+    return OptaxSolver(fun, registry.by_name(name), **options)
 
 
 def _compiled(solver: Iterative, params: Params, args: tuple[Any, ...]) -> Callable[[], Any]:

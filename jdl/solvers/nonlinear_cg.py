@@ -12,13 +12,6 @@ from jdl.solvers.iterative import Iterative
 from jdl.solvers.lbfgs import LINE_SEARCH_REFUSALS, check_line_search
 from jdl.solvers.state import Manner, SolverState
 
-METHODS = {
-    "polak-ribiere": "polak_ribiere",
-    "hestenes-stiefel": "hestenes_stiefel",
-    "dai-yuan": "dai_yuan",
-    "hager-zhang": "hager_zhang",
-}
-
 
 class NonlinearCG(Iterative):
     """Nonlinear conjugate gradients with a strong Wolfe line search.
@@ -29,7 +22,8 @@ class NonlinearCG(Iterative):
       has_aux: whether values come with something else.
       maxiter: updates at most.
       tol: on the norm of the gradient.
-      method: the formula for β: "polak-ribiere", "hestenes-stiefel", "dai-yuan", "hager-zhang".
+      method: the formula for β: "polak-ribiere", "hestenes-stiefel", "dai-yuan", "hager-zhang";
+        underscores too.
       linesearch: "zoom".
       maxls: trials of a line search at most.
       max_stepsize: the length of the very first trial.
@@ -61,7 +55,7 @@ class NonlinearCG(Iterative):
         maxiter: int = 100,
         tol: float = 1e-3,
         *,
-        method: str = "polak-ribiere",
+        method: str = "hager-zhang",
         linesearch: str = "zoom",
         maxls: int = 30,
         max_stepsize: float = 1.0,
@@ -76,18 +70,17 @@ class NonlinearCG(Iterative):
         manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
         super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner, **refused)
         check.argument(
-            method != "fletcher-reeves",
+            method not in ("fletcher-reeves", "fletcher_reeves"),
             "method",
-            f"one of {', '.join(METHODS)}",
+            "polak-ribiere, hestenes-stiefel, dai-yuan or hager-zhang",
             method,
             "Fletcher and Reeves's β can jam; dai-yuan has its convergence without.",
         )
-        check.one_of("method", method, METHODS)
         check_line_search(linesearch)
         check.positive_int("maxls", maxls)
         check.in_range("max_stepsize", max_stepsize, 0.0, open_low=True)
         self.method, self.maxls, self.max_stepsize = method, maxls, max_stepsize
-        self.optimizer = nonlinear_cg(max_stepsize, method=METHODS[method], max_evaluations=maxls)
+        self.optimizer = nonlinear_cg(max_stepsize, method=method, max_evaluations=maxls)
 
     def _at(self, optimizer_state: Any) -> tuple[jax.Array, Params]:
         return optimizer_state.value, optimizer_state.grad
