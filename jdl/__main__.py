@@ -2,7 +2,7 @@
 
 import sys
 
-from jdl.cli import main
+from jdl.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,8 @@ import tarfile
 
 import pytest
 
-from jdl import cli
+from jdl.cli.commands import COMMANDS
+from jdl.cli.main import main
 from jdl.data.bundled_digits import digits_path
 
 
@@ -19,9 +20,9 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example_of_its_command(command, capsys):
-    assert cli.main([command, "--help"]) == 0
+    assert main([command, "--help"]) == 0
     told = capsys.readouterr().out
     assert f"jdl {command}" in told
     assert "None" not in told
@@ -32,8 +33,8 @@ def test_help_shows_an_example_of_its_command(command, capsys):
 def test_help_fits_its_terminal(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     styles = [["style", kind] for kind in ("transfer", "train", "apply")]
-    for command in [*([name] for name in cli.COMMANDS), *styles]:
-        assert cli.main([*command, "--help"]) == 0
+    for command in [*([name] for name in COMMANDS), *styles]:
+        assert main([*command, "--help"]) == 0
         lines = capsys.readouterr().out.splitlines()
         whole = ("usage: ", "  jdl ", "  curl ")  # to be copied
         assert not [x for x in lines if len(x) > columns and not x.startswith(whole)], command
@@ -43,7 +44,7 @@ def test_help_of_compare_names_every_optimizer_and_problem(capsys):
     from jdl.compare import CATALOGUE
     from jdl.optim.registry import REGISTRY
 
-    assert cli.main(["compare", "--help"]) == 0
+    assert main(["compare", "--help"]) == 0
     told = set(re.findall(r"[\w-]+", capsys.readouterr().out))
     assert {*REGISTRY, *CATALOGUE} <= told
 
@@ -66,14 +67,14 @@ def test_help_of_compare_names_every_optimizer_and_problem(capsys):
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(arguments, said, capsys):
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert said in lines[0]
 
 
 def test_index_accounts_for_the_digits(capsys):
-    assert cli.main(["index", "digits", "--json"]) == 0
+    assert main(["index", "digits", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == 1797
     assert len(found["classes"]) == 10
@@ -111,7 +112,7 @@ def test_a_class_that_only_the_test_split_has_is_told_before_training(model, tmp
             if member.isfile() and not member.name.startswith("train/9"):
                 archive.addfile(member, digits.extractfile(member))
     arguments = ["train", model, "--data", str(tmp_path / "a.tar"), "--size", "8", "--workdir"]
-    assert cli.main([*arguments, str(tmp_path / "run")]) == 2
+    assert main([*arguments, str(tmp_path / "run")]) == 2
     assert "not there in training: '9'" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
 

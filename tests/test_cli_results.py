@@ -11,8 +11,8 @@ from rich.console import Console
 from sklearn import metrics as sk
 
 import jdl
-from jdl import cli
 from jdl.cli import progress
+from jdl.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +22,14 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
         common = ["--steps", "12", "--batch-size", "128", "--workdir"]
-        assert cli.main(["train", "mlp", "--logs", "csv", *common, str(folder / "mlp")]) == 0
-        assert cli.main(["train", "autoencoder", *common, str(folder / "ae")]) == 0
+        assert main(["train", "mlp", "--logs", "csv", *common, str(folder / "mlp")]) == 0
+        assert main(["train", "autoencoder", *common, str(folder / "ae")]) == 0
         yield folder
 
 
 def said(capsys, *arguments):
     capsys.readouterr()
-    code = cli.main([str(x) for x in arguments])
+    code = main([str(x) for x in arguments])
     out = capsys.readouterr()
     assert code == 0, out.err
     return out.out
@@ -109,7 +109,7 @@ def test_an_autoencoder_predicts_reconstructions(runs, capsys, tmp_path):
 def test_what_cannot_be_asked_is_refused(runs, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(runs)
     capsys.readouterr()
-    assert cli.main(list(arguments)) == 2
+    assert main(list(arguments)) == 2
     assert words in capsys.readouterr().err
 
 

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jdl import cli
+from jdl.cli import commands as cli
+from jdl.cli.main import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("notebooks/**/*.md"))]
@@ -288,7 +289,7 @@ def test_every_jdl_command_parses(tmp_path, monkeypatch, capsys):
             file.write_text('model = "cnn"\n')
             arguments = expand(arguments, module.Args)
         try:
-            cli._parse(words[0], module, arguments)
+            parse(words[0], module, arguments)
         except SystemExit as end:
             if end.code:
                 wrong.append((command, capsys.readouterr().err))

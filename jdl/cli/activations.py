@@ -63,7 +63,7 @@ class Args:
 
 def run(args: Args) -> None:
     """Draws the picture; the file appears when it is whole."""
-    from jdl.cli import seeing
+    from jdl.cli.networks import open_network
     from jdl.core import check
     from jdl.vision import images
 
@@ -71,7 +71,7 @@ def run(args: Args) -> None:
     check.argument(args.count >= 1, "--count", "at least 1", args.count)
     looks = args.what in ("maps", "grad-cam", "saliency")
     check.argument(args.image is not None or not looks, "IMAGE", f"given for {args.what}", None)
-    trunk, layers, photograph = seeing.opened(args.model, args.layer, args.image, args.longest)
+    trunk, layers, photograph = open_network(args.model, args.layer, args.image, args.longest)
     check.argument(len(layers) == 1, "--layer", "one layer", args.layer)
     draw = {
         "maps": _maps,
@@ -122,7 +122,7 @@ def _class(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
 
 
 def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
-    from jdl.cli import seeing
+    from jdl.cli import output
     from jdl.vision import activations, images
     from jdl.vision.reverse import PictureSearch, preferred
 
@@ -132,13 +132,13 @@ def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
     if channels is None:
         channels = list(range(args.count))
     search = PictureSearch(size=args.size, steps=args.steps)
-    found = preferred(trunk, layer, channels, search, seed=args.seed, on_step=seeing.told)
+    found = preferred(trunk, layer, channels, search, seed=args.seed, on_step=output.print_tenths)
     return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
 
 
 def _exciting(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
-    from jdl.cli.run_config import default_split, open_images
     from jdl.core import check
+    from jdl.recipes.datasets import default_split, open_images
     from jdl.vision import activations, images
 
     check.argument(args.data is not None, "--data", "given for exciting", None)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-# what -> the module whose `run(args)` measures it
+# what -> the module whose `measure` measures it
 BENCHES = {
     "data": "jdl.cli.bench_data",
     "train": "jdl.cli.bench_train",
@@ -42,10 +42,17 @@ class Args:
 
 
 def run(args: Args) -> None:
-    """Measures, and prints a table."""
+    """Measures, and prints a table or JSON."""
     from jdl.core import check
 
     what = check.one_of("WHAT", args.what, BENCHES)
     check.positive_int("--batch-size", args.batch_size)
     check.in_range("--seconds", args.seconds, 0.0, 3600.0, open_low=True)
-    importlib.import_module(BENCHES[what]).run(args)
+    report = importlib.import_module(BENCHES[what]).measure(
+        args.target,
+        size=args.size,
+        channels=3 if args.color else 1,
+        batch_size=args.batch_size,
+        seconds=args.seconds,
+    )
+    report.show(as_json=args.as_json)

@@ -1,32 +1,39 @@
 """Images a second out of a tar: reading alone, decoding in threads, in worker processes."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from jdl.cli.bench import Args
+from jdl.cli import output
 
 _WARM = 2  # batches before the clock starts
 
 
-def run(args: "Args") -> None:
-    """Measures and prints."""
-    from jdl.cli import progress
-    from jdl.cli.run_config import parse_size
-    from jdl.data import from_tar, resolve
+def measure(
+    target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
+) -> output.Report:
+    """Measures.
 
-    target = args.target or "digits"
+    Args:
+      target: a tar, glob or brace range; the digits where it is empty.
+      size: as `parse_size`.
+      channels: 1 or 3.
+      batch_size: images in a batch.
+      seconds: of each measurement.
+    """
+    from jdl.data import from_tar, resolve
+    from jdl.recipes.datasets import parse_size
+
+    target = target or "digits"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     several = sorted({1, 2, cores or 1})
     options: dict[str, Any] = {
-        "size": parse_size(args.size, target),
-        "grayscale": not args.color,
-        "batch_size": args.batch_size,
+        "size": parse_size(size, target),
+        "grayscale": channels == 1,
+        "batch_size": batch_size,
         "label": None,
         "epochs": None,
         "on_error": "skip",
@@ -38,8 +45,8 @@ def run(args: "Args") -> None:
 
     def reading() -> Iterator[int]:
         for i in range(1 << 40):
-            epoch, at = divmod(i, max(len(source) // args.batch_size, 1))
-            records = probe.order.records(epoch, at * args.batch_size, (at + 1) * args.batch_size)
+            epoch, at = divmod(i, max(len(source) // batch_size, 1))
+            records = probe.order.records(epoch, at * batch_size, (at + 1) * batch_size)
             yield sum(1 for _ in source.read_many(records))
 
     def batches(**how: Any) -> Callable[[], Iterator[int]]:
@@ -54,24 +61,22 @@ def run(args: "Args") -> None:
         return make
 
     if source.mode == "random":
-        rates["reading alone"] = _rate(reading, args.seconds)
-    rates["made when asked for"] = _rate(batches(threads=0), args.seconds)
+        rates["reading alone"] = _rate(reading, seconds)
+    rates["made when asked for"] = _rate(batches(threads=0), seconds)
     for n in several:
-        rates[f"{n} thread{'s' * (n > 1)}"] = _rate(batches(threads=n), args.seconds)
+        rates[f"{n} thread{'s' * (n > 1)}"] = _rate(batches(threads=n), seconds)
     if source.mode != "stream":
         for n in (n for n in several if n > 1):
-            rates[f"{n} worker processes"] = _rate(batches(workers=n), args.seconds)
-    if args.as_json:
-        print(json.dumps({"images": len(source), "cores": cores, "images_per_second": rates}))
-        return
+            rates[f"{n} worker processes"] = _rate(batches(workers=n), seconds)
+    best = max((how for how in rates if how != "reading alone"), key=lambda how: rates[how])
     shape = "×".join(map(str, probe.element_spec["image"].shape))
-    progress.table(
+    return output.Report(
+        {"images": len(source), "cores": cores, "images_per_second": rates},
         ["", "images/s"],
         [[how, f"{rate:.0f}"] for how, rate in rates.items()],
         f"{target}: {len(source)} images, batches of {shape}, {cores} cores",
+        f"fastest: {best}. By default from_tar uses one thread for each core.",
     )
-    best = max((how for how in rates if how != "reading alone"), key=lambda how: rates[how])
-    print(f"fastest: {best}. Without arguments from_tar uses a thread a core.")
 
 
 def _rate(make: Callable[[], Iterator[int]], seconds: float) -> float:

@@ -1,44 +1,51 @@
 """What curvature costs on this machine: products and whole steps, in gradients of one batch."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from jdl.cli.bench import Args
+from jdl.cli import output
 
 MODELS = ("mlp", "cnn", "rnn")
 OPTIMIZERS = ("sgd", "adam", "lbfgs", "cg", "hf", "kfac")
 
 
-def run(args: "Args") -> None:
-    """Measures and prints."""
+def measure(
+    target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
+) -> output.Report:
+    """Measures.
+
+    Args:
+      target: mlp, cnn or rnn; mlp where it is empty.
+      size: as `parse_size`.
+      channels: 1 or 3.
+      batch_size: images in a batch.
+      seconds: of all measurements together.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
     import jdl
-    from jdl.cli import progress
-    from jdl.cli.recipes import recipe
-    from jdl.cli.run_config import parse_size
     from jdl.core import check, tree
     from jdl.losses import softmax_cross_entropy
     from jdl.optim import by_name, diagnostics
+    from jdl.recipes.datasets import parse_size
+    from jdl.recipes.registry import recipe
 
-    name = check.one_of("MODEL", args.target or "mlp", MODELS)
-    shape = (*parse_size(args.size, "digits"), 3 if args.color else 1)
+    name = check.one_of("MODEL", target or "mlp", MODELS)
+    shape = (*parse_size(size, "digits"), channels)
     rng = np.random.default_rng(0)
     batch = {
-        "image": jnp.asarray(rng.random((args.batch_size, *shape)), jnp.float32),
-        "label": jnp.asarray(rng.integers(0, 10, args.batch_size), jnp.int32),
+        "image": jnp.asarray(rng.random((batch_size, *shape)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, 10, batch_size), jnp.int32),
     }
     model = jdl.from_linen(recipe(name).build(shape, 10))
     params, state = model.init(jax.random.key(0), batch["image"][:1])
     objective = jdl.Objective(model, softmax_cross_entropy, state, batch)
-    seconds = args.seconds / (3 + len(OPTIMIZERS))
+    seconds = seconds / (3 + len(OPTIMIZERS))
 
     gradient = jax.jit(lambda p: objective.value_and_grad(p)[:2])
     vector = gradient(params)[1]
@@ -77,21 +84,22 @@ def run(args: "Args") -> None:
         counted = None if told is None else float(told.gradient_equivalents) / steps
         rows.append([f"step of {which}", spent, spent / one, counted])
     device = jax.devices()[0].device_kind
-    if args.as_json:
-        names = ("what", "seconds", "gradients", "counted")
-        found = [dict(zip(names, row, strict=True)) for row in rows]
-        print(json.dumps({"model": name, "device": device, "costs": found}))
-        return
-    progress.table(
+    names = ("what", "seconds", "gradients", "counted")
+    return output.Report(
+        {
+            "model": name,
+            "device": device,
+            "costs": [dict(zip(names, row, strict=True)) for row in rows],
+        },
         ["", "ms", "gradients", "as counted"],
         [
             [what, f"{1e3 * s:.3g}", f"{g:.2f}", "" if c is None else f"{c:.2f}"]
             for what, s, g, c in rows
         ],
         f"{name} on {'×'.join(map(str, shape))}, {tree.size(params):,} parameters, "
-        f"batch {args.batch_size}, one {device}",
+        f"batch {batch_size}, one {device}",
+        "As counted: the optimizer's own count of gradient-equivalents in a step, by FLOPs.",
     )
-    print("As counted: gradient-equivalents that the optimizer itself tells, by a step's FLOPs.")
 
 
 def _time(f: Callable[[], Any], seconds: float) -> tuple[float, int]:

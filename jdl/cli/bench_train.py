@@ -1,42 +1,49 @@
 """An Estimator's speed against a bare jit loop of the same model, optimizer and batch."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from jdl.cli.bench import Args
+from jdl.cli import output
 
 MODELS = ("cnn", "mlp", "rnn")
 _SLICES = 5  # turns of each loop, whose median counts
 _FIRST = 3  # steps that compile and warm up
 
 
-def run(args: "Args") -> None:
-    """Measures and prints."""
+def measure(
+    target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
+) -> output.Report:
+    """Measures.
+
+    Args:
+      target: cnn, mlp or rnn; cnn where it is empty.
+      size: as `parse_size`.
+      channels: 1 or 3.
+      batch_size: images in a batch.
+      seconds: of all measurements together.
+    """
     import jax
     import numpy as np
 
     import jdl
-    from jdl.cli import progress
-    from jdl.cli.recipes import recipe
-    from jdl.cli.run_config import parse_size
     from jdl.core import check
     from jdl.data import from_arrays
+    from jdl.recipes.datasets import parse_size
+    from jdl.recipes.registry import recipe
 
-    name = check.one_of("MODEL", args.target or "cnn", MODELS)
-    shape = (*parse_size(args.size, "a tar"), 3 if args.color else 1)
+    name = check.one_of("MODEL", target or "cnn", MODELS)
+    shape = (*parse_size(size, "a tar"), channels)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (4 * args.batch_size, *shape), dtype=np.uint8)
-    labels = rng.integers(0, 10, 4 * args.batch_size).astype(np.int32)
+    images = rng.integers(0, 256, (4 * batch_size, *shape), dtype=np.uint8)
+    labels = rng.integers(0, 10, 4 * batch_size).astype(np.int32)
     model = jdl.from_linen(recipe(name).build(shape, 10))
     estimator = jdl.classifier(model, _optimizer())
-    data = from_arrays(images, labels, batch_size=args.batch_size, shuffle=False, seed=0)
+    data = from_arrays(images, labels, batch_size=batch_size, shuffle=False, seed=0)
     loops: dict[str, Callable[[int], Any]] = {
         "jdl": lambda steps: estimator.train(data, steps=steps),
-        "bare jit loop": bare_loop(model, images, labels, args.batch_size),
+        "bare jit loop": bare_loop(model, images, labels, batch_size),
     }
     step = {}
     for how, loop in loops.items():
@@ -44,26 +51,23 @@ def run(args: "Args") -> None:
         start = time.perf_counter()
         loop(_FIRST)
         step[how] = (time.perf_counter() - start) / _FIRST
-    steps = max(int(args.seconds / _SLICES / max(step.values())), 1)
+    steps = max(int(seconds / _SLICES / max(step.values())), 1)
     rates: dict[str, list[float]] = {how: [] for how in loops}
     for _ in range(_SLICES):
         for how, loop in loops.items():
             start = time.perf_counter()
             loop(steps)
-            rates[how].append(steps * args.batch_size / (time.perf_counter() - start))
+            rates[how].append(steps * batch_size / (time.perf_counter() - start))
     medians = {how: statistics.median(r) for how, r in rates.items()}
     ratio = medians["jdl"] / medians["bare jit loop"]
     device = jax.devices()[0].device_kind
-    if args.as_json:
-        found = {"model": name, "device": device, "images_per_second": medians, "ratio": ratio}
-        print(json.dumps(found))
-        return
-    progress.table(
+    return output.Report(
+        {"model": name, "device": device, "images_per_second": medians, "ratio": ratio},
         ["", "images/s"],
         [[how, f"{rate:.1f}"] for how, rate in medians.items()],
-        f"{name} on {'×'.join(map(str, shape))}, batch {args.batch_size}, SGD, one {device}",
+        f"{name} on {'×'.join(map(str, shape))}, batch {batch_size}, SGD, one {device}",
+        f"jdl runs at {ratio:.3f} of the bare loop's speed.",
     )
-    print(f"jdl runs at {ratio:.3f} of the bare loop's speed.")
 
 
 def _optimizer() -> Any:

@@ -118,11 +118,11 @@ def _share(text: str) -> tuple[int, int]:
 
 def _problems(args: Args) -> tuple[list[Any], list[str]]:
     """The problems that can be made, and what is wrong with the others."""
-    from jdl.cli.recipes import RECIPES, recipe
-    from jdl.cli.run_config import parse_size
     from jdl.compare import CATALOGUE, by_name, digits_cnn, tar_problem
     from jdl.core import check
     from jdl.data import resolve
+    from jdl.recipes.datasets import parse_size
+    from jdl.recipes.registry import RECIPES, recipe
 
     if args.problem:
         names = _listed("--problem", args.problem)
@@ -166,10 +166,7 @@ def study(
     share: tuple[int, int] = (1, 1),
 ) -> Any:
     """Runs a study with progress on stderr, and shows what came out."""
-    from jdl.cli.run_config import use_compilation_cache
     from jdl.compare import Budget, Study
-
-    use_compilation_cache()
 
     def on_event(event: Any) -> None:
         where = f"[{event.number}/{event.total}] {event.problem}: {event.optimizer}"
@@ -203,16 +200,16 @@ def study(
 
 def _show(results: Any, workdir: Path) -> None:
     """The tables, and the report's files."""
-    from jdl.cli import progress
+    from jdl.cli import output
     from jdl.compare import table, write_report
     from jdl.compare.results import headline
     from jdl.compare.tables import tuning_table
 
     for name in results.problems:
         header, rows = table(results, name)
-        progress.table(list(header), [list(row) for row in rows], name)
+        output.table(list(header), [list(row) for row in rows], name)
         if (tuned := tuning_table(results, name)) is not None:
-            progress.table(tuned[0], tuned[1], f"{name}: tuning")
+            output.table(tuned[0], tuned[1], f"{name}: tuning")
         print(headline(results, name))
     print(f"report:  {write_report(workdir)}")
     print(f"metrics: {workdir / 'metrics.jsonl'}")

@@ -26,7 +26,7 @@ class Args:
 
 def run(args: Args) -> None:
     """Prints the script."""
-    from jdl.cli import COMMANDS
+    from jdl.cli.commands import COMMANDS
     from jdl.core import check
 
     shell = check.one_of("SHELL", args.shell, SHELLS)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from jdl.core import check
+from jdl.recipes.run_config import COMMAND
 
-TABLE = "command"
 MAX_BYTES = 1 << 20
 ALIASES = {"steps": "max-steps"}
 
@@ -67,8 +67,8 @@ def read(path: Path) -> dict[str, Any]:
         raise check.DataError(f"{path} is not readable as TOML: {error}.") from error
     if not isinstance(settings, dict):
         raise check.DataError(f"{path} must hold names and values, such as `optimizer: hf`.")
-    table = settings.get(TABLE, settings)
-    check.argument(isinstance(table, dict), TABLE, "a table of settings", table)
+    table = settings.get(COMMAND, settings)
+    check.argument(isinstance(table, dict), COMMAND, "a table of settings", table)
     return dict(table)
 
 

@@ -57,11 +57,12 @@ class Args:
 def run(args: Args) -> None:
     """Writes the picture and the numbers."""
     from jdl import curvature
-    from jdl.cli import progress
-    from jdl.cli.recipes import recipe
-    from jdl.cli.run_config import RunConfig, default_split, use_compilation_cache
+    from jdl.cli import output
     from jdl.core import check
     from jdl.core.objective import Objective
+    from jdl.recipes.datasets import default_split
+    from jdl.recipes.registry import recipe
+    from jdl.recipes.run_config import RunConfig
     from jdl.train.step import scale_images
     from jdl.train.writers import READ_ONLY, write_atomically
 
@@ -75,7 +76,6 @@ def run(args: Args) -> None:
         raise check.UserError(f"jdl curvature has no picture of a {config.model}'s loss.")
     data = args.data or config.data
     split = default_split(data, args.split, "train")
-    use_compilation_cache()
     started = time.perf_counter()
     options: dict[str, Any] = {"batch_size": args.batch_size, "epochs": 1, "shuffle": True}
     images = config.images(data, split, seed=args.seed, **options)
@@ -150,7 +150,7 @@ def run(args: Args) -> None:
             zip(top.values, spread, top.residuals, strict=True)
         )
     ]
-    progress.table(["", "eigenvalue", "± over batches", "residual"], rows, args.matrix)
+    output.table(["", "eigenvalue", "± over batches", "residual"], rows, args.matrix)
     if not top.converged:
         print(f"not all converged within {args.max_products} products; see --max-products")
     print(f"top eigenvalue of single batches: {', '.join(f'{x:.4g}' for x in alone)}")

@@ -89,24 +89,26 @@ def run(args: Args) -> None:
 
 
 def _class(args: Args) -> Any:
-    from jdl.cli import seeing
+    from jdl.cli import output
+    from jdl.cli.networks import open_network
     from jdl.vision import activations
     from jdl.vision.reverse import PictureSearch, of_class
 
-    trunk = seeing.opened(args.model).trunk
+    trunk = open_network(args.model).trunk
     search = PictureSearch(size=args.size, steps=256 if args.steps is None else args.steps)
-    found = of_class(trunk, args.wanted or "", search, seed=args.seed, on_step=seeing.told)
+    found = of_class(trunk, args.wanted or "", search, seed=args.seed, on_step=output.print_tenths)
     name, share = activations.classify(trunk, found, count=1)[0]
     print(f"taken for {name} ({share:.1%})")
     return found
 
 
 def _dreamt(args: Args) -> list[Path]:
-    from jdl.cli import seeing
+    from jdl.cli import output
+    from jdl.cli.networks import open_network
     from jdl.vision import dream, images
 
     guide = images.read(args.guide, longest=224) if args.guide is not None else None
-    trunk, layers, photograph = seeing.opened(args.model, args.layer, args.image, args.longest)
+    trunk, layers, photograph = open_network(args.model, args.layer, args.image, args.longest)
     channels = () if args.channel is None else (args.channel,)
     goal = dream.goal(trunk, layers, channels=channels, guide=guide)
     settings = dream.Settings(
@@ -122,7 +124,9 @@ def _dreamt(args: Args) -> list[Path]:
         tile=args.tile,
     ).checked()
     if not args.frames:
-        dreamt = dream.dream(trunk, photograph, goal, settings, seed=args.seed, on_step=seeing.told)
+        dreamt = dream.dream(
+            trunk, photograph, goal, settings, seed=args.seed, on_step=output.print_tenths
+        )
         return [images.write(args.out, dreamt)]
     frames = dream.zoom(
         trunk, photograph, goal, settings, frames=args.frames, zoom=args.zoom, seed=args.seed

@@ -42,10 +42,11 @@ class Args:
 def run(args: Args) -> None:
     """Prints the numbers."""
     from jdl import metrics
-    from jdl.cli import progress
-    from jdl.cli.recipes import recipe
-    from jdl.cli.run_config import RunConfig, default_split, use_compilation_cache
+    from jdl.cli import output
     from jdl.core import check
+    from jdl.recipes.datasets import default_split
+    from jdl.recipes.registry import recipe
+    from jdl.recipes.run_config import RunConfig
 
     check.argument(args.batch_size >= 1, "--batch-size", "at least 1", args.batch_size)
     config = RunConfig.load(args.workdir)
@@ -63,7 +64,6 @@ def run(args: Args) -> None:
         options["metrics"] = {"accuracy": metrics.accuracy, f"top_{args.top_k}_accuracy": top}
     data = args.data or config.data
     split = default_split(data, args.split, "test")
-    use_compilation_cache()
     images = config.images(data, split, batch_size=args.batch_size)
     estimator = config.estimator(args.workdir, **options)
     counted = args.confusion or args.per_class
@@ -89,7 +89,7 @@ def run(args: Args) -> None:
             ]
         print(json.dumps(values))
         return
-    progress.table(
+    output.table(
         ["", *values],
         [[split or "all images", *(f"{v:.4f}" for v in values.values())]],
         f"{args.workdir} at step {estimator.step}, {images.num_records} images of {data}",
@@ -101,7 +101,7 @@ def run(args: Args) -> None:
             [name, f"{n:.0f}", *("–" if math.isnan(x) else f"{x:.4f}" for x in row)]
             for name, n, *row in zip(config.classes, *scores, strict=True)
         ]
-        progress.table(["class", "images", "precision", "recall", "F1"], rows)
+        output.table(["class", "images", "precision", "recall", "F1"], rows)
     if args.confusion:
         _show_confusion(confusion, config.classes)
 
@@ -109,14 +109,14 @@ def run(args: Args) -> None:
 def _show_confusion(confusion: Any, classes: tuple[str, ...]) -> None:
     import numpy as np
 
-    from jdl.cli import progress
+    from jdl.cli import output
 
     counts = confusion.astype(int)
     if len(classes) <= MOST_CLASSES:
         rows = [[name, *map(str, row)] for name, row in zip(classes, counts, strict=True)]
-        progress.table(["", *classes], rows, "images of each class (rows) taken for each (columns)")
+        output.table(["", *classes], rows, "images of each class (rows) taken for each (columns)")
         return
     wrong = counts - np.diag(np.diag(counts))
     most = [divmod(int(i), len(classes)) for i in np.argsort(-wrong, axis=None)[:20]]
     rows = [[classes[i], classes[j], str(wrong[i, j])] for i, j in most if wrong[i, j]]
-    progress.table(["class", "taken for", "images"], rows, "the most frequent confusions")
+    output.table(["class", "taken for", "images"], rows, "the most frequent confusions")

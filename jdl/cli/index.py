@@ -61,7 +61,7 @@ def _make_seekable(data: str) -> None:
 
 
 def _print(data: str, found: "Description") -> None:
-    from jdl.cli import progress
+    from jdl.cli import output
 
     print(f"{data}: {found.members} members, {found.images} images, {len(found.classes)} classes")
     others = {kind: n for kind, n in found.kinds.items() if kind != "image"}
@@ -71,7 +71,7 @@ def _print(data: str, found: "Description") -> None:
         if mode != "random":
             print(f"{archive}: {_COST[mode]}")
     if found.classes:
-        progress.table(["class", "images"], [[k, str(n)] for k, n in found.classes.items()])
+        output.table(["class", "images"], [[k, str(n)] for k, n in found.classes.items()])
     lost = sum(bool(each["lost"]) for each in found.damage)
     if lost:
         print(f"damaged: {lost} problem(s); training on it needs --on-error skip")

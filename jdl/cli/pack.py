@@ -45,7 +45,7 @@ def run(args: Args) -> None:
     )
     size = None
     if args.size is not None:
-        from jdl.cli.run_config import parse_size
+        from jdl.recipes.datasets import parse_size
 
         size = parse_size(args.size, args.source)
     said = time.monotonic()

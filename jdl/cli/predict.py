@@ -34,9 +34,10 @@ class Args:
 
 def run(args: Args) -> None:
     """Writes the predictions; the file appears when it is whole."""
-    from jdl.cli.recipes import recipe
-    from jdl.cli.run_config import RunConfig, default_split, use_compilation_cache
     from jdl.core import check
+    from jdl.recipes.datasets import default_split
+    from jdl.recipes.registry import recipe
+    from jdl.recipes.run_config import RunConfig
     from jdl.train.predictions import write_predictions
 
     check.argument(args.batch_size >= 1, "--batch-size", "at least 1", args.batch_size)
@@ -49,7 +50,6 @@ def run(args: Args) -> None:
         config.model,
     )
     data = args.data or config.data
-    use_compilation_cache()
     images = config.images(
         data,
         default_split(data, args.split, "test"),

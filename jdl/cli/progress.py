@@ -5,10 +5,9 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Column, Table
+from rich.table import Column
 
 EVERY = 5.0  # seconds between plain lines
 RECENT = 20  # rows of the log that speed is measured over
@@ -109,23 +108,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def table(columns: list[str], rows: list[list[str]], title: str = "") -> None:
-    """Prints a table on standard output; the first column to the left, the others to the right."""
-    drawn = Table(
-        title=title or None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    for i, column in enumerate(columns):
-        # Words may wrap, figures with their units and ranges may not.
-        cells = [column, *(row[i] for row in rows)]
-        unbroken = [x for c in cells for x in ([c] if any(map(str.isdigit, c)) else c.split())]
-        width = max(map(len, unbroken), default=0)
-        drawn.add_column(column, justify="left" if i == 0 else "right", min_width=width)
-    for row in rows:
-        drawn.add_row(*row)
-    Console(highlight=False).print(drawn)

@@ -77,10 +77,10 @@ def run(args: Args) -> None:
         for entry in found:
             print(json.dumps(entry))
         return
-    from jdl.cli import progress
+    from jdl.cli import output
 
     titles = [f"{'last' if at == 'last' else 'best'} {name}" for name, at in which.items()]
-    progress.table(
+    output.table(
         ["run", "optimizer", "steps", "seconds", *titles],
         [
             [

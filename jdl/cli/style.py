@@ -138,9 +138,6 @@ Args = (
 
 def run(args: Transfer | Train | Apply) -> None:
     """Does what the subcommand says."""
-    from jdl.cli.run_config import use_compilation_cache
-
-    use_compilation_cache()
     if isinstance(args, Transfer):
         _transfer(args)
     elif isinstance(args, Train):
@@ -208,9 +205,10 @@ def _train(args: Train) -> None:
     from jdl.cli.progress import StepProgress
     from jdl.core import check
     from jdl.data import from_tar, resolve
+    from jdl.recipes.style_config import StyleConfig
     from jdl.train.plot import draw
-    from jdl.vision import images, pretrained
-    from jdl.vision.style_run import StyleRun, digest
+    from jdl.vision import images, painter, pretrained
+    from jdl.vision.style_training import build_estimator, digest
     from jdl.vision.transformer import STRIDE
 
     for name in ("max_steps", "batch_size", "size", "style_size", "blocks", "save_every"):
@@ -237,7 +235,7 @@ def _train(args: Train) -> None:
         seed=args.seed,
         on_error=args.on_error,
     )
-    setting = StyleRun(
+    config = StyleConfig(
         styles=names,
         paintings=tuple(digest(p) for p in paintings),
         trunk=args.model,
@@ -255,26 +253,26 @@ def _train(args: Train) -> None:
     )
     workdir = args.workdir or Path("runs") / f"style-{'-'.join(names)}"
     shown = StepProgress(args.max_steps, args.batch_size)
-    estimator = setting.estimator(
-        trunk, paintings, workdir, save_every=args.save_every, hooks=[shown]
+    estimator = build_estimator(
+        config, trunk, paintings, workdir, save_every=args.save_every, hooks=[shown]
     )
-    setting.save(workdir)
+    config.save(workdir)
     print(
         f"{' and '.join(names)} from {photographs.num_records} photographs of {args.data}, to step "
         f"{args.max_steps}; writing to {workdir}"
     )
     with shown:
         estimator.train(photographs, max_steps=args.max_steps)
-    painter = setting.painter(workdir)
+    trained = painter.load_painter(workdir)
     sample = [image / 255.0 for image in next(iter(photographs.once()))["image"][:4]]
-    pictures = [p for image in sample for p in (image, *(painter(image, {n: 1}) for n in names))]
+    pictures = [p for image in sample for p in (image, *(trained(image, {n: 1}) for n in names))]
     sheet = images.sheet(pictures, columns=1 + len(names), captions=None)
     print(f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
     print(f"metrics: {workdir / 'metrics.jsonl'}")
     print(f"curves:  {draw(workdir / 'metrics.jsonl', workdir / 'curves.png')}")
     print(f"picture: {images.write(workdir / 'samples.png', sheet)}")
     if args.export is not None:
-        print(f"export:  {painter.export(args.export)}")
+        print(f"export:  {trained.export(args.export)}")
     if photographs.skipped:
         print(f"skipped: {photographs.skipped} photographs that could not be read")
 

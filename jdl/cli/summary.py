@@ -37,9 +37,10 @@ def run(args: Args) -> None:
     import jax
     import numpy as np
 
-    from jdl.cli.recipes import RECIPES, recipe
-    from jdl.cli.run_config import RunConfig, parse_size
     from jdl.core import check
+    from jdl.recipes.datasets import parse_size
+    from jdl.recipes.registry import RECIPES, recipe
+    from jdl.recipes.run_config import RunConfig
     from jdl.train.summary import summarize
 
     for name in ("classes", "batch_size"):
@@ -80,14 +81,14 @@ def _as_json(found: Any, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _show(found: Any, title: str) -> None:
-    from jdl.cli import progress
+    from jdl.cli import output
 
     rows = []
     for entry in found.entries:
         of_all = f"{entry.size / found.parameters:.1%}" if entry.kind == "params" else "state"
         shape = "×".join(map(str, entry.shape)) or "scalar"
         rows.append([entry.name, shape, entry.dtype, f"{entry.size:,}", of_all])
-    progress.table(["array", "shape", "type", "elements", "share"], rows, title)
+    output.table(["array", "shape", "type", "elements", "share"], rows, title)
     print(f"parameters: {found.parameters:,} in {_units(float(found.bytes), 1024, 'iB')}")
     for name, flops in (("outputs", found.forward_flops), ("with gradient", found.gradient_flops)):
         told = "not told by this compiler" if flops is None else _units(flops, 1000, "FLOP")

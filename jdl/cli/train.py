@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from jdl.cli.run_config import RunConfig
+    from jdl.recipes.run_config import RunConfig
 
 
 # For optimizers whose steps want little sampling noise.
@@ -89,16 +89,11 @@ class Args:
 def run(args: Args) -> None:
     """Trains, evaluates on the test split if there is one, and draws the curves."""
     from jdl.cli import config_file
-    from jdl.cli.recipes import recipe
-    from jdl.cli.run_config import (
-        RunConfig,
-        default_split,
-        open_images,
-        parse_size,
-        use_compilation_cache,
-    )
     from jdl.core import check
     from jdl.optim import registry
+    from jdl.recipes.datasets import default_split, input_shape, open_images, parse_size
+    from jdl.recipes.registry import recipe
+    from jdl.recipes.run_config import RunConfig
     from jdl.train import distributed, parallel
 
     if args.deterministic:
@@ -158,7 +153,7 @@ def run(args: Args) -> None:
         microbatches=args.microbatches,
         seed=args.seed,
         split=split,
-        image_shape=getattr(data, "shape", None) or (*size, 3 if args.color else 1),
+        image_shape=input_shape(source, size, 3 if args.color else 1),
         grayscale=not args.color,
         classes=classes,
         on_error=args.on_error,
@@ -172,7 +167,6 @@ def run(args: Args) -> None:
             args, data=source, optimizer=optimizer, max_steps=steps, batch_size=batch_size
         )
         config.save(workdir, config_file.as_table(resolved))
-    use_compilation_cache()
     options = {
         "save_every": args.save_every,
         "logs": args.logs,
@@ -197,9 +191,9 @@ def _leads() -> bool:
 def _train(
     config: "RunConfig", workdir: Path, data: Any, steps: int, options: dict[str, Any]
 ) -> None:
-    from jdl.cli import progress
-    from jdl.cli.recipes import recipe
-    from jdl.cli.run_config import default_split
+    from jdl.cli import output, progress
+    from jdl.recipes.datasets import default_split
+    from jdl.recipes.registry import Finished, recipe
     from jdl.train.checkpoint import begun
     from jdl.train.plot import draw
 
@@ -231,13 +225,15 @@ def _train(
         values = estimator.evaluate(images, name="all of train" if split == "train" else split)
         rows.append([split, *(f"{v:.4f}" for v in values.values())])
         columns = ["split", *values]
-    progress.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
+    output.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
     if not _leads():
         return
     picture = draw(workdir / "metrics.jsonl", workdir / "curves.png")
     print(f"metrics: {workdir / 'metrics.jsonl'}\ncurves:  {picture}")
     if chosen.pictures is not None:
-        for path in chosen.pictures(estimator, images, workdir):
+        first, last = next(iter(held.values())), images
+        finished = Finished(config.build_model(), estimator, first, last, workdir)
+        for path in chosen.pictures(finished):
             print(f"picture: {path}")
     if data.skipped:
         print(f"skipped: {data.skipped} images that could not be read")

@@ -71,6 +71,7 @@ def gather(
     value: Any = None,
     grad: PyTree | None = None,
     value_fn: Callable[..., Any] | None = None,
+    value_and_grad_fn: Callable[[Params], Any] | None = None,
     objective: Objective | None = None,
     whole_params: Params | None = None,
     **others: Any,
@@ -84,6 +85,7 @@ def gather(
       value: f(params), a scalar.
       grad: ∇f(params).
       value_fn: params -> value or (value, anything); called with the parameters alone.
+      value_and_grad_fn: params -> (value, gradient, …), where the gradient is not autodiff's.
       objective: a `jdl.Objective`, or None; stands in for a missing `value_fn`.
       whole_params: all parameters, where `params` is the part of them that optax.masked or
         optax.partition let through; the others then stay where they are.
@@ -109,6 +111,12 @@ def gather(
         part = Part(params, whole_params)
         grad, value_fn = part.of(grad), part.function(value_fn)
         objective = None if objective is None else restricted(objective, part)
+        check.argument(
+            value_and_grad_fn is None,
+            "value_and_grad_fn",
+            "left out where optax.masked or optax.partition pass part of the parameters",
+            value_and_grad_fn,
+        )
     for name, given in (("updates", updates), ("grad", grad)):
         check.argument(
             jax.tree.structure(given) == structure,
@@ -124,15 +132,17 @@ def gather(
         out = out[0] if isinstance(out, tuple) else out
         return jnp.asarray(out).astype(dtype)
 
-    fn, whole = value_fn, objective
+    fn, both = value_fn, value_and_grad_fn
+    if both is None and objective is not None:
+        both = objective.value_and_grad
 
     def plain_value(p: Params) -> jax.Array:
         return scalar(fn(p))
 
     def value_and_grad(p: Params) -> tuple[jax.Array, Params]:
-        if whole is None:
+        if both is None:
             return jax.value_and_grad(plain_value)(p)
-        v, g, _ = whole.value_and_grad(p)
+        v, g, *_ = both(p)
         return scalar(v), g
 
     value = scalar(value)
@@ -145,7 +155,7 @@ def gather(
         noise=noise_floor(value, params),
         finite=jnp.isfinite(value) & tree.all_finite(grad),
         stationary=tree.vdot(grad, grad) == 0,
-        objective=whole,
+        objective=objective,
         fill=(lambda p: p) if part is None else part.filled,
     )
 
@@ -212,14 +222,15 @@ def check_scale(name: str, value: Any) -> None:
         check.in_range(name, value, 0.0, open_low=True)
 
 
-def hessian_product(value_fn: Callable[[Params], jax.Array], params: Params) -> Callable[..., Any]:
+def hessian_product(here: UpdateContext) -> Callable[[PyTree], PyTree]:
     """V -> ∇²f(θ) v, forward over reverse, at the highest matmul precision.
 
     On accelerators whose default multiplies in fewer bits, CG would lose conjugacy.
     """
 
     def product(vector: PyTree) -> PyTree:
+        gradient = lambda params: here.value_and_grad(params)[1]  # noqa: E731
         with jax.default_matmul_precision("highest"):
-            return jax.jvp(jax.grad(value_fn), (params,), (vector,))[1]
+            return jax.jvp(gradient, (here.params,), (vector,))[1]
 
     return product

@@ -213,7 +213,7 @@ def hessian_free(
             here.needed_objective("Gauss-Newton products", ', or use curvature="hessian"')
         rate = current_rate(learning_rate, state)
         use_gauss_newton = False
-        data_product = hessian_product(here.value_fn, here.params)
+        data_product = hessian_product(here)
         if objective is not None:
             use_gauss_newton = curvature != "hessian"
             product = objective.gnvp if use_gauss_newton else objective.hvp

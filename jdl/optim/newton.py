@@ -131,7 +131,7 @@ def newton(
         scale = rate.astype(dtype)
         active = here.active
 
-        product = hessian_product(here.value_fn, here.params)
+        product = hessian_product(here)
         if objective is not None:
             product = lambda v: objective.hvp(here.params, v)  # noqa: E731
         spectrum = spectral.of_symmetric(spectral.dense(product, here.params, chunk_size, dtype))

@@ -3,7 +3,22 @@
     from jdl import solvers as jaxopt
     params, state = jaxopt.LBFGS(fun, maxiter=100, tol=1e-4).run(init_params, data)
 
-`jdl.minimize` is the same for one problem at a time, and tells what happened in words.
+`jdl.minimize` minimizes one function and reports how it went.
+
+A run has converged when the norm of the gradient is at most `tol`. The defaults of the classes are
+those of jaxopt where it has the class; `minimize` is stricter:
+
+    solver              maxiter  tol
+    LBFGS                   500  1e-3
+    LBFGSB                  500  1e-3
+    NonlinearCG             100  1e-3
+    GradientDescent         500  1e-3
+    Newton                  100  1e-3
+    HessianFree             200  1e-3
+    GaussNewton              30  1e-5
+    LevenbergMarquardt       30  1e-3
+    OptaxSolver             500  1e-3
+    minimize        the class's  1e-4
 """
 
 from typing import Any
@@ -43,7 +58,7 @@ __all__ = [
 ]
 
 _PROJECTION = "Use LBFGS(bounds=...) for a box, OptaxSolver(pre_update=...) for other projections"
-_ELSEWHERE = {
+_ALTERNATIVES = {
     "ProjectedGradient": _PROJECTION,
     "ScipyBoundedMinimize": _PROJECTION,
     "MirrorDescent": _PROJECTION,
@@ -56,5 +71,5 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    hint = f" {_ELSEWHERE[name]}." if name in _ELSEWHERE else ""
+    hint = f" {_ALTERNATIVES[name]}." if name in _ALTERNATIVES else ""
     raise AttributeError(f"jdl.solvers has no {name!r}.{hint} It has {', '.join(__all__)}.")

@@ -3,8 +3,8 @@ r"""L-BFGS in a box l ≤ x ≤ u, by two-metric projection.
     A = {i : xᵢ at a bound, −gᵢ pointing out of the box}      d_A = 0,   d_F = −H_FF g_F
     x(α) = P(x + α d),   the first of α = 1, ½, ¼ … with f(x(α)) ≤ f(x) + c₁ ⟨g, x(α) − x⟩
 
-P clips to the box. Variables in A stay; H_FF is L-BFGS's inverse Hessian on the free ones, built
-from the pairs' free coordinates alone, so that d descends and P(x + α d) does too for small α.
+P clips to the box. Variables in A stay fixed; H_FF is L-BFGS's inverse Hessian on the free ones,
+built from the pairs' free coordinates alone, so that d and, for small α, P(x + α d) descend.
 """
 
 from typing import Any, NamedTuple
@@ -18,22 +18,22 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
-from jdl.optim.context import gather, scalar_dtype
+from jdl.optim.context import UpdateContext, gather, scalar_dtype
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.result import ResultCode
 
 C1 = 1e-4  # sufficient decrease
-CAUTIOUS = 1e-6  # pairs of less curvature, ⟨s, y⟩ / ‖s‖ ‖y‖, are left out
+CAUTIOUS = 1e-6  # pairs of less curvature ⟨s, y⟩ / ‖s‖ ‖y‖ are skipped
 
 
 class BoxState(NamedTuple):
-    """What L-BFGS in a box carries from step to step, with n parameters in one array.
+    """The state of `projected_lbfgs`, for n parameters raveled into one array.
 
     Attributes:
       s: steps, [m, n], newest first.
       y: gradient differences, [m, n].
-      value: f at the point the last update led to.
-      grad: ∇f at that point.
+      value: f after the last update.
+      grad: ∇f there.
       diagnostics: see `jdl.optim.diagnostics`.
     """
 
@@ -106,26 +106,12 @@ def projected_lbfgs(
         unscaled = ~(scaled & descends)
         first = jnp.where(unscaled, rate / jnp.maximum(1.0, length), rate)
         active = here.finite & (length > 0)
-
-        def body(t: _Trial) -> _Trial:
-            step = jnp.where(t.tried == 0, first, 0.5 * t.step)
-            new = jnp.clip(x + step.astype(x.dtype) * direction, lower, upper)
-            slope = jnp.vdot(gradient, new - x).astype(dtype)
-            value, grad = here.value_and_grad(unravel(new))
-            good = (value <= here.value + C1 * slope + here.noise) & (slope < 0)
-            good &= tree.all_finite(grad)
-            return _Trial(step, unravel(new), value, grad, t.tried + 1, good)
-
-        none = jnp.zeros((), jnp.int32)
-        start = _Trial(
-            jnp.zeros((), dtype), here.params, here.value, here.grad, none, jnp.asarray(False)
-        )
-        end = jax.lax.while_loop(
-            lambda t: active & ~t.good & (t.tried < max_evaluations), body, start
+        end = _projected_search(
+            here, direction, (lower, upper), first, max_evaluations=max_evaluations, active=active
         )
         s = jnp.where(end.good, ravel_pytree(end.params)[0] - x, 0.0)
         y = jnp.where(end.good, ravel_pytree(end.grad)[0] - gradient, 0.0)
-        lost = active & ~end.good  # a failure puts the history in doubt: start afresh
+        lost = active & ~end.good  # after a failure the history is dropped
         code = jnp.where(end.good, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
         new = BoxState(
             s=jnp.where(lost, 0.0, _pushed(state.s, s, end.good)),
@@ -145,8 +131,36 @@ def projected_lbfgs(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _projected_search(
+    here: UpdateContext,
+    direction: jax.Array,
+    bounds: tuple[jax.Array, jax.Array],
+    first: jax.Array,
+    *,
+    max_evaluations: int,
+    active: jax.Array,
+) -> _Trial:
+    """Backtracking along P(x + α d) from the step `first`; direction and bounds are raveled."""
+    dtype = here.value.dtype
+    x, unravel = ravel_pytree(here.params)
+    gradient = ravel_pytree(here.grad)[0]
+
+    def body(t: _Trial) -> _Trial:
+        step = jnp.where(t.tried == 0, first, 0.5 * t.step)
+        new = jnp.clip(x + step.astype(x.dtype) * direction, *bounds)
+        slope = jnp.vdot(gradient, new - x).astype(dtype)
+        value, grad = here.value_and_grad(unravel(new))
+        good = (value <= here.value + C1 * slope + here.noise) & (slope < 0)
+        good &= tree.all_finite(grad)
+        return _Trial(step, unravel(new), value, grad, t.tried + 1, good)
+
+    none, false = jnp.zeros((), jnp.int32), jnp.asarray(False)
+    start = _Trial(jnp.zeros((), dtype), here.params, here.value, here.grad, none, false)
+    return jax.lax.while_loop(lambda t: active & ~t.good & (t.tried < max_evaluations), body, start)
+
+
 def check_order(bounds: Any) -> None:
-    """Refuses a lower bound above its upper one, where both are known and fit each other."""
+    """Refuses a lower bound above its upper one, where both are concrete and of one shape."""
     lower, upper = (jax.tree.leaves(b) for b in bounds)
     count = max(len(lower), len(upper))
     lower, upper = (b * count if len(b) == 1 else b for b in (lower, upper))
@@ -200,7 +214,7 @@ def project(params: Params, bounds: tuple[Params, Params]) -> Params:
 
 
 def _inverse_product(s: jax.Array, y: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """H g by the two-loop recursion, newest pair first; and whether any pair was fit to use."""
+    """H g by the two-loop recursion, newest pair first; and whether any pair was usable."""
     sy, ss, yy = (jnp.einsum("mn,mn->m", a, b) for a, b in ((s, y), (s, s), (y, y)))
     good = (sy > CAUTIOUS * jnp.sqrt(ss) * jnp.sqrt(yy)) & jnp.isfinite(1.0 / sy)
     rho = jnp.where(good, 1.0 / jnp.where(good, sy, 1.0), 0.0)

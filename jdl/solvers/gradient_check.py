@@ -1,4 +1,4 @@
-"""Whether a gradient is that of its function, by differences along random directions."""
+"""Checks a gradient against finite differences of its function along random directions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdl.core import check, tree
+from jdl.core.objective import Objective
 from jdl.core.types import Params
-from jdl.solvers import problem
+from jdl.solvers.problem import Problem, as_arrays, check_problem, make_problem
 
 
 def check_gradient(
-    fun: Any,
+    fun: Callable[..., Any] | Objective,
     params: Params,
     *args: Any,
     value_and_grad: bool | Callable[..., Any] = False,
@@ -25,25 +26,25 @@ def check_gradient(
 ) -> float:
     """The relative error of ⟨∇f, d⟩ against (f(x + h d) − f(x − h d)) / 2h.
 
-    Each of a few step lengths h is tried, the best counts: long ones err by f's third derivative,
+    Several step lengths h are tried and the best counts: long ones err by f's third derivative,
     short ones by rounding.
 
     Args:
       fun: see `jdl.solvers.LBFGS`.
-      params: where.
+      params: where to check.
       *args: passed to `fun`.
-      value_and_grad: True, a function, or False.
-      has_aux: whether values come with something else.
-      directions: how many random directions d.
-      tolerance: the greatest relative error to accept.
+      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
+      has_aux: whether values come as `(value, aux)`.
+      directions: how many directions d; the first is the gradient's own.
+      tolerance: the largest relative error accepted.
       seed: of the directions.
       **kwargs: passed to `fun`.
 
     Returns:
-      The greatest relative error found.
+      The largest relative error found.
 
     Raises:
-      ArgumentError: if it exceeds the tolerance.
+      ArgumentError: it exceeds the tolerance.
 
     >>> check_gradient(lambda x: jnp.sum(x**3), jnp.ones(4)) < 0.01
     True
@@ -53,37 +54,37 @@ def check_gradient(
     jdl.core.check.ArgumentError: `the gradient` must be the function's own within 3 %, got \
 '50.0 % off'. Differences of values along random directions disagree with it.
     """
-    params = problem.as_arrays(params)
-    asked = problem.make(fun, value_and_grad, has_aux, args, kwargs)
-    return check_problem_s_gradient(asked, params, directions, tolerance, seed)
+    params = as_arrays(params)
+    problem = make_problem(fun, value_and_grad, has_aux, args, kwargs)
+    return check_problem_gradient(problem, params, directions, tolerance, seed)
 
 
-def check_problem_s_gradient(
-    asked: problem.Problem,
+def check_problem_gradient(
+    problem: Problem,
     params: Params,
     directions: int = 3,
     tolerance: float = 0.03,
     seed: int = 0,
 ) -> float:
-    """`check_gradient` of what a solver makes of its function: ½ ‖r‖² of residuals."""
-    problem.check_problem(asked, params, "check_gradient")
+    """`check_gradient` for a `Problem`, such as ½ ‖r‖² of residuals."""
+    check_problem(problem, params, "check_gradient")
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
     lengths = [eps**power for power in (0.25, 0.33, 0.4)]
     scale = 1.0 + float(tree.norm(params))
-    value = jax.jit(asked.value)
-    grad = jax.jit(lambda p: asked.evaluate(p)[1])(params)
+    value = jax.jit(problem.value)
+    grad = jax.jit(lambda p: problem.evaluate(p)[1])(params)
     size = float(tree.norm(grad))
     worst = 0.0
     for i in range(directions):
         d = _direction(params, jax.random.fold_in(jax.random.key(seed), i), grad, i == 0)
-        told = float(tree.vdot(grad, d))
+        given = float(tree.vdot(grad, d))
         errors = []
         for h in lengths:
             up, down = (value(tree.add_scaled(params, sign * h * scale, d)) for sign in (1, -1))
             found = (float(up) - float(down)) / (2 * h * scale)
             noise = 10 * eps * max(abs(float(up)), abs(float(down))) / (h * scale)
-            gap = max(abs(found - told) - noise, 0.0)
-            errors.append(gap / max(abs(found), abs(told), 1e-3 * size, 1e-30))
+            gap = max(abs(found - given) - noise, 0.0)
+            errors.append(gap / max(abs(found), abs(given), 1e-3 * size, 1e-30))
         finite = [e for e in errors if np.isfinite(e)]
         worst = max(worst, min(finite)) if finite else np.inf
     check.argument(

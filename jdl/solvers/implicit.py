@@ -1,11 +1,11 @@
-r"""Derivatives of a solution with respect to everything else its equations mention.
+r"""Derivatives of a solution with respect to all other arrays in its equations.
 
 The solution x*(θ) of F(x, θ) = 0 has, by the implicit function theorem,
 
     ∂x*/∂θ = −(∂F/∂x)⁻¹ ∂F/∂θ
 
-at the cost of one linear system, however many iterations found x*. Forward and reverse mode both
-work, and so do derivatives in arrays that the function closes over.
+at the cost of one linear system, however many iterations found x*. Forward and reverse mode work,
+also for arrays that the function closes over.
 """
 
 from collections.abc import Callable
@@ -36,9 +36,9 @@ def root(
     Args:
       optimality: F, a pytree like the parameters.
       guess: where to start; the solution does not depend on it.
-      find: gives the root and whatever else, which has no derivatives.
+      find: returns the root and auxiliary values, which get no derivatives.
       solve: `solve(product, b)` for the linear system; None for conjugate gradients.
-      symmetric: whether ∂F/∂x is, as a Hessian; if not, `solve` must do without.
+      symmetric: whether ∂F/∂x is symmetric, as a Hessian is; if not, `solve` must not rely on it.
 
     >>> find = lambda x: (jnp.sqrt(2.0) * jnp.ones_like(x), None)
     >>> f = lambda a: root(lambda x: x * x - a, 1.0 * a, find, None, symmetric=True)[0]
@@ -63,7 +63,7 @@ def root(
         kind: Any = {"symmetric": True} if symmetric else {"transpose_solve": chosen}
         return unravel(jax.lax.custom_linear_solve(flat_product, flat, chosen, **kind))
 
-    # custom_root wants a tangent for all that `find` gives, which integers have none of.
+    # custom_root needs a tangent for each output of `find`; integers have none.
     shapes = jax.eval_shape(find, guess)[1]
 
     def as_floats(_: Any, guess: Params) -> tuple[Params, Any]:
@@ -75,7 +75,7 @@ def root(
 
 
 def conjugate_gradients(product: Product, b: PyTree) -> PyTree:
-    """Solves A x = b, A symmetric positive definite, to the resolution of the numbers' type."""
+    """Solves A x = b, A symmetric positive definite, to the precision of the dtype."""
     dtype = tree.accumulator(*(x.dtype for x in jax.tree.leaves(b)))
     limit = max(50, min(10 * tree.size(b), 2000))
     with jax.default_matmul_precision("highest"):
@@ -86,7 +86,7 @@ def conjugate_gradients(product: Product, b: PyTree) -> PyTree:
 
 
 def normal_conjugate_gradients(product: Product, b: PyTree) -> PyTree:
-    """Solves A x = b by conjugate gradients on Aᵀ A x = Aᵀ b, for A of any kind."""
+    """Solves A x = b by conjugate gradients on Aᵀ A x = Aᵀ b, for any invertible A."""
     transposed = jax.linear_transpose(product, b)
     return conjugate_gradients(lambda v: transposed(product(v))[0], transposed(b)[0])
 
@@ -101,7 +101,7 @@ def dense(product: Product, b: PyTree) -> PyTree:
 
 
 def _raveled(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-    """All leaves as one array of a type that holds each, and the way back."""
+    """All leaves as one array of their common dtype, and the inverse."""
     dtype = tree.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(x)))
     flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), x))
     back = lambda v: jax.tree.map(lambda a, b: a.astype(b.dtype), unravel(v), x)  # noqa: E731
@@ -109,14 +109,14 @@ def _raveled(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
 
 
 def _to_floats(x: Any) -> jax.Array:
-    """Numbers of any type as floats that lose nothing: integers by their halves."""
+    """Any array as floats, without loss: integers as two halves of 16 bits."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype.itemsize > 4:
-        return x.astype(jnp.float64)  # 64-bit integers exist beside these only
+        return x.astype(jnp.float64)  # 64-bit integers exist only where float64 does
     x = x.astype(jnp.uint32)
     return jnp.stack([x >> 16, x & 0xFFFF]).astype(jnp.float32)
 

@@ -1,21 +1,20 @@
-"""L-BFGS, run to convergence; in a box too."""
+"""L-BFGS run to convergence, with or without bounds."""
 
 from collections.abc import Callable
-from typing import Any
-
-import jax
+from typing import Any, ClassVar, Unpack
 
 from jdl.core import check
-from jdl.core.types import Params
+from jdl.core.objective import Objective
 from jdl.optim import lbfgs
 from jdl.solvers import box
 from jdl.solvers.iterative import Iterative
+from jdl.solvers.options import SolverOptions
 from jdl.solvers.problem import Problem
-from jdl.solvers.state import Manner, OptStep, SolverState
+from jdl.solvers.state import OptStep
 
 # Keywords of jaxopt's own line searches.
 LINE_SEARCH_REFUSALS = {
-    "linesearch_init": "each search starts from max_stepsize, or from what it has learnt. "
+    "linesearch_init": "each search starts from max_stepsize, or from the last steps. "
     "Leave it out.",
     "increase_factor": "its line search interpolates. Leave it out.",
     "decrease_factor": "its line search interpolates. Leave it out.",
@@ -24,37 +23,34 @@ LINE_SEARCH_REFUSALS = {
 }
 
 
-def check_line_search(linesearch: str) -> None:
-    """Refuses jaxopt's other line searches by name."""
-    check.one_of("linesearch", linesearch, ["zoom", "backtracking", "hager-zhang"])
-    hint = "It tells noise from decrease as Hager and Zhang's does, and fails where that would."
+def check_line_search(linesearch: str, maxls: int, max_stepsize: float) -> None:
+    """Checks the options of the line search; jaxopt's other searches are refused by name."""
+    check.one_of("linesearch", linesearch, ["zoom", "backtracking", "hager-zhang", "hager_zhang"])
+    hint = "It separates noise from decrease as Hager and Zhang's search does."
     check.argument(
         linesearch == "zoom", "linesearch", "'zoom', the only one here", linesearch, hint
     )
+    check.positive_int("maxls", maxls)
+    check.in_range("max_stepsize", max_stepsize, 0.0, open_low=True)
 
 
 class LBFGS(Iterative):
-    r"""Limited-memory BFGS with a strong Wolfe line search, or in a box by projection.
+    r"""Limited-memory BFGS with a strong Wolfe line search; with bounds, by projection.
 
     Args:
-      fun: see `Iterative`, as for all arguments not named here.
-      value_and_grad: True, a function, or False.
-      has_aux: whether values come with something else.
+      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
+      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
+      has_aux: whether values come as `(value, aux)`.
       maxiter: updates at most.
       tol: on the norm of the gradient, or of x − P(x − ∇f) with bounds.
-      bounds: (lower, upper): numbers, or pytrees of arrays like the parameters; ±inf where free.
+      bounds: (lower, upper): numbers, or pytrees of arrays like the parameters; ±inf for none.
       linesearch: "zoom".
-      stop_if_linesearch_fails: whether the first failure ends the run; else one along −gradient.
+      stop_if_linesearch_fails: whether the first failed line search ends the run; if not, one along
+        −gradient is tried.
       maxls: trials of a line search at most.
       max_stepsize: a line search's first trial.
       history_size: how many pairs of steps and gradient differences to keep.
-      implicit_diff: whether `run` has the solution's derivatives.
-      implicit_diff_solve: for their linear system; None for conjugate gradients.
-      jit: whether to compile.
-      unroll: "auto" or False.
-      verbose: whether to print.
-      callback: called after each update.
-      **refused: jaxopt's keywords without a meaning here are refused in words.
+      **options: see `jdl.solvers.options.SolverOptions`.
 
     >>> import jax.numpy as jnp
     >>> f = lambda x, center: jnp.sum(jnp.square(x - center) * jnp.array([1.0, 10.0]))
@@ -70,15 +66,17 @@ class LBFGS(Iterative):
       Nocedal & Wright, Numerical Optimization (2006), algorithm 7.5. See `jdl.optim.lbfgs`.
     """
 
+    evaluates = True
     refusals = LINE_SEARCH_REFUSALS | {
         "use_gamma": "its first inverse Hessian is always scaled. Leave it out.",
-        "stepsize": "it always searches lines. For steps of fixed length use "
+        "stepsize": "it always uses a line search. For steps of fixed length use "
         "OptaxSolver(fun, optax.lbfgs(learning_rate, linesearch=None)).",
     }
+    redundant: ClassVar[dict[str, Any]] = {"stepsize": 0.0}
 
     def __init__(
         self,
-        fun: Any,
+        fun: Callable[..., Any] | Objective,
         value_and_grad: bool | Callable[..., Any] = False,
         has_aux: bool = False,
         maxiter: int = 500,
@@ -90,23 +88,12 @@ class LBFGS(Iterative):
         maxls: int = 30,
         max_stepsize: float = 1.0,
         history_size: int = 10,
-        implicit_diff: bool = True,
-        implicit_diff_solve: Any = None,
-        jit: bool = True,
-        unroll: str | bool = "auto",
-        verbose: bool | int = False,
-        callback: Callable[[Params, SolverState], None] | None = None,
-        **refused: Any,
+        **options: Unpack[SolverOptions],
     ):
-        if refused.get("stepsize") == 0.0:  # jaxopt's word for a line search
-            refused.pop("stepsize")
-        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
-        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner, **refused)
-        check_line_search(linesearch)
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **options)
+        check_line_search(linesearch, maxls, max_stepsize)
         check.positive_int("history_size", history_size)
-        check.positive_int("maxls", maxls)
-        check.in_range("max_stepsize", max_stepsize, 0.0, open_low=True)
-        if isinstance(bounds, tuple | list) and len(bounds) == 2:
+        if _is_pair(bounds):
             box.check_order(bounds)
         self.failures_allowed = 1 if stop_if_linesearch_fails else 2
         self.bounds, self.history_size, self.maxls = bounds, history_size, maxls
@@ -117,9 +104,6 @@ class LBFGS(Iterative):
     def _boxed(self) -> bool:
         return self.bounds is not None
 
-    def _at(self, optimizer_state: Any) -> tuple[jax.Array, Params]:
-        return optimizer_state.value, optimizer_state.grad
-
     def _bounds(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         return self.bounds, args
 
@@ -129,11 +113,10 @@ class LBFGS(Iterative):
 
 
 class LBFGSB(LBFGS):
-    """`LBFGS` in a box that is given at each call, as jaxopt's: `run(init_params, bounds, *args)`.
+    """`LBFGS` with bounds given at each call, as in jaxopt: `run(init_params, bounds, *args)`.
 
-    Its arguments are those of `LBFGS`, without `bounds`.
-
-    The solution has derivatives in the bounds too.
+    Its arguments are those of `LBFGS`, without `bounds`. The solution can be differentiated with
+    respect to the bounds too.
 
     >>> import jax.numpy as jnp
     >>> f = lambda x: jnp.sum(jnp.square(x - 2.0))
@@ -146,7 +129,7 @@ class LBFGSB(LBFGS):
 
     def _bounds(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         check.argument(
-            bool(args) and isinstance(args[0], tuple | list) and len(args[0]) == 2,
+            bool(args) and _is_pair(args[0]),
             "bounds",
             "a pair (lower, upper), right after the parameters",
             args[0] if args else None,
@@ -156,6 +139,10 @@ class LBFGSB(LBFGS):
 
     def run(self, init_params: Any, bounds: Any, *args: Any, **kwargs: Any) -> OptStep:
         """Iterates to the end, within `bounds`; see `Iterative.run`."""
-        if isinstance(bounds, tuple | list) and len(bounds) == 2:
+        if _is_pair(bounds):
             box.check_order(bounds)
         return super().run(init_params, bounds, *args, **kwargs)
+
+
+def _is_pair(bounds: Any) -> bool:
+    return isinstance(bounds, tuple | list) and len(bounds) == 2

@@ -1,9 +1,8 @@
-r"""Gauss-Newton and Levenberg-Marquardt, run to convergence.
+r"""Gauss-Newton and Levenberg-Marquardt run to convergence.
 
 f(x) = ½ ‖r(x)‖²,    ∇f = Jᵀ r,    J = ∂r/∂x
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -17,32 +16,34 @@ from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.levenberg_marquardt import levenberg_marquardt
 from jdl.solvers import implicit
 from jdl.solvers.iterative import Iterative
+from jdl.solvers.options import split
 from jdl.solvers.problem import Problem
-from jdl.solvers.state import Manner, SolverState
+from jdl.solvers.state import SolverState
 
 CHUNK = 64  # columns of J computed at once
 SMALL = 2**15  # entries of a J that is not worth reducing
 
 
 class LeastSquaresExtra(NamedTuple):
-    """What the state of a least-squares solver holds besides; `state.residual`, `state.delta`."""
+    """Additional fields of a least-squares solver's state: `state.residual`, `state.delta`."""
 
     residual: PyTree  # r at the current parameters
     delta: Params  # the last step
 
 
 class LeastSquares(Iterative):
-    """What the two have in common: the residuals in place of the function."""
+    """Solvers for residuals r in place of a function: f = ½ ‖r‖²."""
 
-    def __init__(self, residual_fun: Any, *rest: Any, **refused: Any):
+    def __init__(self, residual_fun: Any, *rest: Any, **options: Any):
         check.argument(
             not isinstance(residual_fun, Objective),
             "residual_fun",
-            "a function that gives residuals",
+            "a function that returns residuals",
             f"a {type(residual_fun).__name__}",
-            'Gauss-Newton steps on one are HessianFree\'s, method="hessian_free".',
+            'For Gauss-Newton steps on an objective use HessianFree, method="hessian_free".',
         )
-        super().__init__(residual_fun, *rest, **refused)
+        self.default_solve = implicit.dense
+        super().__init__(residual_fun, *rest, **options)
 
     def _problem(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
         def residual_and_aux(params: Params) -> tuple[PyTree, Any]:
@@ -62,9 +63,9 @@ class LeastSquares(Iterative):
 
         return Problem(value, evaluate, arguments=(args, kwargs), residual_fn=residual)
 
-    def _check(self, asked: Problem, params: Params) -> None:
-        assert asked.residual_fn is not None
-        for leaf in jax.tree.leaves(jax.eval_shape(asked.residual_fn, params)):
+    def _check(self, problem: Problem, params: Params) -> None:
+        assert problem.residual_fn is not None
+        for leaf in jax.tree.leaves(jax.eval_shape(problem.residual_fn, params)):
             check.argument(
                 jnp.issubdtype(leaf.dtype, jnp.floating),
                 "residual_fun",
@@ -72,12 +73,12 @@ class LeastSquares(Iterative):
                 f"{leaf.dtype}{list(leaf.shape)}",
             )
 
-    def _extras(self, asked: Problem, params: Params) -> dict[str, Any]:
-        """J reduced to its triangular factor R: to the optimizer the residuals R x are as good."""
-        assert asked.residual_fn is not None
+    def _extras(self, problem: Problem, params: Params) -> dict[str, Any]:
+        """J reduced to its triangular factor R: the residuals R x give the same steps."""
+        assert problem.residual_fn is not None
         flat, unravel = ravel_pytree(params)
         with jax.default_matmul_precision("highest"):
-            _, push = jax.linearize(asked.residual_fn, params)
+            _, push = jax.linearize(problem.residual_fn, params)
             column = lambda v: ravel_pytree(push(unravel(v)))[0]  # noqa: E731
             basis = jnp.eye(flat.size, dtype=flat.dtype)
             if flat.size <= CHUNK:
@@ -93,13 +94,9 @@ class LeastSquares(Iterative):
 
         return {"residual_fn": reduced}
 
-    def _extra(self, params: Params, problem: Problem, aux: Any, delta: PyTree) -> tuple[Any, Any]:
-        del params, problem
+    def _extra(self, aux: Any, delta: PyTree) -> tuple[Any, Any]:
         residual, own = aux
         return LeastSquaresExtra(residual, delta), own
-
-    def _own_solve(self) -> implicit.Solve:
-        return implicit.dense
 
 
 class GaussNewton(LeastSquares):
@@ -109,14 +106,9 @@ class GaussNewton(LeastSquares):
       residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays.
       maxiter: updates at most.
       tol: on the norm of the gradient Jᵀ r. (jaxopt's is on the length of the step.)
-      implicit_diff: whether `run` has the solution's derivatives.
-      implicit_diff_solve: for their linear system; None for the dense Hessian's LU factors.
       has_aux: whether residuals come as `(r, aux)`.
-      verbose: whether to print.
-      jit: whether to compile.
-      unroll: "auto" or False.
-      callback: called after each update.
-      **options: of `jdl.optim.gauss_newton`: rcond, max_parameters …
+      **options: `jdl.solvers.options.SolverOptions`, and the arguments of `jdl.optim.gauss_newton`:
+        rcond, max_parameters …
 
     >>> a = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
     >>> solver = GaussNewton(lambda x, b: a @ x - b)
@@ -130,19 +122,13 @@ class GaussNewton(LeastSquares):
         residual_fun: Any,
         maxiter: int = 30,
         tol: float = 1e-5,
-        implicit_diff: bool = True,
-        implicit_diff_solve: Any = None,
-        has_aux: bool = False,
-        verbose: bool | int = False,
-        jit: bool = True,
-        unroll: str | bool = "auto",
         *,
-        callback: Callable[[Params, SolverState], None] | None = None,
+        has_aux: bool = False,
         **options: Any,
     ):
-        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
-        super().__init__(residual_fun, False, has_aux, maxiter, tol, manner)
-        self.optimizer = gauss_newton(**options)
+        own, of_optimizer = split(options, self.refusals)
+        super().__init__(residual_fun, False, has_aux, maxiter, tol, **own)
+        self.optimizer = gauss_newton(**of_optimizer)
 
 
 class LevenbergMarquardt(LeastSquares):
@@ -156,15 +142,9 @@ class LevenbergMarquardt(LeastSquares):
       tol: on the norm of the gradient Jᵀ r.
       xtol: on the step, for "madsen-nielsen".
       gtol: on the largest entry of the gradient, for "madsen-nielsen".
-      verbose: whether to print.
-      implicit_diff: whether `run` has the solution's derivatives.
-      implicit_diff_solve: for their linear system; None for the dense Hessian's LU factors.
       has_aux: whether residuals come as `(r, aux)`.
-      jit: whether to compile.
-      unroll: "auto" or False.
-      callback: called after each update.
-      **options: of `jdl.optim.levenberg_marquardt`: scaled, trust_region, max_parameters … jaxopt's
-        keywords without a meaning here are refused in words.
+      **options: `jdl.solvers.options.SolverOptions`, and the arguments of
+        `jdl.optim.levenberg_marquardt`: scaled, trust_region, max_parameters …
 
     >>> def residuals(x):  # Rosenbrock's
     ...     return jnp.stack([10.0 * (x[1] - x[0] ** 2), 1.0 - x[0]])
@@ -178,6 +158,7 @@ class LevenbergMarquardt(LeastSquares):
         "jac_fun": "it differentiates `residual_fun`. Give that a jax.custom_jvp instead.",
         "materialize_jac": "its Jacobian is always dense; for many parameters use HessianFree.",
     }
+    redundant: ClassVar[dict[str, Any]] = {"materialize_jac": True}
 
     def __init__(
         self,
@@ -189,25 +170,16 @@ class LevenbergMarquardt(LeastSquares):
         xtol: float = 1e-3,
         gtol: float = 1e-3,
         *,
-        verbose: bool | int = False,
-        implicit_diff: bool = True,
-        implicit_diff_solve: Any = None,
         has_aux: bool = False,
-        jit: bool = True,
-        unroll: str | bool = "auto",
-        callback: Callable[[Params, SolverState], None] | None = None,
         **options: Any,
     ):
-        if options.get("materialize_jac") is True:  # so it is
-            options.pop("materialize_jac")
-        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
-        refused = {k: v for k, v in options.items() if k in self.refusals}
-        super().__init__(residual_fun, False, has_aux, maxiter, tol, manner, **refused)
+        own, of_optimizer = split(options, self.refusals)
+        super().__init__(residual_fun, False, has_aux, maxiter, tol, **own)
         check.one_of("stop_criterion", stop_criterion, ["grad-l2-norm", "madsen-nielsen"])
         check.in_range("xtol", xtol, 0.0)
         check.in_range("gtol", gtol, 0.0)
         self.stop_criterion, self.xtol, self.gtol = stop_criterion, xtol, gtol
-        self.optimizer = levenberg_marquardt(damping=damping_parameter, **options)
+        self.optimizer = levenberg_marquardt(damping=damping_parameter, **of_optimizer)
 
     def _converged(self, params: Params, state: SolverState) -> jax.Array:
         if self.stop_criterion == "grad-l2-norm":
@@ -219,12 +191,12 @@ class LevenbergMarquardt(LeastSquares):
 
 
 def _triangular_factor(rows: jax.Array) -> jax.Array:
-    """R [n, n] with Rᵀ R = A Aᵀ for `rows` A [n, m], as accurate as QR but made of products.
+    """R [n, n] with Rᵀ R = A Aᵀ for `rows` A [n, m], as accurate as QR but by matrix products.
 
-    Shifted Cholesky-QR, three times over (Fukaya et al. 2020): each pass factors the Gram matrix
-    of what the last one has orthogonalized, so squaring loses no digits in the end. LAPACK's QR
-    of a tall matrix is memory-bound, and slow where its threads find the cores taken. The columns
-    of Aᵀ are scaled to length 1 meanwhile: the shift must not drown the short ones.
+    Three passes of shifted Cholesky-QR (Fukaya et al. 2020): each factors the Gram matrix of the
+    columns that the last pass orthogonalized, so that squaring loses no digits. LAPACK's QR of a
+    tall matrix is bound by memory, and slow where other threads occupy the cores. The columns of Aᵀ
+    are scaled to length 1 meanwhile: the shift must be small against the short ones too.
     """
     n = rows.shape[0]
     lengths = jnp.linalg.norm(rows, axis=1)

@@ -1,4 +1,4 @@
-"""One problem minimized, and told about: `jdl.minimize`."""
+"""`jdl.minimize`: one problem minimized, with a report."""
 
 import dataclasses
 import time
@@ -10,11 +10,11 @@ import numpy as np
 import optax
 
 from jdl.core import check, tree
+from jdl.core.objective import Objective
 from jdl.core.types import Params
 from jdl.optim import registry
 from jdl.optim.result import ResultCode
-from jdl.solvers import problem
-from jdl.solvers.gradient_check import check_problem_s_gradient
+from jdl.solvers.gradient_check import check_problem_gradient
 from jdl.solvers.gradient_descent import GradientDescent
 from jdl.solvers.hessian_free import HessianFree
 from jdl.solvers.iterative import Iterative
@@ -23,6 +23,7 @@ from jdl.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from jdl.solvers.newton import Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver
+from jdl.solvers.problem import as_arrays, shapes
 from jdl.solvers.state import SolverState
 
 # The registry's names of optimizers that have a solver class; others run in `OptaxSolver`.
@@ -39,7 +40,7 @@ METHODS: dict[str, Callable[..., Iterative]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `minimize` found.
+    """The result of `minimize`.
 
     Attributes:
       params: the last parameters.
@@ -53,7 +54,7 @@ class Result:
       seconds: spent on iterations.
       compile_seconds: spent on compilation before them.
       method: the method's name.
-      aux: what `fun` gives besides its value, with `has_aux`.
+      aux: what `fun` returns besides its value, with `has_aux`.
       state: the solver's last state.
     """
 
@@ -77,15 +78,15 @@ class Result:
         return self.status == ResultCode.CONVERGED
 
     def __str__(self) -> str:
-        shapes = [f"{name} {of}" for name, of in problem.shapes(self.params).items()]
-        more = f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""
+        arrays = [f"{name} {shape}" for name, shape in shapes(self.params).items()]
+        more = f" and {len(arrays) - 4} more" if len(arrays) > 4 else ""
         rows = {
             "status": self.message,
             "value": f"{self.value:.8g}",
             "iterations": f"{self.iterations}",
             "evaluations": f"{self.evaluations}, {self.gradients} of them with the gradient",
             "seconds": f"{self.seconds:.3g}, and {self.compile_seconds:.3g} to compile",
-            "params": f"{tree.size(self.params)} numbers: {', '.join(shapes[:4])}{more}",
+            "params": f"{tree.size(self.params)} numbers: {', '.join(arrays[:4])}{more}",
         }
         body = "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
         return f"minimize by {self.method}\n{body}"
@@ -94,7 +95,7 @@ class Result:
 
 
 def minimize(
-    fun: Any,
+    fun: Callable[..., Any] | Objective,
     params: Params,
     *args: Any,
     method: str | optax.GradientTransformation = "lbfgs",
@@ -106,7 +107,8 @@ def minimize(
     """Minimizes `fun(params, *args)`.
 
     Args:
-      fun: a real scalar function, a `jdl.Objective`, or for least squares the residuals.
+      fun: `fun(params, *args)`, a real scalar function; a `jdl.Objective`; or for least squares
+        the function of the residuals.
       params: where to start, a pytree of floating-point arrays.
       *args: passed to `fun`.
       method: "lbfgs", "nonlinear_cg", "newton", "hessian_free", "gradient_descent", for residuals
@@ -139,9 +141,9 @@ def minimize(
         options["maxiter"] = maxiter
     name = method if isinstance(method, str) else "optax"
     solver = _solver(fun, method, tol=tol, **options)
-    params = problem.as_arrays(params)
+    params = as_arrays(params)
     if check_gradient:
-        check_problem_s_gradient(solver._asked(None, params, args, {}), params)
+        check_problem_gradient(solver._at(None, params, args, {}), params)
     begun = time.perf_counter()
     run = _compiled(solver, params, args)
     compiled = time.perf_counter()
@@ -178,6 +180,6 @@ def _solver(fun: Any, method: str | optax.GradientTransformation, **options: Any
 def _compiled(solver: Iterative, params: Params, args: tuple[Any, ...]) -> Callable[[], Any]:
     if not solver.jit:
         return lambda: solver.run(params, *args)
-    given: tuple[Any, ...] = (solver._moving_fun(), params, None, args, {})
+    given: tuple[Any, ...] = (solver._traced_fun(), params, None, args, {})
     program = solver._jit_run.lower(*given).compile()
     return lambda: program(*given)

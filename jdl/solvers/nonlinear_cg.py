@@ -1,39 +1,33 @@
-"""Nonlinear conjugate gradients, run to convergence."""
+"""Nonlinear conjugate gradients run to convergence."""
 
 from collections.abc import Callable
-from typing import Any
-
-import jax
+from typing import Any, Unpack
 
 from jdl.core import check
-from jdl.core.types import Params
+from jdl.core.objective import Objective
 from jdl.optim import nonlinear_cg
 from jdl.solvers.iterative import Iterative
 from jdl.solvers.lbfgs import LINE_SEARCH_REFUSALS, check_line_search
-from jdl.solvers.state import Manner, SolverState
+from jdl.solvers.options import SolverOptions
+
+METHODS = ("hager-zhang", "polak-ribiere", "hestenes-stiefel", "dai-yuan")
 
 
 class NonlinearCG(Iterative):
     """Nonlinear conjugate gradients with a strong Wolfe line search.
 
     Args:
-      fun: see `Iterative`, as for all arguments not named here.
-      value_and_grad: True, a function, or False.
-      has_aux: whether values come with something else.
+      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
+      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
+      has_aux: whether values come as `(value, aux)`.
       maxiter: updates at most.
       tol: on the norm of the gradient.
-      method: the formula for β: "polak-ribiere", "hestenes-stiefel", "dai-yuan", "hager-zhang";
-        underscores too.
+      method: the formula for β: "hager-zhang", "polak-ribiere", "hestenes-stiefel" or "dai-yuan",
+        with hyphens or underscores.
       linesearch: "zoom".
       maxls: trials of a line search at most.
       max_stepsize: the length of the very first trial.
-      implicit_diff: whether `run` has the solution's derivatives.
-      implicit_diff_solve: for their linear system; None for conjugate gradients.
-      jit: whether to compile.
-      unroll: "auto" or False.
-      verbose: whether to print.
-      callback: called after each update.
-      **refused: jaxopt's keywords without a meaning here are refused in words.
+      **options: see `jdl.solvers.options.SolverOptions`.
 
     >>> import jax.numpy as jnp
     >>> solver = NonlinearCG(lambda x: jnp.sum(jnp.square(x - 1.0) * jnp.array([1.0, 10.0])))
@@ -45,11 +39,12 @@ class NonlinearCG(Iterative):
       `jdl.optim.nonlinear_cg`.
     """
 
+    evaluates = True
     refusals = LINE_SEARCH_REFUSALS
 
     def __init__(
         self,
-        fun: Any,
+        fun: Callable[..., Any] | Objective,
         value_and_grad: bool | Callable[..., Any] = False,
         has_aux: bool = False,
         maxiter: int = 100,
@@ -59,28 +54,16 @@ class NonlinearCG(Iterative):
         linesearch: str = "zoom",
         maxls: int = 30,
         max_stepsize: float = 1.0,
-        implicit_diff: bool = True,
-        implicit_diff_solve: Any = None,
-        jit: bool = True,
-        unroll: str | bool = "auto",
-        verbose: bool | int = False,
-        callback: Callable[[Params, SolverState], None] | None = None,
-        **refused: Any,
+        **options: Unpack[SolverOptions],
     ):
-        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
-        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner, **refused)
-        check.argument(
-            method not in ("fletcher-reeves", "fletcher_reeves"),
-            "method",
-            "polak-ribiere, hestenes-stiefel, dai-yuan or hager-zhang",
-            method,
-            "Fletcher and Reeves's β can jam; dai-yuan has its convergence without.",
-        )
-        check_line_search(linesearch)
-        check.positive_int("maxls", maxls)
-        check.in_range("max_stepsize", max_stepsize, 0.0, open_low=True)
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **options)
+        formula = str(method).replace("_", "-")
+        hint = "Fletcher and Reeves's β can stall; dai-yuan converges without that."
+        refused = formula == "fletcher-reeves"
+        check.argument(not refused, "method", f"one of {', '.join(METHODS)}", method, hint)
+        check.one_of("method", formula, METHODS)
+        check_line_search(linesearch, maxls, max_stepsize)
         self.method, self.maxls, self.max_stepsize = method, maxls, max_stepsize
-        self.optimizer = nonlinear_cg(max_stepsize, method=method, max_evaluations=maxls)
-
-    def _at(self, optimizer_state: Any) -> tuple[jax.Array, Params]:
-        return optimizer_state.value, optimizer_state.grad
+        self.optimizer = nonlinear_cg(
+            max_stepsize, method=formula.replace("-", "_"), max_evaluations=maxls
+        )

@@ -1,36 +1,32 @@
 """Any optax transformation, run to convergence or over an iterator of batches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 
 from jdl.core import check
+from jdl.core.objective import Objective
 from jdl.core.types import Params
 from jdl.solvers.iterative import Iterative, reevaluated
+from jdl.solvers.options import SolverOptions
 from jdl.solvers.problem import Problem
-from jdl.solvers.state import Manner, SolverState
+from jdl.solvers.state import SolverState
 
 
 class OptaxSolver(Iterative):
-    """Drives an optax transformation, one of `jdl.optim` among them.
+    """Runs an optax transformation; those of `jdl.optim` are such.
 
     Args:
-      fun: see `Iterative`, as for all arguments not named here.
+      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
       opt: the transformation.
-      value_and_grad: True, a function, or False.
-      pre_update: `params, state = pre_update(params, state, *args, **kwargs)` before each update:
-        a projection, say. Value and gradient are then evaluated after it.
+      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
+      pre_update: `params, state = pre_update(params, state, *args, **kwargs)` before each update,
+        for a projection. Value and gradient are then evaluated after it.
       maxiter: updates at most.
       tol: on the norm of the gradient.
-      has_aux: whether values come with something else.
-      implicit_diff: whether `run` has the solution's derivatives; False differentiates its
-        iterations.
-      implicit_diff_solve: for their linear system; None for conjugate gradients.
-      jit: whether to compile.
-      unroll: see `jdl.solvers.state.Manner`; not for a transformation that searches lines.
-      verbose: whether to print.
-      callback: called after each update.
+      has_aux: whether values come as `(value, aux)`.
+      **options: see `jdl.solvers.options.SolverOptions`; `implicit_diff` is False by default here.
 
     >>> import jax.numpy as jnp
     >>> solver = OptaxSolver(lambda x, c: jnp.sum(jnp.square(x - c)), optax.sgd(0.2))
@@ -39,37 +35,32 @@ class OptaxSolver(Iterative):
     """
 
     stochastic = True
-    searches_lines = False  # where it does, JAX itself refuses reverse mode
+    searches_lines = False  # if `opt` does, JAX itself refuses reverse mode
 
     def __init__(
         self,
-        fun: Any,
+        fun: Callable[..., Any] | Objective,
         opt: optax.GradientTransformation,
         value_and_grad: bool | Callable[..., Any] = False,
         pre_update: Callable[..., tuple[Params, Any]] | None = None,
         maxiter: int = 500,
         tol: float = 1e-3,
         *,
-        implicit_diff: bool = False,
-        implicit_diff_solve: Any = None,
         has_aux: bool = False,
-        jit: bool = True,
-        unroll: str | bool = "auto",
-        verbose: bool | int = False,
-        callback: Callable[[Params, SolverState], None] | None = None,
+        **options: Unpack[SolverOptions],
     ):
         ok = hasattr(opt, "init") and hasattr(opt, "update")
         check.argument(ok, "opt", "an optax transformation", opt)
         self.opt, self.pre_update = opt, pre_update
-        self.optimizer = optax.with_extra_args_support(opt)  # told more than it may want to know
-        manner = Manner(implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback)
-        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, manner)
+        self.optimizer = optax.with_extra_args_support(opt)
+        options = {"implicit_diff": False, **options}
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **options)
 
     def _before(
-        self, asked: Problem, params: Params, state: SolverState
+        self, problem: Problem, params: Params, state: SolverState
     ) -> tuple[Params, SolverState]:
         if self.pre_update is None:
             return params, state
-        args, kwargs = asked.arguments
+        args, kwargs = problem.arguments
         params, state = self.pre_update(params, state, *args, **kwargs)
-        return params, reevaluated(asked, params, state)
+        return params, reevaluated(problem, params, state)

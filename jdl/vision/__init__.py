@@ -23,7 +23,7 @@ _MODULES = (
     "pretrained",
     "reverse",
     "style",
-    "style_run",
+    "style_training",
     "transformer",
     "trunk",
 )

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 from jdl.core import check
+from jdl.recipes.style_config import StyleConfig
+from jdl.vision import style_training
 from jdl.vision.images import as_image, resized
 from jdl.vision.style import mixed
 from jdl.vision.transformer import STRIDE, StyleNet
@@ -153,13 +155,13 @@ def load_painter(path: str | Path) -> Painter:
     Raises:
       UserError: saying why it is neither.
     """
-    path = Path(path)
-    if path.is_dir():
-        from jdl.vision.style_run import StyleRun
-
-        return StyleRun.load(path).painter(path)
     from jdl.train import export
 
+    path = Path(path)
+    if path.is_dir():
+        config = StyleConfig.load(path)
+        net, params = style_training.build_net(config), style_training.trained_params(config, path)
+        return of_net(net, params, config.styles)
     predict = export.load_exported(path)
     notes = predict.notes
     if notes.get("kind") != _KIND or "statistics" not in predict.inputs:

@@ -13,7 +13,6 @@ brings them, and they need nothing that jdl does not.
 """
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdl.core import check
+from jdl.recipes.run_config import RunConfig
 from jdl.vision import resnet, squeezenet, vgg, weights
 from jdl.vision.layers import Forward, addressable, names_of
 from jdl.vision.trunk import Trunk
@@ -340,21 +340,22 @@ def _of_run(workdir: Path) -> Trunk:
     from jdl.models.rbm import RBM
     from jdl.vision.trunk import of_linen, of_model
 
-    # What a run directory holds is told by the command that wrote it.
-    config = importlib.import_module("jdl.cli.run_config").RunConfig.load(workdir)
-    shape = config.image_shape
-    if len(shape) != 3 or shape[2] not in (1, 3):
-        raise check.UserError(f"{workdir} holds a {config.model} that does not look at images.")
+    config = RunConfig.load(workdir)
+    if len(config.image_shape) != 3 or config.image_shape[2] not in (1, 3):
+        raise check.UserError(f"{workdir} holds a {config.model} that has no image inputs.")
+    height, width, channels = config.image_shape
+    shape = (height, width, channels)
     estimator = config.estimator(workdir, devices=jax.devices()[:1])
-    labels = np.zeros(1, np.int32)
-    data = from_arrays(np.zeros((1, *shape), np.uint8), labels, batch_size=1, epochs=1)
-    next(estimator.predict_batches(data))  # takes up the checkpoint, and says where there is none
+    images = np.zeros((1, *shape), np.uint8)
+    data = from_arrays(images, np.zeros(1, np.int32), batch_size=1, epochs=1)
+    next(estimator.predict_batches(data))  # restores the checkpoint, and raises where there is none
     params = estimator.ema_params if config.ema is not None else estimator.params
-    module = config.build_model()
-    options = {"image_shape": shape, "name": str(workdir), "classes": config.classes}
-    if isinstance(module, RBM):  # its layer is what its hidden units expect
+    name, module = str(workdir), config.build_model()
+    if isinstance(module, RBM):  # its layer is the mean of its hidden units
         model = from_fns(lambda key, x: params, module.transform)
-        return of_model(model, params, image_shape=shape, name=str(workdir))
+        return of_model(model, params, image_shape=shape, name=name)
+    state, classes = estimator.model_state, config.classes
     if isinstance(module, nn.Module):
-        return of_linen(module, params, estimator.model_state, **options)
-    return of_model(estimator.model, params, estimator.model_state, **options)
+        return of_linen(module, params, state, image_shape=shape, name=name, classes=classes)
+    model = estimator.model
+    return of_model(model, params, state, image_shape=shape, name=name, classes=classes)

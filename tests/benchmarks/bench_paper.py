@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdl.cli.run_config import use_compilation_cache
 from jdl.compare import Budget, Entry, Study, Tuning, drawing, load_results, named, write_report
 from jdl.compare import machine as machines
 from jdl.compare import results as res
@@ -297,7 +296,8 @@ def main() -> int:
     args = parser.parse_args()
     args.methods = [name for name in args.methods.split(",") if name]
     print(f"output: {args.workdir.absolute()}", flush=True)
-    use_compilation_cache()
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(args.workdir / "xla"))
     try:
         for study in studies(args):
             study.run()

@@ -327,9 +327,11 @@ def network_against_pixels(painter, run, trunk, photograph, painting, most):
     passes = [timed(lambda: painter(photograph)) for _ in range(9)]
     apply_wall, apply_busy = (statistics.median(x[i] for x in passes) for i in (1, 2))
     image = jax.numpy.asarray(photograph)[None]
-    palette = style.palette(trunk, [painting], run.layers)
+    layers = style.Layers(run.content_layers, run.style_layers)
+    weights = style.Weights(run.content, run.style, run.variation)
+    palette = style.palette(trunk, [painting], layers)
     for name, optimizer in {"L-BFGS": style._usual_optimizer(), "Adam": optax.adam(RATE)}.items():
-        compiled = style._compiled(trunk.apply, run.layers, run.weights, optimizer)
+        compiled = style._compiled(trunk.apply, layers, weights, optimizer)
         features = compiled.features(trunk.params, image)
         fixed = trunk.params, style.target(palette, style.mixed(None, 1), features)
 
@@ -392,10 +394,11 @@ def trained(folder, painting, seconds):
     import skimage.data
 
     from jdl.data import from_arrays
+    from jdl.recipes.style_config import StyleConfig
     from jdl.vision import pretrained
-    from jdl.vision.style_run import StyleRun, digest
+    from jdl.vision.style_training import build_estimator, digest
 
-    run = StyleRun(
+    run = StyleConfig(
         styles=("painting",),
         paintings=(digest(painting),),
         trunk="vgg16",
@@ -419,7 +422,9 @@ def trained(folder, painting, seconds):
     labels = np.zeros(len(crops), np.int32)
     data = from_arrays(np.stack(crops), labels, batch_size=2, shuffle=True)
     run.save(folder)
-    run.estimator(pretrained.load_trunk("vgg16"), [painting], folder).train(data, seconds=seconds)
+    build_estimator(run, pretrained.load_trunk("vgg16"), [painting], folder).train(
+        data, seconds=seconds
+    )
     return folder
 
 
@@ -440,8 +445,8 @@ def main():
         return
     import skimage.data
 
+    from jdl.recipes.style_config import StyleConfig
     from jdl.vision import images, painter, pretrained
-    from jdl.vision.style_run import StyleRun
 
     parts = args.parts or ("gatys", "dream", "apply", "rate")
     photograph = images.resized(images.as_image(skimage.data.coffee()), (192, 256)).clip(0, 1)
@@ -457,7 +462,7 @@ def main():
     if "apply" in parts:
         with tempfile.TemporaryDirectory() as folder:
             path = args.painter or trained(Path(folder), painting, args.train_seconds)
-            run, loaded = StyleRun.load(path), painter.load_painter(path)
+            run, loaded = StyleConfig.load(path), painter.load_painter(path)
             square = images.resized(
                 images.as_image(skimage.data.chelsea())[:300, 80:380], (256,) * 2
             )

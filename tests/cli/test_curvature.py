@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jdl import cli
+from jdl.cli.main import main
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +17,11 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_writes_a_picture_and_the_numbers(tmp_path, capsys):
     run = tmp_path / "run"
-    assert cli.main(["train", "mlp", "--steps", "2", "--workdir", str(run)]) == 0
+    assert main(["train", "mlp", "--steps", "2", "--workdir", str(run)]) == 0
     rows = (run / "metrics.jsonl").read_text()
     options = ["--images", "160", "--batch-size", "40", "--top", "2", "--steps", "5"]
     command = ["curvature", "--workdir", str(run), "--data", "digits", "--probes", "1", *options]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     found = json.loads((run / "curvature.json").read_text())
     assert (found["images"], found["batches"], found["step"]) == (160, 4, 2)
     assert found["eigenvalues"][0] >= found["eigenvalues"][1]
@@ -41,5 +41,5 @@ def test_writes_a_picture_and_the_numbers(tmp_path, capsys):
     ("options", "said"), [(["--top", "0"], "--top"), (["--rho", "0"], "--rho"), ([], "nowhere")]
 )
 def test_mistakes_are_told_in_one_line(options, said, capsys):
-    assert cli.main(["curvature", "--workdir", "nowhere", *options]) == 2
+    assert main(["curvature", "--workdir", "nowhere", *options]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]

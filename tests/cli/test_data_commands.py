@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jdl import cli
+from jdl.cli.main import main
 
 
 def png(value):
@@ -63,16 +63,16 @@ def spoilt(whole, kind):
 def test_index_finishes_and_says_the_damage(kind, word, images, tar, tmp_path, capsys):
     path = tmp_path / "bad.tar"
     path.write_bytes(spoilt(tar.read_bytes(), kind))
-    assert cli.main(["index", str(path), "--json"]) == 0
+    assert main(["index", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"members", "images", "classes", "damage"} <= found.keys()
     assert word in {each["word"] for each in found["damage"]}
     assert found["images"] == images == sum(found["classes"].values())
-    assert cli.main(["index", str(path)]) == 0
+    assert main(["index", str(path)]) == 0
     out = capsys.readouterr().out
     assert f"{word}:" in out
     assert "damaged: " in out
-    assert cli.main(["train", "mlp", "--data", str(path), "--workdir", str(tmp_path / "run")]) == 2
+    assert main(["train", "mlp", "--data", str(path), "--workdir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "damaged" in said
     assert word in said
@@ -81,65 +81,65 @@ def test_index_finishes_and_says_the_damage(kind, word, images, tar, tmp_path, c
 def test_index_says_how_an_archive_is_read(tar, tmp_path, capsys):
     packed = tmp_path / "a.tar.gz"
     packed.write_bytes(gzip.compress(tar.read_bytes()))
-    assert cli.main(["index", str(packed)]) == 0
+    assert main(["index", str(packed)]) == 0
     out = capsys.readouterr().out
     assert "30 images" in out
     assert "read in order" in out
     assert "jdl pack" in out
     pytest.importorskip("indexed_gzip")
-    assert cli.main(["index", str(packed), "--seekable"]) == 0
+    assert main(["index", str(packed), "--seekable"]) == 0
     assert "at random through its seek file" in capsys.readouterr().out
-    assert cli.main(["index", str(tar), "--seekable"]) == 2
+    assert main(["index", str(tar), "--seekable"]) == 2
     assert "needs none" in capsys.readouterr().err
 
 
 def test_pack(tar, tmp_path, capsys):
     out = str(tmp_path / "out-%05d.tar")
-    assert cli.main(["pack", str(tar), out, "--shard-images", "20"]) == 0
+    assert main(["pack", str(tar), out, "--shard-images", "20"]) == 0
     assert "30 members" in capsys.readouterr().out
     assert len(list(tmp_path.glob("out-*.tar"))) == 2
-    assert cli.main(["pack", str(tar), out, "--shard-images", "20"]) == 2
+    assert main(["pack", str(tar), out, "--shard-images", "20"]) == 2
     assert "is there already" in capsys.readouterr().err
-    assert cli.main(["pack", str(tar), out, "--overwrite", "--size", "4x6"]) == 0
+    assert main(["pack", str(tar), out, "--overwrite", "--size", "4x6"]) == 0
     with tarfile.open(tmp_path / "out-00000.tar") as packed:
         assert Image.open(packed.extractfile(packed.next())).size == (6, 4)
-    assert cli.main(["pack", str(tmp_path / "nowhere"), out]) == 2
-    assert cli.main(["pack", str(tar), str(tmp_path / "x.zip")]) == 2
+    assert main(["pack", str(tmp_path / "nowhere"), out]) == 2
+    assert main(["pack", str(tar), str(tmp_path / "x.zip")]) == 2
     assert not list(Path(tmp_path).glob("*.tmp"))
 
 
 def test_bench_data(tar, capsys):
     arguments = ["bench", "data", str(tar), "--seconds", "0.1", "--size", "8", "--batch-size", "8"]
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == 30
     rates = found["images_per_second"]
     assert {"reading alone", "made when asked for", "2 threads", "2 worker processes"} <= {*rates}
     assert all(np.isfinite(rate) and rate > 0 for rate in rates.values())
-    assert cli.main(["bench", "dta"]) == 2
+    assert main(["bench", "dta"]) == 2
     assert "Did you mean 'data'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_bench_train_compares_with_a_bare_loop(capsys):
     arguments = ["bench", "train", "mlp", "--size", "8", "--batch-size", "4", "--seconds", "0.05"]
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rates = found["images_per_second"]
     assert found["ratio"] == pytest.approx(rates["jdl"] / rates["bare jit loop"])
-    assert cli.main(["bench", "train", "cn"]) == 2
+    assert main(["bench", "train", "cn"]) == 2
     assert "Did you mean 'cnn'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_bench_optim_tells_costs_in_gradients(capsys):
     arguments = ["bench", "optim", "mlp", "--size", "4", "--batch-size", "4", "--seconds", "0.01"]
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     costs = {row["what"]: row for row in json.loads(capsys.readouterr().out)["costs"]}
     assert costs["gradient"]["gradients"] == 1.0
     assert {"Gauss-Newton product", "Hessian product", "step of hf"} <= costs.keys()
     assert costs["step of sgd"]["counted"] is None
     assert costs["step of hf"]["counted"] > 2
     assert all(row["seconds"] > 0 for row in costs.values())
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     assert "Gauss-Newton product" in capsys.readouterr().out

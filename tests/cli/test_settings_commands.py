@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import jdl
-from jdl import cli
 from jdl.cli import completion, config_file, runs, train
+from jdl.cli.main import main, parse
 from jdl.core.check import ArgumentError, DataError
 
 
@@ -37,12 +37,12 @@ def test_runs_are_listed_with_their_best(tmp_path, capsys):
     found = runs.about(tmp_path / "a", tmp_path)
     assert (found["steps"], found["seconds"], found["optimizer"]) == (9, 2.5, "adam")
     assert found["best"] == {"batch_loss": 0.1, "test_accuracy": 0.8, "test_loss": 0.6}
-    assert cli.main(["runs", str(tmp_path), "--sort", "accuracy", "--json"]) == 0
+    assert main(["runs", str(tmp_path), "--sort", "accuracy", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["run"] for line in lines] == ["deep/b", "a"]
-    assert cli.main(["runs", str(tmp_path)]) == 0
+    assert main(["runs", str(tmp_path)]) == 0
     assert "0.9" in capsys.readouterr().out
-    assert cli.main(["runs", str(tmp_path), "--sort", "acuracy"]) == 2
+    assert main(["runs", str(tmp_path), "--sort", "acuracy"]) == 2
     assert "test_accuracy" in capsys.readouterr().err
     rows = ['{"step": null, "seconds": "12s", "split": "test", "loss": 0.5}', "1" * 5000]
     rows += ['{"step": 7, "seconds": Infinity, "loss": 1%s}' % ("0" * 400), '{"step": [1]}', "3"]
@@ -50,9 +50,9 @@ def test_runs_are_listed_with_their_best(tmp_path, capsys):
     (tmp_path / "another" / "metrics.jsonl").write_text("\n".join(rows))
     found = runs.about(tmp_path / "another", tmp_path)
     assert (found["steps"], found["seconds"], found["best"]) == (7, 0.0, {"test_loss": 0.5})
-    assert cli.main(["runs", str(tmp_path)]) == 0
+    assert main(["runs", str(tmp_path)]) == 0
     (tmp_path / "none").mkdir()
-    assert cli.main(["runs", str(tmp_path / "none")]) == 2
+    assert main(["runs", str(tmp_path / "none")]) == 2
 
 
 def f1(outputs, batch):
@@ -81,7 +81,7 @@ def trained_in_python(folder, values, metric):
 
 def said(capsys, *arguments):
     capsys.readouterr()
-    code = cli.main([str(a) for a in arguments])
+    code = main([str(a) for a in arguments])
     heard = capsys.readouterr()
     return code, heard.out, heard.err
 
@@ -127,19 +127,19 @@ def test_accuracy_without_a_direction_shows_its_last_value(tmp_path, capsys):
 
 
 def test_the_doctor_tells_what_there_is(capsys, monkeypatch):
-    assert cli.main(["doctor", "--json"]) == 0
+    assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["backend"] == "cpu"
     assert len(found["devices"]) == 2
     assert found["machine"]["memory"] > 1 << 28
     monkeypatch.setattr("jdl.cli.doctor._found", lambda module: module != "indexed_gzip")
-    assert cli.main(["doctor"]) == 0
+    assert main(["doctor"]) == 0
     assert "pip install 'jax-jdl[seekable]'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_completion_is_a_script_the_shell_reads(shell, tmp_path, capsys):
-    assert cli.main(["completion", shell]) == 0
+    assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert "--optimizer" in script or "-l optimizer" in script
     if shutil.which(shell):
@@ -175,7 +175,7 @@ def test_of_several_files_the_later_wins_and_of_all_the_command_line(tmp_path):
 
     def parsed(*arguments):
         expanded = config_file.expand([*arguments], train.Args)
-        return cli._parse("train", train, expanded)
+        return parse("train", train, expanded)
 
     args = parsed(*files)
     assert (args.model, args.max_steps, args.flip, args.color, args.logs) == (
@@ -237,9 +237,9 @@ def test_a_file_that_says_nothing_sensible_is_refused(name, text, word, tmp_path
 def test_a_runs_own_settings_make_it_anew(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     arguments = ["--steps", "3", "--crop", "random", "--flip", "--size", "6", "--batch-size", "16"]
-    assert cli.main(["train", "mlp", *arguments, "--workdir", str(first)]) == 0
+    assert main(["train", "mlp", *arguments, "--workdir", str(first)]) == 0
     config = str(first / "config.toml")
-    assert cli.main(["train", "--config", config, "--workdir", str(second)]) == 0
+    assert main(["train", "--config", config, "--workdir", str(second)]) == 0
     rows = [
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (first, second)
@@ -258,6 +258,6 @@ def test_a_runs_own_settings_make_it_anew(tmp_path, capsys):
 )
 def test_a_run_made_in_python_is_told_apart_and_left_alone(command, tmp_path, capsys):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    assert cli.main([*command, str(tmp_path)]) == 2
+    assert main([*command, str(tmp_path)]) == 2
     assert "in Python" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]

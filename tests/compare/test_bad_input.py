@@ -5,7 +5,7 @@ import errno
 import optax
 import pytest
 
-from jdl import cli
+from jdl.cli.main import main
 from jdl.compare import Budget, Entry, Study, load_results, record
 from jdl.train.lock import RunLock
 
@@ -78,7 +78,7 @@ def test_shares_of_a_study_are_disjoint_and_all_of_it(problem, tmp_path):
 def test_a_problem_file_that_fails_leaves_the_other_problems(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("import nothing_of_this_name\n")
     options = ["--work", "3", "--workdir", str(tmp_path / "study"), "--optimizers", "lbfgs"]
-    code = cli.main(["compare", "--problem", f"{tmp_path / 'mine.py'},quadratic", *options])
+    code = main(["compare", "--problem", f"{tmp_path / 'mine.py'},quadratic", *options])
     told = capsys.readouterr()
     assert code == 2
     assert "line 1: ModuleNotFoundError" in told.err
@@ -88,9 +88,9 @@ def test_a_problem_file_that_fails_leaves_the_other_problems(tmp_path, capsys):
     report = tmp_path / "study" / "report.html"
     assert report.exists()
     report.unlink()
-    assert cli.main(["compare", "--report", "--workdir", str(tmp_path / "study")]) == 0
+    assert main(["compare", "--report", "--workdir", str(tmp_path / "study")]) == 0
     assert "quadratic" in report.read_text()
-    assert cli.main(["compare", "--report", "--workdir", str(tmp_path / "nothing")]) == 2
+    assert main(["compare", "--report", "--workdir", str(tmp_path / "nothing")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_problem_file_that_fails_leaves_the_other_problems(tmp_path, capsys):
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(arguments, message, tmp_path, capsys):
-    code = cli.main(["compare", *arguments, "--workdir", str(tmp_path / "study")])
+    code = main(["compare", *arguments, "--workdir", str(tmp_path / "study")])
     told = capsys.readouterr().err
     assert code == 2
     assert message in told
@@ -116,6 +116,6 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, message, tmp_path,
 
 def test_the_study_of_another_version_is_told_on_the_command_line(tmp_path, capsys):
     (tmp_path / "study.toml").write_text("format = 2\n")
-    code = cli.main(["compare", "--problem", "quadratic", "--workdir", str(tmp_path)])
+    code = main(["compare", "--problem", "quadratic", "--workdir", str(tmp_path)])
     assert code == 2
     assert "is of format 2; this version of jdl reads format 3" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """How runs end, what they say, and what is refused."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import jdl
 from jdl import solvers
 from jdl.core.check import ArgumentError, DataError
 from jdl.solvers import ResultCode
+from jdl.solvers.options import SolverOptions
 
 
 def bowl(x):
@@ -314,3 +317,35 @@ def test_an_objective_is_minimized_with_gauss_newton_products():
     for method in ("hessian_free", "lbfgs", "newton"):
         result = jdl.minimize(objective, jnp.zeros(3), method=method, tol=1e-4)
         np.testing.assert_allclose(result.params, [1.0, -2.0, 0.5], atol=1e-3)
+
+
+def test_the_table_of_defaults_is_what_the_constructors_have():
+    rows = [line.split() for line in solvers.__doc__.splitlines()]
+    table = {row[0]: row[1:] for row in rows if row and hasattr(solvers, row[0])}
+    assert len(table) == 10
+    for name, (*maxiter, tol) in table.items():
+        parameters = inspect.signature(getattr(solvers, name)).parameters
+        assert parameters["tol"].default == float(tol), name
+        if name != "minimize":
+            assert [str(parameters["maxiter"].default)] == maxiter, name
+
+
+def test_signatures_list_the_shared_options():
+    for name in ("LBFGS", "NonlinearCG", "Newton", "LevenbergMarquardt", "OptaxSolver"):
+        parameters = inspect.signature(getattr(solvers, name)).parameters
+        assert set(SolverOptions.__annotations__) <= set(parameters), name
+    assert inspect.signature(solvers.OptaxSolver).parameters["implicit_diff"].default is False
+
+
+@pytest.mark.parametrize("method", ["hager-zhang", "hager_zhang", "dai_yuan", "dai-yuan"])
+def test_formulas_are_spelled_with_hyphens_or_underscores(method):
+    run = solvers.NonlinearCG(bowl, method=method).run(jnp.zeros(2))
+    np.testing.assert_allclose(run.params, 1.0, atol=1e-3)
+
+
+def test_methods_go_by_short_and_long_names():
+    for short, long in (("hf", "hessian_free"), ("cg", "nonlinear_cg")):
+        one = jdl.minimize(bowl, jnp.zeros(2), method=short)
+        other = jdl.minimize(bowl, jnp.zeros(2), method=long)
+        np.testing.assert_array_equal(one.params, other.params)
+        assert one.method == other.method

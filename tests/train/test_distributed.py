@@ -193,7 +193,7 @@ def test_sigterm_to_one_saves_on_all_at_the_same_step(tmp_path):
 
 def command(tmp_path, *options):
     """`jdl train` in two processes; `options` are those of each."""
-    script = "import sys; from jdl.cli import main; sys.exit(main())"
+    script = "import sys; from jdl.cli.main import main; sys.exit(main())"
     port = free_port()
     return [
         subprocess.Popen(

@@ -11,11 +11,11 @@ import optax
 import pytest
 
 import jdl
-from jdl.cli import gan_pictures
 from jdl.core import check
 from jdl.data import from_arrays
 from jdl.models import MLP
 from jdl.optim import registry
+from jdl.recipes import gan_pictures
 from jdl.train import dead_units, hooks
 from jdl.train.checkpoint import Checkpoints
 

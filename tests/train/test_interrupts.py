@@ -243,7 +243,7 @@ def test_the_command_saves_says_where_and_ends_with_its_code(number, code, tmp_p
     # A shell ignores Ctrl-C for what it runs in the background, and all that comes of it.
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from jdl.cli import main; raise SystemExit(main())"
+        "from jdl.cli.main import main; raise SystemExit(main())"
     )
     command = [sys.executable, "-c", script, "train", "mlp", "--workdir", str(tmp_path / "run")]
     process = subprocess.Popen(

@@ -99,7 +99,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
 READER = """
 import sys
 from pathlib import Path
-from jdl.cli.run_config import RunConfig
+from jdl.recipes.run_config import RunConfig
 
 workdir = Path(sys.argv[1])
 config = RunConfig.load(workdir)

@@ -45,8 +45,8 @@ def photograph():
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """A run directory of `jdl train cnn`, a few steps long."""
-    from jdl import cli
+    from jdl.cli.main import main
 
     workdir = tmp_path_factory.mktemp("runs") / "cnn"
-    assert cli.main(["train", "cnn", "--steps", "4", "--workdir", str(workdir)]) == 0
+    assert main(["train", "cnn", "--steps", "4", "--workdir", str(workdir)]) == 0
     return workdir

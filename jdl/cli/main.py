@@ -1,0 +1,188 @@
+"""The command `jdl`. One file a command, imported only when it is the one asked for.
+
+Exit codes: 0 done, 2 the user's mistake, 1 a fault of ours, 75 stopped by SIGTERM after saving,
+130 interrupted.
+"""
+
+import contextlib
+import difflib
+import errno
+import functools
+import importlib
+import io
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Annotated, Any, get_args
+
+from jdl.cli.commands import COMMANDS
+
+USAGE = """usage: jdl COMMAND [OPTIONS]
+
+Train JAX models with any optimizer, first or second order,
+on images streamed from tar archives.
+
+{commands}
+
+examples:
+  jdl demo
+  jdl train cnn --optimizer hf
+  jdl train cnn --data 'photos-*.tar' --optimizer adam --max-steps 500 --workdir runs/photos
+  jdl compare --data photos.tar --model cnn --optimizers sgd,adam,lbfgs,hf --seconds 30
+
+`jdl COMMAND --help` tells a command's options."""
+
+# What a folder or a disk may refuse.
+UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; gives the exit code."""
+    if argv is None:
+        _use_compilation_cache()
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output left, `jdl … | head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs from one command to the next, unless JAX's variable says where.
+
+    JAX reads the variable when it is imported, which is later than this.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(base, "jdl", "xla"))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {c:{width}}  {t}" for c, t in COMMANDS.items())))
+        return 0
+    if arguments[0] == "--version":
+        from jdl import __version__
+
+        print(f"jdl {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return _mistake(f"there is no command {name!r}.{hint} `jdl --help` lists them.")
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    module = importlib.import_module(f"jdl.cli.{name}")
+    from jdl.core.check import UserError
+
+    try:
+        if any(a.partition("=")[0] == "--config" or a.startswith("--no-") for a in arguments):
+            from jdl.cli.config_file import expand
+
+            arguments = expand(arguments, module.Args)
+        parsed = parse(name, module, arguments)
+    except UserError as error:
+        return _mistake(str(error), name)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+    try:
+        module.run(parsed)
+        return 0
+    except SystemExit as end:  # SIGTERM, with everything saved
+        if not str(end).isdigit():
+            print(f"jdl {name}: {end}", file=sys.stderr)
+        return int(end.code or 0)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        code, message = _told(error, name)
+        if getattr(parsed, "distributed", False):
+            from jdl.train import distributed
+
+            distributed.announce(error, code, message)
+        print(message, file=sys.stderr)
+        return code
+
+
+def _told(error: BaseException, name: str) -> tuple[int, str]:
+    """The exit code, and what the user is to know of it; raises what is a fault of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"jdl {name}: {str(error) or 'interrupted; what was written stays'}."
+    if isinstance(error, OSError):
+        if error.errno not in UNWRITABLE:
+            raise error
+        return 2, f"jdl {name}: error: {error.filename}: {error.strerror}."
+    return 2, f"jdl {name}: error: {error}"
+
+
+def parse(name: str, module: object, arguments: list[str]) -> object:
+    """The command's arguments; a mistake in them ends in one line on stderr."""
+    import tyro
+
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard):
+            return tyro.cli(
+                _plain(module.Args),  # type: ignore[attr-defined]
+                prog=f"jdl {name}",
+                description=_described(module.__doc__ or ""),
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+            )
+    except SystemExit as end:
+        if end.code not in (0, None):
+            _mistake(_without_box(heard.getvalue()), name)
+        raise
+
+
+@functools.cache
+def _plain(args: Any) -> Any:
+    """The class, or a union of some, whose help tells only defaults that say something."""
+    import tyro
+
+    def told(default: str) -> str:
+        return "" if default in ("None", "False", "", "''") else f"(default: {default})"
+
+    for part in get_args(args):  # of a union; each may be annotated
+        _plain((get_args(part) or (part,))[0])
+    for field, kind in getattr(args, "__annotations__", {}).items():
+        args.__annotations__[field] = Annotated[kind, tyro.conf.arg(help_behavior_hint=told)]
+    return args
+
+
+def _described(text: str) -> str:
+    """A docstring as help: its paragraphs wrapped, later lines indented, lest tyro joins them.
+
+    Examples and lists stay as they are.
+    """
+    width = max(40, min(shutil.get_terminal_size().columns, 100))
+    paragraphs = text.strip().split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        if "\n  " not in paragraph:
+            paragraphs[i] = textwrap.fill(paragraph, width, subsequent_indent="  ")
+    return "\n\n".join(paragraphs)
+
+
+def _without_box(text: str) -> str:
+    """Tyro's framed message as one line, without its own workings."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
+    body = [line for line in lines[1:] if line.strip("─ ")]
+    message = " ".join(" ".join(body).split())
+    return re.sub(r" Got errors: .*?(?= For full helptext|$)", "", message)
+
+
+def _mistake(message: str, command: str = "") -> int:
+    print(f"jdl {command}".rstrip() + f": error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,60 @@
+"""What commands print: tables on standard output, how far they are on standard error."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Report(NamedTuple):
+    """A table with what is printed for `--json` in its place.
+
+    Attributes:
+      found: the JSON object.
+      columns, rows, title: as `table`.
+      note: a line below the table.
+    """
+
+    found: Mapping[str, Any]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str
+    note: str
+
+    def show(self, *, as_json: bool) -> None:
+        """Prints the object, or the table and the note."""
+        if as_json:
+            print(json.dumps(self.found))
+            return
+        table(self.columns, self.rows, self.title)
+        print(self.note)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Prints a table; the first column is aligned to the left, the others to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(
+        title=title or None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    for i, column in enumerate(columns):
+        # Words may wrap; numbers with their units and ranges may not.
+        cells = [column, *(row[i] for row in rows)]
+        unbroken = [x for c in cells for x in ([c] if any(map(str.isdigit, c)) else c.split())]
+        width = max(map(len, unbroken), default=0)
+        drawn.add_column(column, justify="left" if i == 0 else "right", min_width=width)
+    for row in rows:
+        drawn.add_row(*row)
+    Console(highlight=False).print(drawn)
+
+
+def print_tenths(done: int, of: int) -> None:
+    """Prints how many steps are done, ten times in all."""
+    if done * 10 // of != (done - 1) * 10 // of:
+        print(f"step {done}/{of}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""What a run is, its settings in `config.toml`, and how its model, data and Estimator are made."""

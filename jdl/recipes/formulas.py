@@ -1,0 +1,46 @@
+"""Generated trees as data: formulas of propositional logic, deeper in the test split."""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from jdl.core import check
+from jdl.data import Batches, from_arrays
+from jdl.models.trees import LOGIC, grow, pack
+
+INPUTS = ("word", "children", "schedule")
+WORDS = {word: i for i, word in enumerate([*LOGIC.constants, *LOGIC.operators], start=2)}
+SHAPE = (len(WORDS) + 2,)  # the size of the vocabulary: all that the net must know of its inputs
+CLASSES = ("0", "1")
+SPLITS = {"train": (8000, (1, 2, 3, 4)), "test": (1000, (6, 7, 8))}  # number, depths
+
+
+def trees_of(
+    split: str | None, *, batch_size: int, shuffle: bool = False, seed: int = 0, **_: Any
+) -> Batches:
+    """The split's formulas, packed, labelled with their value.
+
+    Args:
+      split: "train" or "test".
+      batch_size: trees in a batch.
+      shuffle: whether to repeat without end, each epoch in a new order.
+      seed: of the orders.
+      **_: options of images, which `RunConfig.images` always passes; they mean nothing here.
+    """
+    check.one_of("--split", split, SPLITS)
+    return from_arrays(
+        packed_trees(split),
+        batch_size=batch_size,
+        epochs=None if shuffle else 1,
+        seed=seed,
+        classes=CLASSES,
+    )
+
+
+@functools.cache
+def packed_trees(split: str) -> dict[str, np.ndarray]:
+    """The split's arrays, as `jdl.models.trees.pack`."""
+    count, depths = SPLITS[split]
+    rng = np.random.default_rng(list(SPLITS).index(split))
+    return pack([grow(LOGIC, depths[i % len(depths)], rng) for i in range(count)], WORDS, CLASSES)

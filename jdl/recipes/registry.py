@@ -1,0 +1,327 @@
+"""The models that `jdl train` knows by name, with the settings recommended for each."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jdl.core import check
+
+if TYPE_CHECKING:
+    import jax
+    import optax
+
+    from jdl.core.model import Model
+    from jdl.core.types import Batch
+    from jdl.data import Batches
+    from jdl.models.autoencoder import Autoencoder, Reconstruction
+    from jdl.models.cnn import CNN
+    from jdl.models.gan import GAN
+    from jdl.models.mlp import MLP
+    from jdl.models.rbm import RBM
+    from jdl.models.recursive import TreeLSTM
+    from jdl.models.rnn import RNN
+    from jdl.train.estimator import Estimator
+
+    Net = MLP | CNN | RNN | Autoencoder | RBM | TreeLSTM | GAN | Model
+
+Shape = tuple[int, ...]
+
+
+class Finished(NamedTuple):
+    """What the pictures at the end of a run are drawn from.
+
+    Attributes:
+      net: the model as the recipe built it.
+      estimator: the trained Estimator.
+      train: one pass over the training split.
+      held_out: one pass over the test split; the training split where there is none.
+      workdir: the run directory, where the pictures go.
+    """
+
+    net: Any
+    estimator: "Estimator"
+    train: "Batches"
+    held_out: "Batches"
+    workdir: Path
+
+
+class Recipe(NamedTuple):
+    """How a model is built and trained.
+
+    Attributes:
+      build: `build(image_shape, num_classes) -> net`.
+      kind: "classifier", "autoencoder", "rbm", "trees" or "gan": what the outputs mean.
+      steps: the recommended number of steps on the bundled digits.
+      optimizer: the recommended optimizer's name.
+      options: keyword arguments of the recommended optimizer.
+      batch_size: the recommended batch size.
+      estimator: `estimator(model, optimizer, **options) -> Estimator`; by default the premade one
+        of the kind.
+      prepare: `prepare(net, data, workdir, seed) -> model`, called before a run's first step.
+      pictures: `pictures(finished) -> paths` of the pictures drawn at the end of a run.
+      data: the default of `--data`: "digits", or "trees" for generated trees.
+    """
+
+    build: "Callable[[Shape, int], Net]"
+    kind: str
+    steps: int
+    optimizer: str = "adam"
+    options: Mapping[str, Any] = {}
+    batch_size: int = 64
+    estimator: "Callable[..., Estimator] | None" = None
+    prepare: "Callable[[Any, Batches, Path, int], Model] | None" = None
+    pictures: Callable[[Finished], list[Path]] | None = None
+    data: str = "digits"
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name; an error for an unknown name suggests the nearest."""
+    return RECIPES[check.one_of("model", name, RECIPES)]
+
+
+def _is_large(image_shape: Shape) -> bool:
+    """Whether images have at least the pixels of 16 × 16."""
+    return math.prod(image_shape) >= 256
+
+
+def _cnn(image_shape: Shape, num_classes: int) -> "CNN":
+    from jdl.models.cnn import CNN
+
+    return CNN(num_classes=num_classes, units=1024 if min(image_shape[:2]) >= 64 else 128)
+
+
+def _mlp(image_shape: Shape, num_classes: int) -> "MLP":
+    del image_shape
+    from jdl.models.mlp import MLP
+
+    return MLP(num_outputs=num_classes, widths=(500, 500))
+
+
+def _rnn(image_shape: Shape, num_classes: int) -> "RNN":
+    del image_shape
+    from jdl.models.rnn import RNN
+
+    return RNN(num_outputs=num_classes)
+
+
+def _autoencoder(image_shape: Shape, num_classes: int) -> "Autoencoder":
+    del num_classes
+    from jdl.models.autoencoder import Autoencoder
+    from jdl.models.layers import sparse_init
+
+    widths = (1000, 500, 250, 30) if _is_large(image_shape) else (128, 64, 16)
+    return Autoencoder(widths=widths, kernel_init=sparse_init(15))
+
+
+def _autoencoder_pictures(run: Finished) -> list[Path]:
+    from jdl.recipes import pictures
+
+    def encode(x: "jax.typing.ArrayLike") -> "jax.Array":
+        return run.net.apply({"params": run.estimator.params}, x, method="encode")
+
+    codes = pictures.codes(encode, run.held_out, run.workdir / "codes.png")
+    return [*_reconstructions(run), codes]
+
+
+def _reconstructions(run: Finished) -> list[Path]:
+    from jdl.recipes import pictures
+
+    return [pictures.reconstructions(run.estimator, run.held_out, run.workdir)]
+
+
+def _denoising(image_shape: Shape, num_classes: int) -> "Model":
+    del num_classes
+    from jdl.models.autoencoder import Autoencoder, denoising
+
+    widths = (1000, 500) if _is_large(image_shape) else (256, 128)
+    return denoising(Autoencoder(widths=widths, activation="relu", code_activation="relu"))
+
+
+def _denoising_estimator(
+    model: "Model", optimizer: "optax.GradientTransformation", **options: Any
+) -> "Estimator":
+    import jax
+    import jax.numpy as jnp
+
+    from jdl.train import premade
+
+    def psnr_gain(outputs: "Reconstruction", batch: "Batch") -> jax.Array:
+        """Increase of the peak signal-to-noise ratio over the corrupted input, in decibels."""
+
+        def error(x: Any) -> jax.Array:
+            difference = jnp.square(x - batch["image"])
+            return jnp.mean(difference.reshape(x.shape[0], -1), axis=1) + 1e-12
+
+        cleaned = jax.nn.sigmoid(outputs.outputs)
+        return 10 * (jnp.log10(error(outputs.corrupted)) - jnp.log10(error(cleaned)))
+
+    return premade.autoencoder(model, optimizer, **{"metrics": {"psnr_gain": psnr_gain}, **options})
+
+
+def _rbm(image_shape: Shape, num_classes: int) -> "RBM":
+    del num_classes
+    from jdl.models.rbm import RBM
+
+    return RBM(hidden=500 if _is_large(image_shape) else 128, chains=64)
+
+
+def _rbm_estimator(
+    rbm: "RBM", optimizer: "optax.GradientTransformation", **options: Any
+) -> "Estimator":
+    from jdl.train import boltzmann
+
+    return boltzmann.rbm(rbm, optimizer, **options)
+
+
+def _rbm_pictures(run: Finished) -> list[Path]:
+    from jdl.recipes import pictures
+
+    return pictures.of_rbm(run.net, run.estimator.params, run.held_out, run.workdir)
+
+
+def _dbn(image_shape: Shape, num_classes: int) -> "MLP":
+    from jdl.models.mlp import MLP
+
+    widths = (500, 500, 2000) if _is_large(image_shape) else (128, 128, 256)
+    return MLP(widths=widths, num_outputs=num_classes, activation="sigmoid")
+
+
+def _pretrained(net: "MLP", data: "Batches", workdir: Path, seed: int) -> "Model":
+    """The network, starting from a deep belief network trained layer by layer."""
+    import jax
+    import jax.numpy as jnp
+
+    from jdl.models.dbn import DBN, starting_at
+    from jdl.recipes import pictures
+    from jdl.train import boltzmann
+
+    dbn, steps = DBN(widths=net.widths, k=5), 3000
+    print(f"pretraining: {len(net.widths)} layers, {steps} steps each", flush=True)
+    params = boltzmann.pretrain(
+        dbn,
+        data,
+        steps=steps,
+        optimizer=lambda i: boltzmann.momentum_switch(0.3, after=500),
+        seed=seed,
+        workdir=workdir / "pretraining",
+        log_every=100,
+    )
+    x, _ = pictures.some_images(data, 48)
+    dreams = dbn.generate(params, jax.random.key(seed), 48, steps=300, start=jnp.asarray(x))
+    picture = pictures.tiles(dreams.reshape(4, 12, *x.shape[1:]), workdir / "dreams.png")
+    print(f"picture: {picture}")
+    return starting_at(net, dbn.unrolled_mlp(params, net.num_outputs)[1])
+
+
+def _dbn_pictures(run: Finished) -> list[Path]:
+    from jdl.recipes import pictures
+
+    x, _ = pictures.some_images(run.held_out, 1)
+    kernel = run.estimator.params["Dense_0"]["kernel"]
+    return [pictures.filters(kernel, x.shape[1:], run.workdir / "filters.png")]
+
+
+def _recursive(image_shape: Shape, num_classes: int) -> "TreeLSTM":
+    from jdl.models.recursive import TreeLSTM
+
+    return TreeLSTM(num_outputs=num_classes, vocabulary=image_shape[0], kind="nary", hidden=48)
+
+
+def _recursive_estimator(
+    net: "TreeLSTM", optimizer: "optax.GradientTransformation", **options: Any
+) -> "Estimator":
+    from jdl.recipes.formulas import INPUTS
+    from jdl.train.premade import classifier
+
+    return classifier(net, optimizer, inputs=INPUTS, **options)
+
+
+def _tree_pictures(run: Finished) -> list[Path]:
+    from jdl.recipes.formulas import WORDS, packed_trees
+    from jdl.recipes.tree_pictures import draw_trees
+
+    net = run.net.clone(every_node=True)
+    path = run.workdir / "trees.png"
+    return [draw_trees(net, run.estimator.params, packed_trees("test"), WORDS, path)]
+
+
+def _gan(image_shape: Shape, num_classes: int) -> "GAN":
+    del num_classes
+    from jdl.models.gan import GAN
+
+    height, width, channels = image_shape
+    return GAN.of_shape((height, width, channels))
+
+
+def _gan_estimator(
+    gan: "GAN",
+    optimizer: "optax.GradientTransformation",
+    *,
+    workdir: Path,
+    hooks: Any = (),
+    ema: float | None = None,
+    **options: Any,
+) -> "Estimator":
+    import jax.numpy as jnp
+
+    from jdl.models.gan import optimizers
+    from jdl.optim import diagnostics
+    from jdl.recipes.gan_pictures import samples_over_time
+    from jdl.train.estimator import Estimator
+
+    if diagnostics.read(optimizer.init({"x": jnp.zeros(2)})) is not None:
+        raise check.UserError(
+            "A GAN has two losses, one for each network, and second-order methods minimize one. "
+            "Choose a first-order --optimizer, such as adam."
+        )
+    return Estimator(
+        gan.model,
+        gan.loss,
+        optimizers(optimizer, optimizer),
+        metrics={"discriminator": gan.discriminator_loss, "generator": gan.generator_loss},
+        workdir=workdir,
+        ema=0.99 if ema is None else ema,
+        hooks=[*hooks, samples_over_time(gan, workdir)],
+        **options,
+    )
+
+
+def _gan_pictures(run: Finished) -> list[Path]:
+    from jdl.recipes.gan_pictures import draw_samples
+
+    # Samples are compared with the images they were trained on.
+    return draw_samples(run.net, run.estimator, run.train, run.workdir)
+
+
+RECIPES = {
+    "mlp": Recipe(_mlp, "classifier", 400),
+    "cnn": Recipe(_cnn, "classifier", 400),
+    "rnn": Recipe(_rnn, "classifier", 600),
+    "autoencoder": Recipe(_autoencoder, "autoencoder", 1500, pictures=_autoencoder_pictures),
+    "denoising": Recipe(
+        _denoising,
+        "autoencoder",
+        1500,
+        estimator=_denoising_estimator,
+        pictures=_reconstructions,
+    ),
+    "rbm": Recipe(_rbm, "rbm", 3000, "momentum", estimator=_rbm_estimator, pictures=_rbm_pictures),
+    "dbn": Recipe(_dbn, "classifier", 3000, prepare=_pretrained, pictures=_dbn_pictures),
+    "recursive": Recipe(
+        _recursive,
+        "trees",
+        1500,
+        estimator=_recursive_estimator,
+        pictures=_tree_pictures,
+        data="trees",
+    ),
+    "gan": Recipe(
+        _gan,
+        "gan",
+        3000,
+        options={"b1": 0.5},
+        estimator=_gan_estimator,
+        pictures=_gan_pictures,
+    ),
+}

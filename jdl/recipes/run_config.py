@@ -1,0 +1,153 @@
+"""The settings of a run of `jdl train`, and the model, Estimator and data made from them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jdl.core import check
+from jdl.recipes import config_file
+from jdl.recipes.datasets import open_images
+from jdl.recipes.registry import recipe
+
+if TYPE_CHECKING:
+    from jdl.core.model import Model
+    from jdl.data import Batches
+    from jdl.recipes.registry import Net
+    from jdl.train.estimator import Estimator
+
+COMMAND = "command"  # the file's table of resolved flags, which `jdl train --config` reads
+MAY_CHANGE = ("on_error",)  # when a run is continued
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All settings that a run's results depend on, except its number of steps.
+
+    Attributes:
+      model: a name in `jdl.recipes.registry.RECIPES`.
+      data: as `--data`.
+      optimizer, learning_rate: as `jdl.optim.by_name`; None for the optimizer's own rate.
+      batch_size, curvature_batch_size, microbatches, seed, compute_dtype, ema: as `Estimator`.
+      split: the training split; None for all of the data.
+      image_shape: shape of one input.
+      grayscale: whether images are made gray.
+      classes: names, in the order of the labels.
+      on_error: "raise" or "skip", for an image that cannot be read.
+      crop, flip: augmentation in training, as `jdl.data.from_tar`.
+    """
+
+    model: str
+    data: str
+    optimizer: str
+    batch_size: int
+    microbatches: int
+    seed: int
+    image_shape: tuple[int, ...]
+    grayscale: bool
+    classes: tuple[str, ...]
+    on_error: str
+    learning_rate: float | None = None
+    curvature_batch_size: int | None = None
+    split: str | None = None
+    compute_dtype: str | None = None
+    ema: float | None = None
+    crop: str | None = None
+    flip: bool = False
+
+    def save(self, workdir: Path, command: Mapping[str, Any]) -> None:
+        """Writes the settings; raises where the directory holds a run with other settings.
+
+        Args:
+          workdir: the run directory.
+          command: the resolved flags, from which `jdl train --config` starts such a run anew.
+        """
+        from jdl.train.checkpoint import begun
+
+        exists = (workdir / config_file.FILE).exists()
+        if begun(workdir) and not exists:
+            raise check.UserError(
+                f"{workdir} holds a run that `jdl train` did not make: it has no "
+                f"{config_file.FILE}. Choose another --workdir, or continue it in Python."
+            )
+        if exists:
+            before = RunConfig.load(workdir)  # also refuses to replace another program's file
+            if begun(workdir):
+                config_file.check_same(workdir, self, before, MAY_CHANGE)
+        config_file.write(workdir, self, **{COMMAND: dict(command)})
+
+    @classmethod
+    def load(cls, workdir: Path) -> "RunConfig":
+        """The settings of the run in that directory."""
+        table = config_file.read(workdir)
+        if table is None:
+            hint = ""
+            if (workdir / "checkpoints").is_dir():
+                hint = " It was made in Python, where an Estimator with this workdir continues it."
+            raise check.UserError(
+                f"{workdir} is not a run directory of `jdl train`: it has no {config_file.FILE}."
+                + hint
+            )
+        return config_file.parse(cls, table, workdir)
+
+    def build_model(self) -> "Net":
+        """The model of these settings."""
+        return recipe(self.model).build(self.image_shape, len(self.classes))
+
+    def estimator(
+        self,
+        workdir: Path,
+        hooks: Sequence[Callable[..., None]] = (),
+        model: "Net | Model | None" = None,
+        **options: Any,
+    ) -> "Estimator":
+        """The Estimator of these settings.
+
+        Args:
+          workdir: the run directory.
+          hooks: as `Estimator`.
+          model: one that the recipe has prepared; by default `build_model()`.
+          **options: further ones of `Estimator`.
+        """
+        from jdl.optim import registry
+        from jdl.train import premade
+
+        chosen = recipe(self.model)
+        premades = {"classifier": premade.classifier, "autoencoder": premade.autoencoder}
+        make = chosen.estimator or premades[chosen.kind]
+        tuned = chosen.options if self.optimizer == chosen.optimizer else {}
+        return make(
+            self.build_model() if model is None else model,
+            registry.by_name(self.optimizer, self.learning_rate, **tuned),
+            workdir=workdir,
+            seed=self.seed,
+            microbatches=self.microbatches,
+            curvature_batch_size=self.curvature_batch_size,
+            compute_dtype=self.compute_dtype,
+            ema=self.ema,
+            hooks=hooks,
+            **options,
+        )
+
+    def images(
+        self, data: str, split: str | None, *, labelled: bool = True, **options: Any
+    ) -> "Batches":
+        """Data with the run's image size and classes, cropped in the center if it was cropped.
+
+        Args:
+          data: as `--data`.
+          split: one split; None for all of the data.
+          labelled: whether batches have labels, of the run's classes.
+          **options: further ones of `jdl.data.from_tar`.
+        """
+        options |= {"classes": self.classes} if labelled else {"label": None}
+        if self.crop is not None:
+            options["crop"] = "center"
+        return open_images(
+            data,
+            split=split,
+            size=self.image_shape[:2],
+            grayscale=self.grayscale,
+            on_error=self.on_error,
+            **options,
+        )
