@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import optax
 
 from jdl.core import check
-from jdl.optim.context import ScalarOrSchedule
 from jdl.optim.registry import TuningRange
+from jdl.optim.transformation import ScalarOrSchedule
 
 BatchSize: TypeAlias = int | Literal["full"]
 

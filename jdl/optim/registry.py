@@ -9,7 +9,6 @@ import optax
 import optax.contrib
 
 from jdl.core import check
-from jdl.optim.context import ScalarOrSchedule
 from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.hessian_free import hessian_free
 from jdl.optim.kfac import kfac
@@ -18,6 +17,7 @@ from jdl.optim.levenberg_marquardt import levenberg_marquardt
 from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
+from jdl.optim.transformation import ScalarOrSchedule
 
 
 class TuningRange(NamedTuple):
