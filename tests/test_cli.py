@@ -55,10 +55,8 @@ def test_help_of_compare_names_every_optimizer_and_problem(capsys):
         (["trian"], "Did you mean 'train'?"),
         (["train", "cnnn"], "Did you mean 'cnn'?"),
         (["train", "cnn", "--optimizer", "lbgfs"], "Did you mean 'lbfgs'?"),
-        (["train", "cnn", "--stesp", "3"], "--stesp"),
         (["train", "cnn", "--data", "nowhere.tar"], "nowhere.tar"),
         (["train", "cnn", "--size", "big"], "--size"),
-        (["train", "cnn", "--batch-size", "big"], "--batch-size"),
         (["train", "mlp", "--steps", "1", "--workdir", f"{__file__}/run"], "Not a directory"),
         (["train", "mlp", "--steps", "1", "--workdir", __file__], "File exists"),
         (["evaluate", "--workdir", "nowhere"], "nowhere"),
@@ -71,6 +69,23 @@ def test_a_mistake_is_one_line_and_code_2(arguments, said, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert said in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "cnn", "--stesp", "3"], "--max-steps"),
+        (["train", "cnn", "--batch-size", "big"], "big"),
+        (["train"], "MODEL"),
+        (["curvature", "--workdir", "x", "--matrix", "fischer"], "empirical_fisher"),
+        (["style", "trian"], "train"),
+    ],
+)
+def test_a_wrong_option_is_explained_and_code_2(arguments, said, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert f"jdl {arguments[0]} --help" in err
 
 
 def test_index_accounts_for_the_digits(capsys):

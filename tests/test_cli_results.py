@@ -71,7 +71,7 @@ def test_evaluation_by_class_is_that_of_the_predictions(runs, capsys, tmp_path):
     assert found["accuracy"] <= found["top_3_accuracy"] <= 1.0
     text = said(capsys, "evaluate", "--workdir", runs / "mlp", "--per-class", "--confusion")
     assert "precision" in text
-    assert "taken for each" in text
+    assert "classified as" in text
 
 
 def test_predictions_are_the_same_in_every_format(runs, capsys, tmp_path):

@@ -1,11 +1,11 @@
-"""What a network's layers see in a picture, and what they prefer to see.
+"""What a network's layers respond to in a picture, and what they respond to most.
 
 The pictures that --what can ask for:
   maps        the activations of a layer's channels on IMAGE, strongest first
-  grad-cam    where in IMAGE a layer sees a class
-  saliency    which pixels of IMAGE move a class's score
-  preferred   for each channel, what excites it most, found from noise
-  exciting    for each channel, the images of --data that excite it most
+  grad-cam    where in IMAGE a layer finds evidence for a class
+  saliency    which pixels of IMAGE change a class's score
+  preferred   for each channel, a picture that excites it most, from noise
+  exciting    for each channel, images of --data that excite it most
 
 MODEL is vgg16 or squeezenet (pip install 'jax-jdl[vision]'), a .safetensors file of torchvision's
 or timm's VGG-16, VGG-19, SqueezeNet or ResNet-50, or a run directory of `jdl train`.
@@ -19,56 +19,56 @@ Examples:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from jdl.cli import options, output
+from jdl.core import check
+
 if TYPE_CHECKING:
+    import numpy as np
+
     from jdl.vision.trunk import Trunk
 
 
 @dataclass
 class Args:
-    """Which network, on which picture, drawn how."""
+    """Which network, which picture of what."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """vgg16, squeezenet, a .safetensors file or a run directory"""
+    model: Annotated[options.Network, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE]")] = None
-    """a photograph, where one is looked at"""
+    """a photograph, for maps, grad-cam and saliency"""
     layer: str | None = None
-    """the layer's name; by default one that sees parts of things. A wrong one lists the nearest"""
+    """the layer's name; by default the network's usual one. An error lists the nearest names"""
     what: Literal["maps", "grad-cam", "saliency", "preferred", "exciting"] = "maps"
     """what to draw"""
     channels: str | None = None
     """numbers such as 3,17,80; by default the strongest on IMAGE, or the first"""
     count: int = 16
-    """how many channels, where none are named; of exciting, 8 channels at most"""
-    wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
-    """a class's name or number, for grad-cam and saliency; by default the likeliest"""
+    """number of channels where none are named; at most 8 for exciting"""
+    wanted: options.ClassName = None
     data: str | None = None
-    """a tar, a glob, a brace range, or digits, for exciting"""
-    split: str | None = None
-    """first folder of the data's members; by default test where there is one; all for all"""
-    longest: int = 512
-    """pixels that a larger photograph's longer side is reduced to"""
+    """for exciting: a tar, a glob, a brace range, or digits"""
+    split: options.TestSplit = None
+    longest: options.Longest = 512
     size: int = 96
-    """pixels of preferred pictures' sides"""
+    """height and width of preferred pictures in pixels"""
     steps: int = 128
-    """of the search for preferred pictures"""
+    """optimization steps for preferred pictures"""
     seed: int = 0
-    """of the search and of saliency's noise"""
+    """random seed for preferred pictures and for saliency's noise"""
     out: Path = Path("activations.png")
     """the picture to write"""
 
 
 def run(args: Args) -> None:
-    """Draws the picture; the file appears when it is whole."""
+    """Draws the picture; the file appears only when it is complete."""
     from jdl.cli.networks import open_network
-    from jdl.core import check
     from jdl.vision import images
 
     images.check_out(args.out)
-    check.argument(args.count >= 1, "--count", "at least 1", args.count)
+    options.check_positive(args, "count")
     looks = args.what in ("maps", "grad-cam", "saliency")
     check.argument(args.image is not None or not looks, "IMAGE", f"given for {args.what}", None)
     trunk, layers, photograph = open_network(args.model, args.layer, args.image, args.longest)
@@ -85,8 +85,6 @@ def run(args: Args) -> None:
 
 
 def _channels(args: Args) -> list[int] | None:
-    from jdl.core import check
-
     if args.channels is None:
         return None
     parts = [part.strip() for part in args.channels.split(",")]
@@ -95,7 +93,7 @@ def _channels(args: Args) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def _maps(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
+def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None") -> "np.ndarray":
     from jdl.vision import activations
 
     found = activations.maps(trunk, photograph, layer, channels=_channels(args), count=args.count)
@@ -104,7 +102,7 @@ def _maps(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
     return activations.drawn(found)
 
 
-def _class(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
+def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None") -> "np.ndarray":
     from jdl.vision import activations, images
 
     for name, share in activations.classify(trunk, photograph, count=3):
@@ -121,8 +119,9 @@ def _class(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
     )
 
 
-def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
-    from jdl.cli import output
+def _preferred(
+    args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None"
+) -> "np.ndarray":
     from jdl.vision import activations, images
     from jdl.vision.reverse import PictureSearch, preferred
 
@@ -136,8 +135,9 @@ def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
     return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
 
 
-def _exciting(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> Any:
-    from jdl.core import check
+def _exciting(
+    args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None"
+) -> "np.ndarray":
     from jdl.recipes.datasets import default_split, open_images
     from jdl.vision import activations, images
 

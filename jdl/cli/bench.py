@@ -1,4 +1,4 @@
-"""How fast this machine is at what a run waits for.
+"""How fast this machine loads data, trains, and computes optimizers' steps.
 
 Examples:
   jdl bench data photos.tar
@@ -13,6 +13,9 @@ from typing import Annotated
 
 import tyro
 
+from jdl.cli import options
+from jdl.core import check
+
 # what -> the module whose `measure` measures it
 BENCHES = {
     "data": "jdl.cli.bench_data",
@@ -26,27 +29,21 @@ class Args:
     """What to measure, on what."""
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
-    """data: images a second; train: our loop against a bare one; optim: steps, in gradients"""
+    """data: images a second; train: our loop against a bare one; optim: costs in gradients"""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[A.tar|MODEL]")] = ""
-    """for data a tar, glob or brace range, else the digits; for the others cnn, mlp or rnn"""
+    """for data a tar, glob or brace range, by default the digits; else cnn, mlp or rnn"""
     seconds: float = 3.0
-    """of each measurement of data; of all of them together otherwise"""
-    size: str | None = None
-    """HEIGHT or HEIGHTxWIDTH of the images; by default 128, and 8 for the digits and optim"""
-    color: bool = False
-    """keep three channels"""
-    batch_size: int = 64
-    """images in a batch"""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """print one JSON object"""
+    """seconds of each measurement of data; for train and optim, of all measurements together"""
+    size: options.Size = None
+    color: options.Color = False
+    batch_size: options.BatchSize = 64
+    as_json: options.Json = False
 
 
 def run(args: Args) -> None:
     """Measures, and prints a table or JSON."""
-    from jdl.core import check
-
     what = check.one_of("WHAT", args.what, BENCHES)
-    check.positive_int("--batch-size", args.batch_size)
+    options.check_positive(args, "batch_size")
     check.in_range("--seconds", args.seconds, 0.0, 3600.0, open_low=True)
     report = importlib.import_module(BENCHES[what]).measure(
         args.target,

@@ -1,13 +1,12 @@
 """Images a second out of a tar: reading alone, decoding in threads, in worker processes."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from jdl.cli import output
+from jdl.cli import options, output
 
 _WARM = 2  # batches before the clock starts
 
@@ -28,9 +27,9 @@ def measure(
     from jdl.recipes.datasets import parse_size
 
     target = target or "digits"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    several = sorted({1, 2, cores or 1})
-    options: dict[str, Any] = {
+    cores = options.cores()
+    several = sorted({1, 2, cores})
+    how_read: dict[str, Any] = {
         "size": parse_size(size, target),
         "grayscale": channels == 1,
         "batch_size": batch_size,
@@ -39,7 +38,7 @@ def measure(
         "on_error": "skip",
         "cache_bytes": 0,
     }
-    probe = from_tar(resolve(target), **options)
+    probe = from_tar(resolve(target), **how_read)
     source = probe.source
     rates: dict[str, float] = {}
 
@@ -51,7 +50,7 @@ def measure(
 
     def batches(**how: Any) -> Callable[[], Iterator[int]]:
         def make() -> Iterator[int]:
-            iterator = iter(from_tar(resolve(target), **options, **how))
+            iterator = iter(from_tar(resolve(target), **how_read, **how))
             try:
                 for batch in iterator:
                     yield int(np.sum(batch["mask"]))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jdl.cli import output
+from jdl.core import check
 
 MODELS = ("cnn", "mlp", "rnn")
 _SLICES = 5  # turns of each loop, whose median counts
@@ -28,7 +29,6 @@ def measure(
     import numpy as np
 
     import jdl
-    from jdl.core import check
     from jdl.data import from_arrays
     from jdl.recipes.datasets import parse_size
     from jdl.recipes.registry import recipe

@@ -1,4 +1,4 @@
-"""First against second order: several optimizers, the same problems, equal budgets, one report.
+"""Compare optimizers of first and second order on the same problems with equal budgets.
 
 Examples:
   jdl compare --seconds 10
@@ -10,9 +10,9 @@ Problems:
   digits-cnn, logistic                     the bundled digits
   mnist-mlp, mnist-cnn, autoencoder-mnist  MNIST, named by --data
   autoencoder-faces                        a tar of faces named by --data
-  autoencoder-curves, adding-rnn           data made anew
+  autoencoder-curves, adding-rnn           generated data
   quadratic, rosenbrock                    no data
-  mine.py                                  a file of your own: model, loss, data
+  mine.py                                  your own file: model, loss, data
 
 Optimizers:
   sgd momentum nesterov adam adamw nadam radam rmsprop adagrad adafactor lamb
@@ -21,59 +21,63 @@ Optimizers:
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
+
+from jdl.cli import options, output
+from jdl.core import check
+
+if TYPE_CHECKING:
+    from jdl.compare import Entry, Event, Problem, Results, Tuning
 
 
 @dataclass
 class Args:
-    """What to compare, on what, how long."""
+    """What to compare, on which problems, with which budget."""
 
     data: str = "digits"
-    """a tar, a glob, a brace range, the bundled digits, or what a named problem needs"""
+    """a tar, a glob, a brace range, the bundled digits, or the data of a named problem"""
     problem: str = ""
-    """names of the problems above, with commas, in place of --model"""
+    """names of problems above, separated by commas; by default --model on --data"""
     model: str = "cnn"
     """mlp, cnn, rnn or dbn"""
     optimizers: str = "sgd,adam,lbfgs,cg,hf"
-    """names of those above, with commas"""
+    """names of optimizers above, separated by commas"""
     seeds: int = 1
-    """how many seeds: 3 or more for a result to publish"""
+    """number of seeds; at least 3 for a published result"""
     seconds: float = 30.0
     """training seconds of each trial, without compilation and evaluation"""
     epochs: float | None = None
-    """a budget of passes over the data, in place of seconds"""
+    """a budget in passes over the data, instead of seconds"""
     work: float | None = None
-    """a budget of work, in gradients of the whole training set, in place of seconds"""
+    """a budget in gradients of the whole training set, instead of seconds"""
     trials: int = 0
     """values of learning rate or damping to try for each optimizer; 0 for the defaults alone"""
     tuning_share: float = 1.0
-    """share of a trial's budget that each tuning trial has"""
-    clock: str = "wall"
-    """wall, or cpu: the process's CPU time divided by the cores, on a machine that others use"""
+    """budget of each tuning trial, as a share of a trial's"""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: the process's CPU time divided by the cores, for a machine that others use too"""
     share: str = "1/1"
-    """K/N: run the K-th of N shares only, for several processes or hosts with one --workdir"""
+    """K/N: run only the K-th of N shares, for several processes or hosts with one --workdir"""
     report: bool = False
-    """write the report of what --workdir holds, and run nothing"""
-    size: str | None = None
-    """HEIGHT or HEIGHTxWIDTH to scale images to; by default 128, and 8 for the digits"""
-    color: bool = False
-    """keep three channels; by default images are made gray"""
+    """write the report of the trials in --workdir, and run nothing"""
+    size: options.Size = None
+    color: options.Color = False
     workdir: Path = Path("runs/compare")
-    """the directory for trials and report; started again, what is done is skipped"""
+    """the directory for trials and report; started again, finished trials are skipped"""
 
 
 def run(args: Args) -> None:
     """Runs the trials, prints the tables, writes the report."""
     from jdl.compare import Tuning, load_results
-    from jdl.core import check
     from jdl.optim import registry
 
     if args.report:
         _show(load_results(args.workdir), args.workdir)
         return
-    check.argument(args.seeds >= 1, "--seeds", "at least 1", args.seeds)
+    options.check_positive(args, "seeds")
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     check.argument(args.trials >= 0, "--trials", "0 or more", args.trials)
     names = _listed("--optimizers", args.optimizers)
@@ -83,7 +87,7 @@ def run(args: Args) -> None:
     check.argument(len(given) <= 1, "--epochs, --work", "given one at a time", given)
     kind, amount = next(iter(given.items()), ("seconds", args.seconds))
     share = _share(args.share)
-    problems, failures = _problems(args)
+    problems, failures = _named_problems(args) if args.problem else ([_problem(args)], [])
     study(
         problems,
         names,
@@ -95,20 +99,16 @@ def run(args: Args) -> None:
         share=share,
     )
     if failures:
-        raise check.UserError("Of the problems, some could not be made: " + " ".join(failures))
+        raise check.UserError("Some problems could not be made: " + " ".join(failures))
 
 
 def _listed(option: str, text: str) -> list[str]:
-    from jdl.core import check
-
     names = [name for name in text.replace(" ", "").split(",") if name]
-    check.argument(bool(names), option, "names with commas between them", text)
+    check.argument(bool(names), option, "names separated by commas", text)
     return names
 
 
 def _share(text: str) -> tuple[int, int]:
-    from jdl.core import check
-
     parts = text.split("/")
     ok = len(parts) == 2 and all(part.isdecimal() for part in parts)
     ok = ok and 1 <= int(parts[0]) <= int(parts[1])
@@ -116,73 +116,55 @@ def _share(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _problems(args: Args) -> tuple[list[Any], list[str]]:
-    """The problems that can be made, and what is wrong with the others."""
-    from jdl.compare import CATALOGUE, by_name, digits_cnn, tar_problem
-    from jdl.core import check
+def _named_problems(args: Args) -> "tuple[list[Problem], list[str]]":
+    """The problems that can be made, and the errors of the others."""
+    from jdl.compare import CATALOGUE, by_name
+
+    names = _listed("--problem", args.problem)
+    for name in names:
+        if not name.endswith(".py"):
+            check.one_of("--problem", name, CATALOGUE)
+    made, failures = [], []
+    for name in names:
+        try:
+            made.append(by_name(name, None if args.data == "digits" else args.data))
+        except check.UserError as error:
+            failures.append(str(error))
+            if len(names) > 1:
+                print(f"jdl compare: {name}: {error}", file=sys.stderr)
+    if not made:
+        raise check.UserError("No problem could be made: " + " ".join(failures))
+    return made, failures
+
+
+def _problem(args: Args) -> "Problem":
+    """The problem of `--model` and `--data`."""
+    from jdl.compare import digits_cnn, tar_problem
     from jdl.data import resolve
     from jdl.recipes.datasets import parse_size
     from jdl.recipes.registry import RECIPES, recipe
 
-    if args.problem:
-        names = _listed("--problem", args.problem)
-        for name in names:
-            if not name.endswith(".py"):
-                check.one_of("--problem", name, CATALOGUE)
-        data = None if args.data == "digits" else args.data
-        made, failures = [], []
-        for name in names:
-            try:
-                made.append(by_name(name, data))
-            except check.UserError as error:
-                failures.append(str(error))
-                if len(names) > 1:
-                    print(f"jdl compare: {name}: {error}", file=sys.stderr)
-        if not made:
-            raise check.UserError("No problem could be made: " + " ".join(failures))
-        return made, failures
     classifiers = [name for name, r in RECIPES.items() if r.kind == "classifier"]
     chosen = recipe(check.one_of("--model", args.model, classifiers))
     if args.data == "digits" and args.model == "cnn" and args.size is None:
-        return [digits_cnn()], []
-    problem = tar_problem(
-        resolve(args.data),
-        chosen.build,
-        size=parse_size(args.size, args.data),
-        grayscale=not args.color,
-    )
-    return [problem], []
+        return digits_cnn()
+    size = parse_size(args.size, args.data)
+    return tar_problem(resolve(args.data), chosen.build, size=size, grayscale=not args.color)
 
 
 def study(
-    problems: Any,
-    optimizers: list[Any],
+    problems: "Sequence[Problem]",
+    optimizers: "Sequence[str | Entry]",
     seeds: int,
     budget: tuple[float, str],
     workdir: Path,
     *,
-    tuning: Any = None,
+    tuning: "Tuning | None" = None,
     clock: str = "wall",
     share: tuple[int, int] = (1, 1),
-) -> Any:
-    """Runs a study with progress on stderr, and shows what came out."""
+) -> None:
+    """Runs a study with progress on stderr, and prints the results."""
     from jdl.compare import Budget, Study
-
-    def on_event(event: Any) -> None:
-        where = f"[{event.number}/{event.total}] {event.problem}: {event.optimizer}"
-        if event.kind == "row":
-            row = event.row
-            accuracy = row.get("test_accuracy")
-            shown = "" if accuracy is None else f"  test accuracy {accuracy:.3f}"
-            loss = row.get("train_loss")
-            loss_shown = "" if loss is None else f"  train loss {loss:.3g}"
-            seconds = f"seed {event.seed}  {row['seconds']:6.1f} s"
-            print(f"{where} {seconds}{loss_shown}{shown}", file=sys.stderr)
-        elif event.kind == "tune":
-            print(f"{where}: tried {event.words}", file=sys.stderr)
-        elif event.kind in ("begin", "end", "skip"):
-            words = f"seed {event.seed}: {event.kind} {event.words or ''}"
-            print(f"{where} {words}".rstrip(), file=sys.stderr)
 
     results = Study(
         problems,
@@ -192,22 +174,35 @@ def study(
         workdir=workdir,
         tuning=tuning,
         clock=clock,
-        on_event=on_event,
+        on_event=_print_event,
     ).run(share)
     _show(results, workdir)
-    return results
 
 
-def _show(results: Any, workdir: Path) -> None:
-    """The tables, and the report's files."""
-    from jdl.cli import output
+def _print_event(event: "Event") -> None:
+    where = f"[{event.number}/{event.total}] {event.problem}: {event.optimizer}"
+    if event.kind == "row" and event.row is not None:
+        numbers = [f"seed {event.seed}", f"{event.row['seconds']:6.1f} s"]
+        for name, digits in (("train_loss", ".3g"), ("test_accuracy", ".3f")):
+            if (value := event.row.get(name)) is not None:
+                numbers.append(f" {name.replace('_', ' ')} {value:{digits}}")
+        print(where, " ".join(numbers), file=sys.stderr)
+    elif event.kind == "tune":
+        print(f"{where}: tried {event.words}", file=sys.stderr)
+    elif event.kind in ("begin", "end", "skip"):
+        words = f"seed {event.seed}: {event.kind} {event.words or ''}"
+        print(f"{where} {words}".rstrip(), file=sys.stderr)
+
+
+def _show(results: "Results", workdir: Path) -> None:
+    """Prints the tables, and writes the report."""
     from jdl.compare import table, write_report
     from jdl.compare.results import headline
     from jdl.compare.tables import tuning_table
 
     for name in results.problems:
         header, rows = table(results, name)
-        output.table(list(header), [list(row) for row in rows], name)
+        output.table(header, rows, name)
         if (tuned := tuning_table(results, name)) is not None:
             output.table(tuned[0], tuned[1], f"{name}: tuning")
         print(headline(results, name))

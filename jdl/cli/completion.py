@@ -1,4 +1,4 @@
-"""Completion of commands and flags for your shell.
+"""Completion of commands and options for your shell.
 
 Examples:
   source <(jdl completion bash)
@@ -6,37 +6,38 @@ Examples:
   jdl completion fish > ~/.config/fish/completions/jdl.fish
 """
 
+# tyro's own scripts complete no files where an option is not a path, such as `--data`, nor any
+# positional argument, and start Python for every completion.
+
 import dataclasses
 import importlib
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
-
-SHELLS = ("bash", "zsh", "fish")
 
 
 @dataclass
 class Args:
     """For which shell."""
 
-    shell: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHELL")]
+    shell: Annotated[
+        Literal["bash", "zsh", "fish"], tyro.conf.Positional, tyro.conf.arg(metavar="SHELL")
+    ]
     """bash, zsh or fish"""
 
 
 def run(args: Args) -> None:
     """Prints the script."""
     from jdl.cli.commands import COMMANDS
-    from jdl.core import check
 
-    shell = check.one_of("SHELL", args.shell, SHELLS)
     known = {name: flags(name) for name in COMMANDS}
-    print({"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](known))
+    print({"bash": _bash, "zsh": _zsh, "fish": _fish}[args.shell](known))
 
 
 def flags(command: str) -> list[str]:
-    """A command's flags, as its help tells them, and its own commands where it has some."""
-    args_class = getattr(importlib.import_module(f"jdl.cli.{command}"), "Args", None)
+    """A command's flags, after its own commands where it has some."""
+    args_class = importlib.import_module(f"jdl.cli.{command}").Args
     if dataclasses.is_dataclass(args_class):
         return ["--help", *_flags(args_class)]
     several = [get_args(option) for option in get_args(args_class)]
@@ -45,18 +46,17 @@ def flags(command: str) -> list[str]:
 
 
 def _flags(args_class: Any) -> list[str]:
-    hints = get_type_hints(args_class, include_extras=True)
     found = []
-    for field in dataclasses.fields(args_class):
-        marks = getattr(hints[field.name], "__metadata__", ())
+    for name, hint in get_type_hints(args_class, include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
         if tyro.conf.Positional in marks:
             continue
-        names = [name for mark in marks if (name := getattr(mark, "name", None))]
-        found.append("--" + (names[0] if names else field.name).replace("_", "-"))
+        names = [named for mark in marks if (named := getattr(mark, "name", None))]
+        found.append("--" + (names[0] if names else name).replace("_", "-"))
     return found
 
 
-def _bash(known: dict[str, Any]) -> str:
+def _bash(known: dict[str, list[str]]) -> str:
     cases = "\n".join(f'    {name}) words="{" ".join(fs)}" ;;' for name, fs in known.items())
     return f"""_jdl() {{
   local current="${{COMP_WORDS[COMP_CWORD]}}" words
@@ -75,7 +75,7 @@ def _bash(known: dict[str, Any]) -> str:
 complete -o filenames -F _jdl jdl"""
 
 
-def _zsh(known: dict[str, Any]) -> str:
+def _zsh(known: dict[str, list[str]]) -> str:
     cases = "\n".join(f"    {name}) words_of=({' '.join(fs)}) ;;" for name, fs in known.items())
     return f"""#compdef jdl
 _jdl() {{
@@ -92,7 +92,7 @@ _jdl() {{
 compdef _jdl jdl"""
 
 
-def _fish(known: dict[str, Any]) -> str:
+def _fish(known: dict[str, list[str]]) -> str:
     lines = [f"complete -c jdl -n __fish_use_subcommand -f -a '{' '.join(known)}'"]
     for name, fs in known.items():
         where = f"'__fish_seen_subcommand_from {name}'"

@@ -1,15 +1,15 @@
-"""A command's settings from a file, .toml or .yaml: the same names as its flags.
+"""A command's options from a file, .toml or .yaml: the same names as its flags.
 
-The file's entries become command-line arguments before the user's own, so that both are read by
-one parser, and the command line wins; of several files the later. `--no-FLAG` takes back what a
-file switches on. A run's own `config.toml` has its command's settings in a table `[command]`.
+The file's entries become command-line arguments before the user's own, so that one parser reads
+both and the command line wins; of several files the later one. `--no-FLAG` switches off what a
+file switches on. A run's own `config.toml` has its command's options in a table `[command]`.
 """
 
+import argparse
 import dataclasses
 import tomllib
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from jdl.core import check
 from jdl.recipes.run_config import COMMAND
@@ -20,29 +20,23 @@ ALIASES = {"steps": "max-steps"}
 
 def expand(arguments: list[str], args_class: type) -> list[str]:
     """The arguments with those of `--config FILE` before them, and no `--config` or `--no-FLAG`."""
-    fields = dataclasses.fields(args_class) if is_dataclass(args_class) else ()
-    known = {_flag(f.name): f.type for f in fields}
-    if "config" not in known:  # such as where there are commands of a command
+    hints = get_type_hints(args_class) if dataclasses.is_dataclass(args_class) else {}
+    known = {_flag(name): kind for name, kind in hints.items()}
+    if "config" not in known:  # the command takes no file
         return arguments
+    del known["config"]
     switches = [flag for flag, kind in known.items() if kind is bool]
-    own, paths = _without_config(arguments)
+    parser = argparse.ArgumentParser(prog="jdl", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    found, own = parser.parse_known_args(arguments)
     settings: dict[str, Any] = {}
-    for path in paths:
-        for name, value in read(Path(path)).items():
-            options = [flag for flag in known if flag != "config"]
-            flag = _flag(name)
-            flag = ALIASES.get(flag, flag) if flag not in known else flag
-            flag = check.one_of(f"a setting in {path}", flag, options)
-            must = "true or false" if flag in switches else "a value or a list of them"
-            ok = isinstance(value, bool) == (flag in switches) and not isinstance(value, dict)
-            check.argument(ok or value is None, f"{name} in {path}", must, value)
-            settings[flag] = value
+    for path in found.config:
+        settings |= _settings(path, known)
     for argument in own:
         for flag in switches:
             if argument in (f"--{flag}", f"--no-{flag}"):
                 settings[flag] = argument == f"--{flag}"
-    spoken = {f"--{no}{flag}" for flag in switches for no in ("", "no-")}
-    own = [argument for argument in own if argument not in spoken]
+    own = [a for a in own if a not in {f"--{no}{flag}" for flag in switches for no in ("", "no-")}]
     model = settings.pop("model", None)
     if model is not None and (not own or own[0].startswith("-")):
         own = [str(model), *own]
@@ -52,8 +46,22 @@ def expand(arguments: list[str], args_class: type) -> list[str]:
     return [*front, *given, *own[len(front) :]]
 
 
+def _settings(path: str, known: dict[str, Any]) -> dict[str, Any]:
+    """Flag -> value of one file, checked against the types of the known flags."""
+    settings = {}
+    for name, value in read(Path(path)).items():
+        flag = _flag(name)
+        flag = ALIASES.get(flag, flag) if flag not in known else flag
+        flag = check.one_of(f"a setting in {path}", flag, known)
+        must = "true or false" if known[flag] is bool else "a value or a list of them"
+        ok = isinstance(value, bool) == (known[flag] is bool) and not isinstance(value, dict)
+        check.argument(ok or value is None, f"{name} in {path}", must, value)
+        settings[flag] = value
+    return settings
+
+
 def read(path: Path) -> dict[str, Any]:
-    """The settings in a file; a run's own are in its table `[command]`."""
+    """The options in a file, or in its table `[command]`."""
     check.argument(
         path.suffix in (".toml", ".yaml", ".yml"), "--config", "a .toml or .yaml file", str(path)
     )
@@ -82,7 +90,7 @@ def _yaml(text: str) -> Any:
 
 
 def as_table(args: Any) -> dict[str, Any]:
-    """A command's arguments as TOML can hold them; what is None, and where it ran, left out."""
+    """A command's arguments as TOML can hold them, without None, `--config` and `--workdir`."""
     plain = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -91,24 +99,6 @@ def as_table(args: Any) -> dict[str, Any]:
         value = list(value) if isinstance(value, tuple) else value
         plain[field.name] = str(value) if isinstance(value, Path) else value
     return plain
-
-
-def _without_config(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments without `--config FILE`, and the files in their order."""
-    own: list[str] = []
-    paths: list[str] = []
-    left = iter(arguments)
-    for argument in left:
-        name, given, path = argument.partition("=")
-        if name != "--config":
-            own.append(argument)
-        elif given:
-            paths.append(path)
-        elif (following := next(left, None)) is not None:
-            paths.append(following)
-        else:
-            own.append(argument)  # the parser says what it lacks
-    return own, paths
 
 
 def _flag(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The loss landscape at a trained run's parameters, averaged over batches.
+"""The curvature of the loss at a trained run's parameters, averaged over batches.
 
 Top eigenvalues with their spread between batches, spectral density, trace, gradient noise scale and
 sharpness. Writes curvature.png and curvature.json into the run directory, or into --out.
@@ -8,6 +8,7 @@ Examples:
   jdl curvature --workdir runs/photos --data held-out.tar --images 4096 --matrix gauss_newton
 """
 
+import itertools
 import json
 import math
 import sys
@@ -16,77 +17,90 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:
-    from jdl.curvature import Density, Landscape, Operator
+from jdl.cli import options, output
+from jdl.core import check
 
-ALONE = 4  # batches whose own top eigenvalue is found
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jdl.core.types import Batch
+    from jdl.curvature import Density, Landscape
+    from jdl.data import Batches
+    from jdl.train.estimator import Estimator
+
+SINGLE_BATCHES = 4  # batches whose own top eigenvalue is found
 
 
 @dataclass
 class Args:
-    """Which run, on what, how far."""
+    """Which run, on what data, how accurately."""
 
-    workdir: Path
-    """the run directory of `jdl train`"""
-    data: str | None = None
-    """a tar, a glob, a brace range, or digits; by default what the run was trained on"""
+    workdir: options.Workdir
+    data: options.RunData = None
     split: str | None = None
-    """first folder of the members; by default train where there is one; all for all"""
+    """first folder of the members to use; by default train if there is one; all for all"""
     matrix: Literal["hessian", "gauss_newton", "empirical_fisher"] = "hessian"
-    """whose spectrum: the Hessian's, Gauss-Newton's, or the empirical Fisher's"""
+    """the matrix whose spectrum is computed"""
     images: int = 1024
-    """how many images, drawn at random, to average over; 0 for all"""
+    """number of images, drawn at random, to average over; 0 for all"""
     batch_size: int = 128
-    """images at a time; also the batches whose spread is shown"""
+    """images in a batch, also of the batches whose spread is shown"""
     top: int = 10
-    """how many eigenvalues"""
+    """number of eigenvalues"""
     steps: int = 40
     """Lanczos steps for the density"""
     probes: int = 2
-    """random directions for the density"""
+    """random start vectors for the density"""
     max_products: int = 200
-    """matrix-vector products at most for the eigenvalues, each a pass over the images"""
+    """limit of matrix-vector products for the eigenvalues, each one pass over the images"""
     rho: float = 0.05
-    """radius of the ball in which the loss's rise is sought"""
+    """radius of the ball in which sharpness seeks the highest loss"""
     seed: int = 0
-    """of the images drawn and the random directions"""
+    """random seed for the images drawn and the start vectors"""
     out: Path | None = None
     """folder for curvature.png and curvature.json; by default the run directory"""
 
 
 def run(args: Args) -> None:
-    """Writes the picture and the numbers."""
-    from jdl import curvature
-    from jdl.cli import output
-    from jdl.core import check
-    from jdl.core.objective import Objective
-    from jdl.recipes.datasets import default_split
+    """Prints the numbers, writes them and the picture."""
     from jdl.recipes.registry import recipe
-    from jdl.recipes.run_config import RunConfig
-    from jdl.train.step import scale_images
-    from jdl.train.writers import READ_ONLY, write_atomically
 
-    for name in ("batch_size", "top", "steps", "probes", "max_products"):
-        flag = "--" + name.replace("_", "-")
-        check.argument(getattr(args, name) >= 1, flag, "at least 1", getattr(args, name))
+    started = time.perf_counter()
+    options.check_positive(args, "batch_size", "top", "steps", "probes", "max_products")
     check.argument(args.images >= 0, "--images", "at least 0", args.images)
     check.in_range("--rho", args.rho, 0.0, open_low=True)
-    config = RunConfig.load(args.workdir)
-    if recipe(config.model).kind in ("gan", "trees"):
-        raise check.UserError(f"jdl curvature has no picture of a {config.model}'s loss.")
-    data = args.data or config.data
-    split = default_split(data, args.split, "train")
-    started = time.perf_counter()
-    options: dict[str, Any] = {"batch_size": args.batch_size, "epochs": 1, "shuffle": True}
-    images = config.images(data, split, seed=args.seed, **options)
-    estimator = config.estimator(args.workdir)
-    next(iter(estimator.predict_batches(images)))  # takes up the checkpoint
-    model, model_state = estimator.model, estimator.model_state
-
-    def objective(batch: Any) -> Objective:
-        return Objective(
-            model, estimator.loss, model_state, scale_images(batch, "image"), train=False
+    opened = options.open_run(args, "train", seed=args.seed, epochs=1, shuffle=True)
+    if recipe(opened.config.model).kind in ("gan", "trees"):
+        raise check.UserError(
+            f"jdl curvature needs one loss over images; {args.workdir} holds a "
+            f"{opened.config.model}."
         )
+    estimator = opened.config.estimator(args.workdir)
+    next(iter(estimator.predict_batches(opened.images)))  # restores the checkpoint
+    about = {
+        "workdir": str(args.workdir),
+        "step": estimator.step,
+        "data": opened.data,
+        "split": opened.split,
+    }
+    found, by_batch = _measure(args, estimator, opened.images)
+    found = about | found | {"seconds": time.perf_counter() - started}
+    _print(found)
+    _write(args, found, by_batch)
+
+
+def _measure(
+    args: Args, estimator: "Estimator", images: "Batches"
+) -> tuple[dict[str, Any], "np.ndarray"]:
+    """All numbers, and the top eigenvectors' Rayleigh quotients of each batch."""
+    from jdl import curvature
+    from jdl.core.objective import Objective
+    from jdl.train.step import scale_images
+
+    def objective(batch: "Batch") -> Objective:
+        scaled = scale_images(batch, "image")
+        state = estimator.model_state
+        return Objective(estimator.model, estimator.loss, state, scaled, train=False)
 
     land = curvature.Landscape(
         objective,
@@ -95,30 +109,26 @@ def run(args: Args) -> None:
         max_batches=math.ceil(args.images / args.batch_size) if args.images else None,
     )
     batches, examples = land.examples()
-    say = _Stages()
+    say, seed = _Stages(), args.seed
     op = curvature.operator(land, kind=args.matrix)
     loss, slope = land.value(), float((land.gradient() ** 2).sum() ** 0.5)
     say(f"{op.size:,} parameters, {examples:,} images in {batches} batches, loss {loss:.4g}")
     top = curvature.top_eigenpairs(
-        op, min(args.top, op.size), max_products=args.max_products, seed=args.seed
+        op, min(args.top, op.size), max_products=args.max_products, seed=seed
     )
     say(f"top eigenvalues: {top.products} products, {top.memory / 2**20:.0f} MB of vectors")
     by_batch = land.rayleigh_by_batch(args.matrix, top.vectors)
-    alone = _alone(land, args.matrix, args.seed)
-    say("the same batch by batch")
-    density = curvature.spectral_density(op, steps=args.steps, probes=args.probes, seed=args.seed)
+    single = _top_of_single_batches(land, args.matrix, seed)
+    say("eigenvalues of batches")
+    density = curvature.spectral_density(op, steps=args.steps, probes=args.probes, seed=seed)
     say(f"density: {density.products} products, {density.memory / 2**20:.0f} MB of vectors")
-    trace = curvature.trace(op, products=12, seed=args.seed)
+    trace = curvature.trace(op, products=12, seed=seed)
     noise = curvature.noise_scale(land) if batches >= 4 else None
     sharp = curvature.sharpness(land, rho=args.rho, direction=top.vectors[0])
     say("trace, noise scale, sharpness")
-    spread = by_batch.std(axis=0, ddof=1) if batches > 1 else [None] * len(top.values)
+    spread = by_batch.std(axis=0, ddof=1).tolist() if batches > 1 else [None] * len(top.values)
     grid, heights = _curve(density)
-    found = {
-        "workdir": str(args.workdir),
-        "step": estimator.step,
-        "data": data,
-        "split": split,
+    return {
         "matrix": args.matrix,
         "parameters": op.size,
         "images": examples,
@@ -130,8 +140,8 @@ def run(args: Args) -> None:
         "eigenvalue_residuals": top.residuals.tolist(),
         "eigenvalues_converged": top.converged,
         "eigenvalue_products": top.products,
-        "eigenvalue_spread_over_batches": list(spread),
-        "top_eigenvalue_of_single_batches": alone,
+        "eigenvalue_spread_over_batches": spread,
+        "top_eigenvalue_of_single_batches": single,
         "trace": trace.value,
         "trace_error": trace.error,
         "density": {"eigenvalue": grid.tolist(), "density": heights.tolist()},
@@ -142,24 +152,34 @@ def run(args: Args) -> None:
         "sharpness_first_step": sharp.first_step,
         "rho": args.rho,
         "memory_bytes": max(top.memory, density.memory),
-        "seconds": time.perf_counter() - started,
-    }
+    }, by_batch
+
+
+def _print(found: dict[str, Any]) -> None:
+    columns = ("eigenvalues", "eigenvalue_spread_over_batches", "eigenvalue_residuals")
     rows = [
-        [f"{i + 1}", f"{value:.4g}", "" if s is None else f"{s:.2g}", f"{residual:.1g}"]
-        for i, (value, s, residual) in enumerate(
-            zip(top.values, spread, top.residuals, strict=True)
+        [str(i), f"{value:.4g}", "" if spread is None else f"{spread:.2g}", f"{residual:.1g}"]
+        for i, (value, spread, residual) in enumerate(
+            zip(*(found[column] for column in columns), strict=True), 1
         )
     ]
-    output.table(["", "eigenvalue", "± over batches", "residual"], rows, args.matrix)
-    if not top.converged:
-        print(f"not all converged within {args.max_products} products; see --max-products")
-    print(f"top eigenvalue of single batches: {', '.join(f'{x:.4g}' for x in alone)}")
-    print(f"trace {trace.value:.4g} ± {trace.error:.2g}")
-    if noise is None:
-        print("noise scale: needs 4 batches or more; see --images, --batch-size")
+    output.table(["", "eigenvalue", "± over batches", "residual"], rows, found["matrix"])
+    if not found["eigenvalues_converged"]:
+        print("some eigenvalues have not converged; increase --max-products")
+    single = ", ".join(f"{x:.4g}" for x in found["top_eigenvalue_of_single_batches"])
+    print(f"top eigenvalue of single batches: {single}")
+    print(f"trace {found['trace']:.4g} ± {found['trace_error']:.2g}")
+    if found["noise_scale"] is None:
+        print("noise scale: needs at least 4 batches; see --images, --batch-size")
     else:
-        print(f"noise scale {noise.value:.4g} images ({noise.low:.4g} to {noise.high:.4g})")
-    print(f"sharpness: the loss rises by {sharp.rise:.4g} within {args.rho:g}")
+        low, high = found["noise_scale_low"], found["noise_scale_high"]
+        print(f"noise scale {found['noise_scale']:.4g} images ({low:.4g} to {high:.4g})")
+    print(f"sharpness: the loss rises by {found['sharpness']:.4g} within {found['rho']:g}")
+
+
+def _write(args: Args, found: dict[str, Any], by_batch: "np.ndarray") -> None:
+    from jdl.train.writers import READ_ONLY, write_atomically
+
     folder = args.out or args.workdir
     try:
         write_atomically(folder / "curvature.json", json.dumps(_finite(found), indent=1) + "\n")
@@ -167,14 +187,17 @@ def run(args: Args) -> None:
     except OSError as error:
         if args.out is not None or error.errno not in READ_ONLY:
             raise
-        told = f"{folder} may only be read ({error.strerror}): no picture; give --out FOLDER"
-        print(f"jdl curvature: {told}.", file=sys.stderr)
+        print(
+            f"jdl curvature: {folder} is read-only ({error.strerror}), nothing is written; "
+            "give --out FOLDER.",
+            file=sys.stderr,
+        )
         return
     print(f"wrote {folder / 'curvature.png'} and curvature.json")
 
 
 class _Stages:
-    """What is done, with the seconds it took, on stderr."""
+    """Prints each finished stage with the seconds it took on stderr."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -185,21 +208,19 @@ class _Stages:
         self._last = now
 
 
-def _alone(land: "Landscape", kind: str, seed: int) -> list[float]:
-    """The top eigenvalue that each of a few batches shows by itself."""
-    import itertools
-
+def _top_of_single_batches(land: "Landscape", kind: str, seed: int) -> list[float]:
+    """The top eigenvalue of the matrix of each of a few batches alone."""
     from jdl import curvature
 
     found = []
-    for objective in itertools.islice(land.objectives(), ALONE):
-        op: Operator = curvature.operator(objective, land.params, kind=kind)
+    for objective in itertools.islice(land.objectives(), SINGLE_BATCHES):
+        op = curvature.operator(objective, land.params, kind=kind)
         top = curvature.top_eigenpairs(op, 1, tolerance=0.01, max_products=60, seed=seed)
         found.append(float(top.values[0]))
     return found
 
 
-def _curve(density: "Density") -> tuple[Any, Any]:
+def _curve(density: "Density") -> tuple["np.ndarray", "np.ndarray"]:
     """The smoothed density on a grid."""
     import numpy as np
 
@@ -210,7 +231,7 @@ def _curve(density: "Density") -> tuple[Any, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for what JSON has no number for."""
+    """The same with None for infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -218,8 +239,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _draw(path: Path, found: dict[str, Any], by_batch: Any) -> None:
-    """Density on the left, top eigenvalues with the batches' own on the right."""
+def _draw(path: Path, found: dict[str, Any], by_batch: "np.ndarray") -> None:
+    """The density on the left; on the right the top eigenvalues, averaged and of batches."""
     import matplotlib
     import numpy as np
     from matplotlib.figure import Figure

@@ -1,7 +1,8 @@
-"""The main job on the bundled digits: one CNN, five optimizers, one report.
+"""Compare five optimizers on the bundled digits with one CNN.
 
 Indexes the tar, streams it, trains the same CNN with SGD, Adam, L-BFGS, nonlinear conjugate
-gradient and Hessian-free for the same seconds each, prints the table and writes the report.
+gradient and Hessian-free for the same number of seconds each, prints the table and writes the
+report.
 
 Examples:
   jdl demo
@@ -11,13 +12,15 @@ Examples:
 from dataclasses import dataclass
 from pathlib import Path
 
+from jdl.core import check
+
 
 @dataclass
 class Args:
-    """Where to, how long."""
+    """Written where, for how long."""
 
     workdir: Path = Path("runs/demo")
-    """the run directory; started again, trials that are done are not repeated"""
+    """the directory for trials and report; started again, finished trials are not repeated"""
     seconds: float = 20.0
     """training seconds of each optimizer"""
 
@@ -26,11 +29,10 @@ def run(args: Args) -> None:
     """Runs the study on the digits."""
     from jdl.cli import compare, index
     from jdl.compare import digits_cnn, named
-    from jdl.core import check
 
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     index.run(index.Args("digits"))
-    # Curvature from a quarter of the data, and a bounded inner solve: both are in the report.
+    # Curvature from a quarter of the data and a bounded inner solve; the report says both.
     hf = named("hf", curvature_batch_size=360, max_cg_iterations=20)
-    optimizers = ["sgd", "adam", "lbfgs", "cg", hf]
-    compare.study(digits_cnn(), optimizers, 1, (args.seconds, "seconds"), args.workdir)
+    optimizers = ("sgd", "adam", "lbfgs", "cg", hf)
+    compare.study([digits_cnn()], optimizers, 1, (args.seconds, "seconds"), args.workdir)

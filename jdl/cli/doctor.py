@@ -1,4 +1,4 @@
-"""What this machine has: backend, devices, memory, image decoder, optional packages.
+"""This machine's backend, devices, memory, image decoder and optional packages.
 
 Examples:
   jdl doctor
@@ -12,9 +12,9 @@ import os
 import platform
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
+from jdl.cli import options
 
 CORE = ("jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy", "pillow")
 # extra -> (the module to look for, what it is for)
@@ -28,20 +28,18 @@ EXTRAS = {
     "zstd": ("backports.zstd", "archives compressed as .tar.zst"),
 }
 
-
 _MARK = {True: "installed", False: "missing"}
 
 
 @dataclass
 class Args:
-    """How to tell it."""
+    """In which format."""
 
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """print one JSON object"""
+    as_json: options.Json = False
 
 
 def run(args: Args) -> None:
-    """Looks, and prints."""
+    """Prints a line for each finding."""
     found = look()
     if args.as_json:
         print(json.dumps(found))
@@ -67,7 +65,7 @@ def run(args: Args) -> None:
 
 
 def look() -> dict[str, Any]:
-    """All that there is to tell."""
+    """All findings."""
     import jax
 
     from jdl import __version__
@@ -85,9 +83,7 @@ def look() -> dict[str, Any]:
         "machine": {
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
+            "cores": options.cores(),
             "memory": _memory(),
         },
         "backend": jax.default_backend(),
@@ -116,7 +112,7 @@ def _decoder() -> str:
 
 
 def _hint(backend: str) -> str:
-    """What to install where there is hardware that JAX does not use."""
+    """What to install to use an accelerator that JAX does not use."""
     if backend == "cpu" and os.path.exists("/proc/driver/nvidia/version"):
         return "There is an NVIDIA GPU that JAX does not use: pip install 'jax-jdl[cuda]'"
     if backend == "cpu" and os.path.exists("/dev/accel0"):
@@ -125,7 +121,7 @@ def _hint(backend: str) -> str:
 
 
 def _memory() -> int | None:
-    """Bytes of main memory, where the system says."""
+    """Bytes of main memory; None where the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found = re.search(r"MemTotal:\s+(\d+) kB", file.read())
@@ -135,4 +131,4 @@ def _memory() -> int | None:
 
 
 def _size(count: int | None) -> str:
-    return "memory not told" if count is None else f"{count / 2**30:.1f} GiB"
+    return "unknown" if count is None else f"{count / 2**30:.1f} GiB"

@@ -1,10 +1,10 @@
-"""A picture dreamt over by a network (Inceptionism), of the same size; or a class's own picture.
+"""A picture changed until a network sees more in it (Inceptionism); or a class's own picture.
 
 MODEL is vgg16 or squeezenet (pip install 'jax-jdl[vision]'), a .safetensors file of torchvision's
 or timm's VGG-16, VGG-19, SqueezeNet or ResNet-50, or a run directory of `jdl train`. Early layers
-dream strokes and patterns, late ones eyes, animals and buildings.
+add strokes and patterns, late ones eyes, animals and buildings. The size stays the same.
 
-Without an IMAGE, `--class` draws the picture that a classifier takes most for that class.
+Without an IMAGE, `--class` draws the picture that a classifier assigns to that class most surely.
 
 Examples:
   jdl dream photo.jpg --model vgg16 --out dream.png
@@ -15,66 +15,69 @@ Examples:
 """
 
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from jdl.cli import options, output
+from jdl.core import check
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass
 class Args:
-    """What dreams, of what, how."""
+    """Which network, which picture, how strongly."""
 
     image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE]")] = None
     """a photograph"""
-    model: str = "vgg16"
-    """vgg16, squeezenet, a .safetensors file or a run directory"""
+    model: options.Network = "vgg16"
     layer: str | None = None
-    """a layer, or several such as relu4_3,relu5_1; by default one that sees parts of things"""
+    """a layer, or several such as relu4_3,relu5_1; by default the network's usual one"""
     channel: int | None = None
-    """please only this channel"""
+    """increase this channel alone"""
     guide: Path | None = None
     """another picture, whose features are to appear"""
-    wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
-    """a class's name or number, to be drawn from noise"""
+    wanted: options.ClassName = None
     octaves: int = 4
-    """sizes at which to dream, from small to large"""
+    """number of sizes at which the picture is changed, from small to large"""
     scale: float = 1.4
-    """how many times as large an octave is as the one before"""
+    """ratio of one octave's size to the size before"""
     steps: int | None = None
-    """at each octave, by default 12; for a class altogether, by default 256"""
+    """steps at each octave, by default 12; for a class in all, by default 256"""
     step_size: float = 0.01
-    """by how much a pixel changes on average at a step, of 1"""
+    """mean change of a pixel in a step; pixels are in [0, 1]"""
     jitter: int = 16
-    """pixels by which the picture is shifted at a step, at most"""
+    """largest random shift of the picture in a step, in pixels"""
     smoothing: float = 0.5
-    """width of the blur of gradients, in pixels"""
+    """standard deviation of the blur of gradients, in pixels"""
     any_colors: bool = False
     """do not favour the colours of photographs"""
     variation: float = 0.0
-    """weight of the total-variation prior; 0.3, say, makes smooth pictures"""
+    """weight of the total-variation prior; 0.3, for example, makes smooth pictures"""
     blur: float = 0.0
-    """width of the blur of the picture after each step, in pixels"""
+    """standard deviation of the blur of the picture after each step, in pixels"""
     tile: int = 512
-    """pixels of a side up to which gradients are taken at once; bounds the memory"""
-    longest: int | None = None
-    """pixels that a larger photograph's longer side is reduced to; by default it is not"""
+    """largest side of the tiles in which gradients are computed; smaller needs less memory"""
+    longest: options.Longest = None
     frames: int = 0
-    """how many, of a flight into the dream: a .gif, a .webp or numbered PNGs (zoom-%04d.png)"""
+    """number of frames of a zoom into the picture: a .gif, a .webp or PNGs (zoom-%04d.png)"""
     zoom: float = 1.04
-    """by how much each frame is enlarged against the one before"""
+    """enlargement of each frame relative to the frame before"""
     size: int = 224
-    """pixels of the sides of a class's picture"""
+    """height and width of a class's picture in pixels"""
     seed: int = 0
-    """of the shifts"""
+    """random seed for the shifts"""
     out: Path = Path("dream.png")
     """the picture to write"""
 
 
 def run(args: Args) -> None:
-    """Writes the picture; the file appears when it is whole."""
-    from jdl.core import check
+    """Writes the picture; the file appears only when it is complete."""
     from jdl.vision import images
 
     from_class = args.wanted is not None
@@ -88,8 +91,7 @@ def run(args: Args) -> None:
     print(f"picture: {written[0]}{more}")
 
 
-def _class(args: Args) -> Any:
-    from jdl.cli import output
+def _class(args: Args) -> "np.ndarray":
     from jdl.cli.networks import open_network
     from jdl.vision import activations
     from jdl.vision.reverse import PictureSearch, of_class
@@ -98,12 +100,11 @@ def _class(args: Args) -> Any:
     search = PictureSearch(size=args.size, steps=256 if args.steps is None else args.steps)
     found = of_class(trunk, args.wanted or "", search, seed=args.seed, on_step=output.print_tenths)
     name, share = activations.classify(trunk, found, count=1)[0]
-    print(f"taken for {name} ({share:.1%})")
+    print(f"classified as {name} ({share:.1%})")
     return found
 
 
 def _dreamt(args: Args) -> list[Path]:
-    from jdl.cli import output
     from jdl.cli.networks import open_network
     from jdl.vision import dream, images
 
@@ -134,7 +135,7 @@ def _dreamt(args: Args) -> list[Path]:
     return images.write_frames(args.out, _counted(frames, args.frames))
 
 
-def _counted(frames: Any, of: int) -> Any:
+def _counted(frames: "Iterable[np.ndarray]", of: int) -> "Iterator[np.ndarray]":
     for i, frame in enumerate(frames, 1):
         print(f"frame {i}/{of}", file=sys.stderr, flush=True)
         yield frame

@@ -1,4 +1,4 @@
-"""What a tar holds: members, images, classes with counts, damage. Always finishes.
+"""What a tar holds: members, images, classes with counts, damage. Damage is not an error.
 
 Examples:
   jdl index photos.tar
@@ -7,10 +7,14 @@ Examples:
 """
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from jdl.cli import options, output
 
 if TYPE_CHECKING:
     from jdl.data import Description
@@ -21,36 +25,27 @@ class Args:
     """Which archive."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.tar")]
-    """a tar, an URL, a glob, a brace range such as a-{00..07}.tar, -, or the bundled digits"""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """print one JSON object: members, images, classes, damage"""
+    """a tar, a URL, a glob, a brace range such as a-{00..07}.tar, -, or the bundled digits"""
+    as_json: options.Json = False
     seekable: bool = False
-    """also write what lets a .tar.gz be read at random, if slowly; to train, `jdl pack` it"""
+    """also write a seek file, which lets a .tar.gz be read in any order, slowly; see `jdl pack`"""
 
 
 def run(args: Args) -> None:
-    """Prints the account."""
+    """Prints the contents."""
     from jdl.data import describe, resolve
 
     if args.seekable:
         _make_seekable(args.data)
     found = describe(resolve(args.data))
     if args.as_json:
-        account = {
-            "members": found.members,
-            "images": found.images,
-            "classes": found.classes,
-            "damage": found.damage,
-        }
-        print(json.dumps(account))
-        return
-    _print(args.data, found)
+        keys = ("members", "images", "classes", "damage")
+        print(json.dumps({key: getattr(found, key) for key in keys}))
+    else:
+        _print(args.data, found)
 
 
 def _make_seekable(data: str) -> None:
-    import os
-    import sys
-
     from jdl.data.tar.paths import expand
     from jdl.data.tar.seekable import make_seekable
 
@@ -60,15 +55,25 @@ def _make_seekable(data: str) -> None:
         print(f"{file}: {share:.0%} of the archive's size", file=sys.stderr)
 
 
-def _print(data: str, found: "Description") -> None:
-    from jdl.cli import output
+_COST = {
+    "stream": (
+        "read in order and shuffled through a window; continuing from a position reads everything "
+        "before it again. `jdl pack` rewrites it once for global shuffling at full speed"
+    ),
+    "seekable": (
+        "read in any order through its seek file, some hundred images a second. `jdl pack` "
+        "rewrites it once for full speed"
+    ),
+}
 
+
+def _print(data: str, found: "Description") -> None:
     print(f"{data}: {found.members} members, {found.images} images, {len(found.classes)} classes")
     others = {kind: n for kind, n in found.kinds.items() if kind != "image"}
     if others:
         print("besides images: " + ", ".join(f"{n} × {kind}" for kind, n in others.items()))
     for archive, mode in found.modes.items():
-        if mode != "random":
+        if mode in _COST:
             print(f"{archive}: {_COST[mode]}")
     if found.classes:
         output.table(["class", "images"], [[k, str(n)] for k, n in found.classes.items()])
@@ -81,15 +86,3 @@ def _print(data: str, found: "Description") -> None:
         print(f"{each['word']}:{name} at byte {each['offset']}{where}: {each['detail']}")
     if not found.damage:
         print("no damage")
-
-
-_COST = {
-    "stream": (
-        "read in order, shuffled through a window; to go on from a position it is read up to there "
-        "again. `jdl pack` rewrites it once for global shuffling at full speed"
-    ),
-    "seekable": (
-        "read at random through its seek file, some hundred images a second. `jdl pack` rewrites "
-        "it once for full speed"
-    ),
-}

@@ -1,21 +1,19 @@
-"""The command `jdl`. One file a command, imported only when it is the one asked for.
+"""The entry point of the command `jdl`.
 
-Exit codes: 0 done, 2 the user's mistake, 1 a fault of ours, 75 stopped by SIGTERM after saving,
-130 interrupted.
+Exit codes: 0 done, 1 a bug, 2 a mistake in the arguments or data, 75 stopped by SIGTERM after
+saving, 130 interrupted.
 """
 
-import contextlib
 import difflib
 import errno
 import functools
 import importlib
-import io
 import os
-import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Annotated, Any, get_args
 
 from jdl.cli.commands import COMMANDS
@@ -33,9 +31,9 @@ examples:
   jdl train cnn --data 'photos-*.tar' --optimizer adam --max-steps 500 --workdir runs/photos
   jdl compare --data photos.tar --model cnn --optimizers sgd,adam,lbfgs,hf --seconds 30
 
-`jdl COMMAND --help` tells a command's options."""
+`jdl COMMAND --help` lists a command's options."""
 
-# What a folder or a disk may refuse.
+# Errors of a folder or disk that cannot be written, which are the user's to solve.
 UNWRITABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
@@ -43,22 +41,22 @@ UNWRITABLE = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; gives the exit code."""
+    """Runs the command line; returns the exit code."""
     if argv is None:
         _use_compilation_cache()
     try:
         code = _main(argv)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader of our output left, `jdl … | head` say
+    except BrokenPipeError:  # the reader of our output has ended, as in `jdl … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs from one command to the next, unless JAX's variable says where.
+    """Keeps compiled programs between commands; the user's own variable has precedence.
 
-    JAX reads the variable when it is imported, which is later than this.
+    JAX reads the variable when it is first imported, after this.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(base, "jdl", "xla"))
@@ -106,7 +104,7 @@ def _run(name: str, arguments: list[str]) -> int:
             print(f"jdl {name}: {end}", file=sys.stderr)
         return int(end.code or 0)
     except (UserError, OSError, KeyboardInterrupt) as error:
-        code, message = _told(error, name)
+        code, message = _outcome(error, name)
         if getattr(parsed, "distributed", False):
             from jdl.train import distributed
 
@@ -115,8 +113,8 @@ def _run(name: str, arguments: list[str]) -> int:
         return code
 
 
-def _told(error: BaseException, name: str) -> tuple[int, str]:
-    """The exit code, and what the user is to know of it; raises what is a fault of ours."""
+def _outcome(error: BaseException, name: str) -> tuple[int, str]:
+    """The exit code and the message; raises the error again if it is a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, f"jdl {name}: {str(error) or 'interrupted; what was written stays'}."
     if isinstance(error, OSError):
@@ -126,43 +124,36 @@ def _told(error: BaseException, name: str) -> tuple[int, str]:
     return 2, f"jdl {name}: error: {error}"
 
 
-def parse(name: str, module: object, arguments: list[str]) -> object:
-    """The command's arguments; a mistake in them ends in one line on stderr."""
+def parse(name: str, module: ModuleType, arguments: list[str]) -> Any:
+    """The command's arguments; `SystemExit` after help, or after a mistake has been printed."""
     import tyro
 
-    heard = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(heard):
-            return tyro.cli(
-                _plain(module.Args),  # type: ignore[attr-defined]
-                prog=f"jdl {name}",
-                description=_described(module.__doc__ or ""),
-                args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
-            )
-    except SystemExit as end:
-        if end.code not in (0, None):
-            _mistake(_without_box(heard.getvalue()), name)
-        raise
+    return tyro.cli(
+        _without_empty_defaults(module.Args),
+        prog=f"jdl {name}",
+        description=_wrapped(module.__doc__ or ""),
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+    )
 
 
 @functools.cache
-def _plain(args: Any) -> Any:
-    """The class, or a union of some, whose help tells only defaults that say something."""
+def _without_empty_defaults(args: Any) -> Any:
+    """The class, or union of classes, with help that does not print a default of None or False."""
     import tyro
 
-    def told(default: str) -> str:
+    def hint(default: str) -> str:
         return "" if default in ("None", "False", "", "''") else f"(default: {default})"
 
     for part in get_args(args):  # of a union; each may be annotated
-        _plain((get_args(part) or (part,))[0])
+        _without_empty_defaults((get_args(part) or (part,))[0])
     for field, kind in getattr(args, "__annotations__", {}).items():
-        args.__annotations__[field] = Annotated[kind, tyro.conf.arg(help_behavior_hint=told)]
+        args.__annotations__[field] = Annotated[kind, tyro.conf.arg(help_behavior_hint=hint)]
     return args
 
 
-def _described(text: str) -> str:
-    """A docstring as help: its paragraphs wrapped, later lines indented, lest tyro joins them.
+def _wrapped(text: str) -> str:
+    """A docstring with its paragraphs wrapped; later lines are indented so that tyro keeps them.
 
     Examples and lists stay as they are.
     """
@@ -172,15 +163,6 @@ def _described(text: str) -> str:
         if "\n  " not in paragraph:
             paragraphs[i] = textwrap.fill(paragraph, width, subsequent_indent="  ")
     return "\n\n".join(paragraphs)
-
-
-def _without_box(text: str) -> str:
-    """Tyro's framed message as one line, without its own workings."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
-    body = [line for line in lines[1:] if line.strip("─ ")]
-    message = " ".join(" ".join(body).split())
-    return re.sub(r" Got errors: .*?(?= For full helptext|$)", "", message)
 
 
 def _mistake(message: str, command: str = "") -> int:

@@ -1,4 +1,4 @@
-"""Rewrite images as plain, sharded tars, which can be read at random: once, instead of each epoch.
+"""Rewrite images once as plain, sharded tars, which can be read in any order at full speed.
 
 Examples:
   jdl pack photos/ photos-%05d.tar
@@ -10,9 +10,11 @@ Examples:
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
+
+from jdl.cli import options
 
 
 @dataclass
@@ -24,36 +26,28 @@ class Args:
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT-%05d.tar")]
     """the tars to write; %05d becomes the shard's number"""
     shard_megabytes: int = 1024
-    """a shard's size, at most"""
+    """largest size of a shard"""
     shard_images: int | None = None
-    """a shard's images, at most; what a WebDataset sample has stays together"""
+    """largest number of images in a shard; members of one WebDataset sample stay together"""
     size: str | None = None
-    """HEIGHT or HEIGHTxWIDTH to resize to; by default images are copied as they are"""
-    on_error: Literal["raise", "skip"] = "raise"
-    """what to do with an image that cannot be decoded, or with what a damaged archive lost"""
+    """HEIGHT or HEIGHTxWIDTH to resize to; by default images are copied unchanged"""
+    on_error: options.OnError = "raise"
     overwrite: bool = False
-    """replace tars that are there; further shards of an earlier run go"""
+    """replace existing tars; further shards of an earlier run are removed"""
 
 
 def run(args: Args) -> None:
     """Writes the tars."""
-    from jdl.core import check
     from jdl.data.pack import pack
+    from jdl.recipes.datasets import parse_size
 
-    check.argument(
-        args.shard_megabytes >= 1, "--shard-megabytes", "at least 1", args.shard_megabytes
-    )
-    size = None
-    if args.size is not None:
-        from jdl.recipes.datasets import parse_size
-
-        size = parse_size(args.size, args.source)
-    said = time.monotonic()
+    options.check_positive(args, "shard_megabytes")
+    printed = time.monotonic()
 
     def progress(members: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > 5.0:
-            said = time.monotonic()
+        nonlocal printed
+        if time.monotonic() - printed > 5.0:
+            printed = time.monotonic()
             print(f"{members} members", file=sys.stderr)
 
     done = pack(
@@ -61,7 +55,7 @@ def run(args: Args) -> None:
         args.out,
         shard_bytes=args.shard_megabytes << 20,
         shard_images=args.shard_images,
-        size=size,
+        size=None if args.size is None else parse_size(args.size, args.source),
         on_error=args.on_error,
         overwrite=args.overwrite,
         progress=progress,

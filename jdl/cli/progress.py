@@ -1,4 +1,4 @@
-"""How far a run is: a live line on a terminal, a plain line every few seconds elsewhere."""
+"""A run's progress: a live line on a terminal, a plain line every few seconds elsewhere."""
 
 import time
 from collections import deque
@@ -10,18 +10,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 EVERY = 5.0  # seconds between plain lines
-RECENT = 20  # rows of the log that speed is measured over
+RECENT = 20  # rows of the log over which speed is measured
 
 
 class StepProgress:
-    """A hook for an Estimator that shows steps, loss, speed and the time that is left.
+    """A hook for an Estimator that shows steps, loss, speed and the remaining time.
 
-    Speed is that of the last few rows of the log: images a second, and a step's time on the
-    training clock, without evaluation and saving; `wait` is the share of it spent waiting for data.
+    Speed is measured over the last rows of the log: images a second, and the time of a step on the
+    training clock, which excludes evaluation and saving. `wait` is the share of it spent waiting
+    for data.
 
     Args:
-      total: the step the run is to end at.
-      batch_size: images a step.
+      total: the run's last step.
+      batch_size: images in a batch.
     """
 
     def __init__(self, total: int, batch_size: int):
@@ -29,10 +30,10 @@ class StepProgress:
         self._total, self._batch_size = total, batch_size
         self._printed = time.monotonic()
         self._recent: deque[_Point] = deque(maxlen=RECENT)
-        self._run: Any = None  # that the recent rows are of, and how often it was restored
+        self._run: Any = None  # the run of the recent rows, and how often it was restored
         self._bar = Progress(
             MofNCompleteColumn(table_column=Column("step", min_width=2 * len(str(total)) + 1)),
-            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the words leave
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # the remaining width
             TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
             console=self._console,
             transient=True,
@@ -88,7 +89,7 @@ class _Point(NamedTuple):
 
 
 def _seconds(value: float) -> str:
-    """Seconds to three digits, in a unit that suits them.
+    """Seconds with three digits and a unit.
 
     >>> _seconds(0.01234), _seconds(0.00005), _seconds(2.5)
     ('12.3 ms', '50 µs', '2.5 s')

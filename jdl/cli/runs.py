@@ -1,6 +1,6 @@
-"""The runs below a folder, with what each reached at its best.
+"""The runs below a folder, with the best value of each metric.
 
-Whether more or less of a metric is better, the metric declares (`jdl.metrics.direction`); of one
+A metric declares whether larger or smaller values are better (`jdl.metrics.direction`); for one
 that does not, the last value is shown.
 
 Examples:
@@ -18,9 +18,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jdl.cli import options, output
+from jdl.core import check
+
 LOG = "metrics.jsonl"
-# How a log's splits are told: its rows of `train` are of single batches.
-SPLITS = {"all of train": "train", "train": "batch"}
+SPLITS = {"all of train": "train", "train": "batch"}  # a log's `train` rows are single batches
 SHOWN = ("test_accuracy", "test_loss", "validation_loss", "train_loss")
 
 
@@ -29,46 +31,43 @@ class Args:
     """Which runs, in which order."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]")] = Path("runs")
-    """where to look, and in all folders below"""
+    """the folder to search, with all folders below it"""
     sort: str | None = None
-    """a metric such as accuracy or test_loss: the best run first; by default by name"""
+    """a metric such as accuracy or test_loss: the best run first; by default sorted by name"""
     direction: Literal["min", "max"] | None = None
-    """which value of that metric is the best; by default what the metric declares of itself"""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """print one JSON object a run"""
+    """whether that metric's best value is its smallest or largest; by default what it declares"""
+    as_json: options.Json = False
 
 
 def run(args: Args) -> None:
-    """Reads the logs, and prints a table."""
-    from jdl.core import check
-
+    """Reads the logs, and prints a table or one JSON object for each run."""
     check.argument(
         args.folder.is_dir(),
         "DIR",
         "a folder with runs in it",
         str(args.folder),
-        "There is no such folder here; `jdl train` writes into runs/ unless told otherwise.",
+        "There is no such folder; `jdl train` writes into runs/ by default.",
+    )
+    check.argument(
+        args.direction is None or args.sort is not None, "--direction", "given with --sort", None
     )
     found = [about(path.parent, args.folder) for path in sorted(args.folder.rglob(LOG))]
     check.argument(
         bool(found), "DIR", f"a folder with runs in it, each with a {LOG}", str(args.folder)
     )
-    check.argument(
-        args.direction is None or args.sort is not None, "--direction", "given with --sort", None
-    )
-    held = {name for entry in found for name in entry["last"]}
-    columns = [name for name in SHOWN if name in held]
-    columns = columns or sorted(held & {"batch_loss", "batch_accuracy"})
+    known = {name for entry in found for name in entry["last"]}
+    columns = [name for name in SHOWN if name in known]
+    columns = columns or sorted(known & {"batch_loss", "batch_accuracy"})
     which = {name: _direction(name, found) or "last" for name in columns}
     if args.sort is not None:
-        sort = _column(args.sort, held)
+        sort = _column(args.sort, known)
         best = args.direction or _direction(sort, found) or ""
         check.argument(
             bool(best),
             "--direction",
             f"min or max with --sort {args.sort}",
             None,
-            f"No one has declared which value of {sort} is the best.",
+            f"The runs do not declare which value of {sort} is the best.",
         )
         which = {sort: best} | {name: at for name, at in which.items() if name != sort}
         sign = -1.0 if best == "max" else 1.0
@@ -77,38 +76,25 @@ def run(args: Args) -> None:
         for entry in found:
             print(json.dumps(entry))
         return
-    from jdl.cli import output
-
     titles = [f"{'last' if at == 'last' else 'best'} {name}" for name, at in which.items()]
-    output.table(
-        ["run", "optimizer", "steps", "seconds", *titles],
-        [
-            [
-                entry["run"],
-                entry["optimizer"] or "",
-                str(entry["steps"]),
-                f"{entry['seconds']:.1f}",
-                *(
-                    f"{entry[at][name]:.4g}" if name in entry[at] else ""
-                    for name, at in which.items()
-                ),
-            ]
-            for entry in found
-        ],
-    )
+    rows = []
+    for entry in found:
+        values = [entry[at].get(name) for name, at in which.items()]
+        row = [entry["run"], entry["optimizer"] or "", str(entry["steps"])]
+        row += [f"{entry['seconds']:.1f}", *("" if v is None else f"{v:.4g}" for v in values)]
+        rows.append(row)
+    output.table(["run", "optimizer", "steps", "seconds", *titles], rows)
 
 
 def about(workdir: Path, root: Path) -> dict[str, Any]:
-    """A run's settings and its figures, by split: `test_accuracy`, `train_loss`.
+    """A run's settings and its metrics by split, such as `test_accuracy` and `train_loss`.
 
-    Of each figure there is the last, the least and the greatest value; the best where the metric
-    declares which that is.
+    Of each metric there is the last, the smallest and the largest value, and the best of one that
+    declares its direction.
     """
     from jdl.train.writers import read_directions, read_jsonl
 
-    last: dict[str, float] = {}
-    least: dict[str, float] = {}
-    greatest: dict[str, float] = {}
+    series: dict[str, list[float]] = {}
     declared = {"loss": "min"} | read_directions(workdir)
     directions: dict[str, str] = {}
     steps, seconds = 0, 0.0
@@ -123,35 +109,33 @@ def about(workdir: Path, root: Path) -> dict[str, Any]:
         if isinstance(row.get("optimizer"), str):
             optimizers.add(row["optimizer"])
         for name, value in row.items():
-            if not _is_finite(value):
-                continue
-            full = name if split == "evaluate" else f"{split}_{name}"
-            last[full] = value
-            least[full] = min(least.get(full, value), value)
-            greatest[full] = max(greatest.get(full, value), value)
-            if name in declared:
-                directions[full] = declared[name]
+            if _is_finite(value):
+                full = name if split == "evaluate" else f"{split}_{name}"
+                series.setdefault(full, []).append(value)
+                if name in declared:
+                    directions[full] = declared[name]
     settings = _settings(workdir / "config.toml")
     named = settings.get("optimizer")
-    optimizer = named if isinstance(named, str) else " ".join(sorted(optimizers)) or None
-    place = str(workdir.relative_to(root)) if workdir != root else str(workdir)
-    extremes = {"min": least, "max": greatest}
+    extremes = {
+        "min": {name: min(values) for name, values in series.items()},
+        "max": {name: max(values) for name, values in series.items()},
+    }
     return {
-        "run": place,
+        "run": str(workdir.relative_to(root)) if workdir != root else str(workdir),
         "model": settings.get("model"),
         "data": settings.get("data"),
-        "optimizer": optimizer,
+        "optimizer": named if isinstance(named, str) else " ".join(sorted(optimizers)) or None,
         "steps": steps,
         "seconds": seconds,
         "directions": directions,
         "best": {name: extremes[at][name] for name, at in directions.items()},
-        "last": last,
+        "last": {name: values[-1] for name, values in series.items()},
         **extremes,
     }
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether it is a finite number that fits a float: others may have written the log."""
+    """Whether it is a finite number that fits a float: other programs may write such logs too."""
     from jdl.train.writers import is_number
 
     return is_number(value) and abs(value) <= sys.float_info.max
@@ -165,15 +149,13 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _direction(name: str, found: list[dict[str, Any]]) -> str | None:
-    """Which value of a metric is the best by the runs that declare it; None unless they agree."""
+    """The direction that the runs declare for a metric; None unless they agree."""
     declared = {entry["directions"].get(name) for entry in found} - {None}
     return declared.pop() if len(declared) == 1 else None
 
 
 def _column(wanted: str, known: set[str]) -> str:
-    """The metric of that name; of the test split where the split is left out."""
-    from jdl.core import check
-
+    """The metric of that name; without a split, the first split that has it, test before others."""
     splits = ("test", "validation", "train", "batch")
     for name in (wanted, *(f"{split}_{wanted}" for split in splits)):
         if name in known:

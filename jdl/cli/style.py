@@ -1,4 +1,4 @@
-"""Artistic style: a picture painted by optimisation, or by a network trained once for all pictures.
+"""Artistic style: a picture painted by optimization, or by a network trained once for all pictures.
 
 Examples:
   jdl style transfer photo.jpg starry.jpg --out painted.png
@@ -12,121 +12,123 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from jdl.cli import options
+from jdl.core import check
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jdl.recipes.style_config import StyleConfig
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
+
+Paintings = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PAINTINGS", help="image files")
+]
+Content = Annotated[float, tyro.conf.arg(help="weight of the photograph's content")]
+Style = Annotated[float, tyro.conf.arg(help="weight of the style")]
+Variation = Annotated[float, tyro.conf.arg(help="weight of smoothness")]
+KeepColors = Annotated[
+    bool, tyro.conf.arg(help="use the painting's brightness only, with the photograph's colours")
+]
 
 
 @dataclass
 class Transfer:
-    """Paint a photograph in the style of paintings, by optimising its pixels."""
+    """Paint a photograph in the style of paintings by optimizing its pixels."""
 
     photograph: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOGRAPH")]
-    """JPEG, PNG, WebP, BMP, GIF, PGM or PPM"""
-    paintings: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PAINTINGS")]
-    """one or several"""
+    """a JPEG, PNG, WebP, BMP, GIF, PGM or PPM file"""
+    paintings: Paintings
     out: Path = Path("painted.png")
     """the PNG to write"""
     shares: tuple[float, ...] = ()
-    """how much of each painting's style; by default as much of each"""
-    model: str = "vgg16"
-    """vgg16, squeezenet, a .safetensors file, or a run directory"""
+    """share of each painting's style; by default equal shares"""
+    model: options.Network = "vgg16"
     content_layers: tuple[str, ...] = ()
-    """of the model; by default relu4_2 for VGG"""
+    """layers that compare content; by default relu4_2 for VGG"""
     style_layers: tuple[str, ...] = ()
-    """by default the first rectified layer of each resolution"""
-    content: float = 1.0
-    """weight of the photograph's content"""
-    style: float = 30.0
-    """weight of the style"""
-    variation: float = 5.0
-    """weight of smoothness"""
-    longest: int = 512
-    """pixels that a larger photograph's longer side is reduced to"""
+    """layers that compare style; by default the first rectified layer of each resolution"""
+    content: Content = 1.0
+    style: Style = 30.0
+    variation: Variation = 5.0
+    longest: options.Longest = 512
     style_size: int | None = None
-    """likewise of the paintings: larger for larger strokes; by default the photograph's"""
+    """longer side of the paintings in pixels: larger for larger strokes; by default the photo's"""
     optimizer: Literal["lbfgs", "adam"] = "lbfgs"
-    """what moves the pixels"""
+    """the optimizer of the pixels"""
     learning_rate: float | None = None
-    """by default 1 for lbfgs, 0.02 for adam"""
+    """the optimizer's learning rate; by default 1 for lbfgs, 0.02 for adam"""
     steps: int = 100
-    """of the optimizer, at each scale"""
+    """optimizer steps at each scale"""
     scales: int = 1
-    """begin at half the size, a quarter …, and double: larger shapes, and less time"""
+    """number of sizes, each twice the one before; more paint larger shapes, in less time"""
     start: Literal["photograph", "noise"] = "photograph"
-    """what the optimizer begins with"""
-    keep_colors: bool = False
-    """take the painting's brightness only, and the photograph's colours"""
+    """the initial picture"""
+    keep_colors: KeepColors = False
     seed: int = 0
-    """of the noise"""
+    """random seed for the noise"""
 
 
 @dataclass
 class Train:
     """Train one network to paint any photograph in the style of each painting."""
 
-    paintings: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PAINTINGS")]
-    """one or several; their file names name the styles"""
+    paintings: Paintings
     data: str
     """photographs: a tar, a glob, or a brace range such as a-{00..07}.tar"""
     workdir: Path | None = None
-    """the run directory; by default runs/style-NAMES. Started again, a run goes on"""
+    """the run directory; by default runs/style-NAMES, the paintings' file names"""
     max_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 4000
-    """steps in total"""
-    batch_size: int = 4
-    """photographs a step"""
+    """steps in total; started again, a run continues to there"""
+    batch_size: options.BatchSize = 4
     size: int = 256
-    """pixels of the side of the crops that it learns from, a multiple of 4"""
+    """height and width of the training crops in pixels, a multiple of 4"""
     style_size: int = 384
-    """pixels of the paintings' longer side: larger for larger strokes"""
-    model: str = "vgg16"
-    """what content and style are measured by: vgg16, squeezenet, a .safetensors file, a run"""
+    """longer side of the paintings in pixels, which sets the strokes' size"""
+    model: options.Network = "vgg16"
     content_layers: tuple[str, ...] = ("relu3_3",)
-    """of the model"""
+    """layers of --model that compare content"""
     style_layers: tuple[str, ...] = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
-    """of the model"""
-    content: float = 1.0
-    """weight of the photographs' content"""
-    style: float = 10.0
-    """weight of the style"""
-    variation: float = 5.0
-    """weight of smoothness"""
+    """layers of --model that compare style"""
+    content: Content = 1.0
+    style: Style = 10.0
+    variation: Variation = 5.0
     filters: tuple[int, int, int] = (32, 64, 128)
-    """of the network at full, half and quarter size"""
+    """filters of the network at full, half and quarter size"""
     blocks: int = 5
     """residual blocks of the network"""
     learning_rate: float = 1e-3
-    """of Adam"""
+    """Adam's learning rate"""
     seed: int = 0
-    """of the initial parameters and of the crops"""
-    on_error: Literal["raise", "skip"] = "raise"
-    """what to do with a photograph that cannot be read"""
+    """random seed for the initial parameters and the crops"""
+    on_error: options.OnError = "raise"
     save_every: int = 500
     """steps between checkpoints"""
     export: Path | None = None
-    """also write what has been learned to one file, which `apply` takes as well as the run"""
+    """also write the trained network to one file, which `apply` takes instead of the run"""
 
 
 @dataclass
 class Apply:
-    """Paint pictures of any size by a trained network."""
+    """Paint pictures of any size with a trained network."""
 
     painter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PAINTER")]
     """the run directory of `jdl style train`, or a file that it exported"""
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """an image, or a folder of images"""
     out: Path
-    """the PNG to write, or the folder for them"""
+    """the PNG to write, or a folder"""
     mix: tuple[str, ...] = ()
-    """STYLE, or STYLE:SHARE of several; by default the first style"""
-    longest: int | None = None
-    """pixels that a larger picture's longer side is reduced to; by default it is not"""
+    """STYLE, or several STYLE:SHARE; by default the first style"""
+    longest: options.Longest = None
     tile: int = 1024
-    """pixels of the side of what is painted at once: less for less memory"""
-    keep_colors: bool = False
-    """take the painting's brightness only, and the photograph's colours"""
+    """side of the tiles that are painted at once, in pixels; smaller needs less memory"""
+    keep_colors: KeepColors = False
 
 
 Args = (
@@ -137,7 +139,7 @@ Args = (
 
 
 def run(args: Transfer | Train | Apply) -> None:
-    """Does what the subcommand says."""
+    """Runs the subcommand."""
     if isinstance(args, Transfer):
         _transfer(args)
     elif isinstance(args, Train):
@@ -148,13 +150,11 @@ def run(args: Transfer | Train | Apply) -> None:
 
 def _transfer(args: Transfer) -> None:
     from jdl.cli.progress import StepProgress
-    from jdl.core import check
     from jdl.optim import registry
     from jdl.vision import images, pretrained, style
 
     out = images.check_out(args.out)
-    for name in ("steps", "scales", "longest"):
-        check.positive_int(f"--{name}", getattr(args, name))
+    options.check_positive(args, "steps", "scales", "longest")
     check.argument(len(args.paintings) > 0, "PAINTINGS", "at least one file", args.paintings)
     photograph = images.read(args.photograph, longest=args.longest)
     longest = args.style_size or max(photograph.shape[:2])
@@ -193,26 +193,24 @@ def _transfer(args: Transfer) -> None:
     if args.keep_colors:
         image = style.with_colors_of(photograph, image)
     images.write(out, image)
-    told = {name: float(x[0]) for name, x in painted.terms._asdict().items()}
+    terms = [f"{name} {float(x[0]):.3g}" for name, x in painted.terms._asdict().items()]
     print(
         f"loss {painted.losses[0]:.4g} → {painted.losses[-1]:.4g} "
-        f"({', '.join(f'{name} {x:.3g}' for name, x in told.items())}), {args.steps} steps, "
+        f"({', '.join(terms)}), {args.steps} steps, "
         f"{time.monotonic() - began:.1f} s\npicture: {out}"
     )
 
 
 def _train(args: Train) -> None:
     from jdl.cli.progress import StepProgress
-    from jdl.core import check
     from jdl.data import from_tar, resolve
-    from jdl.recipes.style_config import StyleConfig
     from jdl.train.plot import draw
     from jdl.vision import images, painter, pretrained
-    from jdl.vision.style_training import build_estimator, digest
+    from jdl.vision.style_training import build_estimator
     from jdl.vision.transformer import STRIDE
 
-    for name in ("max_steps", "batch_size", "size", "style_size", "blocks", "save_every"):
-        check.positive_int(f"--{name.replace('_', '-')}", getattr(args, name))
+    sizes = ("max_steps", "batch_size", "size", "style_size", "blocks", "save_every")
+    options.check_positive(args, *sizes)
     check.argument(args.size % STRIDE == 0, "--size", f"a multiple of {STRIDE}", args.size)
     names = tuple(path.stem for path in args.paintings)
     check.argument(
@@ -235,22 +233,7 @@ def _train(args: Train) -> None:
         seed=args.seed,
         on_error=args.on_error,
     )
-    config = StyleConfig(
-        styles=names,
-        paintings=tuple(digest(p) for p in paintings),
-        trunk=args.model,
-        content_layers=args.content_layers,
-        style_layers=args.style_layers,
-        content=args.content,
-        style=args.style,
-        variation=args.variation,
-        filters=args.filters,
-        blocks=args.blocks,
-        learning_rate=args.learning_rate,
-        batch_size=args.batch_size,
-        size=args.size,
-        seed=args.seed,
-    )
+    config = _config(args, names, paintings)
     workdir = args.workdir or Path("runs") / f"style-{'-'.join(names)}"
     shown = StepProgress(args.max_steps, args.batch_size)
     estimator = build_estimator(
@@ -273,16 +256,35 @@ def _train(args: Train) -> None:
     print(f"picture: {images.write(workdir / 'samples.png', sheet)}")
     if args.export is not None:
         print(f"export:  {trained.export(args.export)}")
-    if photographs.skipped:
-        print(f"skipped: {photographs.skipped} photographs that could not be read")
+    options.print_skipped(photographs)
+
+
+def _config(args: Train, styles: tuple[str, ...], paintings: "list[np.ndarray]") -> "StyleConfig":
+    from jdl.recipes.style_config import StyleConfig
+    from jdl.vision.style_training import digest
+
+    return StyleConfig(
+        styles=styles,
+        paintings=tuple(digest(p) for p in paintings),
+        trunk=args.model,
+        content_layers=args.content_layers,
+        style_layers=args.style_layers,
+        content=args.content,
+        style=args.style,
+        variation=args.variation,
+        filters=args.filters,
+        blocks=args.blocks,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        size=args.size,
+        seed=args.seed,
+    )
 
 
 def _apply(args: Apply) -> None:
-    from jdl.core import check
     from jdl.vision import images, painter
 
-    if args.longest is not None:
-        check.positive_int("--longest", args.longest)
+    options.check_positive(args, "longest")
     loaded = painter.load_painter(args.painter)
     shares = _shares(args.mix)
     loaded.mixture(shares)
@@ -307,9 +309,7 @@ def _apply(args: Apply) -> None:
 
 
 def _folder(source: Path, out: Path, paint: Callable[[Path, Path], None]) -> None:
-    """Paints all images of a folder; what cannot be read is told, and the others go on."""
-    from jdl.core import check
-
+    """Paints all images of a folder; one that cannot be read does not stop the others."""
     check.argument(not out.is_file(), "--out", "a folder, as the source is one", str(out))
     check.argument(out.resolve() != source.resolve(), "--out", "another folder", str(out))
     found = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -329,16 +329,14 @@ def _folder(source: Path, out: Path, paint: Callable[[Path, Path], None]) -> Non
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """File names for paintings: `a.png` for `a.jpg`, `a.jpg.png` where there is another `a`."""
+    """File names for the results: `a.png` for `a.jpg`, `a.jpg.png` if there is another `a`."""
     stems = [p.stem for p in paths]
     return [f"{p.stem if stems.count(p.stem) == 1 else p.name}.png" for p in paths]
 
 
 def _shares(mix: Sequence[str]) -> dict[str, float] | None:
     """Style -> share of `NAME` and `NAME:SHARE`."""
-    from jdl.core import check
-
-    shares: dict[str, Any] = {}
+    shares: dict[str, float] = {}
     for part in mix:
         name, _, share = part.partition(":")
         try:

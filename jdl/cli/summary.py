@@ -9,9 +9,15 @@ Examples:
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from jdl.cli import options, output
+from jdl.core import check
+
+if TYPE_CHECKING:
+    from jdl.train.summary import Summary
 
 
 @dataclass
@@ -19,17 +25,16 @@ class Args:
     """Which model, for what images."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|DIR")]
-    """mlp, cnn, rnn or another that `jdl train` takes, or its run directory"""
+    """mlp, cnn, rnn or another model of `jdl train`, or a run directory"""
     size: str | None = None
-    """HEIGHT or HEIGHTxWIDTH of the images; by default 8, that of the digits"""
+    """HEIGHT or HEIGHTxWIDTH of the images; by default 8, as the digits"""
     color: bool = False
-    """three channels rather than one"""
+    """three channels instead of one"""
     classes: int = 10
-    """how many classes there are"""
+    """number of classes"""
     batch_size: int = 1
-    """images that the FLOPs are counted with; they are told for one"""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """print one JSON object"""
+    """images in the batch whose FLOPs are counted; printed are those of one image"""
+    as_json: options.Json = False
 
 
 def run(args: Args) -> None:
@@ -37,21 +42,18 @@ def run(args: Args) -> None:
     import jax
     import numpy as np
 
-    from jdl.core import check
     from jdl.recipes.datasets import parse_size
     from jdl.recipes.registry import RECIPES, recipe
     from jdl.recipes.run_config import RunConfig
     from jdl.train.summary import summarize
 
-    for name in ("classes", "batch_size"):
-        value = getattr(args, name)
-        check.argument(value >= 1, f"--{name.replace('_', '-')}", "at least 1", value)
+    options.check_positive(args, "classes", "batch_size")
     workdir = Path(args.model)
     if args.model not in RECIPES and workdir.is_dir():
         config = RunConfig.load(workdir)
         given = [name for name in ("size", "color") if getattr(args, name)]
         check.argument(not given, f"--{''.join(given[:1])}", "left out for a run", args.model)
-        model, shape, classes = config.model, tuple(config.image_shape), len(config.classes)
+        model, shape, classes = config.model, config.image_shape, len(config.classes)
         what = f"{config.model} of {workdir}"
     else:
         check.one_of("MODEL", args.model, [*RECIPES, "a run directory of `jdl train`"])
@@ -59,30 +61,19 @@ def run(args: Args) -> None:
         model, shape, classes = args.model, (*size, 3 if args.color else 1), args.classes
         what = model
     if recipe(model).data == "trees":
-        raise check.UserError(f"jdl summary counts what images take; {model} reads trees.")
+        raise check.UserError(f"jdl summary needs a model of images; {model} reads trees.")
     net = recipe(model).build(shape, classes)
-    net = getattr(net, "model", net)  # a GAN's two nets
+    net = getattr(net, "model", net)  # both networks of a GAN
     found = summarize(net, jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32)))
     if args.as_json:
-        print(json.dumps(_as_json(found, shape)))
+        totals = ("parameters", "bytes", "forward_flops", "gradient_flops")
+        about = {"image_shape": list(shape)} | {name: getattr(found, name) for name in totals}
+        print(json.dumps(about | {"arrays": [entry._asdict() for entry in found.entries]}))
         return
     _show(found, f"{what}, images {'×'.join(map(str, shape))}")
 
 
-def _as_json(found: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "image_shape": list(shape),
-        "parameters": found.parameters,
-        "bytes": found.bytes,
-        "forward_flops": found.forward_flops,
-        "gradient_flops": found.gradient_flops,
-        "arrays": [entry._asdict() for entry in found.entries],
-    }
-
-
-def _show(found: Any, title: str) -> None:
-    from jdl.cli import output
-
+def _show(found: "Summary", title: str) -> None:
     rows = []
     for entry in found.entries:
         of_all = f"{entry.size / found.parameters:.1%}" if entry.kind == "params" else "state"
@@ -91,12 +82,12 @@ def _show(found: Any, title: str) -> None:
     output.table(["array", "shape", "type", "elements", "share"], rows, title)
     print(f"parameters: {found.parameters:,} in {_units(float(found.bytes), 1024, 'iB')}")
     for name, flops in (("outputs", found.forward_flops), ("with gradient", found.gradient_flops)):
-        told = "not told by this compiler" if flops is None else _units(flops, 1000, "FLOP")
-        print(f"{name + ', an image:':25}{told}")
+        text = "not known to this compiler" if flops is None else _units(flops, 1000, "FLOP")
+        print(f"{name + ', an image:':25}{text}")
 
 
 def _units(value: float | int, base: int, unit: str) -> str:
-    """Three digits and a prefix.
+    """A number with three digits and a unit prefix.
 
     >>> _units(1_234_567, 1000, "FLOP")
     '1.23 MFLOP'

@@ -1,4 +1,4 @@
-"""Train a model on a tar of images, or go on with a run.
+"""Train a model on a tar of images, or continue a run.
 
 Examples:
   jdl train cnn
@@ -12,23 +12,27 @@ import contextlib
 import dataclasses
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from jdl.cli import options
+from jdl.core import check
+
 if TYPE_CHECKING:
+    from jdl.data import Batches
+    from jdl.recipes.registry import Recipe
     from jdl.recipes.run_config import RunConfig
 
-
-# For optimizers whose steps want little sampling noise.
-LARGE_BATCH, LARGE_STEPS = 2048, 60
+LARGE_BATCH, LARGE_STEPS = 2048, 60  # for optimizers that need gradients of little noise
 
 
 @dataclass
 class Args:
-    """What to train, on what, how long."""
+    """What to train, on what data, for how many steps."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """mlp, cnn, rnn (of an image's rows), autoencoder, denoising, rbm, dbn, recursive, gan"""
@@ -37,69 +41,101 @@ class Args:
     optimizer: str | None = None
     """sgd adam lbfgs cg hf kfac, or another of `jdl compare --help`; by default the model's"""
     learning_rate: float | None = None
-    """by default the optimizer's own"""
+    """the optimizer's learning rate; by default the optimizer's own"""
     max_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
-    """steps in total, by default what suits the model; started again, a run goes on to there"""
+    """steps in total; by default what suits the model. Started again, a run continues to there"""
     batch_size: int | None = None
-    """images a step; by default what suits the optimizer"""
+    """images in a batch; by default what suits the optimizer"""
     curvature_batch_size: int | None = None
-    """images of the batch that curvature products use, in hf; by default all"""
+    """images of the batch used for curvature products, as by hf; by default the whole batch"""
     microbatches: int = 1
-    """slices that a batch is computed in, to bound memory"""
+    """parts that a batch is split into to save memory; the results are the same"""
     seed: int = 0
-    """of the initial parameters, the shuffle and all that is random"""
+    """random seed for the initial parameters, the order of the data, and the model"""
     split: str | None = None
-    """first folder of the members to train on; by default train where there is one; all for all"""
-    size: str | None = None
-    """HEIGHT or HEIGHTxWIDTH to scale images to; by default 128, and 8 for the digits"""
-    color: bool = False
-    """keep three channels; by default images are made gray"""
+    """first folder of the members to train on; by default train if there is one; all for all"""
+    size: options.Size = None
+    color: options.Color = False
     crop: Literal["center", "random"] | None = None
-    """a window of the image instead of all of it, stretched: the largest, or one by chance"""
+    """crop images to the right shape, in the center or at random, instead of stretching them"""
     flip: bool = False
     """mirror half of the training images left to right"""
     workers: int = 0
-    """processes that decode, instead of threads; `jdl bench data` tells what is faster"""
-    on_error: Literal["raise", "skip"] = "raise"
-    """what to do with an image that cannot be read"""
+    """processes that decode images, instead of threads; `jdl bench data` shows which is faster"""
+    on_error: options.OnError = "raise"
     workdir: Path | None = None
     """the run directory; by default runs/MODEL-DATA-OPTIMIZER"""
     save_every: int = 1000
     """steps between checkpoints"""
     logs: tuple[Literal["csv", "tensorboard"], ...] = ()
-    """what to write besides metrics.jsonl: csv for metrics.csv, tensorboard for its event files"""
+    """logs to write besides metrics.jsonl: metrics.csv, or TensorBoard's event files"""
     compute_dtype: Literal["bfloat16", "float16"] | None = None
-    """what the model computes in; parameters, losses and optimizer stay float32"""
+    """the model's floating-point type; parameters, losses and optimizer stay float32"""
     ema: float | None = None
-    """decay of an average of the parameters, which evaluation then uses, such as 0.999"""
+    """decay of an exponential moving average of the parameters, used to evaluate, such as 0.999"""
     remat: bool = False
-    """compute activations once more for the gradient instead of keeping them"""
+    """recompute activations in the backward pass instead of storing them"""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """what to do when a loss is not finite"""
     parallel: Literal["jit", "fsdp", "pmap"] = "jit"
-    """how devices share the work; fsdp splits large parameters over them"""
+    """how several devices are used; fsdp splits large parameters over them"""
     distributed: bool = False
-    """one of several processes that train together, started by SLURM, mpirun or such"""
+    """this is one of several processes, started by SLURM, mpirun or similar, that train together"""
     deterministic: bool = False
-    """have XLA choose reproducible kernels on GPUs, some of them slower"""
+    """let XLA use only deterministic kernels on GPUs; some are slower"""
     config: Path | None = None
-    """flags from a .toml, .yaml or a run's config.toml; the later wins, then flags (--no-X)"""
+    """read options from a .toml or .yaml file or a run's config.toml; flags given here win"""
+
+
+class _Job(NamedTuple):
+    """A training as the arguments ask for, with all defaults filled in."""
+
+    config: "RunConfig"
+    recipe: "Recipe"
+    workdir: Path
+    data: "Batches"
+    max_steps: int
 
 
 def run(args: Args) -> None:
     """Trains, evaluates on the test split if there is one, and draws the curves."""
     from jdl.cli import config_file
-    from jdl.core import check
-    from jdl.optim import registry
-    from jdl.recipes.datasets import default_split, input_shape, open_images, parse_size
-    from jdl.recipes.registry import recipe
-    from jdl.recipes.run_config import RunConfig
     from jdl.train import distributed, parallel
 
     if args.deterministic:
         parallel.make_deterministic()
     if args.distributed:
         distributed.initialize()
+    names = ("max_steps", "batch_size", "curvature_batch_size", "microbatches", "save_every")
+    options.check_positive(args, *names)
+    job = _job(args)
+    if _is_leader():
+        resolved = dataclasses.replace(
+            args,
+            data=job.config.data,
+            optimizer=job.config.optimizer,
+            max_steps=job.max_steps,
+            batch_size=job.config.batch_size,
+        )
+        job.config.save(job.workdir, config_file.as_table(resolved))
+    with contextlib.nullcontext() if _is_leader() else _silence():
+        _train(
+            job,
+            save_every=args.save_every,
+            logs=args.logs,
+            remat=args.remat,
+            on_nonfinite=args.on_nonfinite,
+            parallel=args.parallel,
+        )
+
+
+def _job(args: Args) -> _Job:
+    """Opens the data and fills in the defaults."""
+    from jdl.optim import registry
+    from jdl.recipes.datasets import default_split, input_shape, open_images, parse_size
+    from jdl.recipes.registry import recipe
+    from jdl.recipes.run_config import RunConfig
+
     chosen = recipe(args.model)
     source = args.data or chosen.data
     check.argument(
@@ -110,39 +146,30 @@ def run(args: Args) -> None:
     )
     optimizer = registry.short_name(args.optimizer or chosen.optimizer)
     entry = registry.REGISTRY[optimizer]
-    for name in ("max_steps", "batch_size", "curvature_batch_size", "microbatches", "save_every"):
-        value = getattr(args, name)
-        check.argument(
-            value is None or value >= 1, f"--{name.replace('_', '-')}", "at least 1", value
-        )
-    workdir = args.workdir or Path("runs") / f"{args.model}-{_stem(source)}-{optimizer}"
-    size = parse_size(args.size, source)
-    split = default_split(source, args.split, "train")
+    size, split = parse_size(args.size, source), default_split(source, args.split, "train")
+    augmentation = {"crop": args.crop, "flip": args.flip, "workers": args.workers}
+    given = {name: value for name, value in augmentation.items() if value}
+    must = "left out for trees"
+    check.argument(source != "trees" or not given, f"--{''.join(list(given)[:1])}", must, given)
 
-    def images(batch_size: int, **options: Any) -> Any:
+    def images(batch_size: int, **more: Any) -> "Batches":
         return open_images(
             source,
             size=size,
+            split=split,
             grayscale=not args.color,
             on_error=args.on_error,
             batch_size=batch_size,
-            **options,
+            **more,
         )
 
-    probe = images(1, split=split)
-    number, classes = probe.num_records, tuple(probe.classes)
-    suits = chosen.batch_size if entry.batches == "mini" else LARGE_BATCH
-    batch_size = args.batch_size or min(suits, number)
+    probe = images(1)
+    number, classes = probe.num_records, tuple(probe.classes or ())
+    is_mini = entry.batches == "mini"
+    batch_size = args.batch_size or min(chosen.batch_size if is_mini else LARGE_BATCH, number)
     check.argument(
         batch_size <= number, "--batch-size", f"at most the {number} training images", batch_size
     )
-    chance = {"crop": args.crop, "flip": args.flip, "workers": args.workers}
-    given = {name: value for name, value in chance.items() if value}
-    check.argument(
-        source != "trees" or not given, f"--{''.join(list(given)[:1])}", "left out for trees", given
-    )
-    data = images(batch_size, split=split, shuffle=True, seed=args.seed, classes=classes, **given)
-    steps = args.max_steps or (chosen.steps if entry.batches == "mini" else LARGE_STEPS)
     config = RunConfig(
         model=args.model,
         data=source,
@@ -162,81 +189,77 @@ def run(args: Args) -> None:
         crop=args.crop,
         flip=args.flip,
     )
-    if _leads():
-        resolved = dataclasses.replace(
-            args, data=source, optimizer=optimizer, max_steps=steps, batch_size=batch_size
-        )
-        config.save(workdir, config_file.as_table(resolved))
-    options = {
-        "save_every": args.save_every,
-        "logs": args.logs,
-        "remat": args.remat,
-        "on_nonfinite": args.on_nonfinite,
-        "parallel": args.parallel,
-    }
-    if _leads():
-        _train(config, workdir, data, steps, options)
-    else:  # the same work, and nothing said of it
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            _train(config, workdir, data, steps, options)
+    return _Job(
+        config=config,
+        recipe=chosen,
+        workdir=args.workdir or Path("runs") / f"{args.model}-{_stem(source)}-{optimizer}",
+        data=images(batch_size, shuffle=True, seed=args.seed, classes=classes, **given),
+        max_steps=args.max_steps or (chosen.steps if is_mini else LARGE_STEPS),
+    )
 
 
-def _leads() -> bool:
-    """Whether this process is the one that speaks and writes."""
-    import jax
-
-    return jax.process_index() == 0
-
-
-def _train(
-    config: "RunConfig", workdir: Path, data: Any, steps: int, options: dict[str, Any]
-) -> None:
+def _train(job: _Job, **options_of_estimator: Any) -> None:
     from jdl.cli import output, progress
     from jdl.recipes.datasets import default_split
-    from jdl.recipes.registry import Finished, recipe
     from jdl.train.checkpoint import begun
-    from jdl.train.plot import draw
 
-    chosen = recipe(config.model)
-
+    config, workdir = job.config, job.workdir
     print(
-        f"{config.model} on {data.num_records} examples of {config.data} "
+        f"{config.model} on {job.data.num_records} examples of {config.data} "
         f"({len(config.classes)} classes), {config.optimizer}, batches of {config.batch_size}, "
-        f"to step {steps}; writing to {workdir}"
+        f"to step {job.max_steps}; writing to {workdir}"
     )
-    shown = progress.StepProgress(steps, config.batch_size)
-    model = config.build_model()
     splits = [config.split]
     if config.split == "train" and default_split(config.data, None, "test"):
         splits.append("test")
-    # Opened before any training, so that what does not fit is told first.
-    held = {
+    # Opened before any training, so that an error in them is raised first.
+    evaluated = {
         split or "all": config.images(config.data, split, batch_size=min(config.batch_size, 256))
         for split in splits
     }
-    if chosen.prepare is not None and not begun(workdir):
-        model = chosen.prepare(model, data, workdir, config.seed)
-    estimator = config.estimator(workdir, hooks=[shown], model=model, **options)
+    model = config.build_model()
+    if job.recipe.prepare is not None and not begun(workdir):
+        model = job.recipe.prepare(model, job.data, workdir, config.seed)
+    shown = progress.StepProgress(job.max_steps, config.batch_size)
+    estimator = config.estimator(workdir, hooks=[shown], model=model, **options_of_estimator)
     with shown:
-        estimator.train(data, max_steps=steps)
-    rows = []
-    for split, images in held.items():
+        estimator.train(job.data, max_steps=job.max_steps)
+    columns, rows = [], []
+    for split, images in evaluated.items():
         # Under a name of its own: the log's `train` rows are of single batches.
         values = estimator.evaluate(images, name="all of train" if split == "train" else split)
         rows.append([split, *(f"{v:.4f}" for v in values.values())])
         columns = ["split", *values]
     output.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
-    if not _leads():
-        return
-    picture = draw(workdir / "metrics.jsonl", workdir / "curves.png")
-    print(f"metrics: {workdir / 'metrics.jsonl'}\ncurves:  {picture}")
-    if chosen.pictures is not None:
-        first, last = next(iter(held.values())), images
-        finished = Finished(config.build_model(), estimator, first, last, workdir)
-        for path in chosen.pictures(finished):
+    if _is_leader():
+        _draw(job, estimator, list(evaluated.values()))
+
+
+def _draw(job: _Job, estimator: Any, evaluated: "list[Batches]") -> None:
+    from jdl.recipes.registry import Finished
+    from jdl.train.plot import draw
+
+    log = job.workdir / "metrics.jsonl"
+    print(f"metrics: {log}\ncurves:  {draw(log, job.workdir / 'curves.png')}")
+    if job.recipe.pictures is not None:
+        net = job.config.build_model()
+        finished = Finished(net, estimator, evaluated[0], evaluated[-1], job.workdir)
+        for path in job.recipe.pictures(finished):
             print(f"picture: {path}")
-    if data.skipped:
-        print(f"skipped: {data.skipped} images that could not be read")
+    options.print_skipped(job.data)
+
+
+def _is_leader() -> bool:
+    """Whether this process is the one that prints and writes."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _stem(data: str) -> str:

@@ -1,4 +1,4 @@
-"""How much each trial of a study may spend, and of what."""
+"""The budget of each trial of a study."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ KINDS = {
 
 
 class Budget(NamedTuple):
-    """So many seconds of training, epochs, units of work, or steps.
+    """A number of seconds of training, epochs, units of work, or steps.
 
     Attributes:
       amount: how much, > 0.
@@ -30,7 +30,7 @@ class Budget(NamedTuple):
 
     @classmethod
     def checked(cls, amount: float | int, kind: str) -> "Budget":
-        """A budget that a user gave."""
+        """The budget, if its values are valid."""
         check.one_of("budget", kind, KINDS)
         return cls(check.in_range(kind, float(amount), 0.0, 1e9, open_low=True), kind)
 
@@ -42,10 +42,10 @@ class Budget(NamedTuple):
     def __str__(self) -> str:
         return f"{self.amount:g} {KINDS[self.kind][1]}"
 
-    def spoken(self, amount: str) -> str:
+    def in_words(self, amount: str) -> str:
         """An amount with its unit.
 
-        >>> Budget(3, "seconds").spoken("0.25")
+        >>> Budget(3, "seconds").in_words("0.25")
         '0.25 s'
         """
         unit = {"seconds": "s", "work": "gradients of work"}.get(self.kind, self.kind)

@@ -1,4 +1,4 @@
-"""The problems that have a name, each with a version and a target fixed beforehand."""
+"""Named problems, each with a version and a fixed target."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdl import losses, metrics
-from jdl.compare import mnist
+from jdl.compare import mnist, problem_file
+from jdl.compare.curves_dataset import curves
 from jdl.compare.problems import Problem, arrays_problem, tar_problem
 from jdl.compare.results import Target
 from jdl.core import check
@@ -22,9 +23,9 @@ class Named(NamedTuple):
     """One problem of the catalogue.
 
     Attributes:
-      make: `make(data)`, or `make()` for one that brings its own.
-      needs: the data that the user has to name; empty for none.
-      about: a line for people.
+      make: `make(data)`, or `make()` for one with its own data.
+      needs: the data that the user must give; empty for none.
+      about: a description in one line.
     """
 
     make: Callable[..., Problem]
@@ -37,18 +38,16 @@ def by_name(name: str, data: Any = None) -> Problem:
 
     Args:
       name: one of `CATALOGUE`, or the path of a Python file, see `jdl.compare.problem_file`.
-      data: what `--data` gave, for those that need it.
+      data: the value of `--data`, for those that need it.
 
     Raises:
       ArgumentError: there is no such problem; the message names the nearest.
-      DataError: it needs data that are not given or not there.
+      DataError: it needs data that is not given or does not exist.
 
     >>> by_name("quadratic").name
     'quadratic'
     """
     if name.endswith(".py"):
-        from jdl.compare import problem_file
-
         return problem_file.load_problem(name)
     named = CATALOGUE[check.one_of("problem", name, CATALOGUE)]
     return named.make(data) if named.needs else named.make()
@@ -58,9 +57,9 @@ def by_name(name: str, data: Any = None) -> Problem:
 
 
 def digits_cnn(target: Target | None = None) -> Problem:
-    """The bundled 8×8 handwritten digits and a small CNN, which every method can solve in seconds.
+    """The bundled 8×8 handwritten digits and a small CNN, which every method solves in seconds.
 
-    No dropout: a method that sees all the data at each step is to see one and the same function.
+    There is no dropout, so that full-batch methods minimize a fixed function.
 
     >>> problem = digits_cnn()
     >>> problem.size, str(problem.target)
@@ -113,7 +112,7 @@ def _mnist(data: Any, name: str, model: Any, accuracy: float) -> Problem:
 
 
 DECAY = 1e-3
-# The least of the logistic problem's training loss, by SciPy in float64.
+# The minimum of the logistic problem's training loss, by SciPy in float64.
 LOGISTIC_OPTIMUM = 0.26068042792
 
 
@@ -122,7 +121,7 @@ def logistic() -> Problem:
 
         f(W, b) = mean of −log softmax(Wᵀx + b)[label] + ½ λ ‖W‖²,   λ = 10⁻³
 
-    The target is f ≤ 1.001 f*, the least value, which is known.
+    The target is f ≤ 1.001 f*, where the minimum f* is known.
 
     >>> str(logistic().target)[:12]
     'train loss ≤'
@@ -144,7 +143,7 @@ def logistic() -> Problem:
         about={
             "data": "the 1,797 bundled handwritten digits (UCI / scikit-learn, CC BY 4.0)",
             "regularization": f"½ · {DECAY:g} · ‖W‖², part of the training loss",
-            "least training loss": LOGISTIC_OPTIMUM,
+            "smallest training loss": LOGISTIC_OPTIMUM,
         },
     )
 
@@ -160,8 +159,8 @@ def _digits(split: str) -> dict[str, np.ndarray]:
 
 # ------------------------------------------------------------------ deep autoencoders
 
-# Squared error summed over pixels, mean per image; what a deep autoencoder had after pretraining by
-# Hinton and Salakhutdinov (2006) is the target, as recalled from the paper.
+# Squared error summed over pixels, mean over images. The targets are the errors of deep
+# autoencoders after pretraining in Hinton and Salakhutdinov (2006), quoted from memory.
 CURVES_TARGET, MNIST_TARGET = 1.44, 3.0
 CURVES_TRAIN, CURVES_TEST = 20_000, 10_000
 
@@ -169,21 +168,19 @@ CURVES_TRAIN, CURVES_TEST = 20_000, 10_000
 def autoencoder_curves(
     *, examples: int = CURVES_TRAIN, validation: float = 0.1, target: float = CURVES_TARGET
 ) -> Problem:
-    """The deep autoencoder 784-400-200-100-50-25-6 on CURVES, which is made anew.
+    """The deep autoencoder 784-400-200-100-50-25-6 on CURVES, which is generated.
 
     Args:
-      examples: how many pictures to train on, ≤ 20,000.
-      validation: the share of them that settings are chosen on.
+      examples: the number of training images, ≤ 20,000.
+      validation: the share of them on which settings are chosen.
       target: a training error, squared and summed over pixels.
     """
-    from jdl.compare.curves_dataset import curves
-
-    pictures = curves(CURVES_TRAIN + CURVES_TEST)
+    images = curves(CURVES_TRAIN + CURVES_TEST)
     return autoencoder(
         "autoencoder-curves",
         (400, 200, 100, 50, 25, 6),
-        pictures[: _at_most(examples, CURVES_TRAIN)],
-        pictures[CURVES_TRAIN:],
+        images[: _at_most(examples, CURVES_TRAIN)],
+        images[CURVES_TRAIN:],
         Target("train_squared_error", "at most", target),
         validation=validation,
         about={
@@ -204,8 +201,8 @@ def autoencoder_mnist(
 
     Args:
       data: as for `jdl.compare.mnist.read`.
-      examples: how many images to train on, the first ones; None for all.
-      validation: the share of them that settings are chosen on.
+      examples: the number of training images, the first ones; None for all.
+      validation: the share of them on which settings are chosen.
       target: a training error, squared and summed over pixels.
     """
     found = mnist.read(data, "autoencoder-mnist")
@@ -222,13 +219,13 @@ def autoencoder_mnist(
 def autoencoder_faces(data: Any) -> Problem:
     """The deep autoencoder 625-2000-1000-500-30 with linear outputs, on the faces of any tar.
 
-    Pictures are scaled to 25×25 grays in [0, 1]; where there are no `train/` and `test/`, a tenth
-    is tested on. The target is a quarter of the error of the mean face.
+    Images are scaled to 25×25 gray values in [0, 1]; without `train/` and `test/`, a tenth is the
+    test data. The target is a quarter of the error of the mean face.
     """
     from jdl.data import splits
 
     if data is None:
-        raise check.DataError("autoencoder-faces needs pictures of faces: name a tar with --data.")
+        raise check.DataError("autoencoder-faces needs images of faces: give a tar with --data.")
     halves = set(splits(data)) == {"train", "test"}
     parts = ("train", "test") if halves else ("train:0.1", "test:0.1")
     train, test = (mnist.images(data, split=part, size=(25, 25), label=None)[0] for part in parts)
@@ -254,7 +251,7 @@ def autoencoder(
     linear: bool = False,
     **fields: Any,
 ) -> Problem:
-    """A deep autoencoder of sigmoids, from Martens' sparse initialization, its code linear.
+    """A deep autoencoder of sigmoids with a linear code and Martens' sparse initialization.
 
     Args:
       name: its label.
@@ -262,8 +259,8 @@ def autoencoder(
       train: images uint8 [n, H, W, 1].
       test: likewise.
       target: what counts as solved.
-      linear: real outputs and half the squared error for a loss, rather than probabilities of
-        pixels and their cross entropy.
+      linear: whether outputs are real values with half the squared error as the loss, rather than
+        probabilities of pixels with their cross entropy.
       **fields: as for `arrays_problem`.
     """
     from jdl.models.autoencoder import Autoencoder
@@ -301,7 +298,7 @@ def _at_most(examples: int, there: int) -> int:
 def adding_rnn() -> Problem:
     """The adding problem over 50 steps and an LSTM of 64 units; target: test error ≤ 0.01.
 
-    To answer 1 always has a mean squared error of 0.167.
+    Always answering 1 has a mean squared error of 0.167.
     """
     from jdl.models.rnn import RNN
     from jdl.models.sequences import adding
@@ -317,7 +314,7 @@ def adding_rnn() -> Problem:
         {"image": x[10_000:], "label": y[10_000:]},
         target=Target("test_squared_error", "at most", 0.01),
         metrics={"squared_error": metrics.sum_squared_error},
-        about={"data": "generated: 50 pairs of number and mark, the two marked ones to be added"},
+        about={"data": "generated: 50 pairs of number and mark; the sum of the two marked numbers"},
     )
 
 
@@ -356,7 +353,7 @@ def rosenbrock() -> Problem:
 def _residuals(
     name: str, init: Any, residuals: Any, scale: np.ndarray, about: dict[str, Any]
 ) -> Problem:
-    """Least squares with one example, whose residuals are the model's outputs."""
+    """Least squares with one example; the model's outputs are the residuals."""
     return arrays_problem(
         name,
         lambda: from_fns(init, residuals),
@@ -375,7 +372,7 @@ CATALOGUE = {
     "mnist-mlp": Named(mnist_mlp, "MNIST", "MNIST, 784-500-300-10"),
     "mnist-cnn": Named(mnist_cnn, "MNIST", "MNIST, the classic CNN"),
     "autoencoder-curves": Named(
-        autoencoder_curves, "", "784-400-200-100-50-25-6 on CURVES, made anew"
+        autoencoder_curves, "", "784-400-200-100-50-25-6 on CURVES, generated"
     ),
     "autoencoder-mnist": Named(autoencoder_mnist, "MNIST", "784-1000-500-250-30 on MNIST"),
     "autoencoder-faces": Named(

@@ -1,7 +1,7 @@
-"""CURVES: pictures of random smooth curves, made anew after the literature's description.
+"""CURVES: images of random smooth curves, generated from the description in the literature.
 
-The papers' own files are not public. These follow what is written of them, but the width of the
-pen is not: errors on them are of the papers' kind and size, and not comparable to the digit.
+The papers' own files are not public, and the width of their pen is not described: errors on these
+images are of the same size as in the papers, but not equal to the digit.
 """
 
 from typing import Any
@@ -13,14 +13,15 @@ LOW, HIGH, APART = 2.0, 26.0, 2.0
 
 
 def curves(n: int, seed: int = 0) -> np.ndarray:
-    """Pictures uint8 [n, 28, 28, 1], one curve each, with six degrees of freedom.
+    """Images uint8 [n, 28, 28, 1] of one curve each, with six degrees of freedom.
 
-    Three points in the plane, coordinates in [2, 26], each at least 2 to the right of the last; the
-    natural cubic spline through them at 60 places, inked bilinearly, blurred twice, clipped at 1.
+    A curve is the natural cubic spline through three points with coordinates in [2, 26], each at
+    least 2 to the right of the last. It is drawn at 60 points with bilinear weights, blurred twice
+    and clipped at 1.
 
     Args:
-      n: how many.
-      seed: names them; the first m of n are the first m of any more.
+      n: the number of images.
+      seed: of the curves; a larger n has the same first images.
 
     >>> images = curves(3)
     >>> images.shape, bool((images.max(axis=(1, 2, 3)) > 100).all())
@@ -35,7 +36,7 @@ def curves(n: int, seed: int = 0) -> np.ndarray:
 
 
 def spline(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The natural cubic splines through three points each, at some places.
+    """Natural cubic splines through three points each, evaluated at `at`.
 
     Args:
       x: float[n, 3], ascending.
@@ -46,14 +47,15 @@ def spline(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     [[0.5]]
     """
     h, slope = np.diff(x), np.diff(y) / np.diff(x)
-    bend = 3.0 * (slope[:, 1] - slope[:, 0]) / (x[:, 2] - x[:, 0])  # the middle's second derivative
+    # The second derivative at the middle point.
+    curvature = 3.0 * (slope[:, 1] - slope[:, 0]) / (x[:, 2] - x[:, 0])
     right = at >= x[:, 1:2]
 
     def of_piece(values: np.ndarray) -> np.ndarray:
         return np.where(right, values[:, 1:2], values[:, 0:1])
 
     width, start, low, high = of_piece(h), of_piece(x), of_piece(y), of_piece(y[:, 1:])
-    a, b = np.where(right, bend[:, None], 0.0), np.where(right, 0.0, bend[:, None])
+    a, b = (np.where(c, curvature[:, None], 0.0) for c in (right, ~right))
     t = at - start
     first = (high - low) / width - width * (2 * a + b) / 6
     return low + t * (first + t * (a / 2 + t * (b - a) / (6 * width)))
@@ -72,7 +74,7 @@ def _some(n: int, seed: Any) -> np.ndarray:
             weight = 1.0 - np.abs(height - rows - down)
             weight *= 1.0 - np.abs(at - columns - across)
             r, c = rows + down, columns + across
-            inside = (r >= 0) & (r < SIDE) & (c >= 0) & (c < SIDE)  # a spline may swing out
+            inside = (r >= 0) & (r < SIDE) & (c >= 0) & (c < SIDE)  # a spline may leave the image
             which = np.broadcast_to(np.arange(n)[:, None], r.shape)[inside]
             np.add.at(ink, (which, r[inside], c[inside]), weight[inside])
     for _ in range(2):
@@ -81,7 +83,7 @@ def _some(n: int, seed: Any) -> np.ndarray:
 
 
 def _blurred(x: np.ndarray) -> np.ndarray:
-    """Each pixel a mean of itself and its neighbours, ¼ ½ ¼ down and across."""
+    """A blur with weights ¼ ½ ¼ along both axes."""
     for axis in (1, 2):
         wide = np.pad(x, [(0, 0)] + [(1, 1) if a == axis else (0, 0) for a in (1, 2)])
         cut = [np.take(wide, range(k, k + SIDE), axis=axis) for k in range(3)]

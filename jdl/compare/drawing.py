@@ -1,11 +1,11 @@
-"""How the house draws: its colours, names beside lines, and pictures inside a page.
+"""The style of all plots: colours, names beside lines, and SVG for pages.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; lines are named where they end, not in
-a legend; text becomes paths, so that a picture looks the same everywhere. matplotlib is imported
-when something is drawn.
+The colours are Okabe and Ito's, which the colour-blind can distinguish; lines are named at their
+ends instead of in a legend; text becomes paths, so that a picture looks the same everywhere.
+matplotlib is imported when something is drawn.
 
-For pictures of one's own in that manner: `LINES`, the colours in the order in which lines take
-them; `STYLE`, settings for `plt.rcParams.update`; `name_lines`, `leave_room`, `plain_ticks`.
+To draw your own pictures in this style, use `LINES`, the colours in order; `STYLE`, settings for
+`plt.rcParams.update`; `name_lines`, `leave_room` and `plain_ticks`.
 """
 
 import html
@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito, "Color Universal Design", 2008, in the order in which lines take them.
+# Okabe and Ito, "Color Universal Design", 2008, in the order of use.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-# The same hues for a dark page, lighter where the originals would sink into it.
+# The same hues for a dark page, lighter for contrast.
 LINES_DARK = ("#4aa8e0", "#ff8a3d", "#2fd3a2", "#e6a3c9", "#f5b933", "#8fd0f5", "#a9a9a9")
 INK, MUTED, GRID, PAPER = "#1b1d22", "#5a5e68", "#e4e5e9", "#fffffe"
 
@@ -59,7 +59,7 @@ STYLE: dict[Any, Any] = {
 
 
 def leave_room(axes: Any) -> None:
-    """Widens a logarithmic x axis, so that names stand inside the figure; sets both axes' ticks.
+    """Widens a logarithmic x axis, so that names fit inside the figure; sets both axes' ticks.
 
     Args:
       axes: with labelled lines, before `name_lines`.
@@ -83,10 +83,10 @@ def leave_room(axes: Any) -> None:
 
 
 def name_lines(figure: Any, axes: Any) -> None:
-    """Writes each line's name beside its end, moved up or down as far as the others require.
+    """Writes each line's name beside its end, moved up or down to avoid overlaps.
 
     Args:
-      figure: that of the axes, its layout done.
+      figure: the axes' figure, after its layout is done.
       axes: with lines plotted with a `label`.
 
     >>> from matplotlib.figure import Figure
@@ -140,7 +140,7 @@ def name_lines(figure: Any, axes: Any) -> None:
 
 
 def color_of(optimizers: Sequence[str], optimizer: str) -> int:
-    """The place of an optimizer's colour; tuned and untuned share one.
+    """The index of an optimizer's colour; tuned and untuned share one.
 
     >>> [color_of(["adam", "adam-tuned", "hf"], x) for x in ("adam", "adam-tuned", "hf")]
     [0, 0, 1]
@@ -186,7 +186,7 @@ def spread(
 
 
 def save(figure: Any, path: str | Path) -> None:
-    """Writes a PNG, twice as fine as a screen, or an SVG, by the name's ending."""
+    """Writes a PNG at 200 dpi or an SVG, by the name's ending."""
     import matplotlib
 
     metadata = {"Date": None} if Path(path).suffix == ".svg" else None
@@ -195,12 +195,12 @@ def save(figure: Any, path: str | Path) -> None:
 
 
 def inline_svg(figure: Any, prefix: str, description: str) -> str:
-    """The figure as an SVG element for a page: no addresses, colours by the page's variables.
+    """The figure as an SVG element for a page, its colours replaced by CSS variables.
 
     Args:
-      figure: what to draw.
-      prefix: put before every id, so that several pictures share a page.
-      description: for those who cannot see it.
+      figure: the matplotlib figure.
+      prefix: of every id, so that several pictures can share a page.
+      description: for screen readers.
     """
     import matplotlib
 
@@ -228,7 +228,7 @@ def inline_svg(figure: Any, prefix: str, description: str) -> str:
 
 
 def _keep_inner(match: re.Match[str]) -> str:
-    """Namespaces go everywhere; sizes only from the root, whose viewBox scales it."""
+    """Removes namespaces everywhere, and sizes from the root, whose viewBox scales it."""
     attribute = match.group(0)
     is_size = attribute.lstrip().startswith(("width", "height"))
     return attribute if is_size and not attribute.rstrip('"').endswith("pt") else ""
@@ -236,7 +236,7 @@ def _keep_inner(match: re.Match[str]) -> str:
 
 @contextmanager
 def figures() -> Iterator[Any]:
-    """The figure module, under this house's style."""
+    """matplotlib's figure module, in this style."""
     import matplotlib
     from matplotlib import figure
 
@@ -245,11 +245,11 @@ def figures() -> Iterator[Any]:
 
 
 def plain_ticks(axis: Any, low: float, high: float) -> None:
-    """Numbers as people write them on a log axis, only where there is something to read off.
+    """Ticks 1, 2, 5, 10, … on a log axis, within the range shown.
 
     Args:
       axis: an x or y axis on a log scale.
-      low: the least value shown, > 0.
+      low: the smallest value shown, > 0.
       high: the largest.
 
     >>> from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a study's trials are fed: the batches to train on, and one evaluation for all of them."""
+"""The data of a study's trials: batches to train on, and one evaluation shared by all."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,17 +14,17 @@ from jdl.core import check
 from jdl.core.model import as_model
 from jdl.core.types import Batch
 from jdl.train import parallel, step
-from jdl.train.clock import as_floats
+from jdl.train.step import as_floats
 
 EVALUATION_BATCH = 1024
-HELD_BYTES = 1 << 30  # larger evaluation data is read anew at each evaluation
+HELD_BYTES = 1 << 30  # larger evaluation data is read again at each evaluation
 # Numbers in the inputs of one slice of a full batch: 256 images of 128×128, whose activations in
 # the default CNN, kept for the gradient, take about 2 GiB.
 MICROBATCH_NUMBERS = 1 << 22
 
 
 class Training(NamedTuple):
-    """The batches an entry trains on, and into how many slices each is cut."""
+    """The batches an entry trains on, and the number of slices of each."""
 
     data: Iterable[Batch]
     microbatches: int
@@ -33,15 +33,15 @@ class Training(NamedTuple):
 def training(
     problem: Problem, entry: Entry, seed: int, devices: Sequence[jax.Device] | None = None
 ) -> Training:
-    """What an entry trains on: in the same order for all that share seed and batch size."""
+    """The batches of an entry, in the same order for all with the same seed and batch size."""
     if (rows := step_rows(problem, entry)) < problem.size:
         return Training(problem.train(rows, seed, None), entry.microbatches or 1)
-    # The order within the whole changes sums by rounding only: one for all seeds.
+    # The order within a full batch changes sums by rounding only: one for all seeds.
     whole = next(iter(problem.train(problem.size, 0, 1)))
     numbers = problem.size * _numbers(problem)
     slices = entry.microbatches or max(1, -(-numbers // MICROBATCH_NUMBERS))
     placement = parallel.placement(devices)
-    # Cut evenly, filled up with masked rows where it does not divide.
+    # Equal slices, filled up with masked examples.
     share = slices * placement.num_devices
     if problem.size % share:
         (whole,) = _padded([whole], -(-problem.size // share) * share)
@@ -49,12 +49,12 @@ def training(
 
 
 def step_rows(problem: Problem, entry: Entry) -> int:
-    """How many examples a step sees: the batch size, or all there are."""
+    """The number of examples of a step: the batch size, or all there are."""
     return problem.size if entry.batch_size == "full" else min(entry.batch_size, problem.size)
 
 
 def _numbers(problem: Problem) -> int:
-    """How many numbers the model is given for one example."""
+    """The number of array elements of one example."""
     batch = next(iter(problem.train(1, 0, 1)))
     names = (problem.inputs,) if isinstance(problem.inputs, str) else problem.inputs
     return max(1, sum(np.size(batch[name]) for name in names))
@@ -75,10 +75,10 @@ class Repeated:
 class Evaluation:
     """The loss and the metrics on training and other data: one program for all optimizers.
 
-    Compiled once a problem, it gives every optimizer literally the same evaluation.
+    Compiled once for each problem.
 
     Args:
-      problem: whose model, loss and metrics.
+      problem: of the model, loss and metrics.
       devices: as for `Estimator`.
       splits: name -> data; by default the problem's training and test data.
     """
@@ -119,7 +119,7 @@ class Evaluation:
                     sums[name] = sums.get(name, 0.0) + value
                 count += float(examples)
             if count == 0:
-                raise check.DataError(f"The {split} data holds no example.")
+                raise check.DataError(f"The {split} data has no examples.")
             values |= {f"{split}_{name}": value / count for name, value in sums.items()}
         if self._penalty is not None:
             values["train_loss"] += float(self._penalty(params))
@@ -130,7 +130,7 @@ Put: TypeAlias = Callable[[Batch], Batch]
 
 
 def _passes(factory: Data, rows: int, put: Put) -> Iterable[Batch]:
-    """Data to pass over again and again: held if it is small enough, else read anew each time."""
+    """Batches to iterate over repeatedly: held in memory if small enough, else read each time."""
     held: list[Batch] = []
     size = 0
     for batch in _padded(factory(rows, 0, 1), rows):

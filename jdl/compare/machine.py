@@ -1,4 +1,4 @@
-"""What a study ran on: the machine, the versions and the flags that its clocks depend on."""
+"""The machine, the versions and the flags that a study's timings depend on."""
 
 import functools
 import importlib.metadata
@@ -13,7 +13,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 
 @functools.cache
 def describe() -> dict[str, Any]:
-    """The machine as plain values, fit for TOML: two runs that differ here share no clock.
+    """The machine as plain values for TOML; timings compare only where they are equal.
 
     >>> sorted(describe()["versions"])
     ['flax', 'grain', 'jax', 'jaxlib', 'jdl', 'numpy', 'optax', 'python']
@@ -39,20 +39,18 @@ def describe() -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the code that runs, "-dirty" where it was changed since; empty if unknown."""
+    """The commit of the running code, with "-dirty" if it was changed since; empty if unknown."""
     here = str(Path(__file__).parent)
-    told = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+
+    def git(*command: str) -> str:
+        line = ["git", "-C", here, *command]
+        run = subprocess.run(line, check=True, capture_output=True, text=True, timeout=10)
+        return run.stdout.strip()
+
     try:
-        # That the package lies inside some repository does not make it a part of it.
-        subprocess.run(
-            ["git", "-C", here, "ls-files", "--error-unmatch", Path(__file__).name],
-            check=True,
-            capture_output=True,
-            timeout=10,
-        )
-        return subprocess.run(
-            told, check=True, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
+        # Fails where the package is installed inside a repository it is no part of.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -76,13 +74,13 @@ def _processor() -> str:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         pass
     return platform.processor() or platform.machine()
 
 
 def _cores() -> int:
-    """The cores this process may use, which in a container are fewer than the machine's."""
+    """The cores available to this process; in a container fewer than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""MNIST, or any data set of its format, from a folder or a tar that the user has."""
+"""MNIST, or a data set of the same format, from the user's folder or tar."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +20,15 @@ class Mnist(NamedTuple):
 
 
 def read(data: Any, needed_for: str) -> Mnist:
-    """MNIST from where the user says it is.
+    """Reads MNIST.
 
     Args:
       data: a folder with the four IDX files (plain or .gz), or tars of its images, as `jdl pack`
         makes them: `train/<digit>/….png` and `test/<digit>/….png`.
-      needed_for: the problem's name, for the message.
+      needed_for: the problem's name, for the error.
 
     Raises:
-      DataError: it is not there, or is something else.
+      DataError: the files are missing or hold something else.
     """
     from jdl.data import splits
 
@@ -38,7 +38,7 @@ def read(data: Any, needed_for: str) -> Mnist:
         "`jdl pack` made of them."
     )
     if data is None:
-        raise check.DataError(f"{needed_for} needs MNIST. Name it with {where}")
+        raise check.DataError(f"{needed_for} needs MNIST. Give {where}")
     folder = Path(data) if isinstance(data, str | Path) else None
     if folder is not None and any(folder.glob("*-ubyte*")):
         return Mnist(*_idx(folder, "train", where), *_idx(folder, "t10k", where))
@@ -70,11 +70,11 @@ def _idx(folder: Path, part: str, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def images(data: Any, **options: Any) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
-    """All the images of tars in memory, uint8 [n, H, W, 1], with labels and the class table.
+    """All images of tars in memory, uint8 [n, H, W, 1], with their labels and the class names.
 
     Args:
       data: as for `jdl.data.from_tar`.
-      **options: further arguments of it.
+      **options: its further arguments.
     """
     from jdl.data import from_tar
 

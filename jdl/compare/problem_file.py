@@ -1,13 +1,13 @@
-"""A problem of the user's own: a Python file with `model`, `loss` and `data`.
+"""Problems from Python files that define `model`, `loss` and `data`.
 
     model   a Linen module or a `jdl.Model`, or a function that makes one
     loss    `loss(outputs, batch) -> float[B]`, or a name of `jdl.losses`
     data    entry of the batch -> array [n, …], such as {"image": x, "label": y}
 
-Besides, where wanted: `test`, as `data`; `target`, (metric, "at least" or "at most", threshold);
-`metrics`, name -> function; `inputs`, the entry that the model is given ("image"); `name`;
-`version`; `validation`, the share of the data that settings are chosen on. When the file changes,
-its trials run anew; when something that it reads changes, give it another `version`, an integer.
+Optional: `test`, as `data`; `target`, (metric, "at least" or "at most", threshold); `metrics`,
+name -> function; `inputs`, the entry that the model takes ("image"); `name`; `version`;
+`validation`, the share of the data on which settings are chosen. When the file changes, its trials
+are run again; when data that it reads changes, give it another `version`, an integer.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ from jdl.train import step
 
 
 def load_problem(path: str | Path) -> Problem:
-    """The problem that a Python file holds. The file is run: it is to be the user's own.
+    """The problem defined by a Python file, which is executed.
 
     Raises:
-      DataError: it is missing, fails, or lacks something; the message names the line.
+      DataError: it is missing, raises an error, or lacks a definition; the message has the line.
     """
     path = Path(path)
     module = _run(path)
@@ -103,7 +103,7 @@ def _run(path: Path) -> ModuleType:
 
 
 def _failure(path: Path, error: BaseException) -> str:
-    """One line: which line of the file, what was wrong."""
+    """The error in one line, with the line of the file."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
@@ -123,19 +123,19 @@ def _arrays(path: Path, name: str, given: Any) -> dict[str, np.ndarray]:
     arrays = {key: _plain(np.asarray(x)) for key, x in given.items()}
     shapes = {key: x.shape for key, x in arrays.items()}
     same = all(s and s[0] and s[0] == next(iter(shapes.values()))[0] for s in shapes.values())
-    check.argument(same, f"{name} in {path}", "arrays of one number of rows, at least 1", shapes)
+    check.argument(same, f"{name} in {path}", "arrays of equal length, at least 1", shapes)
     return arrays
 
 
 def _plain(x: np.ndarray) -> np.ndarray:
-    """In the types that JAX computes in."""
+    """As float32 or int32 instead of 64 bits."""
     if x.dtype == np.float64:
         return x.astype(np.float32)
     return x.astype(np.int32) if x.dtype == np.int64 else x
 
 
 def _first_loss(path: Path, problem: Problem) -> float:
-    """The loss of some initial parameters on a few examples: mistakes are told before a study."""
+    """The loss of initial parameters on a few examples; raises before a study starts."""
     batch = next(iter(problem.train(min(problem.size, 256), 0, 1)))
     try:
         model = as_model(problem.model())
@@ -157,7 +157,7 @@ def _first_loss(path: Path, problem: Problem) -> float:
 
 
 def _target(path: Path, given: Any, problem: Problem, first: float) -> Target:
-    """The file's target; else 90 % right, or a tenth of the first loss."""
+    """The file's target; by default an accuracy of 90 %, or a tenth of the first loss."""
     held = "test" if problem.test is not None else "train"
     if given is None and "accuracy" in problem.metrics:
         return Target(f"{held}_accuracy", "at least", 0.9)

@@ -1,4 +1,4 @@
-"""Problems: a model, a loss, data, and the target that counts as solved."""
+"""Problems: a model, a loss, data, and a target."""
 
 import dataclasses
 import re
@@ -14,22 +14,23 @@ from jdl.core import check
 from jdl.core.types import Batch, Loss, Metric, Params
 from jdl.data import Holdout
 
-# (batch_size, seed, epochs) -> batches. For `epochs=None` without end, shuffled by the seed, whole;
-# for `epochs=1` every example once, the last batch smaller, or padded with a "mask".
+# (batch_size, seed, epochs) -> batches. For `epochs=None` an endless sequence of whole batches,
+# shuffled by the seed; for `epochs=1` every example once, the last batch smaller, or padded with a
+# "mask".
 Data: TypeAlias = Callable[[int, int, int | None], Iterable[Batch]]
 
 Build: TypeAlias = Callable[[tuple[int, ...], int], Any]  # (image shape, classes) -> model
 
-VALIDATION = 1 / 6  # of the training examples, that settings are chosen on
+VALIDATION = 1 / 6  # share of the training examples on which settings are chosen
 
 
 class Split(NamedTuple):
-    """The training data in two: what trials train on while settings are chosen, and are judged by.
+    """The training data in two, for tuning: to train on, and to choose settings by.
 
     Attributes:
-      train: as `Problem.train`, without the validation's examples.
-      validation: those.
-      size: how many examples the first has.
+      train: as `Problem.train`, without the validation examples.
+      validation: the validation examples.
+      size: the number of examples of `train`.
     """
 
     train: Data
@@ -38,23 +39,22 @@ class Split(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What the optimizers of a study are to solve.
+    """A problem for the optimizers of a study.
 
     Attributes:
-      name: its label, and its directory.
+      name: its label, and the name of its directory.
       model: makes the model: a Linen module or a `jdl.Model`.
       loss: `loss(outputs, batch) -> float[B]`.
       train: `train(batch_size, seed, epochs)`, see `Data`.
-      test: likewise; None where nothing is held out.
-      size: how many training examples there are.
-      target: fixed before anything runs.
+      test: likewise; None if nothing is held out.
+      size: the number of training examples.
+      target: what counts as solved, fixed before anything runs.
       metrics: name -> `metric(outputs, batch) -> float[B]`, evaluated besides the loss.
-      inputs: the entry of the batch that the model is given, or a tuple of several.
-      about: what the report lists, by plain values; where it differs, a trial is run anew.
-      regularizer: a scalar function of the parameters, part of the training loss.
-      split: the training data in two, for tuning; None where settings are to be chosen by the
-        training loss.
-      version: changes whenever results of before cannot be compared with those of after.
+      inputs: the entry of the batch that the model takes, or a tuple of several.
+      about: facts for the report, as plain values; if they change, trials are run again.
+      regularizer: a scalar function of the parameters, added to the training loss.
+      split: the training data in two, for tuning; None to choose settings by the training loss.
+      version: changes whenever results before and after cannot be compared.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
     version: int = 1
 
     def evaluated(self) -> dict[str, Data]:
-        """What a trial is judged by: training and test data."""
+        """The data that trials are evaluated on: training and test data."""
         given = {"train": self.train, "test": self.test}
         return {name: data for name, data in given.items() if data is not None}
 
@@ -87,15 +87,15 @@ def arrays_problem(
     validation: float = VALIDATION,
     **fields: Any,
 ) -> Problem:
-    """A problem whose data are arrays in memory.
+    """A problem whose data is arrays in memory.
 
     Args:
       name: its label.
       model: makes the model.
       loss: `loss(outputs, batch) -> float[B]`.
       train: entry of the batch -> array [n, …].
-      test: likewise; None where nothing is held out.
-      validation: the share of `train` that settings are chosen on, in [0, 0.9]; 0 for none.
+      test: likewise; None if nothing is held out.
+      validation: the share of `train` on which settings are chosen, in [0, 0.9]; 0 for none.
       **fields: further fields of `Problem`, `target` among them.
 
     >>> from jdl.models import MLP
@@ -151,7 +151,7 @@ def plain_cnn(image_shape: tuple[int, ...], num_classes: int) -> Any:
 
 
 class _OfTraining(Holdout):
-    """One side of a split by hash of the members under `train/`."""
+    """A split by hash of the members under `train/`."""
 
     __slots__ = ()
 
@@ -174,20 +174,20 @@ def tar_problem(
 ) -> Problem:
     """A problem of the images in tar archives.
 
-    Where their members lie under `train/` and `test/`, the one is trained on and the other tested
-    on; else everything is trained on and nothing is held out. Settings are chosen on a sixth of the
-    training images, by a hash of their names.
+    If their members are under `train/` and `test/`, these are the training and the test data; else
+    all of it is training data. Settings are chosen on a sixth of the training images, by a hash of
+    their names.
 
     Args:
       paths: as for `jdl.data.from_tar`.
-      model: `model(image_shape, num_classes)` builds it; without dropout, full-batch methods see
-        one function all the way.
+      model: `model(image_shape, num_classes)` builds it; without dropout a full-batch method
+        minimizes a fixed function.
       name: its label; by default made of the archive's name and the model's.
-      target: by default an accuracy of at least 90 %, on the test data where there are any.
+      target: by default an accuracy of at least 90 %, on the test data if there is any.
       loss: `loss(outputs, batch) -> float[B]`.
       metrics: name -> `metric(outputs, batch) -> float[B]`.
-      inputs: the entry of the batch that the model is given.
-      about: what else the report is to list.
+      inputs: the entry of the batch that the model takes.
+      about: further facts for the report.
       **options: further arguments of `from_tar`: size, grayscale, label, on_error …
 
     >>> from jdl.data import digits_path
@@ -205,7 +205,7 @@ def tar_problem(
     classes = first.classes
     image_shape = tuple(first.element_spec["image"].shape[1:])
     if held_out:
-        # Labels that training does not know are told here, before anything runs.
+        # Raises here, before anything runs, for labels that the training data does not have.
         from_tar(paths, split=test_split, batch_size=1, classes=classes, **options)
     built = model(image_shape, len(classes or ()))
 
@@ -227,7 +227,7 @@ def tar_problem(
         return (_OfTraining if held_out else Holdout)(part, VALIDATION)
 
     split = None
-    if first.num_records >= 60:  # of fewer, a sixth by chance may be none
+    if first.num_records >= 60:  # of fewer records, a random sixth may be empty
         kept: Any = data(side("train"))(1, 0, 1)
         split = Split(data(side("train")), data(side("test")), kept.num_records)
     archives = [Path(path).name for path in expand(paths)]
@@ -261,7 +261,7 @@ def tar_problem(
 
 
 def one_line(model: Any) -> str:
-    """A model as its constructor's call, functions by their names.
+    """A model as the call of its constructor, with functions by name.
 
     >>> from jdl.models import MLP
     >>> one_line(MLP(num_outputs=3, widths=(8,)))[:31]
@@ -270,6 +270,6 @@ def one_line(model: Any) -> str:
     if not dataclasses.is_dataclass(model):
         return type(model).__name__
     fields = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
-    told = ", ".join(f"{name}={getattr(model, name)!r}" for name in fields)
-    told = re.sub(r"<function (?:[\w.]*\.)?(?:<locals>\.)?(\w+)[^>]*>", r"\1", told)
-    return f"{type(model).__name__}({told})"
+    call = ", ".join(f"{name}={getattr(model, name)!r}" for name in fields)
+    call = re.sub(r"<function (?:[\w.]*\.)?(?:<locals>\.)?(\w+)[^>]*>", r"\1", call)
+    return f"{type(model).__name__}({call})"

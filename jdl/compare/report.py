@@ -1,6 +1,6 @@
-"""A study's report: one page that needs no network, and the same for machines and for READMEs.
+"""A study's report: a page that needs no network, a short version in Markdown, and the data.
 
-report.html   headline, pictures, table, steps, settings, machine, data; light and dark
+report.html   headline, pictures, tables, settings, machine, data; light and dark
 report.md     the same in short
 curves, steps, sensitivity, profiles   .png and .svg; of several problems with their names
 results.csv   every evaluation
@@ -9,7 +9,7 @@ results.csv   every evaluation
 import csv
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -49,37 +49,38 @@ a { color: inherit } code { font-size: .9em }
 
 
 def write(workdir: str | Path, results: Results | None = None) -> Path:
-    """Writes all files of the report into the study's directory, and gives `report.html`.
+    """Writes all files of the report into the study's directory and returns `report.html`.
 
     Args:
       workdir: the study's directory.
-      results: its results; by default they are read from there.
+      results: its results; None to read them from there.
 
     Raises:
-      UserError: they cannot be written: the disk is full, say.
+      UserError: they cannot be written: the disk is full, for example.
     """
     workdir = Path(workdir)
     results = store.load_results(workdir) if results is None else results
     try:
-        _write(workdir, results)
+        for problem in results.problems:
+            suffix = _suffix(results, problem)
+            drawn = {"curves": plots.curves, "steps": plots.steps, "sensitivity": plots.sensitivity}
+            for name, draw in drawn.items():
+                _save(draw(results, problem), workdir / f"{name}{suffix}")
+        _save(plots.profiles(results), workdir / "profiles")
+        write_atomically(workdir / "results.csv", csv_text(results))
+        write_atomically(workdir / "report.md", markdown(results))
+        write_atomically(workdir / "report.html", page(results))
     except OSError as error:
         raise check.UserError(
-            f"The report cannot be written into {workdir}: {error.strerror}. What was measured "
-            f"stays there; afterwards `jdl compare --report --workdir {workdir}` writes the report."
+            f"The report cannot be written into {workdir}: {error.strerror}. The measurements "
+            f"are kept; afterwards `jdl compare --report --workdir {workdir}` writes the report."
         ) from error
     return workdir / "report.html"
 
 
-def _write(workdir: Path, results: Results) -> None:
-    for problem in results.problems:
-        suffix = "" if len(results.problems) == 1 else f"-{problem}"
-        drawn = {"curves": plots.curves, "steps": plots.steps, "sensitivity": plots.sensitivity}
-        for name, draw in drawn.items():
-            _save(draw(results, problem), workdir / f"{name}{suffix}")
-    _save(plots.profiles(results), workdir / "profiles")
-    write_atomically(workdir / "results.csv", csv_text(results))
-    write_atomically(workdir / "report.md", markdown(results))
-    write_atomically(workdir / "report.html", page(results))
+def _suffix(results: Results, problem: str) -> str:
+    """What follows a picture's name where there are several problems."""
+    return "" if len(results.problems) == 1 else f"-{problem}"
 
 
 def _save(figure: Any | None, stem: Path) -> None:
@@ -92,17 +93,18 @@ def _save(figure: Any | None, stem: Path) -> None:
 
 
 def page(results: Results) -> str:
-    """`report.html`: everything in one file, every word from outside escaped."""
+    """`report.html`: everything in one file, all text from outside escaped."""
     colors = [
         " ".join(f"--line-{i}: {color};" for i, color in enumerate(line))
         for line in (drawing.LINES, drawing.LINES_DARK)
     ]
     body = "".join(_problem(results, problem, i) for i, problem in enumerate(results.problems))
+    body += _standings(results) + _settings(results) + _foot(results)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_title(results)}</title><style>{STYLE % tuple(colors)}</style></head><body>\n"
-        f"<h1>{_title(results)}</h1>\n{body}{_standings(results)}{_settings(results)}{_foot(results)}</body></html>\n"
+        f"<h1>{_title(results)}</h1>\n{body}</body></html>\n"
     )
 
 
@@ -112,102 +114,92 @@ def _title(results: Results) -> str:
 
 
 def _problem(results: Results, problem: str, place: int) -> str:
-    about = results.problem(problem)
-    found = [
-        f"<h2>{_escape(tables.named(results, problem) + res.headline(results, problem))}</h2>",
-        f"<p>{_escape(tables.question(results, problem))}</p>",
-        *(
-            f'<p class="trouble">{_escape(words)}</p>'
-            for words in tables.troubles(results, problem)
-        ),
-        '<div class="figures">',
-    ]
-    for i, panel in enumerate(plots.panels(results, problem)):
-        svg = drawing.inline_svg(
+    title = tables.named(results, problem) + res.headline(results, problem)
+    found = [f"<h2>{_escape(title)}</h2>", f"<p>{_escape(tables.question(results, problem))}</p>"]
+    for trouble in tables.troubles(results, problem):
+        found.append(f'<p class="trouble">{_escape(trouble)}</p>')
+    panels = [
+        _picture(
             plots.panel_figure(results, problem, panel),
             f"p{place}f{i}",
             f"{panel.title}: {panel.y_label} against {panel.x_label}, one line an optimizer. "
             "The table below has the numbers.",
         )
-        found.append(f"<figure style='margin:0'>{svg}</figure>")
-    found.append("</div>")
-    found.append(f'<p class="note">{_escape(tables.caption(results))}</p>')
+        for i, panel in enumerate(plots.panels(results, problem))
+    ]
+    found += ['<div class="figures">', *panels, "</div>", _note(tables.caption(results))]
     header, rows = res.table(results, problem)
     found.append(f"<h3>Final values, and the way to {_escape(str(results.target(problem)))}</h3>")
-    found.append(_table(header, rows, results))
-    if described := tables.describe_steps(results, problem):
-        found.append("<h3>What each second-order step did</h3>")
-        cells = [[s.optimizer, f"{s.number:,}", *s.cells] for s in described]
-        found.append(_table(tables.STEP_HEADER, cells, results, wide=len(tables.STEP_HEADER) - 1))
-        figure = plots.steps(results, problem)
-        if figure is not None:
-            svg = drawing.inline_svg(figure, f"p{place}s", "What each second-order step did.")
-            found.append(f"<div class='scroll'><div style='min-width:34rem'>{svg}</div></div>")
-            found.append(
-                f'<p class="note">Seed {results.study["seeds"][0]}. Medians in the table are over '
-                "all steps of all seeds; costs are in gradients of the step's batch.</p>"
-            )
-    if (table := tables.tuning_table(results, problem)) is not None:
-        header, rows, note = table
-        found.append(f"<h3>Tuning</h3>{_table(header, rows, results)}")
-        found.append(f'<p class="note">{_escape(note)}</p>')
-        svg = drawing.inline_svg(
-            plots.sensitivity(results, problem), f"p{place}t", "What each value tried ended with."
-        )
-        found.append(f"<div class='scroll'><div style='min-width:34rem'>{svg}</div></div>")
-        found.append(
-            '<p class="note">Large dots: chosen. Rings: cut early. Crosses on the upper edge: '
-            "diverged or failed.</p>"
-        )
-    found.append(f"<h3>The problem</h3>{_facts(about)}")
+    found.append(_table(tables.Table(header, rows), results))
+    if (steps := tables.describe_steps(results, problem)) is not None:
+        found += ["<h3>What each second-order step did</h3>", _table(steps, results)]
+        figure, about = plots.steps(results, problem), "What each second-order step did."
+        found += [_wide_picture(figure, f"p{place}s", about), _note(steps.note)]
+    if (tuning := tables.tuning_table(results, problem)) is not None:
+        found += ["<h3>Tuning</h3>", _table(tuning, results), _note(tuning.note)]
+        figure, about = plots.sensitivity(results, problem), "What each value tried ended with."
+        found.append(_wide_picture(figure, f"p{place}t", about))
+        marks = "Large dots: chosen. Rings: cut early. Crosses on the upper edge: "
+        found.append(_note(marks + "diverged or failed."))
+    found.append(f"<h3>The problem</h3>{_facts(results.problem(problem))}")
     return "\n".join(found) + "\n"
 
 
 def _standings(results: Results) -> str:
-    found = tables.standings(results)
-    if found is None:
+    table = tables.standings(results)
+    if table is None:
         return ""
-    header, rows, note = found
-    svg = drawing.inline_svg(
-        plots.profiles(results), "profile", "Performance profiles; the scores above sum them up."
-    )
+    about = "Performance profiles; the scores above sum them up."
     return (
-        "<h3>Over all problems and seeds</h3>"
-        f'{_table(header, rows, results)}<p class="note">{_escape(note)}</p>'
-        f"<figure style='margin:0;max-width:30rem'>{svg}</figure>"
+        f"<h3>Over all problems and seeds</h3>{_table(table, results)}{_note(table.note)}"
+        + _picture(plots.profiles(results), "profile", about, "max-width:30rem")
     )
 
 
 def _settings(results: Results) -> str:
-    rows = [[name, told] for name, told in tables.settings(results)]
-    return "<h3>Settings</h3>" + _table(["optimizer", "settings"], rows, results, wide=1)
+    table = tables.Table(["optimizer", "settings"], tables.settings(results))
+    return "<h3>Settings</h3>" + _table(table, results)
+
+
+def _picture(figure: Any, prefix: str, description: str, style: str = "") -> str:
+    svg = drawing.inline_svg(figure, prefix, description)
+    return f"<figure style='margin:0;{style}'>{svg}</figure>"
+
+
+def _wide_picture(figure: Any | None, prefix: str, description: str) -> str:
+    """A picture that scrolls on narrow screens."""
+    if figure is None:
+        return ""
+    return f"<div class='scroll'>{_picture(figure, prefix, description, 'min-width:34rem')}</div>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{_escape(text)}</p>'
 
 
 def _foot(results: Results) -> str:
     where = results.study["machine"]
-    versions = _versions(results)
     rules = "".join(f"<li>{_escape(rule)}</li>" for rule in tables.rules_of(results))
     flags = f" XLA_FLAGS: {where['xla_flags']}." if where["xla_flags"] else ""
     data = "data:text/csv;charset=utf-8," + quote(csv_text(results))
     return (
         f"<h3>How it was measured</h3><ul>{rules}</ul>"
         f"<h3>Machine and versions</h3><p>{_escape(machine.sentence(where))}.{_escape(flags)}</p>"
-        f"<p>{_escape(versions)}.</p>"
+        f"<p>{_escape(_versions(results))}.</p>"
         f'<h3>Data</h3><p><a download="results.csv" href="{data}">results.csv</a>, every '
-        "evaluation, is in this page; the same and every step are in <code>metrics.jsonl</code> "
-        "beside it.</p>"
+        "evaluation, is part of this page; <code>metrics.jsonl</code> beside it also has every "
+        "step.</p>"
     )
 
 
-def _table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], results: Results, wide: int = -1
-) -> str:
+def _table(table: tables.Table, results: Results) -> str:
     """A table whose first column names optimizers, each with its colour."""
-    kinds = [' class="wide"' if place == wide else "" for place in range(len(header))]
-    pairs = zip(kinds, header, strict=True)
+    wide = {"settings", "how steps ended"}  # columns of sentences
+    kinds = [' class="wide"' if name in wide else "" for name in table.header]
+    pairs = zip(kinds, table.header, strict=True)
     head = "".join(f"<th{kind}>{_escape(name)}</th>" for kind, name in pairs)
     lines = []
-    for row in rows:
+    for row in table.rows:
         color = drawing.color_of(results.optimizers, row[0])
         key = f'<span class="key" style="background:var(--line-{color})"></span>'
         cells = [f"<td>{key}{_escape(row[0])}</td>"]
@@ -242,56 +234,41 @@ def markdown(results: Results) -> str:
     """`report.md`: headline, table, settings and machine."""
     found = []
     for problem in results.problems:
-        suffix = "" if len(results.problems) == 1 else f"-{problem}"
-        header, rows = res.table(results, problem)
-        found += [
-            f"# {tables.named(results, problem)}{res.headline(results, problem)}",
-            "",
-            tables.question(results, problem),
-            "",
-        ]
-        found += [f"- **{words}**" for words in tables.troubles(results, problem)]
+        suffix = _suffix(results, problem)
+        title = tables.named(results, problem) + res.headline(results, problem)
+        found += [f"# {title}", "", tables.question(results, problem), ""]
+        found += [f"- **{trouble}**" for trouble in tables.troubles(results, problem)]
         found += ["", f"![Training curves](curves{suffix}.png)", "", tables.caption(results), ""]
-        found += [*_pipes(header, rows), ""]
-        if described := tables.describe_steps(results, problem):
-            cells = [[s.optimizer, f"{s.number:,}", *s.cells] for s in described]
-            found += ["Medians over the steps of the second-order methods:", ""]
-            found += [
-                *_pipes(tables.STEP_HEADER, cells),
-                "",
-                f"![Steps](steps{suffix}.png)",
-                "",
-            ]
-        if (table := tables.tuning_table(results, problem)) is not None:
-            header, rows, note = table
-            found += ["## Tuning", "", *_pipes(header, rows), "", note, ""]
+        found += [*_pipes(tables.Table(*res.table(results, problem))), ""]
+        if (steps := tables.describe_steps(results, problem)) is not None:
+            found += ["Medians over the steps of the second-order methods:", "", *_pipes(steps)]
+            found += ["", f"![Steps](steps{suffix}.png)", ""]
+        if (tuning := tables.tuning_table(results, problem)) is not None:
+            found += ["## Tuning", "", *_pipes(tuning), "", tuning.note, ""]
             found += [f"![What each value tried ended with](sensitivity{suffix}.png)", ""]
-    over_all = tables.standings(results)
-    if over_all is not None:
-        header, rows, note = over_all
-        found += ["## Over all problems and seeds", "", *_pipes(header, rows), "", note, ""]
+    if (over_all := tables.standings(results)) is not None:
+        found += ["## Over all problems and seeds", "", *_pipes(over_all), "", over_all.note, ""]
         found += ["![Performance profile](profiles.png)", ""]
     found += ["## Settings", ""]
-    found += [f"- **{name}**: {told}" for name, told in tables.settings(results)]
-    where = results.study["machine"]
-    versions = _versions(results)
+    found += [f"- **{name}**: {settings}" for name, settings in tables.settings(results)]
     found += ["", "## How it was measured", "", *(f"- {rule}" for rule in tables.rules_of(results))]
-    found += ["", f"{machine.sentence(where)}. {versions}."]
-    found += ["", "Every evaluation: [results.csv](results.csv). Every step: "]
-    found[-1] += "[metrics.jsonl](metrics.jsonl)."
+    found += ["", f"{machine.sentence(results.study['machine'])}. {_versions(results)}.", ""]
+    found.append(
+        "Every evaluation: [results.csv](results.csv). Every step: [metrics.jsonl](metrics.jsonl)."
+    )
     return "\n".join(found) + "\n"
 
 
-def _pipes(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def _pipes(table: tables.Table) -> list[str]:
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    align = ["---", *["---:"] * (len(header) - 1)]
-    return [line(header), line(align), *(line(row) for row in rows)]
+    align = ["---", *["---:"] * (len(table.header) - 1)]
+    return [line(table.header), line(align), *(line(row) for row in table.rows)]
 
 
 def csv_text(results: Results) -> str:
-    """Every evaluation, one a line, with the trial it is of."""
+    """Every evaluation in a line, with its trial."""
     rows = [
         {"problem": t.problem, "optimizer": t.optimizer, "seed": t.seed, **row}
         for t in results.trials

@@ -1,10 +1,10 @@
-"""What a study found: trials read from its directory, and the table made of them.
+"""The results of a study: its trials, and the tables and sentences computed from them.
 
-Nothing here runs a model. A trial is what its directory holds, so that a report can be made again
-years later, and so that planted rows test the truth of the table.
+Nothing here runs a model: everything is computed from the files of the trials, so that a report can
+be made again years later, and tests can plant rows.
 
-The rule for targets: a trial reaches its target at the first evaluation within the budget that
-meets it. No interpolation: between two steps nobody holds parameters that do.
+A trial reaches its target at the first evaluation within the budget that meets it; there is no
+interpolation between evaluations.
 """
 
 import math
@@ -24,7 +24,7 @@ EVALUATION, STEP = "evaluate", "train"  # the `split` of a row
 
 
 class Target(NamedTuple):
-    """What counts as solved, fixed before anything runs.
+    """The value of a metric that counts as solved, fixed before anything runs.
 
     Attributes:
       metric: a column of the evaluation rows: train_loss, test_loss, test_accuracy …
@@ -58,14 +58,14 @@ class Trial(NamedTuple):
     """One optimizer on one problem from one seed.
 
     Attributes:
-      status: "done"; "diverged", where the loss stopped being finite; "budget", where not one
-        step fitted; "failed", where an error ended it; "cut", where tuning saw no hope; "missing",
-        where it has not run.
-      words: what happened, in a sentence; empty where all went well.
+      status: "done"; "diverged": the loss is not finite; "budget": one step takes more than the
+        budget; "failed": an error ended it; "cut": tuning stopped it early; "missing": it has not
+        run.
+      words: what happened, in a sentence; empty for "done".
       evaluations: rows in order, the first at step 0.
-      steps: what a second-order method said of each of its steps.
-      compile_seconds: apart from the budget.
-      settings: what it ran with.
+      steps: the rows of a second-order method's steps.
+      compile_seconds: not part of the budget.
+      settings: its `config.toml`.
     """
 
     problem: str
@@ -79,13 +79,13 @@ class Trial(NamedTuple):
     settings: Mapping[str, Any]
 
     def within(self, budget: Budget) -> tuple[Row, ...]:
-        """The evaluations that count: nobody gets more than the budget."""
+        """The evaluations within the budget."""
         most = float(budget.amount) * (1.0 + 1e-9)
         return tuple(row for row in self.evaluations if row[budget.column] <= most)
 
 
 class Results(NamedTuple):
-    """A study as it ran.
+    """A study and its trials.
 
     Attributes:
       study: its settings, as in `study.toml`.
@@ -99,7 +99,7 @@ class Results(NamedTuple):
 
     @property
     def budget(self) -> Budget:
-        """What each trial may spend."""
+        """The budget of each trial."""
         return Budget(**self.study["budget"])
 
     @property
@@ -113,7 +113,7 @@ class Results(NamedTuple):
         return tuple(entry["name"] for entry in self.study["optimizers"])
 
     def problem(self, name: str) -> Mapping[str, Any]:
-        """What `study.toml` says of a problem."""
+        """The problem's entry in `study.toml`."""
         return next(p for p in self.study["problems"] if p["name"] == name)
 
     def target(self, problem: str) -> Target:
@@ -126,7 +126,7 @@ class Results(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Median, least and largest over seeds. A miss counts as ∞ where small is good."""
+    """Median, smallest and largest over seeds. A miss counts as ∞ where small is good."""
 
     median: float
     low: float
@@ -149,17 +149,17 @@ class Line(NamedTuple):
     optimizer: str
     trials: int
     reached: int  # trials that met the target
-    each: tuple[float, ...]  # what each trial took to the target, in the budget's unit; ∞ for never
-    judged: Spread  # their spread
+    each: tuple[float, ...]  # each trial's cost to the target, in the budget's unit; ∞ for never
+    cost: Spread  # of these
     seconds: Spread  # to the target
     work: Spread  # to the target
     train_loss: Spread  # at the last evaluation within the budget
-    test: dict[str, Spread]  # ditto: metric -> spread; the target's metric among them
+    test: dict[str, Spread]  # likewise, of each test metric and the target's metric
     steps: Spread
     epochs: Spread
     compile_seconds: Spread
     statuses: tuple[str, ...]  # how each trial ended
-    troubles: tuple[str, ...]  # one sentence for each trial that did not end well
+    troubles: tuple[str, ...]  # a sentence for each trial that is not "done"
 
 
 def reached(trial: Trial, target: Target, budget: Budget) -> Row | None:
@@ -168,7 +168,7 @@ def reached(trial: Trial, target: Target, budget: Budget) -> Row | None:
 
 
 def cost_to_target(results: Results) -> dict[str, np.ndarray]:
-    """Optimizer -> what each (problem, seed) took to the target, ∞ where it was missed."""
+    """Optimizer -> its cost to the target for each (problem, seed), ∞ where it was missed."""
     budget = results.budget
 
     def cost(problem: str, optimizer: str, seed: int) -> float:
@@ -205,7 +205,7 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
         return Spread.of(math.inf if row is None else row[column] for row in first)
 
     def final(column: str) -> Spread:
-        # A trial that diverged has lost what it had: it may not shine with an earlier value.
+        # A trial that diverged has no final value: an earlier one does not count.
         lost = -math.inf if column.endswith("accuracy") else math.inf
         pairs = zip(trials, last, strict=True)
         return Spread.of(
@@ -224,7 +224,7 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
         trials=len(trials),
         reached=sum(row is not None for row in first),
         each=tuple(math.inf if row is None else row[budget.column] for row in first),
-        judged=to_target(budget.column),
+        cost=to_target(budget.column),
         seconds=to_target("seconds"),
         work=to_target("work"),
         train_loss=final("train_loss"),
@@ -245,7 +245,7 @@ def _or(value: float | None, otherwise: float) -> float:
 
 
 def criterion_curve(rows: Iterable[Row], criterion: str, budget: Budget) -> Curve:
-    """What a trial had after what it spent, by the criterion, small values good."""
+    """The criterion against the cost so far; small values are good."""
     sign = -1.0 if criterion.endswith("accuracy") else 1.0
     return Curve(
         tuple(
@@ -257,17 +257,17 @@ def criterion_curve(rows: Iterable[Row], criterion: str, budget: Budget) -> Curv
 
 
 def final_value(trial: Trial) -> float:
-    """The criterion of a tuning trial at its end, small values good; ∞ unless it was done."""
-    told = trial.settings.get("tuning")
-    if trial.status != "done" or told is None:
+    """The criterion at the end of a tuning trial, small values good; ∞ unless it is "done"."""
+    tuning = trial.settings.get("tuning")
+    if trial.status != "done" or tuning is None:
         return math.inf
     budget = Budget(**trial.settings["budget"])
-    points = criterion_curve(trial.within(budget), told["criterion"], budget).points
+    points = criterion_curve(trial.within(budget), tuning["criterion"], budget).points
     return points[-1][1] if points else math.inf
 
 
 def chosen(trials: Iterable[Trial]) -> float | None:
-    """The value that tuning chose: that of the trial that ended best; None where none did."""
+    """The value of the best tuning trial; None if none is "done"."""
     best = min(trials, key=final_value, default=None)
     if best is None or math.isinf(final_value(best)):
         return None
@@ -275,20 +275,20 @@ def chosen(trials: Iterable[Trial]) -> float | None:
 
 
 def tuning_cost(trials: Iterable[Trial], column: str) -> float:
-    """What all the tuning trials spent, by a column of their rows."""
+    """The total cost of the tuning trials, by a column of their rows."""
     return float(sum(trial.evaluations[-1][column] for trial in trials if trial.evaluations))
 
 
 class Tuned(NamedTuple):
-    """What choosing one optimizer's setting on one problem came to.
+    """The tuning of one optimizer on one problem.
 
     Attributes:
-      parameter: its name.
-      value: the one chosen; None where no trial ended well.
-      trials: (value, criterion at the end, how it ended) of each, in the order they ran.
-      criterion: the column that was to be least.
-      cost: what all trials spent, in the budget's unit.
-      judged: what it took to the target with that cost, once for all seeds.
+      parameter: the name of what was tuned.
+      value: the value chosen; None if no trial is "done".
+      trials: (value, criterion at the end, status) of each, in the order they ran.
+      criterion: the column by which the value was chosen.
+      cost: the cost of all tuning trials, in the budget's unit.
+      charged: the cost to the target over seeds, the cost of tuning added to each.
     """
 
     parameter: str
@@ -296,7 +296,7 @@ class Tuned(NamedTuple):
     trials: tuple[tuple[float, float, str], ...]
     criterion: str
     cost: float
-    judged: Spread
+    charged: Spread
 
 
 def tunings(results: Results, problem: str) -> dict[str, Tuned]:
@@ -304,20 +304,19 @@ def tunings(results: Results, problem: str) -> dict[str, Tuned]:
     found = {}
     for optimizer in results.optimizers:
         trials = results.tuned.get((problem, optimizer), ())
-        told = [t.settings["tuning"] for t in trials if "tuning" in t.settings]
-        if not told:
+        trials = tuple(trial for trial in trials if "tuning" in trial.settings)
+        if not trials:
             continue
-        criterion, column = told[0]["criterion"], results.budget.column
+        tuning = trials[0].settings["tuning"]
         ends = []
-        for trial, its in zip(trials, told, strict=False):
-            points = criterion_curve(trial.evaluations, criterion, results.budget).points
+        for trial in trials:
+            points = criterion_curve(trial.evaluations, tuning["criterion"], results.budget).points
             last = points[-1][1] if points and trial.status != "diverged" else math.inf
-            ends.append((float(its["value"]), abs(last), trial.status))
-        cost = tuning_cost(trials, column)
-        line = _line(results, problem, optimizer)
-        charged = Spread(*(x + cost for x in line.judged))
+            ends.append((float(trial.settings["tuning"]["value"]), abs(last), trial.status))
+        cost = tuning_cost(trials, results.budget.column)
+        charged = Spread(*(x + cost for x in _line(results, problem, optimizer).cost))
         found[optimizer] = Tuned(
-            told[0]["parameter"], chosen(trials), tuple(ends), criterion, cost, charged
+            tuning["parameter"], chosen(trials), tuple(ends), tuning["criterion"], cost, charged
         )
     return found
 
@@ -329,7 +328,7 @@ def table(results: Results, problem: str) -> tuple[list[str], list[list[str]]]:
     """The table of one problem as plain text: column names, and a row an optimizer.
 
     Args:
-      results: what `Study.run` gave, or `jdl.compare.load_results`.
+      results: what `Study.run` or `jdl.compare.load_results` returned.
       problem: the problem's name.
     """
     found = lines(results, problem)
@@ -348,42 +347,47 @@ def table(results: Results, problem: str) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(results: Results, problem: str) -> str:
-    """Who reached the target first, and whether the seeds leave room for luck."""
+    """Who reached the target first, and whether the seeds separate the optimizers."""
     target, budget = results.target(problem), results.budget
-    found = sorted(lines(results, problem), key=lambda line: line.judged.median)
+    found = sorted(lines(results, problem), key=lambda line: line.cost.median)
     seeds = max(line.trials for line in found)
 
-    def spent(amount: float) -> str:
-        return budget.spoken(formatted(budget.column, amount))
+    def in_words(amount: float) -> str:
+        return budget.in_words(formatted(budget.column, amount))
+
+    def some(candidates: list[Line]) -> str:
+        return ", ".join(
+            f"{x.optimizer} ({x.reached} of {x.trials})" for x in candidates if x.reached
+        )
 
     winner, others = found[0], found[1:]
     if not any(line.reached for line in found):
         return f"No optimizer reached {target} within {budget}."
-    if math.isinf(winner.judged.median):
-        some = ", ".join(f"{x.optimizer} ({x.reached} of {x.trials})" for x in found if x.reached)
-        return f"No optimizer reached {target} within {budget} in most seeds; some did: {some}."
-    first = f"{winner.optimizer} reached {target} first, after {spent(winner.judged.median)}"
+    if math.isinf(winner.cost.median):
+        return (
+            f"No optimizer reached {target} within {budget} in most seeds; some did: {some(found)}."
+        )
+    first = f"{winner.optimizer} reached {target} first, after {in_words(winner.cost.median)}"
     if seeds > 1:
-        first += f" (median of {seeds} seeds, {budget.spoken(_interval(winner.each))})"
+        first += f" (median of {seeds} seeds, {budget.in_words(_interval(winner.each))})"
     if not others:
         return f"{first}."
     second = others[0]
-    if math.isinf(second.judged.median):
-        some = ", ".join(f"{x.optimizer} ({x.reached} of {x.trials})" for x in others if x.reached)
-        if some:
-            return f"{first}; no other reached it in most seeds within {budget}, some did: {some}."
+    if math.isinf(second.cost.median):
+        if also := some(others):
+            return f"{first}; no other reached it in most seeds within {budget}, some did: {also}."
         missed = f"in {winner.reached} of {winner.trials} seeds" if seeds > 1 else "at all"
         return f"{first}; it alone reached it {missed} within {budget}."
-    first += f"; next {second.optimizer}, after {spent(second.judged.median)}"
+    first += f"; next {second.optimizer}, after {in_words(second.cost.median)}"
     if seeds == 1:
         return f"{first}. One seed: whether that is luck, only more seeds can tell."
-    if winner.judged.high < min(line.judged.low for line in others):
+    if winner.cost.high < min(line.cost.low for line in others):
         return f"{first}. Its slowest seed beat every other's fastest."
     return f"{first}. The seeds' ranges overlap, so the order may be luck."
 
 
 def ending(results: Results, problem: str) -> str:
-    """Who stood best when the budget was spent, which need not be who was first."""
+    """Who had the best loss and accuracy at the end of the budget."""
     found = lines(results, problem)
     lowest = min(found, key=lambda line: line.train_loss.median)
     if math.isinf(lowest.train_loss.median):
@@ -415,7 +419,7 @@ def formatted(metric: str, value: float, digits: int = 3) -> str:
 
 
 def shown(spread: Spread, metric: str) -> str:
-    """Median, with the range behind it where seeds differ.
+    """The median, and the range where seeds differ.
 
     >>> shown(Spread(0.972, 0.97, 0.98), "test_accuracy")
     '97.2 % (97–98)'
@@ -428,7 +432,7 @@ def shown(spread: Spread, metric: str) -> str:
 
 
 def _ended(line: Line) -> str:
-    """Why there is no final loss: the most common way the trials ended."""
+    """The most common status other than "done", shown in place of a final loss."""
     return statistics.mode(status for status in line.statuses if status != "done")
 
 
@@ -441,7 +445,7 @@ def _to_target(line: Line, spread: Spread) -> str:
 
 
 def _interval(values: tuple[float, ...]) -> str:
-    """The median's interval by bootstrap, or the range of seeds too few for one."""
+    """The bootstrap interval of the median; for fewer than five seeds, their range."""
     if len(values) < 5:
         return f"{formatted('', min(values))}–{formatted('', max(values))}"
     low, high = median_interval(values)

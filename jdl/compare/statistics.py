@@ -1,4 +1,4 @@
-"""Whether one optimizer beats another, over problems and seeds, and how surely.
+"""Whether one optimizer beats another over problems and seeds, with its significance.
 
 Everything is computed from the cost to reach the target, in the budget's own unit. A trial that
 missed it has the cost ∞; none is dropped.
@@ -18,7 +18,7 @@ class Profile(NamedTuple):
 
     Attributes:
       ratios: τ, ascending from 1.
-      shares: the share of trials solved within τ times what the best took.
+      shares: the share of trials solved within τ times the best optimizer's cost.
       score: the mean share over τ in [1, 4], the area under the profile.
     """
 
@@ -31,10 +31,10 @@ class Duel(NamedTuple):
     """Two optimizers over all problems and seeds.
 
     Attributes:
-      wins: how often the first took less.
-      losses: how often it took more; ties, both ∞ among them, count for neither.
-      p_value: of the exact two-sided sign test: how likely a result at least as lopsided would be
-        if each were as likely to win.
+      wins: how often the first had the smaller cost.
+      losses: how often it had the larger; ties, two misses included, count for neither.
+      p_value: of the exact two-sided sign test: the probability of a result at least as one-sided
+        if both were equally likely to win.
     """
 
     wins: int
@@ -45,12 +45,12 @@ class Duel(NamedTuple):
 def performance_profiles(costs: dict[str, np.ndarray], up_to: float = 4.0) -> dict[str, Profile]:
     """The performance profile of each optimizer.
 
-    ρ(τ) is the share of trials that took at most τ times the best of all optimizers on the same
-    problem and seed. Trials that nobody solved count as unsolved by all.
+    ρ(τ) is the share of trials whose cost is at most τ times the smallest of all optimizers on the
+    same problem and seed. Trials that none solved count as unsolved by all.
 
     Args:
-      costs: optimizer -> what each trial took, in one order for all.
-      up_to: where τ ends.
+      costs: optimizer -> the cost of each trial, in the same order for all.
+      up_to: the largest τ.
 
     >>> found = performance_profiles({"a": np.array([1.0, 4.0]), "b": np.array([2.0, 2.0])})
     >>> found["a"].shares[0], found["b"].shares[-1]
@@ -79,7 +79,7 @@ def performance_profiles(costs: dict[str, np.ndarray], up_to: float = 4.0) -> di
 
 
 def duel(one: np.ndarray, other: np.ndarray) -> Duel:
-    """Who took less, trial by trial, and whether that may be chance.
+    """Compares two optimizers' costs trial by trial.
 
     >>> duel(np.array([1.0, 1.0, 1.0, 1.0, 1.0]), np.array([2.0, 3.0, 2.0, math.inf, 2.0]))
     Duel(wins=5, losses=0, p_value=0.0625)
@@ -101,9 +101,9 @@ def median_interval(
     """The bootstrap interval of the median, by percentiles.
 
     Args:
-      values: one a seed; ∞ where the target was missed.
-      level: the share of draws inside, in (0, 1).
-      draws: how many resamples.
+      values: one for each seed; ∞ where the target was missed.
+      level: of confidence, in (0, 1).
+      draws: the number of resamples.
       seed: of the resampling.
 
     >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0])

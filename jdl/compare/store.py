@@ -1,4 +1,4 @@
-"""A study on disk: where its files lie, and what they hold."""
+"""Reads a study from its directory."""
 
 import json
 import tomllib
@@ -14,33 +14,33 @@ FORMAT = 3  # of a study's directory; changes when old ones can no longer be rea
 
 
 def trial_directory(workdir: str | Path, problem: str, optimizer: str, seed: int) -> Path:
-    """Where a trial's files lie."""
+    """The directory of a trial."""
     return Path(workdir) / problem / f"{optimizer}-seed{seed}"
 
 
 def tuning_directory(workdir: str | Path, problem: str, optimizer: str, number: int) -> Path:
-    """Where a tuning trial's files lie."""
+    """The directory of a tuning trial."""
     return Path(workdir) / problem / "tuning" / optimizer / str(number)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The file's content; empty where there is no file."""
+    """The file's content; empty if there is no file."""
     if not path.exists():
         return {}
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise check.DataError(f"{path} is no TOML file that can be read: {error}.") from error
+        raise check.DataError(f"{path} is not a valid TOML file: {error}.") from error
 
 
 def load_results(workdir: str | Path) -> Results:
-    """The results that a study's directory holds.
+    """The results in a study's directory.
 
     Args:
       workdir: the directory.
 
     Raises:
-      DataError: it holds no study, or one of another format.
+      DataError: there is no study in it, or one of another format.
 
     >>> import tempfile
     >>> from jdl.compare import Budget, Study, by_name, table
@@ -81,9 +81,9 @@ def load_results(workdir: str | Path) -> Results:
 def load_tuning(
     workdir: str | Path, problem: str, optimizer: str, trials: int
 ) -> tuple[Trial, ...]:
-    """The first so many tuning trials of one optimizer on one problem, in the order they ran.
+    """The first `trials` tuning trials of one optimizer on one problem, in the order they ran.
 
-    A study that had more of them may have left others in the directory.
+    An earlier study with more of them may have left others in the directory.
     """
     places = [tuning_directory(workdir, problem, optimizer, number) for number in range(trials)]
     return tuple(
@@ -94,7 +94,7 @@ def load_tuning(
 
 
 def check_format(workdir: Path, study: Mapping[str, Any]) -> None:
-    """Raises unless this version reads what the study's directory holds."""
+    """Raises unless this version can read the study."""
     if study.get("format") != FORMAT:
         raise check.DataError(
             f"The study in {workdir} is of format {study.get('format')!r}; this version of jdl "
@@ -103,7 +103,7 @@ def check_format(workdir: Path, study: Mapping[str, Any]) -> None:
 
 
 def load_trial(directory: Path, problem: str, optimizer: str, seed: int) -> Trial:
-    """The trial as its directory holds it; one without a `result.json` has not ended."""
+    """The trial in a directory; one without a `result.json` has not ended."""
     try:
         result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -116,7 +116,7 @@ def load_trial(directory: Path, problem: str, optimizer: str, seed: int) -> Tria
         status=result["status"],
         words=result["words"],
         evaluations=tuple(row for row in rows if row["split"] == EVALUATION),
-        # One of first order says nothing of its steps but the loss.
+        # A first-order optimizer logs only the loss of its steps.
         steps=tuple(row for row in rows if row["split"] == STEP and "termination" in row),
         compile_seconds=result.get("compile_seconds", 0.0),
         settings=read_toml(directory / "config.toml"),

@@ -1,18 +1,17 @@
 """A study: problems × optimizers × seeds, one trial at a time, on one machine, under one clock.
 
-    <workdir>/study.toml                                  what was asked, and the machine
+    <workdir>/study.toml                                  its settings, and the machine
     <workdir>/metrics.jsonl                               the rows of all trials
     <workdir>/<problem>/<optimizer>-seed<k>/config.toml   one trial's settings
                                            /metrics.jsonl its rows
-                                           /checkpoints/  where it goes on when cut short
-                                           /result.json   how it ended; written last
+                                           /checkpoints/  from which it is resumed
+                                           /result.json   its outcome; written last
     <workdir>/<problem>/tuning/<optimizer>/<k>/           the k-th value tried, likewise
 
-A trial with a `result.json` and the same `config.toml` is done and is not run again; one of other
+A trial with a `result.json` and the same `config.toml` is done and is not run again; one with other
 settings is moved aside, never overwritten.
 """
 
-import functools
 import json
 import logging
 import math
@@ -29,9 +28,11 @@ from jdl.compare import machine, record, store
 from jdl.compare import results as res
 from jdl.compare import tuning as tune
 from jdl.compare.budget import Budget
+from jdl.compare.feeds import Evaluation, step_rows
 from jdl.compare.optimizers import TUNED, Entry, as_entry, plain
 from jdl.compare.problems import Problem
 from jdl.compare.results import Results, Row, Trial
+from jdl.compare.trial import Outcome, Task
 from jdl.compare.tuning import Tuning
 from jdl.core import check
 from jdl.train.writers import write_atomically
@@ -45,15 +46,15 @@ CLOCKS = {
 
 
 class Event(NamedTuple):
-    """Something to show to whoever waits.
+    """The progress of a study, for display.
 
     Attributes:
-      kind: "prepare", "begin", "row", "end", "skip" for a trial found done, or "tune" for a tuning
-        trial's end.
-      problem, optimizer, seed: which trial; empty and -1 for "prepare".
-      number, total: the trial's place among all, from 1.
-      row: the evaluation just made, for "row".
-      status, words: how the trial ended, for "end", "skip" and "tune"; what is prepared.
+      kind: "prepare", "begin", "row", "end", "skip" for a trial that is done already, or "tune" for
+        the end of a tuning trial.
+      problem, optimizer, seed: the trial; empty and -1 for "prepare".
+      number, total: the trial's number among all, from 1.
+      row: the evaluation, for "row".
+      status, words: the trial's outcome, for "end", "skip" and "tune"; what is prepared.
 
     >>> event = Event("begin", "digits-cnn", "adam", seed=0, number=3, total=8)
     >>> f"{event.number}/{event.total} {event.optimizer}"
@@ -72,26 +73,26 @@ class Event(NamedTuple):
 
 
 class Study:
-    """Which optimizer gets there first, on these problems and this machine, and is that luck?
+    """Compares optimizers on problems, over seeds, on one machine and under the same budget.
 
-    For one seed all optimizers start from the same parameters, those that share a batch size see
-    the data in the same order, and all are evaluated by one compiled program. Each has the same
-    budget: seconds on the training clock, which stands still during compilation and evaluation, or
-    epochs, work or steps.
+    For one seed all optimizers start from the same parameters, those with the same batch size see
+    the data in the same order, and all are evaluated by one compiled program. The budget is in
+    seconds on the training clock, which is paused during compilation and evaluation, or in epochs,
+    work or steps.
 
     Args:
       problems: one or several.
       optimizers: `Entry`s, or names for default settings.
-      seeds: how many, or which.
-      seconds: each trial's budget, on the training clock; 30 where none is given.
+      seeds: their number, or the seeds themselves.
+      seconds: each trial's budget, on the training clock; 30 if no budget is given.
       budget: a budget of another kind, in place of `seconds`.
-      workdir: the study's directory; a study started again there goes on with what is missing.
-      evaluations: how many of each trial, besides the one before the first step.
-      tuning: how settings are chosen; None for the optimizers as they are.
-      clock: "wall", or "cpu" for the process's CPU time divided by the machine's cores, which other
-        work on the machine disturbs less.
-      devices: to train on; by default one, so that "full" need not be a multiple of several.
-      on_event: told what happens, as it happens; by default failures are logged as warnings.
+      workdir: the study's directory; a study started there again runs the missing trials.
+      evaluations: of each trial, besides the one before the first step.
+      tuning: how settings are chosen; None for no tuning.
+      clock: "wall", or "cpu" for the process's CPU time divided by the number of cores, which is
+        less affected by other work on the machine.
+      devices: to train on; None for one, so that "full" need not be a multiple of several.
+      on_event: called with each `Event`; by default failures are logged as warnings.
 
     Example:
       >>> import tempfile
@@ -142,7 +143,7 @@ class Study:
     def trials(self) -> list[Trial]:
         """All trials, as the directory has them now, in the order in which they run.
 
-        Seed by seed, so that a study cut short has compared all optimizers on the seeds it has.
+        Seed by seed, so that an interrupted study has compared all optimizers on its first seeds.
         """
         return [
             store.load_trial(
@@ -157,21 +158,21 @@ class Study:
         ]
 
     def run(self, share: tuple[int, int] = (1, 1)) -> Results:
-        """Runs what has not run yet, and gives all results.
+        """Runs the trials that have not run yet, and returns all results.
 
         A trial that fails or diverges is recorded as such, and so are those of a problem whose data
-        cannot be read; the others go on.
+        cannot be read; the others still run.
 
         Args:
           share: (k, n) to run the k-th of n shares only, k from 1: all trials of every n-th pair of
-            problem and optimizer. Several processes with different k share a directory.
+            problem and optimizer. Processes with different k may share a directory.
         """
         k, n = share
         check.argument(1 <= k <= n, "share", "(k, n) with 1 ≤ k ≤ n", share)
         self._take_directory()
         total = len(self.problems) * len(self.seeds) * len(self._names())
         for i, problem in enumerate(self.problems):
-            # Several problems' optimizers are dealt out one after another.
+            # Pairs of problem and optimizer are dealt out one after another.
             mine = [
                 entry
                 for j, entry in enumerate(self.optimizers)
@@ -180,7 +181,7 @@ class Study:
             held = _Held(self, problem)
             contestants = self._contestants(problem, mine, held)
             for place, seed in enumerate(self.seeds):
-                # There and back, so that nobody is always first.
+                # The order alternates, so that no optimizer is always first.
                 for name, entry, words in contestants[:: -1 if place % 2 else 1]:
                     number = 1 + self._number(problem, name, seed)
                     event = Event("begin", problem.name, name, seed, number, total)
@@ -191,7 +192,7 @@ class Study:
         return store.load_results(self.workdir)
 
     def _names(self) -> list[str]:
-        """All that are reported: as they are, and tuned."""
+        """The names of the report: optimizers as they are, and tuned."""
         found = []
         for entry in self.optimizers:
             is_tuned = self.tuning is not None and entry.search is not None
@@ -202,7 +203,7 @@ class Study:
         return found
 
     def _number(self, problem: Problem, name: str, seed: int) -> int:
-        """The trial's place among all."""
+        """The trial's number among all, from 0."""
         names = self._names()
         place = self.problems.index(problem) * len(self.seeds) + self.seeds.index(seed)
         return place * len(names) + names.index(name)
@@ -210,7 +211,7 @@ class Study:
     def _contestants(
         self, problem: Problem, entries: Sequence[Entry], held: "_Held"
     ) -> list[tuple[str, Entry | None, str]]:
-        """What is reported on this problem: name, entry, and why there is none."""
+        """The report's (name, entry, reason if there is no entry) on this problem."""
         found: list[tuple[str, Entry | None, str]] = []
         for entry in entries:
             if self.tuning is None or entry.search is None or entry.tuned is None:
@@ -241,7 +242,7 @@ class Study:
         if entry is None:
             if not (directory / "result.json").exists():
                 self._on_event(event)
-                record.write(directory, record.failed(words))
+                record.write(directory, Outcome("failed", words))
                 self._on_event(event._replace(kind="end", status="failed", words=words))
             return
         config = self._config(problem, entry, seed)
@@ -251,29 +252,27 @@ class Study:
             return
         self._on_event(event)
 
-        def told(row: Row) -> None:
-            self._on_event(event._replace(kind="row", row=row))
-
-        ended = self._recorded(
-            directory, config, problem, entry, seed, self.budget, held.evaluation, told
-        )
+        task = self._task(problem, entry, seed, self.budget)
+        on_row = lambda row: self._on_event(event._replace(kind="row", row=row))  # noqa: E731
+        ended = record.run(directory, _toml(config), task, held.evaluation, on_row)
         self._on_event(event._replace(kind="end", status=ended.status, words=ended.words))
         self._merge()
 
-    def _recorded(self, directory: Path, config: dict[str, Any], *what: Any, **more: Any) -> Any:
-        """A trial run in its directory; see `record.run`."""
-        run: Any = functools.partial(
-            record.run,
-            evaluations=self.evaluations,
+    def _task(self, problem: Problem, entry: Entry, seed: int, budget: Budget) -> Task:
+        return Task(
+            problem,
+            entry,
+            seed,
+            budget,
+            self.evaluations,
             devices=self._devices,
             clock=CLOCKS[self.clock],
         )
-        return run(directory, _toml(config), *what, **more)
 
     # ------------------------------------------------------------------ tuning
 
     def _tune(self, problem: Problem, entry: Entry, held: "_Held") -> float | None:
-        """The value chosen for this optimizer on this problem; None where no trial ended well."""
+        """The value chosen for this optimizer on this problem; None if no trial is "done"."""
         tuning, search, tuned = self.tuning, entry.search, entry.tuned
         assert tuning is not None
         assert search is not None
@@ -287,33 +286,10 @@ class Study:
         earlier: list[tune.Curve] = []
         default = entry.options.get(search.parameter)
         for number, value in enumerate(tune.values(search, tuning.trials, default)):
-            directory = store.tuning_directory(self.workdir, *own, number)
-            config = self._config(inner, tuned(value), tune.SEED) | {
-                "budget": budget._asdict(),
-                "tuning": {"parameter": search.parameter, "value": value, "criterion": criterion},
-            }
-            found = store.load_trial(directory, *own, tune.SEED)
-            if found.status in ("missing", "failed") or found.settings != config:
-                rows: list[Row] = list(found.evaluations) if found.settings == config else []
-
-                def cut(row: Row, rows: list[Row] = rows) -> bool:
-                    rows.append(row)
-                    return tune.hopeless(
-                        res.criterion_curve(rows, criterion, budget), earlier, budget.amount
-                    )
-
-                self._recorded(
-                    directory,
-                    config,
-                    inner,
-                    tuned(value),
-                    tune.SEED,
-                    budget,
-                    held.tuning_evaluation,
-                    cut=cut,
-                )
-                shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-                found = store.load_trial(directory, *own, tune.SEED)
+            place = store.tuning_directory(self.workdir, *own, number)
+            task = self._task(inner, tuned(value), tune.SEED, budget)
+            of_tuning = {"parameter": search.parameter, "value": value, "criterion": criterion}
+            found = self._tuning_trial(place, entry.name, task, of_tuning, earlier, held)
             earlier.append(res.criterion_curve(found.within(budget), criterion, budget))
             last = earlier[-1].points[-1][1] if earlier[-1].points else math.nan
             words = f"{search.parameter} = {value:g}: {criterion.replace('_', ' ')} {last:.4g}"
@@ -330,10 +306,38 @@ class Study:
             )
         return res.chosen(store.load_tuning(self.workdir, *own, tuning.trials))
 
+    def _tuning_trial(
+        self,
+        directory: Path,
+        name: str,
+        task: Task,
+        of_tuning: dict[str, Any],
+        earlier: Sequence[tune.Curve],
+        held: "_Held",
+    ) -> Trial:
+        """One tuning trial, unless it is done; cut where the earlier ones' curves are better."""
+        budget, criterion = task.budget, of_tuning["criterion"]
+        own = task.problem.name, name, tune.SEED
+        config = self._config(task.problem, task.entry, tune.SEED)
+        config |= {"budget": budget._asdict(), "tuning": of_tuning}
+        found = store.load_trial(directory, *own)
+        if found.status not in ("missing", "failed") and found.settings == config:
+            return found
+        rows: list[Row] = list(found.evaluations) if found.settings == config else []
+
+        def cut(row: Row) -> bool:
+            rows.append(row)
+            curve = res.criterion_curve(rows, criterion, budget)
+            return tune.hopeless(curve, earlier, budget.amount)
+
+        record.run(directory, _toml(config), task._replace(cut=cut), held.tuning_evaluation)
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        return store.load_trial(directory, *own)
+
     # ------------------------------------------------------------------ the directory
 
     def _take_directory(self) -> None:
-        """Makes the study's directory, or makes sure that the one there can be gone on with."""
+        """Makes the study's directory, or checks that the existing one can be continued."""
         found = store.read_toml(self.workdir / "study.toml")
         if found:
             store.check_format(self.workdir, found)
@@ -351,10 +355,10 @@ class Study:
         optimizers = []
         for name in self._names():
             entry = known.get(name) or known[name.removesuffix(TUNED)]
-            told: dict[str, Any] = {"name": name, "settings": entry.settings()}
+            described: dict[str, Any] = {"name": name, "settings": entry.settings()}
             if name not in known and entry.search is not None:
-                told["search"] = {"of": entry.name, **entry.search._asdict()}
-            optimizers.append(told)
+                described["search"] = {"of": entry.name, **entry.search._asdict()}
+            optimizers.append(described)
         study: dict[str, Any] = {
             "format": store.FORMAT,
             "budget": self.budget._asdict(),
@@ -375,16 +379,14 @@ class Study:
             write_atomically(self.workdir / "study.toml", _toml(study))
         except OSError as error:
             raise check.UserError(
-                f"{self.workdir / 'study.toml'} cannot be written: {error.strerror}. What is done "
-                "stays; the same command goes on from there."
+                f"{self.workdir / 'study.toml'} cannot be written: {error.strerror}. Finished "
+                "trials are kept; the same command continues from there."
             ) from error
 
     def _config(self, problem: Problem, entry: Entry, seed: int) -> dict[str, Any]:
-        """All that decides a trial's outcome; two trials of one config are the same trial."""
-        from jdl.compare.feeds import step_rows
-
+        """Everything that determines a trial; two trials of one config are the same trial."""
         described = _described(problem)
-        del described["target"]  # judges the rows, does not change them
+        del described["target"]  # it does not change the rows
         return {
             "format": store.FORMAT,
             "seed": seed,
@@ -399,7 +401,7 @@ class Study:
         }
 
     def _merge(self) -> None:
-        """Writes the rows of all trials into one file, each with the trial it is of."""
+        """Writes the rows of all trials into one file, each with its trial."""
         lines = [
             json.dumps({"problem": t.problem, "optimizer": t.optimizer, "seed": t.seed, **row})
             for t in self.trials
@@ -409,31 +411,29 @@ class Study:
         ]
         try:
             write_atomically(self.workdir / "metrics.jsonl", "".join(line + "\n" for line in lines))
-        except OSError as error:  # each trial has its own rows: nothing is lost
+        except OSError as error:  # nothing is lost: each trial has its own rows
             logger.warning("%s could not be written: %s", self.workdir / "metrics.jsonl", error)
 
 
 class _Held:
-    """The evaluations of one problem, made when first asked for, for all its trials."""
+    """The evaluations of one problem, made at first use and shared by its trials."""
 
     def __init__(self, study: Study, problem: Problem):
         self._study, self._problem = study, problem
         self._made: dict[str, Any] = {}
 
     def evaluation(self) -> Any:
-        """Of training and test data."""
+        """On training and test data."""
         return self._of("test", self._problem.evaluated())
 
     def tuning_evaluation(self) -> Any:
-        """Of what tuning trials train on, and are chosen by."""
+        """On the data that tuning trials train on and are chosen by."""
         split = self._problem.split
         if split is None:
             return self._of("train", {"train": self._problem.train})
         return self._of("tune", {"train": split.train, "validation": split.validation})
 
     def _of(self, kind: str, splits: dict[str, Any]) -> Any:
-        from jdl.compare.feeds import Evaluation
-
         if kind not in self._made:
             words = f"reading the data of {self._problem.name}"
             self._study._on_event(Event("prepare", self._problem.name, words=words))
@@ -452,7 +452,7 @@ def _described(problem: Problem) -> dict[str, Any]:
 
 
 def _warn(event: Event) -> None:
-    """What is said where nobody asked to be told."""
+    """The default of `on_event`: failures are logged."""
     if event.kind == "end" and event.status == "failed":
         logger.warning(
             "%s on %s, seed %d, failed: %s",

@@ -1,7 +1,8 @@
-"""What a report says: its tables and sentences, for the page and for Markdown alike."""
+"""The tables and sentences of a report, shared by `report.html` and `report.md`."""
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,46 +10,34 @@ import numpy as np
 from jdl.compare import plots, statistics, tuning
 from jdl.compare import results as res
 from jdl.compare.results import Results
-from jdl.optim import result
+from jdl.optim.result import words
 
 RULES = (
-    "All have the same budget. The training clock stands still during compilation, evaluation and "
-    "logging. A step that would end beyond the budget is not begun, and one that does all the "
-    "same does not count.",
+    "All have the same budget. The training clock is paused during compilation, evaluation and "
+    "logging. A step expected to end beyond the budget is not started; one that ends beyond it "
+    "does not count.",
     "A target counts as reached at the first evaluation that meets it, without interpolation. "
-    "Evaluations lie at the same places for every optimizer, each the same factor after the last; "
+    "Evaluations are at the same points for every optimizer, each the same factor after the last; "
     "a long step is evaluated when it ends.",
     "Work is what the optimizer evaluated, in gradients of the whole training set: line searches "
     "and curvature products count by their nominal cost (a value alone ⅓, a Gauss-Newton product "
-    "1⅓, a Hessian product 2 gradients), K-FAC by its multiplications, factors and inverses among "
-    "them.",
+    "1⅓, a Hessian product 2 gradients), K-FAC by its multiplications, including factors and "
+    "inverses.",
     "Final values are those of the last evaluation within the budget, not the best. Over several "
-    "seeds: the median, and (least–largest). Misses and divergences count as ∞.",
+    "seeds: the median, and (smallest–largest). Misses and divergences count as ∞.",
 )
 
 
-class Steps(NamedTuple):
-    """What one second-order optimizer did on one problem, over all its seeds."""
+class Table(NamedTuple):
+    """A table whose first column names optimizers, and a note about it."""
 
-    optimizer: str
-    number: int
-    cells: tuple[str, ...]  # under STEP_HEADER, from the third on
-
-
-STEP_HEADER = (
-    "optimizer",
-    "steps",
-    "cost of a step",
-    "CG iterations",
-    "damping λ",
-    "ratio ρ",
-    "step length",
-    "how steps ended",
-)
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 def settings(results: Results) -> list[tuple[str, str]]:
-    """Each optimizer's settings in a line; of a tuned one, what was chosen on which problem."""
+    """Each optimizer's settings in a line; of a tuned one, the value chosen on each problem."""
     found = []
     for entry in results.study["optimizers"]:
         own = dict(entry["settings"])
@@ -69,34 +58,32 @@ def named(results: Results, problem: str) -> str:
 
 
 def question(results: Results, problem: str) -> str:
-    """What was asked, and how it stood at the end."""
+    """The study's terms, and who was best at the end."""
     seeds = len(results.study["seeds"])
     return (
         f"{len(results.optimizers)} optimizers, {results.budget} each, "
         f"{seeds} seed{'' if seeds == 1 else 's'}, from the same initial parameters. The target, "
-        f"{results.target(problem)}, was fixed before anything ran. {res.ending(results, problem)}"
+        f"{results.target(problem)}, was fixed beforehand. {res.ending(results, problem)}"
     )
 
 
 def caption(results: Results) -> str:
-    """What the pictures show."""
+    """What the curves show."""
     several = len(results.study["seeds"]) > 1
-    lines = (
-        "Lines: the median over seeds; bands: from the least to the largest. " if several else ""
-    )
+    lines = "Lines: the median over seeds; bands: smallest to largest. " if several else ""
     return (
         f"{lines}Dots: the target is reached. Dashed: first order; solid: second order. All axes "
         "are logarithmic, and begin with the first evaluation after a step; losses below "
-        f"{plots.FLOOR:g} are drawn there."
+        f"{plots.FLOOR:g} are drawn at that value."
     )
 
 
 def troubles(results: Results, problem: str) -> list[str]:
-    """What went wrong, and what makes the comparison unequal, a sentence each."""
+    """A sentence for each trial that failed and each difference between the trials' conditions."""
     found = [
-        f"{line.optimizer}, {words}"
+        f"{line.optimizer}, {trouble}"
         for line in res.lines(results, problem)
-        for words in line.troubles
+        for trouble in line.troubles
     ]
     for seed in results.study["seeds"]:
         initial = {
@@ -115,7 +102,7 @@ def troubles(results: Results, problem: str) -> list[str]:
     }
     if len(machines) > 1:
         found.append(
-            f"The trials ran on {len(machines)} machines that differ (see each config.toml): their "
+            f"The trials ran on {len(machines)} different machines (see each config.toml): their "
             "seconds cannot be compared, their work and epochs can."
         )
     return found
@@ -131,12 +118,8 @@ def rules_of(results: Results) -> list[str]:
     return found
 
 
-def tuning_table(results: Results, problem: str) -> tuple[list[str], list[list[str]], str] | None:
-    """What was chosen and what that cost; None where nothing was tuned.
-
-    Returns:
-      Column names, a row a tuned optimizer, and how it was done.
-    """
+def tuning_table(results: Results, problem: str) -> Table | None:
+    """The value chosen for each tuned optimizer, and its cost; None where nothing was tuned."""
     found = res.tunings(results, problem)
     if not found:
         return None
@@ -157,7 +140,7 @@ def tuning_table(results: Results, problem: str) -> tuple[list[str], list[list[s
                 str(ends["cut"]),
                 str(ends["diverged"] + ends["failed"]),
                 res.formatted(results.budget.column, tuned.cost),
-                "not reached" if np.isinf(tuned.judged.low) else res.shown(tuned.judged, ""),
+                "not reached" if np.isinf(tuned.charged.low) else res.shown(tuned.charged, ""),
             ]
         )
     how = results.study["tuning"]
@@ -165,17 +148,13 @@ def tuning_table(results: Results, problem: str) -> tuple[list[str], list[list[s
     note = (
         f"{how['trials']} trials for every optimizer, the default first and then quasi-random "
         f"values, each with {100 * how['share']:g} % of the budget, chosen by the {criterion} at "
-        f"the end, with a seed of its own. {tuning.RULE}"
+        f"the end, with a separate seed. {tuning.RULE}"
     )
-    return header, rows, note
+    return Table(header, rows, note)
 
 
-def standings(results: Results) -> tuple[list[str], list[list[str]], str] | None:
-    """Who beat whom over problems and seeds; None where there is too little to tell.
-
-    Returns:
-      Column names, a row an optimizer, and what they mean.
-    """
+def standings(results: Results) -> Table | None:
+    """Who beat whom over problems and seeds; None for fewer than three pairs of them."""
     costs = res.cost_to_target(results)
     trials = len(next(iter(costs.values())))
     if trials < 3 or len(costs) < 2:
@@ -199,19 +178,18 @@ def standings(results: Results) -> tuple[list[str], list[list[str]], str] | None
         ]
         for name, cost in costs.items()
     ]
-    return (
-        header,
-        rows,
+    note = (
         f"{trials} pairs of problem and seed. Wins and losses by {results.budget.kind} to the "
-        "target, a miss losing to any that reached it; p by the exact two-sided sign test, of one "
-        "pair, not corrected for their number. Profile score: the mean share of trials solved "
-        "within τ times what the best took, over τ from 1 to 4.",
+        "target; a miss loses to any that reached it. p by the exact two-sided sign test for one "
+        "pair, not corrected for multiple comparisons. Profile score: the mean share of trials "
+        "solved within τ times the best optimizer's cost, over τ from 1 to 4."
     )
+    return Table(header, rows, note)
 
 
-def describe_steps(results: Results, problem: str) -> list[Steps]:
-    """One line for each optimizer that told of its steps."""
-    found = []
+def describe_steps(results: Results, problem: str) -> Table | None:
+    """Medians over the steps of each second-order method, all seeds; None where there is none."""
+    rows = []
     for optimizer in results.optimizers:
         trials = [trial for trial in results.of(problem, optimizer) if trial.steps]
         if not trials:
@@ -223,16 +201,21 @@ def describe_steps(results: Results, problem: str) -> list[Steps]:
         damping = plots.step_values(trials[0], plots.FIELDS[2])
         if damping:
             medians[2] = f"{damping[0][1]:.2g} → {damping[-1][1]:.2g}"
-        endings = Counter(
-            result.words(row["termination"])
+        codes = Counter(
+            code
             for trial in trials
             for row in trial.steps
-            if row.get("termination") is not None
+            if (code := row.get("termination")) is not None
         )
-        told = "; ".join(f"{words} ({number:,})" for words, number in endings.most_common())
+        endings = "; ".join(f"{words(code)} ({n:,})" for code, n in codes.most_common())
         steps = sum(len(trial.steps) for trial in trials)
-        found.append(Steps(optimizer, steps, (*medians, told)))
-    return found
+        rows.append([optimizer, f"{steps:,}", *medians, endings])
+    header = ("optimizer", "steps", "cost of a step", "CG iterations", "damping λ", "ratio ρ")
+    note = (
+        f"Pictures: seed {results.study['seeds'][0]}. Table: medians over the steps of all seeds; "
+        "costs in gradients of the step's batch."
+    )
+    return Table((*header, "step length", "how steps ended"), rows, note) if rows else None
 
 
 def value(value: Any) -> str:

@@ -1,8 +1,8 @@
 """One trial: an optimizer on a problem from a seed, through the Estimator, on the training clock.
 
-Evaluations lie at times fixed beforehand, the same for every optimizer and denser early; a step
-that would end beyond the budget is not begun, as far as the last ones tell. With a directory, a
-trial that was killed goes on from its last checkpoint, less than a minute old.
+Evaluations are at points fixed beforehand, the same for every optimizer and denser early. A step
+expected to end beyond the budget is not started. With a directory, a trial that was killed resumes
+from its last checkpoint, which is less than a minute old.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ from jdl.train.run_directory import NonFiniteError
 
 logger = logging.getLogger("jdl.compare")
 
-# Training aims at an end this share of the budget early: a dearer last step or a hiccup of the
-# machine would otherwise cost the last evaluation, which does not count beyond the budget.
+# Training aims to end this share of the budget early: a slower last step would otherwise cost the
+# last evaluation, which does not count beyond the budget.
 OVERRUN = 0.005
 SAVE_SECONDS, STRETCH_SECONDS = 45.0, 10.0  # between checkpoints; without a look at the clock
 
@@ -42,15 +42,39 @@ class Outcome(NamedTuple):
     """How a trial ended; see `results.Trial`."""
 
     status: str
-    words: str
-    compile_seconds: float
-    initial_params: str  # a digest, equal for all optimizers of a seed; empty for one gone on with
+    words: str = ""
+    compile_seconds: float = 0.0
+    initial_params: str = ""  # a digest, equal for all optimizers of a seed; empty if resumed
+
+
+class Task(NamedTuple):
+    """A trial to run.
+
+    Attributes:
+      problem: what to solve.
+      entry: the optimizer.
+      seed: of the initial parameters.
+      budget: of the trial.
+      evaluations: how many, besides the one at step 0.
+      devices: to train on, as for `Estimator`.
+      clock: reads the training clock.
+      cut: called with the row of each evaluation; whether to end the trial.
+    """
+
+    problem: Problem
+    entry: Entry
+    seed: int
+    budget: Budget
+    evaluations: int
+    devices: Sequence[jax.Device] | None = None
+    clock: Callable[[], float] = time.perf_counter
+    cut: Callable[[Row], bool] = lambda row: False
 
 
 def schedule(amount: float, evaluations: int) -> list[float]:
-    """When to evaluate: from ½ % of the budget on, each the same factor after the last.
+    """The points of evaluation: from ½ % of the budget on, each the same factor after the last.
 
-    A time-to-target is then known to that factor, wherever it lies.
+    A cost to the target is then known to that factor.
 
     >>> [round(t, 2) for t in schedule(100.0, 4)]
     [0.5, 2.92, 17.1, 100.0]
@@ -60,164 +84,179 @@ def schedule(amount: float, evaluations: int) -> list[float]:
 
 
 def run(
-    problem: Problem,
-    entry: Entry,
-    seed: int,
+    task: Task,
     *,
-    budget: Budget,
-    evaluations: int,
     train_on: Training,
     evaluate: Evaluation,
     write: Callable[[Row], None],
-    devices: Sequence[jax.Device] | None = None,
     directory: Path | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-    cut: Callable[[Row], bool] = lambda row: False,
 ) -> Outcome:
     """Runs one trial and writes its rows as they come.
 
     Args:
-      problem: what to solve.
-      entry: the optimizer.
-      seed: of the initial parameters.
-      budget: how much it may spend.
-      evaluations: how many, besides the one at step 0.
-      train_on: the batches, see `training`.
+      task: the trial.
+      train_on: the batches, see `feeds.training`.
       evaluate: the problem's evaluation.
       write: receives the rows of evaluations.
-      devices: as for `Estimator`.
-      directory: for checkpoints and the rows of steps; a trial cut short goes on from there. None
+      directory: for checkpoints and the rows of steps; a trial cut short resumes from there. None
         keeps neither.
-      clock: reads the training clock.
-      cut: told of each evaluation; whether to end the trial.
     """
-    passes = step_rows(problem, entry) / problem.size  # over the data, by one step
-    data, optimizer = train_on.data, entry.make()
-    tells = diagnostics.read(_state_shape(problem, optimizer, data)) is not None
-    estimator = Estimator(
-        problem.model(),
-        problem.loss,
-        optimizer,
-        workdir=directory,
-        seed=seed,
-        inputs=problem.inputs,
-        regularizer=problem.regularizer,
-        microbatches=train_on.microbatches,
-        curvature_batch_size=_curvature_rows(problem, entry),
-        devices=devices,
-        # One that says nothing of its steps needs no row for each of them.
-        log_every=1 if tells else 1 << 30,
-        keep=1,
-        clock=clock,
-    )
-    estimator.initialize(data)
-    digest = "" if estimator.step else _digest(estimator.params)
-    saved = time.monotonic()
+    running = _Running(task, train_on, directory)
+    estimator, budget = running.estimator, task.budget
 
-    def ended(status: str, words: str = "") -> Outcome:
-        return Outcome(status, words, estimator.compile_seconds, digest)
-
-    def keep() -> None:
-        try:
-            estimator.save()
-        except NonFiniteError:
-            raise
-        except check.TrainingError as error:  # what is lost is the way to go on, not the trial
-            logger.warning("%s", error)
-
-    def train(**limit: Any) -> None:
-        nonlocal saved
-        estimator.train(data, save=False, **limit)
-        if time.monotonic() - saved > SAVE_SECONDS:
-            keep()
-            saved = time.monotonic()
-
-    def measure() -> Row:
-        values = evaluate(estimator.params, estimator.model_state)
-        row = {
-            "step": estimator.step,
-            "seconds": estimator.seconds,
-            "epoch": estimator.step * passes,
-            "split": EVALUATION,
-            "work": work(),
-            **values,
-        }
+    def measured() -> Row:
+        row = running.row() | evaluate(estimator.params, estimator.model_state)
         write(row)
         return row
 
-    def work() -> float:
-        return gradients_of_work(estimator.state.opt_state, estimator.step) * passes
-
-    def spent() -> float:
-        counts = {
-            "seconds": estimator.seconds,
-            "steps": estimator.step,
-            "epochs": estimator.step * passes,
-        }
-        return float(counts[budget.kind]) if budget.kind in counts else work()
-
-    if estimator.step == 0 and not math.isfinite(measure()["train_loss"]):
-        return ended("diverged", "The loss of the initial parameters is not finite.")
-    step_cost = 0.0  # of the last steps, in the budget's unit
-    for point in schedule(budget.amount, evaluations):
-        if estimator.step and spent() >= point * (1.0 - 1e-9):
-            continue  # a long step has passed this point by, or a run before did
-        before, first = estimator.step, estimator.step == 0
+    if estimator.step == 0 and not math.isfinite(measured()["train_loss"]):
+        return running.ended("diverged", "The loss of the initial parameters is not finite.")
+    for point in schedule(budget.amount, task.evaluations):
+        first = estimator.step == 0
         try:
-            if budget.kind == "seconds":
-                margin = step_cost + OVERRUN * budget.amount
-                until = min(point, budget.amount - margin)
-                if estimator.step and estimator.seconds >= until:
-                    break  # the next step would end beyond the budget
-                began = estimator.seconds
-                while estimator.step == before or estimator.seconds < until:
-                    left = min(until - estimator.seconds, STRETCH_SECONDS)
-                    train(seconds=max(left, 1e-9))
-                step_cost = (estimator.seconds - began) / (estimator.step - before)
-            else:
-                while spent() < point * (1.0 - 1e-9):
-                    began, steps = spent(), 1
-                    if estimator.step and began + step_cost > budget.amount * (1.0 + 1e-9):
-                        break
-                    if step_cost and (budget.kind != "work" or not tells):  # each costs the same
-                        within = math.floor((budget.amount - began) / step_cost + 1e-6)
-                        steps = min(math.ceil((point - began) / step_cost - 1e-6), within)
-                    done = estimator.step
-                    train(steps=max(steps, 1), seconds=STRETCH_SECONDS)
-                    step_cost = (spent() - began) / (estimator.step - done)
-                if estimator.step == before:
-                    continue
+            if not running.advance(point):
+                continue
         except check.TrainingError as error:
-            return ended("diverged", str(error))
-        row = measure()
+            return running.ended("diverged", str(error))
+        row = measured()
         if not math.isfinite(row["train_loss"]):
-            return ended("diverged", f"The training loss is not finite at step {estimator.step}.")
-        if first and spent() > budget.amount * (1.0 + 1e-9):
-            took, needed = budget.spoken(f"{step_cost:.3g}"), budget.spoken(f"{2 * step_cost:.2g}")
-            return ended(
-                "budget",
-                f"One step took {took}, more than the budget of {budget}: give at least {needed}.",
-            )
-        if cut(row):
-            return ended("cut", "No better than the median of the earlier trials.")
+            words = f"The training loss is not finite at step {estimator.step}."
+            return running.ended("diverged", words)
+        if first and running.spent() > budget.amount * (1.0 + 1e-9):
+            cost = running.step_cost
+            took, needed = (budget.in_words(x) for x in (f"{cost:.3g}", f"{2 * cost:.2g}"))
+            words = f"One step took {took}, more than the budget of {budget}: "
+            return running.ended("budget", f"{words}give at least {needed}.")
+        if task.cut(row):
+            return running.ended("cut", "No better than the median of the earlier trials.")
     try:
-        keep()
+        running.save()
     except NonFiniteError as error:
-        return ended("diverged", str(error))
-    return ended("done")
+        return running.ended("diverged", str(error))
+    return running.ended("done")
+
+
+class _Running:
+    """The Estimator of a trial, and its cost so far."""
+
+    def __init__(self, task: Task, train_on: Training, directory: Path | None):
+        problem, entry = task.problem, task.entry
+        self._budget, self._data = task.budget, train_on.data
+        self._passes = step_rows(problem, entry) / problem.size  # over the data, by one step
+        optimizer = entry.make()
+        shape = _state_shape(problem, optimizer, self._data)
+        self._has_diagnostics = diagnostics.read(shape) is not None
+        self.estimator = Estimator(
+            problem.model(),
+            problem.loss,
+            optimizer,
+            workdir=directory,
+            seed=task.seed,
+            inputs=problem.inputs,
+            regularizer=problem.regularizer,
+            microbatches=train_on.microbatches,
+            curvature_batch_size=_curvature_rows(problem, entry),
+            devices=task.devices,
+            log_every=1 if self._has_diagnostics else 1 << 30,
+            keep=1,
+            clock=task.clock,
+        )
+        self.estimator.initialize(self._data)
+        self._digest = "" if self.estimator.step else _digest(self.estimator.params)
+        self._saved = time.monotonic()
+        self.step_cost = 0.0  # of the last steps, in the budget's unit
+
+    def ended(self, status: str, words: str = "") -> Outcome:
+        return Outcome(status, words, self.estimator.compile_seconds, self._digest)
+
+    def save(self) -> None:
+        try:
+            self.estimator.save()
+        except NonFiniteError:
+            raise
+        except check.TrainingError as error:  # the trial goes on, but could not be resumed
+            logger.warning("%s", error)
+
+    def row(self) -> Row:
+        """The costs so far, as columns of an evaluation's row."""
+        return {
+            "step": self.estimator.step,
+            "seconds": self.estimator.seconds,
+            "epoch": self.estimator.step * self._passes,
+            "split": EVALUATION,
+            "work": self._work(),
+        }
+
+    def spent(self) -> float:
+        """The cost so far, in the budget's unit."""
+        counts = {
+            "seconds": self.estimator.seconds,
+            "steps": self.estimator.step,
+            "epochs": self.estimator.step * self._passes,
+        }
+        kind = self._budget.kind
+        return float(counts[kind]) if kind in counts else self._work()
+
+    def advance(self, point: float) -> bool:
+        """Trains until the cost is `point`; False if no step was made.
+
+        That is where a long step has passed the point already, or the next one is expected to end
+        beyond the budget.
+        """
+        before = self.estimator.step
+        if before and self.spent() >= point * (1.0 - 1e-9):
+            return False
+        if self._budget.kind == "seconds":
+            self._train_seconds(point)
+        else:
+            self._train_counted(point)
+        return self.estimator.step > before
+
+    def _train_seconds(self, point: float) -> None:
+        estimator, amount = self.estimator, self._budget.amount
+        before, began = estimator.step, estimator.seconds
+        until = min(point, amount - self.step_cost - OVERRUN * amount)
+        if before and began >= until:
+            return
+        while estimator.step == before or estimator.seconds < until:
+            self._train(seconds=max(min(until - estimator.seconds, STRETCH_SECONDS), 1e-9))
+        self.step_cost = (estimator.seconds - began) / (estimator.step - before)
+
+    def _train_counted(self, point: float) -> None:
+        amount = self._budget.amount
+        equal = self._budget.kind != "work" or not self._has_diagnostics  # steps cost the same
+        while (began := self.spent()) < point * (1.0 - 1e-9):
+            before, steps = self.estimator.step, 1
+            if before and began + self.step_cost > amount * (1.0 + 1e-9):
+                return
+            if self.step_cost and equal:
+                within = math.floor((amount - began) / self.step_cost + 1e-6)
+                steps = min(math.ceil((point - began) / self.step_cost - 1e-6), within)
+            self._train(steps=max(steps, 1), seconds=STRETCH_SECONDS)
+            self.step_cost = (self.spent() - began) / (self.estimator.step - before)
+
+    def _train(self, **limit: Any) -> None:
+        self.estimator.train(self._data, save=False, **limit)
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+            self._saved = time.monotonic()
+
+    def _work(self) -> float:
+        step = self.estimator.step
+        return gradients_of_work(self.estimator.state.opt_state, step) * self._passes
 
 
 def gradients_of_work(opt_state: Any, steps: int) -> float:
-    """What the steps so far cost, in gradients of their batch.
+    """The cost of the steps so far, in gradients of their batch.
 
-    By the optimizer's own count (`Diagnostics.gradient_equivalents`), else one gradient a step.
+    From the optimizer's own count, `Diagnostics.gradient_equivalents`; else one gradient a step.
     """
     account = diagnostics.read(opt_state)
     return float(steps if account is None else account.gradient_equivalents)
 
 
 def _curvature_rows(problem: Problem, entry: Entry) -> int | None:
-    """The curvature batch, or none of its own where it would be no smaller than the batch."""
+    """The size of the curvature batch; None where it would be no smaller than the batch."""
     size = entry.curvature_batch_size
     return None if size is None or size >= step_rows(problem, entry) else size
 

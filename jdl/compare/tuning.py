@@ -1,11 +1,11 @@
-"""Equal tuning: as many trials for every optimizer, at the same quasi-random places of its range.
+"""Equal tuning: the same number of trials for every optimizer, at the same points of its range.
 
-The first trial is the default; trial k of every optimizer after it lies at the same share uₖ of
-the optimizer's own search range, on a log scale:
+The first trial is the default; trial k after it is at the same quasi-random point uₖ of the
+optimizer's own range, on a log scale:
 
     value = low · (high / low)^uₖ
 
-Settings are chosen on validation data by one seed that the reported trials do not use.
+Settings are chosen on validation data, with a seed that the reported trials do not use.
 """
 
 import itertools
@@ -17,14 +17,14 @@ from typing import NamedTuple
 from jdl.core import check
 from jdl.optim.registry import TuningRange
 
-SAME = 0.1  # values closer to the default than this, in logarithm, are passed over
+SAME = 0.1  # values closer to the default than this, in logarithm, are skipped
 SEED = 10_000  # of initial parameters and data order while tuning
 FIRST, FROM = 3, 0.1
 
 RULE = (
-    "A trial is cut when its best value so far is worse than the median of what the earlier trials "
-    "of the same optimizer had at best by then; never before a tenth of the budget, nor among the "
-    f"first {FIRST}."
+    "A trial is cut when its best value so far is worse than the median of the best values that "
+    "the same optimizer's earlier trials had by then; never before a tenth of the budget, nor "
+    f"among the first {FIRST}."
 )
 
 
@@ -32,11 +32,11 @@ class Tuning(NamedTuple):
     """How settings are chosen, the same for every optimizer.
 
     Attributes:
-      trials: how many values each optimizer is tried with.
-      share: the budget of a tuning trial, in parts of a reported trial's, in (0, 1].
-      criterion: the column that is to be least (largest where it ends in accuracy); the training
-        loss stands in where a problem has nothing to validate on.
-      defaults: whether the untuned optimizers are reported as well.
+      trials: the number of values tried for each optimizer.
+      share: the budget of a tuning trial as a share of a reported trial's, in (0, 1].
+      criterion: the column to minimize (to maximize if it ends in accuracy); the training loss for
+        a problem without validation data.
+      defaults: whether the untuned optimizers are reported too.
 
     >>> Tuning(trials=8, share=0.5).checked().criterion
     'validation_loss'
@@ -48,13 +48,13 @@ class Tuning(NamedTuple):
     defaults: bool = True
 
     def checked(self) -> "Tuning":
-        """Itself, if its values are sound."""
+        """The same, if its values are valid."""
         check.positive_int("trials", self.trials)
         check.in_range("share", self.share, 0.0, 1.0, open_low=True)
         return self
 
     def criterion_of(self, validates: bool) -> str:
-        """The column to go by, for a problem that has validation data or not."""
+        """The column to use, for a problem with or without validation data."""
         if not validates and self.criterion.startswith("validation_"):
             return "train_loss"
         return self.criterion
@@ -93,12 +93,12 @@ def place(k: int) -> float:
 
 
 class Curve(NamedTuple):
-    """What one trial had after what it spent: (spent, value) in order, small values good."""
+    """One trial's (cost so far, value) in order; small values are good."""
 
     points: tuple[tuple[float, float], ...]
 
     def best(self, spent: float) -> float | None:
-        """The best value by then; None where the trial did not get that far."""
+        """The best value by then; None if the trial did not get that far."""
         if not self.points or self.points[-1][0] < spent * (1.0 - 0.05):
             return None
         return min((value for at, value in self.points if at <= spent), default=None)
@@ -110,7 +110,7 @@ def hopeless(now: Curve, earlier: Sequence[Curve], budget: float) -> bool:
     Args:
       now: the trial's curve so far.
       earlier: those of the optimizer's earlier trials.
-      budget: what a trial may spend.
+      budget: of a trial.
 
     >>> good = [Curve(((1.0, 0.5), (9.0, x))) for x in (0.1, 0.2, 0.3)]
     >>> hopeless(Curve(((1.0, 0.5), (5.0, 0.6))), good, 10.0)

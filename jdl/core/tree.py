@@ -41,7 +41,7 @@ def norm(a: PyTree) -> jax.Array:
 
 
 def add_scaled(a: PyTree, scale: jax.Array | float, b: PyTree) -> PyTree:
-    """A + scale·b, in the types of `a`'s leaves."""
+    """a + scale·b, in the types of `a`'s leaves."""
     return jax.tree.map(lambda x, y: x + (jnp.asarray(scale, x.dtype) * y.astype(x.dtype)), a, b)
 
 

@@ -1,25 +1,18 @@
-"""Instruments for curvature: what a loss looks like around given parameters.
+"""The curvature of a loss around given parameters.
 
 Small models: `hessian` and `jacobian`, exact, in chunks. Any size: an `operator` (Hessian,
-Gauss-Newton, empirical Fisher; averaged over the batches of a data set) and what its products tell:
-`top_eigenpairs`, `spectral_density`, `trace`; besides `noise_scale` and `sharpness`.
+Gauss-Newton, empirical Fisher, averaged over the batches of a data set), and `top_eigenpairs`,
+`spectral_density` and `trace` from its products; also `noise_scale` and `sharpness`.
 """
 
-from jdl.curvature.dense import hessian as hessian
-from jdl.curvature.dense import jacobian as jacobian
-from jdl.curvature.density import Density as Density
-from jdl.curvature.density import spectral_density as spectral_density
-from jdl.curvature.lanczos import Eigenpairs as Eigenpairs
-from jdl.curvature.lanczos import top_eigenpairs as top_eigenpairs
-from jdl.curvature.landscape import Landscape as Landscape
-from jdl.curvature.noise import NoiseScale as NoiseScale
-from jdl.curvature.noise import noise_scale as noise_scale
-from jdl.curvature.operators import Operator as Operator
-from jdl.curvature.operators import operator as operator
-from jdl.curvature.sharpness import Sharpness as Sharpness
-from jdl.curvature.sharpness import sharpness as sharpness
-from jdl.curvature.trace import Trace as Trace
-from jdl.curvature.trace import trace as trace
+from jdl.curvature.dense import hessian, jacobian
+from jdl.curvature.density import Density, spectral_density
+from jdl.curvature.hutchinson import Trace, trace
+from jdl.curvature.lanczos import Eigenpairs, top_eigenpairs
+from jdl.curvature.landscape import Landscape
+from jdl.curvature.neighborhood import Sharpness, sharpness
+from jdl.curvature.noise import NoiseScale, noise_scale
+from jdl.curvature.operators import Operator, operator
 
 __all__ = [
     "Density",

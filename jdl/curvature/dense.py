@@ -13,10 +13,11 @@ from jdl.core import check
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.curvature.landscape import Landscape, params_of
+from jdl.curvature.operators import function_hvp
 
 
 def hessian(
-    of: Landscape | Objective | Callable[[Params], Any],
+    of: Landscape | Objective | Callable[[Params], jax.Array],
     params: Params | None = None,
     *,
     chunk_size: int = 64,
@@ -27,7 +28,7 @@ def hessian(
     Takes n² numbers and the activations of `chunk_size` products.
 
     Args:
-      of: a `Landscape`, which brings its parameters, a `jdl.Objective`, or a scalar function.
+      of: a `Landscape`, which has its own parameters, a `jdl.Objective`, or a scalar function.
       params: a pytree of floating-point arrays.
       chunk_size: columns computed at once, ≥ 1.
       max_parameters: n at most: 10,000 take 400 MB in float32.
@@ -37,45 +38,35 @@ def hessian(
     """
     check.positive_int("chunk_size", chunk_size)
     params = params_of(of, params)
-    flat, _ = ravel_pytree(params)
-    _check_size(flat.size, max_parameters)
-    size = min(chunk_size, flat.size)
+    _check_size(ravel_pytree(params)[0].size, max_parameters)
+    found: Any
     if isinstance(of, Landscape):
-        found: Any = of._mean(lambda objective: _of_objective(objective, params, size))
+        found = of.mean(lambda objective: _of_objective(objective, params, chunk_size))
     elif isinstance(of, Objective):
-        found = _of_objective(of, params, size)
-    else:
-        found = _of_function(of, params, size)
+        found = _of_objective(of, params, chunk_size)
+    else:  # compiled anew each time: what the function closes over may change
+        hvp = functools.partial(function_hvp, of)
+        found = jax.jit(lambda p: _columns(functools.partial(hvp, p), p, chunk_size))(params)
     matrix = np.asarray(found)
     return 0.5 * (matrix + matrix.T)
 
 
-# The parameters are an argument of both: constants would be folded, at length.
-@functools.partial(jax.jit, static_argnames="size")
-def _of_objective(objective: Objective, params: Params, size: int) -> jax.Array:
-    return _columns(lambda v: objective.hvp(params, v), params, size)
+@functools.partial(jax.jit, static_argnames="chunk_size")
+def _of_objective(objective: Objective, params: Params, chunk_size: int) -> jax.Array:
+    return _columns(lambda v: objective.hvp(params, v), params, chunk_size)
 
 
-def _of_function(fun: Callable[[Params], Any], params: Params, size: int) -> jax.Array:
-    @jax.jit  # anew each time: what `fun` closes over may change
-    def of_function(params: Params) -> jax.Array:
-        def product(v: PyTree) -> PyTree:
-            with jax.default_matmul_precision("highest"):
-                return jax.jvp(jax.grad(fun), (params,), (v,))[1]
-
-        return _columns(product, params, size)
-
-    return of_function(params)
-
-
-def _columns(product: Callable[[Params], PyTree], params: Params, size: int) -> jax.Array:
-    """The products with all unit vectors, `size` at once."""
+def _columns(product: Callable[[Params], PyTree], params: Params, chunk_size: int) -> jax.Array:
     flat, unravel = ravel_pytree(params)
+    return _on_unit_vectors(lambda v: ravel_pytree(product(unravel(v)))[0], flat, chunk_size)
 
-    def column(i: jax.Array) -> jax.Array:
-        return ravel_pytree(product(unravel(jnp.zeros_like(flat).at[i].set(1.0))))[0]
 
-    return jax.lax.map(column, jnp.arange(flat.size), batch_size=size)
+def _on_unit_vectors(
+    linear: Callable[[jax.Array], jax.Array], like: jax.Array, chunk_size: int
+) -> jax.Array:
+    """A linear function of all unit vectors shaped as `like`, `chunk_size` at once."""
+    one = lambda i: linear(jnp.zeros_like(like).at[i].set(1.0))  # noqa: E731
+    return jax.lax.map(one, jnp.arange(like.size), batch_size=min(chunk_size, like.size))
 
 
 def jacobian(
@@ -99,22 +90,20 @@ def jacobian(
     check.positive_int("chunk_size", chunk_size)
     flat, unravel = ravel_pytree(params)
     _check_size(flat.size, max_parameters)
+    flat_fn = lambda x: ravel_pytree(fn(unravel(x)))[0]  # noqa: E731
 
     @jax.jit
     def rows(flat: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
-            out, pull = jax.vjp(lambda x: ravel_pytree(fn(unravel(x)))[0], flat)
-            one = lambda i: pull(jnp.zeros_like(out).at[i].set(1.0))[0]  # noqa: E731
-            return jax.lax.map(one, jnp.arange(out.size), batch_size=min(chunk_size, out.size))
+            out, pull = jax.vjp(flat_fn, flat)
+            return _on_unit_vectors(lambda v: pull(v)[0], out, chunk_size)
 
     @jax.jit
     def columns(flat: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
-            _, push = jax.linearize(lambda x: ravel_pytree(fn(unravel(x)))[0], flat)
-            one = lambda i: push(jnp.zeros_like(flat).at[i].set(1.0))  # noqa: E731
-            return jax.lax.map(one, jnp.arange(flat.size), batch_size=min(chunk_size, flat.size))
+            return _on_unit_vectors(jax.linearize(flat_fn, flat)[1], flat, chunk_size)
 
-    outputs = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(jax.eval_shape(fn, params)))
+    outputs = jax.eval_shape(flat_fn, flat).size
     return np.asarray(rows(flat)) if outputs <= flat.size else np.asarray(columns(flat)).T
 
 

@@ -4,6 +4,16 @@ r"""The density of eigenvalues, by stochastic Lanczos quadrature.
 
 for P random first vectors: m steps of Lanczos give the Gauss quadrature of each one's spectral
 measure, whose mean over directions is φ.
+
+Measured against matfree 0.6.3 (`funm.monte_carlo_funm_sym`, full reorthogonalization), 60 steps and
+4 probes on the Hessian of `tests/benchmarks/bench_solvers.py`, 8 seeds, root mean square error:
+
+    mean of |λ|, 0.0596            0.0015 here, 0.0018 matfree
+    mean of exp(−(λ/0.05)²), 0.489    0.009 here, 0.016 matfree
+
+The quadrature is the same; matfree's normal probes are not scaled to unit length. It took 0.13 s
+against 0.7 s, as one `jit` made all products, which is impossible for an average over a data set.
+This one also returns nodes and weights, from which `smooth` draws the density.
 """
 
 from collections.abc import Callable
@@ -20,9 +30,9 @@ class Density(NamedTuple):
     """Nodes and weights of the spectrum's quadrature.
 
     Attributes:
-      nodes: θ, [P, m]; a run that ended early repeats its last.
+      nodes: θ, [P, m]; a run that ended early repeats its last, with weight 0.
       weights: s₁ⱼ², each row summing to 1, [P, m].
-      size: n, how many eigenvalues there are.
+      size: n, the number of eigenvalues.
       products: how many were made.
       memory: bytes of the basis.
     """

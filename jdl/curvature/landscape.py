@@ -2,8 +2,8 @@ r"""A loss averaged over all batches of a data set, around given parameters.
 
     f(θ) = Σ_b w_b f_b(θ) / Σ_b w_b,    w_b the examples of batch b
 
-and likewise its gradient and its products. A single batch's curvature is a noisy and, at the top of
-the spectrum, an upward biased picture of it: `rayleigh_by_batch` shows by how much batches differ.
+and likewise its gradient and its curvature products. The curvature of a single batch is noisy and,
+at the top of the spectrum, biased upward: `rayleigh_by_batch` shows how much batches differ.
 """
 
 import functools
@@ -20,19 +20,19 @@ from jdl.core import check, tree
 from jdl.core.objective import Objective, batch_size
 from jdl.core.types import Batch, Params
 
-KINDS = ("hessian", "gauss_newton", "empirical_fisher")
+METHODS = {"hessian": "hvp", "gauss_newton": "gnvp", "empirical_fisher": "efvp"}  # kind -> method
 
 
 class Landscape:
-    """A data set's loss around parameters; vectors are flat, as `ravel_pytree` orders them.
+    """A data set's loss around parameters; vectors are flat, in `ravel_pytree`'s order.
 
     Args:
-      make: `make(batch) -> jdl.Objective`. Give it train=False: dropout's noise is no curvature.
-      batches: an iterable of batches that can be passed over again (a list, or a data set of
-        `jdl.data` with finite epochs); each product passes over it once.
-      params: where to look, a pytree of floating-point arrays.
-      max_batches: pass over the first so many only; None for all.
-      kept_bytes: batches are kept on the device after the first pass where they take no more.
+      make: `make(batch) -> jdl.Objective`. Give it train=False: dropout's noise is not curvature.
+      batches: an iterable of batches that can be iterated again (a list, or a data set of
+        `jdl.data` with finite epochs); each product iterates over it once.
+      params: where to evaluate, a pytree of floating-point arrays.
+      max_batches: use only the first so many; None for all.
+      kept_bytes: batches stay on the device after the first pass if they take no more than this.
 
     >>> predict = lambda w, batch: batch["x"] @ w
     >>> loss = lambda outputs, batch: 0.5 * jnp.square(outputs - batch["y"])
@@ -54,7 +54,7 @@ class Landscape:
         check.argument(
             not isinstance(batches, Iterator),
             "batches",
-            "an iterable that can be passed over again",
+            "an iterable that can be iterated again",
             type(batches).__name__,
             "Make a list of it.",
         )
@@ -79,7 +79,7 @@ class Landscape:
         return self.flat.size
 
     def objectives(self) -> Iterator[Objective]:
-        """One objective a batch, in order."""
+        """The objective of each batch, in order."""
         if self._kept is not None:
             yield from self._kept
             return
@@ -100,19 +100,19 @@ class Landscape:
         self._kept = kept
 
     def examples(self) -> tuple[int, int]:
-        """How many batches there are, and how many examples."""
+        """The numbers of batches and of examples."""
         sizes = [_examples(objective) for objective in self.objectives()]
         return len(sizes), round(sum(sizes))
 
     def value(self, params: Params | None = None) -> float:
         """f(θ), at the landscape's own parameters or others."""
         at = self.params if params is None else params
-        return float(self._mean(lambda o: _value(o, at)))
+        return float(self.mean(lambda o: _value(o, at)))
 
     def gradient(self, params: Params | None = None) -> np.ndarray:
         """∇f(θ), [n]."""
         at = self.params if params is None else params
-        return np.asarray(self._mean(lambda o: _gradient(o, at)))
+        return np.asarray(self.mean(lambda o: _gradient(o, at)))
 
     def gradients(self) -> Iterator[tuple[np.ndarray, float]]:
         """∇f_b(θ) and w_b of each batch."""
@@ -120,25 +120,24 @@ class Landscape:
             yield np.asarray(_gradient(objective, self.params)), _examples(objective)
 
     def product(self, kind: str, vector: Any) -> np.ndarray:
-        """The Hessian's, Gauss-Newton's or empirical Fisher's product with a vector, [n]."""
-        one = _product(check.one_of("kind", kind, KINDS))
+        """M v, [n], for the matrix M of that kind (see `operator`)."""
+        of_batch = batch_product(kind)
         v = self.unravel(jnp.asarray(vector, self.flat.dtype))
-        return np.asarray(self._mean(lambda o: one(o, self.params, v)))
+        return np.asarray(self.mean(lambda o: of_batch(o, self.params, v)))
 
     def rayleigh_by_batch(self, kind: str, vectors: np.ndarray) -> np.ndarray:
         """⟨v, M_b v⟩ / ⟨v, v⟩ for each batch b and vector v, [batches, k]."""
-        one = _product(check.one_of("kind", kind, KINDS))
-        found = []
-        for objective in self.objectives():
-            row = []
-            for vector in vectors:
-                v = jnp.asarray(vector, self.flat.dtype)
-                product = one(objective, self.params, self.unravel(v))
-                row.append(float(jnp.vdot(v, product) / jnp.vdot(v, v)))
-            found.append(row)
-        return np.asarray(found)
+        of_batch = batch_product(kind)
 
-    def _mean(self, part: Callable[[Objective], jax.Array]) -> jax.Array:
+        def quotient(objective: Objective, v: jax.Array) -> float:
+            product = of_batch(objective, self.params, self.unravel(v))
+            return float(jnp.vdot(v, product) / jnp.vdot(v, v))
+
+        flats = [jnp.asarray(vector, self.flat.dtype) for vector in vectors]
+        return np.asarray([[quotient(o, v) for v in flats] for o in self.objectives()])
+
+    def mean(self, part: Callable[[Objective], jax.Array]) -> jax.Array:
+        """Σ_b w_b part(f_b) / Σ_b w_b."""
         total: Any = None
         weight = 0.0
         for objective in self.objectives():
@@ -150,12 +149,12 @@ class Landscape:
         return total / jnp.asarray(max(weight, 1.0), total.dtype)
 
 
-def params_of(of: Any, params: Params | None) -> Params:
-    """Where to look: a `Landscape`'s own parameters, or those given beside anything else."""
+def params_of(of: object, params: Params | None) -> Params:
+    """The parameters to evaluate at: a `Landscape`'s own, or `params` for anything else."""
     if isinstance(of, Landscape):
-        check.argument(params is None, "params", "left to the Landscape, which has its own", params)
+        check.argument(params is None, "params", "left out: the Landscape has its own", params)
         return of.params
-    check.argument(params is not None, "params", "given, but for a Landscape", None)
+    check.argument(params is not None, "params", "given unless `of` is a Landscape", None)
     return params
 
 
@@ -176,12 +175,15 @@ def _gradient(objective: Objective, params: Params) -> jax.Array:
     return ravel_pytree(objective.grad(params))[0]
 
 
-@functools.cache
-def _product(kind: str) -> Callable[..., jax.Array]:
-    name = {"hessian": "hvp", "gauss_newton": "gnvp", "empirical_fisher": "efvp"}[kind]
+def batch_product(kind: str) -> Callable[[Objective, Params, Params], jax.Array]:
+    """The compiled function (objective, params, vector) -> product, [n]."""
+    return _batch_product(METHODS[check.one_of("kind", kind, METHODS)])
 
+
+@functools.cache
+def _batch_product(method: str) -> Callable[..., jax.Array]:
     @jax.jit
     def product(objective: Objective, params: Params, vector: Params) -> jax.Array:
-        return ravel_pytree(getattr(objective, name)(params, vector))[0]
+        return ravel_pytree(getattr(objective, method)(params, vector))[0]
 
     return product

@@ -1,9 +1,10 @@
-r"""The gradient noise scale: the batch size at which noise and gradient are equally long.
+r"""The gradient noise scale: the batch size at which noise and gradient have equal norms.
 
     B_noise = tr Σ / |G|²
 
-with G the gradient of the whole and Σ the covariance of one example's. Batches much smaller waste
-steps, batches much larger waste examples. From batches of B examples and their mean of K B:
+with G the gradient of the whole data and Σ the covariance of one example's gradient. Batches much
+smaller waste steps, batches much larger waste examples. From the gradients g_b of K batches of B
+examples and their mean Ḡ:
 
     |G|² ≈ (K |Ḡ|² − mean |g_b|²) / (K − 1)        tr Σ ≈ B (mean |g_b|² − |Ḡ|²) K / (K − 1)
 """
@@ -20,10 +21,10 @@ class NoiseScale(NamedTuple):
     """The gradient noise scale of a data set at given parameters.
 
     Attributes:
-      value: B_noise in examples; inf where the gradient drowns in noise.
-      low: the value at one standard error of 1 / B_noise below, by the jackknife over batches.
-      high: the value at one above; inf where the gradient may be zero.
-      gradient: |G|², unbiased; may be negative by chance.
+      value: B_noise in examples; inf where the gradient is not distinguishable from zero.
+      low: the value with 1 / B_noise one standard error higher, by the jackknife over batches.
+      high: the value with 1 / B_noise one standard error lower; inf where that is not positive.
+      gradient: |G|², an unbiased estimate, which may be negative.
       variance: tr Σ.
       batches: K.
       batch_size: B.
@@ -39,19 +40,17 @@ class NoiseScale(NamedTuple):
 
 
 def noise_scale(landscape: Landscape) -> NoiseScale:
-    """The noise scale of a landscape's batches, at least 3 of one size; a smaller last is left out.
+    """The noise scale from at least 3 batches of one size; a smaller last one is left out.
 
     Args:
-      landscape: the loss and where to look.
+      landscape: the loss and the parameters.
 
     >>> import jax.numpy as jnp
     >>> from jdl.core.objective import Objective
-    >>> predict = lambda w, batch: batch["x"] @ w
-    >>> loss = lambda outputs, batch: 0.5 * jnp.square(outputs - batch["y"])
+    >>> loss = lambda outputs, batch: (outputs - batch["x"][:, 0] - 1.0) ** 2
+    >>> make = lambda batch: Objective.from_fns(lambda w, batch: batch["x"] @ w, loss, batch)
     >>> x = np.random.default_rng(0).normal(size=(8, 16, 2)).astype(np.float32)
-    >>> batches = [{"x": each, "y": each[:, 0] + 1.0} for each in x]
-    >>> make = lambda batch: Objective.from_fns(predict, loss, batch)
-    >>> landscape = Landscape(make, batches, jnp.zeros(2))
+    >>> landscape = Landscape(make, [{"x": each} for each in x], jnp.zeros(2))
     >>> found = noise_scale(landscape)
     >>> found.batches, found.batch_size, found.low < found.value < found.high
     (8, 16.0, True)
@@ -85,7 +84,7 @@ def noise_scale(landscape: Landscape) -> NoiseScale:
         rest = (k * k * whole - 2 * k * inner + length) / (k - 1) ** 2
         g2, noise = _unbiased((sum(lengths) - length) / (k - 1), rest, k - 1, size)
         inverses.append(g2 / noise if noise > 0 else np.inf)
-    # 1 / B_noise, unlike B_noise itself, behaves where the gradient is hard to tell from zero.
+    # 1 / B_noise stays finite where |G|² is near zero.
     inverse = square / variance if variance > 0 else np.inf
     spread = float(np.sqrt((k - 1) * np.var(inverses)))
     low, value, high = (

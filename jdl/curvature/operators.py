@@ -1,5 +1,6 @@
-"""A curvature matrix as something that multiplies vectors: v -> H v, G v or F v."""
+"""A curvature matrix M, known by its products v -> M v."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,11 +12,11 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
-from jdl.curvature.landscape import KINDS, Landscape, _product, params_of
+from jdl.curvature.landscape import METHODS, Landscape, batch_product, params_of
 
 
 class Operator(NamedTuple):
-    """A symmetric matrix of which only products are known.
+    """A symmetric matrix, known by its products.
 
     Attributes:
       product: [n] -> [n], NumPy arrays.
@@ -31,49 +32,45 @@ class Operator(NamedTuple):
 
 
 def operator(
-    of: Landscape | Objective | Callable[[Params], Any],
+    of: Landscape | Objective | Callable[[Params], jax.Array],
     params: Params | None = None,
     kind: str = "hessian",
 ) -> Operator:
     """The curvature of `of` at `params`.
 
     Args:
-      of: a `Landscape`, which brings its own parameters; a `jdl.Objective`, one batch's; or a
+      of: a `Landscape`, which has its own parameters; a `jdl.Objective`, for one batch; or a
         scalar function of the parameters, for the Hessian only.
       params: a pytree of floating-point arrays.
-      kind: "hessian"; "gauss_newton", Jᵀ ∇²ℓ J, positive where the loss is convex in the outputs;
-        "empirical_fisher", Σ gᵢ gᵢᵀ / B of the examples' gradients.
+      kind: "hessian"; "gauss_newton", Jᵀ ∇²ℓ J, positive semi-definite where the loss is convex in
+        the outputs; "empirical_fisher", Σ gᵢ gᵢᵀ / B of the examples' gradients.
 
     >>> op = operator(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))
     >>> op.product(np.ones(2, np.float32)).tolist()
     [6.0, 12.0]
     """
-    check.one_of("kind", kind, KINDS)
+    check.one_of("kind", kind, METHODS)
     params = params_of(of, params)
-    if isinstance(of, Landscape):
-        land = of
-        return Operator(lambda v: land.product(kind, v), land.size, land.flat.dtype, land.unravel)
     flat, unravel = ravel_pytree(params)
-    if isinstance(of, Objective):
-        objective, one = of, _product(kind)
-        of_objective = lambda v: one(objective, params, unravel(jnp.asarray(v, flat.dtype)))  # noqa: E731
-        return Operator(
-            lambda v: np.asarray(of_objective(v)), flat.size, np.dtype(flat.dtype), unravel
+    product: Callable[[Any], Any]
+    if isinstance(of, Landscape):
+        product = functools.partial(of.product, kind)
+    elif isinstance(of, Objective):
+        objective, of_batch = of, batch_product(kind)
+        product = lambda v: of_batch(objective, params, unravel(v))  # noqa: E731
+    else:
+        check.argument(callable(of), "of", "a Landscape, a jdl.Objective or a function", of)
+        check.argument(
+            kind == "hessian", "kind", "'hessian' for a function", kind, "Use a jdl.Objective."
         )
-    check.argument(callable(of), "of", "a Landscape, a jdl.Objective or a function", of)
-    check.argument(
-        kind == "hessian", "kind", "'hessian' for a plain function", kind, "Use a jdl.Objective."
-    )
-    fun = of
+        # The parameters are an argument: XLA would take long to fold constants.
+        of_function = jax.jit(functools.partial(function_hvp, of))
+        product = lambda v: of_function(params, unravel(v))  # noqa: E731
+    dtype = np.dtype(flat.dtype)
+    return Operator(lambda v: np.asarray(product(jnp.asarray(v, dtype))), flat.size, dtype, unravel)
 
-    @jax.jit  # the parameters are an argument: constants would be folded, at length
-    def hvp(flat: jax.Array, v: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision("highest"):
-            return jax.jvp(jax.grad(lambda x: fun(unravel(x))), (flat,), (v,))[1]
 
-    return Operator(
-        lambda v: np.asarray(hvp(flat, jnp.asarray(v, flat.dtype))),
-        flat.size,
-        np.dtype(flat.dtype),
-        unravel,
-    )
+def function_hvp(fun: Callable[[Params], jax.Array], params: Params, vector: Params) -> jax.Array:
+    """∇²fun(params) · vector, [n]."""
+    with jax.default_matmul_precision("highest"):
+        return ravel_pytree(jax.jvp(jax.grad(fun), (params,), (vector,))[1])[0]

@@ -1,4 +1,4 @@
-"""Networks, one architecture a file, as Flax Linen modules. `jdl.from_linen` makes each a Model."""
+"""Networks as Flax Linen modules, one architecture a file; `jdl.from_linen` makes each a Model."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

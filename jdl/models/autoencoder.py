@@ -1,9 +1,9 @@
-r"""Autoencoders: compression through a narrow code, and what keeps a wide one from copying.
+r"""Autoencoders: a narrow code, or a wide one with a penalty or corrupted inputs.
 
     outputs = decode(code),  code = encode(x)
 
 `Autoencoder` (dense, with tied weights if wanted), `ConvAutoencoder` and `Variational` are
-networks; `penalized` adds sparsity or contraction to one, `denoising` corrupts what it sees.
+networks; `penalized` adds sparsity or contraction to one, `denoising` corrupts its inputs.
 """
 
 import math
@@ -24,13 +24,13 @@ NOISES = ("masking", "gaussian", "salt_and_pepper")
 
 
 class Reconstruction(NamedTuple):
-    """What an autoencoder gives that has more to say than its outputs.
+    """The outputs of an autoencoder with a penalty or corrupted inputs.
 
     Attributes:
       outputs: logits or real values, [B, ...].
       penalty: to be added to the loss, [B].
-      of_clean: outputs for the inputs as they are; None where there is no corruption.
-      corrupted: what the outputs were made of; None likewise.
+      of_clean: outputs for the uncorrupted inputs; None without corruption.
+      corrupted: the corrupted inputs; None without corruption.
     """
 
     outputs: jax.Array
@@ -47,11 +47,11 @@ def as_reconstruction(outputs: Any) -> Reconstruction:
 
 
 class Autoencoder(nn.Module):
-    """Dense layers down to a code, and their mirror image back.
+    """Dense layers to a code, and mirrored layers back.
 
         code = encode(x),  outputs = decode(code), of the shape of x
 
-    Outputs are logits or real values, as the loss takes them: `sigmoid_cross_entropy` for pixels
+    Outputs are logits or real values, depending on the loss: `sigmoid_cross_entropy` for pixels
     in [0, 1], `squared_error` otherwise.
 
     Attributes:
@@ -60,7 +60,7 @@ class Autoencoder(nn.Module):
       code_activation: of the code.
       tied: whether the decoder's kernels are the encoder's, transposed.
       kernel_init, bias_init: initializers; `jdl.models.layers.sparse_init(15)` is Martens'.
-      dtype: type of the computation; None for the parameters' own.
+      dtype: of the computation; None for the parameters' dtype.
 
     >>> net = Autoencoder(widths=(32, 4))
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
@@ -92,7 +92,7 @@ class Autoencoder(nn.Module):
         )
 
     def _back(self, h: jax.Array, width: int, name: str, mirrored: int) -> jax.Array:
-        """One layer of the decoder, the mirror image of that layer of the encoder."""
+        """One layer of the decoder, which mirrors the encoder's layer `mirrored`."""
         if not self.tied:
             return self._dense(width, name)(h)
         kernel = self.variables["params"][f"encoder_{mirrored}"]["kernel"]
@@ -128,16 +128,16 @@ class Autoencoder(nn.Module):
 
 
 class ConvAutoencoder(nn.Module):
-    """Convolutions and pooling down to a code; upsampling and convolutions back.
+    """Convolutions and pooling to a code; upsampling and convolutions back.
 
-    Each stage halves height and width, so that both must be multiples of 2 to their number.
+    Each stage halves height and width; both must be multiples of 2^len(filters).
 
     Attributes:
-      filters: of each stage on the way down.
+      filters: channels of each stage of the encoder.
       code: units of the code.
       kernel_size: height and width of the convolutions.
       activation: of all layers but the code and the last.
-      dtype: type of the computation; None for the parameters' own.
+      dtype: of the computation; None for the parameters' dtype.
 
     >>> net = ConvAutoencoder(filters=(4, 8), code=5)
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
@@ -203,7 +203,7 @@ class Variational(nn.Module):
 
         code = μ(x) + exp(½ log σ²(x)) · ε,   penalty = ½ Σ (μ² + σ² − log σ² − 1)
 
-    With `sigmoid_cross_entropy` and β = 1, loss + penalty is the negative evidence lower bound, in
+    With `sigmoid_cross_entropy` and β = 1, loss + penalty is the negative evidence lower bound in
     nats. In evaluation the code is μ.
 
     Attributes:
@@ -211,7 +211,7 @@ class Variational(nn.Module):
       code: units of the code.
       activation: of the hidden layers.
       beta: weight of the penalty.
-      dtype: type of the computation; None for the parameters' own.
+      dtype: of the computation; None for the parameters' dtype.
 
     >>> net = Variational(widths=(16,), code=2)
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
@@ -244,45 +244,45 @@ class Variational(nn.Module):
     @nn.compact
     def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
         """μ and log σ², each [B, code]."""
-        h = x.reshape(x.shape[0], -1)
-        for i, width in enumerate(self.widths):
-            h = activation(self.activation)(
-                nn.Dense(width, dtype=self.dtype, name=f"encoder_{i}")(h)
-            )
-        dense = [nn.Dense(self.code, dtype=self.dtype, name=n) for n in ("mean", "log_variance")]
-        return dense[0](h), dense[1](h)
+        h = self._hidden(x.reshape(x.shape[0], -1), self.widths, "encoder")
+        mean, log_variance = (self._dense(self.code, name) for name in ("mean", "log_variance"))
+        return mean(h), log_variance(h)
 
     @nn.compact
     def decode(self, code: jax.Array, shape: Sequence[int]) -> jax.Array:
-        """Outputs [B, *shape] of codes [B, code]; of normal random codes, samples of the model."""
-        h = code
-        for i, width in enumerate(reversed(self.widths)):
-            h = activation(self.activation)(
-                nn.Dense(width, dtype=self.dtype, name=f"decoder_{i}")(h)
-            )
-        outputs = nn.Dense(math.prod(shape), dtype=self.dtype, name="reconstruction")(h)
-        return outputs.reshape(code.shape[0], *shape)
+        """Outputs [B, *shape] of codes [B, code]; of codes from N(0, I), samples of the model."""
+        h = self._hidden(code, self.widths[::-1], "decoder")
+        return self._dense(math.prod(shape), "reconstruction")(h).reshape(code.shape[0], *shape)
+
+    def _hidden(self, h: jax.Array, widths: Sequence[int], name: str) -> jax.Array:
+        phi = activation(self.activation)
+        for i, width in enumerate(widths):
+            h = phi(self._dense(width, f"{name}_{i}")(h))
+        return h
+
+    def _dense(self, width: int, name: str) -> nn.Dense:
+        return nn.Dense(width, dtype=self.dtype, name=name)
 
 
 def penalized(
-    net: Any, *, sparsity: float = 0.0, contraction: float = 0.0, probes: int = 1
+    net: nn.Module, *, sparsity: float = 0.0, contraction: float = 0.0, probes: int = 1
 ) -> Model:
     r"""An autoencoder with a penalty on its code.
 
         penalty = sparsity · |code|₁ + contraction · ‖∂code/∂x‖²_F
 
-    The Jacobian's norm is the mean of |∂code/∂x u|² over directions u ~ N(0, I), each one
-    forward-mode product: unbiased, and as dear as a forward pass. In evaluation the directions are
-    always the same.
+    The Jacobian's norm is estimated, without bias, by the mean of |∂code/∂x u|² over directions
+    u ~ N(0, I), each a forward-mode product that costs about a forward pass. In evaluation the
+    directions are fixed.
 
     Args:
       net: an `Autoencoder` or another Linen module with a method `encode(x) -> [B, F]`.
       sparsity: ≥ 0.
       contraction: ≥ 0.
-      probes: directions an example, ≥ 1.
+      probes: directions for each example, ≥ 1.
 
     Returns:
-      A `Model` that gives a `Reconstruction`.
+      A `Model` that returns a `Reconstruction`.
 
     References:
       Rifai et al., Contractive auto-encoders, ICML 2011.
@@ -322,7 +322,7 @@ def penalized(
 
 
 def corrupt(x: jax.Array, key: Key, noise: str, level: float) -> jax.Array:
-    """`x` with noise.
+    """Adds noise to `x`.
 
     Args:
       x: values in [0, 1] for "salt_and_pepper", any for others.
@@ -334,8 +334,7 @@ def corrupt(x: jax.Array, key: Key, noise: str, level: float) -> jax.Array:
     >>> corrupt(jnp.ones(10_000), jax.random.key(0), "masking", 0.25).mean().round(2)
     Array(0.75, dtype=float32)
     """
-    check.one_of("noise", noise, NOISES)
-    check.in_range("level", level, 0.0, math.inf if noise == "gaussian" else 1.0)
+    _check_noise(noise, level)
     if noise == "gaussian":
         return x + level * jax.random.normal(key, x.shape, x.dtype)
     u = jax.random.uniform(key, x.shape, x.dtype)
@@ -343,11 +342,16 @@ def corrupt(x: jax.Array, key: Key, noise: str, level: float) -> jax.Array:
     return jnp.where(u < level, set_to, x)
 
 
-def denoising(model: Any, noise: str = "gaussian", level: float = 0.5) -> Model:
-    """An autoencoder that is to reproduce its inputs from corrupted ones.
+def _check_noise(noise: str, level: float) -> None:
+    check.one_of("noise", noise, NOISES)
+    check.in_range("level", level, 0.0, math.inf if noise == "gaussian" else 1.0)
 
-    In evaluation the noise is always the same. `of_clean` are the outputs for inputs as they are:
-    what a user's own noisy images are cleaned with.
+
+def denoising(model: Model | nn.Module, noise: str = "gaussian", level: float = 0.5) -> Model:
+    """An autoencoder trained to reconstruct its inputs from corrupted ones.
+
+    In evaluation the noise is fixed. `of_clean` has the outputs for uncorrupted inputs: use it to
+    denoise images that are noisy already.
 
     Args:
       model: an autoencoder.
@@ -355,13 +359,12 @@ def denoising(model: Any, noise: str = "gaussian", level: float = 0.5) -> Model:
       level: as for `corrupt`.
 
     Returns:
-      A `Model` that gives a `Reconstruction`.
+      A `Model` that returns a `Reconstruction`.
 
     References:
       Vincent et al., Stacked denoising autoencoders, Journal of Machine Learning Research 11, 2010.
     """
-    check.one_of("noise", noise, NOISES)
-    check.in_range("level", level, 0.0, math.inf if noise == "gaussian" else 1.0)
+    _check_noise(noise, level)
     base = as_model(model)
 
     def apply(

@@ -13,16 +13,16 @@ from jdl.models.layers import Activation, Initializer, activation, initializer, 
 
 
 class Block(NamedTuple):
-    """One convolution and the max pooling after it.
+    """A convolution and the max pooling after it.
 
     Attributes:
       filters: output channels of the convolution.
       kernel_size: its height and width.
-      padding: "same" (zeros), "edge" (the neighbouring pixel, extended), "valid" (none),
-        or explicit ((top, bottom), (left, right)).
+      padding: "same" (zeros), "edge" (repeated border pixels), "valid" (none), or explicit
+        ((top, bottom), (left, right)).
       activation: a name of `jdl.models.layers.ACTIVATIONS` or a function.
       pool_size: height and width of the pooling window; None for no pooling.
-      strides: steps of the pooling window; None for `pool_size`.
+      strides: of the pooling window; None for `pool_size`.
 
     >>> CNN(blocks=(Block(filters=16, kernel_size=(3, 3)),)).blocks[0].pool_size
     (2, 2)
@@ -49,7 +49,7 @@ class CNN(nn.Module):
       dropout: share of dense units dropped in training, in [0, 1).
       kernel_init: of every layer, a name of `jdl.models.layers.INITIALIZERS` or a function.
       bias_init: of every layer.
-      dtype: type of the computation; None for the parameters' own.
+      dtype: of the computation; None for the parameters' dtype.
 
     >>> cnn = CNN(num_classes=3, blocks=(Block(filters=4), Block(filters=8, padding="edge")))
     >>> variables = cnn.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
@@ -100,7 +100,7 @@ class CNN(nn.Module):
 
 
 def _padded(x: jax.Array, block: Block) -> tuple[jax.Array, Any]:
-    """`x` and the padding that is left to the convolution."""
+    """`x`, padded for "edge", and the padding for the convolution."""
     if not isinstance(block.padding, str):
         return x, block.padding
     name = check.one_of("padding", block.padding.lower(), ("same", "edge", "valid"))

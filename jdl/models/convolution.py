@@ -1,10 +1,10 @@
-r"""Convolutions whose derivatives stay fast inside loops, on CPUs.
+r"""Convolutions whose derivatives are fast inside loops on CPUs.
 
-XLA's CPU compiler hands a convolution to its fast routine only if its axes stand in one canonical
-order, and puts others into that order only outside of loops. The derivatives that JAX makes of a
-convolution are not in that order; in a line search, a conjugate-gradient loop or a scan over
-microbatches they ran 10 to 50 times slower than outside (jax-ml/jax issue 12868). Here they are
-written as canonical convolutions of transposed arrays, which is what XLA would have done:
+XLA's CPU compiler has a fast routine only for convolutions with axes in one canonical order, and
+transposes others into that order only outside of loops. JAX's derivatives of a convolution are not
+in that order; in a line search, a conjugate-gradient loop or a scan over microbatches they are 10
+to 50 times slower than outside (jax-ml/jax issue 12868). Here the derivatives are canonical
+convolutions of transposed arrays, as XLA itself makes them outside of loops:
 
     y = x ∗ k,      ∂x = y ∗ flip(kᵀ),      ∂k = (xᵀ ∗ yᵀ)ᵀ
 
@@ -27,9 +27,9 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 def conv_general_dilated(
     x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, to be passed to `flax.linen.Conv`.
+    """`jax.lax.conv_general_dilated`, for `flax.linen.Conv(conv_general_dilated=…)`.
 
-    Only plain two-dimensional convolutions on CPUs go another way, to the same values.
+    Plain two-dimensional convolutions on CPUs have other derivative rules; the values are the same.
 
     >>> x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1))
     >>> conv_general_dilated(
@@ -71,7 +71,7 @@ def _reference(x: jax.Array, kernel: jax.Array, *, padding: Padding) -> jax.Arra
 
 
 def _to_x(y: jax.Array, x: Any, kernel: jax.Array, *, padding: Padding) -> jax.Array:
-    """The adjoint in x: how much each input would change ⟨y, x ∗ k⟩."""
+    """The adjoint in x: the gradient of ⟨y, x ∗ k⟩ with respect to x."""
     del x
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
     around = [(n - 1 - p[0], n - 1 - p[1]) for n, p in zip(kernel.shape[:2], padding, strict=True)]
@@ -79,7 +79,7 @@ def _to_x(y: jax.Array, x: Any, kernel: jax.Array, *, padding: Padding) -> jax.A
 
 
 def _to_kernel(y: jax.Array, x: jax.Array, kernel: Any, *, padding: Padding) -> jax.Array:
-    """The adjoint in k: examples play the part of channels, outputs that of the window."""
+    """The adjoint in k: a convolution with examples as channels and y as the window."""
     del kernel
     product = _conv_p.bind(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), padding=padding)
     return product.transpose(1, 2, 0, 3)

@@ -1,4 +1,4 @@
-"""A plain function as a Linen module: what it builds inside is its parameters."""
+"""A plain function as a Linen module, with the parameters of the modules that it builds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ from jdl.core.model import bytes_refused
 
 
 class Function(nn.Module):
-    """`function(*args)`, which may make Linen modules, and parameters of its own by `param`.
+    """`function(*args)`, which may use Linen modules, and parameters made by `param`.
 
     Attributes:
-      function: called with the module's arguments; what it returns is returned.
+      function: called with the module's arguments.
 
     >>> import jax.numpy as jnp
     >>> def line(x):
@@ -27,7 +27,7 @@ class Function(nn.Module):
 
     @nn.compact
     def __call__(self, *args: Any) -> Any:
-        """What the function returns."""
+        """The function's return value."""
         with bytes_refused():
             return self.function(*args)
 
@@ -47,7 +47,7 @@ def param(name: str, init: Callable[..., jax.Array], *args: Any) -> jax.Array:
     Args:
       name: unique within the function.
       init: `init(key, *args) -> array`, such as one of `jax.nn.initializers`.
-      *args: the rest of its arguments, the shape say.
+      *args: its further arguments, such as the shape.
 
     >>> import jax.numpy as jnp
     >>> scaled = Function(lambda x: x * param("scale", nn.initializers.ones, (1,)))

@@ -1,5 +1,6 @@
-"""What several architectures share: activations, initializers, max pooling, images that shift."""
+"""Parts shared by several architectures: activations, initializers, max pooling, random shifts."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -30,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: Activation) -> Callable[[jax.Array], jax.Array]:
-    """The activation of that name; a function stands for itself.
+    """The activation of that name; a function is returned as it is.
 
     >>> activation("leaky_relu")(jnp.array([-1.0, 2.0])).round(2).tolist()
     [-0.009999999776482582, 2.0]
@@ -43,10 +44,10 @@ def activation(name: Activation) -> Callable[[jax.Array], jax.Array]:
 def max_pool(
     x: Float[Array, "B H W C"], pool_size: Sequence[int], strides: Sequence[int]
 ) -> Float[Array, "B h w C"]:
-    """The maximum over each window, windows that would leave the image dropped.
+    """The maximum over each window; windows that do not fit in the image are dropped.
 
-    Windows that tile the image are reduced by reshaping, whose gradient XLA computes about twice
-    as fast on CPUs as a reduce-window's; the values are the same.
+    Windows that tile the image are reduced by reshaping. The values are the same, and on CPUs XLA
+    computes the gradient about twice as fast as that of a reduce-window.
 
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2), (2, 2))[0, :, :, 0].tolist()
     [[5.0, 7.0], [13.0, 15.0]]
@@ -62,16 +63,16 @@ def max_pool(
 
 
 class RandomShift(nn.Module):
-    """A net whose images, in training, are moved by whole pixels at random: data it has not seen.
+    """A net whose images are shifted at random by whole pixels in training: data augmentation.
 
-        outputs = net(image moved by (i, j)),  i and j uniform in {−by, …, by}
+        outputs = net(image shifted by (i, j)),  i and j uniform in {−by, …, by}
 
-    The image's border comes in as zeros; outside training images stay where they are. Draws come
-    from the "dropout" key, so that a step's line search and curvature products see the same ones.
+    Zeros enter at the border; in evaluation images are not shifted. The shifts are drawn with the
+    "dropout" key, so that a step's line search and curvature products use the same ones.
 
     Attributes:
       net: takes images [B, H, W, C] and `train`, such as a `CNN`.
-      by: pixels at most, ≥ 1.
+      by: the largest shift in pixels, ≥ 1.
 
     >>> from jdl.models import CNN
     >>> net, image = RandomShift(CNN(units=8), by=2), jnp.ones((1, 8, 8, 1))
@@ -89,7 +90,7 @@ class RandomShift(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
-        """What `net` gives for images [B, H, W, C]."""
+        """The outputs of `net` for images [B, H, W, C]."""
         check.positive_int("by", self.by)
         check.argument(image.ndim == 4, "image", "of shape [B, H, W, C]", image.shape)
         if train:
@@ -105,12 +106,12 @@ class RandomShift(nn.Module):
 
 
 def sparse_init(incoming: int = 15, scale: float = 1.0) -> Callable[..., jax.Array]:
-    """An initializer that gives each unit `incoming` weights from N(0, scale²), all others zero.
+    """An initializer that gives each unit `incoming` weights from N(0, scale²), the others zero.
 
-    Units then differ from the start and none saturates, however wide the layer below.
+    No unit saturates, however wide the layer below.
 
     Args:
-      incoming: nonzero weights a unit, all of them where the layer below is narrower.
+      incoming: nonzero weights of a unit; all of them if the layer below is narrower.
       scale: their standard deviation.
 
     >>> kernel = sparse_init(3)(jax.random.key(0), (10, 4))
@@ -124,9 +125,7 @@ def sparse_init(incoming: int = 15, scale: float = 1.0) -> Callable[..., jax.Arr
 
     def init(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
         *below, units = shape
-        fan_in = 1
-        for n in below:
-            fan_in *= n
+        fan_in = math.prod(below)
         order_key, weight_key = jax.random.split(key)
         order = jax.random.uniform(order_key, (fan_in, units))
         rank = jnp.argsort(jnp.argsort(order, axis=0), axis=0)
@@ -147,7 +146,7 @@ INITIALIZERS: dict[str, Callable[..., jax.Array]] = {
 
 
 def initializer(name: Initializer) -> Callable[..., jax.Array]:
-    """The initializer of that name; a function stands for itself.
+    """The initializer of that name; a function is returned as it is.
 
     >>> initializer("orthogonal")(jax.random.key(0), (3, 3)).shape
     (3, 3)

@@ -11,7 +11,7 @@ from jdl.models.layers import Activation, Initializer, activation, initializer
 
 
 class MLP(nn.Module):
-    r"""Dense layers, an activation between them.
+    r"""Dense layers with activations between them.
 
         h₀ = x,  hₗ = dropout(φ(Wₗᵀ hₗ₋₁ + bₗ)),  outputs = Wᵀ h_L + b
 
@@ -19,13 +19,12 @@ class MLP(nn.Module):
 
     Attributes:
       widths: units of each hidden layer.
-      num_outputs: units of the last layer, the number of classes for a classifier.
+      num_outputs: units of the last layer; for a classifier the number of classes.
       activation: φ, a name of `jdl.models.layers.ACTIVATIONS` or a function.
       dropout: share of hidden units dropped in training, in [0, 1).
-      kernel_init: a name of `jdl.models.layers.INITIALIZERS`, "sparse" being Martens', or a
-        function.
+      kernel_init: a name of `jdl.models.layers.INITIALIZERS` or a function; "sparse" is Martens'.
       bias_init: of the hidden layers' biases.
-      dtype: type of the computation; None for the parameters' own.
+      dtype: of the computation; None for the parameters' dtype.
 
     >>> import jax.numpy as jnp
     >>> mlp = MLP(widths=(8,), num_outputs=3)

@@ -1,4 +1,4 @@
-"""The recurrent net: cells scanned over sequences, of one length or ragged, whole or in pieces."""
+"""The recurrent net: cells scanned over sequences of equal or different lengths."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,35 +15,35 @@ from jdl.models.layers import sparse_init
 
 CELLS = {"vanilla": nn.SimpleCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 
-Carry = Any  # one state a layer
+Carry = Any  # one state for each layer
 
 
 class RNN(nn.Module):
-    """Stacked recurrent layers, and one dense layer on the last step's state or on every step's.
+    """Stacked recurrent layers, and a dense layer on the last step's state or on every step's.
 
         cₜ, hₜ = cell(cₜ₋₁, xₜ),  outputs = Wᵀ h_T + b
 
     Inputs are sequences [B, T, F]; further axes are flattened into F, so that an image [B, H, W, C]
-    is a sequence of its rows. With `vocabulary` they are numbers int[B, T]. A loss makes of it what
-    it is for: `softmax_cross_entropy` classifies, `squared_error` regresses, and `next_step_loss`
-    on the outputs of every step learns to `generate`.
+    is a sequence of its rows. With `vocabulary` they are numbers int[B, T]. The loss decides on the
+    use: `softmax_cross_entropy` to classify, `squared_error` to regress, and `next_step_loss` with
+    `every_step=True` for a model that can `generate`.
 
-    Ragged sequences are padded to one T and come with `lengths` int[B], each in [1, T]; what lies
-    beyond a length changes neither states nor the last step's outputs (`jdl.models.sequences.pad`).
+    Ragged sequences are padded to one T and come with `lengths` int[B], each in [1, T]; the padding
+    changes neither states nor the last step's outputs (see `jdl.models.sequences.pad`).
 
     Attributes:
-      num_outputs: units of the last layer, the number of classes for a classifier.
+      num_outputs: units of the last layer; for a classifier the number of classes.
       hidden: units of each recurrent layer, in each direction.
-      layers: how many recurrent layers.
+      layers: the number of recurrent layers.
       cell: "vanilla" (tanh), "gru" or "lstm".
-      bidirectional: whether each layer reads from both ends; the two states are joined.
-      every_step: whether to give outputs [B, T, num_outputs], or [B, num_outputs] of the last step
-        (of each direction's own last).
-      vocabulary: how many different numbers a sequence of numbers has; None for real inputs.
-      kernel_init: initializer of what acts on inputs.
-      recurrent_init: initializer of what acts on states; `echo_init()` for vanilla cells and long
-        memories.
-      dtype: type of the computation; None for the parameters' own.
+      bidirectional: whether each layer reads in both directions; the two states are concatenated.
+      every_step: whether to return outputs [B, T, num_outputs] of every step, or [B, num_outputs]
+        of the last step (of each direction).
+      vocabulary: the number of symbols, for sequences of numbers; None for real inputs.
+      kernel_init: of the kernels on inputs.
+      recurrent_init: of the kernels on states; `echo_init()` for vanilla cells on problems with
+        long-term dependencies.
+      dtype: of the computation; None for the parameters' dtype.
 
     >>> net = RNN(num_outputs=3, hidden=8, cell="gru")
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 5, 4)))
@@ -76,11 +76,11 @@ class RNN(nn.Module):
     def stream(
         self, x: ArrayLike, carry: Carry = None, lengths: ArrayLike | None = None
     ) -> tuple[jax.Array, Carry]:
-        """Outputs [B, T, num_outputs] for the next piece of each sequence, and what to go on with.
+        """Outputs [B, T, num_outputs] for the next piece of each sequence, and the new carry.
 
         Args:
           x: the piece, [B, T, ...].
-          carry: what the last piece gave; None at the beginning.
+          carry: that of the last piece; None at the beginning.
           lengths: of the pieces, each in [1, T].
 
         >>> net = RNN(num_outputs=3, hidden=8)
@@ -92,14 +92,17 @@ class RNN(nn.Module):
         True
         """
         check.argument(
-            not self.bidirectional, "bidirectional", "False to stream: the end is not known", True
+            not self.bidirectional,
+            "bidirectional",
+            "False for streaming, where the end is unknown",
+            True,
         )
         return self._read(x, lengths, carry, True)
 
     def states(self, x: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
-        """The last layer's states at every step, [B, T, hidden]; twice as many from both ends.
+        """The last layer's states at every step, [B, T, hidden]; 2·hidden if bidirectional.
 
-        Squared and summed, they are what structural damping holds back (`jdl.optim.hessian_free`).
+        These are the states of structural damping (`jdl.optim.hessian_free`).
         """
         return self._run(x, lengths, None)[0]
 
@@ -115,14 +118,14 @@ class RNN(nn.Module):
     def _run(
         self, x: ArrayLike, lengths: ArrayLike | None, carry: Carry
     ) -> tuple[jax.Array, jax.Array, Carry]:
-        """The last layer's states at every step, its last ones, and all layers' carries."""
+        """The last layer's states at every step and at the last, and the carries of all layers."""
         h = self._inputs(jnp.asarray(x))
         if lengths is not None:
             lengths = checked_lengths(lengths, h.shape[:2])
         cell = CELLS[check.one_of("cell", self.cell, CELLS)]
         check.positive_int("layers", self.layers)
         check.argument(
-            carry is None or len(carry) == self.layers, "carry", "what `stream` gave", carry
+            carry is None or len(carry) == self.layers, "carry", "one returned by `stream`", carry
         )
         carries = []
         for i in range(self.layers):
@@ -177,8 +180,8 @@ def checked_lengths(lengths: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 def echo_init(incoming: int = 15, radius: float = 1.1) -> Callable[..., jax.Array]:
     """An initializer of recurrent weights: sparse, and scaled to a spectral radius.
 
-    Each unit is given `incoming` weights from N(0, 1), all then scaled so that the largest
-    |eigenvalue| is `radius`: slightly above 1, a vanilla net's states neither fade nor saturate.
+    Each unit gets `incoming` weights from N(0, 1); all are then scaled so that the largest
+    |eigenvalue| is `radius`. Slightly above 1, a vanilla net's states neither vanish nor saturate.
 
     >>> kernel = echo_init(5, 1.1)(jax.random.key(0), (30, 30))
     >>> round(float(spectral_radius(kernel)), 2)
@@ -203,14 +206,14 @@ def echo_init(incoming: int = 15, radius: float = 1.1) -> Callable[..., jax.Arra
 def spectral_radius(matrix: jax.Array, squarings: int = 12) -> jax.Array:
     """The largest |eigenvalue|, by Gelfand's formula ‖Aⁿ‖^(1/n) with n = 2^squarings.
 
-    It needs matrix products alone, so that it runs on any device; 12 squarings give three digits.
+    It uses matrix products only, so that it runs on any device; 12 squarings give three digits.
 
     >>> round(float(spectral_radius(jnp.array([[0.0, 2.0], [-2.0, 0.0]]))), 3)
     2.0
     """
 
     def square(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[Any, None]:
-        power, log_norm = carry  # A^n = power · exp(log_norm), of unit norm
+        power, log_norm = carry  # Aⁿ = power · exp(log_norm), ‖power‖ = 1
         power = jnp.matmul(power, power, precision="highest")
         norm = jnp.maximum(jnp.linalg.norm(power), jnp.finfo(power.dtype).tiny)
         return (power / norm, 2 * log_norm + jnp.log(norm)), None
@@ -225,8 +228,8 @@ def next_step_loss(outputs: jax.Array, batch: Batch) -> jax.Array:
 
     Args:
       outputs: logits [B, T, K] of a net with `every_step=True`.
-      batch: `batch["image"]`, or `batch["tokens"]` where there is one, holds int[B, T];
-        `batch["lengths"]`, where there is one, int[B].
+      batch: int[B, T] in `batch["tokens"]`, or else in `batch["image"]`; optionally int[B] in
+        `batch["lengths"]`.
 
     >>> next_step_loss(jnp.zeros((1, 3, 4)), {"tokens": jnp.array([[0, 1, 3]])}).round(4)
     Array([1.3863], dtype=float32)
@@ -249,15 +252,15 @@ def next_step_loss(outputs: jax.Array, batch: Batch) -> jax.Array:
 def generate(
     net: RNN, params: Params, prompt: ArrayLike, steps: int, key: Key, temperature: float = 1.0
 ) -> jax.Array:
-    """Continuations of sequences of numbers, each step drawn given all before: int[B, steps].
+    """Continuations of sequences, each number sampled given those before: int[B, steps].
 
     Args:
-      net: one with `vocabulary`, whose outputs are logits of the next number.
+      net: with `vocabulary`; its outputs are logits of the next number.
       params: its parameters.
-      prompt: how the sequences begin, int[B, T], T ≥ 1.
-      steps: how many numbers to draw.
-      key: of the draws.
-      temperature: what logits are divided by; 0 for the likeliest number each time.
+      prompt: the beginnings of the sequences, int[B, T], T ≥ 1.
+      steps: how many numbers to sample.
+      key: a random key.
+      temperature: divides the logits; 0 for the most likely number each time.
 
     >>> net = RNN(num_outputs=3, vocabulary=3, hidden=4, every_step=True)
     >>> prompt = jnp.zeros((2, 1), jnp.int32)
@@ -270,7 +273,7 @@ def generate(
     check.argument(
         net.vocabulary is not None and net.num_outputs == net.vocabulary,
         "net",
-        "one with as many outputs as its vocabulary has numbers",
+        "one with as many outputs as its vocabulary",
         (net.num_outputs, net.vocabulary),
     )
 

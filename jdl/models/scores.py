@@ -1,12 +1,12 @@
-r"""How good a generator's samples are: distance of feature distributions, modes, memorization.
+r"""Scores of a generator's samples: distance of feature distributions, modes, memorization.
 
 The Fréchet distance compares Gaussians fitted to a net's features of two sets of images,
 
     d² = |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁^½ Σ₂ Σ₁^½)^½)
 
-Published FIDs take the features of an Inception net trained on ImageNet. Here they come from a CNN
-of one's own, trained on one's own classes, so that the numbers compare with each other under the
-same CNN and with nothing published; `calibration` gives the scale.
+Published FIDs use the features of an Inception net trained on ImageNet. Here the features are those
+of a CNN trained on your own classes: the distances compare with each other under the same CNN, not
+with published ones. `calibration` gives their scale.
 """
 
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ from jdl.models.cnn import CNN
 
 
 class Features(NamedTuple):
-    """A CNN's view of images.
+    """A CNN's features and predictions of images.
 
     Attributes:
       features: the dense layer's activations, float[n, units].
-      classes: the likeliest class of each, int[n].
+      classes: the most likely class of each, int[n].
     """
 
     features: np.ndarray
@@ -32,12 +32,12 @@ class Features(NamedTuple):
 
 
 def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Features:
-    """What a trained CNN sees in images.
+    """The features and predictions of a trained CNN.
 
-    The features are what the logits are computed from: the last dense layer's activations.
+    The features are the inputs of the logits: the last dense layer's activations.
 
     Args:
-      cnn: one that tells the images' classes.
+      cnn: a classifier of the images.
       params: its parameters.
       images: float[n, H, W, C], values in [0, 1].
       batch_size: images at a time.
@@ -96,11 +96,11 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Calibration(NamedTuple):
-    """The Fréchet distance's scale, on images whose faults are known.
+    """The Fréchet distance on images with known faults.
 
     Attributes:
-      floor: between two sets of true images.
-      missing_class: of true images without the first class.
+      floor: between two sets of real images.
+      missing_class: of real images without the first class.
       noise: of uniform noise.
     """
 
@@ -110,13 +110,13 @@ class Calibration(NamedTuple):
 
 
 def calibration(cnn: CNN, params: Any, images: Any, others: Any, seed: int = 0) -> Calibration:
-    """The scale of distances to a set of images, by what is known to be near and far.
+    """The scale of distances to a set of images, from sets known to be near or far.
 
     Args:
-      cnn: one that tells the images' classes.
+      cnn: a classifier of the images.
       params: its parameters.
-      images: those that distances are to be measured to, as for `features`.
-      others: true images that are not among them.
+      images: the set to which distances are measured, as for `features`.
+      others: real images that are not in it.
       seed: of the noise.
     """
     true, second = features(cnn, params, images), features(cnn, params, others)
@@ -129,12 +129,12 @@ def calibration(cnn: CNN, params: Any, images: Any, others: Any, seed: int = 0) 
 
 
 class Coverage(NamedTuple):
-    """Which classes samples fall in.
+    """The distribution of samples over classes.
 
     Attributes:
-      shares: of each class, float[K], summing to 1.
-      modes: how many classes have at least a fifth of an equal share.
-      divergence: Σ p log(p · K), from equal shares, in nats; 0 is best, log K total collapse.
+      shares: of each class, float[K], with sum 1.
+      modes: the number of classes with at least a fifth of an equal share.
+      divergence: Σ p log(p · K), from equal shares, in nats; 0 is best, log K is total collapse.
     """
 
     shares: np.ndarray
@@ -143,11 +143,11 @@ class Coverage(NamedTuple):
 
 
 def mode_coverage(classes: np.ndarray, num_classes: int) -> Coverage:
-    """How evenly the samples' classes are spread.
+    """How evenly samples are distributed over classes.
 
     Args:
       classes: int[n] in [0, num_classes).
-      num_classes: how many there could be.
+      num_classes: K.
 
     >>> mode_coverage(np.array([0, 0, 1, 1]), 4).modes
     2
@@ -160,10 +160,10 @@ def mode_coverage(classes: np.ndarray, num_classes: int) -> Coverage:
 
 
 class Nearest(NamedTuple):
-    """For each sample the nearest image.
+    """The nearest image of each sample.
 
     Attributes:
-      place: its number among the images, int[n].
+      place: its index, int[n].
       distance: Euclidean, over all pixels, float[n].
     """
 
@@ -174,8 +174,8 @@ class Nearest(NamedTuple):
 def nearest(samples: np.ndarray, images: np.ndarray, batch_size: int = 100) -> Nearest:
     """The image of `images` [m, …] nearest to each of `samples` [n, …].
 
-    A generator that has memorized has samples far nearer to its training images than other true
-    images are: compare the median distance with that of a test set to the same images.
+    The samples of a generator that memorizes are much nearer to its training images than other real
+    images are: compare the median distance with that of a test set.
 
     Args:
       samples: of any shape each.

@@ -1,4 +1,4 @@
-"""Sequences as data: ragged ones padded, text as numbers, and problems that need a long memory."""
+"""Sequences as data: padding, text as numbers, and problems with long-term dependencies."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ Arrays = tuple[np.ndarray, np.ndarray]  # sequences float32[n, T, F], targets
 
 
 def pad(sequences: Sequence[np.ndarray], steps: int | None = None) -> dict[str, np.ndarray]:
-    """Sequences of many lengths as one array, zeros after their ends, and their lengths.
+    """Sequences of different lengths as one array padded with zeros, and their lengths.
 
     Args:
       sequences: arrays [Tᵢ, …] of one kind, Tᵢ ≥ 1.
@@ -46,12 +46,12 @@ def pad(sequences: Sequence[np.ndarray], steps: int | None = None) -> dict[str, 
 
 
 def windows(text: str, length: int, stride: int | None = None) -> tuple[np.ndarray, str]:
-    """Pieces of a text as numbers int32[n, length], and the alphabet that they count in.
+    """Pieces of a text as numbers int32[n, length], and the alphabet that these index.
 
     Args:
-      text: to be cut.
-      length: letters of a piece.
-      stride: letters from the beginning of one piece to that of the next; by default `length`.
+      text: the text.
+      length: characters of a piece.
+      stride: characters between the beginnings of two pieces; None for `length`.
 
     >>> windows("abcab", 2)
     (array([[0, 1],
@@ -67,15 +67,15 @@ def windows(text: str, length: int, stride: int | None = None) -> tuple[np.ndarr
 
 
 def adding(n: int, steps: int, rng: np.random.Generator) -> Arrays:
-    """Add two marked numbers among many: sequences [n, T, 2] of (number, mark), sums [n, 1].
+    """The adding problem: sequences [n, T, 2] of (number, mark), sums [n, 1] of the marked two.
 
-    Numbers are uniform in [0, 1]; one mark falls in the first half, one in the second. To answer 1
-    always has a mean squared error of 1/6.
+    Numbers are uniform in [0, 1]; one mark is in the first half, one in the second. Always
+    answering 1 has a mean squared error of 1/6.
 
     Args:
-      n: how many sequences.
-      steps: T, the numbers of each.
-      rng: what draws them.
+      n: the number of sequences.
+      steps: T, the length of each.
+      rng: the random generator.
 
     >>> sequences, sums = adding(2, 6, np.random.default_rng(0))
     >>> sequences.shape, sums.shape
@@ -88,7 +88,7 @@ def adding(n: int, steps: int, rng: np.random.Generator) -> Arrays:
 
 
 def multiplication(n: int, steps: int, rng: np.random.Generator) -> Arrays:
-    """As `adding`, with the product for the sum."""
+    """As `adding`, with the product in place of the sum."""
     return _marked(n, steps, rng, np.multiply)
 
 
@@ -106,9 +106,9 @@ def _marked(
 
 
 def temporal_order(n: int, steps: int, rng: np.random.Generator) -> Arrays:
-    """Which of A, B came first and which second, among distractors: [n, T, 6], classes int32[n].
+    """The order of two symbols A or B among distractors: [n, T, 6], classes int32[n].
 
-    The two come at 10–20 % and 50–60 % of the sequence, as one-hot symbols; there are four classes.
+    The two are at 10–20 % and 50–60 % of the sequence, all symbols one-hot; there are four classes.
 
     References:
       Hochreiter and Schmidhuber 1997, section 5.6; Martens and Sutskever 2011, section 6.

@@ -2,26 +2,24 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
 
+from jdl.core.types import Batch
+from jdl.data import Batches
+from jdl.models.gan import GAN, walk
+from jdl.models.scores import nearest
 from jdl.recipes.pictures import tiles
-from jdl.train.hooks import Hook, Remembering
+from jdl.train.estimator import Estimator
+from jdl.train.hooks import Hook, StatefulHook
 from jdl.train.writers import Row
-
-if TYPE_CHECKING:
-    import jax
-
-    from jdl.core.types import Batch
-    from jdl.data import Batches
-    from jdl.models.gan import GAN
-    from jdl.train.estimator import Estimator
 
 COLUMNS = 12
 
 
-def samples_over_time(gan: "GAN", workdir: Path) -> Remembering:
+def samples_over_time(gan: GAN, workdir: Path) -> StatefulHook:
     """A hook that draws samples of one fixed noise at steps that double.
 
     Args:
@@ -48,16 +46,11 @@ def samples_over_time(gan: "GAN", workdir: Path) -> Remembering:
             is_due(row)
         return hook
 
-    return Remembering(make, "train")
+    return StatefulHook(make, "train")
 
 
-def draw_samples(gan: "GAN", estimator: "Estimator", data: "Batches", workdir: Path) -> list[Path]:
+def draw_samples(gan: GAN, estimator: Estimator, data: Batches, workdir: Path) -> list[Path]:
     """Writes `samples.png`, `samples_over_time.png`, `walk.png` and `nearest.png`."""
-    import jax
-
-    from jdl.models.gan import walk
-    from jdl.models.scores import nearest
-
     images = draw_from(gan, estimator, 10 * COLUMNS, seed=2)
     written = [tiles(images.reshape(10, COLUMNS, *images.shape[1:]), workdir / "samples.png")]
     moments = sorted((workdir / "samples").glob("*.png"))
@@ -74,18 +67,16 @@ def draw_samples(gan: "GAN", estimator: "Estimator", data: "Batches", workdir: P
     return written
 
 
-def draw_from(gan: "GAN", estimator: "Estimator", count: int, seed: int) -> np.ndarray:
+def draw_from(gan: GAN, estimator: Estimator, count: int, seed: int) -> np.ndarray:
     """Samples of the averaged generator, float32[count, H, W, C]."""
-    import jax
-
     return _sample(gan, estimator, jax.random.normal(jax.random.key(seed), (count, gan.latent)))
 
 
-def _sample(gan: "GAN", estimator: "Estimator", z: "jax.Array") -> np.ndarray:
+def _sample(gan: GAN, estimator: Estimator, z: jax.Array) -> np.ndarray:
     return np.asarray(gan.sample(estimator.ema_params, estimator.model_state, z))
 
 
-def _kept(batch: "Batch") -> np.ndarray | slice:
+def _kept(batch: Batch) -> np.ndarray | slice:
     return np.asarray(batch["mask"]) > 0 if "mask" in batch else slice(None)
 
 

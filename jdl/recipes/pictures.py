@@ -2,21 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
-    from jdl.core.types import Params
-    from jdl.data import Batches
-    from jdl.models.rbm import RBM
-    from jdl.train.estimator import Estimator
+from jdl.core.types import Params
+from jdl.data import Batches
+from jdl.models.autoencoder import as_reconstruction
+from jdl.models.rbm import RBM
+from jdl.train.estimator import Estimator
 
 LARGEST_SIDE = 2000  # pixels of a picture
 
 
-def tiles(images: "ArrayLike | Sequence[ArrayLike]", path: Path) -> Path:
+def tiles(images: ArrayLike | Sequence[ArrayLike], path: Path) -> Path:
     """Writes images [R, K, H, W, C] in [0, 1] as one PNG of R rows and K columns.
 
     Small images are enlarged by a whole factor; a white line separates neighbours.
@@ -53,7 +54,7 @@ def filters(kernel: ArrayLike, shape: tuple[int, ...], path: Path) -> Path:
     return tiles(images.reshape(-1, columns, *shape), path)
 
 
-def some_images(data: "Batches", count: int) -> tuple[np.ndarray, np.ndarray]:
+def some_images(data: Batches, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Evenly spaced among the first 2,000: images, float32 in [0, 1], and their labels."""
     images, labels, number = [], [], 0
     for batch in data.once():
@@ -69,10 +70,8 @@ def some_images(data: "Batches", count: int) -> tuple[np.ndarray, np.ndarray]:
     return x, np.concatenate(labels)[chosen]
 
 
-def of_rbm(rbm: "RBM", params: "Params", data: "Batches", workdir: Path) -> list[Path]:
+def of_rbm(rbm: RBM, params: Params, data: Batches, workdir: Path) -> list[Path]:
     """Filters, mean-field reconstructions, and Gibbs chains that start from images."""
-    import jax
-
     x, _ = some_images(data, 12)
     v = rbm.joined(x)
     rows = [x, np.asarray(rbm.mean_field(params, v, 1)).reshape(x.shape)]
@@ -89,13 +88,8 @@ def of_rbm(rbm: "RBM", params: "Params", data: "Batches", workdir: Path) -> list
     ]
 
 
-def reconstructions(estimator: "Estimator", data: "Batches", workdir: Path) -> Path:
+def reconstructions(estimator: Estimator, data: Batches, workdir: Path) -> Path:
     """Draws an autoencoder's inputs, its corrupted inputs if there are any, and its outputs."""
-    import jax
-    import jax.numpy as jnp
-
-    from jdl.models.autoencoder import as_reconstruction
-
     x, _ = some_images(data, 12)
     outputs, _ = estimator.model.apply(estimator.params, estimator.model_state, jnp.asarray(x))
     found = as_reconstruction(outputs)
@@ -104,7 +98,7 @@ def reconstructions(estimator: "Estimator", data: "Batches", workdir: Path) -> P
     return tiles([np.asarray(row) for row in rows], workdir / "reconstructions.png")
 
 
-def codes(encode: Callable[[np.ndarray], ArrayLike], data: "Batches", path: Path) -> Path:
+def codes(encode: Callable[[np.ndarray], ArrayLike], data: Batches, path: Path) -> Path:
     """Draws the codes [N, F] of up to 1,000 images on their two principal axes, by class."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -3,27 +3,34 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
 
 from jdl.core import check
+from jdl.core.model import Model
+from jdl.core.types import Batch
+from jdl.data import Batches
+from jdl.models.autoencoder import Autoencoder, Reconstruction, denoising
+from jdl.models.cnn import CNN
+from jdl.models.dbn import DBN, starting_at
+from jdl.models.gan import GAN, optimizers
+from jdl.models.layers import sparse_init
+from jdl.models.mlp import MLP
+from jdl.models.rbm import RBM
+from jdl.models.recursive import TreeLSTM
+from jdl.models.rnn import RNN
+from jdl.optim import diagnostics
+from jdl.recipes import formulas, pictures
+from jdl.recipes.gan_pictures import draw_samples, samples_over_time
+from jdl.recipes.tree_pictures import draw_trees
+from jdl.train import boltzmann, premade
+from jdl.train.estimator import Estimator
 
-if TYPE_CHECKING:
-    import jax
-    import optax
-
-    from jdl.core.model import Model
-    from jdl.core.types import Batch
-    from jdl.data import Batches
-    from jdl.models.autoencoder import Autoencoder, Reconstruction
-    from jdl.models.cnn import CNN
-    from jdl.models.gan import GAN
-    from jdl.models.mlp import MLP
-    from jdl.models.rbm import RBM
-    from jdl.models.recursive import TreeLSTM
-    from jdl.models.rnn import RNN
-    from jdl.train.estimator import Estimator
-
-    Net = MLP | CNN | RNN | Autoencoder | RBM | TreeLSTM | GAN | Model
+Net = MLP | CNN | RNN | Autoencoder | RBM | TreeLSTM | GAN | Model
 
 Shape = tuple[int, ...]
 
@@ -40,9 +47,9 @@ class Finished(NamedTuple):
     """
 
     net: Any
-    estimator: "Estimator"
-    train: "Batches"
-    held_out: "Batches"
+    estimator: Estimator
+    train: Batches
+    held_out: Batches
     workdir: Path
 
 
@@ -63,14 +70,14 @@ class Recipe(NamedTuple):
       data: the default of `--data`: "digits", or "trees" for generated trees.
     """
 
-    build: "Callable[[Shape, int], Net]"
+    build: Callable[[Shape, int], Net]
     kind: str
     steps: int
     optimizer: str = "adam"
     options: Mapping[str, Any] = {}
     batch_size: int = 64
-    estimator: "Callable[..., Estimator] | None" = None
-    prepare: "Callable[[Any, Batches, Path, int], Model] | None" = None
+    estimator: Callable[..., Estimator] | None = None
+    prepare: Callable[[Any, Batches, Path, int], Model] | None = None
     pictures: Callable[[Finished], list[Path]] | None = None
     data: str = "digits"
 
@@ -85,39 +92,28 @@ def _is_large(image_shape: Shape) -> bool:
     return math.prod(image_shape) >= 256
 
 
-def _cnn(image_shape: Shape, num_classes: int) -> "CNN":
-    from jdl.models.cnn import CNN
-
+def _cnn(image_shape: Shape, num_classes: int) -> CNN:
     return CNN(num_classes=num_classes, units=1024 if min(image_shape[:2]) >= 64 else 128)
 
 
-def _mlp(image_shape: Shape, num_classes: int) -> "MLP":
+def _mlp(image_shape: Shape, num_classes: int) -> MLP:
     del image_shape
-    from jdl.models.mlp import MLP
-
     return MLP(num_outputs=num_classes, widths=(500, 500))
 
 
-def _rnn(image_shape: Shape, num_classes: int) -> "RNN":
+def _rnn(image_shape: Shape, num_classes: int) -> RNN:
     del image_shape
-    from jdl.models.rnn import RNN
-
     return RNN(num_outputs=num_classes)
 
 
-def _autoencoder(image_shape: Shape, num_classes: int) -> "Autoencoder":
+def _autoencoder(image_shape: Shape, num_classes: int) -> Autoencoder:
     del num_classes
-    from jdl.models.autoencoder import Autoencoder
-    from jdl.models.layers import sparse_init
-
     widths = (1000, 500, 250, 30) if _is_large(image_shape) else (128, 64, 16)
     return Autoencoder(widths=widths, kernel_init=sparse_init(15))
 
 
 def _autoencoder_pictures(run: Finished) -> list[Path]:
-    from jdl.recipes import pictures
-
-    def encode(x: "jax.typing.ArrayLike") -> "jax.Array":
+    def encode(x: ArrayLike) -> jax.Array:
         return run.net.apply({"params": run.estimator.params}, x, method="encode")
 
     codes = pictures.codes(encode, run.held_out, run.workdir / "codes.png")
@@ -125,28 +121,19 @@ def _autoencoder_pictures(run: Finished) -> list[Path]:
 
 
 def _reconstructions(run: Finished) -> list[Path]:
-    from jdl.recipes import pictures
-
     return [pictures.reconstructions(run.estimator, run.held_out, run.workdir)]
 
 
-def _denoising(image_shape: Shape, num_classes: int) -> "Model":
+def _denoising(image_shape: Shape, num_classes: int) -> Model:
     del num_classes
-    from jdl.models.autoencoder import Autoencoder, denoising
-
     widths = (1000, 500) if _is_large(image_shape) else (256, 128)
     return denoising(Autoencoder(widths=widths, activation="relu", code_activation="relu"))
 
 
 def _denoising_estimator(
-    model: "Model", optimizer: "optax.GradientTransformation", **options: Any
-) -> "Estimator":
-    import jax
-    import jax.numpy as jnp
-
-    from jdl.train import premade
-
-    def psnr_gain(outputs: "Reconstruction", batch: "Batch") -> jax.Array:
+    model: Model, optimizer: optax.GradientTransformation, **options: Any
+) -> Estimator:
+    def psnr_gain(outputs: Reconstruction, batch: Batch) -> jax.Array:
         """Increase of the peak signal-to-noise ratio over the corrupted input, in decibels."""
 
         def error(x: Any) -> jax.Array:
@@ -159,43 +146,22 @@ def _denoising_estimator(
     return premade.autoencoder(model, optimizer, **{"metrics": {"psnr_gain": psnr_gain}, **options})
 
 
-def _rbm(image_shape: Shape, num_classes: int) -> "RBM":
+def _rbm(image_shape: Shape, num_classes: int) -> RBM:
     del num_classes
-    from jdl.models.rbm import RBM
-
     return RBM(hidden=500 if _is_large(image_shape) else 128, chains=64)
 
 
-def _rbm_estimator(
-    rbm: "RBM", optimizer: "optax.GradientTransformation", **options: Any
-) -> "Estimator":
-    from jdl.train import boltzmann
-
-    return boltzmann.rbm(rbm, optimizer, **options)
-
-
 def _rbm_pictures(run: Finished) -> list[Path]:
-    from jdl.recipes import pictures
-
     return pictures.of_rbm(run.net, run.estimator.params, run.held_out, run.workdir)
 
 
-def _dbn(image_shape: Shape, num_classes: int) -> "MLP":
-    from jdl.models.mlp import MLP
-
+def _dbn(image_shape: Shape, num_classes: int) -> MLP:
     widths = (500, 500, 2000) if _is_large(image_shape) else (128, 128, 256)
     return MLP(widths=widths, num_outputs=num_classes, activation="sigmoid")
 
 
-def _pretrained(net: "MLP", data: "Batches", workdir: Path, seed: int) -> "Model":
+def _pretrained(net: MLP, data: Batches, workdir: Path, seed: int) -> Model:
     """The network, starting from a deep belief network trained layer by layer."""
-    import jax
-    import jax.numpy as jnp
-
-    from jdl.models.dbn import DBN, starting_at
-    from jdl.recipes import pictures
-    from jdl.train import boltzmann
-
     dbn, steps = DBN(widths=net.widths, k=5), 3000
     print(f"pretraining: {len(net.widths)} layers, {steps} steps each", flush=True)
     params = boltzmann.pretrain(
@@ -215,61 +181,42 @@ def _pretrained(net: "MLP", data: "Batches", workdir: Path, seed: int) -> "Model
 
 
 def _dbn_pictures(run: Finished) -> list[Path]:
-    from jdl.recipes import pictures
-
     x, _ = pictures.some_images(run.held_out, 1)
     kernel = run.estimator.params["Dense_0"]["kernel"]
     return [pictures.filters(kernel, x.shape[1:], run.workdir / "filters.png")]
 
 
-def _recursive(image_shape: Shape, num_classes: int) -> "TreeLSTM":
-    from jdl.models.recursive import TreeLSTM
-
+def _recursive(image_shape: Shape, num_classes: int) -> TreeLSTM:
     return TreeLSTM(num_outputs=num_classes, vocabulary=image_shape[0], kind="nary", hidden=48)
 
 
 def _recursive_estimator(
-    net: "TreeLSTM", optimizer: "optax.GradientTransformation", **options: Any
-) -> "Estimator":
-    from jdl.recipes.formulas import INPUTS
-    from jdl.train.premade import classifier
-
-    return classifier(net, optimizer, inputs=INPUTS, **options)
+    net: TreeLSTM, optimizer: optax.GradientTransformation, **options: Any
+) -> Estimator:
+    return premade.classifier(net, optimizer, inputs=formulas.INPUTS, **options)
 
 
 def _tree_pictures(run: Finished) -> list[Path]:
-    from jdl.recipes.formulas import WORDS, packed_trees
-    from jdl.recipes.tree_pictures import draw_trees
-
-    net = run.net.clone(every_node=True)
+    net, packed = run.net.clone(every_node=True), formulas.packed_trees("test")
     path = run.workdir / "trees.png"
-    return [draw_trees(net, run.estimator.params, packed_trees("test"), WORDS, path)]
+    return [draw_trees(net, run.estimator.params, packed, formulas.WORDS, path)]
 
 
-def _gan(image_shape: Shape, num_classes: int) -> "GAN":
+def _gan(image_shape: Shape, num_classes: int) -> GAN:
     del num_classes
-    from jdl.models.gan import GAN
-
     height, width, channels = image_shape
     return GAN.of_shape((height, width, channels))
 
 
 def _gan_estimator(
-    gan: "GAN",
-    optimizer: "optax.GradientTransformation",
+    gan: GAN,
+    optimizer: optax.GradientTransformation,
     *,
     workdir: Path,
     hooks: Any = (),
     ema: float | None = None,
     **options: Any,
-) -> "Estimator":
-    import jax.numpy as jnp
-
-    from jdl.models.gan import optimizers
-    from jdl.optim import diagnostics
-    from jdl.recipes.gan_pictures import samples_over_time
-    from jdl.train.estimator import Estimator
-
+) -> Estimator:
     if diagnostics.read(optimizer.init({"x": jnp.zeros(2)})) is not None:
         raise check.UserError(
             "A GAN has two losses, one for each network, and second-order methods minimize one. "
@@ -288,8 +235,6 @@ def _gan_estimator(
 
 
 def _gan_pictures(run: Finished) -> list[Path]:
-    from jdl.recipes.gan_pictures import draw_samples
-
     # Samples are compared with the images they were trained on.
     return draw_samples(run.net, run.estimator, run.train, run.workdir)
 
@@ -306,7 +251,7 @@ RECIPES = {
         estimator=_denoising_estimator,
         pictures=_reconstructions,
     ),
-    "rbm": Recipe(_rbm, "rbm", 3000, "momentum", estimator=_rbm_estimator, pictures=_rbm_pictures),
+    "rbm": Recipe(_rbm, "rbm", 3000, "momentum", estimator=boltzmann.rbm, pictures=_rbm_pictures),
     "dbn": Recipe(_dbn, "classifier", 3000, prepare=_pretrained, pictures=_dbn_pictures),
     "recursive": Recipe(
         _recursive,

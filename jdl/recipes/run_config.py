@@ -3,18 +3,18 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jdl.core import check
-from jdl.recipes import config_file
+from jdl.core.model import Model
+from jdl.data import Batches
+from jdl.optim import registry
+from jdl.recipes import config_toml
 from jdl.recipes.datasets import open_images
-from jdl.recipes.registry import recipe
-
-if TYPE_CHECKING:
-    from jdl.core.model import Model
-    from jdl.data import Batches
-    from jdl.recipes.registry import Net
-    from jdl.train.estimator import Estimator
+from jdl.recipes.registry import Net, recipe
+from jdl.train import premade
+from jdl.train.checkpoint import begun
+from jdl.train.estimator import Estimator
 
 COMMAND = "command"  # the file's table of resolved flags, which `jdl train --config` reads
 MAY_CHANGE = ("on_error",)  # when a run is continued
@@ -62,35 +62,33 @@ class RunConfig:
           workdir: the run directory.
           command: the resolved flags, from which `jdl train --config` starts such a run anew.
         """
-        from jdl.train.checkpoint import begun
-
-        exists = (workdir / config_file.FILE).exists()
+        exists = (workdir / config_toml.FILE).exists()
         if begun(workdir) and not exists:
             raise check.UserError(
                 f"{workdir} holds a run that `jdl train` did not make: it has no "
-                f"{config_file.FILE}. Choose another --workdir, or continue it in Python."
+                f"{config_toml.FILE}. Choose another --workdir, or continue it in Python."
             )
         if exists:
             before = RunConfig.load(workdir)  # also refuses to replace another program's file
             if begun(workdir):
-                config_file.check_same(workdir, self, before, MAY_CHANGE)
-        config_file.write(workdir, self, **{COMMAND: dict(command)})
+                config_toml.check_same(workdir, self, before, MAY_CHANGE)
+        config_toml.write(workdir, self, **{COMMAND: dict(command)})
 
     @classmethod
     def load(cls, workdir: Path) -> "RunConfig":
         """The settings of the run in that directory."""
-        table = config_file.read(workdir)
+        table = config_toml.read(workdir)
         if table is None:
             hint = ""
             if (workdir / "checkpoints").is_dir():
                 hint = " It was made in Python, where an Estimator with this workdir continues it."
             raise check.UserError(
-                f"{workdir} is not a run directory of `jdl train`: it has no {config_file.FILE}."
+                f"{workdir} is not a run directory of `jdl train`: it has no {config_toml.FILE}."
                 + hint
             )
-        return config_file.parse(cls, table, workdir)
+        return config_toml.parse(cls, table, workdir)
 
-    def build_model(self) -> "Net":
+    def build_model(self) -> Net:
         """The model of these settings."""
         return recipe(self.model).build(self.image_shape, len(self.classes))
 
@@ -98,9 +96,9 @@ class RunConfig:
         self,
         workdir: Path,
         hooks: Sequence[Callable[..., None]] = (),
-        model: "Net | Model | None" = None,
+        model: Net | Model | None = None,
         **options: Any,
-    ) -> "Estimator":
+    ) -> Estimator:
         """The Estimator of these settings.
 
         Args:
@@ -109,9 +107,6 @@ class RunConfig:
           model: one that the recipe has prepared; by default `build_model()`.
           **options: further ones of `Estimator`.
         """
-        from jdl.optim import registry
-        from jdl.train import premade
-
         chosen = recipe(self.model)
         premades = {"classifier": premade.classifier, "autoencoder": premade.autoencoder}
         make = chosen.estimator or premades[chosen.kind]
@@ -131,7 +126,7 @@ class RunConfig:
 
     def images(
         self, data: str, split: str | None, *, labelled: bool = True, **options: Any
-    ) -> "Batches":
+    ) -> Batches:
         """Data with the run's image size and classes, cropped in the center if it was cropped.
 
         Args:

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from jdl.core import check
-from jdl.recipes import config_file
+from jdl.recipes import config_toml
+from jdl.train.checkpoint import begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +42,14 @@ class StyleConfig:
 
     def save(self, workdir: Path) -> None:
         """Writes the settings; raises where the directory holds a run with other settings."""
-        from jdl.train.checkpoint import begun
-
         if begun(workdir):
-            config_file.check_same(workdir, self, StyleConfig.load(workdir))
-        config_file.write(workdir, self, model="style")
+            config_toml.check_same(workdir, self, StyleConfig.load(workdir))
+        config_toml.write(workdir, self, model="style")
 
     @classmethod
     def load(cls, workdir: Path) -> "StyleConfig":
         """The settings of the run in that directory."""
-        table = config_file.read(workdir)
+        table = config_toml.read(workdir)
         if table is None or table.get("model") != "style":
             raise check.UserError(f"{workdir} is not a run directory of `jdl style train`.")
-        return config_file.parse(cls, table, workdir)
+        return config_toml.parse(cls, table, workdir)

@@ -2,18 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from jdl.core.types import Params
-    from jdl.models.recursive import TreeLSTM
+from jdl.core.types import Params
+from jdl.models.recursive import TreeLSTM
 
 
 def draw_trees(
-    net: "TreeLSTM",
-    params: "Params",
+    net: TreeLSTM,
+    params: Params,
     packed: Mapping[str, np.ndarray],
     words: Mapping[str, int],
     path: Path,

@@ -50,6 +50,7 @@ class Iterative:
     refusals: ClassVar[dict[str, str]] = {}  # keyword of jaxopt -> what to do instead
     redundant: ClassVar[dict[str, Any]] = {}  # keyword of jaxopt -> the one value accepted
     optimizer: optax.GradientTransformationExtraArgs
+    implicit_diff: bool = True
     # After the first failure an optimizer drops its history; the second is that of −gradient.
     failures_allowed: int = 2
     patience: int = 15  # updates without progress after which a run ends
@@ -116,7 +117,10 @@ class Iterative:
         if "options" in own:
             shared = inspect.signature(Iterative.__init__).parameters
             _, *first, last = own.values()
-            more = [shared[name] for name in SolverOptions.__annotations__ if name not in own]
+            more = [
+                shared[name].replace(default=getattr(cls, name, shared[name].default))
+                for name in SolverOptions.__annotations__
+            ]
             setattr(cls, "__signature__", inspect.Signature([*first, *more, last]))  # noqa: B010
 
     # ------------------------------------------------------------------ what a solver defines

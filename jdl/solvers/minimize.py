@@ -139,8 +139,7 @@ def minimize(
     )
     if maxiter is not None:
         options["maxiter"] = maxiter
-    name = method if isinstance(method, str) else "optax"
-    solver = _solver(fun, method, tol=tol, **options)
+    name, solver = _solver(fun, method, tol=tol, **options)
     params = as_arrays(params)
     if check_gradient:
         check_problem_gradient(solver._at(None, params, args, {}), params)
@@ -168,13 +167,17 @@ def minimize(
     )
 
 
-def _solver(fun: Any, method: str | optax.GradientTransformation, **options: Any) -> Iterative:
+def _solver(
+    fun: Any, method: str | optax.GradientTransformation, **options: Any
+) -> tuple[str, Iterative]:
+    """The method's name, and the solver."""
     if not isinstance(method, str):
-        return OptaxSolver(fun, method, **options)
-    name = registry.short_name(method, "method", METHODS)
-    if name in METHODS:
-        return METHODS[name](fun, **options)
-    return OptaxSolver(fun, registry.by_name(name), **options)
+        return "optax", OptaxSolver(fun, method, **options)
+    short = registry.short_name(method, "method", METHODS)
+    name = registry.LONG_NAMES.get(short, short)
+    if short in METHODS:
+        return name, METHODS[short](fun, **options)
+    return name, OptaxSolver(fun, registry.by_name(short), **options)
 
 
 def _compiled(solver: Iterative, params: Params, args: tuple[Any, ...]) -> Callable[[], Any]:

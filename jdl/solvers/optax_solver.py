@@ -35,6 +35,7 @@ class OptaxSolver(Iterative):
     """
 
     stochastic = True
+    implicit_diff = False
     searches_lines = False  # if `opt` does, JAX itself refuses reverse mode
 
     def __init__(
@@ -53,7 +54,7 @@ class OptaxSolver(Iterative):
         check.argument(ok, "opt", "an optax transformation", opt)
         self.opt, self.pre_update = opt, pre_update
         self.optimizer = optax.with_extra_args_support(opt)
-        options = {"implicit_diff": False, **options}
+        options = {"implicit_diff": self.implicit_diff, **options}
         super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **options)
 
     def _before(

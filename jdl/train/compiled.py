@@ -68,13 +68,13 @@ class CompiledSteps:
                 found = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
                 if found == shapes:
                     raise
-                if self._of_a_row(found) != self._of_a_row(shapes):
+                if _of_an_example(found) != _of_an_example(shapes):
                     raise check.DataError(
                         f"A batch differs from the first one: it has {found}, the first had "
                         f"{shapes}. Only the number of rows may change."
                     ) from error
             if str(found) not in self._steps:
-                rows = batch_size(self._placement.whole_batch(batch), self._placement.inputs)
+                rows = batch_size(batch, self._placement.inputs)
                 logger.warning("a batch of %d rows: one more compilation of the step", rows)
             plan = self._plan
             with self._off_clock():
@@ -83,12 +83,6 @@ class CompiledSteps:
             return other(state, batch)
 
         return step
-
-    def _of_a_row(self, shapes: Any) -> Any:
-        """The shapes of a batch, without its rows."""
-        lead = 2 if self._placement.mode == "pmap" else 1
-        is_leaf = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], str)  # noqa: E731
-        return jax.tree.map(lambda x: (x[0][lead:], x[1]), shapes, is_leaf=is_leaf)
 
     @property
     def memory(self) -> dict[str, int]:
@@ -106,6 +100,12 @@ class CompiledSteps:
         stats = self._placement.devices[0].memory_stats() or {}
         seen = {"seen": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
         return {"state": state, "peak": peak, **seen}
+
+
+def _of_an_example(shapes: Any) -> Any:
+    """The shapes of a batch, without its leading axis."""
+    is_leaf = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], str)  # noqa: E731
+    return jax.tree.map(lambda x: (x[0][1:], x[1]), shapes, is_leaf=is_leaf)
 
 
 def _refuse_changed_types(before: Any, after: Any) -> None:

@@ -1,36 +1,41 @@
-"""The Estimator: a model, a loss and an optimizer, trained, evaluated and asked for predictions.
+"""The Estimator: a model, a loss and an optimizer; trains, evaluates and predicts.
 
-It is composed of parts that serve alone: `step.build` makes the pure functions, `parallel` places
-and `compiled` compiles them, `feed` brings batches, `keeper` saves and restores and writes the log;
-`run` is what changes, `trainer` changes it, `evaluator` and `predictor` ask it.
+Its parts serve alone: `step.build` makes the pure functions, `parallel` places and `compiled`
+compiles them, `feed` brings batches, `run` holds the state, `run_directory` saves, restores and
+logs it, `loop` trains, `evaluate` and `predict` use it.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jdl.core import check
-from jdl.core.types import Batch, Loss, Metric, Mode, Outputs, Params
-from jdl.train.arguments import check_all, curvature_share, prepared_model, prepared_optimizer
-from jdl.train.compiled import CompiledSteps
-from jdl.train.ema import average
+from jdl.core.model import Model, as_model, with_compute_dtype, with_remat
+from jdl.core.types import Batch, Loss, Metric, Mode, ModelState, Outputs, Params
+from jdl.optim import registry
+from jdl.train.compiled import CompiledSteps, Step
+from jdl.train.ema import average, averaging
 from jdl.train.evaluate import Evaluator, Sums
-from jdl.train.feed import Data
-from jdl.train.hooks import Profile, Report, StopTraining, warn_of_idle
-from jdl.train.limits import Limits
-from jdl.train.parallel import SplitRule, placement
-from jdl.train.predictor import Predict, Predictor
+from jdl.train.feed import Data, Feed, for_training
+from jdl.train.log_row import Hook, LogRow, StopTraining
+from jdl.train.loop import Limits, TrainLoop
+from jdl.train.parallel import Placement, SplitRule, placement
+from jdl.train.predict import Predict, Predictor
+from jdl.train.profile import Profile
 from jdl.train.run import Run
 from jdl.train.run_directory import RunDirectory
 from jdl.train.signals import Stopped
 from jdl.train.step import Metrics, TrainState, build
-from jdl.train.trainer import Trainer
 from jdl.train.writers import directions
+
+logger = logging.getLogger("jdl.train")
 
 
 class Estimator:
@@ -78,7 +83,7 @@ class Estimator:
       clock: reads the time that training seconds are counted in; `time.process_time` is disturbed
         less where a machine is shared.
       hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
-        ends the run, and one that remembers rows is to be a `Remembering`.
+        ends the run, and one that remembers rows must be a `StatefulHook`.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -95,7 +100,7 @@ class Estimator:
 
     def __init__(
         self,
-        model: Any,
+        model: Model | Any,
         loss: Loss,
         optimizer: str | optax.GradientTransformation,
         *,
@@ -122,10 +127,10 @@ class Estimator:
         log_norms: bool = False,
         profile: tuple[int, int] | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        hooks: Sequence[Callable[[Report], None]] = (),
+        hooks: Sequence[Hook] = (),
     ):
-        check_all(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
-        self.model = prepared_model(model, compute_dtype, remat)
+        _check(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
+        self.model = _prepared_model(model, compute_dtype, remat)
         self.loss = loss
         # Absolute, so that a later os.chdir does not split the run.
         self.workdir = None if workdir is None else Path(workdir).absolute()
@@ -135,27 +140,32 @@ class Estimator:
         program = build(
             self.model,
             loss,
-            prepared_optimizer(optimizer, ema),
+            _prepared_optimizer(optimizer, ema),
             metrics=metrics,
             inputs=inputs,
             regularizer=regularizer,
             microbatches=microbatches,
-            curvature_batch_size=curvature_share(curvature_batch_size, placed),
+            curvature_batch_size=_curvature_share(curvature_batch_size, placed),
             axis_name=placed.axis_name,
             skip_nonfinite=on_nonfinite == "skip",
             log_norms=log_norms,
         )
         self._evaluator = Evaluator(program, placed)
         self._predictor = Predictor(program.predict, inputs)
-        self._keeper = RunDirectory(
+        self._directory = RunDirectory(
             self.workdir, logs, keep, keep_every, keep_best, lambda: directions(metrics)
         )
-        run = Run(program.init, seed, placed, self._keeper, ema is not None, clock)
-        steps = CompiledSteps(program.train, placed, run.off_clock)
-        self._run, self._steps = run, steps
-        tracing = Profile(profile, self.workdir)
-        self._trainer = Trainer(
-            run, steps, tracing, self._values, self._report, log_every, save_every, on_nonfinite
+        self._run = run = Run(program.init, seed, placed, self._directory, ema is not None, clock)
+        self._steps = CompiledSteps(program.train, placed, run.off_clock)
+        self._loop = TrainLoop(
+            run,
+            self._steps,
+            Profile(profile, self.workdir),
+            self._means,
+            self._report,
+            log_every,
+            save_every,
+            on_nonfinite,
         )
         self._hooks, self._keep_best = tuple(hooks), keep_best
 
@@ -178,8 +188,8 @@ class Estimator:
         return average(self.state.opt_state)
 
     @property
-    def model_state(self) -> Any:
-        """What the model carries besides its parameters."""
+    def model_state(self) -> ModelState:
+        """The model's state besides its parameters, such as batch statistics."""
         return self.state.model_state
 
     @property
@@ -189,7 +199,7 @@ class Estimator:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Those of the training data; None where it tells none."""
+        """Those of the training data; None where it has none."""
         return self._run.classes
 
     @property
@@ -256,38 +266,38 @@ class Estimator:
           UserError: another process is training in the same run directory.
         """
         limits = Limits(steps, max_steps, epochs, seconds)
-        warn_of_idle(self._hooks, self._keep_best, validates=validation is not None)
-        run, keeper = self._run, self._keeper
-        with run.signals as signals, keeper.writing():
+        self._warn_of_missing_rows(validates=validation is not None)
+        run = self._run
+        with run.signals as signals, self._directory.writing():
             try:
-                if self._trainer.train(data, limits, validation, validate_every) and save:
+                if self._loop.train(data, limits, validation, validate_every) and save:
                     run.save(wait=True)
                 if signals.terminated:
                     raise Stopped(run.step)
             except (KeyboardInterrupt, Stopped) as end:
-                raise run.ended_by(end) from end
+                raise run.save_after(end) from end
         return self
 
     def restore_best(self, data: Data) -> "Estimator":
-        """Takes up the checkpoint of the best validation so far.
+        """Restores the checkpoint of the best validation so far.
 
         Args:
-          data: what `train` is given.
+          data: as for `train`.
         """
         self._run.restore_best(data)
         return self
 
     def save(self) -> "Estimator":
         """Writes a checkpoint of this step into the run directory, if there is one."""
-        with self._run.signals, self._keeper.writing():
+        with self._run.signals, self._directory.writing():
             self._run.save(wait=True)
         return self
 
     def initialize(self, data: Data) -> "Estimator":
-        """Makes the initial parameters, or takes up the last checkpoint, without a step.
+        """Makes the initial parameters, or restores the last checkpoint, without a step.
 
         Args:
-          data: what `train` will be given.
+          data: as for `train`.
         """
         if self._run.feed(data, repeat=True).prefetch() is None:
             raise check.DataError("The training data gives no batch to initialize the model with.")
@@ -359,26 +369,111 @@ class Estimator:
 
     # ------------------------------------------------------------------ inner workings
 
-    def scratch(self, data: Data) -> tuple[Callable[..., Any], TrainState, Iterator[Batch]]:
-        """The compiled step, a copy of the state, and batches: to try things out, off the record.
+    def scratch(self, data: Data) -> tuple[Step, TrainState, Iterator[Batch]]:
+        """The compiled step, a copy of the state, and batches: for trials that leave no trace.
 
         Args:
           data: as for `train`.
         """
-        return self._trainer.scratch(data)
+        feed = Feed(for_training(data, repeat=True), self._run.placement)
+        first = feed.prefetch()
+        if first is None:
+            raise check.DataError("The data gives no batch.")
+        state = self._run.current()
+        step = self._steps.for_batch(state, first)
+        return step, jax.tree.map(jnp.copy, state), iter(feed.take, None)
 
-    def _values(self, data: Data) -> dict[str, Any]:
-        """The means of `evaluate`, off the record."""
+    def _means(self, data: Data) -> dict[str, Any]:
+        """The means of `evaluate`, not logged."""
         return self._evaluator.over(self._run.once(data), {})[0]
 
     def _report(
         self, step: int, seconds: float, epoch: float | None, split: str, values: dict[str, float]
     ) -> None:
-        row = Report(step=step, seconds=seconds, epoch=epoch, split=split, **values)
+        row = LogRow(step=step, seconds=seconds, epoch=epoch, split=split, **values)
         row.estimator, row.restores = self, self._run.restores
         try:
             with self._run.signals.window("hooks"):
                 for hook in self._hooks:
                     hook(row)
         finally:
-            self._keeper.write(row)  # with what hooks have added to it
+            self._directory.write(row)  # with the entries that hooks have added
+
+    def _warn_of_missing_rows(self, *, validates: bool) -> None:
+        """Warns of hooks and `keep_best` that wait for rows which this training does not log."""
+        logged = {"train", *(["validation"] if validates else [])}
+        splits = {s for hook in self._hooks if isinstance(s := getattr(hook, "split", None), str)}
+        for split in sorted(splits - logged):
+            logger.warning(
+                "a hook such as early_stopping reads rows of split %r; this training logs none.%s",
+                split,
+                " Give `validation`." if split == "validation" else "",
+            )
+        if self._keep_best is not None and not validates:
+            told = "keep_best compares validations, of which there are none: give `validation`"
+            logger.warning(told)
+
+
+def _check(
+    loss: Any,
+    microbatches: int,
+    log_every: int,
+    save_every: int | None,
+    on_nonfinite: str,
+    workdir: Any,
+    hooks: Any,
+) -> None:
+    """Checks the arguments that no part of the Estimator checks."""
+    check.argument(
+        isinstance(hooks, Sequence) and all(map(callable, hooks)),
+        "hooks",
+        "a list of functions",
+        hooks,
+    )
+    check.argument(
+        callable(loss), "loss", "a function of (outputs, batch)", loss, "`jdl.losses` has some."
+    )
+    check.positive_int("microbatches", microbatches)
+    check.positive_int("log_every", log_every)
+    if save_every is not None:
+        check.positive_int("save_every", save_every)
+    check.one_of("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
+    check.argument(
+        on_nonfinite != "rollback" or workdir is not None,
+        "workdir",
+        'given with on_nonfinite="rollback", which goes back to its checkpoints',
+        workdir,
+    )
+
+
+def _prepared_model(model: Any, compute_dtype: str | None, remat: bool) -> Model:
+    """The model's pure functions, in the compute dtype and with rematerialization if asked for."""
+    prepared = as_model(model)
+    if compute_dtype is not None:
+        prepared = with_compute_dtype(prepared, compute_dtype)
+    return with_remat(prepared) if remat else prepared
+
+
+def _prepared_optimizer(
+    optimizer: str | optax.GradientTransformation, ema: float | None
+) -> optax.GradientTransformation:
+    """The transformation, looked up if it is a name, with a moving average if asked for."""
+    if isinstance(optimizer, str):
+        optimizer = registry.by_name(optimizer)
+    ok = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+    hint = "Call it: it makes a transformation." if callable(optimizer) else ""
+    check.argument(ok, "optimizer", "an optax transformation or a name", optimizer, hint)
+    return optimizer if ema is None else averaging(optimizer, ema)
+
+
+def _curvature_share(curvature_batch_size: int | None, placed: Placement) -> int | None:
+    """The examples for curvature products that one call of the step sees: in pmap a device's."""
+    if curvature_batch_size is None or placed.mode != "pmap":
+        return curvature_batch_size
+    check.argument(
+        curvature_batch_size % placed.num_devices == 0,
+        "curvature_batch_size",
+        f"a multiple of the {placed.num_devices} devices that share it",
+        curvature_batch_size,
+    )
+    return curvature_batch_size // placed.num_devices

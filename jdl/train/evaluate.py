@@ -9,11 +9,10 @@ import numpy as np
 from jdl.core import check
 from jdl.core.objective import asked
 from jdl.core.types import Batch, Outputs, Params
-from jdl.train.clock import as_floats
 from jdl.train.feed import EMPTY
 from jdl.train.parallel import Placement
 from jdl.train.run import EvalBatch
-from jdl.train.step import Program
+from jdl.train.step import Program, as_floats
 
 Sums = Mapping[str, Callable[[Outputs, Batch], jax.Array]]
 

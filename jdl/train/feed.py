@@ -1,6 +1,5 @@
-"""Batches on their way to the device, and the place reached in the data."""
+"""Batches on their way to the device, and the position reached in the data."""
 
-import base64
 import itertools
 import operator
 import time
@@ -14,6 +13,7 @@ import numpy as np
 from jdl.core import check
 from jdl.core.objective import batch_size
 from jdl.core.types import Batch
+from jdl.train import positions
 from jdl.train.parallel import Placement
 from jdl.train.signals import Stopped
 
@@ -25,31 +25,29 @@ _ENDLESS = 2**62  # grain's length of a data set without an end is larger
 
 
 class Feed:
-    """The batches of a data set on their way to the device, and the place reached in it.
+    """The batches of a data set on their way to the device, and the position reached in it.
 
     Args:
       data: the batches, as the host makes them.
       placement: where they go.
-      position: where to begin, as `position` told.
+      position: where to begin: the `position` of a feed before.
 
     Attributes:
-      position: where in the data the next `take` reads, as JSON can hold it: the iterator's own
-        state; None for iterables that keep none.
+      position: where in the data the next `take` reads: the iterator's own state, as JSON can hold
+        it; None for iterables that keep none.
       wait_seconds: how long `take` and `prefetch` have waited for the data.
       ended: whether the data has come to its end.
     """
 
     def __init__(self, data: Iterable[Batch], placement: Placement, position: Any = None):
         self._iterator: Iterator[Batch] = iter(data)
-        self._own = is_dataset(data) and hasattr(
-            data, "plan"
-        )  # its positions are plain as they are
+        self._is_jdl = is_dataset(data) and hasattr(data, "plan")  # its states are JSON already
         self._placement = placement
         self._ahead: tuple[Batch, Any] | None = None
         self.wait_seconds = 0.0
         self.ended = False
         if position is not None and self.resumable:
-            _go_to(self._iterator, position)
+            positions.restore(self._iterator, position)
         self.position = self._state()
 
     @property
@@ -59,17 +57,17 @@ class Feed:
 
     @property
     def begins_again(self) -> bool:
-        """Whether it cannot, and that matters: one batch for ever has no positions."""
+        """Whether it cannot, and that matters: one batch repeated for ever has no positions."""
         return not self.resumable and not isinstance(self._iterator, itertools.repeat)
 
     def _state(self) -> Any:
         if not self.resumable:
             return None
         state = self._iterator.get_state()  # type: ignore[attr-defined]
-        return state if self._own else _plain(state)
+        return state if self._is_jdl else positions.to_json(state)
 
     def prefetch(self) -> Batch | None:
-        """Makes sure that the next batch is on its way, and shows it; None at the end."""
+        """Starts to transfer the next batch, and returns it; None at the end."""
         if self._ahead is None:
             start = time.perf_counter()
             try:
@@ -81,7 +79,7 @@ class Feed:
                 self._ahead = (self._placement.put_step_batch(arrays), self._state())
             except (KeyboardInterrupt, Stopped):
                 if self.resumable:  # the batch being made is not lost
-                    _go_to(self._iterator, self.position)
+                    positions.restore(self._iterator, self.position)
                 raise
             self.wait_seconds += time.perf_counter() - start
         return self._ahead[0]
@@ -101,11 +99,11 @@ class Feed:
 def entries(
     batch: Any, inputs: str | tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A batch's entries of numbers, and those of text or objects, which stay on the host.
+    """A batch's numeric entries, and those of text or objects, which stay on the host.
 
     Args:
-      batch: name -> array with leading axis B, or a list of B rows.
-      inputs: the entries that the model is given.
+      batch: name -> array with leading axis B, or a list of B examples.
+      inputs: the entries that the model takes.
 
     >>> arrays, texts = entries({"image": np.ones((2, 3)), "label": [0, 1], "name": ["a", "b"]})
     >>> sorted(arrays), sorted(texts)
@@ -130,7 +128,7 @@ def entries(
     for name in (inputs,) if isinstance(inputs, str) else inputs:
         check.argument(name not in texts, "inputs", "entries of numbers", name)
     if not batch_size(arrays | texts, inputs):
-        raise check.DataError("A batch of the data has no rows.")
+        raise check.DataError("A batch of the data has no examples.")
     return arrays, texts
 
 
@@ -139,91 +137,20 @@ def _array(name: str, value: Any) -> Any:
         return value
     try:
         return np.asarray(value)
-    except ValueError as error:  # rows of several lengths
+    except ValueError as error:  # examples of several lengths
         raise check.DataError(f"The batch's entry {name!r} makes no array: {error}") from error
-
-
-# ---------------------------------------------------------------------- positions
-
-
-def _plain(state: Any) -> Any:
-    """An iterator's state as JSON can hold it, exactly; what JSON has stays as it is."""
-    if state is None or isinstance(state, str):
-        return state
-    if isinstance(state, bool | int | float | np.number | np.bool_):
-        return state.item() if isinstance(state, np.generic) else state
-    if isinstance(state, bytes):
-        return {_KIND: "bytes", "of": base64.b64encode(state).decode("ascii")}
-    if isinstance(state, list):
-        return [_plain(x) for x in state]
-    if type(state) is tuple:
-        return {_KIND: "tuple", "of": [_plain(x) for x in state]}
-    if isinstance(state, np.ndarray) and state.dtype.kind in "biuf":
-        of = [state.dtype.str, list(state.shape), _plain(state.tobytes())]
-        return {_KIND: "array", "of": of}
-    if isinstance(state, Mapping):
-        if _KIND not in state and all(isinstance(key, str) for key in state):
-            return {key: _plain(x) for key, x in state.items()}
-        return {_KIND: "dict", "of": [[_plain(key), _plain(x)] for key, x in state.items()]}
-    raise check.DataError(
-        f"The data's position holds a {type(state).__name__}, which a checkpoint cannot keep: its "
-        "iterator's get_state is to give numbers, text, bytes, arrays, lists and dicts of them."
-    )
-
-
-def _state_of(plain: Any) -> Any:
-    """The state that `_plain` was given."""
-    if isinstance(plain, list):
-        return [_state_of(x) for x in plain]
-    if not isinstance(plain, Mapping):
-        return plain
-    if _KIND not in plain:
-        return {key: _state_of(x) for key, x in plain.items()}
-    kind, of = plain[_KIND], plain["of"]
-    if kind == "bytes":
-        return base64.b64decode(of)
-    if kind == "tuple":
-        return tuple(_state_of(x) for x in of)
-    if kind == "dict":
-        return {_state_of(key): _state_of(x) for key, x in of}
-    dtype, shape, data = of
-    return np.frombuffer(_state_of(data), dtype).reshape(shape).copy()
-
-
-_KIND = "__kind__"
-
-
-def _go_to(iterator: Any, position: Any) -> None:
-    try:
-        iterator.set_state(_state_of(position))
-    except check.UserError:
-        raise
-    except Exception as error:  # whatever another library's iterator makes of another's position
-        raise check.DataError(
-            "The saved position belongs to other data than this "
-            f"{type(iterator).__name__}: {check.reason(error)}"
-        ) from error
-
-
-def record_names(data: Any, position: Any) -> list[str]:
-    """The names of the records in the batch at that position; none for data that has no names."""
-    source, order, plan = (getattr(data, name, None) for name in ("source", "order", "plan"))
-    if source is None or order is None or plan is None or position is None:
-        return []
-    span = plan.span(position["epoch"], position["record"], 0)
-    return [source.name(record) for record in order.records(*span)]
 
 
 # ---------------------------------------------------------------------- data sets
 
 
 def is_dataset(data: Any) -> bool:
-    """Whether it keeps to `jdl.data.Dataset`, so that it can be repeated, shared and ended."""
+    """Whether it has the methods of `jdl.data.Dataset` to repeat, shard and end it."""
     return all(hasattr(data, name) for name in PROTOCOL)
 
 
 def opened(data: Data) -> Any:
-    """The batches; of each, this process's rows, where several processes train together."""
+    """The batches; this process's shard of them where several processes train together."""
     batches: Any = data() if callable(data) else data
     check.argument(
         hasattr(batches, "__iter__") or hasattr(batches, "__getitem__"),
@@ -242,9 +169,9 @@ def opened(data: Data) -> Any:
         if is_dataset(batches):
             return batches.shard(jax.process_index(), jax.process_count())
         check.argument(
-            not _made_of_whole(batches),
+            not _has_unsharded_parent(batches),
             "data",
-            "made of data sets of which this process has its part",
+            "made of data sets that are sharded by process",
             type(batches).__name__,
             "Call shard(jax.process_index(), jax.process_count()) on each before grain combines "
             "them.",
@@ -252,22 +179,31 @@ def opened(data: Data) -> Any:
     return batches
 
 
-def _made_of_whole(batches: Any) -> bool:
-    """Whether grain has made it of data sets of ours that all processes would read whole."""
+def _has_unsharded_parent(batches: Any) -> bool:
+    """Whether grain has made it of data sets of ours that every process would read whole."""
     parents = getattr(batches, "parents", ())
     return any(
-        p.plan.parts == 1 if is_dataset(p) and hasattr(p, "plan") else _made_of_whole(p)
+        p.plan.parts == 1 if is_dataset(p) and hasattr(p, "plan") else _has_unsharded_parent(p)
         for p in parents
     )
 
 
-def repeated(batches: Any) -> Any:
-    """The batches again and again, where they are of a data set that can be passed over again."""
-    return batches.repeat() if is_dataset(batches) else batches
+def for_training(data: Data, *, repeat: bool) -> Any:
+    """The batches to train on.
+
+    Args:
+      data: as for `Estimator.train`.
+      repeat: whether a data set is passed over again and again; else it must have an end.
+    """
+    batches = opened(data)
+    if repeat:
+        return batches.repeat() if is_dataset(batches) else batches
+    refuse_endless(batches)
+    return batches
 
 
-def ending(batches: Any) -> Any:
-    """The batches, refused where they are known to have no end."""
+def refuse_endless(batches: Any) -> None:
+    """Raises where the batches are known to have no end."""
     check.argument(
         not _endless(batches),
         "steps",
@@ -275,11 +211,10 @@ def ending(batches: Any) -> Any:
         None,
         "Or give max_steps, epochs or seconds.",
     )
-    return batches
 
 
 def one_pass(batches: Any) -> Any:
-    """The batches of one pass, refused where they are known to have no end of their own."""
+    """The batches of one pass; raises where they are known to have no end."""
     if is_dataset(batches):
         return batches.once()
     check.argument(
@@ -289,7 +224,7 @@ def one_pass(batches: Any) -> Any:
 
 
 def _endless(batches: Any) -> bool:
-    """Whether they are known to have no end; of a generator nobody knows."""
+    """Whether they are known to have no end; a generator's is not known."""
     if is_dataset(batches):
         return batches.epochs is None
     length = operator.length_hint(batches, -1)
@@ -307,12 +242,18 @@ def once(data: Data, placement: Placement) -> Iterator[tuple[Batch, dict[str, np
 
 
 def steps_per_epoch(data: Data, argument: str = "epochs", wanted: str = "left out") -> int:
-    """How many batches the data tells that an epoch has; an error is about that argument."""
+    """The data's own `steps_per_epoch`.
+
+    Args:
+      data: as for `Estimator.train`.
+      argument: what the error is about where the data has none.
+      wanted: what that argument must be then.
+    """
     number = getattr(data, "steps_per_epoch", None)
     check.argument(
         number is not None,
         argument,
-        f"{wanted} for data that does not tell its steps_per_epoch",
+        f"{wanted} for data without steps_per_epoch",
         type(data).__name__,
         "Give a number of steps.",
     )

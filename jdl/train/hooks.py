@@ -1,11 +1,11 @@
-"""What to do at each row of a run's log: plain functions, given to `Estimator(hooks=[…])`.
+"""Hooks: functions called with each row of a run's log, given to `Estimator(hooks=[…])`.
 
-A hook is called with one row, `{"step", "seconds", "epoch", "split", values…}`; `row.estimator` is
-the Estimator that made it, whose parameters may be a step or more ahead of the row. One that raises
-`StopTraining` ends `train` in good order; whatever else it raises ends it as an error.
+A row is `{"step", "seconds", "epoch", "split", values…}`; `row.estimator` is the Estimator that
+made it, whose parameters may be a step or more ahead of the row. A hook that raises `StopTraining`
+ends `train` as at its last step: it saves and returns. Any other exception ends it as an error.
 
-One that remembers rows is to be a `Remembering`, as those here are. One that looks at the rows of
-a single split alone may say so in an attribute `split`; `train` warns where there are none.
+A hook that remembers rows must be a `StatefulHook`, as those here are. A hook that reads the rows
+of one split only may name it in an attribute `split`; `train` warns where it logs no such rows.
 """
 
 import itertools
@@ -14,54 +14,33 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from jdl.core import check
 from jdl.core.types import Batch
-from jdl.train import dead_units as dead
+from jdl.train.dead_units import dead_shares
+from jdl.train.log_row import Hook as Hook
+from jdl.train.log_row import StopTraining as StopTraining
 from jdl.train.writers import JsonlWriter, Row, is_number, read_jsonl
-
-if TYPE_CHECKING:
-    from jdl.train.estimator import Estimator
 
 logger = logging.getLogger("jdl.train")
 
 
-class Report(dict[str, Any]):
-    """One row of a run's log: step, seconds, epoch, split and the values.
+class StatefulHook:
+    """A hook with a state for each run.
 
-    Attributes:
-      estimator: the one that made it.
-      restores: how often its run has been taken up from a checkpoint so far.
-    """
+    The state is new in each run, persists over several calls of `train` of one Estimator, and
+    forgets the steps after a checkpoint that the run went back to.
 
-    estimator: "Estimator"
-    restores: int
-
-
-Hook = Callable[[Any], None]
-
-
-class StopTraining(Exception):
-    """Raised by a hook: `train` saves and returns."""
-
-
-class Remembering:
-    """A hook with a memory of its run.
-
-    So it starts fresh in each run that it is given to, goes on in a second `train` of the same
-    Estimator, and forgets the steps that a run has gone back from.
-
-    `make(earlier)` gives a function of a row. It is called at the first row of each Estimator, and
-    again after its run has gone back to a checkpoint. `earlier` are the rows that the run's log
-    holds up to there, so that a run taken up again is remembered as one that never ended.
+    `make(earlier)` returns a function of a row. It is called at the first row of each Estimator,
+    and again after its run has gone back to a checkpoint. `earlier` are the rows of the run's log
+    up to there, so that a resumed run has the same state as an uninterrupted one.
 
     Args:
-      make: `make(earlier) -> hook`, with the memory in the hook's closure.
+      make: `make(earlier) -> hook`, with the state in the hook's closure.
       split: the only split whose rows count; None where several do.
 
     >>> def make(earlier):
@@ -70,7 +49,7 @@ class Remembering:
     ...         losses.append(row["loss"])
     ...         print(min(losses))
     ...     return hook
-    >>> best_so_far = Remembering(make)
+    >>> best_so_far = StatefulHook(make)
     >>> for loss in (0.5, 0.7):
     ...     best_so_far({"split": "train", "step": 1, "loss": loss})
     0.5
@@ -84,7 +63,7 @@ class Remembering:
 
     def __call__(self, row: Any) -> None:
         """Gives the row to the hook of its run."""
-        run = getattr(row, "estimator", self)  # rows that are plain dicts are one run's
+        run = getattr(row, "estimator", self)  # plain dicts belong to one run
         restores = getattr(row, "restores", 0)
         before, hook = self._runs.get(run, (-1, None))
         if hook is None or before != restores:
@@ -118,8 +97,8 @@ def early_stopping(
 ) -> Hook:
     """Ends training when `metric` has not improved for `patience` validations.
 
-    Validations that the run's log holds from before it was taken up again are counted too, where
-    they have the metric. A value that is not finite is no improvement.
+    Validations in the log from before a restart count too, where they have the metric. A value
+    that is not finite is no improvement.
 
     Args:
       metric: a name among the row's values.
@@ -171,30 +150,18 @@ def early_stopping(
                 count(row)
         return hook
 
-    return Remembering(make, split)
-
-
-def warn_of_idle(hooks: Sequence[Hook], keep_best: Any, *, validates: bool) -> None:
-    """Says which of these have nothing to look at in a training."""
-    made = {"train", *(["validation"] if validates else [])}
-    splits = {split for h in hooks if isinstance(split := getattr(h, "split", None), str)}
-    for split in sorted(splits - made):
-        hint = " Give `validation`." if split == "validation" else ""
-        told = "a hook such as early_stopping reads rows of split %r; this training logs none.%s"
-        logger.warning(told, split, hint)
-    if keep_best is not None and not validates:
-        logger.warning("keep_best compares validations, of which there are none: give `validation`")
+    return StatefulHook(make, split)
 
 
 def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) -> Hook:
     """Writes a histogram of each parameter array at every `every`-th logged training row.
 
-    It counts the array's finite values, as they are when the row is written: `row.estimator` may be
-    a step or more ahead of the row.
+    A histogram counts the array's finite values at the time the row is written, which may be a step
+    or more after the row's own.
 
-    Each is a line `{"step", "parameter", "counts"[bins], "edges"[bins + 1]}` of the file, which is
-    one run's: a run taken up again first drops from it the steps beyond its checkpoint, and for
-    another run it is renamed to `NAME-1.jsonl` and begun anew.
+    Each is a line `{"step", "parameter", "counts"[bins], "edges"[bins + 1]}` of the file. The file
+    belongs to one run: a resumed run first drops the steps after its checkpoint, and another run
+    renames the file to `NAME-1.jsonl` and begins a new one.
 
     Args:
       path: the JSONL file.
@@ -246,28 +213,28 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
 
         return _each_training_row(every, earlier, write)
 
-    return Remembering(make, "train")
+    return StatefulHook(make, "train")
 
 
 def _histogram(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
     values = values[np.isfinite(values)]
     least, largest = (values.min(), values.max()) if values.size else (0.0, 1.0)
-    if least == largest:  # numpy's own ± ½ is nothing beside a large number
+    if least == largest:  # numpy's own ± ½ vanishes beside a large number
         pad = 0.5 * max(1.0, abs(least))
         least, largest = least - pad, largest + pad
     return np.histogram(values, bins=bins, range=(least, largest))
 
 
 def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
-    """Adds to training rows the share of ReLU units, by layer, that are 0 on a whole batch.
+    """Adds to training rows, for each layer, the share of ReLU units that are 0 on a whole batch.
 
-    A unit is an index of the activation's last axis: a channel, in a convolution. The entries are
-    called `dead/<layer>`, layers numbered in the order in which the model computes them.
+    A unit is an index of the activation's last axis: a channel, in a convolution. Entries are named
+    `dead/<layer>`, with layers numbered in the order of computation.
 
     Args:
-      batch: the examples to look at, as the model is given them.
+      batch: the examples to measure on, as the model takes them.
       every: rows between two measurements.
-      inputs: the entry of the batch that the model is given.
+      inputs: the entry of the batch that the model takes.
 
     >>> import jdl
     >>> rows, x = [], np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
@@ -282,16 +249,16 @@ def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
 
     def measure(row: Any) -> None:
         estimator = row.estimator
-        shares = dead.dead_shares(
+        shares = dead_shares(
             estimator.model, estimator.params, estimator.model_state, batch[inputs]
         )
         row.update({f"dead/{i}": float(share) for i, share in enumerate(shares)})
 
-    return Remembering(lambda earlier: _each_training_row(every, earlier, measure), "train")
+    return StatefulHook(lambda earlier: _each_training_row(every, earlier, measure), "train")
 
 
 def _each_training_row(every: int, earlier: Sequence[Row], act: Hook) -> Hook:
-    """Acts at every `every`-th row of training, those before included in the count."""
+    """A hook that calls `act` at every `every`-th training row, `earlier` ones counted."""
     seen = sum(row.get("split") == "train" for row in earlier)
 
     def hook(row: Row) -> None:
@@ -302,124 +269,3 @@ def _each_training_row(every: int, earlier: Sequence[Row], act: Hook) -> Hook:
                 act(row)
 
     return hook
-
-
-class RangeTest(NamedTuple):
-    """Losses at growing learning rates.
-
-    Attributes:
-      rates: learning rates tried, ascending.
-      losses: the loss met at each.
-      suggestion: a tenth of the rate at which the loss was lowest.
-    """
-
-    rates: list[float]
-    losses: list[float]
-    suggestion: float
-
-
-def learning_rate_range_test(
-    estimator: Any, data: Any, *, low: float = 1e-6, high: float = 1.0, steps: int = 100
-) -> RangeTest:
-    """Trains a copy at rates growing geometrically from `low` to `high` until the loss blows up.
-
-    The Estimator itself stays as it is.
-
-    Args:
-      estimator: one whose optimizer keeps `learning_rate` in its state: any made by name, or
-        wrapped in `optax.inject_hyperparams`.
-      data: what it is to be trained on.
-      low: the first rate, > 0.
-      high: the last, > low.
-      steps: how many rates.
-
-    >>> import jdl
-    >>> line = jdl.from_fns(lambda key, x: jax.numpy.zeros((2, 1)), lambda w, x: x @ w)
-    >>> data = jdl.data.from_arrays(np.eye(2, dtype="f"), np.ones((2, 1), "f"), batch_size=2)
-    >>> estimator = jdl.Estimator(line, jdl.losses.squared_error, "sgd")
-    >>> found = learning_rate_range_test(estimator, data, low=1e-3, high=10.0, steps=20)
-    >>> 0.01 < found.suggestion < 1.0
-    True
-
-    References:
-      Smith, Cyclical learning rates for training neural networks (2017), section 3.3.
-    """
-    check.in_range("low", low, 0.0, open_low=True)
-    check.argument(high > low, "high", f"above low={low}", high)
-    check.positive_int("steps", steps)
-    estimator.initialize(data)
-    step, state, batches = estimator.scratch(data)
-    rate = optax.tree.get(state.opt_state, "learning_rate", None)
-    check.argument(
-        rate is not None,
-        "estimator",
-        "one whose optimizer has learning_rate in its state",
-        type(state.opt_state).__name__,
-        "Take the optimizer by name, or wrap it in optax.inject_hyperparams.",
-    )
-    rates: list[float] = []
-    losses: list[float] = []
-    for wanted in np.geomspace(low, high, steps):
-        opt_state = optax.tree.set(
-            state.opt_state,
-            learning_rate=jax.device_put(np.asarray(wanted, rate.dtype), rate.sharding),
-        )
-        batch = next(batches, None)
-        if batch is None:
-            raise check.DataError(
-                f"The data ends after {len(rates)} batches; the test takes {steps}. Give data that "
-                "repeats, or fewer steps."
-            )
-        state, logs = step(state._replace(opt_state=opt_state), batch)
-        loss = float(logs["loss"])
-        if not math.isfinite(loss) or (losses and loss > 4.0 * min(losses)):
-            break
-        rates.append(float(wanted))
-        losses.append(loss)
-    if not losses:
-        raise check.TrainingError(f"The loss is not finite at learning rate {low} already.")
-    return RangeTest(rates, losses, rates[int(np.argmin(losses))] / 10)
-
-
-class Profile:
-    """Traces the steps from `span[0]` to `span[1]` into `workdir/profile`; nothing without a span.
-
-    Args:
-      span: first and last step, both included.
-      workdir: the run directory.
-    """
-
-    def __init__(self, span: tuple[int, int] | None, workdir: Path | None):
-        if span is not None:
-            check.argument(
-                len(span) == 2 and 1 <= span[0] <= span[1],
-                "profile",
-                "a pair of steps (first, last)",
-                span,
-            )
-            check.argument(workdir is not None, "workdir", "given with `profile`", workdir)
-        self._span, self._workdir = span, workdir
-        self._tracing = False
-
-    def before(self, step: int) -> None:
-        """Begins the trace if this is its first step."""
-        if self._span is not None and step == self._span[0]:
-            assert self._workdir is not None
-            jax.profiler.start_trace(str(self._workdir / "profile"))
-            self._tracing = True
-
-    def ends(self, step: int) -> bool:
-        """Whether this is the last step of a trace that has begun."""
-        return self._tracing and self._span is not None and step >= self._span[1]
-
-    def stop(self) -> None:
-        """Ends the trace and writes it."""
-        if self._tracing:
-            self._tracing = False
-            jax.profiler.stop_trace()
-
-    def __enter__(self) -> "Profile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()

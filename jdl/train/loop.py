@@ -1,103 +1,354 @@
-"""The loop of training: nothing in it waits for the step just dispatched."""
+"""The training loop: what happens between two steps, and what ends it."""
 
 import contextlib
-from collections.abc import Callable
-from typing import NamedTuple
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from jdl.train.clock import DeferredMetrics
-from jdl.train.compiled import Step
-from jdl.train.feed import Feed
-from jdl.train.hooks import Profile, StopTraining
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdl.core import check
+from jdl.core.types import Mode
+from jdl.train.clock import Clock
+from jdl.train.compiled import CompiledSteps, Step
+from jdl.train.deferred_metrics import DeferredMetrics, Finished
+from jdl.train.feed import Data, Feed, steps_per_epoch
+from jdl.train.log_row import StopTraining
+from jdl.train.positions import record_names
+from jdl.train.profile import Profile
 from jdl.train.run import Run
 from jdl.train.run_directory import NonFiniteError
 from jdl.train.signals import Stopped
 
+logger = logging.getLogger("jdl.train")
 
-class Loop(NamedTuple):
-    """The steps of one call of `train`.
+MAX_ROLLBACKS = 8
+
+# report(step, seconds, epoch, split, values)
+Reporter = Callable[[int, float, float | None, str, dict[str, float]], None]
+
+
+class Limits(NamedTuple):
+    """How far one call of `train` goes: at most one limit of steps, and maybe a time.
 
     Attributes:
-      run: where the training stands.
-      step: the compiled step.
-      profile: traces some of them.
-      last_step: the number of the last; None to go on to the data's end.
-      deadline: when to end, on the training clock; None for no such time.
-      save_every: steps between two checkpoints; None for none.
-      validate: a validation, every `validate_every` steps; None for none.
-      validate_every: its steps, where it is given.
+      steps: how many more steps.
+      max_steps: steps of the run in total.
+      epochs: how many more passes over the data.
+      seconds: how many more seconds on the training clock.
     """
 
-    run: Run
-    step: Step
-    profile: Profile
+    steps: int | None
+    max_steps: int | None
+    epochs: int | None
+    seconds: float | None
+
+    @property
+    def given(self) -> bool:
+        """Whether there are any."""
+        return any(limit is not None for limit in self)
+
+    def check(self) -> None:
+        """Raises for limits out of range or in contradiction."""
+        of_steps = {"steps": self.steps, "max_steps": self.max_steps, "epochs": self.epochs}
+        given = [name for name, value in of_steps.items() if value is not None]
+        check.argument(len(given) <= 1, "steps, max_steps, epochs", "given one at a time", given)
+        for name in given:
+            check.positive_int(name, of_steps[name])
+        if self.seconds is not None:
+            check.in_range("seconds", self.seconds, 0.0, open_low=True)
+            check.argument(
+                jax.process_count() == 1,
+                "seconds",
+                "left out where several processes train together, whose clocks differ",
+                self.seconds,
+                "Give steps instead.",
+            )
+
+    def last_step(self, done: int, data: Data) -> int | None:
+        """The number of the last step after `done` steps; None for no limit."""
+        if self.steps is not None:
+            return done + self.steps
+        if self.epochs is not None:
+            return done + self.epochs * steps_per_epoch(data)
+        return self.max_steps
+
+
+class Call(NamedTuple):
+    """One call of `train`.
+
+    Attributes:
+      data: the training data.
+      limits: how far to go.
+      last_step: the number of the last step; None to go on to the data's end.
+      deadline: when to end, in seconds of the training clock; None for no such time.
+      validation: data to evaluate on in between; None for none.
+      validate_every: steps between two validations.
+    """
+
+    data: Data
+    limits: Limits
     last_step: int | None
     deadline: float | None
-    save_every: int | None
-    validate: Callable[[], None] | None
-    validate_every: int | None
+    validation: Data | None
+    validate_every: int
 
-    def __call__(self, feed: Feed, log: DeferredMetrics) -> None:
-        """Runs them on the batches of `feed`, and gives their numbers to `log`.
 
-        Raises:
-          Stopped: SIGTERM came.
-          KeyboardInterrupt: Ctrl-C was pressed.
+class TrainLoop:
+    """Trains a run.
+
+    Args:
+      run: the state of the training.
+      steps: the compiled step.
+      profile: traces some steps.
+      evaluate: `evaluate(data) -> values`, for validation.
+      report: takes each row of the log.
+      log_every: steps between two rows.
+      save_every: steps between two checkpoints; None for none.
+      on_nonfinite: "stop", "skip" or "rollback".
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        steps: CompiledSteps,
+        profile: Profile,
+        evaluate: Callable[[Data], dict[str, Any]],
+        report: Reporter,
+        log_every: int,
+        save_every: int | None,
+        on_nonfinite: str,
+    ):
+        self._run, self._steps, self._profile = run, steps, profile
+        self._evaluate, self._report = evaluate, report
+        self._log_every, self._save_every = log_every, save_every
+        self._on_nonfinite = on_nonfinite
+
+    def train(
+        self,
+        data: Data,
+        limits: Limits,
+        validation: Data | None,
+        validate_every: int | None,
+    ) -> bool:
+        """Trains within the limits; returns whether any step was left to do.
+
+        Args:
+          data: batches.
+          limits: how far to go.
+          validation: data to evaluate on in between; None for none.
+          validate_every: steps between two validations; None for an epoch.
         """
-        self.run.leave_later_checkpoints()
-        self.run.keeper.begin()
-        with self.run.clock, self.profile:
+        limits.check()
+        _check_validation(validation, validate_every)
+        run = self._run
+        feed = run.feed(data, repeat=limits.given)
+        with run.signals.window("data"):
+            batch = feed.prefetch()
+        if batch is None:
+            raise check.DataError(
+                "The training data gives no batch: it is at its end, or holds fewer examples than "
+                "one batch."
+            )
+        last_step = limits.last_step(run.step, data)
+        if last_step is not None and run.step >= last_step:
+            return False
+        run.apply_learning_rate(batch)
+        run.classes = getattr(data, "classes", None) or run.classes
+        if validation is not None and validate_every is None:
+            validate_every = steps_per_epoch(data, "validate_every", "given")
+        deadline = None if limits.seconds is None else run.clock.seconds + limits.seconds
+        call = Call(data, limits, last_step, deadline, validation, validate_every or 1)
+        step = self._steps.for_batch(run.current(), batch)
+        try:
+            self._run_and_roll_back(call, step, feed)
+        except StopTraining as stop:
+            logger.info("training ended at step %d: %s", run.step, stop)
+        return True
+
+    def _run_and_roll_back(self, call: Call, step: Step, feed: Feed) -> None:
+        """Runs the steps; after one that is not finite, again from the last checkpoint."""
+        run, began = self._run, self._run.step
+        rollbacks, rate = 0, math.inf
+        while True:
             try:
-                self._steps(feed, log)
+                self._run_steps(call, step, feed)
+                if feed.ended and call.limits.given and run.step != call.last_step:
+                    _warn_of_short_data(call, run.step, began)
+                return
+            except NonFiniteError as error:
+                rollbacks += 1
+                if self._on_nonfinite != "rollback" or rollbacks > MAX_ROLLBACKS:
+                    raise
+                rate = _roll_back(run, error, rate)
+            self._report(run.step, run.clock.seconds, None, "rollback", {"learning_rate": rate})
+            feed = run.feed(call.data, repeat=call.limits.given)
+
+    def _run_steps(self, call: Call, step: Step, feed: Feed) -> None:
+        run = self._run
+        metrics = DeferredMetrics(run.clock, self._log_every, self._on_finished(call.data, feed))
+        run.begin_training()
+        with run.clock, self._profile:
+            try:
+                self._loop(call, step, feed, metrics)
             except (KeyboardInterrupt, Stopped):
                 with contextlib.suppress(StopTraining, NonFiniteError):
-                    log.flush()  # what has been trained is logged
+                    metrics.flush()  # what has been trained is logged
                 raise
 
-    def _steps(self, feed: Feed, log: DeferredMetrics) -> None:
-        run, last_step, deadline = self.run, self.last_step, self.deadline
-        signals, data = run.signals, run.signals.window("data")
-        clock, profile = run.clock, self.profile
-        began, first = clock.seconds, run.step
-        while last_step is None or run.step < last_step:
+    def _loop(self, call: Call, step: Step, feed: Feed, metrics: DeferredMetrics) -> None:
+        """Nothing in it waits for the step just dispatched."""
+        run, profile, signals = self._run, self._profile, self._run.signals
+        waiting_for_data = signals.window("data")
+        deadline = None if call.deadline is None else _Deadline(run.clock, call.deadline)
+        while call.last_step is None or run.step < call.last_step:
             signals.check()
             run.trail.append((run.step, feed.position))
-            with data:
+            with waiting_for_data:
                 batch = feed.prefetch()
             if batch is None:
                 break
             profile.before(run.step + 1)
-            run.state, logs = self.step(run.take(), batch)
+            run.state, logs = step(run.take(), batch)
             run.step += 1
             feed.take()
             run.position = feed.position
-            try:
-                if run.step != last_step:
-                    with data:
-                        feed.prefetch()  # the next batch travels while the device works
-            except (KeyboardInterrupt, Stopped):
-                with contextlib.suppress(StopTraining, NonFiniteError):
-                    log.push(run.step, logs)
-                raise
-            log.push(run.step, logs)
+            metrics.push(run.step, logs)
+            if run.step != call.last_step:
+                with waiting_for_data:
+                    feed.prefetch()  # the next batch travels while the device computes
+            metrics.wait_for_earlier_steps()
             if profile.ends(run.step):
-                log.flush()
+                metrics.flush()
                 profile.stop()
-            if self.validate is not None and run.step % (self.validate_every or 1) == 0:
-                log.flush()
-                clock.stop()
-                self.validate()
-                clock.start()
-            if self.save_every and run.step % self.save_every == 0:
-                log.flush()
+            if call.validation is not None and run.step % call.validate_every == 0:
+                metrics.flush()
+                with run.off_clock():
+                    self._validate(call.validation)
+            if self._save_every and run.step % self._save_every == 0:
+                metrics.flush()
                 run.save()
             if signals.asked(run.step):
                 raise Stopped(run.step)
-            if deadline is not None:
-                if run.step == first + 1:
-                    log.flush()  # else the mean is of dispatching, and a second step follows
-                mean = (clock.seconds - began) / (run.step - first)
-                if clock.seconds + 2 * mean >= deadline:
-                    log.flush()  # near the end step by step, not to overrun by one in flight
-                if clock.seconds >= deadline:
-                    break
-        log.finish()
+            if deadline is not None and deadline.reached(metrics):
+                break
+        metrics.finish()
+
+    def _validate(self, data: Data) -> None:
+        run = self._run
+        with run.signals.window("validation"):
+            values = self._evaluate(data)
+        run.save_if_best(values)  # first, since a hook may end the training here
+        self._report(run.step, run.clock.seconds, None, "validation", values)
+
+    def _on_finished(self, data: Data, feed: Feed) -> Callable[[Finished], None]:
+        """Logs a step whose metrics have arrived; raises where its loss is not finite."""
+        per_epoch = getattr(data, "steps_per_epoch", None)
+        waited, began = feed.wait_seconds, self._run.clock.seconds
+
+        def on_finished(finished: Finished) -> None:
+            trained = max(finished.seconds - began, 1e-9)
+            values = finished.logs | {"data_wait": (feed.wait_seconds - waited) / trained}
+            if skipped := getattr(data, "skipped", 0):
+                values["skipped"] = skipped
+            epoch = finished.step / per_epoch if per_epoch else None
+            self._report(finished.step, finished.seconds, epoch, Mode.TRAIN.value, values)
+            if finished.nonfinite is not None and self._on_nonfinite != "skip":
+                raise _nonfinite_loss(self._run, data, *finished.nonfinite)
+
+        return on_finished
+
+
+class _Deadline:
+    """Ends a training at a time of its clock, without one more step in flight."""
+
+    def __init__(self, clock: Clock, seconds: float):
+        self._clock, self._end = clock, seconds
+        self._began, self._steps = clock.seconds, 0
+
+    def reached(self, metrics: DeferredMetrics) -> bool:
+        """Whether to end after this step."""
+        self._steps += 1
+        if self._steps == 1:
+            metrics.flush()  # else the mean would be of dispatching alone
+        mean = (self._clock.seconds - self._began) / self._steps
+        if self._clock.seconds + 2 * mean >= self._end:
+            metrics.flush()
+        return self._clock.seconds >= self._end
+
+
+def _check_validation(validation: Data | None, validate_every: int | None) -> None:
+    check.argument(
+        validation is not None or validate_every is None,
+        "validation",
+        "given with validate_every",
+        None,
+    )
+    check.argument(
+        not isinstance(validation, Iterator),
+        "validation",
+        "data that can be passed over again: a data set, a list, a function that makes one",
+        type(validation).__name__,
+    )
+    if validate_every is not None:
+        check.positive_int("validate_every", validate_every)
+
+
+def _warn_of_short_data(call: Call, step: int, began: int) -> None:
+    limit = next(f"{k}={v}" for k, v in call.limits._asdict().items() if v is not None)
+    of = "" if call.last_step is None else f" of {call.last_step - began}"
+    logger.warning(
+        "the data ended before %s: %d%s steps were made. Only data sets of jdl.data repeat by "
+        "themselves; of a list, make itertools.cycle(list).",
+        limit,
+        step - began,
+        of,
+    )
+
+
+def _nonfinite_loss(run: Run, data: Data, step: int, loss: float) -> NonFiniteError:
+    """The error for a step; logs the names of the records in its batch."""
+    run.directory.close()  # what is being written counts
+    kept = run.directory.latest_step()
+    names = record_names(data, dict(run.trail).get(step - 1))
+    if names:
+        logger.warning("the records of step %d: %s", step, ", ".join(names))
+    return NonFiniteError(
+        f"The loss is {loss} at step {step}. "
+        + ("" if kept is None else f"The checkpoint of step {kept} is intact. ")
+        + "Try a smaller learning rate, and check that the labels are class numbers "
+        "below the model's number of outputs."
+    )
+
+
+def _roll_back(run: Run, error: NonFiniteError, last_rate: float) -> float:
+    """Restores the last checkpoint with half the learning rate.
+
+    Args:
+      run: the state of the training.
+      error: raised again where there is no checkpoint.
+      last_rate: the rate of the rollback before, of which half is taken if it is smaller;
+        infinity at first.
+
+    Returns:
+      The learning rate.
+
+    Raises:
+      TrainingError: the optimizer's state holds no learning rate.
+    """
+    if not run.restore():
+        raise error
+    state = run.current()
+    rate = optax.tree.get(state.opt_state, "learning_rate", None)
+    if rate is None:
+        raise check.TrainingError(
+            f"{error} There is no learning rate in the optimizer's state to make smaller: take "
+            "the optimizer by name, or wrap it in optax.inject_hyperparams."
+        ) from error
+    smaller = min(float(rate), last_rate) / 2
+    run.set_learning_rate(jnp.full(rate.shape, smaller, rate.dtype))
+    logger.warning("%s Back to step %d, learning rate %g.", error, run.step, smaller)
+    return smaller

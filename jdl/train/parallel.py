@@ -1,11 +1,14 @@
 """Where a program runs: one device, or several that share each batch.
 
-    "jit"    parameters whole on every device, the compiler inserts what crosses devices
+    "jit"    parameters replicated on every device, the compiler inserts the collectives
     "fsdp"   likewise, with large parameters and their optimizer state split over the devices
-    "pmap"   the step mapped over devices, its collectives where `Objective` reduces
+    "pmap"   each device runs the step on its part of the batch, `Objective` holds the collectives
 
-All three give the numbers of one device, within rounding. Several processes, each with devices of
-its own, share a batch in the first two.
+All three compile one `jax.jit` with the same shardings and give the numbers of one device, within
+rounding. "pmap" differs by one `jax.shard_map` around the step, which is what `jax.pmap` is made of
+today. It is used with `check_vma=False`: with the check, JAX would sum gradients over the devices
+by itself, and `Objective` does so already. Every reduction of a step must therefore be in
+`Objective`: a loop whose condition differs between devices would wait for ever.
 """
 
 import math
@@ -15,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jdl.core import check
@@ -96,21 +98,8 @@ class Placement(NamedTuple):
         )
 
     def put_step_batch(self, batch: Batch) -> dict[str, Any]:
-        """The same, in the shape that the compiled step takes."""
-        if self.mode == "pmap":
-            self._check_divides(batch)
-            n = self.num_devices
-            stacked = jax.tree.map(
-                lambda x: np.reshape(x, (n, np.shape(x)[0] // n, *np.shape(x)[1:])), dict(batch)
-            )
-            return jax.device_put(stacked, self.batch)
+        """The same for a training step, which takes host arrays where the device is the host."""
         return dict(batch) if self.is_host else self.put_batch(batch)
-
-    def whole_batch(self, batch: Batch) -> dict[str, Any]:
-        """A step's batch with one leading axis of examples."""
-        if self.mode != "pmap":
-            return dict(batch)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), dict(batch))
 
     def _check_divides(self, batch: Batch) -> None:
         rows = batch_size(batch, self.inputs)
@@ -151,25 +140,17 @@ class Placement(NamedTuple):
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
-    def compile_init(self, init: Callable[..., Any], key: Any, batch: Batch) -> Callable[..., Any]:
-        """`init(key, batch)` of a whole batch; one jitted call makes the whole state."""
-        shapes = jax.eval_shape(init, key, batch)
-        if self.mode == "pmap" and self.num_devices > 1:
-            _refuse_line_searches(shapes)
-        return jax.jit(init, out_shardings=self.shardings(shapes))
-
     def lower_step(self, train: Callable[..., Any], state: PyTree, batch: Batch) -> Any:
         """The step `(state, batch) -> (state, logs)`, lowered; it reuses the state's memory."""
-        if self.mode == "pmap":
-            mapped = jax.pmap(
+        if self.axis_name is not None:
+            assert isinstance(self.state, NamedSharding)
+            train = jax.shard_map(
                 train,
-                axis_name=AXIS,
-                in_axes=(None, 0),
-                out_axes=(None, None),
-                donate_argnums=0,
-                devices=list(self.devices),
+                mesh=self.state.mesh,
+                in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+                out_specs=PartitionSpec(),
+                check_vma=False,
             )
-            return mapped.lower(state, batch)
         shardings = self.shardings(state)
         return jax.jit(
             train,
@@ -198,12 +179,6 @@ def placement(
     if len(devices) == 1 and mode != "pmap":
         single = SingleDeviceSharding(devices[0])
         return Placement(single, single, tuple(devices), mode, rule)
-    check.argument(
-        mode != "pmap" or jax.process_count() == 1,
-        "parallel",
-        '"jit" or "fsdp" where several processes train together',
-        mode,
-    )
     # Auto axes: with make_mesh's default explicit axes, dropout under grad raises a sharding type
     # error.
     mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
@@ -237,21 +212,3 @@ def make_deterministic() -> None:
             f"XLA_FLAGS={DETERMINISTIC} in the environment instead."
         )
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
-
-
-def _refuse_line_searches(state: PyTree) -> None:
-    """The line searches of optax differentiate `value_fn` themselves and average over no devices.
-
-    Each device would follow its own gradients, and a loop that ends at different times on different
-    devices waits for ever.
-    """
-    kinds = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
-    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
-    searching = next((type(x).__name__ for x in found if isinstance(x, kinds)), None)
-    check.argument(
-        searching is None,
-        "optimizer",
-        'free of optax\'s line searches where parallel="pmap"',
-        searching,
-        'Take jdl.optim.lbfgs instead of optax.lbfgs, or parallel="jit".',
-    )

@@ -1,4 +1,4 @@
-"""Where a training stands, from its initial parameters or its last checkpoint on."""
+"""The state of a training, from its initial parameters or its last checkpoint on."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ from jdl.core import check
 from jdl.core.types import Batch, Key, ModelState, Params
 from jdl.train.clock import Clock
 from jdl.train.ema import average
-from jdl.train.feed import Data, Feed, ending, is_dataset, once, opened, repeated
+from jdl.train.feed import Data, Feed, for_training, is_dataset, once, opened, refuse_endless
 from jdl.train.parallel import Placement
 from jdl.train.run_directory import RunDirectory
 from jdl.train.signals import Interrupted, Signals, Stopped
@@ -26,22 +26,22 @@ logger = logging.getLogger("jdl.train")
 
 
 class EvalBatch(NamedTuple):
-    """A batch on the devices, and what evaluation and prediction are to use for it."""
+    """A batch on the devices, and what evaluation and prediction use for it."""
 
     batch: Batch
     params: Params
     model_state: ModelState
-    texts: dict[str, np.ndarray]  # the batch's entries that are no numbers, on the host
+    texts: dict[str, np.ndarray]  # the batch's entries that are not numeric, on the host
 
 
 class Run:
-    """What changes as an Estimator trains: the state, the step, the clock, the place in the data.
+    """All that changes as an Estimator trains: state, step, clock, position in the data.
 
     Args:
       init: makes the initial state.
       seed: of that state.
       placement: where arrays lie.
-      keeper: saves and restores.
+      directory: saves and restores.
       averages: whether the state holds a moving average of the parameters.
       now: reads the time that the clock counts.
 
@@ -51,8 +51,8 @@ class Run:
       clock: the training clock.
       position: where in the data the next step begins.
       trail: (step, position) of recent steps.
-      classes: those of the training data; None where it tells none.
-      restores: how often a checkpoint has been taken up.
+      classes: those of the training data, where it has any.
+      restores: how often a checkpoint has been restored.
       init_seconds: time spent on the initial state.
       signals: SIGTERM and Ctrl-C, while training.
     """
@@ -62,17 +62,18 @@ class Run:
         init: Callable[[Key, Batch], TrainState],
         seed: int,
         placement: Placement,
-        keeper: RunDirectory,
+        directory: RunDirectory,
         averages: bool,
         now: Callable[[], float],
     ):
-        self.placement, self.keeper = placement, keeper
+        self.placement, self.directory = placement, directory
         self._init, self._seed, self._now = init, seed, now
-        self._rate: float | None = None  # the learning rate asked for, where the state holds it
-        self._rate_is_old = False  # whether it is the one asked for when the state was saved
+        self._shapes: TrainState | None = None  # of the state, once a batch has been seen
+        self._rate: float | None = None  # the optimizer's own learning rate, of its state if any
+        self._rate_is_saved = False  # whether it is that of the Estimator that saved the state
         self.averages = averages
         self.state: TrainState | None = None
-        self._borrowed = False  # whether someone may hold on to arrays of the state
+        self._borrowed = False  # whether a caller may hold arrays of the state
         self.step = 0
         self.clock = Clock(now=now)
         self.position: Any = None
@@ -81,7 +82,7 @@ class Run:
         self.classes: tuple[str, ...] | None = None
         self.restores = 0
         self.init_seconds = 0.0
-        self.signals = Signals(saves=keeper.workdir is not None)
+        self.signals = Signals(saves=directory.workdir is not None)
         self._feed: tuple[Data, bool | None, Feed] | None = None  # None: not repeatable
 
     # ------------------------------------------------------------------ the state
@@ -93,55 +94,53 @@ class Run:
         return self.state
 
     def borrow(self) -> TrainState:
-        """The state, for someone who may hold on to it."""
+        """The state, for a caller who may keep it."""
         self._borrowed = True
         return self.current()
 
     def take(self) -> TrainState:
-        """The state, for a step that reuses its memory: a copy if someone may hold on to it."""
+        """The state, for a step that reuses its memory: a copy if it has been borrowed."""
         if self._borrowed:
             self.state, self._borrowed = jax.tree.map(jnp.copy, self.state), False
         return self.current()
 
-    def _held(self, batch: Batch) -> TrainState:
-        """The state, restored from the run directory if need be."""
-        workdir = self.keeper.workdir
-        if self.state is None and workdir is not None and not self.restore(batch):
-            raise check.UserError(f"{workdir} holds no checkpoint: train first.")
-        return self.current()
-
     def _prepare(self, batch: Batch) -> None:
-        """Makes the initial state, or takes up the run directory's last checkpoint."""
-        key = jax.random.key(self._seed)
-        init = self.placement.compile_init(self._init, key, batch)
-        if self.restore(batch):
+        """Restores the last checkpoint, or makes the initial state."""
+        self._see(batch)
+        if self.restore():
             return
         start = time.perf_counter()
-        self.state = jax.block_until_ready(init(key, batch))
+        # One jitted call: a state built eagerly could not be donated to the first step.
+        init = jax.jit(self._init, out_shardings=self.placement.shardings(self._shapes))
+        self.state = jax.block_until_ready(init(jax.random.key(self._seed), batch))
         self.init_seconds += time.perf_counter() - start
         rate = _learning_rate(self.state)
         self._rate = None if rate is None else float(rate)
 
+    def _see(self, batch: Batch) -> None:
+        if self._shapes is None or self.state is None:
+            self._shapes = jax.eval_shape(self._init, jax.random.key(self._seed), batch)
+
     # ------------------------------------------------------------------ the data
 
     def feed(self, data: Data, *, repeat: bool) -> Feed:
-        """The feed of the same data goes on; a new one starts where the last checkpoint was."""
+        """The feed of the same data goes on; a new one starts at the last checkpoint's position."""
         if self._feed is not None and self._feed[0] is data and self._feed[1] in (None, repeat):
             if not repeat:
-                ending(data)
+                refuse_endless(data)
             return self._feed[2]
-        batches = repeated(opened(data)) if repeat else ending(opened(data))
+        # Whether a position is one in data of another library is known of the same object only.
+        same = self._feed is not None and self._feed[0] is data
+        batches = for_training(data, repeat=repeat)
         feed = Feed(batches, self.placement)
         if self.state is None:
             with self.signals.window("data"):
                 first = feed.prefetch()
             if first is not None:
-                self._prepare(self.placement.whole_batch(first))
-        # Of other data than ours nothing tells whether a position is one in it.
-        known = is_dataset(batches) or (self._feed is not None and self._feed[0] is data)
+                self._prepare(first)
         if self._resumed and feed.begins_again:
             logger.warning("this data keeps no position: it is read from its beginning again")
-        elif self.position is not None and (self._resumed or known):
+        elif self.position is not None and (self._resumed or same or is_dataset(batches)):
             try:
                 feed = Feed(batches, self.placement, self.position)
             except check.DataError:
@@ -153,22 +152,51 @@ class Run:
         return feed
 
     def once(self, data: Data) -> Iterator[EvalBatch]:
-        """The batches of one pass over the data, and what is to serve them."""
+        """The batches of one pass over the data, with the parameters to use for them."""
         for batch, texts in once(data, self.placement):
             state = self._held(batch)
             params = average(state.opt_state) if self.averages else state.params
             yield EvalBatch(batch, params, state.model_state, texts)
 
-    def leave_feed(self) -> None:
-        """The next feed is a new one, even of the same data."""
-        self._feed = None
+    def _held(self, batch: Batch) -> TrainState:
+        """The state, restored from the run directory if need be."""
+        workdir = self.directory.workdir
+        if self.state is None and workdir is not None:
+            self._see(batch)
+            if not self.restore():
+                raise check.UserError(f"{workdir} holds no checkpoint: train first.")
+        return self.current()
+
+    # ------------------------------------------------------------------ the learning rate
+
+    def apply_learning_rate(self, batch: Batch) -> None:
+        """Before training: the optimizer's learning rate, where a restored run had another.
+
+        The rate in the state may differ from both, by a schedule or a rollback.
+        """
+        before, held = self._rate, _learning_rate(self.current())
+        if not self._rate_is_saved or before is None or held is None:
+            return
+        asked = jax.jit(lambda key, batch: _learning_rate(self._init(key, batch)))
+        self._rate = float(asked(jax.random.key(self._seed), batch))
+        self._rate_is_saved = False
+        if self._rate != before:
+            self.set_learning_rate(jnp.full(held.shape, self._rate, held.dtype))
+            logger.warning("learning rate %g from here on, before %g", self._rate, before)
+
+    def set_learning_rate(self, rate: jax.Array) -> None:
+        """Replaces the learning rate in the optimizer's state."""
+        state = self.current()
+        opt_state = optax.tree.set(state.opt_state, learning_rate=rate)
+        self.state = self.placement.put_state(state._replace(opt_state=opt_state))
 
     # ------------------------------------------------------------------ checkpoints
 
-    def restore(self, batch: Batch, *, best: bool = False) -> bool:
-        """Takes up the newest checkpoint, or the best, if there is one."""
-        expected = jax.eval_shape(self._init, jax.random.key(self._seed), batch)
-        restored = self.keeper.restore(expected, self.placement.shardings(expected), best=best)
+    def restore(self, *, best: bool = False) -> bool:
+        """Restores the newest checkpoint, or the best; returns whether there is one."""
+        assert self._shapes is not None
+        shardings = self.placement.shardings(self._shapes)
+        restored = self.directory.restore(self._shapes, shardings, best=best)
         if restored is None:
             return False
         self.state, meta = restored
@@ -177,83 +205,66 @@ class Run:
         self.clock = Clock(meta["seconds"], self._now)
         self.position, self._resumed = meta["position"], True
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
-        self._rate, self._rate_is_old = meta.get("learning_rate"), True
+        self._rate, self._rate_is_saved = meta.get("learning_rate"), True
+        self._feed = None  # the data too goes on from there
         return True
 
-    def take_up_rate(self, batch: Batch) -> None:
-        """Before training: the learning rate asked for now, where another was asked for before.
-
-        The state's own may differ from both: a schedule or a way back has changed it.
-        """
-        state, before = self.current(), self._rate
-        old = _learning_rate(state)
-        if not self._rate_is_old or before is None or old is None:
-            return
-        asked = jax.jit(lambda key, batch: _learning_rate(self._init(key, batch)))
-        self._rate = float(asked(jax.random.key(self._seed), self.placement.whole_batch(batch)))
-        self._rate_is_old = False
-        if self._rate == before:
-            return
-        opt_state = optax.tree.set(
-            state.opt_state, learning_rate=jnp.full(old.shape, self._rate, old.dtype)
-        )
-        self.state = self.placement.put_state(state._replace(opt_state=opt_state))
-        logger.warning("learning rate %g from here on, before %g", self._rate, before)
-
     def restore_best(self, data: Data) -> None:
-        """Takes up the best checkpoint of a training on such data; raises where there is none."""
+        """Restores the best checkpoint of a training on such data; raises where there is none."""
         batch = Feed(opened(data), self.placement).prefetch()
-        if batch is None or not self.restore(self.placement.whole_batch(batch), best=True):
+        if batch is not None:
+            self._see(batch)
+        if batch is None or not self.restore(best=True):
             raise check.UserError(
                 "There is no best checkpoint: train with a work directory, keep_best and "
                 "validation data."
             )
-        self.leave_feed()  # the data too goes on from there
+
+    def begin_training(self) -> None:
+        """Makes the run directory agree with the state: no later checkpoints, no later log rows."""
+        if self.step < (self.directory.latest_step() or 0):
+            self.save(wait=True)  # which deletes later ones
+        self.directory.rewind_log()
 
     def save(self, *, wait: bool = False) -> None:
         """Saves the state, off the clock."""
         with self.off_clock():
-            self.keeper.save(self.current(), self._meta())
+            self.directory.save(self.current(), self._meta())
             if wait:
-                self.keeper.close()
+                self.directory.close()
 
-    @contextmanager
-    def off_clock(self) -> Iterator[None]:
-        """What is done inside is in no training clock."""
-        running = self.clock.running
-        self.clock.stop()
-        yield
-        if running:
-            self.clock.start()
+    def save_if_best(self, values: dict[str, Any]) -> None:
+        """Saves the state in `best/` if this validation is the best so far."""
+        self.directory.save_if_best(self.current(), self._meta(), values)
 
-    def leave_later_checkpoints(self) -> None:
-        """Before training goes on from an older step: what is saved is then where it stands."""
-        if self.step < (self.keeper.latest_step() or 0):
-            self.save(wait=True)
-
-    def ended_by(self, signal: KeyboardInterrupt | Stopped) -> KeyboardInterrupt | Stopped:
-        """Saves where training was ended by a signal; what is to be raised then."""
-        keeper, step = self.keeper, self.step
+    def save_after(self, signal: KeyboardInterrupt | Stopped) -> KeyboardInterrupt | Stopped:
+        """Saves where a signal ended training; returns the exception to raise."""
+        workdir, step = self.directory.workdir, self.step
         begun = self.state is not None and step > 0
         if isinstance(signal, Stopped):
             if begun:
                 self.save(wait=True)
             return Stopped(step)
-        told = f"interrupted after step {step}"
-        if keeper.workdir is None or not begun:
-            return Interrupted(told)
+        message = f"interrupted after step {step}"
+        if workdir is None or not begun:
+            return Interrupted(message)
         if jax.process_count() > 1:  # the others may be at another step, and do not wait to save
-            return Interrupted(f"{told}; {keeper.workdir} holds what was saved before")
+            return Interrupted(f"{message}; {workdir} holds what was saved before")
         try:
             self.save(wait=True)
         except check.TrainingError as error:
-            return Interrupted(f"{told}, which could not be saved: {error}")
-        where = keeper.workdir / "checkpoints"
-        return Interrupted(f"{told}, saved in {where}; the same command goes on from there")
+            return Interrupted(f"{message}, which could not be saved: {error}")
+        where = workdir / "checkpoints"
+        return Interrupted(f"{message}, saved in {where}; the same command goes on from there")
 
-    def save_if_best(self, values: dict[str, Any]) -> None:
-        """Saves the state in `best/` if this validation is the best so far."""
-        self.keeper.save_if_best(self.current(), self._meta(), values)
+    @contextmanager
+    def off_clock(self) -> Iterator[None]:
+        """Time spent inside is not counted."""
+        running = self.clock.running
+        self.clock.stop()
+        yield
+        if running:
+            self.clock.start()
 
     def _meta(self) -> dict[str, Any]:
         return {

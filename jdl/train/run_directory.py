@@ -105,10 +105,10 @@ class RunDirectory:
                 raise
             logger.warning("the evaluation is not logged: %s", error)
 
-    def begin(self) -> None:
-        """Drops from the log what a run since restored had written beyond its checkpoint.
+    def rewind_log(self) -> None:
+        """Before training: drops the log's rows after the checkpoint that has been restored.
 
-        Not before training begins: an evaluation beside a running training leaves its log alone.
+        Not at the restore itself: an evaluation beside a running training leaves its log alone.
         """
         if self._rewind_to is not None and self._writers is not None and self._leads:
             self._writers.rewind(self._rewind_to)

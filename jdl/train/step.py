@@ -45,6 +45,11 @@ UNIFORM_FIELDS = (
 )
 
 
+def as_floats(logs: Logs) -> dict[str, float]:
+    """The logs as Python numbers, in one transfer."""
+    return {name: float(x) for name, x in jax.device_get(logs).items()}
+
+
 class TrainState(NamedTuple):
     """All that a step changes."""
 

@@ -1,10 +1,10 @@
-"""The classics at full size on MNIST: one table of target, reached and seconds.
+"""The classic models at full size on MNIST: a table of targets, results and seconds.
 
     make bench-classics DATA=folder [ARGS="--only rbm-cd1,autoencoder --seeds 3 --json out.json"]
 
-The folder holds MNIST's four .gz files. Seconds are process CPU time / 2, which other work on a
-machine of two cores disturbs less than the wall, shown beside it; they cover training with its
-compilation, and no evaluation. A case is a function `case(mnist, seed) -> list[Row]`; to add one,
+The folder contains MNIST's four .gz files. Seconds are process CPU time / 2 (for two cores), which
+other processes affect less than wall time; wall time is shown too. They include training and its
+compilation, but not evaluation. A case is a function `case(mnist, seed) -> list[Row]`; to add one,
 decorate it with `@case(name)`.
 """
 
@@ -37,10 +37,11 @@ from jdl.train.boltzmann import momentum_switch, pretrain, slower_layers
 from jdl.train.boltzmann import rbm as rbm_estimator
 
 CASES: dict[str, Any] = {}
+SHARE = 1.0  # of the steps; less only tries whether a case runs
 
 
 class Row(NamedTuple):
-    """A figure and what it must be: `goal` is "≤", "≥" or "" for one shown for comparison."""
+    """A figure and its target: `goal` is "≤", "≥", or "" for a figure shown for comparison."""
 
     figure: str
     goal: str
@@ -74,6 +75,10 @@ class Clock:
         self.wall += time.perf_counter() - self._start[1]
 
 
+def steps_of(full):
+    return max(2, round(SHARE * full))
+
+
 def case(name):
     def register(function):
         CASES[name] = function
@@ -105,7 +110,7 @@ def once(x, y=None):
 
 
 def classified(data, model, optimizer, steps, seed, *, batch_size=100, x=None, y=None):
-    """(test error in %, clock) of a classifier after so many steps."""
+    """(test error in %, clock) of a classifier after `steps` steps."""
     x, y = (data.x, data.y) if x is None else (x, y)
     clock = Clock()
     with clock:
@@ -120,7 +125,7 @@ def classified(data, model, optimizer, steps, seed, *, batch_size=100, x=None, y
 
 @case("mlp")
 def mlp(data, seed):
-    steps = 18_000
+    steps = steps_of(18_000)
     rate = optax.cosine_decay_schedule(1e-3, steps)
     net = MLP(widths=(1000, 1000), dropout=0.5)
     error, clock = classified(data, net, optax.adam(rate), steps, seed)
@@ -129,7 +134,7 @@ def mlp(data, seed):
 
 @case("cnn")
 def cnn(data, seed):
-    steps = 3600
+    steps = steps_of(3600)
     rate = optax.cosine_onecycle_schedule(steps, 3e-3, pct_start=0.2)
     net = CNN(blocks=(Block(filters=16), Block(filters=32)), units=128)
     error, clock = classified(data, net, optax.adam(rate), steps, seed)
@@ -138,8 +143,8 @@ def cnn(data, seed):
 
 @case("cnn-shift")
 def cnn_shift(data, seed):
-    """The same net for longer, its training images moved by up to two pixels each way."""
-    steps = 12_000
+    """The same network trained longer, on images shifted by up to two pixels in each direction."""
+    steps = steps_of(12_000)
     rate = optax.cosine_onecycle_schedule(steps, 3e-3, pct_start=0.2)
     net = RandomShift(CNN(blocks=(Block(filters=16), Block(filters=32)), units=128), by=2)
     error, clock = classified(data, net, optax.adam(rate), steps, seed)
@@ -155,7 +160,7 @@ def binary(x):
 
 
 def likelihood_rows(name, target, data, rbm, params, clock, note):
-    """Test log-likelihood by annealing from the data's log odds, refused where it is uncertain."""
+    """Test log-likelihood by annealing from the data's log odds; an error if too uncertain."""
     base = log_odds(binary(data.x).mean(0))(None, (784,))
     found = rbm_likelihood.annealed_log_z(
         rbm, params, jax.random.key(7), chains=1000, base_bias=base
@@ -174,7 +179,7 @@ def trained_rbm(data, seed, optimizer, epochs, batch_size=100, cost=2e-4, **opti
     clock = Clock()
     with clock:
         estimator = rbm_estimator(rbm, optimizer, cost=cost, seed=seed, log_every=1000)
-        steps = epochs * len(x) // batch_size
+        steps = steps_of(epochs * len(x) // batch_size)
         estimator.train(batches(x, batch_size=batch_size, seed=seed), steps=steps)
     return rbm, estimator.params, clock
 
@@ -186,7 +191,7 @@ def rbm_exact(data, seed):
     clock = Clock()
     with clock:
         estimator = rbm_estimator(rbm, momentum_switch(0.5, after=300), seed=seed, log_every=1000)
-        estimator.train(batches(x, seed=seed), steps=1000)
+        estimator.train(batches(x, seed=seed), steps=steps_of(1000))
     base = log_odds(x.mean(0))(None, (784,))
     found = rbm_likelihood.annealed_log_z(
         rbm, estimator.params, jax.random.key(seed), base_bias=base
@@ -198,7 +203,7 @@ def rbm_exact(data, seed):
 
 @case("rbm-cd1")
 def rbm_cd1(data, seed):
-    """With reconstructions' means: sampled ones ended at −176 to −229 nats at rates 0.05 to 0.5."""
+    """With mean reconstructions: sampled ones ended at −176 to −229 nats at rates 0.05 to 0.5."""
     rbm, params, clock = trained_rbm(data, seed, momentum_switch(0.05), 20, sample_visible=False)
     name = "RBM-500, CD-1: test log-likelihood"
     return likelihood_rows(name, -123.0, data, rbm, params, clock, "20 epochs")
@@ -206,7 +211,7 @@ def rbm_cd1(data, seed):
 
 @case("rbm-pcd")
 def rbm_pcd(data, seed):
-    """At a gentle rate and weight cost: steeper machines cannot be annealed surely enough."""
+    """With a small learning rate and weight cost: annealing is too uncertain for larger weights."""
     epochs = 10
     rate = optax.linear_schedule(0.1, 0.0, epochs * 600)
     rbm, params, clock = trained_rbm(
@@ -279,7 +284,7 @@ def rbm_sklearn(data, seed):
 def autoencoder(data, seed):
     from sklearn.decomposition import PCA
 
-    steps = 9000
+    steps = steps_of(9000)
     rate = optax.cosine_decay_schedule(1e-3, steps)
     net = Autoencoder(activation="relu", kernel_init=jax.nn.initializers.he_normal())
     clock = Clock()
@@ -299,7 +304,7 @@ def autoencoder(data, seed):
 
 @case("denoising")
 def denoiser(data, seed):
-    steps = 6000
+    steps = steps_of(6000)
     rate = optax.cosine_decay_schedule(1e-3, steps)
     net = Autoencoder(widths=(1000, 500), activation="relu", code_activation="relu")
     clock = Clock()
@@ -328,7 +333,7 @@ def stacked(x, widths, steps, seed):
         params = pretrain(
             dbn,
             batches(x, seed=seed),
-            steps=steps,
+            steps=tuple(map(steps_of, steps)),
             optimizer=lambda i: momentum_switch(0.1, after=600),
             seed=seed,
             log_every=1000,
@@ -340,7 +345,7 @@ def stacked(x, widths, steps, seed):
 def dbn(data, seed):
     dbn, params, before = stacked(data.x, (500, 500, 2000), (18_000, 14_400, 9000), seed)
     net, start = dbn.unrolled_mlp(params, 10)
-    steps = 12_000
+    steps = steps_of(12_000)
     adam = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
     tuned = optax.chain(adam, slower_layers(GENTLE))
     error, clock = classified(data, starting_at(net, start), tuned, steps, seed)
@@ -351,12 +356,12 @@ def dbn(data, seed):
 
 @case("dbn-1000")
 def dbn_few_labels(data, seed):
-    """Pretrained on all images, 1,000 labels; against random starts with the same labels."""
+    """Pretrained on all images, 1,000 labels; compared with random initializations."""
     some = np.random.default_rng(seed).permutation(len(data.x))[:1000]
     x, y = data.x[some], data.y[some]
     dbn, params, before = stacked(data.x, (500, 500, 500), (4800, 3000, 3000), seed)
     net, start = dbn.unrolled_mlp(params, 10)
-    net, steps = net.clone(dropout=0.3), 2000
+    net, steps = net.clone(dropout=0.3), steps_of(2000)
 
     def error(model, optimizer):
         return classified(data, model, optimizer, steps, seed, batch_size=50, x=x, y=y)
@@ -386,9 +391,9 @@ def dbn_few_labels(data, seed):
 
 @case("adding")
 def adding(data, seed):
-    """Hochreiter and Schmidhuber's problem at T = 100; to answer 1 always costs 0.167."""
+    """Hochreiter and Schmidhuber's problem at T = 100; always answering 1 costs 0.167."""
     del data
-    steps = 1500
+    steps = steps_of(1500)
     x, y = sequences.adding(50 * steps, 100, np.random.default_rng(seed))
     held, sums = sequences.adding(2000, 100, np.random.default_rng(1000 + seed))
     net = RNN(num_outputs=1, hidden=128, cell="gru")
@@ -403,10 +408,10 @@ def adding(data, seed):
 
 
 def solving(problem, make_optimizer, batch_size, seed, steps_of=100):
-    """`train(steps) -> (share of test sequences solved, clock)` of a vanilla net, which goes on.
+    """`train(steps) -> (fraction of test sequences solved, clock)`; each call continues.
 
-    With `until`, it ends where so large a share of other sequences is solved, looked at every ten
-    steps. An answer is right where the class is, or where it is nearer than 0.2 (Martens and
+    With `until`, training ends when that fraction of other sequences is solved, checked every ten
+    steps. An answer is right if the class is, or if its error is below 0.2 (Martens and
     Sutskever).
     """
     make = {"adding": sequences.adding, "order": sequences.temporal_order}[problem]
@@ -452,10 +457,10 @@ def solving(problem, make_optimizer, batch_size, seed, steps_of=100):
 
 @case("hf-rnn")
 def hf_rnn(data, seed):
-    """Vanilla nets with long memories: Hessian-free against first order, from the same start.
+    """Long-term dependencies with vanilla RNNs: Hessian-free against first-order methods.
 
-    That for 100 steps at most; plain SGD, and momentum with clipped gradients, each at several
-    rates for 12,000 steps, of which the best goes on to 36,000.
+    Hessian-free for at most 100 steps. Plain SGD and momentum with clipped gradients, each with
+    several learning rates for 12,000 steps, of which the best continues to 36,000.
     """
     del data
     rows = []
@@ -470,16 +475,16 @@ def hf_rnn(data, seed):
         return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate, 0.9))
 
     for problem in ("adding", "order"):
-        reached, clock = solving(problem, hf, 1000, seed)(100, until=0.995)
+        reached, clock = solving(problem, hf, 1000, seed)(steps_of(100), until=0.995)
         told = []
         for name, make, rates in (
             ("SGD", sgd, (1e-1, 1e-2, 1e-3)),
             ("momentum, clipped", momentum, (1e-2, 1e-3)),
         ):
             trains = [solving(problem, partial(make, rate), 100, seed) for rate in rates]
-            shares = [train(12_000)[0] for train in trains]
+            shares = [train(steps_of(12_000))[0] for train in trains]
             best = int(np.argmax(shares))
-            share, long = trains[best](24_000)
+            share, long = trains[best](steps_of(24_000))
             told.append(
                 f"{name} {shares[best]:.3f}, after 36,000 steps {share:.3f} in {long.cpu:.0f} s"
             )
@@ -490,7 +495,7 @@ def hf_rnn(data, seed):
 
 @case("recursive")
 def recursive(data, seed):
-    """Formulas of logic: trained on depths 1 to 4, tested on 6 to 8, labels at roots alone."""
+    """Logical formulas: trained on depths 1 to 4, tested on 6 to 8, labels only at the roots."""
     del data
     rng = np.random.default_rng(seed)
     train = [trees.grow(trees.LOGIC, 1 + i % 4, rng) for i in range(8000)]
@@ -498,7 +503,7 @@ def recursive(data, seed):
     words, classes = trees.vocabulary(train), ("0", "1")
     inputs = ("word", "children", "schedule")
     packed, held = (trees.pack(some, words, classes) for some in (train, test))
-    steps, rows = 3000, []
+    steps, rows = steps_of(3000), []
     for kind in ("nary", "child_sum"):
         net = TreeLSTM(num_outputs=2, vocabulary=len(words) + 2, hidden=48, kind=kind)
         clock = Clock()
@@ -541,11 +546,11 @@ JUDGES: list[Any] = []
 
 
 def judge(data):
-    """The CNN whose features the Fréchet distance is taken of, one for all seeds; no Inception."""
+    """The CNN whose features the Fréchet distance uses (not Inception), the same for all seeds."""
     if not JUDGES:
         net = CNN(blocks=(Block(filters=16), Block(filters=32)), units=128)
         estimator = jdl.classifier(net, "adam", seed=0, log_every=1000)
-        estimator.train(batches(data.x, data.y), steps=1800)
+        estimator.train(batches(data.x, data.y), steps=steps_of(1800))
         scale = scores.calibration(net, estimator.params, data.x[:10_000], data.test_x)
         JUDGES.append((net, estimator.params, scale))
     return JUDGES[0]
@@ -553,9 +558,9 @@ def judge(data):
 
 @case("gan")
 def gan(data, seed):
-    """10,000 samples of the averaged generator, without labels, against as many test images."""
+    """10,000 samples of the averaged generator, without labels, against 10,000 test images."""
     cnn, params, scale = judge(data)
-    steps = 6000
+    steps = steps_of(6000)
     net = GAN.of_shape((28, 28, 1))
     clock = Clock()
     with clock:
@@ -593,7 +598,7 @@ def gan(data, seed):
 
 
 def shown(rows_of_seeds):
-    """One line a figure: the first seed's, and the range over all of them."""
+    """One line per figure: the first seed's value, and the range over all seeds."""
     lines = []
     for same in zip(*rows_of_seeds, strict=True):
         row, values = same[0], [r.reached for r in same]
@@ -624,7 +629,10 @@ def main():
     parser.add_argument("--only", help=f"some of {','.join(CASES)}")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try the script")
     args = parser.parse_args()
+    global SHARE
+    SHARE = args.share
     wanted = args.only.split(",") if args.only else list(CASES)
     for name in wanted:
         jdl.core.check.one_of("--only", name, CASES)

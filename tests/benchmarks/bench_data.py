@@ -1,15 +1,15 @@
-"""Images a second out of a tar, against what others use and against the decoder alone.
+"""Images per second from a tar, compared with other readers and with the decoder alone.
 
     python tests/benchmarks/bench_data.py [--rounds N] [--only speed,index,start,memory,deviation]
 
 Sets: JPEGs of about 500 × 375 and of 250 × 250, cut out of the photographs that scikit-image and
-scikit-learn ship, quality 90, brought to batches of 64 at 128 × 128 gray. Every contestant runs in
-a process of its own, in turns; given is the median of rounds. `cpu` is images a second on two cores
-that do nothing else: by the processor time of all threads and workers, halved, or that of the
-busiest thread if it is more.
+scikit-learn ship, quality 90, in batches of 64 at 128 × 128 grayscale. Every contestant runs in a
+process of its own, in turns; the result is the median over rounds. `cpu` is images per second on
+two otherwise idle cores: from half the CPU time of all threads and workers, or from the busiest
+thread's CPU time if that is more.
 
-webdataset needs torch; where both are in another environment, name its interpreter in
-JDL_PEERS_PYTHON.
+webdataset needs torch; if both are installed in another environment, set JDL_PEERS_PYTHON to its
+interpreter. JDL_BENCH_SHARE=0.01 tries the script on a hundredth of the data.
 """
 
 import argparse
@@ -32,9 +32,15 @@ from typing import Any
 import numpy as np
 
 SIZE, BATCH, CORES = 128, 64, 2
-SETS = {"500x375": (375, 500, 4000), "250x250": (250, 250, 8000)}
+SHARE = float(os.environ.get("JDL_BENCH_SHARE", "1"))
+SETS = {
+    "500x375": (375, 500, round(SHARE * 4000)),
+    "250x250": (250, 250, round(SHARE * 8000)),
+}
+MEMBERS = round(SHARE * 300_000)  # of the tar whose index is timed
 PEERS = {"webdataset, one tar", "webdataset, two shards"}
 ROOT = Path(os.environ.get("JDL_BENCH_DIR") or Path(tempfile.gettempdir()) / "jdl-bench-data")
+ROOT /= "whole" if SHARE == 1 else f"share-{SHARE:g}"
 
 # ---------------------------------------------------------------------- the sets
 
@@ -106,7 +112,7 @@ def members(path: str) -> list[bytes]:
 
 
 def in_threads(decode: Callable[[bytes], np.ndarray], data: list[bytes]) -> Iterator[int]:
-    """Nothing but the decoder, in two threads; a number of images at a time."""
+    """Only the decoder, in two threads; several images at a time."""
     done = threading.Semaphore(0)
     numbers = itertools.cycle(range(len(data)))
     lock = threading.Lock()
@@ -198,7 +204,7 @@ def ours_with_pillow(path: str) -> Iterator[int]:
 
 
 def classic(path: str) -> Iterator[int]:
-    """What people write: tarfile, Pillow, a list that becomes a batch."""
+    """The usual hand-written code: tarfile, Pillow, a list that becomes a batch."""
     from PIL import Image
 
     while True:
@@ -252,7 +258,7 @@ def contestants(name: str) -> dict[str, Callable[[], Iterator[int]]]:
 
 
 def processor_seconds() -> dict[int, float]:
-    """Of each thread of this process and of those it has started."""
+    """CPU time of each thread of this process and of the processes it started."""
     import psutil
 
     found: dict[int, float] = {}
@@ -263,7 +269,7 @@ def processor_seconds() -> dict[int, float]:
 
 
 def least_seconds(before: dict[int, float]) -> float:
-    """What the work since then takes two free cores: no less than its busiest thread took."""
+    """Seconds of the work since then on two idle cores: at least its busiest thread's CPU time."""
     spent = [seconds - before.get(t, 0.0) for t, seconds in processor_seconds().items()]
     return max(sum(spent) / CORES, max(spent))
 
@@ -325,11 +331,11 @@ def elsewhere(arguments: list[str], peer: bool = False) -> Any:
 
 
 def index(rounds: int) -> None:
-    path = ROOT / "300k.tar"
+    path = ROOT / "members.tar"
     if not path.exists():
         rng = np.random.default_rng(0)
         data = rng.bytes(400)
-        write_tar(path, ((f"train/{i % 1000}/{i:06d}.jpg", data) for i in range(300_000)))
+        write_tar(path, ((f"train/{i % 1000}/{i:06d}.jpg", data) for i in range(MEMBERS)))
     path.read_bytes()  # warm
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
@@ -340,7 +346,7 @@ def index(rounds: int) -> None:
         end = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
         times.setdefault("GNU tar -t", []).append(cpu)
-    print(f"\nindex of 300,000 members, seconds of processor time, median of {rounds}")
+    print(f"\nindex of {MEMBERS:,} members, seconds of processor time, median of {rounds}")
     for what, seconds in times.items():
         print(f"  {what:12} {statistics.median(seconds):.3f}")
 
@@ -352,12 +358,12 @@ def run_index(what: str, path: str) -> dict[str, float]:
         tar_index.open_index(path)
     start = time.process_time()
     if what == "scan":
-        assert len(tar_index.open_index(path, keep=False)) == 300_000
+        assert len(tar_index.open_index(path, keep=False)) == MEMBERS
     elif what == "open":
         assert tar_index.open_index(path).file
     else:
         with tarfile.open(path) as tar:
-            assert sum(1 for _ in tar) == 300_000
+            assert sum(1 for _ in tar) == MEMBERS
     seconds = time.process_time() - start
     Path(path + tar_index.SUFFIX).unlink(missing_ok=True)
     return {"seconds": seconds}
@@ -394,7 +400,7 @@ def memory() -> None:
         path = ROOT / f"memory-{copies}.tar"
         if not path.exists():
             data = members(str(one))
-            few = data[: next(i for i in range(len(data)) if sum(map(len, data[:i])) > 1e8)]
+            few = data[: next(i for i in range(len(data)) if sum(map(len, data[:i])) > SHARE * 1e8)]
             several = itertools.chain.from_iterable([few] * copies)
             write_tar(path, ((f"a/{i:06d}.jpg", d) for i, d in enumerate(several)))
         peaks[what] = elsewhere(["memory", str(path)])["peak"]

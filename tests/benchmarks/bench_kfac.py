@@ -1,21 +1,20 @@
-"""K-FAC at its defaults against tuned Nesterov and tuned Adam, on one clock.
+"""K-FAC with its defaults against tuned Nesterov and tuned Adam, for the same time.
 
     make bench-kfac DATA=folder       the deep autoencoder on MNIST, 120 s each
     make bench-kfac DATA=folder ARGS="--problems fashion,narrow,cnn,lstm --seconds 60"
 
-The clock is process CPU time ÷ 2 (cores are shared), wall time beside it; compilation and
-evaluation are left out. The contestants take turns in slices of a few seconds. Nesterov and Adam
-are tuned for the autoencoder on MNIST, and elsewhere by a grid of learning rates (`--tune` seconds
-each); K-FAC has its defaults everywhere. The score of an autoencoder is the squared error per
-image, of a classifier the training loss.
+Time is process CPU time ÷ 2 (the cores are shared), with wall time next to it; compilation and
+evaluation are not counted. The contestants take turns of a few seconds. Nesterov and Adam are tuned
+beforehand for the autoencoder on MNIST, and for other problems with a grid of learning rates
+(`--tune` seconds each); K-FAC has its defaults everywhere. The score of an autoencoder is the
+squared error per image, of a classifier the training loss.
 
-kfac-jax joins on the autoencoders where it can be imported, with its README's settings at K-FAC's
-batch size. Its newest source works (its last release does not, on today's JAX): put a clone of it
-and tfp-nightly on the path.
+If kfac-jax can be imported, it runs on the autoencoders, with the settings of its README and
+K-FAC's batch size. Its newest source works with current JAX, its last release does not: put a clone
+of it and tfp-nightly on the path.
 
-MNIST's and Fashion-MNIST's gzipped IDX files are looked for under --data, as `mnist/` and
-`fashion/` (the latter is Debian's package dataset-fashion-mnist). What is missing is said and
-skipped.
+MNIST's and Fashion-MNIST's gzipped IDX files are read from --data, as `mnist/` and `fashion/` (the
+latter is Debian's package dataset-fashion-mnist). Missing problems are reported and skipped.
 """
 
 import argparse
@@ -131,7 +130,7 @@ MAKE = {"nesterov": nesterov, "adam": optax.adam}
 
 
 class Contestant:
-    """One optimizer's run on a problem, that can be continued for some seconds at a time."""
+    """One optimizer's run on a problem, which can be continued for some seconds at a time."""
 
     def __init__(self, problem, optimizer, batch_size):
         self.problem, self.optimizer = problem, optax.with_extra_args_support(optimizer)
@@ -164,7 +163,7 @@ class Contestant:
                 yield order[i : i + size]
 
     def run(self, until):
-        """Goes on until the clock shows `until` seconds."""
+        """Continues until the clock shows `until` seconds."""
         while self.seconds < until:
             rows = jnp.asarray(next(self.order))
             start, wall = time.process_time(), time.perf_counter()
@@ -225,7 +224,7 @@ class KfacJax:
 
 
 def tuned_rate(problem, name, seconds):
-    """The best of a grid, by the score after some seconds each."""
+    """The best value of a grid, by the score after `seconds` each."""
     if problem.rates:
         return problem.rates[name]
     scores = {}

@@ -1,9 +1,10 @@
-"""Our second-order optimizers against their peers, in one run, on 5,000 MNIST digits.
+"""Our second-order optimizers against other libraries, in one run, on 5,000 MNIST digits.
 
     make bench-optim [ARGS="--only logistic,products,autoencoder --seconds 120 --json out.json"]
 
-Training is clocked in process CPU time / 2, which other work on the machine disturbs less than the
-wall, shown beside it; compilation and evaluation are apart. Ratios of one run are what counts.
+Training is timed in process CPU time / 2 (for two cores), which other processes affect less than
+wall time; wall time is shown too. Compilation and evaluation are not counted. Compare ratios within
+one run.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def digits(folder):
 
 
 def logistic_contestants(x, y):
-    """Name -> a function that solves once and tells of it."""
+    """Name -> a function that solves once and returns its result."""
     x, onehot = jnp.asarray(x), jax.nn.one_hot(y, 10)
     start = {"w": jnp.zeros((784, 10)), "b": jnp.zeros(10)}
 
@@ -438,7 +439,7 @@ def products(x):
 
 
 def show(title, rows):
-    """A table, one line a contestant."""
+    """A table, one line per contestant."""
     if title:
         print(f"\n{title}")
     for row in rows:

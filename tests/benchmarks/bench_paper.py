@@ -1,16 +1,16 @@
-"""The classic comparison at the scale of one machine: two deep autoencoders, every method its turn.
+"""The classic comparison at the scale of one machine: two deep autoencoders, every method in turn.
 
     make bench-paper DATA=folder [ARGS="--minutes 10 --seeds 1 --only curves"]
 
-CURVES (784-400-200-100-50-25-6, 20,000 pictures made anew) and MNIST (784-1000-500-250-30, 60,000
+CURVES (784-400-200-100-50-25-6, 20,000 generated images) and MNIST (784-1000-500-250-30, 60,000
 images), from Martens' sparse initialization; the same minutes of training for each method, without
-compilation and evaluation. The measure is the papers': squared error summed over pixels, mean per
-image. Nesterov's method (Sutskever's schedule for the momentum) and Adam have their learning rates
-chosen by the training error of `--trials` shorter runs; what that cost is in the table. All others
-have their defaults, and the batches written below.
+compilation and evaluation. The measure is that of the papers: squared error summed over pixels,
+mean per image. Nesterov's method (with Sutskever's momentum schedule) and Adam have their learning
+rates chosen by the training error of `--trials` shorter runs, whose cost is in the table. All
+others have their defaults, and the batch sizes below.
 
-A run that is stopped goes on when it is started again; `paper.md` and `paper.png` in the work
-directory hold what there is so far, `report.html` all the rest.
+A run that was stopped resumes when it is started again; `paper.md` and `paper.png` in the work
+directory contain the results so far, `report.html` all details.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from jdl.train.writers import write_atomically
 METRIC = "train_squared_error"
 TITLES = {"autoencoder-curves": "CURVES", "autoencoder-mnist": "MNIST"}
 
-# Training errors in the papers: recalled, not checked against them.
+# Training errors in the papers: quoted from memory, not checked against them.
 PAPERS = {
     "pretraining + nonlinear CG (Martens 2010)": (0.74, 2.31),
     "HF from random weights, L2 (Martens 2010)": (0.11, 1.64),
@@ -102,7 +102,7 @@ def entries(curvature: int) -> list[Entry]:
 
 
 def studies(args: argparse.Namespace) -> list[Study]:
-    """One study a problem: their curvature batches differ."""
+    """One study per problem: their curvature batches differ."""
     found = []
     options = {"validation": 0.0}
     if args.examples:
@@ -146,7 +146,7 @@ def tell(event) -> None:
 
 
 def found_in(workdir: Path) -> dict[str, res.Results]:
-    """Problem -> what its study holds so far."""
+    """Problem -> its study's results so far."""
     found = {}
     for name in ("curves", "mnist"):
         with contextlib.suppress(check.DataError):
@@ -203,14 +203,14 @@ def markdown(found: dict[str, res.Results]) -> str:
         text += ["", f"Clock: {clock}. {machines.sentence(study['machine'])}.", ""]
         if problem == "autoencoder-curves":
             text += [
-                "CURVES is made anew from its description and is not the papers' exact set: the "
-                "figures compare in size, not to the digit.",
+                "CURVES is regenerated from its description and is not the papers' exact data set: "
+                "compare orders of magnitude, not digits.",
                 "",
             ]
     text += [
         "Squared error summed over pixels, mean per image. Work: gradients of the whole training "
-        "set. The papers' figures, in italics, are recalled and were reached after hours to days "
-        "of training (750,000 updates of 200 images in the case of 2013).",
+        "set. The papers' figures, in italics, are quoted from memory and were reached after hours "
+        "to days of training (750,000 updates of 200 images in the case of 2013).",
     ]
     return "\n".join(text) + "\n"
 
@@ -223,7 +223,7 @@ def _number(text: str) -> float:
 
 
 def picture(found: dict[str, res.Results]):
-    """Training error against seconds, one panel a problem, the papers' figures as lines."""
+    """Training error against seconds, one panel per problem, the papers' figures as lines."""
     import numpy as np
 
     with drawing.figures() as figure_module:
@@ -268,7 +268,7 @@ def picture(found: dict[str, res.Results]):
 
 
 def write(workdir: Path) -> None:
-    """The table and the picture of what there is so far."""
+    """The table and the plot of the results so far."""
     found = found_in(workdir)
     if not found:
         return

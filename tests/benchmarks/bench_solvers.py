@@ -2,12 +2,13 @@
 
     make bench-solvers
 
-One process, compiled beforehand, contestants in turn; a time is the process's CPU seconds over the
-number of cores, since wall clocks of a shared machine tell of its other users; medians over rounds,
-as ratios to jdl's. Every run goes on until the gradient's norm is 1e-5 of that at the start, for
-the Rosenbrocks 1e-3 (optimistix, which tests steps and values, is given rtol and atol that take it
-there if it can get there). `error` is what a run leaves, by one and the same gradient; `arrived`
-says whether it got there, or which share of its problems did.
+One process, compiled beforehand, contestants in turn. A time is the process's CPU seconds divided
+by the number of cores, because wall time on a shared machine depends on other processes; medians
+over rounds, as ratios to jdl's. Every run continues until the gradient's norm is 1e-5 of the
+initial norm, 1e-3 for the Rosenbrock problems (optimistix tests steps and values; it gets an rtol
+and atol with which it reaches that norm if it can). `error` is the final gradient norm, computed
+with the same gradient for all; `arrived` says whether the run converged, or which fraction of its
+problems did.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Seconds from `jdl train` to its first step: cold, by hand, and with a filled compilation cache.
+"""Seconds from `jdl train` to its first step: cold, hand-written, with a filled compilation cache.
 
     make bench-start
 
-Each run is a fresh process that ends after one step of the default CNN on 128×128×1 images, written
-to a tar for the purpose. The cold runs get an empty cache directory each, the warm ones share one.
-The bare process imports the same net and makes one jitted step of random bytes.
+Each run is a fresh process that ends after one step of the default CNN on 128×128×1 images from a
+temporary tar. Each cold run gets an empty cache directory, the warm runs share one. The
+hand-written process imports the same network and makes one jitted step on random bytes.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def write_tar(path):
 
 
 def bare():
-    """The same first step by hand: net, optimizer and a batch of bytes, nothing else."""
+    """The same first step, hand-written: only the network, the optimizer and a batch of bytes."""
     import jax
     import optax
 
@@ -73,7 +73,7 @@ def bare():
 
 
 def to_first_step(command, cache, done):
-    """(seconds by the clock, by the processor) until `done()` of a fresh process."""
+    """(wall seconds, CPU seconds) until `done()` of a fresh process."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     start = time.perf_counter()
     process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL)

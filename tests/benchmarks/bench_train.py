@@ -1,15 +1,15 @@
-"""Training's speed: our Estimator, a bare jit loop, PyTorch and Keras, interleaved in one process.
+"""Training speed: our Estimator, a bare jit loop, PyTorch and Keras, interleaved in one process.
 
     make bench-train
 
-The same net, optimizer (SGD), batch size and bytes as input for all; ratios of medians, by the
-clock and by the processor time that an image takes, which other work on the machine disturbs less.
-PyTorch (eager; also with channels last) and Keras (on JAX, its own `train_on_batch`) take part
-where they are installed: `.venv/bin/pip install torch keras`; they are no dependency of ours.
+The same network, optimizer (SGD), batch size and uint8 input for all; ratios of medians, of wall
+time and of CPU time per image, which other processes affect less. PyTorch (eager; also with
+channels last) and Keras (on JAX, its own `train_on_batch`) take part if they are installed:
+`.venv/bin/pip install torch keras`; jdl does not depend on them.
 
-Lines: the default CNN on 128×128×1 images, batch 64, against all peers; a net whose step takes
-less than a millisecond against the bare loop, where overhead shows; what a checkpoint every 100
-steps costs of either; what is compiled after the first step, which is to be nothing.
+Lines: the default CNN on 128×128×1 images, batch 64, against all others; a network whose step takes
+less than a millisecond, against the bare loop, which shows the overhead; the cost of a checkpoint
+every 100 steps for both; the programs compiled after the first step, of which there must be none.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def keras_loop(images, labels, batch_size):
 
 
 def measure(loops, batch_size, steps, rounds):
-    """Medians of images a second, by the clock and by the processor, taken in turn."""
+    """Medians of images per second, in wall and CPU time, measured in turn."""
     rates, work = {name: [] for name in loops}, {name: [] for name in loops}
     for run in loops.values():
         run(2)  # compile and warm up
@@ -194,7 +194,7 @@ def overhead(rounds, steps):
 
 
 def checkpoint_cost(name, case, every, rounds):
-    """What one checkpoint costs, as a share of 100 steps.
+    """The cost of one checkpoint, as a fraction of 100 steps.
 
     Two runs of 4 · `every` steps: one saves at its end, the other three times more on the way.
     """
@@ -247,7 +247,7 @@ def main():
     args = parser.parse_args()
     if "small" in args.parts:
         compilations()
-        overhead(args.rounds, 2000)
+        overhead(args.rounds, 2000 if args.rounds > 1 else 20)
         checkpoint_cost("MLP 784-256-10, batch 128", SMALL, 100, args.rounds)
     if "cnn" in args.parts:
         against_peers(args.rounds, args.steps)

@@ -1,16 +1,16 @@
-"""Vision's speed: pictures optimised against PyTorch, a style network against optimisation.
+"""Speed of vision: optimizing images against PyTorch, a style network against optimization.
 
     make bench-vision
 
-PyTorch takes part where it is installed; where it is in another environment, name its interpreter
-in JDL_PEERS_PYTHON. It runs in a process of its own and is asked in turn with ours; the same VGG16
-weights, image, layers, loss and Adam. Clocks: processor time over the number of cores, which other
-work on the machine disturbs less, and the wall's beside it; medians of rounds, ratios of one run.
+PyTorch takes part if it is installed; if it is in another environment, set JDL_PEERS_PYTHON to its
+interpreter. It runs in a separate process, in turn with ours, with the same VGG16 weights, image,
+layers, loss and Adam. Times are CPU time divided by the number of cores, which other processes
+affect less, and wall time; medians of rounds, ratios of one run.
 
-Lines: Gatys' and DeepDream's steps at 256×192; the time that a trained style network takes for a
-picture, against that of L-BFGS and of Adam on the pixels until the style loss is as low; pictures a
-second at 256² and 1024².
-Without --painter and --painting a network is trained first, for --train-seconds.
+Lines: Gatys' and DeepDream's steps at 256×192; the time of a trained style network for one image,
+against the time that L-BFGS and Adam on the pixels need to reach the same style loss; images per
+second at 256² and 1024². Without --painter and --painting a network is trained first, for
+--train-seconds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def show(**line):
 
 
 def torch_features(given, form, wanted):
-    """VGG16 to the last layer wanted, of images [1, 3, H, W]."""
+    """VGG16 up to the last requested layer, for images [1, 3, H, W]."""
     import torch
     from torch.nn import functional as F
 
@@ -75,7 +75,7 @@ def torch_features(given, form, wanted):
 
 
 def torch_peer(path, contest):
-    """Answers each number on standard input with that many steps, in plain PyTorch."""
+    """Reads numbers from standard input and makes that many steps for each, in plain PyTorch."""
     import torch
 
     torch.set_num_threads(CORES)
@@ -158,7 +158,7 @@ def torch_gatys(given, form):
 
 
 class Peer:
-    """The process above."""
+    """The PyTorch loop above, in a separate process."""
 
     def __init__(self, data, channels_last, contest):
         python = os.environ.get("JDL_PEERS_PYTHON", sys.executable)
@@ -200,7 +200,7 @@ def timed(work):
 
 
 def our_gatys(trunk, photograph, painting, optimizer):
-    """`run(steps)` of our own optimisation, driven as `style.transfer` drives it."""
+    """`run(steps)` of our own optimization, as in `style.transfer`."""
     import jax
 
     from jdl.vision import style
@@ -267,7 +267,7 @@ def dream(photograph, rounds, steps):
 
 
 def in_turn(title, contest, trunk, ours, pictures, rounds, steps, value_of=float):
-    """Our `ours(steps)` and PyTorch in both layouts, a round each in turn; shows the ratios.
+    """Runs `ours(steps)` and PyTorch in both layouts in turn; prints the ratios.
 
     `value_of` what ours gives is the last loss, to be compared with PyTorch's, off the clock.
     """
@@ -317,7 +317,7 @@ def in_turn(title, contest, trunk, ours, pictures, rounds, steps, value_of=float
 
 
 def network_against_pixels(painter, run, trunk, photograph, painting, most):
-    """Seconds of one pass, and of optimising the pixels until their style loss is as low."""
+    """Seconds of one pass, and of optimizing the pixels until their style loss is as low."""
     import jax
     import optax
 

@@ -307,7 +307,7 @@ def test_bad_input_is_refused_in_words(landscape, params):
     op = curvature.operator(landscape)
     with pytest.raises(ArgumentError, match="between 1"):
         curvature.top_eigenpairs(op, 0)
-    with pytest.raises(ArgumentError, match="passed over again"):
+    with pytest.raises(ArgumentError, match="iterated again"):
         curvature.Landscape(objective, iter([]), params)
     with pytest.raises(DataError, match="no batch"):
         curvature.Landscape(objective, [], params).value()

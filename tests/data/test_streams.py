@@ -186,7 +186,7 @@ def test_what_is_forgotten_may_be_closed_in_its_own_thread(where):
             batches.close()
             closed.append(name)
 
-    batches = InOrder(lambda i: step("read"), lambda i, _: step("decode"), 1, 1, 1)
+    batches = InOrder(lambda i: [step("read")], lambda read: step("decode"), 1, 1, 1)
     batches.start_prefetch()
     begun.set()
     (waiting,) = batches._waiting
@@ -200,7 +200,7 @@ import concurrent.futures.thread
 from jdl.data.loading import InOrder
 
 class Holder:
-    batches = InOrder(lambda i: i, lambda i, read: read, 1000, 2, 8)
+    batches = InOrder(lambda i: i, lambda read: read, 1000, 2, 8)
     def __del__(self):
         self.batches.close()
 

@@ -19,7 +19,7 @@ from jdl.data import Dataset, from_arrays
 from jdl.models import MLP
 from jdl.train import feed
 from jdl.train.checkpoint import Checkpoints
-from jdl.train.predictions import predictions
+from jdl.train.predict import predictions
 
 ONE = jax.devices()[:1]
 RNG = np.random.default_rng(0)

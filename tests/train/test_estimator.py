@@ -18,7 +18,7 @@ from jdl.core import check
 from jdl.data import from_arrays
 from jdl.models import MLP
 from jdl.optim import lbfgs
-from jdl.train.arguments import check_all, prepared_optimizer
+from jdl.train import estimator as estimators
 from jdl.train.parallel import placement
 from jdl.train.step import build
 
@@ -244,11 +244,11 @@ def test_an_argument_that_cannot_be_meant_is_refused_at_once():
         jdl.classifier(MLP(), compute_dtype="float61")
     # Without the tests' own check of types:
     with pytest.raises(check.ArgumentError, match="`hooks` must be a list of functions"):
-        inspect.unwrap(check_all)(len, 1, 1, None, "stop", None, print)
+        inspect.unwrap(estimators._check)(len, 1, 1, None, "stop", None, print)
     with pytest.raises(check.ArgumentError, match=r"`devices` must be .*jax\.devices\(\)"):
         inspect.unwrap(placement)(2)
     with pytest.raises(check.ArgumentError, match="Call it"):
-        inspect.unwrap(prepared_optimizer)(optax.adam, None)
+        inspect.unwrap(estimators._prepared_optimizer)(optax.adam, None)
     with pytest.raises(check.ArgumentError, match="`metrics` must be a dict of functions"):
         inspect.unwrap(build)(jdl.from_linen(MLP()), len, optax.sgd(0.1), metrics=["accuracy"])
 

@@ -16,7 +16,7 @@ from jdl.data import from_arrays
 from jdl.models import MLP
 from jdl.optim import registry
 from jdl.recipes import gan_pictures
-from jdl.train import dead_units, hooks
+from jdl.train import dead_units, hooks, range_test
 from jdl.train.checkpoint import Checkpoints
 
 
@@ -131,13 +131,13 @@ def test_data_that_is_not_finite_ends_the_run_after_some_rollbacks(tmp_path):
 def test_the_range_test_finds_a_rate_and_leaves_the_estimator_alone():
     estimator = make("sgd").train(data(), steps=1)
     before = jax.tree.map(np.array, estimator.params)
-    found = hooks.learning_rate_range_test(estimator, data(), low=1e-4, high=1e4, steps=40)
+    found = range_test.learning_rate_range_test(estimator, data(), low=1e-4, high=1e4, steps=40)
     assert found.rates == sorted(found.rates)
     assert 1e-3 < found.suggestion < 10
     assert found.rates[-1] < 1e4  # it blew up before
     jax.tree.map(np.testing.assert_array_equal, estimator.params, before)
     with pytest.raises(check.ArgumentError, match="inject_hyperparams"):
-        hooks.learning_rate_range_test(make(optax.sgd(0.1)), data())
+        range_test.learning_rate_range_test(make(optax.sgd(0.1)), data())
 
 
 def test_norms_and_a_trace_are_written(tmp_path):
@@ -276,7 +276,7 @@ def test_parameters_that_are_not_finite_are_told_without_a_directory():
 def test_the_range_test_says_that_the_data_is_at_its_end():
     few = list(data())
     with pytest.raises(check.DataError, match="The data ends after"):
-        hooks.learning_rate_range_test(make("sgd"), few, steps=10, high=1e-5)
+        range_test.learning_rate_range_test(make("sgd"), few, steps=10, high=1e-5)
 
 
 def stopped_at(estimator, **options):

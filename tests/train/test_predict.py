@@ -15,7 +15,7 @@ from jdl import metrics
 from jdl.core import check
 from jdl.data import from_arrays, from_tar
 from jdl.models import MLP
-from jdl.train.predictions import predictions, write_predictions
+from jdl.train.predict import predictions, write_predictions
 
 ONE = jax.devices()[:1]
 CLASSES = ("cat", "dog", "owl")

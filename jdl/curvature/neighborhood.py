@@ -2,8 +2,8 @@ r"""How far the loss rises within a small distance of the parameters.
 
     sharpness = max over ‖δ‖ ≤ ρ of f(θ + δ) − f(θ)
 
-found by projected gradient ascent from the gradient's own direction, and along the sharpest
-eigenvector where one is given; a lower bound of the maximum, as any ascent's.
+found by projected gradient ascent from the gradient's direction or a given one. Like any ascent, it
+gives a lower bound of the maximum.
 """
 
 from typing import NamedTuple
@@ -18,18 +18,12 @@ class Sharpness(NamedTuple):
     """The rise of a loss near given parameters.
 
     Attributes:
-      rise: the greatest found.
-      first_step: that of ρ ∇f / ‖∇f‖, which SAM descends.
-      rho: ρ.
-      value: f(θ).
-      evaluations: gradients and values taken, each a pass over the data.
+      rise: the largest found.
+      first_step: that of δ = ρ ∇f / ‖∇f‖, which SAM uses.
     """
 
     rise: float
     first_step: float
-    rho: float
-    value: float
-    evaluations: int
 
 
 def sharpness(
@@ -39,22 +33,20 @@ def sharpness(
     steps: int = 5,
     direction: np.ndarray | None = None,
 ) -> Sharpness:
-    """The greatest rise found within ‖δ‖ ≤ ρ.
+    """The largest rise found within ‖δ‖ ≤ ρ.
 
     Args:
-      landscape: the loss and where to look.
+      landscape: the loss and the parameters.
       rho: ρ > 0, in the parameters' units.
       steps: of ascent, ≥ 1.
-      direction: a vector [n] to try both ways first: the sharpest eigenvector.
+      direction: a vector [n] to try first, in both directions, such as the top eigenvector.
 
     >>> import jax.numpy as jnp
     >>> from jdl.core.objective import Objective
-    >>> predict = lambda w, batch: batch["x"] @ w
-    >>> loss = lambda outputs, batch: 0.5 * jnp.square(outputs - batch["y"])
+    >>> loss = lambda outputs, batch: (outputs - batch["x"][:, 0] - 1.0) ** 2
+    >>> make = lambda batch: Objective.from_fns(lambda w, batch: batch["x"] @ w, loss, batch)
     >>> x = np.random.default_rng(0).normal(size=(8, 16, 2)).astype(np.float32)
-    >>> batches = [{"x": each, "y": each[:, 0] + 1.0} for each in x]
-    >>> make = lambda batch: Objective.from_fns(predict, loss, batch)
-    >>> landscape = Landscape(make, batches, jnp.zeros(2))
+    >>> landscape = Landscape(make, [{"x": each} for each in x], jnp.zeros(2))
     >>> found = sharpness(landscape, rho=0.1)
     >>> found.rise >= found.first_step > 0
     True
@@ -66,11 +58,8 @@ def sharpness(
     check.in_range("rho", rho, 0.0, open_low=True)
     check.positive_int("steps", steps)
     value, start = landscape.value(), landscape.gradient()
-    evaluations = 2
 
-    def at(delta: np.ndarray) -> float:
-        nonlocal evaluations
-        evaluations += 1
+    def rise_at(delta: np.ndarray) -> float:
         return landscape.value(landscape.unravel(landscape.flat + delta)) - value
 
     def on_sphere(v: np.ndarray) -> np.ndarray:
@@ -81,16 +70,15 @@ def sharpness(
     if direction is not None:
         both = on_sphere(np.asarray(direction, start.dtype))
         tried += [both, -both]
-    rises = [at(delta) for delta in tried]
+    rises = [rise_at(delta) for delta in tried]
     best = int(np.argmax(rises))
     delta, rise = tried[best], rises[best]
     for _ in range(steps):
         gradient = landscape.gradient(landscape.unravel(landscape.flat + delta))
-        evaluations += 1
-        # On the sphere the gradient's direction is the linear model's maximum.
+        # On the sphere the gradient's direction maximizes the linear model.
         new = on_sphere(gradient)
-        new_rise = at(new)
+        new_rise = rise_at(new)
         if not new_rise > rise:
             break
         delta, rise = new, new_rise
-    return Sharpness(max(rise, 0.0), rises[0], rho, value, evaluations)
+    return Sharpness(max(rise, 0.0), rises[0])

@@ -9,7 +9,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
+
+from jdl import __version__
 from jdl.core import check
+from jdl.train.writers import write_atomically
 
 FILE = "config.toml"
 
@@ -18,11 +22,6 @@ _Config = TypeVar("_Config")
 
 def write(workdir: Path, config: Any, **more: Any) -> None:
     """Writes the settings and what else is given; a setting of None is left out."""
-    import tomli_w
-
-    from jdl import __version__
-    from jdl.train.writers import write_atomically
-
     table = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     write_atomically(workdir / FILE, tomli_w.dumps({"jdl": __version__, **more, **table}))
 

@@ -1,0 +1,99 @@
+"""Options that several commands share, and what is made of them."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from jdl.core import check
+
+if TYPE_CHECKING:
+    from jdl.data import Batches
+    from jdl.recipes.run_config import RunConfig
+
+Workdir = Annotated[Path, tyro.conf.arg(help="the run directory of `jdl train`")]
+RunData = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="a tar, a glob, a brace range, or digits; by default the data that the run trained on"
+    ),
+]
+TestSplit = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="first folder of the members to use; by default test if there is one; all for all"
+    ),
+]
+BatchSize = Annotated[int, tyro.conf.arg(help="images in a batch")]
+Size = Annotated[
+    str | None,
+    tyro.conf.arg(help="HEIGHT or HEIGHTxWIDTH of images; by default 128, and 8 for the digits"),
+]
+Color = Annotated[bool, tyro.conf.arg(help="keep three channels; by default images are made gray")]
+OnError = Annotated[
+    Literal["raise", "skip"], tyro.conf.arg(help="what to do with an image that cannot be read")
+]
+Json = Annotated[bool, tyro.conf.arg(name="json", help="print JSON instead of a table")]
+NETWORK = "vgg16, squeezenet, a .safetensors file, or a run directory of `jdl train`"
+Network = Annotated[str, tyro.conf.arg(help=NETWORK)]
+ClassName = Annotated[str | None, tyro.conf.arg(name="class", help="a class's name or number")]
+Longest = Annotated[
+    int | None,
+    tyro.conf.arg(help="reduce larger pictures to this many pixels on their longer side"),
+]
+
+
+def check_positive(args: Any, *names: str) -> None:
+    """Raises unless each of these options is at least 1, or None."""
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        check.argument(value is None or value >= 1, flag, "at least 1", value)
+
+
+class RunOnData(NamedTuple):
+    """A run, and data to apply it to.
+
+    Attributes:
+      config: the run's settings.
+      data, split: what `--data` and `--split` mean.
+      images: those data, as the run's model takes them.
+    """
+
+    config: "RunConfig"
+    data: str
+    split: str | None
+    images: "Batches"
+
+
+def open_run(args: Any, split: str, **options: Any) -> RunOnData:
+    """Opens the run and the data of `--workdir`, `--data`, `--split` and `--batch-size`.
+
+    Args:
+      args: the command's arguments.
+      split: used by default if the data have it.
+      **options: further ones of `RunConfig.images`.
+    """
+    from jdl.recipes.datasets import default_split
+    from jdl.recipes.run_config import RunConfig
+
+    check_positive(args, "batch_size")
+    config = RunConfig.load(args.workdir)
+    data = args.data or config.data
+    chosen = default_split(data, args.split, split)
+    images = config.images(data, chosen, batch_size=args.batch_size, **options)
+    return RunOnData(config, data, chosen, images)
+
+
+def print_skipped(data: "Batches") -> None:
+    """Prints how many images could not be read, if any."""
+    if data.skipped:
+        print(f"skipped: {data.skipped} images that could not be read")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
