@@ -1,8 +1,8 @@
 """Losses: `loss(outputs, batch) -> float[B]`, one value an example, convex in the outputs.
 
-Convexity is what Gauss-Newton products need. The target is an entry of the batch, `label` unless
-said otherwise: `functools.partial(squared_error, target="image")` makes an autoencoder's loss.
-All sums run in at least float32.
+Gauss-Newton products need the convexity. The target is an entry of the batch, `label` by default:
+`functools.partial(squared_error, target="image")` is an autoencoder's loss. Sums are computed in at
+least float32.
 """
 
 import jax
@@ -83,7 +83,7 @@ def _per_example(x: jax.Array) -> jax.Array:
 
 
 def _same_shape(name: str, a: jax.Array, other: str, b: jax.Array) -> None:
-    hint = "Class numbers are to be of an integer type." if b.ndim == 1 < a.ndim else ""
+    hint = "Class numbers must be of an integer type." if b.ndim == 1 < a.ndim else ""
     check.argument(
         a.shape == b.shape, name, f"of the shape of batch[{other!r}], {b.shape}", a.shape, hint
     )
@@ -95,7 +95,7 @@ def _check_classes(logits: Array, target: str, labels: Array | np.ndarray) -> No
         "outputs",
         "of shape [B, K], one number a class",
         logits.shape,
-        "A dense model is to flatten its images: image.reshape(len(image), -1).",
+        "A dense model must flatten its images: image.reshape(len(image), -1).",
     )
     check.argument(
         labels.shape == logits.shape[:1],

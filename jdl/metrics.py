@@ -1,6 +1,6 @@
 """Metrics: `metric(outputs, batch) -> float[B]`, one value an example.
 
-The trainer averages them over examples, exactly, whatever the remainder of the last batch.
+Training and evaluation average them over examples exactly; a smaller last batch counts less.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,13 +18,13 @@ _M = TypeVar("_M", bound=Callable[..., Any])
 
 
 def direction(best: str | Mapping[str, str]) -> Callable[[_M], _M]:
-    """Declares of a metric, as its decorator, whether its largest or its smallest value is best.
+    """Declares, as a decorator, whether a metric's largest or smallest value is best.
 
-    A run records it, and `jdl runs` goes by it: of a metric that declares nothing it shows the last
-    value. The loss is best at its smallest.
+    A run records it for `jdl runs`, which shows the best value; of a metric without a direction it
+    shows the last. The loss is best at its smallest.
 
     Args:
-      best: "max" or "min"; for a function that gives several metrics, a dict of them by name.
+      best: "max" or "min"; for a function that returns several metrics, a dict of them by name.
 
     >>> @direction("max")
     ... def margin(outputs, batch):
@@ -101,10 +101,10 @@ def sum_squared_error(
 def confusion_matrix(
     outputs: Float[Array, "B K"], batch: Batch, target: str = "label"
 ) -> Float[Array, "K K"]:
-    """How many of the batch's examples of each class (rows) were taken for each (columns).
+    """How many of the batch's examples of each class (rows) were predicted as each (columns).
 
-    Not a metric but a sum over examples, for `Estimator.evaluate(data, sums=…)`; it heeds
-    `batch["mask"]`, and leaves out labels beyond the K classes.
+    It is a sum over examples, for `Estimator.evaluate(data, sums=…)`, not a metric. It applies
+    `batch["mask"]` and leaves out labels outside the K classes.
 
     Args:
       outputs: one number a class.
@@ -126,12 +126,12 @@ def confusion_matrix(
 
 
 class ClassScores(NamedTuple):
-    """Scores of each class, float64[K]; NaN where there is nothing to divide by.
+    """Scores of each class, float64[K]; NaN where the denominator is 0.
 
     Attributes:
       examples: how many are of the class.
-      precision: right ones / those taken for the class.
-      recall: right ones / those of the class.
+      precision: correct / predicted as the class.
+      recall: correct / of the class.
       f1: the harmonic mean of the two.
     """
 

@@ -1,15 +1,15 @@
-r"""A training script for accelerators, with a model of its own: copy it and make it yours.
+r"""A training script for accelerators, with its own model: copy it and change it.
 
     python notebooks/train_script.py                                   # the bundled digits
     python notebooks/train_script.py --data 'photos-*.tar' --size 64 --batch-size 512 \
         --max-steps 20000 --compute-dtype bfloat16 --workdir runs/photos
 
-It trains a small vision transformer on images streamed from tar archives, on all devices there
-are. Started again with the same flags it goes on from its last checkpoint, at the place in the data
-where it was; a SIGTERM makes it save and end with exit code 75. `--evaluate` only evaluates.
+It trains a small vision transformer on images streamed from tar archives, on all available devices.
+Started again with the same flags it resumes from its last checkpoint, at the same place in the
+data; on SIGTERM it saves and ends with exit code 75. `--evaluate` only evaluates.
 
-Members of the archives are named `train/<class>/<name>` and `test/<class>/<name>`; where there is
-no such division, a tenth is held out by a hash of the names.
+Members of the archives are named `train/<class>/<name>` and `test/<class>/<name>`. Without these
+folders, a tenth is held out by a hash of the names.
 """
 
 import argparse
@@ -24,9 +24,9 @@ import optax
 
 import jdl
 from jdl.core.check import UserError
+from jdl.core.files import write_atomically
 from jdl.data import from_tar, resolve, splits
 from jdl.train import distributed
-from jdl.train.writers import write_atomically
 
 # ------------------------------------------------------------------ the model
 
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches of an image as words of a sentence (Dosovitskiy et al. 2021)."""
+    """A transformer on patches of an image (Dosovitskiy et al. 2021)."""
 
     num_classes: int
     patch: int
@@ -71,11 +71,11 @@ class VisionTransformer(nn.Module):
         return nn.Dense(self.num_classes, name="logits")(nn.LayerNorm()(x).mean(axis=1))
 
 
-# ------------------------------------------------------------------ what it is trained with
+# ------------------------------------------------------------------ optimizer, data, estimator
 
 
 def optimizer(flags):
-    """AdamW on clipped gradients; the rate warms up, then falls along a cosine."""
+    """AdamW on clipped gradients; the learning rate warms up, then decays along a cosine."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, flags.learning_rate, min(flags.warmup, flags.max_steps // 2), flags.max_steps
     )
@@ -163,21 +163,21 @@ def parsed(argv):
     flag = parser.add_argument
     flag("--data", default="digits", help="tar archives: a path, glob or brace range; or digits")
     flag("--workdir", type=Path, default=Path("runs/script"), help="logs and checkpoints")
-    flag("--size", type=int, help="side that images are brought to; left out, they have one size")
+    flag("--size", type=int, help="side that images are resized to; optional if all have one size")
     flag("--grayscale", action="store_true", help="one channel")
-    flag("--crop", choices=("random", "center"), help="windows rather than stretched images")
+    flag("--crop", choices=("random", "center"), help="crop images instead of stretching them")
     flag("--flip", action="store_true", help="mirror half of the training images")
     flag("--batch-size", type=int, default=64, help="examples of a step, on all devices together")
-    flag("--max-steps", type=int, default=1000, help="of the whole run; the schedule ends there")
-    flag("--learning-rate", type=float, default=2e-3, help="at its highest")
-    flag("--warmup", type=int, default=100, help="steps until it is reached")
-    flag("--weight-decay", type=float, default=0.05, help="of matrices, AdamW's")
-    flag("--dropout", type=float, default=0.1, help="share of units dropped in training")
+    flag("--max-steps", type=int, default=1000, help="total of the run; the schedule ends there")
+    flag("--learning-rate", type=float, default=2e-3, help="after the warmup")
+    flag("--warmup", type=int, default=100, help="steps until the learning rate is reached")
+    flag("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices only")
+    flag("--dropout", type=float, default=0.1, help="fraction of units dropped in training")
     flag("--ema", type=float, default=0.99, help="decay of the average that is evaluated")
     flag("--patch", type=int, default=2, help="side of a patch; 8 for images of 64")
-    flag("--width", type=int, default=64, help="numbers for each patch; a multiple of --heads")
-    flag("--depth", type=int, default=3, help="how many blocks")
-    flag("--heads", type=int, default=4, help="of the attention of each block")
+    flag("--width", type=int, default=64, help="features of each patch; a multiple of --heads")
+    flag("--depth", type=int, default=3, help="number of blocks")
+    flag("--heads", type=int, default=4, help="attention heads of each block")
     flag("--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     flag("--parallel", choices=("jit", "fsdp", "pmap"), default="jit", help="see Estimator")
     flag("--microbatches", type=int, default=1, help="slices of a batch, to bound memory")
@@ -191,7 +191,7 @@ def parsed(argv):
 
 
 def run(flags):
-    """Trains, unless it is to evaluate only, and prints the final measures as one JSON object."""
+    """Trains, unless `--evaluate` is given, and prints the final metrics as one JSON object."""
     train, test = data(flags)
     fitted = estimator(flags, len(train.classes), [teller(flags.batch_size)])
     if not flags.evaluate:
@@ -220,7 +220,7 @@ def run(flags):
 
 
 def main(argv=None):
-    """Exit code 0, or 2 for a mistake that the message tells how to mend."""
+    """Exit code 0, or 2 for a user error, whose message says how to fix it."""
     flags = parsed(argv)
     try:
         if flags.distributed:

@@ -130,7 +130,7 @@ import jdl
 for module in pkgutil.walk_packages(jdl.__path__, "jdl."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-with jdl.train.lock.RunLock(sys.argv[1]):
+with jdl.train.lock.run_lock(sys.argv[1]):
     print(len(next(iter(jdl.data.digits(batch_size=8)))["label"]))
 """
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -178,7 +178,8 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _write(args: Args, found: dict[str, Any], by_batch: "np.ndarray") -> None:
-    from jdl.train.writers import READ_ONLY, write_atomically
+    from jdl.core.files import write_atomically
+    from jdl.train.writers import READ_ONLY
 
     folder = args.out or args.workdir
     try:
@@ -246,7 +247,7 @@ def _draw(path: Path, found: dict[str, Any], by_batch: "np.ndarray") -> None:
     from matplotlib.figure import Figure
 
     from jdl.compare.drawing import INK, LINES, MUTED, STYLE
-    from jdl.train.writers import appearing
+    from jdl.core.files import atomic_file
 
     blue, orange = LINES[0], LINES[1]
     names = {
@@ -301,5 +302,5 @@ def _draw(path: Path, found: dict[str, Any], by_batch: "np.ndarray") -> None:
             color=INK,
             fontsize=9.0,
         )
-        with appearing(path) as file:
+        with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=150)

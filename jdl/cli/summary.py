@@ -9,7 +9,7 @@ Examples:
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -62,7 +62,7 @@ def run(args: Args) -> None:
         what = model
     if recipe(model).data == "trees":
         raise check.UserError(f"jdl summary needs a model of images; {model} reads trees.")
-    net = recipe(model).build(shape, classes)
+    net: Any = recipe(model).build(shape, classes)
     net = getattr(net, "model", net)  # both networks of a GAN
     found = summarize(net, jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32)))
     if args.as_json:

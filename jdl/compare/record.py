@@ -22,8 +22,9 @@ from jdl.compare import feeds, machine, trial
 from jdl.compare.results import Row
 from jdl.compare.trial import Outcome, Task
 from jdl.core import check
-from jdl.train.lock import RunLock
-from jdl.train.writers import JsonlWriter, declare, directions, write_atomically
+from jdl.core.files import write_atomically
+from jdl.train.lock import run_lock
+from jdl.train.writers import JsonlWriter, declare, directions
 
 logger = logging.getLogger("jdl.compare")
 
@@ -46,7 +47,7 @@ def run(
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(RunLock(directory.parent / f".{directory.name}"))
+            stack.enter_context(run_lock(directory.parent / f".{directory.name}"))
         except check.UserError as error:  # another process runs it, and records it
             return Outcome("missing", str(error))
         except OSError as error:

@@ -18,7 +18,7 @@ from jdl.compare import drawing, machine, plots, store, tables
 from jdl.compare import results as res
 from jdl.compare.results import Results
 from jdl.core import check
-from jdl.train.writers import write_atomically
+from jdl.core.files import write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --soft: #f5f6f8;

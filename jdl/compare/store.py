@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +56,33 @@ def load_results(workdir: str | Path) -> Results:
     if not study:
         raise check.DataError(f"{workdir} holds no study: there is no study.toml in it.")
     check_format(workdir, study)
-    trials = [
-        load_trial(
-            trial_directory(workdir, problem["name"], entry["name"], seed),
-            problem["name"],
-            entry["name"],
-            seed,
-        )
-        for problem in study["problems"]
-        for seed in study["seeds"]
-        for entry in study["optimizers"]
-    ]
+    problems, entries = study["problems"], study["optimizers"]
+    names = [entry["name"] for entry in entries]
+    trials = load_trials(workdir, [problem["name"] for problem in problems], names, study["seeds"])
     tuned = {
         (problem["name"], entry["name"]): load_tuning(
             workdir, problem["name"], entry["search"]["of"], study["tuning"]["trials"]
         )
-        for problem in study["problems"]
-        for entry in study["optimizers"]
+        for problem in problems
+        for entry in entries
         if "search" in entry
     }
     return Results(study, tuple(trials), tuned)
+
+
+def load_trials(
+    workdir: Path, problems: Iterable[str], optimizers: Sequence[str], seeds: Sequence[int]
+) -> list[Trial]:
+    """All trials of a study, in the order in which they run.
+
+    Seed by seed, so that an interrupted study has compared all optimizers on its first seeds.
+    """
+    return [
+        load_trial(trial_directory(workdir, problem, name, seed), problem, name, seed)
+        for problem in problems
+        for seed in seeds
+        for name in optimizers
+    ]
 
 
 def load_tuning(

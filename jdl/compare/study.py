@@ -35,7 +35,7 @@ from jdl.compare.results import Results, Row, Trial
 from jdl.compare.trial import Outcome, Task
 from jdl.compare.tuning import Tuning
 from jdl.core import check
-from jdl.train.writers import write_atomically
+from jdl.core.files import write_atomically
 
 logger = logging.getLogger("jdl.compare")
 
@@ -141,21 +141,9 @@ class Study:
 
     @property
     def trials(self) -> list[Trial]:
-        """All trials, as the directory has them now, in the order in which they run.
-
-        Seed by seed, so that an interrupted study has compared all optimizers on its first seeds.
-        """
-        return [
-            store.load_trial(
-                store.trial_directory(self.workdir, problem.name, name, seed),
-                problem.name,
-                name,
-                seed,
-            )
-            for problem in self.problems
-            for seed in self.seeds
-            for name in self._names()
-        ]
+        """All trials, as the directory has them now, in the order in which they run."""
+        problems = [problem.name for problem in self.problems]
+        return store.load_trials(self.workdir, problems, self._names(), self.seeds)
 
     def run(self, share: tuple[int, int] = (1, 1)) -> Results:
         """Runs the trials that have not run yet, and returns all results.

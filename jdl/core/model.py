@@ -10,7 +10,7 @@ imports it only when an adapter is called.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,17 @@ class Model(NamedTuple):
 
     init: Callable[..., tuple[Params, ModelState]]
     apply: Callable[..., tuple[Outputs, ModelState]]
+
+
+@runtime_checkable
+class ModelLike(Protocol):
+    """A `Model` or a Flax Linen module: all that `as_model` takes."""
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes the parameters."""
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes the outputs."""
 
 
 def from_fns(init: Callable[..., Params], apply: Callable[..., Outputs]) -> Model:

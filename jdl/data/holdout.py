@@ -1,7 +1,7 @@
-"""Splits of data that come without: by a hash of the name, or of what a group has in common.
+"""Splits into training and test records: by the first folder, or by a hash of the name.
 
-A record's side depends on nothing but its name, so it stays where it is when others are added,
-and in other archives.
+A hash depends only on the name, or on the group that a record belongs to. So a record stays on its
+side when others are added, and in other archives.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from jdl.data import labels as lb
 
 
 class Holdout(NamedTuple):
-    r"""One side of a split by hash: a record is tested on if hash(group) / 2⁶⁴ < `share`.
+    r"""One side of a split by hash: a record is a test record if hash(group) / 2⁶⁴ < `share`.
 
     Attributes:
       part: "train" or "test".
-      share: of the groups, to test on; in (0, 1).
-      group: what must not be torn apart: None, each record for itself; "folder", an integer, a
-        regular expression or a function, read from the name as labels are (see `TarSource`).
+      share: the share of the groups to test on, in (0, 1).
+      group: what stays on one side: None, each record for itself; "folder", an integer, a regular
+        expression or a function, read from the name as labels are (see `TarSource`).
       seed: names the split.
 
     >>> test = Holdout("test", 0.5, group=1)
@@ -36,7 +36,7 @@ class Holdout(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Holdout | None":
-        """What `part:share[:group]` says; None if `text` is no such thing, but a folder.
+        """The holdout that `part:share[:group]` means; None if `text` is a folder's name.
 
         >>> Holdout.parse("test:0.1:folder")
         Holdout(part='test', share=0.1, group='folder', seed=0)
@@ -50,9 +50,7 @@ class Holdout(NamedTuple):
                 text,
             )
             return None
-        group: lb.Label = match[3]
-        if match[3] not in (None, "folder"):
-            group = int(match[3])
+        group = match[3] if match[3] in (None, "folder") else int(match[3])
         try:
             share = float(match[2])
         except ValueError:
@@ -60,33 +58,25 @@ class Holdout(NamedTuple):
         return cls(match[1], share, group).checked()
 
     def checked(self) -> "Holdout":
-        """Itself, if its values are sound."""
+        """Itself, if its values are valid."""
         check.one_of("part", self.part, ("train", "test"))
         ok = isinstance(self.share, float) and 0.0 < self.share < 1.0
         check.argument(ok, "share", "a number in (0, 1)", self.share)
         return self
 
     def holds(self, name: str) -> bool:
-        """Whether a member of this name is on this side."""
-        return self._side(self._group()(name) or name)
-
-    def _group(self) -> Callable[[str], str | None]:
-        if self.group is None:
-            return lambda name: name
-        if callable(self.group) or isinstance(self.group, re.Pattern):
-            return lb.by_name(self.group)
-        by_folder = lb.by_folder(self.group)
-        return lambda name: by_folder(name.rpartition("/")[0])
+        """Whether a record of this name is on this side."""
+        return self.chooser()(name)
 
     def chooser(self) -> Callable[[str], bool]:
-        """`holds`, quick for many names of few groups."""
-        group = self._group()
+        """`holds`, fast for many names of few groups."""
+        if self.group is None:
+            return self._side
+        group = lb.reader(self.group)
         known: dict[str, bool] = {}
 
         def holds(name: str) -> bool:
             of = group(name) or name
-            if self.group is None:
-                return self._side(of)
             if of not in known:
                 known[of] = self._side(of)
             return known[of]
@@ -97,3 +87,21 @@ class Holdout(NamedTuple):
         digest = hashlib.blake2b(f"{self.seed}:{group}".encode(), digest_size=8).digest()
         tested = int.from_bytes(digest, "big") < self.share * 2**64
         return tested == (self.part == "test")
+
+
+def parse_split(split: str | Holdout | None) -> str | Holdout | None:
+    """`split` with a holdout's short form replaced by the `Holdout`, checked."""
+    if isinstance(split, str):
+        return Holdout.parse(split) or split
+    return None if split is None else split.checked()
+
+
+def no_such_split(where: str, split: str | Holdout, images: int, folders: list[str]) -> Exception:
+    """The error for a split without images; `folders` are first folders of paths there."""
+    detail = ""
+    if isinstance(split, str):
+        there = ", ".join(repr(name) for name in folders if name) or "no folder"
+        detail = f" No path begins with that folder. Paths begin with: {there}."
+    return check.DataError(
+        f"{where} has no images of the split {split!r} among its {images}.{detail}"
+    )

@@ -1,22 +1,22 @@
-"""Batches of images and labels, decoded ahead, through grain.
+"""Batches of images and labels, decoded ahead of the training step.
 
-Threads make whole batches ahead (decoders release Python's lock), or spawned processes do; each
-batch is a function of its place in the order alone, so any number of them gives the same batches.
-What can only be read in order is read by one thread, through a window (see `window`).
+Threads make whole batches ahead (decoders release Python's lock), or spawned processes do. A batch
+depends on its place in the order alone, so any number of them gives the same batches. Archives that
+can only be read in order are read by one thread, through a window (see `window`).
 """
 
 import hashlib
 import logging
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jdl.core import check
-from jdl.data import images
-from jdl.data.augment import Augmentation
 from jdl.data.batches import Batches
+from jdl.data.decoding import Decoder
+from jdl.data.images import BadImage
 from jdl.data.loading import InOrder, Loaded
 from jdl.data.order import Order
 from jdl.data.plan import Plan, Span
@@ -25,108 +25,93 @@ from jdl.data.window import Window, WindowOrder
 
 logger = logging.getLogger("jdl.data")
 
-_told: set[str] = set()  # archives whose way of being read has been told
+_warned: set[str] = set()  # archives that the user knows to be read in order
 _AHEAD_BYTES = 1 << 28  # decoded batches waiting, at most
 
 
-class ImageBatches(Batches):
-    """The data set that `from_tar` gives.
+@runtime_checkable
+class Records(Protocol):
+    """What a batch needs to know of its records."""
 
-    Attributes:
-      source: the `TarSource` it reads.
-      size: (height, width) of every image.
+    def where(self, i: int) -> str:
+        """The archive and member of record `i`, for messages."""
+
+    def labels(self, records: np.ndarray) -> np.ndarray:
+        """The labels of these records, int32 [n]."""
+
+
+class Assembler:
+    """Makes a batch of the bytes of its records.
+
+    Args:
+      decoder: how an image is decoded.
+      labelled: whether batches have an entry "label".
+      skip: whether to skip images that cannot be decoded; otherwise they are an error.
+      masked: whether every batch has a mask, not only padded ones.
+      cache: images decoded before, or None.
     """
 
     def __init__(
         self,
-        source: Any,
-        plan: Plan,
-        order: Order,
+        decoder: Decoder,
         *,
-        size: tuple[int, int],
-        resize: bool,
         labelled: bool,
         skip: bool,
-        max_skipped: float,
-        dtype: str,
-        mean_std: tuple[np.ndarray, np.ndarray] | None,
-        augmentation: Augmentation,
-        grayscale: bool,
-        exact: bool,
-        max_pixels: int,
-        threads: int,
-        workers: int,
-        cache_bytes: int,
+        masked: bool,
+        cache: "Cache | None" = None,
     ):
-        classes = source.classes if labelled else None
-        fingerprint = _fingerprint(source)
-        super().__init__(
-            plan, order, classes=classes, fingerprint=fingerprint, max_skipped=max_skipped
-        )
-        self.source, self.size = source, size
-        self._resize, self._labelled, self._skip, self._dtype = resize, labelled, skip, dtype
-        self._decoding: dict[str, Any] = {
-            "grayscale": grayscale,
-            "exact": exact,
-            "max_pixels": max_pixels,
-        }
-        self._mean_std, self._augmentation = mean_std, augmentation
-        self._shape = (*size, 1 if grayscale else 3)
-        one = int(np.prod(self._shape))
-        batch_bytes = plan.rows * one * np.dtype(dtype).itemsize
-        self.num_threads, self.num_workers = threads, workers
-        self.ahead = min(2 * max(threads, workers), max(1, _AHEAD_BYTES // max(batch_bytes, 1)))
-        fits = len(source) * one <= cache_bytes
-        keeps = fits and not workers and not augmentation.random_windows
-        self._cache = _Cache(len(source), self._shape) if keeps else None
+        self.decoder, self.labelled, self.skip = decoder, labelled, skip
+        self._masked, self._cache = masked, cache
 
-    @property
-    def _masked(self) -> bool:
-        """Whether every batch has a mask."""
-        return self.plan.padded or self._skip
-
-    @property
-    def loaded_spec(self) -> dict[str, Any]:
-        """What a batch as loaded is made of: name -> jax.ShapeDtypeStruct."""
+    def spec(self, plan: Plan) -> dict[str, Any]:
+        """What a batch is made of: name -> jax.ShapeDtypeStruct."""
         import jax
 
-        rows = self.plan.rows
-        spec = {"image": jax.ShapeDtypeStruct((rows, *self._shape), np.dtype(self._dtype))}
-        if self._labelled:
+        rows, dtype = plan.rows, np.dtype(self.decoder.dtype)
+        spec = {"image": jax.ShapeDtypeStruct((rows, *self.decoder.shape), dtype)}
+        if self.labelled:
             spec["label"] = jax.ShapeDtypeStruct((rows,), np.dtype(np.int32))
-        if self._masked:
+        if self._masked or plan.padded:
             spec["mask"] = jax.ShapeDtypeStruct((rows,), np.dtype(np.float32))
         return spec
 
-    def load(self, span: Span) -> Loaded:
-        """What is made here of the batch of these places."""
-        span = self.plan.mine(span)
-        return self._load(span.epoch, self.order.records(*span), None)
+    def ahead(self, rows: int, loaders: int) -> int:
+        """How many batches so many threads or processes make ahead, within the memory for them."""
+        batch = rows * int(np.prod(self.decoder.shape)) * np.dtype(self.decoder.dtype).itemsize
+        return min(2 * loaders, max(1, _AHEAD_BYTES // max(batch, 1)))
 
-    def _load(
-        self, epoch: int, records: np.ndarray, held: Sequence[bytes | images.BadImage] | None
+    def make(
+        self,
+        plan: Plan,
+        epoch: int,
+        records: np.ndarray,
+        source: Records,
+        read: Callable[[Sequence[int]], Iterator[bytes | BadImage]],
     ) -> Loaded:
-        """The batch of these records, whose bytes may be there already."""
-        rows, n = self.plan.rows, len(records)
-        pixels = np.zeros((rows, *self._shape), np.uint8)
+        """The batch of these records of an epoch.
+
+        Args:
+          plan: which says how many rows it has.
+          epoch: with a record's number, what its augmentation depends on.
+          records: their numbers, int64 [n], n ≤ rows; further rows are padding.
+          source: what knows the records' names and labels.
+          read: gives the bytes of the records at these places of `records`.
+        """
+        rows, n = plan.rows, len(records)
+        pixels = np.zeros((rows, *self.decoder.shape), np.uint8)
         mask = np.zeros(rows, np.float32)
         mask[:n] = 1.0
+        augmentation = self.decoder.augmentation
+        draws = augmentation.draws(epoch, records)
         skipped = []
-        draws = self._augmentation.draws(epoch, records)
-        missing: Sequence[int] = range(n)
-        if self._cache is not None:
-            missing = self._cache.fill(pixels, records)
-        if held is None:
-            data = self.source.read_many(records[missing])
-        else:
-            data = (held[row] for row in missing)
-        for row in missing:
+        missing = range(n) if self._cache is None else self._cache.fill(pixels, records)
+        for row, data in zip(missing, read(missing), strict=True):
             record = int(records[row])
             try:
-                pixels[row] = self._decode(next(data), record, draws[row])
-            except images.BadImage as error:
-                where = self.source.where(record)
-                if not self._skip:
+                pixels[row] = self._decode(data, record, draws[row], source)
+            except BadImage as error:
+                where = source.where(record)
+                if not self.skip:
                     raise check.DataError(
                         f"Corrupt image: {where}: {error}. To leave such images out, pass "
                         'on_error="skip".'
@@ -136,71 +121,108 @@ class ImageBatches(Batches):
             else:
                 if self._cache is not None:
                     self._cache.put(record, pixels[row])
-        self._augmentation.apply(pixels[:n], epoch, records, draws)
-        batch: dict[str, np.ndarray] = {"image": pixels}
-        if self._dtype == "float32":
-            batch["image"] = self._scaled(pixels)
-        batch["image"][mask == 0.0] = 0
-        if self._labelled:
+        augmentation.apply(pixels[:n], epoch, records, draws)
+        image = self.decoder.scale(pixels)
+        image[mask == 0.0] = 0
+        batch: dict[str, np.ndarray] = {"image": image}
+        if self.labelled:
             batch["label"] = np.zeros(rows, np.int32)
-            batch["label"][:n] = self.source.labels(records)
-        if self._masked:
+            batch["label"][:n] = source.labels(records)
+        if self._masked or plan.padded:
             batch["mask"] = mask
         return Loaded(batch, tuple(skipped))
 
-    def _decode(self, data: bytes | images.BadImage, record: int, draws: np.ndarray) -> np.ndarray:
-        if isinstance(data, images.BadImage):
+    def _decode(
+        self, data: bytes | BadImage, record: int, draws: np.ndarray, source: Records
+    ) -> np.ndarray:
+        if isinstance(data, BadImage):
             raise data
-        size = self.size if self._resize else None
-        window = self._augmentation.window(draws)
-        pixels = images.decode(data, size=size, crop=window, **self._decoding)
-        if pixels.shape != self._shape:
+        pixels = self.decoder.decode(data, self.decoder.augmentation.crop_of(draws))
+        shape = self.decoder.shape
+        if pixels.shape != shape:
             height, width = pixels.shape[:2]
             raise check.DataError(
-                f"{self.source.where(record)} is {height} × {width}, while the first image is "
-                f"{self.size[0]} × {self.size[1]} (height × width). To bring all to one size, "
+                f"{source.where(record)} is {height} × {width}, while the first image is "
+                f"{shape[0]} × {shape[1]} (height × width). To bring all to one size, "
                 "pass `size`, e.g. size=(128, 128)."
             )
         return pixels
 
-    def _scaled(self, pixels: np.ndarray) -> np.ndarray:
-        scaled = pixels.astype(np.float32)
-        if self._mean_std is None:
-            scaled *= np.float32(1 / 255)
-        else:
-            mean, std = self._mean_std
-            scaled *= 1 / (255 * std)
-            scaled -= mean / std
-        return scaled
+
+class ImageBatches(Batches):
+    """The data set that `from_tar` returns.
+
+    Attributes:
+      source: the `TarSource` it reads.
+      size: (height, width) of every image.
+    """
+
+    def __init__(
+        self,
+        source: TarSource,
+        plan: Plan,
+        order: Order,
+        decoder: Decoder,
+        *,
+        labelled: bool,
+        skip: bool,
+        max_skipped: float,
+        threads: int,
+        workers: int,
+        cache_bytes: int,
+    ):
+        super().__init__(
+            plan,
+            order,
+            classes=source.classes if labelled else None,
+            fingerprint=_fingerprint(source),
+            max_skipped=max_skipped,
+        )
+        self.source, self.size = source, decoder.size
+        fits = len(source) * int(np.prod(decoder.shape)) <= cache_bytes
+        keeps = fits and not workers and not decoder.augmentation.random_crops
+        cache = Cache(len(source), decoder.shape) if keeps else None
+        self._assembler = Assembler(decoder, labelled=labelled, skip=skip, masked=skip, cache=cache)
+        self.num_threads, self.num_workers = threads, workers
+        self.ahead = self._assembler.ahead(plan.rows, max(threads, workers))
+
+    @property
+    def loaded_spec(self) -> dict[str, Any]:
+        """What a batch as loaded is made of: name -> jax.ShapeDtypeStruct."""
+        return self._assembler.spec(self.plan)
+
+    def load(self, span: Span) -> Loaded:
+        """This process's part of the batch of these places."""
+        span = self.plan.mine(span)
+        records = self.order.records(*span)
+
+        def read(rows: Sequence[int]) -> Iterator[bytes | BadImage]:
+            return self.source.read_many(records[rows])
+
+        return self._assembler.make(self.plan, span.epoch, records, self.source, read)
 
     def start_loading(self, epoch: int, record: int) -> Any:
-        """The batches from a position on; where reading is in order, one thread reads them."""
+        """The batches from a position on; one thread reads archives that are read in order."""
         order, plan = self.order, self.plan
         if not isinstance(order, WindowOrder):
             return super().start_loading(epoch, record)
         if self.source.mode == "stream":
-            _tell_stream(self.source, order.window)
+            _warn_in_order(self.source, order.window)
         window = Window(self.source, order)
 
-        def read(number: int) -> Any:
+        def read(number: int) -> tuple[int, np.ndarray, list[bytes | BadImage]]:
             span = plan.mine(plan.span(epoch, record, number))
-            try:
-                return span.epoch, *window.take(*span)
-            except Exception as error:
-                return error
+            return span.epoch, *window.take(*span)
 
-        def decode(number: int, read: Any) -> Loaded:
-            if isinstance(read, Exception):
-                return Loaded(None, error=read)
-            try:
-                return self._load(*read)
-            except Exception as error:
-                return Loaded(None, error=error)
+        def decode(read: tuple[int, np.ndarray, list[bytes | BadImage]]) -> Loaded:
+            of_epoch, records, data = read
+            held = lambda rows: (data[row] for row in rows)  # noqa: E731
+            return self._assembler.make(plan, of_epoch, records, self.source, held)
 
         return InOrder(read, decode, plan.count(epoch, record), self.num_threads, self.ahead)
 
 
-class _Cache:
+class Cache:
     """Decoded images kept in memory, for data sets small enough."""
 
     def __init__(self, records: int, shape: tuple[int, ...]):
@@ -208,8 +230,8 @@ class _Cache:
         self._there = np.zeros(records, bool)
         self._lock = threading.Lock()
 
-    def fill(self, pixels: np.ndarray, records: np.ndarray) -> Sequence[int]:
-        """Copies what is there of `records` to the rows of `pixels`; gives the other rows."""
+    def fill(self, pixels: np.ndarray, records: np.ndarray) -> list[int]:
+        """Copies the images that it has to the rows of `pixels`; gives the other rows."""
         with self._lock:
             there = self._there[records]
         pixels[: len(records)][there] = self._pixels[records[there]]
@@ -222,22 +244,23 @@ class _Cache:
             self._there[record] = True
 
 
-def _tell_stream(source: TarSource, window: int) -> None:
-    """Says once that data are read in order, and what that costs."""
-    if source.archives[0] in _told:
+def _warn_in_order(source: TarSource, window: int) -> None:
+    """Warns once that an archive is read in order, and what that costs."""
+    archive = source.archives[0]
+    if archive in _warned:
         return
-    _told.add(source.archives[0])
+    _warned.add(archive)
     logger.warning(
-        "%s is compressed, or comes without ranges: it is read in order, %s, and to go on from a "
-        "position it is read up to there again. For a global shuffle and instant resume rewrite it "
+        "%s is compressed, or comes without ranges: it is read in order, %s, and resuming at a "
+        "position reads up to there again. For a global shuffle and instant resume rewrite it "
         "once: jdl pack %s OUT-%%05d.tar",
-        source.archives[0],
+        archive,
         f"shuffled through a window of {window} images" if window > 1 else "not shuffled",
-        source.archives[0],
+        archive,
     )
 
 
-def _fingerprint(source: Any) -> str:
+def _fingerprint(source: TarSource) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for index in source.indexes:
         digest.update(f"{index.stamp['size']} {index.stamp['digest']};".encode())

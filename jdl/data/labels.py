@@ -1,15 +1,15 @@
-"""From a member's name to its class, and the table of classes."""
+"""From a record's name to its class, and the table of classes."""
 
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from jdl.core import check
 
-Name: TypeAlias = str | int | np.integer | None  # what a function may give
+Name: TypeAlias = str | int | np.integer | None  # what a user's function may return
 Label: TypeAlias = str | int | re.Pattern[str] | Callable[[str], Name] | None
 
 NO_LABEL = -1
@@ -24,12 +24,31 @@ def folder_parts(folder: str) -> list[str]:
     return [part for part in folder.split("/") if part not in ("", ".")]
 
 
-def by_folder(label: str | int) -> Callable[[str], str | None]:
-    """The function from a folder to the class of all that is in it.
+def first_folder(name: str) -> str:
+    """The first folder in a member's path, "" if it has none: what a split by folder goes by.
 
-    `"folder"` means the last name in its path, an integer the one at that place.
+    >>> first_folder("./train/7/0001.png"), first_folder("0001.png")
+    ('train', '')
     """
-    place = -1 if label == "folder" else label
+    return next(iter(folder_parts(name.rpartition("/")[0])), "")
+
+
+def is_by_folder(label: Label) -> bool:
+    """Whether all members of a folder have one class; for a `label` that is not a sidecar."""
+    return isinstance(label, str | int)
+
+
+def reader(label: Label) -> Callable[[str], str | None]:
+    """The function from a member's name to its class, or to None where it has none.
+
+    >>> reader("folder")("train/7/0001.png"), reader(0)("train/7/0001.png")
+    ('7', 'train')
+    """
+    if isinstance(label, re.Pattern):
+        return _by_pattern(label)
+    if callable(label):
+        return _by_function(label)
+    place: Any = -1 if label == "folder" else label
     check.argument(
         isinstance(place, int) and not isinstance(place, bool),
         "label",
@@ -38,46 +57,41 @@ def by_folder(label: str | int) -> Callable[[str], str | None]:
         label,
     )
 
-    def of(folder: str) -> str | None:
-        parts = folder_parts(folder)
-        inside = -len(parts) <= int(place) < len(parts)
-        return parts[int(place)] if inside else None
+    def by_place(name: str) -> str | None:
+        parts = folder_parts(name.rpartition("/")[0])
+        inside = -len(parts) <= place < len(parts)
+        return parts[place] if inside else None
 
-    return of
+    return by_place
 
 
-def by_name(label: re.Pattern[str] | Callable[[str], Name]) -> Callable[[str], str | None]:
-    """The function from a member's full name to its class."""
-    if not isinstance(label, re.Pattern):
-        return _by_function(label)
-    pattern = label
+def _by_pattern(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
     check.argument(
         pattern.groups <= 1, "label", "a regular expression of at most one group", pattern.pattern
     )
 
-    def of(name: str) -> str | None:
+    def by_pattern(name: str) -> str | None:
         match = pattern.search(name)
         return match[pattern.groups] if match else None
 
-    return of
+    return by_pattern
 
 
-def _by_function(label: Callable[[str], Name]) -> Callable[[str], str | None]:
-    def of(name: str) -> str | None:
-        found: object = label(name)
+def _by_function(function: Callable[[str], Name]) -> Callable[[str], str | None]:
+    def by_function(name: str) -> str | None:
+        found: object = function(name)
         if found is None or isinstance(found, str):
             return found
         ok = isinstance(found, int | np.integer) and not isinstance(found, bool)
-        check.argument(
-            ok, "label", f"a function that gives a name, a number or None; of {name!r} one", found
-        )
+        must = f"a function that gives a name, a number or None; for {name!r} one"
+        check.argument(ok, "label", must, found)
         return str(found)
 
-    return of
+    return by_function
 
 
 def sidecar(label: object) -> tuple[str, str] | None:
-    """Extension and JSON field of a WebDataset label: what stands in a member beside the image.
+    """Extension and JSON field of a WebDataset label, which is in a member beside the image.
 
     >>> sidecar("cls"), sidecar("json:person"), sidecar("folder")
     (('cls', ''), ('json', 'person'), None)
@@ -91,7 +105,7 @@ def sidecar(label: object) -> tuple[str, str] | None:
 
 
 def sidecar_key(name: str) -> tuple[str, str]:
-    """A member's key and extension, as WebDataset cuts a name: at its base's first dot.
+    """A member's key and extension, split as WebDataset does at the first dot of the base name.
 
     >>> sidecar_key("a.b/0001.left.jpg")
     ('a.b/0001', 'left.jpg')
@@ -102,10 +116,10 @@ def sidecar_key(name: str) -> tuple[str, str]:
 
 
 def read_sidecar(data: bytes, field: str, where: str) -> str:
-    """The class that a sidecar's bytes name: all of its text, or a field of its JSON.
+    """The class in a sidecar's bytes: all of its text, or a field of its JSON.
 
     Raises:
-      DataError: if they name none.
+      DataError: if there is none.
     """
     try:
         text = data.decode("utf-8").strip()
@@ -119,7 +133,7 @@ def read_sidecar(data: bytes, field: str, where: str) -> str:
 
 
 def class_table(names: Iterable[str]) -> tuple[str, ...]:
-    """The classes in a stable order: by number if all are numbers, else by name.
+    """The classes in a stable order: numerical if all are numbers, else by name.
 
     >>> class_table({"10", "9", "0"}), class_table({"b", "a"})
     (('0', '9', '10'), ('a', 'b'))
@@ -130,10 +144,10 @@ def class_table(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_classes(classes: Sequence[str], seen: Iterable[str], where: str) -> tuple[str, ...]:
-    """`classes` as a table, if it holds all that were seen.
+    """`classes` as a table, if it contains all of `seen`.
 
     Raises:
-      DataError: naming those it lacks.
+      DataError: naming those that are missing.
     """
     table = tuple(classes)
     check.argument(
@@ -143,26 +157,28 @@ def check_classes(classes: Sequence[str], seen: Iterable[str], where: str) -> tu
         classes,
     )
     check.argument(len(set(table)) == len(table), "classes", "names that differ", table[:20])
-    strange = class_table(set(seen) - set(table))
-    if strange:
-        shown = ", ".join(map(repr, strange[:10])) + (", …" if len(strange) > 10 else "")
-        known = ", ".join(map(repr, table[:10])) + (", …" if len(table) > 10 else "")
+    unknown = class_table(set(seen) - set(table))
+    if unknown:
         raise check.DataError(
-            f"{where} has {len(strange)} label(s) that were not there in training: {shown}. "
-            f"The known classes are: {known}."
+            f"{where} has {len(unknown)} label(s) that were not there in training: "
+            f"{_first_ten(unknown)}. The known classes are: {_first_ten(table)}."
         )
     return table
 
 
+def _first_ten(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (", …" if len(names) > 10 else "")
+
+
 def number(names: Sequence[str | None], classes: Sequence[str]) -> np.ndarray:
-    """Each name's place in the table, of the smallest type; `NO_LABEL` where it has none."""
+    """Each name's place in the table, in the smallest type; `NO_LABEL` for None."""
     places = {name: i for i, name in enumerate(classes)}
     found = (NO_LABEL if name is None else places.get(name, NO_LABEL) for name in names)
     return np.fromiter(found, label_type(len(classes)), len(names))
 
 
 def label_type(classes: int) -> np.dtype:
-    """The smallest type that numbers so many classes and `NO_LABEL`.
+    """The smallest type for the numbers of so many classes and `NO_LABEL`.
 
     >>> label_type(10), label_type(1000)
     (dtype('int8'), dtype('int16'))

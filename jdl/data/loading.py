@@ -16,7 +16,7 @@ _READ, _DECODE = "jdl-read", "jdl-decode"  # threads' names
 
 
 class Loaded(NamedTuple):
-    """A batch, or the error met in making it, and the records it lacks: (where, why)."""
+    """A batch, or the error in making it, and the records that were skipped: (where, why)."""
 
     batch: dict[str, np.ndarray] | None
     skipped: tuple[tuple[str, str], ...] = ()
@@ -92,12 +92,13 @@ def _in_workers(stream: _Stream, workers: int, ahead: int) -> Any:
 
 
 class InOrder:
-    """Batches of what one reader brings in order, decoded in threads ahead of being asked for.
+    """Batches that one thread reads in order and other threads decode, ahead of being asked for.
 
     Args:
-      read: gives the bytes of batch i; called for 0, 1, … in this order by one thread.
+      read: `read(i)` gives the records of batch i; called for 0, 1, … in this order by one thread.
+        None says that there are no more.
       decode: makes a batch of them, in any thread.
-      count: how many batches there are.
+      count: how many batches there are at most.
       threads: how many decode.
       ahead: batches made before they are asked for.
     """
@@ -105,7 +106,7 @@ class InOrder:
     def __init__(
         self,
         read: Callable[[int], Any],
-        decode: Callable[[int, Any], Any],
+        decode: Callable[[Any], Loaded],
         count: int,
         threads: int,
         ahead: int,
@@ -114,38 +115,42 @@ class InOrder:
         self._decoders = ThreadPoolExecutor(max(threads, 1), _DECODE)
         self._read, self._decode, self._count = read, decode, count
         self._ahead = max(ahead, 1)
-        self._waiting: deque[Future[Any]] = deque()
+        self._waiting: deque[Future[Loaded | None]] = deque()
         self._next = 0
 
     def start_prefetch(self) -> None:
-        """Keeps as many batches on their way as there may be."""
+        """Starts as many batches as there may be ahead."""
         while len(self._waiting) < self._ahead and self._next < self._count:
             read = self._reader.submit(self._read, self._next)
-            self._waiting.append(self._decoders.submit(self._finish, self._next, read))
+            self._waiting.append(self._decoders.submit(self._finish, read))
             self._next += 1
 
-    def _finish(self, number: int, read: "Future[Any]") -> Any:
-        return self._decode(number, read.result())
+    def _finish(self, read: "Future[Any]") -> Loaded | None:
+        try:
+            records = read.result()
+            return None if records is None else self._decode(records)
+        except Exception as error:
+            return Loaded(None, error=error)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Loaded]:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Loaded:
         self.start_prefetch()
-        if not self._waiting:
+        loaded = self._waiting.popleft().result() if self._waiting else None
+        if loaded is None:
             raise StopIteration
-        found = self._waiting.popleft().result()
         self.start_prefetch()
-        return found
+        return loaded
 
     # Kept here: when the interpreter ends, a module's own names may be gone before its objects.
     _interpreter_ends = staticmethod(sys.is_finalizing)
 
     def close(self) -> None:
-        """Ends the threads, and waits for them, but not for the one that this may be called in.
+        """Ends the threads, and waits for them unless it is called in one of them.
 
-        What nobody holds any more is closed in whichever thread the garbage is collected. When the
-        interpreter ends, the threads have ended already.
+        The garbage collector may close an iterator in any thread. When the interpreter ends, the
+        threads have ended already.
         """
         if self._interpreter_ends():
             return

@@ -1,18 +1,17 @@
-"""Batches out of a tar that comes through a pipe: once, in its order, in constant memory."""
+"""Batches of a tar on standard input: read once, in its order, in constant memory."""
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jdl.core import check
-from jdl.data import images
 from jdl.data import labels as lb
-from jdl.data.augment import Augmentation
-from jdl.data.holdout import Holdout
-from jdl.data.image_batches import ImageBatches
+from jdl.data.batches import Batches
+from jdl.data.decoding import Decoder
+from jdl.data.holdout import Holdout, no_such_split, parse_split
+from jdl.data.image_batches import Assembler
 from jdl.data.loading import InOrder, Loaded
 from jdl.data.order import Order
 from jdl.data.plan import Plan
@@ -20,9 +19,7 @@ from jdl.data.tar.archive import STDIN
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.stream import Member, MemberStream
 
-logger = logging.getLogger("jdl.data")
-
-_MANY = 1 << 40  # how many records there are is known when they have come
+_MANY = 1 << 40  # stands for the number of records, which only the end shows
 
 
 def standard_input(
@@ -38,18 +35,17 @@ def standard_input(
     dtype: str = "uint8",
     threads: int = 2,
 ) -> "PipedBatches":
-    """Batches as `from_tar` makes them, plain or compressed, of the tar on standard input.
+    """Batches as `from_tar` makes them of the tar on standard input, plain or compressed.
 
-    They come in the archive's order, once, and always with a mask, for how many there are is known
-    only at the end. A position can be gone to if the same bytes are piped in again.
+    They come in the archive's order, once. Every batch has a mask, since the number of records is
+    known only at the end. `set_state` works if the same bytes are piped in again.
 
     Args:
       size: (height, width) to resize to.
       batch_size: rows in every batch.
-      label: as in `from_tar`; what stands beside an image cannot be read here.
-      classes: the class table; needed where there are labels.
-      split: only members whose path begins with this folder, or one side of a split by hash, as in
-        `from_tar`; where nothing is of it, that is an error at the end.
+      label: as in `from_tar`, but not from a member beside the image.
+      classes: the class table; required with labels.
+      split: as in `from_tar`; no record of it is an error at the end.
       grayscale: one channel rather than three.
       on_error: at an image that cannot be decoded or damage to the archive, `"raise"` or `"skip"`.
       max_skipped: the share of the records so far that may be skipped.
@@ -57,55 +53,27 @@ def standard_input(
       threads: how many decode.
     """
     check.one_of("on_error", on_error, ("raise", "skip"))
-    check.one_of("dtype", dtype, ("uint8", "float32"))
+    check.argument(lb.sidecar(label) is None, "label", "something read from the name", label)
     check.argument(
         label is None or classes is not None,
         "classes",
         "the class names in their order: they cannot be collected before the images come",
         classes,
     )
-    check.argument(lb.sidecar(label) is None, "label", "something read from the name", label)
-    source = _Piped(label, split, tuple(classes or ()))
-    return PipedBatches(
-        source,
-        Plan.checked(_MANY, batch_size, 1, False),
-        Order(_MANY, shuffle=False, seed=0),
-        size=size,
-        resize=True,
-        labelled=label is not None,
-        skip=on_error == "skip",
-        max_skipped=max_skipped,
-        dtype=dtype,
-        mean_std=None,
-        augmentation=Augmentation(),
-        grayscale=grayscale,
-        exact=False,
-        max_pixels=images.MAX_PIXELS,
-        threads=max(threads, 1),
-        workers=0,
-        cache_bytes=0,
-    )
+    records = _Records(label, parse_split(split), tuple(classes or ()))
+    decoder = Decoder(size, grayscale, dtype)
+    return PipedBatches(records, batch_size, decoder, on_error == "skip", max_skipped, threads)
 
 
-class _Piped:
-    """What `ImageBatches` asks of a source, of records that have just come."""
-
-    archives = (STDIN,)
-    indexes = ()
+class _Records:
+    """Which members are records, and their names, labels and bytes as far as they have come."""
 
     def __init__(self, label: lb.Label, split: str | Holdout | None, classes: tuple[str, ...]):
-        self.classes, self._label, self._split = classes, label, split
-        holdout = Holdout.parse(split) if isinstance(split, str) else split
-        self._holds = None if holdout is None else holdout.checked().chooser()
-        self._names: dict[int, str] = {}
-        self._of = None
-        if label is not None:
-            by_name = callable(label) or not isinstance(label, str | int)
-            self._of = lb.by_name(label) if by_name else lb.by_folder(label)  # type: ignore[arg-type]
-            self._by_name = by_name
-
-    def __len__(self) -> int:
-        return _MANY
+        self.classes = None if label is None else classes
+        self._split = split
+        self._in_split = split.chooser() if isinstance(split, Holdout) else None
+        self._class_of = None if label is None else lb.reader(label)
+        self._names: dict[int, str] = {}  # of records whose batch is being made
 
     def chosen(self, members: Iterable[Member]) -> Iterator[Member]:
         """The images of the split.
@@ -119,43 +87,40 @@ class _Piped:
             if not member.image:
                 continue
             images += 1
-            first = (lb.folder_parts(member.name.rpartition("/")[0]) or [""])[0]
+            folder = lb.first_folder(member.name)
             if len(folders) < 10:
-                folders.add(first)
+                folders.add(folder)
             if self._split is None or (
-                first == self._split if self._holds is None else self._holds(member.name)
+                self._in_split(member.name) if self._in_split else folder == self._split
             ):
                 found += 1
                 yield member
         if not images:
             raise check.DataError("Standard input holds no images.")
-        if not found:
-            there = ", ".join(repr(name) for name in sorted(folders) if name) or "no folder"
-            raise check.DataError(
-                f"Standard input has no images of the split {self._split!r} among its {images}. "
-                f"Paths begin with: {there}."
-            )
+        if self._split is not None and not found:
+            raise no_such_split("Standard input", self._split, images, sorted(folders))
 
-    def note(self, record: int, name: str) -> None:
-        """Keeps a name for as long as its batch is being made."""
-        self._names[record] = name
+    def add(self, first: int, members: Sequence[Member]) -> np.ndarray:
+        """Notes the names of records from number `first` on; gives their numbers."""
+        self._names.update((first + i, member.name) for i, member in enumerate(members))
+        return np.arange(first, first + len(members))
 
-    def forget(self, records: np.ndarray) -> None:
-        """Forgets these names."""
+    def remove(self, records: np.ndarray) -> None:
+        """Forgets the names of these records."""
         for record in records.tolist():
-            self._names.pop(record, None)
+            del self._names[record]
 
-    def where(self, record: int) -> str:
-        """Archive and member, for messages."""
-        return f"standard input, member {self._names[record]!r}"
+    def where(self, i: int) -> str:
+        """The member of record `i`, for messages."""
+        return f"standard input, member {self._names[i]!r}"
 
     def labels(self, records: np.ndarray) -> np.ndarray:
         """The labels of these records, int32 [n]."""
+        assert self._class_of is not None
+        assert self.classes is not None
         found = np.empty(len(records), np.int32)
-        assert self._of is not None
         for row, record in enumerate(records.tolist()):
-            name = self._names[record]
-            label = self._of(name if self._by_name else name.rpartition("/")[0])
+            label = self._class_of(self._names[record])
             if label is None:
                 raise check.DataError(f"{self.where(record)} has no label.")
             lb.check_classes(self.classes, [label], self.where(record))
@@ -163,10 +128,35 @@ class _Piped:
         return found
 
 
-class PipedBatches(ImageBatches):
-    """The data set that `standard_input` gives."""
+class PipedBatches(Batches):
+    """The data set that `standard_input` returns."""
 
-    _masked = True
+    def __init__(
+        self,
+        records: _Records,
+        batch_size: int,
+        decoder: Decoder,
+        skip: bool,
+        max_skipped: float,
+        threads: int,
+    ):
+        super().__init__(
+            Plan.checked(_MANY, batch_size, 1, False),
+            Order(_MANY, shuffle=False, seed=0),
+            classes=records.classes,
+            fingerprint=STDIN,
+            max_skipped=max_skipped,
+        )
+        labelled = records.classes is not None
+        self._records = records
+        self._assembler = Assembler(decoder, labelled=labelled, skip=skip, masked=True)
+        self.num_threads = max(threads, 1)
+        self.ahead = self._assembler.ahead(batch_size, self.num_threads)
+
+    @property
+    def loaded_spec(self) -> dict[str, Any]:
+        """What a batch as loaded is made of: name -> jax.ShapeDtypeStruct."""
+        return self._assembler.spec(self.plan)
 
     @property
     def num_records(self) -> int:
@@ -181,66 +171,53 @@ class PipedBatches(ImageBatches):
         return self
 
     def repeat(self) -> "PipedBatches":
-        """An error: what is piped in comes once."""
+        """An error: it comes once."""
         raise check.DataError("Standard input comes once; it cannot be repeated.")
 
+    def shard(self, part: int, parts: int) -> "PipedBatches":
+        """Itself, for one process; an error for several, which cannot share a pipe."""
+        if parts != 1:
+            raise check.DataError(
+                f"Standard input cannot be shared by {parts} processes. Write it to a file first: "
+                "jdl pack - OUT-%05d.tar"
+            )
+        return self
+
     def count_until(self, record: int) -> int:
-        """Those that have come."""
+        """The records so far."""
         return record
 
     def start_loading(self, epoch: int, record: int) -> Any:
-        """The batches from a position on; what is before is read over."""
+        """The batches from a position on; records before it are read but not decoded."""
         del epoch
         stream = MemberStream(open_archive(STDIN))
-        coming = itertools.islice(enumerate(self.source.chosen(stream)), record, None)
+        coming = itertools.islice(self._records.chosen(stream), record, None)
         rows = self.plan.batch_size
 
-        def read(number: int) -> Any:
-            del number
-            some: Any
+        def read(number: int) -> tuple[int, list[Member]] | None:
             try:
-                some = list(itertools.islice(coming, rows))
-            except Exception as error:
-                some = error
-            lost = [damage for damage in stream.damage if damage.lost]
-            if lost and not self._skip:
-                return check.DataError(
-                    f"Standard input is damaged: {lost[0].word} at byte {lost[0].offset}: "
-                    f'{lost[0].detail}. To use what can be read, pass on_error="skip".'
-                )
-            return some
+                members = list(itertools.islice(coming, rows))
+            finally:  # damage explains other errors
+                if not self._assembler.skip:
+                    _refuse_damage(stream)
+            return (record + number * rows, members) if members else None
 
-        def decode(number: int, some: Any) -> Loaded | None:
-            del number
-            if isinstance(some, Exception):
-                return Loaded(None, error=some)
-            if not some:
-                return None
-            records = np.array([i for i, _ in some])
-            for i, member in some:
-                self.source.note(i, member.name)
+        def decode(read: tuple[int, list[Member]]) -> Loaded:
+            first, members = read
+            records = self._records.add(first, members)
+            held = lambda rows: (members[row].data for row in rows)  # noqa: E731
             try:
-                return self._load(0, records, [member.data for _, member in some])
-            except Exception as error:
-                return Loaded(None, error=error)
+                return self._assembler.make(self.plan, 0, records, self._records, held)
             finally:
-                self.source.forget(records)
+                self._records.remove(records)
 
-        return _UntilNone(InOrder(read, decode, _MANY, self.num_threads, self.ahead))
+        return InOrder(read, decode, _MANY, self.num_threads, self.ahead)
 
 
-class _UntilNone:
-    def __init__(self, batches: InOrder):
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Loaded]:
-        return self
-
-    def __next__(self) -> Loaded:
-        found = next(self._batches)
-        if found is None:
-            raise StopIteration
-        return found
-
-    def close(self) -> None:
-        self._batches.close()
+def _refuse_damage(stream: MemberStream) -> None:
+    for damage in stream.damage:
+        if damage.lost:
+            raise check.DataError(
+                f"Standard input is damaged: {damage.word} at byte {damage.offset}: "
+                f'{damage.detail}. To use what can be read, pass on_error="skip".'
+            )

@@ -265,7 +265,7 @@ class Variational(nn.Module):
 
 
 def penalized(
-    net: nn.Module, *, sparsity: float = 0.0, contraction: float = 0.0, probes: int = 1
+    net: Any, *, sparsity: float = 0.0, contraction: float = 0.0, probes: int = 1
 ) -> Model:
     r"""An autoencoder with a penalty on its code.
 

@@ -1,15 +1,16 @@
-r"""The deep belief net: restricted Boltzmann machines stacked one on the other.
+r"""The deep belief net: a stack of restricted Boltzmann machines.
 
     P(v, h¹, …, hᴸ) = P(v | h¹) ⋯ P(hᴸ⁻² | hᴸ⁻¹) · P(hᴸ⁻¹, hᴸ)
 
-Each machine learns the features of those below. The stack then generates, by Gibbs sampling in the
-top machine and one pass down, or unrolls into an MLP or a deep autoencoder to be fine-tuned.
+Each machine models the features of the one below. The stack generates samples by Gibbs sampling in
+the top machine and one pass down, or is unrolled into an MLP or a deep autoencoder for fine-tuning.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -18,19 +19,19 @@ from jdl.core.model import Model, as_model
 from jdl.core.types import Batch, Key, ModelState, Params
 from jdl.models.autoencoder import Autoencoder
 from jdl.models.mlp import MLP
-from jdl.models.rbm import RBM, Energies
+from jdl.models.rbm import RBM, Energies, draw_bernoulli
 
 
 @dataclass(frozen=True)
 class DBN:
-    """A stack of RBMs. Its parameters are a list of theirs, the lowest first.
+    """A stack of RBMs; its parameters are a list of theirs, the lowest first.
 
     Attributes:
-      widths: hidden units of each.
-      visible: kind of the lowest one's visible units, "bernoulli" or "gaussian".
-      num_classes: label units joined to the top machine's visible ones; 0 for none.
-      linear_code: whether the topmost units are Gaussian, for an autoencoder's linear code.
-      k, chains: of each machine's training, as for `RBM`.
+      widths: hidden units of each machine.
+      visible: the lowest machine's visible units, "bernoulli" or "gaussian".
+      num_classes: label units added to the top machine's visible ones; 0 for none.
+      linear_code: whether the top units are Gaussian, for an autoencoder's linear code.
+      k, chains: for training each machine, as for `RBM`.
 
     >>> dbn = DBN(widths=(6, 4))
     >>> params = [
@@ -70,9 +71,9 @@ class DBN:
         )
 
     def layer(self, i: int, below: Sequence[Params]) -> Model:
-        """The machine of layer i as a `Model` of the data, which passes through those below.
+        """The machine of layer i as a `Model` of the data, with the layers below as feature map.
 
-        Their parameters are model state: nothing but the data is stored between layers.
+        The parameters below are model state, so that features need not be stored.
         """
         check.argument(0 <= i < len(self.widths), "i", f"below {len(self.widths)}", i)
         base = as_model(self.rbm(i))
@@ -113,7 +114,7 @@ class DBN:
     # ------------------------------------------------------------------ the whole stack
 
     def features(self, params: Sequence[Params], x: jax.Array) -> jax.Array:
-        """E[h] of the topmost units, [B, widths[-1]], of inputs [B, ...]."""
+        """E[h] of the top units, [B, widths[-1]], for inputs [B, ...]."""
         self._check_depth(params)
         *below, top = params
         h = self._up(below, x)
@@ -131,15 +132,15 @@ class DBN:
         label: jax.Array | None = None,
         start: jax.Array | None = None,
     ) -> jax.Array:
-        """What the machine dreams: means of the visible units, [count, V].
+        """Samples of the model, as means of the visible units, [count, V].
 
         Args:
           params: of all layers.
           key: a random key.
-          count: how many.
+          count: the number of samples.
           steps: Gibbs steps in the top machine.
-          label: int[count], classes to hold; only where there are label units.
-          start: inputs [count, ...] whose features the chains start from; None for random units.
+          label: int[count], the classes of the samples; only with label units.
+          start: inputs [count, ...] from whose features the chains start; None for random units.
         """
         self._check_depth(params)
         *below, top = params
@@ -157,7 +158,7 @@ class DBN:
             v = machine.joined(v, label if held else drawn)
             known = jnp.arange(v.shape[1]) >= (pixels if held else v.shape[1])
         else:
-            check.argument(label is None, "label", "None: there are no label units", "labels")
+            check.argument(label is None, "label", "None without label units", "labels")
         v = machine.sample(top, chain_key, v, steps, known)
         h = machine.hidden_mean(machine.hidden_input(top, v))
         h = machine.visible_mean(machine.visible_input(top, h))[:, :pixels]
@@ -167,9 +168,9 @@ class DBN:
         return h
 
     def unrolled_mlp(self, params: Sequence[Params], num_outputs: int) -> tuple[MLP, Params]:
-        """A sigmoid MLP that begins where the stack ends.
+        """A sigmoid MLP with the stack's weights, and its parameters.
 
-        Its last layer holds the top machine's label weights, or zeros where there are none.
+        Its last layer has the top machine's label weights, or zeros without label units.
         """
         self._check_depth(params)
         check.argument(
@@ -190,7 +191,7 @@ class DBN:
         return net, {**layers, "outputs": outputs}
 
     def unrolled_autoencoder(self, params: Sequence[Params]) -> tuple[Autoencoder, Params]:
-        """A deep autoencoder, up the stack and down again; its outputs are logits."""
+        """A deep autoencoder with the stack's weights, and its parameters; outputs are logits."""
         self._check_depth(params)
         check.argument(self.num_classes == 0, "num_classes", "0 for an autoencoder", "label units")
         depth = len(self.widths)
@@ -207,7 +208,7 @@ class DBN:
         }
         return net, up | down
 
-    # ------------------------------------------------------------------ inner workings
+    # ------------------------------------------------------------------ internals
 
     def _check_depth(self, params: Sequence[Params]) -> None:
         depth = len(self.widths)
@@ -222,17 +223,17 @@ class DBN:
         return {"kernel": p["kernel"][:n], "bias": p["hidden_bias"]}
 
 
-def starting_at(model: Any, params: Params) -> Model:
-    """The same model, whose initial parameters are these: for fine-tuning.
+def starting_at(model: Model | nn.Module, params: Params) -> Model:
+    """The model with these initial parameters, for fine-tuning.
 
     Raises:
-      ArgumentError: on initialization, where their shapes are not the model's own.
+      ArgumentError: on initialization, if their shapes are not the model's.
 
     >>> net = starting_at(MLP(widths=(), num_outputs=2), {"outputs": {"kernel": jnp.ones((3, 2))}})
     >>> net.init(jax.random.key(0), jnp.ones((1, 3)))
     Traceback (most recent call last):
         ...
-    jdl.core.check.ArgumentError: `params` must be shaped as the model's, \
+    jdl.core.check.ArgumentError: `params` must be of the model's shapes, \
 {'outputs': {'bias': (2,), 'kernel': (3, 2)}}, got {'outputs': {'kernel': (3, 2)}}.
     """
     base = as_model(model)
@@ -240,7 +241,7 @@ def starting_at(model: Any, params: Params) -> Model:
     def init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
         own, state = base.init(key, *inputs)
         shapes, mine = (jax.tree.map(jnp.shape, tree) for tree in (own, params))
-        check.argument(shapes == mine, "params", f"shaped as the model's, {shapes}", mine)
+        check.argument(shapes == mine, "params", f"of the model's shapes, {shapes}", mine)
         return params, state
 
     return Model(init, base.apply)
@@ -250,10 +251,10 @@ def starting_at(model: Any, params: Params) -> Model:
 
 
 def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
-    r"""The up-down algorithm: the whole stack fine-tuned as a generative model.
+    r"""The up-down algorithm, which fine-tunes the whole stack as a generative model.
 
-    Recognition weights R (up) and generative weights G (down) of all layers but the top part ways;
-    all samples are held fixed, and the loss is one sum:
+    All layers but the top get separate recognition weights R (up) and generative weights G (down).
+    All samples are held fixed, and the loss is one sum:
 
         −Σₗ log P_G(hˡ | hˡ⁺¹)   of a wake pass up,
         −Σₗ log P_R(hˡ⁺¹ | hˡ)   of a sleep pass down, after k Gibbs steps in the top machine,
@@ -266,7 +267,7 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
 
     Returns:
       A `Model` with parameters `{"up", "down", "top"}` whose outputs are the losses, float[B]:
-      train it with `jdl.models.dbn.as_loss`. `merged(params)` turns them back into a stack's.
+      train it with `jdl.models.dbn.as_loss`. `merged(params)` converts them to a stack's.
 
     References:
       Hinton, Osindero and Teh 2006, section 5 and appendix B.
@@ -289,9 +290,6 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
     def down(p: Params, i: int, h: jax.Array) -> jax.Array:
         return h @ p["down"][i]["kernel"].T + p["down"][i]["bias"][None]
 
-    def drawn(logits: jax.Array, key: Key) -> jax.Array:
-        return (jax.random.uniform(key, logits.shape) < jax.nn.sigmoid(logits)).astype(logits.dtype)
-
     def cost(logits: jax.Array, target: jax.Array) -> jax.Array:
         return jnp.sum(jax.nn.softplus(logits) - target * logits, axis=1)
 
@@ -304,14 +302,14 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
         fixed = jax.lax.stop_gradient(p)
         wake = [x.reshape(x.shape[0], -1)]
         for i in range(depth):
-            wake.append(drawn(up(fixed, i, wake[i]), keys[i]))
+            wake.append(draw_bernoulli(up(fixed, i, wake[i]), keys[i]))
         machine = machines[depth]
         top = machine.joined(wake[depth], *label)
         asleep = machine.sample(fixed["top"], keys[-1], top, k)
         pixels = asleep.shape[1] - dbn.num_classes
         sleep = {depth: asleep[:, :pixels]}
         for i in reversed(range(depth)):
-            sleep[i] = drawn(down(fixed, i, sleep[i + 1]), keys[depth + i])
+            sleep[i] = draw_bernoulli(down(fixed, i, sleep[i + 1]), keys[depth + i])
         losses = machine.free_energy(p["top"], top) - machine.free_energy(p["top"], asleep)
         for i in range(depth):
             losses = losses + cost(down(p, i, wake[i + 1]), wake[i])

@@ -2,10 +2,9 @@ r"""Generative adversarial nets: two groups of parameters, one loss, one step.
 
     f(θ_G, θ_D) = ℓ_D(θ_D; sg(θ_G)) + ℓ_G(θ_G; sg(θ_D))
 
-sg holds what it encloses fixed, so that ∂f/∂θ_D is the discriminator's gradient alone and ∂f/∂θ_G
-the generator's: each group is blind to the other's objective, and an optimizer for each
-(`optimizers`) trains both in parallel. f is no potential: its value says nothing about progress, so
-that line searches have nothing to search.
+sg is stop_gradient, so that ∂f/∂θ_D is the discriminator's gradient and ∂f/∂θ_G the generator's: an
+optimizer for each group (`optimizers`) trains both in parallel. The value of f does not measure
+progress, so that line searches do not apply.
 
 With r = D(x), s = D(G(z)):
 
@@ -41,12 +40,12 @@ _WEIGHTS = nn.initializers.normal(0.02)
 
 
 class Generator(nn.Module):
-    """Noise to images: a dense layer, then transposed convolutions, each doubling the image.
+    """From noise to images: a dense layer, then transposed convolutions of stride 2.
 
     Attributes:
       shape: (height, width, channels) of the images; both sides multiples of 2^len(widths).
       widths: channels of the smallest map and after each doubling but the last.
-      num_classes: of labels to heed; None for none.
+      num_classes: of the labels that it is conditioned on; None for none.
       normalize: whether batch normalization follows every layer but the last.
 
     References:
@@ -81,15 +80,15 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images to one number, larger for real ones: convolutions of stride 2, then a dense layer.
+    """From images to a logit, larger for real ones: convolutions of stride 2, then a dense layer.
 
-    It normalizes no batch, so that each image is judged, and penalized, alone. With labels it adds
-    ⟨v_label, features⟩, Miyato and Koyama's projection.
+    There is no batch normalization, so that logits and penalties of images are independent. With
+    labels it adds ⟨v_label, features⟩, Miyato and Koyama's projection.
 
     Attributes:
       shape: (height, width, channels) of the images; both sides multiples of 2^len(widths).
       widths: channels after each halving.
-      num_classes: of labels to heed; None for none.
+      num_classes: of the labels that it is conditioned on; None for none.
       spectral_norm: whether every layer is divided by its largest singular value.
 
     References:
@@ -122,7 +121,7 @@ class Discriminator(nn.Module):
         logits = applied(nn.Dense(1), features)[:, 0]
         if self.num_classes is None:
             return logits
-        check.argument(label is not None, "label", "given, as `num_classes` is", label)
+        check.argument(label is not None, "label", "given, with `num_classes`", label)
         toward = nn.Embed(self.num_classes, features.shape[1], embedding_init=_WEIGHTS)(label)
         return logits + jnp.sum(toward * features, axis=1)
 
@@ -138,18 +137,18 @@ def _small(shape: tuple[int, int, int], widths: Sequence[int]) -> tuple[int, int
 def _joined(z: jax.Array, label: jax.Array | None, num_classes: int | None) -> jax.Array:
     if num_classes is None:
         return z
-    check.argument(label is not None, "label", "given, as `num_classes` is", label)
+    check.argument(label is not None, "label", "given, with `num_classes`", label)
     return jnp.concatenate([z, jax.nn.one_hot(label, num_classes, dtype=z.dtype)], axis=1)
 
 
 class Judged(NamedTuple):
-    """What one evaluation gives, float[B] each.
+    """The outputs of one evaluation, float[B] each.
 
     Attributes:
-      real: D(x), to the discriminator.
-      fake: D(sg(G(z))), to the discriminator.
-      fooled: D(G(z)) with D held fixed, to the generator; the same numbers as `fake`.
-      penalty: to the discriminator.
+      real: D(x), for the discriminator.
+      fake: D(sg(G(z))), for the discriminator.
+      fooled: D(G(z)) with θ_D held fixed, for the generator; the same values as `fake`.
+      penalty: for the discriminator.
     """
 
     real: jax.Array
@@ -162,16 +161,17 @@ class Judged(NamedTuple):
 class GAN:
     """A generator against a discriminator.
 
-    `GAN.model` and `GAN.loss` go into an Estimator, with `inputs="image"`, or `("image", "label")`
-    for one conditioned on classes; its parameters are `{"generator", "discriminator"}`.
+    Train `GAN.model` with `GAN.loss` in an Estimator, with `inputs="image"`, or
+    `("image", "label")` if conditioned on classes; the parameters are
+    `{"generator", "discriminator"}`.
 
     Attributes:
-      generator: a `Generator`, or a Linen module called alike.
+      generator: a `Generator`, or a Linen module with the same signature.
       discriminator: a `Discriminator`, likewise.
       latent: units of the noise, from N(0, I).
       game: "non_saturating", "hinge" or "wasserstein".
       penalty: "r1", "gradient" or None.
-      weight: of the penalty; None for the usual one.
+      weight: of the penalty; None for 1 (r1) or 10 (gradient).
       smoothing: ε of one-sided label smoothing: the discriminator's target for images is 1 − ε, in
         [0, 0.5); for "non_saturating" only.
 
@@ -221,12 +221,12 @@ class GAN:
         spectral_norm: bool = False,
         **options: Any,
     ) -> "GAN":
-        """A DCGAN for images of (height, width, channels): two doublings, or as many as to map 8×8.
+        """A DCGAN for images of (height, width, channels), with a smallest map of about 8×8.
 
         Args:
-          shape: both sides multiples of 4, and of more for larger images.
-          width: channels beside the image; they double with each halving, up to 8·width.
-          num_classes: for one conditioned on classes.
+          shape: both sides multiples of 4, and of higher powers of 2 for larger images.
+          width: channels of the largest maps; they double with each halving, up to 8·width.
+          num_classes: for a GAN conditioned on classes.
           spectral_norm: of the discriminator.
           **options: attributes of `GAN`.
         """
@@ -240,7 +240,7 @@ class GAN:
 
     @property
     def model(self) -> Model:
-        """The two nets as one: of images (and labels), a `Judged`."""
+        """Both nets as one model, from images (and labels) to a `Judged`."""
         return Model(self._init, self._apply)
 
     def _init(
@@ -328,10 +328,10 @@ class GAN:
         """Images [B, H, W, C], values in (0, 1), of noise [B, latent] and int[B] labels.
 
         Args:
-          params: as the model has them; an Estimator's `ema_params` for the averaged generator.
-          state: the model's.
+          params: of the model; an Estimator's `ema_params` for the averaged generator.
+          state: of the model.
           z: from N(0, I).
-          label: of a conditional generator.
+          label: for a conditional generator.
         """
         variables = {"params": params["generator"], **state["generator"]}
         return self.generator.apply(variables, z, label)
@@ -340,7 +340,7 @@ class GAN:
 def optimizers(
     generator: optax.GradientTransformation, discriminator: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """One optimizer of two: each sees its own group of parameters and nothing of the other's.
+    """An optimizer for each of the two groups of parameters, as one transformation.
 
     >>> both = optimizers(optax.sgd(1.0), optax.sgd(0.1))
     >>> params = {"generator": jnp.zeros(()), "discriminator": jnp.zeros(())}
@@ -358,8 +358,8 @@ def optimizers(
 def walk(key: Key, rows: int, steps: int, latent: int) -> jax.Array:
     """Noise along great circles between random points: float[rows, steps, latent].
 
-    Points between are as far from the origin as ends, where straight lines would leave what the
-    generator has been trained on.
+    Unlike on straight lines, the points have the norms of the noise that the generator was trained
+    on.
 
     >>> z = walk(jax.random.key(0), 2, 5, 64)
     >>> z.shape, bool(jnp.allclose(jnp.linalg.norm(z, axis=-1).min(axis=1) > 6, True))

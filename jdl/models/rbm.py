@@ -1,4 +1,4 @@
-r"""The restricted Boltzmann machine, trained as one objective.
+r"""The restricted Boltzmann machine, with contrastive divergence as an objective.
 
     E(v, h) = ε(v) − cᵀh − s(v)ᵀ W h
     F(v)    = −log Σₕ exp −E(v, h) = ε(v) − Σⱼ softplus(cⱼ + s(v)ᵀ Wⱼ)
@@ -8,11 +8,11 @@ Contrastive divergence is the gradient of
 
     F(v) − F(ṽ)
 
-where ṽ comes from k steps of Gibbs sampling and is held fixed: it starts from v (CD-k), or from
-chains that go on from step to step (PCD), which are model state, so they are saved and resumed.
+where ṽ comes from k steps of Gibbs sampling and is held fixed. Sampling starts from v (CD-k), or
+continues chains from step to step (PCD), which are model state and so are saved and resumed.
 
-Parameters are a dict: `kernel` [V, H], `visible_bias` [V], `hidden_bias` [H]. Of the V visible
-units the last K are the softmax label units, if there are any.
+Parameters are a dict: `kernel` [V, H], `visible_bias` [V], `hidden_bias` [H]. The last K of the V
+visible units are softmax label units, if there are any.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ from jdl.core.types import Batch, Key, Params
 
 
 class Energies(NamedTuple):
-    """What an RBM gives for a batch.
+    """The outputs of an RBM for a batch.
 
     Attributes:
       positive: F(v), [B].
-      negative: F(ṽ), [B]; the mean over all chains where they persist.
+      negative: F(ṽ), [B]; with persistent chains the mean over all of them.
       visible: the mean-field reconstruction of the inputs, [B, ...].
       hidden: P(hⱼ = 1 | v), [B, H]; for Gaussian hidden units their means.
       classes: −F(x, y) for each label y, [B, K]: logits of P(y | x).
@@ -47,8 +47,8 @@ class Energies(NamedTuple):
 def contrastive_divergence(outputs: Energies, batch: Batch) -> jax.Array:
     """F(v) − F(ṽ), the loss whose gradient is (persistent) contrastive divergence.
 
-    Its value says nothing of the likelihood. It suits optimizers that use the gradient alone; those
-    that search along a line meet other samples, of the same random numbers, at each trial point.
+    Its value says nothing about the likelihood. Use it with optimizers that need the gradient only:
+    a line search meets different samples, from the same random numbers, at each trial point.
     """
     del batch
     return outputs.positive - outputs.negative
@@ -60,7 +60,7 @@ def sparse_divergence(target: float, cost: float) -> Callable[[Energies, Batch],
     The penalty's derivative with respect to a unit's input is cost · (P(hⱼ) − target).
 
     Args:
-      target: wanted activity of the hidden units, in [10⁻⁶, 1 − 10⁻⁶].
+      target: desired mean activity of the hidden units, in [10⁻⁶, 1 − 10⁻⁶].
       cost: ≥ 0.
 
     References:
@@ -96,22 +96,22 @@ def log_odds(mean: Any) -> Callable[..., jax.Array]:
 class RBM(nn.Module):
     """A restricted Boltzmann machine; `contrastive_divergence` is its loss.
 
-    Inputs [B, ...] are flattened. With `num_classes` it is called with labels too, and models both.
-    In evaluation ṽ is the mean-field reconstruction, without sampling.
+    Inputs [B, ...] are flattened. With `num_classes` it takes labels too and models both. In
+    evaluation ṽ is the mean-field reconstruction, without sampling.
 
     Attributes:
       hidden: hidden units, H.
-      visible: "bernoulli" for values in [0, 1], taken as probabilities, or "gaussian".
-      hidden_units: "bernoulli", or "gaussian" of variance 1, as for a linear code.
+      visible: "bernoulli" for values in [0, 1], used as probabilities, or "gaussian".
+      hidden_units: "bernoulli", or "gaussian" with variance 1, for a linear code.
       num_classes: softmax label units, K.
       sigma: standard deviation of Gaussian visible units, given the hidden ones.
       k: Gibbs steps per training step.
-      chains: how many persistent chains (PCD); 0 to start each step from the data (CD).
-      fast_rate: learning rate of fast PCD's additional weights, which only the chains see; 0 for
+      chains: the number of persistent chains (PCD); 0 to start each step from the data (CD).
+      fast_rate: learning rate of fast PCD's additional weights, which only the chains use; 0 for
         none.
-      fast_decay: what remains of them after a step, in [0, 1].
-      sample_visible: whether ṽ is sampled. False takes its mean, by which CD-1 reached a far better
-        likelihood on black and white digits, and features that tell them apart less well.
+      fast_decay: factor on them at each step, in [0, 1].
+      sample_visible: whether ṽ is sampled. False uses its mean, with which CD-1 reached a much
+        better likelihood on black and white digits, but less discriminative features.
       kernel_init, visible_bias_init, hidden_bias_init: initializers.
 
     >>> rbm = RBM(hidden=5)
@@ -147,7 +147,7 @@ class RBM(nn.Module):
     def __call__(
         self, x: jax.Array, label: jax.Array | None = None, train: bool = False
     ) -> Energies:
-        """Energies of inputs [B, ...] and of where the Gibbs chain leads from them."""
+        """Energies of inputs [B, ...] and of the samples of the Gibbs chain."""
         self._check()
         v = self.joined(x, label)
         size = v.shape[1]
@@ -194,8 +194,8 @@ class RBM(nn.Module):
         """Visible units [B, V] of inputs [B, ...] and int labels [B] or probabilities [B, K].
 
         Raises:
-          ArgumentError: labels are missing or too many, or, outside of `jit`, values are not in
-            [0, 1] where units are binary. Within `jit` such values give a NaN.
+          ArgumentError: labels are missing or not expected; or, outside of `jit`, values of binary
+            units are not in [0, 1]. Inside `jit` such values give NaN.
         """
         x = jnp.asarray(x)
         check.argument(x.ndim >= 2, "x", "of shape [B, ...]", x.shape)
@@ -211,7 +211,7 @@ class RBM(nn.Module):
                 'Scale them, or use visible="gaussian" on standardized data.',
             )
         if self.num_classes == 0:
-            check.argument(label is None, "label", "None: there are no label units", type(label))
+            check.argument(label is None, "label", "None without label units", type(label))
             return v
         check.argument(
             label is not None, "label", f"given, for {self.num_classes} label units", label
@@ -239,7 +239,7 @@ class RBM(nn.Module):
 
     @nn.nowrap
     def log_hidden(self, a: jax.Array) -> jax.Array:
-        """What a hidden unit of input a adds to −F."""
+        """The contribution to −F of a hidden unit with input a."""
         return jax.nn.softplus(a) if self.hidden_units == "bernoulli" else 0.5 * jnp.square(a)
 
     @nn.nowrap
@@ -254,12 +254,12 @@ class RBM(nn.Module):
 
     @nn.nowrap
     def hidden_mean(self, a: jax.Array) -> jax.Array:
-        """E[h], of hidden input."""
+        """E[h], from the hidden input."""
         return jax.nn.sigmoid(a) if self.hidden_units == "bernoulli" else a
 
     @nn.nowrap
     def visible_mean(self, a: jax.Array) -> jax.Array:
-        """E[v], of visible input."""
+        """E[v], from the visible input."""
         n = a.shape[1] - self.num_classes
         pixels = jax.nn.sigmoid(a[:, :n]) if self.visible == "bernoulli" else a[:, :n]
         return (
@@ -268,21 +268,21 @@ class RBM(nn.Module):
 
     @nn.nowrap
     def draw_hidden(self, a: jax.Array, key: Key) -> jax.Array:
-        """h, sampled, of hidden input."""
+        """Samples of h, from the hidden input."""
         if self.hidden_units == "gaussian":
             return a + jax.random.normal(key, a.shape, a.dtype)
-        return (jax.random.uniform(key, a.shape, a.dtype) < jax.nn.sigmoid(a)).astype(a.dtype)
+        return draw_bernoulli(a, key)
 
     @nn.nowrap
     def draw_visible(self, a: jax.Array, key: Key) -> jax.Array:
-        """v, sampled, of visible input."""
+        """Samples of v, from the visible input."""
         key, label_key = jax.random.split(key)
         n = a.shape[1] - self.num_classes
         x = a[:, :n]
         if self.visible == "gaussian":
             x = x + self.sigma * jax.random.normal(key, x.shape, x.dtype)
         else:
-            x = (jax.random.uniform(key, x.shape, x.dtype) < jax.nn.sigmoid(x)).astype(x.dtype)
+            x = draw_bernoulli(x, key)
         if not self.num_classes:
             return x
         drawn = jax.random.categorical(label_key, a[:, n:])
@@ -300,7 +300,7 @@ class RBM(nn.Module):
             return v, self.draw_hidden(self.hidden_input(params, v), h_key)
 
         none = jnp.zeros((h.shape[0], params["visible_bias"].size), h.dtype)
-        if steps == 1:  # without a loop, XLA finds what the free energy shares with it
+        if steps == 1:  # without a loop, XLA shares work with the free energy
             return step(0, (none, h))
         return jax.lax.fori_loop(0, steps, step, (none, h))
 
@@ -308,54 +308,51 @@ class RBM(nn.Module):
     def sample(
         self, params: Params, key: Key, v: jax.Array, steps: int, known: jax.Array | None = None
     ) -> jax.Array:
-        """Visible units [B, V] after Gibbs steps from `v`, those held that `known` marks.
+        """Visible units [B, V] after Gibbs steps from `v`; the units marked in `known` stay fixed.
 
         Args:
           params: the parameters.
           key: a random key.
           v: where to start, [B, V].
-          steps: how many, ≥ 1.
-          known: 1 or True for units to hold at their value in `v`, of a shape that broadcasts to
-            [B, V]; None for none. Held pixels ask what the rest looks like; held labels, what the
-            machine takes for such an image.
+          steps: the number of Gibbs steps, ≥ 1.
+          known: 1 or True for units to keep at their value in `v`, of a shape that broadcasts to
+            [B, V]; None for none. Fix pixels to complete an image, labels to sample of a class.
         """
-        held = _held(known, v)
 
         def step(i: Any, now: jax.Array) -> jax.Array:
             h_key, v_key = jax.random.split(jax.random.fold_in(key, i))
             h = self.draw_hidden(self.hidden_input(params, now), h_key)
-            return jnp.where(held, v, self.draw_visible(self.visible_input(params, h), v_key))
+            return self.draw_visible(self.visible_input(params, h), v_key)
 
-        return jax.lax.fori_loop(0, check.positive_int("steps", steps), step, v)
+        return _iterated(step, v, steps, known)
 
     @nn.nowrap
     def mean_field(
         self, params: Params, v: jax.Array, steps: int, known: jax.Array | None = None
     ) -> jax.Array:
-        """`sample` with means for samples: the naive mean-field equations, iterated."""
-        held = _held(known, v)
+        """`sample` with means in place of samples: the naive mean-field equations, iterated."""
 
         def step(_: Any, now: jax.Array) -> jax.Array:
             h = self.hidden_mean(self.hidden_input(params, now))
-            return jnp.where(held, v, self.visible_mean(self.visible_input(params, h)))
+            return self.visible_mean(self.visible_input(params, h))
 
-        return jax.lax.fori_loop(0, check.positive_int("steps", steps), step, v)
+        return _iterated(step, v, steps, known)
 
     @nn.nowrap
     def transform(self, params: Params, x: Any, label: Any = None) -> jax.Array:
-        """E[h | x], [B, H]: features for another model."""
+        """E[h | x], [B, H], as features for another model."""
         return self.hidden_mean(self.hidden_input(params, self.joined(x, label)))
 
     @nn.nowrap
     def class_logits(self, params: Params, x: jax.Array) -> jax.Array:
-        """−F(x, y) for each label, [B, K]: exactly log P(y | x), but for a constant."""
+        """−F(x, y) for each label, [B, K]: log P(y | x) up to a constant."""
         x = x.reshape(x.shape[0], -1)
         n = params["visible_bias"].size - self.num_classes
         pixels = jnp.pad(x, [(0, 0), (0, self.num_classes)])
         a = self.hidden_input(params, pixels)[:, None] + params["kernel"][None, n:]
         return params["visible_bias"][None, n:] + jnp.sum(self.log_hidden(a), axis=2)
 
-    # ------------------------------------------------------------------ inner workings
+    # ------------------------------------------------------------------ internals
 
     @nn.nowrap
     def _check(self) -> None:
@@ -381,7 +378,7 @@ class RBM(nn.Module):
 
     @nn.nowrap
     def _scaled(self, v: jax.Array, factor: float) -> jax.Array:
-        """`v`, its Gaussian units times `factor`."""
+        """`v` with its Gaussian units multiplied by `factor`."""
         if self.visible == "bernoulli" or factor == 1.0:
             return v
         n = v.shape[1] - self.num_classes
@@ -411,8 +408,23 @@ class RBM(nn.Module):
         return jax.tree.map(lambda f, g: self.fast_decay * f - self.fast_rate * g, fast, grads)
 
 
-def _held(known: jax.Array | None, v: jax.Array) -> jax.Array:
-    if known is None:
-        return jnp.zeros(v.shape, bool)
-    known = jnp.asarray(known).astype(bool)
-    return jnp.broadcast_to(known.reshape((1,) * (v.ndim - known.ndim) + known.shape), v.shape)
+def draw_bernoulli(logits: jax.Array, key: Key) -> jax.Array:
+    """Independent units in {0, 1} with P(1) = σ(logits).
+
+    >>> draw_bernoulli(jnp.array([-50.0, 50.0]), jax.random.key(0)).tolist()
+    [0.0, 1.0]
+    """
+    u = jax.random.uniform(key, logits.shape, logits.dtype)
+    return (u < jax.nn.sigmoid(logits)).astype(logits.dtype)
+
+
+def _iterated(
+    step: Callable[[Any, jax.Array], jax.Array], v: jax.Array, steps: int, known: jax.Array | None
+) -> jax.Array:
+    """`v` after `steps` of `step`; the units marked in `known` stay fixed."""
+    fixed = jnp.zeros(v.shape, bool)
+    if known is not None:
+        known = jnp.asarray(known).astype(bool)
+        fixed = jnp.broadcast_to(known.reshape((1,) * (v.ndim - known.ndim) + known.shape), v.shape)
+    check.positive_int("steps", steps)
+    return jax.lax.fori_loop(0, steps, lambda i, now: jnp.where(fixed, v, step(i, now)), v)

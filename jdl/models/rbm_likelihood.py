@@ -1,4 +1,4 @@
-r"""The normalizer Z = Σᵥ exp −F(v) of a restricted Boltzmann machine, and likelihoods by it."""
+r"""The partition function Z = Σᵥ exp −F(v) of a restricted Boltzmann machine, and likelihoods."""
 
 import functools
 import itertools
@@ -13,8 +13,8 @@ from jdl.core import check
 from jdl.core.types import Key, Params
 from jdl.models.rbm import RBM
 
-LARGEST_ERROR = 0.1  # relative standard error of Z beyond which no likelihood is told
-_CHUNK = 12  # log2 of how many hidden states are summed at once
+LARGEST_ERROR = 0.1  # relative standard error of Z above which likelihoods are refused
+_CHUNK = 12  # log2 of the number of hidden states summed at once
 
 
 class Annealed(NamedTuple):
@@ -22,9 +22,9 @@ class Annealed(NamedTuple):
 
     Attributes:
       log_z: log of the mean importance weight, in nats.
-      relative_error: standard error of Z / Z, from the weights' spread. Where it is large it is
-        itself unreliable: a few weights dominate.
-      low, high: log(Z ∓ 3 standard errors); low is −inf where that is not positive.
+      relative_error: standard error of Z / Z, from the variance of the weights. If it is large it
+        is itself unreliable: a few weights dominate.
+      low, high: log(Z ∓ 3 standard errors); low is −inf if that is not positive.
       log_weights: of each chain.
     """
 
@@ -36,7 +36,7 @@ class Annealed(NamedTuple):
 
 
 def temperatures(count: int = 14_500) -> np.ndarray:
-    """Inverse temperatures from 0 to 1, densest near 1, as in the paper.
+    """Inverse temperatures from 0 to 1, densest near 1, as in Salakhutdinov and Murray (2008).
 
     >>> temperatures(29)[[0, 1, -1]].round(2).tolist()
     [0.0, 0.5, 1.0]
@@ -63,23 +63,23 @@ def annealed_log_z(
 ) -> Annealed:
     r"""Estimates log Z by annealed importance sampling.
 
-    Chains go from the independent units of biases a, whose Z is known, to the machine through
+    Chains go from independent units with biases a, whose Z is known, to the machine through
 
         −F_β(v) = −(1 − β) ε_a(v) − β ε_b(v) + Σⱼ log Σₕⱼ exp β hⱼ (cⱼ + s(v)ᵀ Wⱼ)
 
-    and collect the weights Π exp(F_βₖ₋₁(v) − F_βₖ(v)).
+    with importance weights Π exp(F_βₖ₋₁(v) − F_βₖ(v)).
 
     Args:
       rbm: the machine.
       params: its parameters.
       key: a random key.
-      chains: importance weights to average.
-      betas: increasing inverse temperatures from 0 to 1; by default the paper's 14,500.
-      base_bias: a, [V]; by default the machine's visible biases. The data's log odds
+      chains: the number of importance weights to average.
+      betas: increasing inverse temperatures from 0 to 1; None for the paper's 14,500.
+      base_bias: a, [V]; None for the machine's visible biases. The data's log odds
         (`jdl.models.rbm.log_odds`) are better.
 
     Returns:
-      An `Annealed`; `relative_error` says how far to trust it.
+      An `Annealed`, with its `relative_error`.
 
     References:
       Salakhutdinov and Murray, On the quantitative analysis of deep belief networks, ICML 2008,
@@ -134,7 +134,7 @@ def _anneal(
 
 
 def exact_log_z(rbm: RBM, params: Params) -> float:
-    """The log of Z, by summing over all states of at most 20 binary hidden units.
+    """The exact log Z, by summing over all states of at most 20 binary hidden units.
 
     >>> params = {"kernel": jnp.zeros((3, 2)), "visible_bias": jnp.zeros(3)}
     >>> round(exact_log_z(RBM(hidden=2), params | {"hidden_bias": jnp.zeros(2)}), 4)  # 5 log 2
@@ -156,7 +156,7 @@ def exact_log_z(rbm: RBM, params: Params) -> float:
 
 @functools.partial(jax.jit, static_argnames="rbm")
 def _log_sum(rbm: RBM, params: Params, h: jax.Array) -> jax.Array:
-    """Log of what these hidden states add to Z."""
+    """The log of these hidden states' contribution to Z."""
     a = rbm.visible_input(params, h)
     log_p = h @ params["hidden_bias"] + _log_z_of_visible(rbm, a)
     if rbm.visible == "gaussian":  # completing the square leaves (mean² − b²)/2σ²
@@ -167,7 +167,7 @@ def _log_sum(rbm: RBM, params: Params, h: jax.Array) -> jax.Array:
 
 
 def _log_z_of_visible(rbm: RBM, a: jax.Array) -> jax.Array:
-    """Log of the sum over visible states, [B], of independent units of input a [B, V]."""
+    """The log of the sum over visible states, [B], of independent units with input a [B, V]."""
     n = a.shape[1] - rbm.num_classes
     if rbm.visible == "bernoulli":
         pixels = jnp.sum(jax.nn.softplus(a[:, :n]), axis=1)
@@ -182,15 +182,13 @@ def log_likelihood(
     """The mean of −F(v) − log Z over visible units [N, V], in nats.
 
     Raises:
-      TrainingError: the estimate's relative standard error is above 0.1, and the likelihood not to
-        be trusted: use more chains and temperatures.
+      TrainingError: the relative standard error of Z is above 0.1, too large for a likelihood.
     """
     if isinstance(log_z, Annealed):
         if log_z.relative_error > LARGEST_ERROR:
             raise check.TrainingError(
-                f"No likelihood is told: the relative standard error of Z is "
-                f"{log_z.relative_error:.2g}, above {LARGEST_ERROR}. Use more chains and "
-                "temperatures."
+                f"The relative standard error of Z is {log_z.relative_error:.2g}, above "
+                f"{LARGEST_ERROR}: too large for a likelihood. Use more chains and temperatures."
             )
         log_z = log_z.log_z
     energy = jax.jit(rbm.free_energy)
@@ -212,8 +210,8 @@ def pseudo_log_likelihood(
       rbm: the machine.
       params: its parameters.
       v: visible units.
-      key: for an unbiased estimate, V log P of one random unit; it is noisy. None for the sum over
-        all units, V times as dear.
+      key: for an unbiased but noisy estimate, V log P of one random unit. None for the sum over all
+        units, at V times the cost.
     """
     check.argument(
         rbm.visible == "bernoulli" and rbm.num_classes == 0,

@@ -1,7 +1,7 @@
-r"""Recursive nets: one cell applied at every node of a tree, children before parents.
+r"""Recursive nets: a cell applied at every node of a tree, children before parents.
 
-Trees come packed by height (`jdl.models.trees.pack`), so one step of a scan computes all nodes of
-one height of all trees, and every shape is static: no tree compiles anything anew.
+Trees are packed by height (`jdl.models.trees.pack`): one step of a scan computes all nodes of one
+height of all trees, and every shape is static, so that new trees need no compilation.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ def by_level(
     """The state of every node.
 
     Args:
-      cell: gives nodes' states from their inputs and their children's states, 0 for absent ones.
+      cell: nodes' states from their inputs and their children's states, 0 for absent ones.
       inputs: float[B, N, ·], of each node.
       zeros: a state of zeros, [·] each.
       children: int[B, N, K], N for none.
       schedule: int[B, L, W], the nodes of each height from 1 on, N for none.
 
     Returns:
-      Arrays [B, N, ·], as `zeros` has them; those of padding mean nothing.
+      Arrays [B, N, ·] in the structure of `zeros`; those of padding are meaningless.
     """
     size, nodes, most = children.shape
     leaf = jax.tree.map(lambda z: jnp.zeros((size, nodes, most, *z.shape), z.dtype), zeros)
@@ -53,7 +53,7 @@ def by_level(
 
 
 def _rows(x: jax.Array, at: jax.Array, absent: int) -> jax.Array:
-    """x[b, at[b]] for each b, and `absent` where there is no such row."""
+    """x[b, at[b]] for each b, and `absent` if out of range."""
     return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=absent))(x, at)
 
 
@@ -89,21 +89,21 @@ def root_accuracy(outputs: jax.Array, batch: Batch) -> jax.Array:
 
 
 class TreeLSTM(nn.Module):
-    r"""The Tree-LSTM: memory that flows from children to their parent through gates.
+    r"""The Tree-LSTM: memory passes from children to their parent through gates.
 
         i, o = σ(W x + U h̃ + b),  u = tanh(W x + U h̃ + b),  f_k = σ(W x + U h_k + b)
         c = i ⊙ u + Σ_k f_k ⊙ c_k,   h = o ⊙ tanh(c)
 
-    with h̃ = Σ_k h_k ("child_sum", any number of children, order without meaning); or with U of its
-    own for each place among the children, and f_k seeing all of them ("nary", at most `children`).
+    with h̃ = Σ_k h_k ("child_sum": any number of children, order ignored); or with a separate U for
+    each position among the children, where f_k depends on all of them ("nary": at most `children`).
 
     Attributes:
-      num_outputs: logits, the number of classes.
-      vocabulary: how many word numbers there are: 2 + the words known.
+      num_outputs: the number of classes.
+      vocabulary: the number of word numbers: 2 + known words.
       hidden: units of h and of c.
       kind: "child_sum" or "nary".
-      embedding: units that a word is embedded in; None for `hidden`.
-      every_node: whether to give logits [B, N, num_outputs] of all nodes, for
+      embedding: dimension of word embeddings; None for `hidden`.
+      every_node: whether to return logits [B, N, num_outputs] of all nodes, for
         `tree_cross_entropy`, or [B, num_outputs] of the roots.
 
     >>> from jdl.models.trees import pack, parse
@@ -154,15 +154,15 @@ class TreeLSTM(nn.Module):
 
 
 class RecursiveNet(nn.Module):
-    r"""The plain recursive net: a parent is one layer on its children.
+    r"""The plain recursive net: a parent's state is one layer on its children's states.
 
         leaf: h = x,    inner node: h = φ(x + Σ_k U_k h_k + b)
 
     x is the word's embedding, 0 for a node without one.
 
     Attributes:
-      num_outputs: logits, the number of classes.
-      vocabulary: how many word numbers there are: 2 + the words known.
+      num_outputs: the number of classes.
+      vocabulary: the number of word numbers: 2 + known words.
       hidden: units of h, and of the words' embeddings.
       activation: φ.
       every_node: as for `TreeLSTM`.
@@ -201,7 +201,7 @@ class RecursiveNet(nn.Module):
 
 
 def _embedded(net: Any, word: jax.Array, width: int) -> jax.Array:
-    """Words as vectors [B, N, width]; no word is the vector of zeros."""
+    """Word embeddings [B, N, width]; zeros for nodes without a word."""
     check.argument(word.ndim == 2, "word", "of shape [B, N]", word.shape)
     table = nn.Embed(
         net.vocabulary, width, embedding_init=nn.initializers.normal(0.5), name="embedding"

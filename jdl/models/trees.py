@@ -1,10 +1,10 @@
-r"""Trees as data: read, generated, and packed into arrays of static shape, level by level.
+r"""Trees as data: read, generated, and packed by level into arrays of static shape.
 
-A node's height is 0 for a leaf, else one more than its highest child's. Nodes of one height depend
-on none of each other, so a net computes them at once; a batch of trees takes as many steps as the
-highest has levels. `pack` numbers a tree's nodes by falling height, the root first:
+A node's height is 0 for a leaf, else one more than its highest child's. Nodes of one height are
+independent, so that a net computes them at once; a batch of trees takes as many steps as the
+highest has levels. `pack` numbers a tree's nodes by decreasing height, the root first:
 
-    word      int32[n, N]     each node's word; 0 for none, 1 for an unknown one
+    word      int32[n, N]     each node's word; 0 for none, 1 for an unknown word
     children  int32[n, N, K]  each node's children in order; N for none
     schedule  int32[n, L, W]  the nodes of height 1, of height 2, …; N for none
     label     int32[n]        the root's class; −1 for none
@@ -24,17 +24,17 @@ import numpy as np
 
 from jdl.core import check
 
-MAX_NODES = 100_000  # of one tree; a file that claims more is refused
+MAX_NODES = 100_000  # of one tree; larger ones are refused
 MAX_DEPTH = 200  # of a generated tree
 _UNKNOWN = 1
 
 
 class Tree(NamedTuple):
-    """A tree, or dependency structure, as parallel tuples of one entry a node.
+    """A tree, or dependency structure, as tuples with one entry for each node.
 
     Attributes:
-      words: "" for a node without one.
-      parents: the number of each node's parent; −1 for the root. Children are ordered by number.
+      words: "" for a node without a word.
+      parents: the index of each node's parent; −1 for the root. Children are ordered by index.
       labels: names of classes, "" for none.
     """
 
@@ -44,13 +44,13 @@ class Tree(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The static shape that trees are packed in.
+    """The static shape of packed trees.
 
     Attributes:
-      nodes: N, the most nodes of a tree.
-      levels: L, the greatest height.
-      width: W, the most nodes of one height, leaves apart.
-      children: K, the most children of a node.
+      nodes: N, the maximum number of nodes of a tree.
+      levels: L, the maximum height.
+      width: W, the maximum number of nodes of one height, without leaves.
+      children: K, the maximum number of children of a node.
     """
 
     nodes: int
@@ -79,10 +79,11 @@ def _shape(tree: Tree, height: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def heights(tree: Tree) -> np.ndarray:
-    """Each node's height, int[n]; raises for what is no tree.
+    """Each node's height, int[n].
 
     Raises:
-      DataError: no nodes, several roots or none, a parent that does not exist, a cycle.
+      DataError: it is no tree: no nodes, several roots or none, a parent that does not exist, a
+        cycle.
 
     >>> heights(Tree(("a", "b", "c"), (1, -1, 1), ("", "", ""))).tolist()
     [0, 1, 0]
@@ -130,12 +131,12 @@ def _some(nodes: Sequence[int]) -> str:
 
 
 def parse(text: str) -> Tree:
-    """The tree of one bracketed expression, as in the Stanford Sentiment Treebank or the Penn one.
+    """The tree of a bracketed expression, as in the Stanford Sentiment or the Penn Treebank.
 
         tree = ( label word ) | ( label tree … )
 
     Raises:
-      DataError: empty, brackets that do not match, words beside brackets, text after the end.
+      DataError: empty, unmatched brackets, words beside brackets, text after the end.
 
     >>> tree = parse("(3 (2 It) (4 works))")
     >>> tree.words, tree.parents, tree.labels
@@ -189,10 +190,10 @@ def parse(text: str) -> Tree:
 
 
 def read_bracketed(path: str | Path) -> Iterator[Tree]:
-    """The trees of a file that holds one bracketed tree a line; blank lines are passed over.
+    """The trees of a file with one bracketed tree in each line; blank lines are skipped.
 
     Raises:
-      DataError: a line that is no tree; the message says which.
+      DataError: a line is no tree; the message has its number.
     """
     for number, line in _lines(path):
         if line.strip():
@@ -203,13 +204,12 @@ def read_bracketed(path: str | Path) -> Iterator[Tree]:
 
 
 def read_conllu(path: str | Path) -> Iterator[Tree]:
-    """The dependency trees of a CoNLL-U file, whose nodes are words and labels are relations.
+    """The dependency trees of a CoNLL-U file; nodes are words, labels are relations.
 
-    Multiword tokens (1-2) and empty nodes (1.1) are passed over: the words they stand for, and the
-    basic tree without them, are there.
+    Multiword tokens (1-2) and empty nodes (1.1) are skipped: the basic tree does not need them.
 
     Raises:
-      DataError: a line that is not CoNLL-U, heads that make no tree; the message says which.
+      DataError: a line is not CoNLL-U, or the heads are no tree; the message has the line.
     """
     rows: list[tuple[str, int, str]] = []
     first = 1
@@ -235,7 +235,7 @@ def read_conllu(path: str | Path) -> Iterator[Tree]:
         fields = line.split("\t")
         if len(fields) != 10:
             raise check.DataError(
-                f"{path}, line {number}: CoNLL-U has 10 fields, parted by tabs, got {len(fields)}."
+                f"{path}, line {number}: CoNLL-U has 10 tab-separated fields, got {len(fields)}."
             )
         if re.fullmatch(r"\d+[-.]\d+", fields[0]):
             continue
@@ -272,7 +272,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def vocabulary(trees: Iterable[Tree], minimum: int = 1) -> dict[str, int]:
-    """Numbers, from 2, of all words seen at least `minimum` times; 0 is no word, 1 an unknown one.
+    """Numbers from 2 for all words seen at least `minimum` times; 0 is no word, 1 an unknown one.
 
     >>> vocabulary([parse("(1 (0 no) (1 (0 no) (1 way)))")])
     {'no': 2, 'way': 3}
@@ -292,12 +292,12 @@ def pack(
 
     Args:
       trees: at least one.
-      words: the numbers of words, as `vocabulary` gives them; others are unknown.
+      words: the numbers of words, from `vocabulary`; others are unknown.
       classes: the names of labels, in the order of their numbers.
-      layout: what to pack in; None for the smallest.
+      layout: the shape; None for the smallest.
 
     Raises:
-      DataError: a tree that is none, or that the layout does not hold, or an unknown label.
+      DataError: an invalid tree, a tree too large for the layout, or an unknown label.
 
     >>> packed = pack([parse("(1 (0 no) (1 way))")], {"no": 2, "way": 3}, ["0", "1"])
     >>> packed["word"].tolist(), packed["children"].tolist(), packed["schedule"].tolist()
@@ -341,7 +341,7 @@ def pack(
 
 
 class Grammar(NamedTuple):
-    """Expressions: what stands at leaves and what at inner nodes.
+    """The symbols of expressions at leaves and inner nodes.
 
     Attributes:
       constants: word -> value.
@@ -380,14 +380,14 @@ def arithmetic(modulus: int = 5) -> Grammar:
 def grow(grammar: Grammar, depth: int, rng: np.random.Generator, max_nodes: int = 127) -> Tree:
     """A random expression of height `depth`, every node labelled with its value.
 
-    One operand of each node on some path to the root is as high as can be; all others' heights are
-    uniform below. What would have more than `max_nodes` nodes is drawn again.
+    One operand of each operator has the largest possible height; the heights of the others are
+    uniform below. Expressions with more than `max_nodes` nodes are drawn again.
 
     Args:
-      grammar: its constants and operators, such as `LOGIC`.
-      depth: the height, of a leaf 0.
-      rng: what draws it.
-      max_nodes: at most.
+      grammar: the constants and operators, such as `LOGIC`.
+      depth: the height; 0 for a leaf.
+      rng: the random generator.
+      max_nodes: of the expression.
 
     >>> tree = grow(LOGIC, 3, np.random.default_rng(0))
     >>> int(heights(tree)[0]), set(tree.labels) <= {"0", "1"}
@@ -426,7 +426,7 @@ def grow(grammar: Grammar, depth: int, rng: np.random.Generator, max_nodes: int 
 
 
 def _values(grammar: Grammar, words: Sequence[str], parents: Sequence[int]) -> tuple[str, ...]:
-    """Each node's value; children come after their parent, so the last are the first known."""
+    """Each node's value; children come after their parent, so that values are known in reverse."""
     operands: list[list[int]] = [[] for _ in words]
     values = [0] * len(words)
     for node in reversed(range(len(words))):
@@ -441,7 +441,7 @@ def _values(grammar: Grammar, words: Sequence[str], parents: Sequence[int]) -> t
 
 
 def expression(tree: Tree) -> list[str]:
-    """The tree as a flat string's tokens, brackets around what has children, for a sequence model.
+    """The tree as a list of tokens, with brackets around nodes with children.
 
     >>> expression(Tree(("not", "true"), (-1, 0), ("0", "1")))
     ['(', 'not', 'true', ')']
@@ -450,7 +450,7 @@ def expression(tree: Tree) -> list[str]:
     for node, parent in enumerate(tree.parents):
         if parent >= 0:
             children[parent].append(node)
-    heights(tree)  # raises for what is no tree
+    heights(tree)  # raises for an invalid tree
     tokens: list[str] = []
     todo: list[int | str] = [tree.parents.index(-1)]
     while todo:

@@ -13,7 +13,7 @@ import tomli_w
 
 from jdl import __version__
 from jdl.core import check
-from jdl.train.writers import write_atomically
+from jdl.core.files import write_atomically
 
 FILE = "config.toml"
 

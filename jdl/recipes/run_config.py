@@ -109,7 +109,7 @@ class RunConfig:
         """
         chosen = recipe(self.model)
         premades = {"classifier": premade.classifier, "autoencoder": premade.autoencoder}
-        make = chosen.estimator or premades[chosen.kind]
+        make: Callable[..., Estimator] = chosen.estimator or premades[chosen.kind]
         tuned = chosen.options if self.optimizer == chosen.optimizer else {}
         return make(
             self.build_model() if model is None else model,

@@ -1,4 +1,4 @@
-"""Training Boltzmann machines and their stacks with the Estimator: what is their own in it."""
+"""Boltzmann machines and their stacks in the Estimator: momentum, weight cost, pretraining."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +11,12 @@ import optax
 
 from jdl import metrics
 from jdl.core import check, tree
-from jdl.core.types import Params
+from jdl.core.model import ModelLike
+from jdl.core.types import Batch, Outputs, Params
 from jdl.models.dbn import DBN
 from jdl.models.rbm import RBM, contrastive_divergence, sparse_divergence
 from jdl.train.estimator import Estimator
+from jdl.train.feed import Data
 
 
 class Momentum(NamedTuple):
@@ -29,11 +31,11 @@ def momentum_switch(
 ) -> optax.GradientTransformation:
     """Gradient descent with a momentum that rises from `early` to `late` at step `after`.
 
-    The first steps' gradients are large and of changing direction, which much momentum would blow
-    up; the rate is scaled by 1 − momentum, so that the switch changes the speed of no one.
+    The first gradients are large and change direction, and high momentum would make them diverge.
+    The rate is scaled by 1 − momentum, so that the switch keeps the size of a steady step.
 
     Args:
-      learning_rate: of the steady state, > 0 or a schedule.
+      learning_rate: of a steady gradient, > 0 or a schedule.
       early: in [0, 1).
       late: in [0, 1).
       after: the step of the switch.
@@ -75,10 +77,10 @@ def weight_cost(cost: float) -> Callable[[Params], jax.Array]:
 
 
 def slower_layers(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Scales the updates of the layers of these names: gentle fine-tuning, after an optimizer.
+    """Scales the updates of named layers, for fine-tuning, after an optimizer.
 
     Args:
-      factors: name of a layer, a top-level entry of the parameters -> factor ≥ 0.
+      factors: layer, a top-level entry of the parameters -> factor ≥ 0.
 
     >>> gentle = optax.chain(optax.sgd(1.0), slower_layers({"Dense_0": 0.1}))
     >>> params = {"Dense_0": jnp.ones(1), "outputs": jnp.ones(1)}
@@ -102,7 +104,7 @@ def slower_layers(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def rbm(
-    model: Any,
+    model: ModelLike,
     optimizer: str | optax.GradientTransformation | None = None,
     *,
     sparsity: tuple[float, float] | None = None,
@@ -112,8 +114,8 @@ def rbm(
 ) -> Estimator:
     """An Estimator that trains an RBM by contrastive divergence.
 
-    Logs the squared error of reconstructions (which says little of the likelihood), the free energy
-    (whose gap between training and test data tells overfitting) and, with labels, the accuracy.
+    Logs the squared error of reconstructions (a weak indicator of the likelihood), the free energy
+    (whose gap between training and test data shows overfitting) and, with labels, the accuracy.
 
     Args:
       model: an `RBM`, or a layer of a `DBN`.
@@ -121,17 +123,17 @@ def rbm(
         `momentum_switch()`.
       sparsity: (target, cost) of the hidden units' activity.
       cost: of the weights, see `weight_cost`.
-      labels: whether the machine has label units, given `batch["label"]`.
+      labels: whether the machine has label units, for `batch["label"]`.
       **options: as for `Estimator`.
     """
     loss = contrastive_divergence if sparsity is None else sparse_divergence(*sparsity)
 
     @metrics.direction("min")
-    def squared_error(outputs: Any, batch: Any) -> jax.Array:
+    def squared_error(outputs: Outputs, batch: Batch) -> jax.Array:
         return metrics.sum_squared_error(outputs.visible, batch, target="image")
 
     @metrics.direction("max")
-    def accuracy(outputs: Any, batch: Any) -> jax.Array:
+    def accuracy(outputs: Outputs, batch: Batch) -> jax.Array:
         return metrics.accuracy(outputs.classes, batch)
 
     measures = {"free_energy": lambda outputs, batch: outputs.positive}
@@ -151,7 +153,7 @@ def rbm(
 
 def pretrain(
     dbn: DBN,
-    data: Any,
+    data: Data,
     *,
     steps: int | Sequence[int],
     optimizer: Callable[[int], Any] | None = None,
@@ -163,11 +165,11 @@ def pretrain(
 
     Args:
       dbn: the stack.
-      data: as for `Estimator.train`; passed over as often as it takes.
+      data: as for `Estimator.train`; passed over as often as needed.
       steps: training steps of each layer.
-      optimizer: `optimizer(i)` for layer i; by default `momentum_switch()`, a hundredth of its
+      optimizer: `optimizer(i)` for layer i; by default `momentum_switch()`, with a hundredth of its
         rate for a layer of Gaussian units, which diverges sooner.
-      workdir: where each layer's run is kept, in `layer_0`, …; training started again goes on.
+      workdir: each layer's run directory is in it, `layer_0`, …; training started again goes on.
       seed: of layer 0; the others' follow.
       **options: as for `rbm`.
 

@@ -26,10 +26,10 @@ _T = TypeVar("_T")
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """The contents of a checkpoint."""
 
     state: PyTree
-    meta: dict[str, Any]  # what is no array: position in the data, seconds trained, class names
+    meta: dict[str, Any]  # all but arrays: position in the data, seconds trained, class names
 
 
 def begun(workdir: Path) -> bool:
@@ -38,13 +38,13 @@ def begun(workdir: Path) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints of one directory.
+    """The checkpoints in one directory.
 
     Reading changes nothing in the directory and needs no permission to write there, so that any
     number of processes may read beside one that trains. The first save opens it for writing.
 
     Args:
-      directory: where they lie.
+      directory: where they are.
       keep: how many, the newest ones.
       keep_every: besides, all whose step is a multiple of this.
     """
@@ -65,9 +65,9 @@ class Checkpoints:
         """Starts to write; returns before the bytes are on disk. One process at a time may save.
 
         The leaves are copied first: the next step is free to reuse their memory. Checkpoints of
-        later steps are of a course that was left; they go once this one is whole.
+        later steps, from before a rollback, are deleted once this one is complete.
         """
-        with self._telling(step):
+        with self._explaining_failure(step):
             manager = self._opened()
             if step == manager.latest_step():
                 return
@@ -81,11 +81,11 @@ class Checkpoints:
                 manager.save(step, args=items, force=bool(later))
             if later:
                 manager.wait_until_finished()
-                for left in sorted({*later} & {*manager.all_steps()}):
-                    manager.delete(left)
+                for later_step in sorted({*later} & {*manager.all_steps()}):
+                    manager.delete(later_step)
 
     def replace(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
-        """Saves, in place of what there may be of this step, which goes once this is whole."""
+        """Saves; an old checkpoint of this step is deleted once the new one is complete."""
         old, aside = self.directory / str(step), self.directory / f"replaced-{step}"
         leads = jax.process_index() == 0
         if leads and old.exists():
@@ -115,13 +115,13 @@ class Checkpoints:
         return self._manager
 
     def _set_aside_damaged(self) -> None:
-        """Makes room for what training is going to save under the same steps."""
+        """Renames damaged checkpoints, so that training can save under the same steps."""
         if jax.process_index() == 0:
             for step in sorted(self._damaged & _steps(self.directory)):
                 aside = self.directory / f"damaged-{step}"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
-                logger.warning("the damaged checkpoint of step %d now lies in %s", step, aside)
+                logger.warning("the damaged checkpoint of step %d is now %s", step, aside)
         self._damaged.clear()
 
     def close(self) -> None:
@@ -129,14 +129,14 @@ class Checkpoints:
         if self._manager is None:
             return
         try:
-            with self._telling(None):
+            with self._explaining_failure(None):
                 self._manager.close()
         finally:
             self._manager = None
 
     @contextmanager
-    def _telling(self, step: int | None) -> Iterator[None]:
-        """Says of a write that failed, a full disk say, what it leaves behind."""
+    def _explaining_failure(self, step: int | None) -> Iterator[None]:
+        """Says of a failed write, such as on a full disk, which checkpoint is the last one."""
         try:
             yield
         except Exception as error:
@@ -162,21 +162,21 @@ class Checkpoints:
         return self._newest(partial(self._read, state=state, shardings=shardings))
 
     def meta(self) -> dict[str, Any] | None:
-        """What the newest whole checkpoint holds besides arrays, or None if there is none."""
+        """All but the arrays of the newest whole checkpoint, or None if there is none."""
         return self._newest(self._read_meta)
 
     def _newest(self, read: Callable[[int], _T]) -> _T | None:
-        """What `read` gives of the newest checkpoint that it can read; others are told."""
+        """The result of `read` for the newest checkpoint that it can read; warns of newer ones."""
         failed: dict[int, Exception] = {}
-        while left := _steps(self.directory) - failed.keys():
-            step = max(left)
+        while untried := _steps(self.directory) - failed.keys():
+            step = max(untried)
             try:
                 found = read(step)
             except Exception as error:
                 if isinstance(error, check.UserError):
                     raise  # of another model
                 if step not in _steps(self.directory):
-                    continue  # a training beside has deleted it
+                    continue  # a training process has deleted it
                 if not _is_damage(error):
                     raise
                 failed[step] = error
@@ -193,10 +193,10 @@ class Checkpoints:
         if not failed:
             return None
         self._damaged |= failed.keys()
-        told = "; ".join(f"step {step}: {check.reason(why)}" for step, why in failed.items())
+        reasons = "; ".join(f"step {step}: {check.reason(why)}" for step, why in failed.items())
         raise check.DataError(
-            f"No checkpoint in {self.directory} can be read ({told}). To begin anew, remove them: "
-            f"rm -r {shlex.quote(str(self.directory))}"
+            f"No checkpoint in {self.directory} can be read ({reasons}). To begin anew, remove "
+            f"them: rm -r {shlex.quote(str(self.directory))}"
         )
 
     def _read(self, step: int, state: PyTree, shardings: PyTree) -> Restored:
@@ -249,7 +249,7 @@ class Checkpoints:
 
 
 def _orbax() -> Any:
-    import orbax.checkpoint  # slow to import, and not needed where nothing is saved
+    import orbax.checkpoint  # slow to import, and not needed without a run directory
 
     return orbax.checkpoint
 
@@ -260,12 +260,12 @@ def _handlers() -> dict[str, Any]:
 
 
 def _steps(directory: Path) -> set[int]:
-    """Those of the whole checkpoints on disk: they get such a name once they are whole."""
+    """The steps of the complete checkpoints: orbax gives them a number as name at the end."""
     return {int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()}
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether the files are to blame: not a lack of memory, rights, or a disk that is away."""
+    """Whether the files are damaged: not a lack of memory or rights, or an unreachable disk."""
     others = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED")
     if isinstance(error, MemoryError) or any(word in str(error) for word in others):
         return False
@@ -277,7 +277,7 @@ def _paths(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
-    """Path -> leaf; empty leaves hold nothing to save, and orbax refuses them."""
+    """Path -> leaf, without empty arrays, which orbax refuses."""
     return {path: x for path, x in _paths(tree) if x.size}
 
 

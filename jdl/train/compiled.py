@@ -1,4 +1,4 @@
-"""The step, compiled ahead of the loop, once for each shape of batch."""
+"""The step, compiled before the loop, once for each shape of batch."""
 
 import logging
 import time
@@ -20,12 +20,12 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Logs]]
 
 
 class CompiledSteps:
-    """Compiles a step for the batches it is shown.
+    """Compiles a step for each shape of batch.
 
     Args:
       train: the pure step.
-      placement: where it is to run.
-      off_clock: the context for a compilation during training, such as one that stops the clock.
+      placement: where it runs.
+      off_clock: a context that stops the training clock, for a compilation during training.
 
     Attributes:
       seconds: time spent compiling.
@@ -39,13 +39,13 @@ class CompiledSteps:
     ):
         self._train, self._placement, self._off_clock = train, placement, off_clock
         self._steps: dict[str, tuple[Step, Any]] = {}
-        self._plan: Any = None  # XLA's account of the memory of the last asked for
+        self._plan: Any = None  # XLA's memory analysis of the last step asked for
         self.seconds = 0.0
 
     def for_batch(self, state: TrainState, batch: Batch) -> Step:
-        """The step for batches of this shape; it reuses the memory of the state it is given.
+        """The step for batches of this shape; it reuses the memory of the state it takes.
 
-        Handed a batch of other rows, and all else the same, it is compiled once more.
+        For a batch of another size, and all else the same, it is compiled once more.
         """
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
         signature = str(shapes)
@@ -54,12 +54,12 @@ class CompiledSteps:
             lowered = self._placement.lower_step(self._train, state, batch)
             _refuse_changed_types(state, lowered.out_info[0])
             compiled = lowered.compile()
-            self._steps[signature] = self._any_rows(compiled, shapes), compiled.memory_analysis()
+            self._steps[signature] = self._any_size(compiled, shapes), compiled.memory_analysis()
             self.seconds += time.perf_counter() - start
         step, self._plan = self._steps[signature]
         return step
 
-    def _any_rows(self, compiled: Any, shapes: Any) -> Step:
+    def _any_size(self, compiled: Any, shapes: Any) -> Step:
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
             try:
                 stepped: tuple[TrainState, Logs] = compiled(state, batch)
@@ -71,11 +71,11 @@ class CompiledSteps:
                 if _of_an_example(found) != _of_an_example(shapes):
                     raise check.DataError(
                         f"A batch differs from the first one: it has {found}, the first had "
-                        f"{shapes}. Only the number of rows may change."
+                        f"{shapes}. Only the number of examples may change."
                     ) from error
             if str(found) not in self._steps:
-                rows = batch_size(batch, self._placement.inputs)
-                logger.warning("a batch of %d rows: one more compilation of the step", rows)
+                size = batch_size(batch, self._placement.inputs)
+                logger.warning("a batch of %d examples: one more compilation of the step", size)
             plan = self._plan
             with self._off_clock():
                 other = self.for_batch(state, batch)
@@ -86,10 +86,10 @@ class CompiledSteps:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes that a step needs on each device, by the compiler's account; {} before the first.
+        """Bytes that a step needs on each device, by XLA's analysis; {} before the first.
 
-        `state` is reused for the state after; `peak` counts state, batch and all in between, and
-        `seen` is the device's own account of its peak, where it keeps one.
+        `state` is reused for the next state; `peak` counts state, batch and all temporaries; `seen`
+        is the peak that the device itself reports, where it does.
         """
         plan = self._plan
         if plan is None:
@@ -109,7 +109,7 @@ def _of_an_example(shapes: Any) -> Any:
 
 
 def _refuse_changed_types(before: Any, after: Any) -> None:
-    """A state whose types change from step to step would recompile, or fail, at the next."""
+    """Raises where the step changes types: the next one would recompile or fail."""
 
     def types(tree: Any) -> dict[str, str]:
         leaves = jax.tree.leaves_with_path(tree)
@@ -120,5 +120,5 @@ def _refuse_changed_types(before: Any, after: Any) -> None:
     if changed:
         raise check.TrainingError(
             f"The step changes the types of its state, first {changed[0]}. "
-            "Mend the optimizer or the model so that they stay the same."
+            "Change the optimizer or the model so that they stay the same."
         )

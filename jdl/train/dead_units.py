@@ -1,4 +1,4 @@
-"""Which ReLU units of a model are dead: found in its traced program, whatever it was written in."""
+"""Dead ReLU units of a model, found in its jaxpr, for models of any library."""
 
 from functools import partial
 from typing import Any
@@ -11,16 +11,16 @@ from jdl.core.model import Model
 
 
 def dead_shares(model: Model, params: Any, state: Any, *inputs: Any) -> list[jax.Array]:
-    """The share of units, by ReLU, that are 0 for every example, and at every step of a loop.
+    """For each ReLU, the share of units that are 0 for every example and at every loop iteration.
 
     All units of a branch that is not taken are dead. ReLUs within `jax.custom_batching.custom_vmap`
-    or `jax.shard_map`, and those of a while loop under `jax.vmap`, are not seen.
+    or `jax.shard_map`, and in a while loop under `jax.vmap`, are not found.
 
     Args:
       model: its `apply` is traced in evaluation mode.
       params: its parameters.
       state: its state.
-      *inputs: what it is given, leading axis B.
+      *inputs: its inputs, leading axis B.
 
     >>> from jdl.core.model import from_fns
     >>> model = from_fns(lambda key, x: (), lambda _, x: jax.nn.relu(x))
@@ -33,7 +33,7 @@ def dead_shares(model: Model, params: Any, state: Any, *inputs: Any) -> list[jax
 
 @partial(jax.jit, static_argnums=0)
 def _alive(model: Model, params: Any, state: Any, *inputs: Any) -> list[jax.Array]:
-    """Whether each unit is ever above 0, by ReLU; compiled once for a model."""
+    """For each ReLU, whether each unit is ever above 0; compiled once for a model."""
 
     def forward(params: Any, state: Any, *inputs: Any) -> Any:
         return model.apply(params, state, *inputs, key=None, train=False)[0]

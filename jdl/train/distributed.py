@@ -1,8 +1,9 @@
 """Several processes that train together, on JAX's own multi-controller runtime.
 
-Whatever starts the processes (SLURM, Open MPI, Kubernetes, Cloud TPU, a shell) tells them of each
-other; `initialize` passes that on to `jax.distributed`, and sees to it that none is left waiting
-for one that is gone: a process that fails says so to all, and all end, naming the cause.
+The launcher (SLURM, Open MPI, Kubernetes, Cloud TPU, a shell) gives the processes their
+coordinates; `initialize` passes them to `jax.distributed` and starts a watch, so that no process
+waits for one that is gone: a process that fails writes the reason to the key-value store of process
+0, and all others end with it. JAX alone would end them with a C++ stack trace and no cause.
 """
 
 import atexit
@@ -26,20 +27,20 @@ import jax
 
 from jdl.core import check
 
-HEARTBEAT_SECONDS = 10  # a process that gives no sign of life for this long is taken for dead
-SHUTDOWN_SECONDS = 30  # how long one that is done waits for the others to be
-INTERRUPTED = 130  # the exit code of one that Ctrl-C ended
-_KEYS = "jdl/"  # of the store that process 0 keeps for all
+HEARTBEAT_SECONDS = 10  # a process without a heartbeat for this long is dead to JAX
+SHUTDOWN_SECONDS = 30  # how long a process that has finished waits for the others
+INTERRUPTED = 130  # exit code after Ctrl-C
+_KEYS = "jdl/"  # in the key-value store of process 0
 _FAILURE = "jdl/failure"
-_ALIVE = "jdl/alive/"  # and the process's number: counts up as long as it lives
+_ALIVE = "jdl/alive/"  # + the process's number: a counter that grows while it lives
 _COORDINATOR_GONE = "process 0, which coordinates, is gone"
 _INTERRUPTED = "was interrupted"
 _LEFT = "left"
 _POLL_SECONDS = 0.5
-_SILENT_SECONDS = 5.0  # one that has not counted on for this long may be the one that is gone
+_SILENT_SECONDS = 5.0  # a process whose counter stands still for this long may be gone
 _LEAVE_SECONDS = 5.0  # how long process 0 waits for the others to leave before it
-_lost = threading.Event()  # JAX has found a process to be gone, but not said which
-_ending = threading.Lock()  # for the thread that ends this process, lest two give a reason
+_lost = threading.Event()  # JAX has lost a process, and does not say which
+_ending = threading.Lock()  # held by the thread that ends this process, so that one speaks
 
 
 def initialize(
@@ -49,17 +50,17 @@ def initialize(
     *,
     expected: int | None = None,
 ) -> None:
-    """Joins this process to the others; to be called before anything else of JAX.
+    """Joins this process to the others; call it before anything else of JAX.
 
-    What is not given is taken from `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`, else from what JAX detects: SLURM, Open MPI, Kubernetes, Cloud TPU. Where the
-    launcher has called `jax.distributed.initialize` itself, as Ray can, its runtime is taken.
+    Arguments left out come from `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID`, or else from the launcher that JAX detects: SLURM, Open MPI, Kubernetes, Cloud
+    TPU. A runtime that the launcher has initialized itself, as Ray can, is used as it is.
 
     Args:
       coordinator: host:port of process 0.
       num_processes: how many there are.
       process_id: this one's number.
-      expected: how many there must be in the end; some launchers start independent copies.
+      expected: how many there must be once joined; some launchers start independent copies.
 
     Raises:
       UserError: the processes do not find each other.
@@ -87,7 +88,7 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     if coordinator is not None and coordinator.rsplit(":", 1)[0] in ("127.0.0.1", "localhost"):
         bind = coordinator  # else it would listen on all interfaces
     try:
-        with _hearing_of_losses():
+        with _notified_of_losses():
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
@@ -104,15 +105,15 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def announce(error: BaseException, code: int = 1, shown: str | None = None) -> None:
-    """Tells the other processes, if there are any, that this one fails, and ends it.
+    """Tells the other processes, if there are any, that this one fails, and ends it at once.
 
-    To wait for them, as JAX does at exit, would leave them waiting for this one in turn. Where the
-    error only follows from another's end, that one's is told instead, and the code is 1.
+    JAX's own exit would wait for the others, which wait for this one. Where the error is only the
+    consequence of another process's end, that one is named instead, and the code is 1.
 
     Args:
       error: why it fails.
-      code: the exit code; of one interrupted it is 130.
-      shown: what is to be said on stderr; by default a traceback, or a line where that is enough.
+      code: the exit code; after Ctrl-C it is 130.
+      shown: the text for stderr; by default a traceback, or one line for a user's mistake.
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
@@ -142,7 +143,7 @@ def _traced(error: BaseException) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came of."""
+    """An error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -172,7 +173,7 @@ def _announcing(before: Any) -> Any:
 
 
 def _state() -> Any:
-    from jax._src import distributed  # JAX shows its key-value store nowhere else
+    from jax._src import distributed  # the key-value store has no public name
 
     return distributed.global_state
 
@@ -182,7 +183,7 @@ def _client() -> Any:
 
 
 def _read() -> dict[str, str] | None:
-    """What the processes have told each other; None where process 0, which keeps it, is gone."""
+    """The processes' entries in the store; None where process 0, which keeps it, is gone."""
     try:
         return dict(_client().key_value_dir_get(_KEYS))
     except Exception:
@@ -190,15 +191,15 @@ def _read() -> dict[str, str] | None:
 
 
 class _Signs:
-    """What this process has last read of the others' state."""
+    """The last state of the store that this process has read."""
 
     def __init__(self) -> None:
         self.read_at = time.monotonic()
         self._store: dict[str, str] = {}
-        self._new_at: dict[str, float] = {}  # when a process was last seen to have counted on
+        self._new_at: dict[str, float] = {}  # when a process's counter last grew
 
     def read(self) -> bool:
-        """Reads once more; False where process 0, which keeps it, is gone."""
+        """Reads the store again; False where process 0, which keeps it, is gone."""
         store = _read()
         if store is None:
             return False
@@ -211,7 +212,7 @@ class _Signs:
         return True
 
     def others(self) -> list[str]:
-        """The other processes that are alive, as far as is known."""
+        """The other processes that are alive as far as this one knows."""
         return [
             name
             for name, new_at in self._new_at.items()
@@ -221,7 +222,7 @@ class _Signs:
         ]
 
     def cause(self) -> str | None:
-        """Why to end, as far as the others' state tells."""
+        """Why this process must end; None if it need not."""
         if _FAILURE in self._store or not _lost.is_set():
             return self._store.get(_FAILURE)
         name, new_at = min(self._new_at.items(), key=lambda item: item[1])
@@ -239,13 +240,13 @@ def _watch(done: threading.Event) -> None:
     for count in itertools.count():
         if done.wait(_POLL_SECONDS) or _client() is None or _ending.locked():
             return
-        with contextlib.suppress(Exception):  # what it means, the next line finds
+        with contextlib.suppress(Exception):  # the next line finds the cause
             _client().key_value_set(_mine(), str(count), allow_overwrite=True)
         if _signs.read():
             cause = _signs.cause()
         else:
             if done.wait(_POLL_SECONDS) or _client() is None:
-                return  # in good order
+                return  # a regular shutdown
             cause = None if _signs.read() else _COORDINATOR_GONE
         if cause is not None:
             _end_because(cause)
@@ -264,22 +265,22 @@ def _end_because(reason: str) -> None:
     with _ending:
         code, line = 1, f"jdl: ended, because {reason}"
         if _INTERRUPTED in reason:
-            time.sleep(2 * _POLL_SECONDS)  # as a rule Ctrl-C is for all, and may be on its way
+            time.sleep(2 * _POLL_SECONDS)  # Ctrl-C usually reaches all, maybe a moment later
             if _ctrl_c_came():
                 code, line = INTERRUPTED, f"jdl: process {jax.process_index()} {_INTERRUPTED}"
-        print(line, file=sys.__stderr__)  # even where that is silenced
+        print(line, file=sys.__stderr__)  # sys.stderr may be redirected
         _leave(code)
 
 
 def _listen_for_ctrl_c() -> None:
-    """Python's own handler may have to wait for a step that waits for the others."""
+    """Records signals at once: Python's handler may wait for a step that waits for the others."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(_caught_signals()[1].fileno(), warn_on_full_buffer=False)
 
 
 @functools.cache
 def _caught_signals() -> tuple[socket.socket, socket.socket]:
-    """The numbers of those that came can be read from the first."""
+    """A pair of sockets; the numbers of caught signals can be read from the first."""
     pair = socket.socketpair()
     for end in pair:
         end.setblocking(False)
@@ -293,13 +294,14 @@ def _ctrl_c_came() -> bool:
 
 
 @contextlib.contextmanager
-def _hearing_of_losses() -> Iterator[None]:
-    """Has JAX call us, when a process is lost, instead of aborting this one with a dump.
+def _notified_of_losses() -> Iterator[None]:
+    """Has JAX set `_lost` when it loses a process, instead of aborting this one with a dump.
 
-    JAX's client takes a function for that, which `jax.distributed.initialize` does not pass on.
-    As jaxlib cannot hand it the status, it ends in C++'s `std::terminate`: that is caught as well.
+    JAX's client takes a callback for that, but `jax.distributed.initialize` does not expose it, and
+    nothing public reaches the client before it connects. jaxlib cannot convert the status for the
+    callback and ends in C++'s `std::terminate`, which is caught as well. JAX's option
+    `jax_enable_recoverability` avoids both for other processes, but not for the loss of process 0.
     """
-    # Nothing public reaches the client before it connects.
     from jax._src.lib import _jax  # type: ignore[attr-defined]
 
     if sys.platform == "linux":
@@ -316,7 +318,7 @@ def _hearing_of_losses() -> Iterator[None]:
 
 @functools.cache
 def _catch_terminate() -> Any:
-    """Gives the watch the time to end this process before C++ aborts it."""
+    """Gives the watch time to end this process before C++ aborts it."""
     handler = ctypes.CFUNCTYPE(None)
     set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
     set_terminate.argtypes, set_terminate.restype = [handler], handler
@@ -327,9 +329,9 @@ def _catch_terminate() -> Any:
         _lost.set()
         time.sleep(4 * _POLL_SECONDS)
         if time.monotonic() - _signs.read_at < 3 * _POLL_SECONDS:
-            time.sleep(_LEAVE_SECONDS)  # the watch ends this process, if it is about the others
+            time.sleep(_LEAVE_SECONDS)  # the watch ends this process if another one is the cause
             before()
-        if _ending.acquire(timeout=2 * _POLL_SECONDS):  # the watch is stuck: JAX's client is locked
+        if _ending.acquire(timeout=2 * _POLL_SECONDS):  # the watch is blocked by JAX's client
             reason = _signs.cause() or _COORDINATOR_GONE
             print(f"jdl: ended, because {reason}", file=sys.__stderr__, flush=True)
         os._exit(1)
@@ -340,12 +342,12 @@ def _catch_terminate() -> Any:
 
 
 def _finish(watch: threading.Thread, done: threading.Event) -> None:
-    """Leaves together with the others, watched till then.
+    """At exit: leaves together with the others, watched till then.
 
-    A thread that were still asking for failures when Python ends would abort the process.
+    The watch must end first: a thread in JAX's client while Python ends would abort the process.
     """
     try:
-        # JAX's own, at shutdown, ends all without a word of who was missing.
+        # JAX's own barrier at shutdown ends all without naming the process that is missing.
         if _client() is not None:
             _client().wait_at_barrier("jdl/done", 1000 * SHUTDOWN_SECONDS)
     except Exception:
@@ -362,7 +364,7 @@ def _finish(watch: threading.Thread, done: threading.Event) -> None:
 
 
 def _leave(code: int) -> None:
-    """Ends this process at once; process 0, who carries the messages, after the others."""
+    """Ends this process at once; process 0, which keeps the store, after the others."""
     with contextlib.suppress(Exception):  # else process 0 is gone
         _client().key_value_set(_mine(), _LEFT, allow_overwrite=True)
     end = time.monotonic() + _LEAVE_SECONDS

@@ -26,7 +26,7 @@ class AveragingState(NamedTuple):
 def averaging(
     optimizer: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    """The same optimizer, which also averages the parameters it leads to.
+    """The same optimizer, with an average of the parameters in its state.
 
     Args:
       optimizer: any optax transformation.

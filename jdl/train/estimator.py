@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jdl.core import check
-from jdl.core.model import Model, as_model, with_compute_dtype, with_remat
+from jdl.core.model import Model, ModelLike, as_model, with_compute_dtype, with_remat
 from jdl.core.types import Batch, Loss, Metric, Mode, ModelState, Outputs, Params
 from jdl.optim import registry
 from jdl.train.compiled import CompiledSteps, Step
@@ -47,41 +47,40 @@ class Estimator:
       optimizer: any optax transformation, first or second order, such as `optax.adam(3e-3)`; or a
         name, for its default settings: sgd, adam, lbfgs, hf, kfac … (`jdl.optim.by_name`).
       metrics: name -> `metric(outputs, batch) -> float[B]`, averaged over examples; or one function
-        that gives a dict of such values. `jdl.metrics.direction` declares which of their values
-        are best.
+        that returns a dict of such values. `jdl.metrics.direction` declares whether their largest
+        or smallest value is best.
       workdir: the run directory, for `metrics.jsonl` and `checkpoints/`; a run started again in it
         goes on from its last checkpoint. None keeps everything in memory.
       seed: of the initial parameters and all that is random in training.
-      inputs: the entry of the batch that the model is given, or a tuple of several; () for the
-        whole batch. Images of bytes, uint8 [B, H, W, C] with C of 1, 3 or 4, reach it as float32 in
-        [0, 1]; all other bytes reach it as they are.
+      inputs: the entry of the batch that the model takes, or a tuple of several; () for the whole
+        batch. Images, uint8 [B, H, W, C] with C of 1, 3 or 4, reach it as float32 in [0, 1]; other
+        uint8 arrays reach it as they are.
       regularizer: a scalar function of the parameters, added to the loss in training.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples of the batch that curvature products use; None for all.
       compute_dtype: a type such as "bfloat16" for the model to compute in; parameters, losses,
         gradients and optimizer stay float32. None for float32 throughout.
-      remat: whether to compute activations once more for the gradient instead of keeping
-        them.
+      remat: whether to recompute activations for the gradient instead of keeping them.
       devices: the devices to share each batch; None for all.
-      parallel: "jit", or "fsdp" to split large parameters and their optimizer state over the
-        devices as well, or "pmap".
+      parallel: "jit"; "fsdp" to split large parameters and their optimizer state over the devices
+        as well; or "pmap" to run the step on each device. All give the same numbers.
       split_rule: `rule(path, shape, num_devices) -> axis or None`, what "fsdp" splits.
       log_every: steps between two rows of the log.
       logs: what to write besides `metrics.jsonl`: "csv" for `metrics.csv`, "tensorboard".
       save_every: steps between two checkpoints; None for one at the end of `train` only.
       keep: how many checkpoints to keep, the newest ones.
-      keep_every: besides, all whose step is a multiple of this; None for none.
-      keep_best: besides, the one of the best validation, by `("accuracy", "max")` or
+      keep_every: also keep all whose step is a multiple of this; None for none.
+      keep_best: also keep the one of the best validation, by `("accuracy", "max")` or
         `("loss", "min")`, in `best/` of the run directory; with another metric or mode than
-        before, the best from there on.
+        before, the best from then on.
       ema: decay of an exponential moving average of the parameters, in (0, 1); evaluation and
         prediction then use the average. None for none.
       on_nonfinite: what to do when a loss, a gradient or new parameters are not finite: "stop";
         "skip" the step; or "rollback" to the last checkpoint, with half the learning rate.
       log_norms: whether to log the norms of gradients and updates.
       profile: (first, last) step to trace into `profile/`, for TensorBoard or Perfetto.
-      clock: reads the time that training seconds are counted in; `time.process_time` is disturbed
-        less where a machine is shared.
+      clock: reads the time for training seconds; `time.process_time` varies less on a shared
+        machine.
       hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
         ends the run, and one that remembers rows must be a `StatefulHook`.
 
@@ -100,7 +99,7 @@ class Estimator:
 
     def __init__(
         self,
-        model: Model | Any,
+        model: ModelLike,
         loss: Loss,
         optimizer: str | optax.GradientTransformation,
         *,
@@ -233,36 +232,36 @@ class Estimator:
     ) -> "Estimator":
         """Trains, going on from where the last call or the last checkpoint stopped.
 
-        With a limit, a data set of `jdl.data` is passed over as often as it takes, whatever its
-        own `epochs`; without one, it is passed over as it is, and is to have an end. Any other
-        data that ends before the limit ends the training, with a warning.
+        With a limit, a data set of `jdl.data` is passed over as often as needed, whatever its own
+        `epochs`; without a limit it must have an end. Other data that ends before the limit ends
+        the training, with a warning.
 
         Args:
           data: batches: a data set, any iterable of dicts of arrays, or a function that makes one.
-            Every array has a row an example; entries of text stay on the host. A batch of another
-            number of rows, a smaller last one, costs one more compilation. An iterator with
-            `get_state` and `set_state`, as grain's are, goes on after a restart where it stood;
+            The leading axis of every array is B; entries of text stay on the host. A batch of
+            another size, such as a smaller last one, costs one more compilation. An iterator with
+            `get_state` and `set_state`, such as grain's, goes on after a restart where it stood;
             other iterables begin again.
           steps: how many more steps to run.
-          max_steps: run until this many steps in total.
+          max_steps: steps of the run in total, for a script that may be started again.
           epochs: how many more passes over the data.
           seconds: how many more seconds on the training clock, alone or beside a step limit.
-          validation: data to evaluate on in between, under the split "validation"; no iterator,
-            which would be used up the first time.
-          validate_every: steps between two such evaluations; by default an epoch.
-          save: whether to write a checkpoint at the end; else at `save_every` and `save` alone.
+          validation: data to evaluate on in between, under the split "validation"; not an
+            iterator, which has only one pass.
+          validate_every: steps between two validations; by default an epoch.
+          save: whether to write a checkpoint at the end.
 
         Returns:
           This Estimator.
 
         Raises:
-          ArgumentError: there is no limit, and no end of the data.
+          ArgumentError: there is no limit and the data has no end, or several limits of steps.
           TrainingError: the loss is not finite, or a checkpoint could not be written.
           Stopped: SIGTERM came; everything is saved. It is a SystemExit with code 75. Without a
-            run directory SIGTERM ends the program as it does anywhere else.
-          KeyboardInterrupt: Ctrl-C was pressed. Training ends after the step at hand, and saves
-            where there is a run directory; the Estimator can be used, and trained on. A second
-            Ctrl-C also interrupts a hook, a validation, or a wait for data.
+            run directory SIGTERM ends the program as usual.
+          KeyboardInterrupt: Ctrl-C was pressed. Training ends after the current step, and saves
+            if there is a run directory; the Estimator can be used, and trained on. A second Ctrl-C
+            also interrupts a hook, a validation, or a wait for data.
           UserError: another process is training in the same run directory.
         """
         limits = Limits(steps, max_steps, epochs, seconds)
@@ -331,21 +330,21 @@ class Estimator:
     def predict(self, data: Data) -> Outputs:
         """The model's outputs for every example, in order, as NumPy arrays with leading axis N.
 
-        Where several processes work together, each is given those of its own rows.
+        Where several processes work together, each has those of its own examples.
         """
         return self._predictor.whole(self._run.once(data))
 
     def predict_batches(self, data: Data) -> Iterator[tuple[Batch, Outputs]]:
         """Pairs (batch, outputs), batch by batch, in constant memory; padding is left out.
 
-        The batch is whole, with its entries of text, as NumPy arrays.
+        The batch has all its entries, text too, as NumPy arrays.
 
-        Where several processes work together, each is given its own rows.
+        Where several processes work together, each has its own examples.
         """
         return self._predictor.pairs(self._run.once(data))
 
     def predict_by(self, predict: Predict, *, inputs: Sequence[str]) -> "Estimator":
-        """Predictions by a function of one's own instead of the model's outputs.
+        """Predicts with another function instead of the model's outputs.
 
         Args:
           predict: `predict(params, model_state, batch) -> outputs`, pure.
@@ -358,11 +357,11 @@ class Estimator:
         return self
 
     def export(self, path: str | Path, data: Data, **options: Any) -> Path:
-        """Writes the predict function and its parameters to one file, which needs no code of ours.
+        """Writes the predict function and its parameters to one file, which runs without the model.
 
         Args:
           path: the file; `jdl.train.export.load_exported` reads it.
-          data: as for `predict`; its first batch tells shapes and types.
+          data: as for `predict`; its first batch gives shapes and types.
           **options: as for `jdl.train.export.save`.
         """
         return self._predictor.export(path, self._run.once(data), **options)
@@ -410,12 +409,12 @@ class Estimator:
                 " Give `validation`." if split == "validation" else "",
             )
         if self._keep_best is not None and not validates:
-            told = "keep_best compares validations, of which there are none: give `validation`"
-            logger.warning(told)
+            message = "keep_best compares validations, of which there are none: give `validation`"
+            logger.warning(message)
 
 
 def _check(
-    loss: Any,
+    loss: Loss,
     microbatches: int,
     log_every: int,
     save_every: int | None,
@@ -446,7 +445,7 @@ def _check(
     )
 
 
-def _prepared_model(model: Any, compute_dtype: str | None, remat: bool) -> Model:
+def _prepared_model(model: ModelLike, compute_dtype: str | None, remat: bool) -> Model:
     """The model's pure functions, in the compute dtype and with rematerialization if asked for."""
     prepared = as_model(model)
     if compute_dtype is not None:

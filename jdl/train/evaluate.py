@@ -1,4 +1,4 @@
-"""The mean loss and metrics of a pass over data."""
+"""Evaluation: the mean loss and metrics of a pass over data."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ class Evaluator:
 
     Args:
       program: the pure functions.
-      placement: where they are to run.
+      placement: where they run.
     """
 
     def __init__(self, program: Program, placement: Placement):
@@ -60,21 +60,21 @@ class Evaluator:
         return {key: value / count for key, value in totals.items()}, tables
 
     def compiled(self, sums: Sums) -> Callable[..., Any]:
-        """One compiled pass over a batch; with `sums`, which share its forward pass."""
+        """The compiled evaluation of a batch; `sums` share its forward pass."""
         named = tuple(sums.items())
         if named not in self._compiled:
             program = self._program
 
             def evaluate(params: Params, model_state: Any, batch: Batch) -> Any:
                 found = program.evaluate(params, model_state, batch)
-                # The compiler sees that this forward pass is the one above.
+                # XLA merges this forward pass with the one above.
                 outputs = program.predict(params, model_state, batch) if named else None
                 return found, {
                     name: asked(function, f"sums[{name!r}]", outputs, batch)
                     for name, function in named
                 }
 
-            # Whole everywhere, so that each of several processes can read it.
+            # Replicated, so that each of several processes can read it.
             whole = self._placement.state
             self._compiled[named] = jax.jit(evaluate, out_shardings=whole)
         return self._compiled[named]

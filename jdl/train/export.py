@@ -1,14 +1,13 @@
-"""A predict function and its parameters as one file, to be run without its model's code.
+"""A predict function and its parameters as one file, which runs without the model's code.
 
-The file is a zip archive, nothing in it compressed: `predict.stablehlo`, made by `jax.export`;
-`leaf-00000` …, the bytes of the parameters and the model's state; `about.json`. JAX keeps such
-functions readable for months after the version that wrote them. Sizes are checked and nothing is
-unpickled, but a function from a stranger is still a stranger's program.
+The file is an uncompressed zip archive: `predict.stablehlo`, made by `jax.export`; `leaf-00000` …,
+the bytes of the parameters and the model's state; `about.json`. JAX reads such functions for six
+months after the version that wrote them. Sizes are checked and nothing is unpickled, but the
+function is a program: load it only from a source you trust.
 """
 
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from jax import export
 
 from jdl.core import check
+from jdl.core.files import atomic_file
 from jdl.core.types import Batch, Outputs, PyTree
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -39,19 +39,19 @@ def save(
     constraints: Sequence[str] = (),
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `predict(params, model_state, batch) -> outputs` with its first two arguments.
+    """Writes `predict(params, model_state, batch) -> outputs` and its first two arguments.
 
     Args:
       path: the file.
-      predict: a pure function that gives arrays, or dicts, lists and tuples of them.
+      predict: a pure function that returns arrays, or dicts, lists and tuples of them.
       params: its first argument, arrays.
       model_state: its second, arrays.
-      inputs: a batch with the entries that it reads; what tells shapes and types.
-      platforms: what it is to run on.
-      any_batch_size: whether the leading axis is left open; else it is that of `inputs`.
-      shapes: entry -> its shape with sizes left open, such as "b, 4*h, 4*w, 3".
+      inputs: a batch with the entries that it reads, for their shapes and types.
+      platforms: what it runs on.
+      any_batch_size: whether the leading axis has any size; else it has that of `inputs`.
+      shapes: entry -> its shape with symbolic sizes, such as "b, 4*h, 4*w, 3".
       constraints: on these sizes, such as "h >= 2".
-      notes: what a reader is to know, of JSON's types.
+      notes: information for the reader, of JSON's types.
 
     Returns:
       The path.
@@ -95,22 +95,13 @@ def save(
         "notes": dict(notes or {}),
         "leaves": len(leaves),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with zipfile.ZipFile(half, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(_ABOUT, json.dumps(about))
-            archive.writestr(_FUNCTION, bytes(made.serialize()))
-            for i, leaf in enumerate(leaves):
-                with archive.open(_LEAF.format(i), "w", force_zip64=True) as member:
-                    member.write(np.ascontiguousarray(leaf).tobytes())
-        with half.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
-    return path
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_ABOUT, json.dumps(about))
+        archive.writestr(_FUNCTION, bytes(made.serialize()))
+        for i, leaf in enumerate(leaves):
+            with archive.open(_LEAF.format(i), "w", force_zip64=True) as member:
+                member.write(np.ascontiguousarray(leaf).tobytes())
+    return Path(path)
 
 
 class ExportedModel:
@@ -147,13 +138,13 @@ class ExportedModel:
 
 
 def load_exported(path: str | Path) -> ExportedModel:
-    """What `save` wrote.
+    """Reads what `save` wrote.
 
     Args:
       path: the file.
 
     Raises:
-      DataError: it is no such file, or damaged.
+      DataError: the file is missing, damaged, or of another kind.
     """
     _flatbuffers()
     try:
@@ -174,13 +165,13 @@ def load_exported(path: str | Path) -> ExportedModel:
         raise check.DataError(f"There is no file {str(path)!r}.") from None
     except Exception as error:
         raise check.DataError(
-            f"{str(path)!r} is no exported predict function, or a damaged one: {error}."
+            f"{str(path)!r} is not an exported predict function, or damaged: {error}."
         ) from error
 
 
 def _array(data: bytes, like: Any) -> jax.Array:
     if len(data) != math.prod(like.shape) * like.dtype.itemsize:
-        raise ValueError("an array has not the size that the function asks for")
+        raise ValueError("an array does not have the size that the function takes")
     return jnp.asarray(np.frombuffer(data, like.dtype).reshape(like.shape))
 
 

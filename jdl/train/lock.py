@@ -1,6 +1,8 @@
 """One process trains in a run directory at a time."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import lock_descriptor
@@ -8,47 +10,42 @@ from filelock import lock_descriptor
 from jdl.core import check
 
 
-class RunLock:
-    """Held while a process trains in a directory; the system lets go of it when the process dies.
+@contextmanager
+def run_lock(directory: str | Path) -> Iterator[None]:
+    """Held while a process trains in a directory; the system frees it when the process dies.
+
+    Args:
+      directory: it is made if need be.
 
     Raises:
-      UserError: on entering, where another process holds it.
+      UserError: another process holds it.
 
     >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as directory, RunLock(directory):
+    >>> with tempfile.TemporaryDirectory() as directory, run_lock(directory):
     ...     try:
-    ...         RunLock(directory).__enter__()
+    ...         with run_lock(directory):
+    ...             pass
     ...     except check.UserError as error:
     ...         print("refused")
     refused
     """
-
-    def __init__(self, directory: str | Path):
-        self._directory = Path(directory)
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> "RunLock":
-        self._directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        # The holder's number starts at the second byte: Windows lets nobody read the locked first.
-        os.lseek(descriptor, 1, os.SEEK_SET)
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(Path(directory) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
         try:
             free = lock_descriptor(descriptor, blocking=False)
-        except OSError:  # a file system without locks: nothing to hold on to
+        except OSError:  # a file system without locks
             free = True
+        # The holder's number starts at the second byte: on Windows the locked first is unreadable.
+        os.lseek(descriptor, 1, os.SEEK_SET)
         if not free:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
             raise check.UserError(
-                f"Process {holder} is training in {self._directory} already. Wait for it to end, "
-                "or choose another work directory."
+                f"Process {holder} is training in {directory} already. Wait for it to end, or "
+                "choose another work directory."
             )
         os.ftruncate(descriptor, 1)
         os.write(descriptor, str(os.getpid()).encode())
-        self._descriptor = descriptor
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        yield
+    finally:
+        os.close(descriptor)

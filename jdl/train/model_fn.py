@@ -13,31 +13,8 @@
 
     estimator = jdl.from_model_fn(model_fn, workdir="runs/photos")
 
-It is called when a mode is compiled, not at every step.
-
-Old names and ours:
-
-    tf.estimator.Estimator(model_fn, model_dir)   jdl.from_model_fn(fn, workdir=…)
-    EstimatorSpec(mode, predictions, loss,        jdl.Spec(predictions, loss, optimizer, metrics):
-      train_op, eval_metric_ops)                  losses and metrics one value an example, no means
-    ModeKeys.TRAIN, EVAL, PREDICT                 jdl.Mode.TRAIN, EVALUATE, PREDICT
-    optimizer.minimize(loss)                      the optimizer itself, or its name
-    tf.layers, tf.get_variable                    Flax Linen modules, jdl.models.param
-    params                                        functools.partial(model_fn, …)
-    DNNClassifier and other premade ones          jdl.classifier(jdl.models.MLP()), jdl.autoencoder
-    input_fn                                      a function without arguments that gives batches,
-                                                  dicts of arrays; jdl.data.from_tar, from_arrays
-    train(input_fn, steps, max_steps)             jdl.Estimator.train(data, steps=…, max_steps=…)
-    train_and_evaluate(…, EvalSpec)               train(data, validation=…, validate_every=…)
-    evaluate, predict                             jdl.Estimator.evaluate, predict, predict_batches
-    export_saved_model                            jdl.Estimator.export
-    RunConfig: save_checkpoints_steps,            save_every, keep, seed, log_every
-      keep_checkpoint_max, tf_random_seed,        of jdl.Estimator
-      log_step_count_steps
-    BestExporter                                  keep_best=("accuracy", "max")
-    SessionRunHook                                hooks, see jdl.train.hooks
-    summaries in model_dir                        logs=("tensorboard",)
-    MirroredStrategy, TPUStrategy                 devices=…, parallel="jit", "fsdp" or "pmap"
+It is called when a mode is compiled, not at every step. The page `migration/estimator.md` has a
+table of TensorFlow's names and those here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,18 +37,19 @@ ModelFn = Callable[[Any, Labels, Mode], "Spec"]
 
 
 class Spec(NamedTuple):
-    """What a model function says of one mode.
+    """What a model function returns for one mode.
 
     Attributes:
-      predictions: what `predict` gives: an array or a pytree, leading axis B; needed to predict.
+      predictions: what `predict` returns: an array or a pytree, leading axis B. Required to
+        predict.
       loss: float[B], one value an example; or, with `outputs`, a function `loss(outputs, labels)`
-        that gives it. Needed to train and evaluate.
-      optimizer: any optax transformation, or a name; needed to train.
-      metrics: name -> float[B], or a function of (outputs, labels) that gives it, and that may
+        that returns it. Required to train and evaluate.
+      optimizer: any optax transformation, or a name; required to train.
+      metrics: name -> float[B], or a function of (outputs, labels) that returns it, and that may
         declare its `jdl.metrics.direction`.
-      outputs: what a loss that is a function is a function of: floating-point arrays. Second-order
-        methods by Gauss-Newton products or Kronecker factors (hf, kfac …) need a loss so told
-        apart, convex in the outputs.
+      outputs: the first argument of a loss that is a function: floating-point arrays. Second-order
+        methods by Gauss-Newton products or Kronecker factors (hf, kfac …) need such a loss, convex
+        in the outputs.
 
     >>> import jax.numpy as jnp
     >>> Spec(loss=jnp.zeros(3), optimizer="adam").optimizer
@@ -97,7 +75,7 @@ def from_model_fn(
     Args:
       fn: `fn(features, labels, mode) -> Spec`, with Linen modules and `jdl.models.param` inside.
         In `Mode.PREDICT` labels are None.
-      features: the batch's entry it is given, images of bytes scaled to [0, 1] as by `Estimator`;
+      features: the batch's entry that it takes, uint8 images scaled to [0, 1] as by `Estimator`;
         several names for a dict of them.
       labels: the entry with the labels.
       **options: as for `Estimator`: workdir, seed, hooks, ….
@@ -124,7 +102,7 @@ def from_model_fn(
     module, latest = Function(fn), _Latest()
     compute_dtype = options.pop("compute_dtype", None)
 
-    def precisely(model: Model) -> Model:  # of features alone: bytes are scaled by then
+    def in_dtype(model: Model) -> Model:  # casts the features, which are scaled before
         return model if compute_dtype is None else with_compute_dtype(model, compute_dtype)
 
     def inputs(batch: Batch) -> Any:
@@ -136,8 +114,8 @@ def from_model_fn(
     def labels_of(batch: Batch) -> Labels:
         if labels not in batch:
             raise check.DataError(
-                f"The data has no entry {labels!r} among {sorted(batch)}: `labels` names what the "
-                "model function is to be given. To predict in a new process, first call "
+                f"The data has no entry {labels!r} among {sorted(batch)}: `labels` names the "
+                "entry for the model function. To predict in a new process, first call "
                 "`initialize` with training data."
             )
         return batch[labels]
@@ -170,7 +148,7 @@ def from_model_fn(
                 spec = module.apply(*arguments, rngs=rngs)
             return latest.take(spec, mode), state
 
-        model = precisely(Model(init, apply_to))
+        model = in_dtype(Model(init, apply_to))
         return model.apply(params, state, inputs(batch), key=key, train=train)
 
     def predict(params: Params, state: ModelState, batch: Batch) -> Outputs:
@@ -182,12 +160,12 @@ def from_model_fn(
             check.argument(
                 isinstance(spec, Spec) and spec.predictions is not None,
                 "fn",
-                "a function that gives a Spec with predictions in Mode.PREDICT",
+                "a function that returns a Spec with predictions in Mode.PREDICT",
                 spec,
             )
             return spec.predictions, state
 
-        model = precisely(Model(init, apply_to))
+        model = in_dtype(Model(init, apply_to))
         return model.apply(params, state, inputs(batch), key=None, train=False)[0]
 
     @direction(latest.directions)
@@ -199,7 +177,7 @@ def from_model_fn(
             for name, metric in (latest.spec.metrics or {}).items()
         }
 
-    precisely(Model(init, apply))  # a wrong compute_dtype is told now
+    in_dtype(Model(init, apply))  # raises for a wrong compute_dtype
     estimator = Estimator(
         Model(init, apply),
         _Loss(latest, labels_of),
@@ -212,7 +190,7 @@ def from_model_fn(
 
 
 class _Latest:
-    """What the model function said when it was traced last."""
+    """The Spec of the latest trace of the model function."""
 
     def __init__(self) -> None:
         self.spec = Spec()
@@ -234,7 +212,7 @@ class _Latest:
     def take(self, spec: Any, mode: Mode) -> Outputs:
         """The Spec's arrays, as a model's outputs; functions stay here."""
         check.argument(
-            isinstance(spec, Spec), "fn", f"a function that gives a Spec in {mode}", spec
+            isinstance(spec, Spec), "fn", f"a function that returns a Spec in {mode}", spec
         )
         check.argument(spec.loss is not None, "loss", f"in the Spec of mode {mode}", None)
         if mode == Mode.TRAIN:
@@ -257,7 +235,7 @@ class _Latest:
                 "loss and metrics",
                 "functions of (outputs, labels) alone, where they are functions",
                 function,
-                "This one holds on to an array of the model function: pass it in `outputs`.",
+                "This one captures an array of the model function: pass it in `outputs`.",
             )
         self.spec = spec
         self.directions |= directions(metrics)
@@ -276,7 +254,7 @@ class _Loss:
 
     @property
     def of_outputs(self) -> bool:
-        """Whether it is a function of the model's outputs, with a curvature of its own."""
+        """Whether it is a function of the model's outputs, as Gauss-Newton products need."""
         return callable(self._latest.spec.loss)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> jax.Array:

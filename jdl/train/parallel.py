@@ -27,14 +27,14 @@ from jdl.core.types import Batch, PyTree
 MODES = ("jit", "fsdp", "pmap")
 AXIS = "data"
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-SPLIT_FROM = 2**14  # elements: smaller arrays cost less memory whole than time in pieces
+SPLIT_FROM = 2**14  # elements: splitting smaller arrays saves little memory and costs time
 
 # (path of a leaf of the train state, its shape, devices) -> the axis to split, or None
 SplitRule = Callable[[str, tuple[int, ...], int], int | None]
 
 
 def split_largest_axis(path: str, shape: tuple[int, ...], num_devices: int) -> int | None:
-    """The largest axis that the devices divide evenly, of arrays worth splitting.
+    """The largest axis that the devices divide evenly; None for small arrays.
 
     >>> split_largest_axis("params/kernel", (512, 1024), 2)
     1
@@ -49,15 +49,15 @@ def split_largest_axis(path: str, shape: tuple[int, ...], num_devices: int) -> i
 
 
 class Placement(NamedTuple):
-    """Where state and batches lie.
+    """Shardings of state and batches.
 
     Attributes:
-      state: the sharding of what is whole on every device.
-      batch: that of a batch: leading axis split over the devices.
+      state: that of arrays replicated on every device.
+      batch: that of a batch: the leading axis is split over the devices.
       devices: those that share a batch, of all processes.
       mode: "jit", "fsdp" or "pmap".
       rule: which arrays "fsdp" splits, and along which axis.
-      inputs: the batch's entries that the model is given.
+      inputs: the batch's entries that the model takes.
     """
 
     state: jax.sharding.Sharding
@@ -79,12 +79,12 @@ class Placement(NamedTuple):
 
     @property
     def is_host(self) -> bool:
-        """Whether it is one CPU, to which nothing need travel."""
+        """Whether it is one CPU, to which nothing is transferred."""
         return self.num_devices == 1 and self.devices[0].platform == "cpu"
 
     @property
     def axis_name(self) -> str | None:
-        """The axis that `Objective` is to reduce over."""
+        """The axis that `Objective` reduces over."""
         return AXIS if self.mode == "pmap" else None
 
     def put_batch(self, batch: Batch) -> dict[str, Any]:
@@ -102,13 +102,13 @@ class Placement(NamedTuple):
         return dict(batch) if self.is_host else self.put_batch(batch)
 
     def _check_divides(self, batch: Batch) -> None:
-        rows = batch_size(batch, self.inputs)
+        size = batch_size(batch, self.inputs)
         check.argument(
-            rows % self.num_local == 0,
+            size % self.num_local == 0,
             "batch_size",
             f"a multiple of the {self.num_local} devices that share it",
-            rows,
-            "Fill a smaller last batch up with rows that its mask leaves out, as jdl.data does; or "
+            size,
+            "Pad a smaller last batch with examples that its mask leaves out, as jdl.data does; or "
             "pass devices=jax.devices()[:1].",
         )
 
@@ -131,7 +131,7 @@ class Placement(NamedTuple):
             check.argument(
                 -leaf.ndim <= axis < leaf.ndim and leaf.shape[axis] % self.num_devices == 0,
                 "split_rule",
-                f"a function that gives an axis which {self.num_devices} devices divide, or None",
+                f"a function that returns an axis which {self.num_devices} devices divide, or None",
                 f"axis {axis} for {name} of shape {leaf.shape}",
             )
             spec: list[str | None] = [None] * leaf.ndim
@@ -182,29 +182,29 @@ def placement(
     # Auto axes: with make_mesh's default explicit axes, dropout under grad raises a sharding type
     # error.
     mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
-    whole = NamedSharding(mesh, PartitionSpec())
-    return Placement(whole, NamedSharding(mesh, PartitionSpec(AXIS)), tuple(devices), mode, rule)
+    state, batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (AXIS,)))
+    return Placement(state, batch, tuple(devices), mode, rule)
 
 
-def own_rows(tree: PyTree) -> PyTree:
-    """The rows of batches or outputs that lie with this process, as NumPy arrays."""
+def own_examples(tree: PyTree) -> PyTree:
+    """This process's examples of batches or outputs, as NumPy arrays."""
 
-    def rows(x: Any) -> np.ndarray:
+    def own(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
         pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
         return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
 
-    return jax.tree.map(rows, tree)
+    return jax.tree.map(own, tree)
 
 
 def make_deterministic() -> None:
-    """Has XLA choose reproducible kernels on GPUs, where it would take faster ones by default.
+    """Has XLA use reproducible kernels on GPUs instead of the fastest ones.
 
     Raises:
       UserError: a device has been used already, after which it is too late.
     """
-    from jax._src import xla_bridge  # JAX tells nowhere else whether a device has been used
+    from jax._src import xla_bridge  # nothing public says whether a device has been used
 
     if xla_bridge.backends_are_initialized():
         raise check.UserError(

@@ -1,4 +1,4 @@
-"""A run's curves as a picture: loss, and each metric, against steps."""
+"""A plot of a run: the loss and each metric against steps."""
 
 import math
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 from jdl.core import check
 from jdl.train.writers import is_number, read_jsonl
 
-# What the trainer logs besides losses and metrics.
-_ACCOUNTS = {"step", "seconds", "epoch", "split", "data_wait", "skipped", "learning_rate"}
+# Columns of the log that are not losses or metrics.
+_NOT_PLOTTED = {"step", "seconds", "epoch", "split", "data_wait", "skipped", "learning_rate"}
 
 
 def draw(metrics: str | Path, picture: str | Path) -> Path:
-    """Draws the rows of a `metrics.jsonl` to a PNG or SVG file.
+    """Plots a `metrics.jsonl` to a PNG or SVG file.
 
     Args:
       metrics: the log.
@@ -28,7 +28,7 @@ def draw(metrics: str | Path, picture: str | Path) -> Path:
 
     rows = [row for row in read_jsonl(metrics) if _is_finite(row.get("step")) and "split" in row]
     drawn = [k for row in rows for k, value in row.items() if value is None or _is_finite(value)]
-    names = [k for k in dict.fromkeys(drawn) if k not in _ACCOUNTS and k not in UNIFORM_FIELDS]
+    names = [k for k in dict.fromkeys(drawn) if k not in _NOT_PLOTTED and k not in UNIFORM_FIELDS]
     if not names:
         raise check.DataError(f"{metrics} holds no rows to draw.")
     figure = Figure(figsize=(5.0 * len(names), 3.6), layout="constrained")

@@ -12,7 +12,7 @@ from jdl.core.objective import batch_size
 from jdl.core.types import Batch, ModelState, Outputs, Params
 from jdl.train import export
 from jdl.train.feed import EMPTY, Data, entries, one_pass, opened
-from jdl.train.parallel import own_rows
+from jdl.train.parallel import own_examples
 from jdl.train.run import EvalBatch
 from jdl.train.tables import open_table
 
@@ -35,7 +35,7 @@ class Predictor:
     def pairs(self, batches: Iterable[EvalBatch]) -> Iterator[tuple[Batch, Outputs]]:
         """Pairs (batch, outputs) on the host: this process's examples, without padding."""
         for batch, params, model_state, texts in batches:
-            host = own_rows((dict(batch), self._predict(params, model_state, batch)))
+            host = own_examples((dict(batch), self._predict(params, model_state, batch)))
             host[0].update(texts)
             mask = host[0].get("mask")
             kept = slice(None) if mask is None else mask > 0
@@ -99,10 +99,10 @@ def predictions(estimator: PredictsBatches, data: Data) -> Iterator[Predicted]:
 def write_predictions(
     path: str | Path, estimator: PredictsBatches, data: Data, columns: Columns | None = None
 ) -> int:
-    """Writes a row a record to an `.npz`, `.jsonl` or `.csv` file: its name and its predictions.
+    """Writes names and predictions, a row for each record, to an `.npz`, `.jsonl` or `.csv` file.
 
     Args:
-      path: the file; it appears when it is whole.
+      path: the file; it appears when it is complete.
       estimator: a trained one.
       data: as for `Estimator.predict`.
       columns: `columns(batch, outputs) -> {column: array}`, on the host; by default the outputs'
@@ -129,7 +129,7 @@ _RECORD = "record number"
 class _Numbered:
     """One pass of a data set, each example with the number of its record."""
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Data):
         self._data = opened(data)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -9,12 +9,14 @@ import optax
 
 from jdl import losses, metrics
 from jdl.core import check
+from jdl.core.model import ModelLike
+from jdl.core.types import Batch, Outputs
 from jdl.models.autoencoder import Reconstruction, as_reconstruction
 from jdl.train.estimator import Estimator
 
 
 def classifier(
-    model: Any,
+    model: ModelLike,
     optimizer: str | optax.GradientTransformation = "adam",
     **options: Any,
 ) -> Estimator:
@@ -38,7 +40,7 @@ def classifier(
 
 
 def autoencoder(
-    model: Any,
+    model: ModelLike,
     optimizer: str | optax.GradientTransformation = "adam",
     *,
     loss: str = "sigmoid_cross_entropy",
@@ -75,12 +77,12 @@ def autoencoder(
     loss_fn, link = functions[check.one_of("loss", loss, functions)]
     to_input: Callable[..., Any] = functools.partial(loss_fn, target=target)
 
-    def penalized(outputs: Any, batch: Any) -> jax.Array:
+    def penalized(outputs: Outputs, batch: Batch) -> jax.Array:
         plain = not isinstance(outputs, Reconstruction)
         return to_input(outputs, batch) if plain else to_input(outputs[0], batch) + outputs.penalty
 
     @metrics.direction("min")
-    def squared_error(outputs: Any, batch: Any) -> jax.Array:
+    def squared_error(outputs: Outputs, batch: Batch) -> jax.Array:
         seen = as_reconstruction(outputs).outputs
         return metrics.sum_squared_error(link(seen), batch, target=target)
 

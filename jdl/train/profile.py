@@ -8,7 +8,7 @@ from jdl.core import check
 
 
 class Profile:
-    """Traces the steps from `span[0]` to `span[1]` into `workdir/profile`; nothing without a span.
+    """Traces the steps from `span[0]` to `span[1]` into `workdir/profile`; without a span, none.
 
     Args:
       span: first and last step, both included.

@@ -205,7 +205,7 @@ class Run:
         self.clock = Clock(meta["seconds"], self._now)
         self.position, self._resumed = meta["position"], True
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
-        self._rate, self._rate_is_saved = meta.get("learning_rate"), True
+        self._rate, self._rate_is_saved = meta["learning_rate"], True
         self._feed = None  # the data too goes on from there
         return True
 

@@ -1,4 +1,4 @@
-"""What a run keeps: its checkpoints and its log, in its directory, or nothing without one."""
+"""The run directory: a run's checkpoints and its log; nothing is kept without one."""
 
 import logging
 import math
@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jdl.core import check, tree
 from jdl.core.types import PyTree
 from jdl.train.checkpoint import Checkpoints, Restored
-from jdl.train.lock import RunLock
+from jdl.train.lock import run_lock
 from jdl.train.step import TrainState
 from jdl.train.writers import READ_ONLY, Row, Writers
 
@@ -29,15 +30,15 @@ class NonFiniteError(check.TrainingError):
 class RunDirectory:
     """Saves and restores a run, and writes its log.
 
-    Where several processes train together, all save and restore, and one writes the log.
+    Where several processes train together, all save and restore, and process 0 writes the log.
 
     Args:
       workdir: the run directory; None keeps nothing.
       logs: what to write besides `metrics.jsonl`, see `Writers`.
       keep: how many checkpoints, the newest ones.
       keep_every: besides, all whose step is a multiple of this.
-      keep_best: besides, the one with the best value of a metric, ("accuracy", "max") say.
-      directions: gives whether "max" or "min" of each logged value is best, see `writers.declare`.
+      keep_best: besides, the one with the best value of a metric, such as ("accuracy", "max").
+      directions: whether "max" or "min" of each logged value is best, see `writers.declare`.
     """
 
     def __init__(
@@ -62,24 +63,25 @@ class RunDirectory:
             )
             hint = "The best checkpoint is kept there."
             check.argument(workdir is not None, "workdir", "given with keep_best", workdir, hint)
-        self.workdir = workdir
+        self.workdir, self._keep_best = workdir, keep_best
         self._leads = jax.process_index() == 0
-        self._writers = None if workdir is None else Writers(workdir, logs, directions)
-        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._training = False
-        self._opened: dict[str, Checkpoints] = {}
-        self._rewind_to: int | None = None  # step the log is to go back to before training
+        self._rewind_to: int | None = None  # step the log goes back to before training
+        if workdir is not None:
+            self._writers = Writers(workdir, logs, directions)
+            self._checkpoints = Checkpoints(workdir / "checkpoints", keep, keep_every)
+            self._best = Checkpoints(workdir / "best", keep=1)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Keeps others from training in the same directory; at its end all saved is on disk.
+        """Keeps others from training in the directory; at its end, all that was saved is on disk.
 
         Raises:
           UserError: another process, or Estimator, is training there.
           TrainingError: a checkpoint could not be written.
         """
         locks = self.workdir is not None and self._leads
-        with RunLock(str(self.workdir)) if locks else nullcontext():
+        with run_lock(str(self.workdir)) if locks else nullcontext():
             self._training = True
             try:
                 yield
@@ -95,8 +97,8 @@ class RunDirectory:
     # ------------------------------------------------------------------ the log
 
     def write(self, row: Row) -> None:
-        """Appends a row to the log; an evaluation of a run one may only read is not logged."""
-        if self._writers is None or not self._leads:
+        """Appends a row to the log; an evaluation in a read-only directory is not logged."""
+        if self.workdir is None or not self._leads:
             return
         try:
             self._writers.write(row)
@@ -110,7 +112,7 @@ class RunDirectory:
 
         Not at the restore itself: an evaluation beside a running training leaves its log alone.
         """
-        if self._rewind_to is not None and self._writers is not None and self._leads:
+        if self._rewind_to is not None and self._leads:
             self._writers.rewind(self._rewind_to)
         self._rewind_to = None
 
@@ -118,13 +120,14 @@ class RunDirectory:
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
-        return None if self.workdir is None else self._checkpoints().latest_step()
+        return None if self.workdir is None else self._checkpoints.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves the state after this step.
 
         Raises:
-          NonFiniteError: its parameters are not finite, saved or not; the last checkpoint stays.
+          NonFiniteError: its parameters are not finite; the last checkpoint stays. This is checked
+            without a directory too.
           TrainingError: it cannot be written.
         """
         if not bool(_all_finite(state.params)):
@@ -135,14 +138,41 @@ class RunDirectory:
                 + ("" if kept is None else f"The checkpoint of step {kept} is the last good one. ")
                 + "Try a smaller learning rate."
             )
-        if self.workdir is None:
-            return
-        self._checkpoints().save(int(state.step), state, meta)
+        if self.workdir is not None:
+            self._checkpoints.save(int(state.step), state, meta)
 
     def close(self) -> None:
         """Returns when everything saved is on disk."""
-        for checkpoints in self._opened.values():
-            checkpoints.close()
+        if self.workdir is not None:
+            self._checkpoints.close()
+            self._best.close()
+
+    def restore(
+        self, expected: PyTree, shardings: PyTree, *, best: bool = False
+    ) -> Restored | None:
+        """The newest checkpoint, or the best one; None where there is none.
+
+        Args:
+          expected: the shapes of the state.
+          shardings: those of its arrays.
+          best: whether to restore the one in `best/`.
+        """
+        if self.workdir is None:
+            return None
+        found = (self._best if best else self._checkpoints).restore(expected, shardings)
+        if jax.process_count() > 1:  # a damaged one may be readable to another process
+            step = -1 if found is None else int(found.state.step)
+            multihost_utils.assert_equal(np.int32(step), "the processes read different checkpoints")
+        if best and found is not None and self._keep_best is not None:
+            by = found.meta["keep_best"]
+            if tuple(by) != self._keep_best:
+                raise check.UserError(
+                    f"best/ holds the best step by {by[0]} ({by[1]}), and keep_best asks for "
+                    f"{self._keep_best}: no validation has been compared by that yet."
+                )
+        if found is not None or not best:
+            self._rewind_to = 0 if found is None else int(found.state.step)
+        return found
 
     def save_if_best(
         self, state: TrainState, meta: dict[str, Any], values: Mapping[str, float]
@@ -154,71 +184,26 @@ class RunDirectory:
         check.one_of("keep_best", name, values)
         if not math.isfinite(values[name]):
             return
-        best = self._checkpoints("best")
+        sign = 1.0 if mode == "max" else -1.0
+        if sign * values[name] > sign * self._best_value(name, mode):
+            step, found = int(state.step), {"values": dict(values), "keep_best": [name, mode]}
+            # There may be one of this step, from before a rollback or by another metric.
+            self._best.replace(step, state, meta | found)
+
+    def _best_value(self, name: str, mode: str) -> float:
+        """The value of the checkpoint in `best/`; the worst one if there is none by this metric."""
+        worst = -math.inf if mode == "max" else math.inf
         try:
-            before = best.meta()
+            before = self._best.meta()
         except check.DataError as error:
             logger.warning("%s This validation is taken for the best so far.", error)
-            before = None
-        before_step = best.latest_step()
-        if before is not None and (by := _best_by(before, name, mode)) != (name, mode):
+            return worst
+        if before is None:
+            return worst
+        if (by := before["keep_best"]) != [name, mode]:
             logger.warning(
                 "best/ holds the best step by %s (%s), %s; from here on it is that by %s (%s)",
-                *(*by, before_step, name, mode),
+                *(*by, self._best.latest_step(), name, mode),
             )
-            before = None
-        sign = 1.0 if mode == "max" else -1.0
-        if before is None or sign * values[name] > sign * before["values"][name]:
-            step, found = int(state.step), {"values": dict(values), "keep_best": [name, mode]}
-            # There may be one of this step, of a course that was left or by another metric.
-            best.replace(step, state, meta | found)
-
-    def restore(
-        self, expected: PyTree, shardings: PyTree, *, best: bool = False
-    ) -> Restored | None:
-        """The newest checkpoint, or the best one; None where there is none.
-
-        Args:
-          expected: the shapes of the state.
-          shardings: where its arrays are to lie.
-          best: whether to take the one in `best/`.
-        """
-        if self.workdir is None:
-            return None
-        found = self._checkpoints("best" if best else "checkpoints").restore(expected, shardings)
-        if jax.process_count() > 1:  # of a damaged one, another process may have read more
-            from jax.experimental import multihost_utils
-
-            step = -1 if found is None else int(found.state.step)
-            multihost_utils.assert_equal(np.int32(step), "the processes read different checkpoints")
-        if best and found is not None and self._keep_best is not None:
-            by = _best_by(found.meta, *self._keep_best)
-            if by != self._keep_best:
-                raise check.UserError(
-                    f"best/ holds the best step by {by[0]} ({by[1]}), and keep_best asks for "
-                    f"{self._keep_best}: no validation has been compared by that yet."
-                )
-        if found is not None or not best:
-            self._rewind_to = 0 if found is None else int(found.state.step)
-        return found
-
-    def _checkpoints(self, name: str = "checkpoints") -> Checkpoints:
-        if name not in self._opened:
-            assert self.workdir is not None
-            directory = self.workdir / name
-            is_best = name == "best"
-            self._opened[name] = (
-                Checkpoints(directory, 1)
-                if is_best
-                else Checkpoints(directory, self._keep, self._keep_every)
-            )
-        return self._opened[name]
-
-
-def _best_by(meta: Mapping[str, Any], name: str, mode: str) -> tuple[str, str]:
-    """The metric and mode that a checkpoint in `best/` is the best by.
-
-    Those asked for, where it does not tell but has the metric: older versions did not record them.
-    """
-    metric, by = meta.get("keep_best", (name if name in meta["values"] else "another metric", mode))
-    return metric, by
+            return worst
+        return float(before["values"][name])

@@ -1,9 +1,8 @@
-"""SIGTERM and Ctrl-C while a training runs: it ends between two steps, with its state whole.
+"""SIGTERM and Ctrl-C during training: it ends between two steps, with a complete state.
 
-SIGTERM is the notice that a scheduler gives before it takes a machine away; Ctrl-C is a person's.
-Both wait for the step at hand, since in the midst of one the old parameters are given up and the
-new ones are not there yet. A second Ctrl-C also interrupts a hook, a validation, or a wait for
-data.
+SIGTERM is the notice of a scheduler before it takes a machine away; Ctrl-C comes from a person.
+Both wait for the current step, during which the old parameters are donated and the new ones are not
+there yet. A second Ctrl-C also interrupts a hook, a validation, or a wait for data.
 """
 
 import os
@@ -18,7 +17,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start me again
 
 
 class Stopped(SystemExit):
-    """Training was asked to end by SIGTERM, and everything is saved."""
+    """Training ended after SIGTERM, and everything is saved."""
 
     def __init__(self, step: int):
         super().__init__(EXIT_CODE)
@@ -37,9 +36,9 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """While entered, turns SIGTERM and Ctrl-C into a request to stop after the current step.
 
-    Where several processes train together, a SIGTERM to one of them ends all at the same step:
-    JAX's own preemption service carries it. Without a run directory there is nothing to save, and
-    SIGTERM ends the process as it does anywhere else.
+    Where several processes train together, a SIGTERM to one of them ends all at the same step, by
+    JAX's preemption service. Without a run directory there is nothing to save, and SIGTERM ends the
+    process as usual.
 
     Args:
       saves: whether there is a run directory.
@@ -48,7 +47,7 @@ class Signals:
     def __init__(self, saves: bool):
         self._saves = saves
         self._before: dict[int, Any] = {}
-        self._entered = 0  # how often: a hook may save, which enters it too
+        self._entered = 0  # depth: a hook may save, which enters it too
         self._terminated = self._interrupted = False
         self._window: str | None = None
 
@@ -58,13 +57,13 @@ class Signals:
             return self
         self._terminated = self._interrupted = False
         if threading.current_thread() is threading.main_thread():
-            # A handler that is no function is to ignore the signal, or not Python's.
+            # A handler that is not a function ignores the signal, or is not Python's.
             if callable(signal.getsignal(signal.SIGINT)):
                 self._take_over(signal.SIGINT, self._interrupt)
             ignored = signal.getsignal(signal.SIGTERM) in (None, signal.SIG_IGN)
             if self._saves and not ignored and jax.process_count() == 1:
                 self._take_over(signal.SIGTERM, self._terminate)
-        self._entered = 1  # last: a Ctrl-C before its handler stands leaves all as it was
+        self._entered = 1  # last: a Ctrl-C before its handler is set changes nothing
         return self
 
     def _take_over(self, number: int, handler: Any) -> None:
@@ -78,7 +77,7 @@ class Signals:
         before, self._before = self._before, {}
         for number, handler in reversed(before.items()):  # Ctrl-C's last, which may raise at once
             signal.signal(number, handler)
-        # What came too late to end the training ends what comes after it.
+        # A signal that came too late to end the training ends the program after it.
         if self._terminated and not isinstance(error, Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
         if self._interrupted and error is None:
@@ -91,7 +90,7 @@ class Signals:
             self._interrupted = True
 
     def _pass_on(self, frame: FrameType | None = None) -> None:
-        """To the handler of before: Python's raises KeyboardInterrupt."""
+        """Calls the previous handler: Python's raises KeyboardInterrupt."""
         self._interrupted = False
         self._before[signal.SIGINT](signal.SIGINT, frame)
 
@@ -99,10 +98,10 @@ class Signals:
         del number, frame
         self._terminated = True
         if self._window == "data":
-            raise Stopped(0)  # data that never comes would hold up what there is time for
+            raise Stopped(0)  # waiting for data that never comes would use up the time to save
 
     def window(self, name: str) -> "_Window":
-        """A context for work that is not ours: "data", "hooks" or "validation"."""
+        """A context for the user's code: "data", "hooks" or "validation"."""
         return _Window(self, name)
 
     def check(self) -> None:
@@ -116,7 +115,7 @@ class Signals:
         return self._terminated
 
     def asked(self, step: int) -> bool:
-        """Whether SIGTERM has come; all processes are to ask, with the same step."""
+        """Whether SIGTERM has come; all processes must ask, with the same step."""
         if jax.process_count() == 1:
             return self._terminated
         from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""The one step: what every optimizer, first or second order, is run by.
+"""The one step, which runs every optimizer, first or second order.
 
     value, grads, aux = objective.value_and_grad(params)
     updates, opt_state = optimizer.update(grads, opt_state, params,
@@ -6,7 +6,7 @@
         objective=objective, whole_params=params)
     params = optax.apply_updates(params, updates)
 
-All functions here are pure and not yet compiled; `jdl.train.parallel` compiles them.
+All functions here are pure and not compiled; `jdl.train.parallel` compiles them.
 """
 
 import logging
@@ -26,13 +26,13 @@ from jdl.optim import diagnostics
 logger = logging.getLogger("jdl.train")
 
 Logs = dict[str, jax.Array]
-Metrics = Callable[[Outputs, Batch], Mapping[str, jax.Array]]  # all at once, float[B] each
+Metrics = Callable[[Outputs, Batch], Mapping[str, jax.Array]]  # several, float[B] each
 
 Names = str | tuple[str, ...]
 
-ROW_FIELDS = ("step", "seconds", "epoch", "split")  # what every row of the log begins with
+ROW_FIELDS = ("step", "seconds", "epoch", "split")  # of every row of the log
 
-# What every second-order optimizer says of its step, and the trainer logs.
+# The diagnostics of every second-order optimizer, which training logs.
 UNIFORM_FIELDS = (
     "iterations",
     "evaluations",
@@ -51,7 +51,7 @@ def as_floats(logs: Logs) -> dict[str, float]:
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """All state that a step changes."""
 
     step: jax.Array  # int32, steps done
     params: Params
@@ -65,8 +65,8 @@ class Program(NamedTuple):
 
     Attributes:
       init: `(key, batch) -> TrainState`.
-      train: `(state, batch) -> (state, logs)`; logs are scalars of the step just made, loss and
-        metrics those of the parameters before it.
+      train: `(state, batch) -> (state, logs)`; logs are scalars of the step, with loss and metrics
+        of the parameters before it.
       evaluate: `(params, model_state, batch) -> (sums, count)` over the batch's examples.
       predict: `(params, model_state, batch) -> outputs`.
     """
@@ -99,57 +99,18 @@ def build(
       optimizer: any optax transformation.
       metrics: name -> `metric(outputs, batch) -> float[B]`, logged beside the loss; or one function
         that gives a dict of them.
-      inputs: the batch's entry that the model is given, or a tuple of several; () for the batch.
+      inputs: the batch's entry that the model takes, or a tuple of several; () for the batch.
       regularizer: a scalar function of the parameters, added to the loss in training.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples for curvature products, spread evenly over the batch; None for
         all of them.
-      axis_name: the axis to reduce over, inside `pmap` only.
-      skip_nonfinite: whether a step whose loss or new parameters are not finite is not taken.
+      axis_name: the axis to reduce over, inside `jax.shard_map` only.
+      skip_nonfinite: whether to drop a step whose loss or new parameters are not finite.
       log_norms: whether to log the norms of gradient and update.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def measured(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-        if callable(metrics):
-            return _own_names(dict(asked(metrics, "metrics", outputs, batch)))
-        return {
-            name: asked(metric, f"metrics[{name!r}]", outputs, batch)
-            for name, metric in (metrics or {}).items()
-        }
-
-    if metrics is not None and not callable(metrics):
-        check.argument(
-            isinstance(metrics, Mapping), "metrics", "a dict of functions, or a function", metrics
-        )
-        _own_names(metrics)
-
-    def model_inputs(batch: Batch) -> tuple[Any, ...]:
-        if inputs == ():
-            return (batch,)
-        names = (inputs,) if isinstance(inputs, str) else inputs
-        for name in names:
-            check.argument(
-                name in batch,
-                "inputs",
-                f"among the batch's entries {sorted(batch)}",
-                name,
-                "Name the entry the model is to be given.",
-            )
-        given = {name: batch[name] for name in names}
-        for name in names:
-            if _is_bytes(given[name]) and name not in told:
-                told.add(name)
-                logger.warning(
-                    "%r is uint8%s: the model is given numbers of 0 to 255. Images, uint8 "
-                    "[B, H, W, C] with C of 1, 3 or 4, are scaled to [0, 1]; give other pixels as "
-                    "float32, class numbers and tokens as int32.",
-                    name,
-                    list(given[name].shape),
-                )
-        return tuple(given.values())
-
-    told: set[str] = set()
+    measured, model_inputs = _measures(metrics), _model_inputs(inputs)
 
     def init(key: Key, batch: Batch) -> TrainState:
         batch = scale_images(batch, inputs)
@@ -186,7 +147,7 @@ def build(
                 value_fn=objective.value,
                 obj_fn=objective.value,
                 objective=objective,
-                whole_params=state.params,  # for one that is handed a part of them
+                whole_params=state.params,  # for an optimizer of a part of them
             )
             params = optax.apply_updates(state.params, updates)
         sums, count = _sums(measured(aux.outputs, batch), batch, inputs)
@@ -219,8 +180,52 @@ def build(
     return Program(init, train, evaluate, predict)
 
 
+def _measures(metrics: Any) -> Metrics:
+    """All metrics as one function."""
+    if callable(metrics):
+        function = metrics
+        return lambda outputs, batch: _own_names(dict(asked(function, "metrics", outputs, batch)))
+    named = {} if metrics is None else metrics
+    must = "a dict of functions, or a function"
+    check.argument(isinstance(named, Mapping), "metrics", must, metrics)
+    _own_names(named)
+    return lambda outputs, batch: {
+        name: asked(metric, f"metrics[{name!r}]", outputs, batch) for name, metric in named.items()
+    }
+
+
+def _model_inputs(inputs: Names) -> Callable[[Batch], tuple[Any, ...]]:
+    """The function of a batch that gives the model's inputs; warns of uint8 once."""
+    names = (inputs,) if isinstance(inputs, str) else inputs
+    warned: set[str] = set()
+
+    def model_inputs(batch: Batch) -> tuple[Any, ...]:
+        if not names:
+            return (batch,)
+        for name in names:
+            check.argument(
+                name in batch,
+                "inputs",
+                f"among the batch's entries {sorted(batch)}",
+                name,
+                "Name the entry that the model takes.",
+            )
+            if _is_bytes(batch[name]) and name not in warned:
+                warned.add(name)
+                logger.warning(
+                    "%r is uint8%s: the model takes it as numbers of 0 to 255. Images, uint8 "
+                    "[B, H, W, C] with C of 1, 3 or 4, are scaled to [0, 1]; give other pixels as "
+                    "float32, class numbers and tokens as int32.",
+                    name,
+                    list(batch[name].shape),
+                )
+        return tuple(batch[name] for name in names)
+
+    return model_inputs
+
+
 def _own_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics, none of which is called as a column that every row or optimizer has."""
+    """The metrics; raises where one has the name of another column of the log."""
     taken = sorted({"loss", *ROW_FIELDS, *UNIFORM_FIELDS} & {*metrics})
     check.argument(
         not taken, "metrics", f"named other than {', '.join(map(repr, taken))}", list(metrics)
@@ -229,10 +234,10 @@ def _own_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scale_images(batch: Batch, inputs: Names) -> dict[str, Any]:
-    """The batch with its inputs that are images of bytes as float32 in [0, 1].
+    """The batch with the images among its inputs as float32 in [0, 1].
 
-    Images are uint8 [B, H, W, C] with C of 1, 3 or 4. All other bytes, such as tokens [B, T], and
-    what is no input, stay as they are.
+    Images are uint8 [B, H, W, C] with C of 1, 3 or 4. Other uint8 arrays, such as tokens [B, T],
+    and entries that are not inputs stay as they are.
 
     >>> import numpy as np
     >>> batch = {"image": np.full((1, 1, 1, 3), 255, np.uint8), "word": np.ones((1, 2), np.uint8)}
@@ -254,7 +259,7 @@ def _is_bytes(x: Any) -> bool:
 
 
 def _sums(values: Mapping[str, jax.Array], batch: Batch, inputs: Names) -> tuple[Logs, jax.Array]:
-    """Each measure's sum over the examples that the mask keeps, and their number."""
+    """The sum of each metric over the examples that the mask keeps, and their number."""
     mask = batch.get("mask")
     size = batch_size(batch, inputs)
     if mask is not None:
@@ -265,7 +270,7 @@ def _sums(values: Mapping[str, jax.Array], batch: Batch, inputs: Names) -> tuple
         check.argument(
             values.shape == (size,),
             f"metrics[{name!r}]",
-            f"a function that gives one value an example, shape ({size},)",
+            f"a function that returns one value an example, shape ({size},)",
             values.shape,
         )
         return jnp.sum(jnp.where(kept > 0, values.astype(jnp.float32) * kept, 0.0))
@@ -274,15 +279,15 @@ def _sums(values: Mapping[str, jax.Array], batch: Batch, inputs: Names) -> tuple
 
 
 def _optimizer_logs(opt_state: Any, step: jax.Array) -> Logs:
-    """The optimizer's own account of the step; one gradient a step for those that give none."""
-    account = diagnostics.read(opt_state)
-    if account is None:
+    """The optimizer's diagnostics; one gradient a step for an optimizer without."""
+    found = diagnostics.read(opt_state)
+    if found is None:
         return {"gradient_equivalents": (step + 1).astype(jnp.float32)}
-    return {name: getattr(account, name) for name in UNIFORM_FIELDS}
+    return {name: getattr(found, name) for name in UNIFORM_FIELDS}
 
 
 def _strongly_typed(opt_state: Any) -> Any:
-    """The same numbers, of firm types: a type that is weak only at first would compile twice."""
+    """The same numbers without weak types, which change after a step and would compile twice."""
 
     def strong(x: Any) -> Any:
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -292,7 +297,7 @@ def _strongly_typed(opt_state: Any) -> Any:
 
 
 def _subsample(batch: Batch, size: int | None, inputs: Names) -> Batch | None:
-    """`size` examples spread evenly over the batch, so that each device's share gives its part."""
+    """`size` examples spread evenly over the batch, and so over the devices that share it."""
     if size is None:
         return None
     total = batch_size(batch, inputs)

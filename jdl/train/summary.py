@@ -1,4 +1,4 @@
-"""What a model is made of: its parameters, and what it computes for one example."""
+"""A model's summary: its parameters, and the operations for one example."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core.jaxpr import as_function, scans
-from jdl.core.model import as_model
+from jdl.core.model import ModelLike, as_model
 from jdl.core.types import PyTree
 
 
@@ -19,7 +19,7 @@ class ArrayInfo(NamedTuple):
       shape: its shape.
       dtype: its type's name.
       size: its number of elements.
-      kind: "params", or "state" for what the model carries along besides.
+      kind: "params", or "state" for the model's state.
     """
 
     name: str
@@ -30,14 +30,14 @@ class ArrayInfo(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A model's account.
+    """The sizes of a model.
 
     Attributes:
       entries: its arrays.
       parameters: the number of parameters.
-      bytes: what they take in memory.
-      forward_flops: floating-point operations of one example's outputs; None where the compiler
-        does not tell.
+      bytes: their memory.
+      forward_flops: floating-point operations for one example's outputs; None where the compiler
+        gives none.
       gradient_flops: those of the outputs and the gradient.
     """
 
@@ -48,12 +48,12 @@ class Summary(NamedTuple):
     gradient_flops: float | None
 
 
-def summarize(model: Any, *inputs: Any) -> Summary:
-    """The summary of a model, without making its parameters.
+def summarize(model: ModelLike, *inputs: Any) -> Summary:
+    """The summary of a model; its parameters are not made.
 
     Args:
       model: a `jdl.Model` or a Flax Linen module.
-      *inputs: what it is given: arrays, or `jax.ShapeDtypeStruct`s, with leading axis B.
+      *inputs: its inputs: arrays, or `jax.ShapeDtypeStruct`s, with leading axis B.
 
     >>> import flax.linen as nn
     >>> found = summarize(nn.Dense(3), jnp.ones((8, 4)))
@@ -104,8 +104,8 @@ def summarize(model: Any, *inputs: Any) -> Summary:
 def flops(function: Callable[..., Any], *args: Any) -> float | None:
     """The floating-point operations of `function(*args)`, by XLA's cost analysis.
 
-    XLA counts the body of a loop once; here a scan's counts as often as it runs. Loops whose number
-    of rounds is not known beforehand still count once.
+    XLA counts the body of a loop once; here a scan's counts once for each iteration. A while loop
+    still counts once.
 
     Args:
       function: pure.

@@ -3,26 +3,27 @@
     with open_table("predictions.npz") as table:
         for …: table.write({"name": names, "probability": probabilities})
 
-Memory holds one block of rows at a time, however many there are. The file appears, whole, when the
-block ends without an error; nothing is left of it otherwise.
+Memory holds one block of rows at a time, however many there are. The file appears when the context
+ends without an error; otherwise nothing of it is left.
 """
 
 import csv
+import io
 import itertools
 import json
 import math
-import os
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from jdl.core import check
+from jdl.core.files import atomic_file
 
 Columns = Mapping[str, np.ndarray | Sequence[str]]  # leading axis: rows
 
@@ -30,22 +31,22 @@ _CHUNK = 256  # names turned into an array at a time
 
 
 class Table(Protocol):
-    """A table in the making."""
+    """A table that is being written."""
 
     def write(self, columns: Columns) -> None:
-        """Appends rows; every call with columns of the same names, types and row shapes."""
+        """Appends rows; all calls have columns of the same names, types and row shapes."""
 
 
 @contextmanager
 def open_table(path: str | Path) -> Iterator[Table]:
-    """A table to write to; it is at `path` when the context ends.
+    """A table to write to; the file appears at the end of the context.
 
-    `.npz` holds an array a column, text as fixed-width unicode, to be read with `numpy.load`;
-    `.jsonl` an object a row, arrays as nested lists; `.csv` a line a row under a line of names,
-    arrays spread over columns `name_0`, `name_1` … in row-major order.
+    `.npz` holds an array for each column, text as fixed-width unicode, read with `numpy.load`;
+    `.jsonl` an object for each row, arrays as nested lists; `.csv` a line for each row under a line
+    of names, arrays spread over columns `name_0`, `name_1` … in row-major order.
 
     Args:
-      path: where to; the suffix says the format.
+      path: the file; its suffix says the format.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with open_table(f"{folder}/t.csv") as table:
@@ -57,7 +58,7 @@ def open_table(path: str | Path) -> Iterator[Table]:
     <BLANKLINE>
     """
     path = Path(path)
-    kinds: dict[str, Callable[[Path], Any]] = {
+    kinds: dict[str, Callable[[BinaryIO, Path], Any]] = {
         ".npz": _NpzTable,
         ".jsonl": _JsonlTable,
         ".csv": _CsvTable,
@@ -65,40 +66,32 @@ def open_table(path: str | Path) -> Iterator[Table]:
     ok = path.suffix.lower() in kinds
     check.argument(ok, "out", "a file name that ends in .npz, .jsonl or .csv", str(path))
     check.argument(not path.is_dir(), "out", "a file's name, not a folder's", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        made = Path(folder) / path.name
-        table = kinds[path.suffix.lower()](made)
-        try:
-            yield table
-        except BaseException:
-            table.close()
-            raise
+    make = kinds[path.suffix.lower()]
+    with atomic_file(path) as file, closing(make(file, path.parent)) as table:
+        yield table
         table.finish()
-        os.replace(made, path)
 
 
 class _JsonlTable:
-    def __init__(self, path: Path):
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, file: BinaryIO, folder: Path):
+        self._file = file
 
     def write(self, columns: Columns) -> None:
         lists = {name: _plain(column) for name, column in columns.items()}
         for row in zip(*lists.values(), strict=True):
-            self._file.write(json.dumps(dict(zip(lists, row, strict=True))) + "\n")
+            self._file.write(json.dumps(dict(zip(lists, row, strict=True))).encode() + b"\n")
 
     def finish(self) -> None:
-        _sync(self._file)
-        self.close()
+        pass
 
     def close(self) -> None:
-        self._file.close()
+        pass
 
 
 class _CsvTable:
-    def __init__(self, path: Path):
-        self._file = path.open("w", encoding="utf-8", newline="")
-        self._writer = csv.writer(self._file, lineterminator="\n")
+    def __init__(self, file: BinaryIO, folder: Path):
+        self._text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        self._writer = csv.writer(self._text, lineterminator="\n")
         self._headed = False
 
     def write(self, columns: Columns) -> None:
@@ -116,19 +109,18 @@ class _CsvTable:
         self._writer.writerows(zip(*flat.values(), strict=True))
 
     def finish(self) -> None:
-        _sync(self._file)
-        self.close()
+        self._text.flush()
 
     def close(self) -> None:
-        self._file.close()
+        self._text.detach()  # the file stays open
 
 
 class _NpzTable:
     """Columns grow in files of their own; at the end they become the members of one archive."""
 
-    def __init__(self, path: Path):
-        self._path, self._open = path, ExitStack()
-        self._files: dict[str, BinaryIO] = {}
+    def __init__(self, file: BinaryIO, folder: Path):
+        self._file, self._folder, self._open = file, folder, ExitStack()
+        self._columns: dict[str, BinaryIO] = {}
         self._like: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}  # type, shape of a row
         self._rows = 0
 
@@ -137,55 +129,52 @@ class _NpzTable:
         check.argument(len(sizes) == 1, "columns", "of one length", sizes)
         for name, column in columns.items():
             values = _array(column)
-            if name not in self._files:
-                part = self._path.with_name(f"{len(self._files)}.part")
-                self._files[name] = self._open.enter_context(part.open("w+b"))
+            if name not in self._columns:
+                part = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+                self._columns[name] = self._open.enter_context(part)
                 self._like[name] = (values.dtype, values.shape[1:])
             dtype, shape = self._like[name]
             if dtype.kind == "U":
                 # Their width is known at the end only: until then as lines of JSON.
                 lines = "".join(json.dumps(str(text)) + "\n" for text in column)
-                self._files[name].write(lines.encode())
+                self._columns[name].write(lines.encode())
                 self._like[name] = (max(dtype, values.dtype, key=lambda d: d.itemsize), shape)
                 continue
             same = (values.dtype, values.shape[1:]) == (dtype, shape)
             check.argument(same, name, f"of {dtype} and rows of {shape}", (values.dtype, shape))
-            self._files[name].write(np.ascontiguousarray(values).tobytes())
+            self._columns[name].write(np.ascontiguousarray(values).tobytes())
         self._rows += sizes.pop()
 
     def finish(self) -> None:
-        with zipfile.ZipFile(self._path, "w", zipfile.ZIP_STORED) as archive:
-            for name, file in self._files.items():
+        with zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED) as archive:
+            for name, column in self._columns.items():
                 dtype, shape = self._like[name]
                 header = {
                     "descr": np.lib.format.dtype_to_descr(dtype),
                     "fortran_order": False,
                     "shape": (self._rows, *shape),
                 }
-                file.seek(0)
+                column.seek(0)
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array_header_2_0(member, header)
                     if dtype.kind != "U":
-                        shutil.copyfileobj(file, member, 1 << 16)
+                        shutil.copyfileobj(column, member, 1 << 16)
                         continue
-                    while lines := [json.loads(x) for x in itertools.islice(file, _CHUNK)]:
+                    while lines := [json.loads(x) for x in itertools.islice(column, _CHUNK)]:
                         member.write(np.array(lines, dtype).tobytes())
-        with self._path.open("rb+") as made:
-            _sync(made)
-        self.close()
 
     def close(self) -> None:
         self._open.close()
 
 
 def _array(column: np.ndarray | Sequence[str]) -> np.ndarray:
-    """As an array of a type that files know: bfloat16 becomes float32."""
+    """The column as an array of NumPy's own types: bfloat16 becomes float32."""
     values = np.asarray(column)
     return values.astype(np.float32) if values.dtype.kind == "V" else values
 
 
 def _plain(column: np.ndarray | Sequence[str]) -> list[Any]:
-    """As JSON can hold it; numbers that are not finite become None."""
+    """The column as JSON can hold it; numbers that are not finite become None."""
     values = _array(column)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         return _finite(values.tolist())
@@ -196,8 +185,3 @@ def _finite(values: Any) -> Any:
     if isinstance(values, list):
         return [_finite(v) for v in values]
     return values if math.isfinite(values) else None
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

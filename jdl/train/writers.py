@@ -1,11 +1,10 @@
-"""Where a run's numbers go: `metrics.jsonl` always, `metrics.csv` and TensorBoard besides.
+"""A run's log: `metrics.jsonl` always, `metrics.csv` and TensorBoard's files if asked for.
 
-All writers take rows `{"step", "seconds", "epoch", "split", values…}`, and can rewind: a run that
-goes on from an earlier checkpoint first drops what lies beyond it, so that no log has gaps or
-doubles.
+All writers take rows `{"step", "seconds", "epoch", "split", values…}` and can rewind: a run that
+goes on from an earlier checkpoint first drops the rows after it, so that no log has gaps or
+duplicates.
 """
 
-import contextlib
 import csv
 import errno
 import functools
@@ -14,58 +13,29 @@ import itertools
 import json
 import math
 import os
-import secrets
-import shutil
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from jdl.core import check
+from jdl.core.files import write_atomically
 
 Row = Mapping[str, Any]
 
 DIRECTIONS = "directions.json"
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # how the system refuses to write
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # where one may not write
 
 
 class Writer(Protocol):
-    """What keeps rows."""
+    """Keeps rows."""
 
     def write(self, row: Row) -> None:
-        """Takes one row."""
+        """Appends one row."""
 
     def rewind(self, step: int) -> None:
         """Drops the rows of steps after `step`."""
-
-
-@contextlib.contextmanager
-def appearing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when all has been written, and else leaves the old one as it was.
-
-    Its permissions are those of the old one; of a new one, those the umask gives.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces the file as a whole, or leaves the old one as it was."""
-    with appearing(path) as file:
-        file.write(text.encode())
 
 
 class JsonlWriter:
@@ -75,7 +45,7 @@ class JsonlWriter:
         self.path = Path(path)
 
     def write(self, row: Row) -> None:
-        """Appends one row; a last line cut short stays a line of its own."""
+        """Appends one row; a last line that was cut short stays a line of its own."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         clean = {k: None if _not_finite(v) else v for k, v in row.items()}
         begin = "\n" if _is_cut(self.path) else ""
@@ -83,7 +53,7 @@ class JsonlWriter:
             file.write(begin + json.dumps(clean) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops the rows of steps after `step`, and lines cut short."""
+        """Drops the rows of steps after `step`, and lines that were cut short."""
 
         def stays(row: Row) -> bool:
             at = row.get("step", 0)
@@ -95,61 +65,55 @@ class JsonlWriter:
 
 
 class CsvWriter:
-    """One line a row under a line of names; what a row lacks, or is not finite, is left empty.
+    """A JSONL log as a CSV table; missing values and those that are not finite are left empty.
 
-    A row with a name that is new widens the table, which is then written anew.
+    A row is appended where the table has its columns; otherwise, or where another process has
+    written to it, the whole table is made anew from the log.
+
+    Args:
+      log: the JSONL log, to which each row is written first; the table is beside it.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, log: str | Path):
+        self._log = Path(log)
+        self.path = self._log.with_suffix(".csv")
         self._columns: list[str] = []
-        self._size = -1  # of the file when its columns were these
+        self._size = -1  # of the file after the last row
 
     def write(self, row: Row) -> None:
         """Appends one row."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._size != self._size_now():  # at first, and when another process has written
-            self._columns, rows = self._read()
-            if _is_cut(self.path):
-                self._write_all(self._columns, rows)
-        if new := [name for name in row if name not in self._columns]:
-            self._write_all([*self._columns, *new], self._read()[1])
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(_cells(row))
+        if not row.keys() <= {*self._columns} or self._size != self._size_now():
+            self._write_all()
+        else:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(_cells(row))
         self._size = self._size_now()
+
+    def rewind(self, step: int) -> None:
+        """Makes the table anew: the log has dropped the rows of steps after `step`."""
+        del step
+        if self.path.exists():
+            self._write_all()
 
     def _size_now(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def rewind(self, step: int) -> None:
-        """Drops the rows of steps after `step`, and a last line cut short."""
-        columns, rows = self._read()
-        if self.path.exists():
-            self._write_all(columns, [row for row in rows if int(row["step"]) <= step])
-
-    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        if not self.path.exists():
-            return [], []
-        text = self.path.read_text(encoding="utf-8")
-        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-        whole = [row for row in reader if None not in row and None not in row.values()]
-        return list(reader.fieldnames or []), whole
-
-    def _write_all(self, columns: list[str], rows: Iterable[Row]) -> None:
+    def _write_all(self) -> None:
+        rows = read_jsonl(self._log)
+        self._columns = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, restval="")
+        writer = csv.DictWriter(text, self._columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(_cells, rows))
         write_atomically(self.path, text.getvalue())
-        self._columns = columns
 
 
 class TensorBoardWriter:
-    """Scalars for TensorBoard, one folder a split; event types from the package tensorboardX.
+    """Scalars for TensorBoard, a folder for each split; event types from the package tensorboardX.
 
-    Event files only grow: to rewind is to write that all after the step is void, which TensorBoard
-    heeds. What is written is in the file at once: tensorboardX's own writer would leave it with a
-    thread, and a killed run would lose it.
+    Event files can only grow: to rewind, an event is written that makes TensorBoard ignore all
+    after its step. Each row is in the file at once; tensorboardX's own writer hands it to a thread,
+    and a killed process would lose it.
     """
 
     def __init__(self, directory: str | Path):
@@ -174,14 +138,14 @@ class TensorBoardWriter:
         self._append(self._files.get(split) or self._begin(split), event)
 
     def rewind(self, step: int) -> None:
-        """Voids the numbers of steps after `step`."""
+        """Has TensorBoard ignore the rows of steps after `step`."""
         self._files, self._void_from = {}, step + 1
         if self.directory.exists():
             for folder in self.directory.iterdir():
                 self._begin(folder.name)
 
     def _begin(self, split: str) -> Path:
-        """Makes the split's next file; TensorBoard reads them in the order of their names."""
+        """Begins the split's next file; TensorBoard reads them in the order of their names."""
         folder = self.directory / split.replace("/", "-")
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{len(list(folder.iterdir())):06d}"
@@ -211,7 +175,7 @@ class Writers:
     Args:
       workdir: the run directory.
       besides: "csv" for `metrics.csv`, "tensorboard" for the folder `tensorboard`.
-      directions: gives the directions of the rows' values, see `declare`; asked at the first row.
+      directions: the directions of the rows' values, see `declare`; called at the first row.
     """
 
     def __init__(
@@ -222,22 +186,21 @@ class Writers:
     ):
         workdir = Path(workdir)
         self._workdir, self._directions = workdir, directions
-        self._declared = False
+        self._lines = JsonlWriter(workdir / "metrics.jsonl")
         kinds: dict[str, Callable[[], Writer]] = {
-            "csv": lambda: CsvWriter(workdir / "metrics.csv"),
+            "csv": lambda: CsvWriter(self._lines.path),
             "tensorboard": lambda: TensorBoardWriter(workdir / "tensorboard"),
         }
-        names = [check.one_of("logs", name, kinds) for name in besides]
-        self._lines = JsonlWriter(workdir / "metrics.jsonl")
-        self._all: list[Writer] = [self._lines]
-        self._stepped = False
-        self._all += [kinds[name]() for name in dict.fromkeys(names)]
+        names = dict.fromkeys(check.one_of("logs", name, kinds) for name in besides)
+        self._all: list[Writer] = [self._lines, *(kinds[name]() for name in names)]
+        self._declared = False
+        self._trained = False
 
     def write(self, row: Row) -> None:
-        """Gives one row to all, but for an evaluation that was made and told before."""
-        # Only a run that has made no step since it was taken up can evaluate the same again.
-        self._stepped = self._stepped or row["split"] == "train"
-        if not self._stepped and self._told_before(row):
+        """Appends one row to all, unless it repeats an evaluation that is in the log already."""
+        # Only a run without a step since its start can evaluate the same again.
+        self._trained = self._trained or row["split"] == "train"
+        if not self._trained and self._is_logged(row):
             return
         if not self._declared:
             declare(self._workdir, self._directions())
@@ -245,7 +208,7 @@ class Writers:
         for writer in self._all:
             writer.write(row)
 
-    def _told_before(self, row: Row) -> bool:
+    def _is_logged(self, row: Row) -> bool:
         def essence(row: Row) -> dict[str, Any]:
             return {k: v for k, v in row.items() if k not in ("seconds", "epoch")}
 
@@ -260,7 +223,7 @@ class Writers:
 
 
 def directions(metrics: Any) -> dict[str, str]:
-    """Name -> "max" or "min" of what `Estimator(metrics=…)` is given, as far as it is declared.
+    """Name -> "max" or "min" for the metrics of an Estimator that declare it.
 
     >>> from jdl.metrics import accuracy
     >>> directions({"accuracy": accuracy, "length": len})
@@ -274,7 +237,7 @@ def directions(metrics: Any) -> dict[str, str]:
 
 
 def _declared(metric: Any) -> Any:
-    """What `jdl.metrics.direction` has declared of it, or of the function that it is a part of."""
+    """What `jdl.metrics.direction` has declared for it, or for the function of a partial."""
     found = getattr(metric, "direction", None)
     if found is None and isinstance(metric, functools.partial):
         return _declared(metric.func)
@@ -282,7 +245,7 @@ def _declared(metric: Any) -> Any:
 
 
 def declare(workdir: str | Path, directions: Mapping[str, str]) -> None:
-    """Adds to a run's `directions.json` which values are best at their "max" or "min"."""
+    """Adds to a run's `directions.json` whether the "max" or "min" of each value is best."""
     known = read_directions(workdir)
     if known != (found := known | dict(directions)):
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
@@ -290,7 +253,7 @@ def declare(workdir: str | Path, directions: Mapping[str, str]) -> None:
 
 
 def read_directions(workdir: str | Path) -> dict[str, str]:
-    """Name -> "max" or "min", as far as the run has declared them."""
+    """Name -> "max" or "min" for the values that the run has declared."""
     try:
         found = json.loads((Path(workdir) / DIRECTIONS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -300,10 +263,7 @@ def read_directions(workdir: str | Path) -> dict[str, str]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file; lines that hold none, such as one cut short, are left out.
-
-    An empty list where there is no file.
-    """
+    """The rows of a file, [] if there is none; lines that are not rows are left out."""
     path = Path(path)
     if not path.exists():
         return []
@@ -319,12 +279,12 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a row's value is a number; True and False are none."""
+    """Whether a row's value is a number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_cut(path: Path) -> bool:
-    """Whether the file's last line is without its end: its process was killed as it wrote."""
+    """Whether the last line has no end: the process that wrote it was killed."""
     if not path.exists() or not path.stat().st_size:
         return False
     with path.open("rb") as file:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jdl.core import check
-from jdl.train.writers import appearing
+from jdl.core.files import atomic_file
 
 LARGEST_FILE = 1 << 29  # bytes
 LARGEST_SIDE = 16384  # pixels of a sheet
@@ -113,7 +113,7 @@ def write(path: str | Path, image: Any) -> Path:
 
     path = check_out(path)
     picture = Image.fromarray(eight_bits(image))
-    with appearing(path) as file:
+    with atomic_file(path) as file:
         picture.save(file, "PNG")
     return path
 
@@ -147,7 +147,7 @@ def write_frames(
         loop=0,
         **({"quality": 90} if path.suffix.lower() == ".webp" else {}),
     )
-    with appearing(path) as file:
+    with atomic_file(path) as file:
         file.write(packed.getvalue())
     return [path]
 

@@ -29,9 +29,9 @@ from jdl.compare import machine as machines
 from jdl.compare import results as res
 from jdl.compare.catalogue import autoencoder_curves, autoencoder_mnist
 from jdl.core import check
+from jdl.core.files import write_atomically
 from jdl.optim import hessian_free, kronecker
 from jdl.optim.registry import TuningRange
-from jdl.train.writers import write_atomically
 
 METRIC = "train_squared_error"
 TITLES = {"autoencoder-curves": "CURVES", "autoencoder-mnist": "MNIST"}

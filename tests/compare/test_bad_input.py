@@ -7,7 +7,7 @@ import pytest
 
 from jdl.cli.main import main
 from jdl.compare import Budget, Entry, Study, load_results, record
-from jdl.train.lock import RunLock
+from jdl.train.lock import run_lock
 
 
 def sgd(name="sgd"):
@@ -53,7 +53,7 @@ def test_a_problem_whose_data_fail_does_not_stop_the_others(problem, tmp_path):
 
 
 def test_two_processes_do_not_run_one_trial(problem, tmp_path):
-    with RunLock(tmp_path / "blobs" / ".sgd-seed0"):
+    with run_lock(tmp_path / "blobs" / ".sgd-seed0"):
         results, _ = run(problem, [sgd(), sgd("other")], tmp_path)
     statuses = {t.optimizer: t.status for t in results.trials}
     assert statuses == {"sgd": "missing", "other": "done"}

@@ -235,7 +235,7 @@ def test_mistakes_are_told():
         dbn.features(params, jnp.ones((1, 8)))
     with pytest.raises(check.ArgumentError, match="widths"):
         DBN(widths=())
-    with pytest.raises(check.ArgumentError, match="shaped as the model's"):
+    with pytest.raises(check.ArgumentError, match="of the model's shapes"):
         starting_at(MLP((3,)), {"Dense_0": 1.0}).init(KEY, jnp.ones((1, 4)))
     with pytest.raises(check.ArgumentError, match="label"):
         dbn.generate(params, KEY, 2, label=jnp.zeros(2, int))

@@ -335,7 +335,7 @@ def test_a_smaller_last_batch_trains_as_by_hand(caplog):
         params,
     )
     assert [r.getMessage() for r in caplog.records] == [
-        "a batch of 6 rows: one more compilation of the step"
+        "a batch of 6 examples: one more compilation of the step"
     ]
     estimator.train(lists(32, 6), steps=2)
     assert len(caplog.records) == 1  # compiled once

@@ -70,7 +70,7 @@ def evaluation(text):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "parallel"), [("adam", "jit"), ("adam", "fsdp"), ("hf", "jit")]
+    ("optimizer", "parallel"), [("adam", "jit"), ("adam", "fsdp"), ("hf", "jit"), ("hf", "pmap")]
 )
 def test_two_processes_give_the_numbers_of_one(optimizer, parallel, tmp_path):
     options = ("--optimizer", optimizer, "--parallel", parallel)

@@ -181,7 +181,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
 def test_batches_that_change_shape_are_refused():
     (one,) = list(data(batch_size=70, epochs=1))
     two = one | {"label": one["label"].astype(np.float32)}
-    with pytest.raises(check.DataError, match=r"differs from the first.*Only the number of rows"):
+    told = r"differs from the first.*Only the number of examples"
+    with pytest.raises(check.DataError, match=told):
         make("sgd").train([one, two])
 
 

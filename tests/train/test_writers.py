@@ -8,14 +8,13 @@ import struct
 import pytest
 
 from jdl.core import check
+from jdl.core.files import write_atomically
 from jdl.train import plot
 from jdl.train.writers import (
-    CsvWriter,
     JsonlWriter,
     TensorBoardWriter,
     Writers,
     read_jsonl,
-    write_atomically,
 )
 
 
@@ -48,25 +47,25 @@ def scalars(folder):
 
 
 def test_csv_widens_for_new_names_and_keeps_the_old_rows(tmp_path):
-    writer = CsvWriter(tmp_path / "m.csv")
-    writer.write(row(1, loss=0.5))
-    writer.write(row(2, loss=float("nan"), histogram=[1, 2]))
-    writer.write(row(2, "test, held out", accuracy=0.25))
-    rows = read_csv(writer.path)
+    writers = Writers(tmp_path, ["csv"])
+    writers.write(row(1, loss=0.5))
+    writers.write(row(2, loss=float("nan"), histogram=[1, 2]))
+    writers.write(row(2, "test, held out", accuracy=0.25))
+    rows = read_csv(tmp_path / "metrics.csv")
     assert [r["loss"] for r in rows] == ["0.5", "", ""]
     assert json.loads(rows[1]["histogram"]) == [1, 2]
     assert (rows[2]["split"], rows[2]["accuracy"]) == ("test, held out", "0.25")
 
 
 def test_csv_goes_back_also_behind_a_line_cut_short(tmp_path):
-    path = tmp_path / "m.csv"
+    path = tmp_path / "metrics.csv"
     for step in (1, 2, 3):
-        CsvWriter(path).write(row(step, loss=float(step)))
+        Writers(tmp_path, ["csv"]).write(row(step, loss=float(step)))
     with path.open("a") as file:
         file.write("4,2.0,")
-    writer = CsvWriter(path)
-    writer.rewind(2)
-    writer.write(row(3, loss=9.0))
+    writers = Writers(tmp_path, ["csv"])
+    writers.rewind(2)
+    writers.write(row(3, loss=9.0))
     assert [(r["step"], r["loss"]) for r in read_csv(path)] == [
         ("1", "1.0"),
         ("2", "2.0"),
@@ -131,13 +130,12 @@ def test_a_log_goes_on_behind_a_line_cut_short_and_what_is_no_row(tmp_path):
 
 
 def test_a_table_goes_on_behind_a_line_cut_short(tmp_path):
-    path = tmp_path / "m.csv"
-    CsvWriter(path).write(row(1, loss=0.25))
+    path = tmp_path / "metrics.csv"
+    Writers(tmp_path, ["csv"]).write(row(1, loss=0.25))
     with path.open("a") as file:
         file.write("2,0.5,,train,0.")
-    CsvWriter(path).write(row(3, loss=0.125))
-    with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
+    Writers(tmp_path, ["csv"]).write(row(3, loss=0.125))
+    found = read_csv(path)
     assert [(r["step"], r["loss"]) for r in found] == [("1", "0.25"), ("3", "0.125")]
 
 
@@ -172,14 +170,13 @@ def test_curves_are_drawn_of_what_is_a_number_and_of_metrics_that_came_later(tmp
 
 def test_two_processes_write_one_table(tmp_path):
     """An evaluation beside a training may bring columns that the training does not know."""
-    training, evaluation = CsvWriter(tmp_path / "m.csv"), CsvWriter(tmp_path / "m.csv")
-    training.write({"step": 1, "loss": 0.5})
-    evaluation.write({"step": 1, "f1": 0.25, "loss": 0.75})
-    training.write({"step": 2, "loss": 0.125})
-    training.write({"step": 3, "loss": 0.125, "norm": 2.0})
-    with (tmp_path / "m.csv").open() as file:
-        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
-    assert rows == [
+    training, evaluation = Writers(tmp_path, ["csv"]), Writers(tmp_path, ["csv"])
+    training.write({"step": 1, "split": "train", "loss": 0.5})
+    evaluation.write({"step": 1, "split": "test", "f1": 0.25, "loss": 0.75})
+    training.write({"step": 2, "split": "train", "loss": 0.125})
+    training.write({"step": 3, "split": "train", "loss": 0.125, "norm": 2.0})
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert [{k: v for k, v in row.items() if v and k != "split"} for row in rows] == [
         {"step": "1", "loss": "0.5"},
         {"step": "1", "loss": "0.75", "f1": "0.25"},
         {"step": "2", "loss": "0.125"},

@@ -1,11 +1,10 @@
 """Images in tar archives: a grain data source over one archive or many.
 
-Nothing is unpacked. An index (see `index`) says where every member stands, and `pread` reads
-one there, from any thread or process, without a position that readers would have to share. What
-is compressed is read so too, but well only in the order in which it stands (see `window`).
+Nothing is unpacked. An index (see `index`) lists where every member is, and `pread` reads it there,
+from any thread or process, without a shared file position. Compressed archives are read the same
+way, but efficiently only in their own order (see `jdl.data.window`).
 """
 
-import re
 import threading
 import weakref
 from collections import Counter
@@ -16,7 +15,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data import labels as lb
-from jdl.data.holdout import Holdout
+from jdl.data.holdout import Holdout, no_such_split, parse_split
 from jdl.data.images import BadImage
 from jdl.data.tar import scan
 from jdl.data.tar.archive import Archive, is_url
@@ -26,18 +25,18 @@ from jdl.data.tar.paths import Paths, expand
 from jdl.data.tar.selection import Selection
 
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
-_GROUP = 256  # records asked for at once from remote archives
+_GROUP = 256  # records requested at once from remote archives
 _MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
 _MAX_OPEN = 256  # archives kept open; further ones are opened for each read
 
 
 class Record(NamedTuple):
-    """One member.
+    """One image file.
 
     Attributes:
       name: its full name in the archive.
       data: its bytes.
-      label: its place in the source's `classes`, or -1.
+      label: its number in the source's `classes`, or -1.
 
     >>> from jdl.data import digits_path
     >>> record = TarSource(digits_path(), keep_index=False)[0]
@@ -53,31 +52,30 @@ class Record(NamedTuple):
 class TarSource:
     """The images in one tar archive or several, as a grain `RandomAccessDataSource`.
 
-    Readable images are regular members with an image's extension, whole in the archive, and not
-    macOS's `._` companions. Their order is that of the paths, then that of the archive.
+    Its records are the regular members that have an image's extension and are complete, without
+    macOS's `._` companions, in the order of the paths and of each archive.
 
     Args:
       paths: a path, an URL, a glob, a brace range (`faces-{000..015}.tar`), a folder, or a list of
         these.
-      label: what a member's class is read from: `"folder"`, the folder it lies in; an integer, the
+      label: what a record's class is read from: `"folder"`, the folder it is in; an integer, the
         folder at that place of its path; a compiled regular expression, its (only) group; a
-        function of the member's name; `"cls"`, the text of the member `key.cls` beside `key.jpg`,
-        as WebDataset lays it out; `"json:person"`, the field `person` of `key.json`; or None, no
-        labels.
+        function of the record's name; `"cls"`, the text of the member `key.cls` beside `key.jpg`,
+        as in WebDataset; `"json:person"`, the field `person` of `key.json`; or None, no labels.
       split: only members whose path begins with this folder; or one side of a split by hash, a
         `Holdout` or its short form: `"train:0.1"` and `"test:0.1"` hold out a tenth by name,
         `"test:0.1:folder"` whole folders, `"test:0.1:1"` whole groups that share the second folder
         of the path.
-      classes: the class table, if it is to be another's: that of training, in an evaluation.
+      classes: the class table of training, for an evaluation; by default all classes found.
       keep_index: whether to store an index that had to be made.
 
     Attributes:
       archives: the archives' paths.
-      classes: the names of the classes; their places are the labels.
+      classes: the names of the classes; a label is a number in this table.
 
     Raises:
       DataError: if an archive is missing or no tar, holds no images, has no such split, or has
-        labels that `classes` lacks.
+        labels that are not in `classes`.
 
     >>> from jdl.data import digits_path
     >>> source = TarSource(digits_path(), split="train")
@@ -148,7 +146,7 @@ class TarSource:
 
     @property
     def damage(self) -> list[tuple[str, scan.Damage]]:
-        """What is wrong with the archives: (archive, damage)."""
+        """The archives' damage: (archive, damage)."""
         return [(index.path, each) for index in self._indexes for each in index.damage]
 
     def name(self, i: int) -> str:
@@ -178,7 +176,7 @@ class TarSource:
         return of[columns.folder_ids[rows] if self._label_is_by_folder else rows]
 
     def count_classes(self) -> dict[str, int]:
-        """How many images each class has."""
+        """The number of records in each class."""
         counts = np.zeros(len(self.classes) + 1, np.int64)
         for archive, rows in enumerate(self._rows):
             labels = self._labels_of(archive, rows.all()).astype(np.int64)
@@ -186,81 +184,70 @@ class TarSource:
         return {name: int(n) for name, n in zip(self.classes, counts[1:], strict=True)}
 
     def unlabelled(self) -> str | None:
-        """Archive and member of an image that has no label; None if all have one."""
-        for archive, (index, chosen) in enumerate(zip(self._indexes, self._rows, strict=True)):
-            rows = chosen.all()
-            without = np.flatnonzero(self._labels_of(archive, rows) == lb.NO_LABEL)
+        """Archive and member of a record that has no label; None if all have one."""
+        before = 0
+        for archive, chosen in enumerate(self._rows):
+            without = np.flatnonzero(self._labels_of(archive, chosen.all()) == lb.NO_LABEL)
             if len(without):
-                return f"{self.archives[archive]!r}, member {index.name(int(rows[without[0]]))!r}"
+                return self.where(before + int(without[0]))
+            before += len(chosen)
         return None
 
     # ------------------------------------------------------------------ selection and labels
 
     def _select(self, split: str | Holdout | None) -> None:
-        """Sets `_rows`, each archive's images, and `_ends`, how many there are up to each."""
+        """Sets `_rows`, each archive's images, and `_ends`, the number of images up to each."""
         self._rows: list[Selection] = []
         folders: Counter[str] = Counter()
         images = 0
-        holdout = Holdout.parse(split) if isinstance(split, str) else split
-        holds = None if holdout is None else holdout.checked().chooser()
+        split = parse_split(split)
+        in_split = split.chooser() if isinstance(split, Holdout) else None
         for index in self._indexes:
             wanted = index.columns.kinds == scan.IMAGE
             images += int(wanted.sum())
-            if holds is not None:
+            if in_split is not None:
                 for row in np.flatnonzero(wanted).tolist():
-                    wanted[row] = holds(index.name(row))
+                    wanted[row] = in_split(index.name(row))
             elif split is not None:
-                first = [(lb.folder_parts(f) or [""])[0] for f in index.folders()]
+                first = [lb.first_folder(f + "/") for f in index.folders()]
                 folders.update(first)
                 wanted &= np.array([f == split for f in first], bool)[index.columns.folder_ids]
             self._rows.append(Selection(wanted))
         self._ends = np.cumsum([len(rows) for rows in self._rows])
         if not images:
-            members = sum(map(len, self._indexes))
-            known = ", ".join(sorted(e.decode() for e in scan.IMAGE_EXTENSIONS))
-            why = f"none readable with an extension of {known}"
-            for path, damage in self.damage[:1]:
-                why = f"{path!r} is damaged ({damage.word}): {damage.detail}"
-            raise check.DataError(
-                f"{_few(self.archives)} holds no images: {members} members; {why}."
-            )
-        if holdout is not None and not len(self):
-            raise check.DataError(
-                f"{_few(self.archives)} has no images on the side {holdout!r} among its {images}."
-            )
-        if not len(self):
-            there = [name for name, _ in folders.most_common(10) if name]
-            raise check.DataError(
-                f"{_few(self.archives)} has no images of the split {split!r}: no path begins with "
-                f"that folder. Paths begin with: {', '.join(map(repr, there)) or 'no folder'}."
-            )
+            raise self._no_images()
+        if split is not None and not len(self):
+            there = [name for name, _ in folders.most_common(10)]
+            raise no_such_split(_few(self.archives), split, images, there)
+
+    def _no_images(self) -> check.DataError:
+        members = sum(map(len, self._indexes))
+        known = ", ".join(sorted(e.decode() for e in scan.IMAGE_EXTENSIONS))
+        why = f"none readable with an extension of {known}"
+        for path, damage in self.damage[:1]:
+            why = f"{path!r} is damaged ({damage.word}): {damage.detail}"
+        return check.DataError(f"{_few(self.archives)} holds no images: {members} members; {why}.")
 
     def _label(self, label: lb.Label, classes: Sequence[str] | None) -> None:
         """Sets `classes`, and `_labels`: each archive's labels by folder, or by row."""
-        beside = lb.sidecar(label)
-        by_name = callable(label) or isinstance(label, re.Pattern)
-        self._label_is_by_folder = not (by_name or beside)
+        sidecar = lb.sidecar(label)
+        self._label_is_by_folder = sidecar is None and lb.is_by_folder(label)
+        class_of = lb.reader(label) if label is not None and sidecar is None else None
         named: list[list[str | None]] = []
         for archive, (index, chosen) in enumerate(zip(self._indexes, self._rows, strict=True)):
-            if label is None:
-                continue
             rows = chosen.all()
-            if self._label_is_by_folder:
+            if sidecar is not None:
+                named.append(self._sidecar_classes(archive, rows, *sidecar))
+            elif class_of is not None and self._label_is_by_folder:
                 used = np.zeros(len(index.columns.folder_ends), bool)
                 used[index.columns.folder_ids[rows]] = True
-                of = lb.by_folder(label)  # type: ignore[arg-type]
                 every = zip(index.folders(), used.tolist(), strict=True)
-                named.append([of(folder) if use else None for folder, use in every])
-                continue
-            names: list[str | None] = [None] * len(index)
-            if beside is not None:
-                for row, name in self._read_sidecars(archive, rows, *beside):
-                    names[row] = name
-            else:
-                of = lb.by_name(label)  # type: ignore[arg-type]
+                named.append([class_of(folder + "/") if use else None for folder, use in every])
+            elif class_of is not None:
+                names: list[str | None] = [None] * len(index)
                 for row in rows.tolist():
-                    names[row] = of(index.name(row))
-            named.append(names)
+                    names[row] = class_of(index.name(row))
+                named.append(names)
         seen = {name for names in named for name in names if name is not None}
         self.classes = (
             lb.class_table(seen)
@@ -271,14 +258,14 @@ class TarSource:
         if label is None:
             self._labels = [None] * len(self._indexes)
 
-    def _read_sidecars(
+    def _sidecar_classes(
         self, archive: int, rows: np.ndarray, extension: str, field: str
-    ) -> Iterator[tuple[int, str]]:
-        """The class of each image that has a member of its key and that extension beside it."""
+    ) -> list[str | None]:
+        """Each row's class, read from the member of its key and that extension, if there is one."""
         index = self._indexes[archive]
         others = np.flatnonzero(index.columns.kinds == scan.OTHER).tolist()
-        cut = ((row, lb.sidecar_key(index.name(row))) for row in others)
-        beside = {key: row for row, (key, ending) in cut if ending == extension}
+        keys = ((row, lb.sidecar_key(index.name(row))) for row in others)
+        beside = {key: row for row, (key, ending) in keys if ending == extension}
         found: dict[int, str] = {}
         handle = self._handle(archive)
         for row in sorted(beside.values()):  # in the archive's order
@@ -287,10 +274,11 @@ class TarSource:
             if size > _MAX_SIDECAR:
                 raise check.DataError(f"{where} names no class: it has {size} bytes.")
             found[row] = lb.read_sidecar(handle.pread(size, offset), field, where)
+        names: list[str | None] = [None] * len(index)
         for row in rows.tolist():
             at = beside.get(lb.sidecar_key(index.name(row))[0])
-            if at is not None:
-                yield row, found[at]
+            names[row] = None if at is None else found[at]
+        return names
 
     def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Archives and rows of these records, int64."""
@@ -316,17 +304,17 @@ class TarSource:
 
     @property
     def mode(self) -> str:
-        """How it is read: "random", "seekable" (slowly so), or "stream", well only in order."""
+        """How it is read: "random", "seekable" (at random, slowly), or "stream" (in order)."""
         modes = {index.mode for index in self._indexes}
         return next(mode for mode in ("stream", "seekable", "random") if mode in modes)
 
     @property
     def counts(self) -> np.ndarray:
-        """How many records each archive holds, int64 [archives]."""
+        """The number of records in each archive, int64 [archives]."""
         return np.diff(self._ends, prepend=0)
 
     def read_many(self, records: Sequence[int] | np.ndarray) -> "Iterator[bytes | BadImage]":
-        """The bytes of these records in this order, or why one is no image.
+        """The bytes of these records, in this order; a `BadImage` for one that is too large.
 
         Raises:
           DataError: if an archive is not what it was when it was indexed.
@@ -343,7 +331,7 @@ class TarSource:
             yield from self._read(archive, rows[start:at])
 
     def _read_grouped(self, archives: np.ndarray, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
-        """The same, asking each archive for many at once: over a network that is what counts."""
+        """The same, asking each archive for many at once, which a network makes worthwhile."""
         for start in range(0, len(rows), _GROUP):
             some = archives[start : start + _GROUP]
             found: dict[int, bytes | BadImage] = {}
@@ -360,7 +348,7 @@ class TarSource:
         handle = self._handle(archive)
         kept = archive in self._files
         if self._last is not None and self._last is not handle:
-            self._last.rest()
+            self._last.release_memory()
         self._last = handle
         try:
             handle.check_unchanged(index.stamp)
@@ -374,15 +362,15 @@ class TarSource:
                 data = next(read)
                 if len(data) != size:
                     raise check.DataError(
-                        f"{index.path!r} ends inside the member {index.name(row)!r}; it has been "
-                        "cut since it was indexed."
+                        f"{index.path!r} ends inside the member {index.name(row)!r}; it has become "
+                        "shorter since it was indexed."
                     )
                 yield data
         finally:
             if not kept:
                 handle.close()
 
-    _last: Archive | None = None  # the one read last
+    _last: Archive | None = None  # the archive read last
 
     def _handle(self, archive: int) -> Archive:
         handle = self._files.get(archive)
@@ -401,8 +389,8 @@ class TarSource:
         self._files: dict[int, Archive] = {}
         self._last = None
         self._lock = threading.Lock()
-        # No earlier than when no thread can be reading: a closed descriptor's number may come to
-        # mean another file.
+        # Only when no thread can be reading: a closed descriptor's number may be used for another
+        # file.
         weakref.finalize(self, _close_all, self._files)
 
     def __getstate__(self) -> dict[str, Any]:
