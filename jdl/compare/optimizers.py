@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import optax
 
 from jdl.core import check
-from jdl.optim.context import ScalarOrSchedule
 from jdl.optim.registry import TuningRange
+from jdl.optim.transformation import ScalarOrSchedule
 
 BatchSize: TypeAlias = int | Literal["full"]
 
@@ -68,7 +68,7 @@ def named(
     """The entry of an optimizer by its name on the command line.
 
     Args:
-      name: sgd, momentum, nesterov, adam, adamw, lbfgs, cg, newton, hf …
+      name: sgd, momentum, nesterov, adam, adamw, lbfgs, cg, newton, hf …; see `jdl.optim.by_name`
       label: the entry's name, if an optimizer appears with several settings.
       batch_size: examples of a step, at most all of them; None for "full" for methods with a line
         search or curvature products, which are sensitive to sampling noise, and 64 for the others.
@@ -81,6 +81,8 @@ def named(
     {'batch_size': 64, 'b1': 0.9, 'b2': 0.999, ..., 'learning_rate': 0.0001}
     """
     from jdl.optim import registry
+
+    name = registry.short_name(name)
 
     def make() -> optax.GradientTransformation:
         return registry.by_name(name, learning_rate, **options)
