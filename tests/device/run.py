@@ -41,7 +41,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SHARES = {"truth": 95, "loop": 62, "clock": 138, "loader": 42, "compile": 38, "vision": 15}
 TINY_SHARES = {"truth": 60, "loop": 30, "clock": 40, "loader": 20, "compile": 20, "vision": 10}
-MINUTES, TINY_MINUTES = 6.5, 4.0
+MINUTES, TINY_MINUTES = 6.5, 10.0
 NOT_PRINTED = {"traceback", "curve", "spread_ms", "bytes", "compiler_bytes", "steps", "residuals"}
 RESERVE = 6.0  # seconds before its limit at which a part begins nothing new
 
