@@ -138,7 +138,7 @@ def walk(
     found: _Found | None = None,
     mark: Mark | None = None,
 ) -> Any:
-    """`predict(params)`; records the uses of params in `found`, applies `mark` to their products."""
+    """`predict(params)`; records uses of params in `found`, applies `mark` to their products."""
     leaves, structure = jax.tree.flatten(params)
     shapes: list[Any] = []
 
