@@ -97,7 +97,7 @@ def test_what_comes_once_is_no_validation():
         ([(X, Y)], r"an iterable of tuple.*such as \{"),
         (rows(0, 9), r"single batch make a list: \[batch\]"),
         (5, "an iterable of dicts of arrays, got 'int'"),
-        ([rows(0, 0)], "has no rows"),
+        ([rows(0, 0)], "has no examples"),
         ([{}], "at least one array"),
     ],
 )
@@ -368,9 +368,7 @@ def test_smaller_batches_over_two_devices_give_the_numbers_of_one(parallel):
     found, expected = two.evaluate(data), one.evaluate([rows(0, 70)])
     assert found == pytest.approx(expected, rel=1e-4)
     assert_same(two.predict(data).argmax(1), one.predict([rows(0, 70)]).argmax(1))
-    with pytest.raises(
-        check.ArgumentError, match=r"`batch_size`.*2 devices.*got 5.*Fill a smaller"
-    ):
+    with pytest.raises(check.ArgumentError, match=r"`batch_size`.*2 devices.*got 5.*Pad a smaller"):
         two.evaluate(lists(32, 5))
     with pytest.raises(check.ArgumentError, match=r"`batch_size`.*2 devices.*got 5"):
         two.train(lists(32, 5), steps=2)
