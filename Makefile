@@ -8,7 +8,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics bench-paper bench-vision clean
+.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics bench-paper bench-vision device clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -80,3 +80,6 @@ bench-paper: $(READY)  ## two deep autoencoders, every method, the papers' table
 
 bench-vision: $(READY)  ## pictures optimised against PyTorch, a style network against optimisation
 	$(BIN)/python tests/benchmarks/bench_vision.py $(ARGS)
+
+device: $(READY)  ## what is worth knowing of one GPU or TPU, in 7 minutes: make device ARGS="--out folder"
+	$(BIN)/python tests/device/run.py $(or $(ARGS),--out build/device)

@@ -17,6 +17,14 @@ from jdl.compare.results import Target
 from jdl.core import check
 from jdl.core.model import from_fns
 from jdl.core.types import Batch
+from jdl.data import digits, digits_path, splits
+from jdl.data.tar.paths import Paths
+from jdl.models.autoencoder import Autoencoder
+from jdl.models.cnn import CNN, Block
+from jdl.models.layers import sparse_init
+from jdl.models.mlp import MLP
+from jdl.models.rnn import RNN
+from jdl.models.sequences import adding
 
 
 class Named(NamedTuple):
@@ -33,7 +41,7 @@ class Named(NamedTuple):
     about: str
 
 
-def by_name(name: str, data: Any = None) -> Problem:
+def by_name(name: str, data: Paths | None = None) -> Problem:
     """The problem of that name.
 
     Args:
@@ -65,12 +73,9 @@ def digits_cnn(target: Target | None = None) -> Problem:
     >>> problem.size, str(problem.target)
     (1438, 'test accuracy ≥ 95 %')
     """
-    from jdl.data import digits_path
 
     def build(image_shape: tuple[int, ...], num_classes: int) -> Any:
         del image_shape
-        from jdl.models.cnn import CNN, Block
-
         blocks = (Block(filters=16, kernel_size=(3, 3)), Block(filters=32, kernel_size=(3, 3)))
         return CNN(num_classes=num_classes, blocks=blocks, units=64, dropout=0.0)
 
@@ -85,21 +90,17 @@ def digits_cnn(target: Target | None = None) -> Problem:
     )
 
 
-def mnist_mlp(data: Any) -> Problem:
+def mnist_mlp(data: Paths | None) -> Problem:
     """MNIST and 784-500-300-10 rectified units; target: test accuracy ≥ 98 %."""
-    from jdl.models.mlp import MLP
-
     return _mnist(data, "mnist-mlp", MLP(widths=(500, 300), num_outputs=10), 0.98)
 
 
-def mnist_cnn(data: Any) -> Problem:
+def mnist_cnn(data: Paths | None) -> Problem:
     """MNIST and the classic CNN; target: test accuracy ≥ 99 %."""
-    from jdl.models.cnn import CNN
-
     return _mnist(data, "mnist-cnn", CNN(num_classes=10, units=128, dropout=0.0), 0.99)
 
 
-def _mnist(data: Any, name: str, model: Any, accuracy: float) -> Problem:
+def _mnist(data: Paths | None, name: str, model: Any, accuracy: float) -> Problem:
     found = mnist.read(data, name)
     return arrays_problem(
         name,
@@ -126,7 +127,6 @@ def logistic() -> Problem:
     >>> str(logistic().target)[:12]
     'train loss ≤'
     """
-    from jdl.models.mlp import MLP
 
     def regularizer(params: Any) -> jax.Array:
         return 0.5 * DECAY * jnp.sum(jnp.square(params["outputs"]["kernel"]))
@@ -150,8 +150,6 @@ def logistic() -> Problem:
 
 @functools.cache
 def _digits(split: str) -> dict[str, np.ndarray]:
-    from jdl.data import digits
-
     batch = next(iter(digits(split, batch_size=2048, epochs=1)))
     kept = np.asarray(batch["mask"]) > 0
     return {name: np.asarray(batch[name])[kept] for name in ("image", "label")}
@@ -191,7 +189,7 @@ def autoencoder_curves(
 
 
 def autoencoder_mnist(
-    data: Any,
+    data: Paths | None,
     *,
     examples: int | None = None,
     validation: float = 0.1,
@@ -216,14 +214,12 @@ def autoencoder_mnist(
     )
 
 
-def autoencoder_faces(data: Any) -> Problem:
+def autoencoder_faces(data: Paths | None) -> Problem:
     """The deep autoencoder 625-2000-1000-500-30 with linear outputs, on the faces of any tar.
 
     Images are scaled to 25×25 gray values in [0, 1]; without `train/` and `test/`, a tenth is the
     test data. The target is a quarter of the error of the mean face.
     """
-    from jdl.data import splits
-
     if data is None:
         raise check.DataError("autoencoder-faces needs images of faces: give a tar with --data.")
     halves = set(splits(data)) == {"train", "test"}
@@ -263,9 +259,6 @@ def autoencoder(
         probabilities of pixels with their cross entropy.
       **fields: as for `arrays_problem`.
     """
-    from jdl.models.autoencoder import Autoencoder
-    from jdl.models.layers import sparse_init
-
     net = Autoencoder(widths=widths, kernel_init=sparse_init(15))
     loss = losses.squared_error if linear else losses.sigmoid_cross_entropy
 
@@ -300,9 +293,6 @@ def adding_rnn() -> Problem:
 
     Always answering 1 has a mean squared error of 0.167.
     """
-    from jdl.models.rnn import RNN
-    from jdl.models.sequences import adding
-
     x, y = adding(12_000, 50, np.random.default_rng(0))
     y = y.astype(np.float32)
     net = RNN(num_outputs=1, hidden=64)

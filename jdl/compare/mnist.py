@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdl.core import check
+from jdl.data import from_tar, splits
+from jdl.data.idx import read_idx
+from jdl.data.tar.paths import Paths
 
 LIMIT = 1 << 32  # bytes of pixels at most
 
@@ -19,7 +22,7 @@ class Mnist(NamedTuple):
     test_y: np.ndarray
 
 
-def read(data: Any, needed_for: str) -> Mnist:
+def read(data: Paths | None, needed_for: str) -> Mnist:
     """Reads MNIST.
 
     Args:
@@ -30,8 +33,6 @@ def read(data: Any, needed_for: str) -> Mnist:
     Raises:
       DataError: the files are missing or hold something else.
     """
-    from jdl.data import splits
-
     where = (
         "--data: a folder with train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
         "t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz (plain or .gz), or a tar that "
@@ -51,8 +52,6 @@ def read(data: Any, needed_for: str) -> Mnist:
 
 
 def _idx(folder: Path, part: str, where: str) -> tuple[np.ndarray, np.ndarray]:
-    from jdl.data.pack import read_idx
-
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         names = [f"{part}-{kind}-ubyte", f"{part}-{kind}-ubyte.gz"]
@@ -69,15 +68,13 @@ def _idx(folder: Path, part: str, where: str) -> tuple[np.ndarray, np.ndarray]:
     return x[..., None], y.astype(np.int32)
 
 
-def images(data: Any, **options: Any) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
+def images(data: Paths, **options: Any) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
     """All images of tars in memory, uint8 [n, H, W, 1], with their labels and the class names.
 
     Args:
       data: as for `jdl.data.from_tar`.
       **options: its further arguments.
     """
-    from jdl.data import from_tar
-
     batches = from_tar(data, batch_size=256, epochs=1, grayscale=True, **options)
     shape = batches.element_spec["image"].shape[1:]
     if batches.num_records * int(np.prod(shape)) > LIMIT:

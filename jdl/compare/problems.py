@@ -12,7 +12,9 @@ from jdl import losses, metrics
 from jdl.compare.results import Target
 from jdl.core import check
 from jdl.core.types import Batch, Loss, Metric, Params
-from jdl.data import Holdout
+from jdl.data import Holdout, from_arrays, from_tar, splits
+from jdl.data.tar.paths import Paths, expand
+from jdl.models.cnn import CNN
 
 # (batch_size, seed, epochs) -> batches. For `epochs=None` an endless sequence of whole batches,
 # shuffled by the seed; for `epochs=1` every example once, the last batch smaller, or padded with a
@@ -113,7 +115,8 @@ def arrays_problem(
     split = None
     if held:
         parts = [{k: x[rows] for k, x in train.items()} for rows in (order[held:], order[:held])]
-        split = Split(_of_arrays(parts[0]), _of_arrays(parts[1]), size - held)
+        kept, rest = (_batches(from_arrays, part) for part in parts)
+        split = Split(kept, rest, size - held)
     about = {
         "test examples": 0 if test is None else len(next(iter(test.values()))),
         "model": one_line(model()),
@@ -124,8 +127,8 @@ def arrays_problem(
         name,
         model,
         loss,
-        _of_arrays(train),
-        None if test is None else _of_arrays(test),
+        _batches(from_arrays, dict(train)),
+        None if test is None else _batches(from_arrays, dict(test)),
         size,
         about=about,
         split=split,
@@ -133,19 +136,15 @@ def arrays_problem(
     )
 
 
-def _of_arrays(arrays: Mapping[str, np.ndarray]) -> Data:
-    def batches(batch_size: int, seed: int, epochs: int | None) -> Iterable[Batch]:
-        from jdl.data import from_arrays
-
-        return from_arrays(dict(arrays), batch_size=batch_size, seed=seed, epochs=epochs)
-
-    return batches
+def _batches(source: Callable[..., Iterable[Batch]], *args: Any, **options: Any) -> Data:
+    """`Data` from `jdl.data.from_arrays` or `from_tar` with these arguments."""
+    return lambda batch_size, seed, epochs: source(
+        *args, batch_size=batch_size, seed=seed, epochs=epochs, **options
+    )
 
 
 def plain_cnn(image_shape: tuple[int, ...], num_classes: int) -> Any:
     """The classic CNN without dropout; its dense layer is narrower for small images."""
-    from jdl.models.cnn import CNN
-
     units = 1024 if min(image_shape[:2]) >= 64 else 128
     return CNN(num_classes=num_classes, units=units, dropout=0.0)
 
@@ -161,7 +160,7 @@ class _OfTraining(Holdout):
 
 
 def tar_problem(
-    paths: Any,
+    paths: Paths,
     model: Build = plain_cnn,
     *,
     name: str | None = None,
@@ -195,9 +194,6 @@ def tar_problem(
     >>> problem.size, str(problem.target)
     (1438, 'test accuracy ≥ 90 %')
     """
-    from jdl.data import from_tar, splits
-    from jdl.data.tar.paths import expand
-
     keep_index = bool(options.get("keep_index", True))
     held_out = set(splits(paths, keep_index=keep_index)) == {"train", "test"}
     train_split, test_split = ("train", "test") if held_out else (None, None)
@@ -210,18 +206,7 @@ def tar_problem(
     built = model(image_shape, len(classes or ()))
 
     def data(split: str | Holdout | None) -> Data:
-        def batches(batch_size: int, seed: int, epochs: int | None) -> Iterable[Batch]:
-            return from_tar(
-                paths,
-                split=split,
-                classes=classes,
-                batch_size=batch_size,
-                seed=seed,
-                epochs=epochs,
-                **options,
-            )
-
-        return batches
+        return _batches(from_tar, paths, split=split, classes=classes, **options)
 
     def side(part: str) -> Holdout:
         return (_OfTraining if held_out else Holdout)(part, VALIDATION)

@@ -25,24 +25,24 @@ def from_arrays(
 ) -> "ArrayBatches":
     """Batches `{"image": features[B, …], "label": targets[B, …]}`, of any shapes and types.
 
-    An Estimator scales images of bytes, uint8 [n, H, W, C] with C of 1, 3 or 4, to [0, 1]; gray
-    pixels [n, H, W] become such by `pixels[..., None]`. All other bytes stay as they are: give
+    An Estimator scales uint8 images [n, H, W, C] with C of 1, 3 or 4 to [0, 1]; gray pixels
+    [n, H, W] become such by `pixels[..., None]`. All other uint8 arrays stay as they are: give
     flattened pixels as float32, tokens and class numbers as int32.
 
-    A batch is gathered at once, without threads: fast enough for models of which thousands of
-    steps fit into a second. Where an epoch's last batch is not full it is padded with zeros, and
-    every batch has an entry `"mask"`, float32[B], 1 for rows that count.
+    A batch is gathered at once, without threads: fast enough for thousands of steps per second. If
+    an epoch's last batch is not full it is padded with zeros, and every batch has an entry
+    `"mask"`, float32[B], 1 for rows that count.
 
     Args:
       features: an array with leading axis n, or a dict of several, which keep their names.
       targets: an array with the same leading axis; None for batches of features alone.
       batch_size: rows in every batch, B.
-      epochs: how often to go through the data; None for ever.
-      shuffle: a new order each epoch; by default only where there is no end.
-      seed: names the orders.
-      drop_remainder: leave out an epoch's last rows that fill no batch; by default only where
-        there is no end.
-      classes: the names of the classes, for whoever asks the data set.
+      epochs: how many passes over the data; None for no end.
+      shuffle: a new order each epoch; by default only with `epochs=None`.
+      seed: of the orders.
+      drop_remainder: drop an epoch's last rows that fill no batch; by default only with
+        `epochs=None`.
+      classes: the names of the classes, kept in the data set.
 
     >>> data = from_arrays(np.eye(5), np.arange(5), batch_size=2, epochs=1)
     >>> [batch["label"].tolist() for batch in data]
@@ -71,7 +71,7 @@ def from_arrays(
 
 
 class ArrayBatches(Batches):
-    """The data set that `from_arrays` gives.
+    """The data set that `from_arrays` returns.
 
     Attributes:
       arrays: name -> array [n, …].
@@ -106,7 +106,7 @@ class ArrayBatches(Batches):
         """The batch of these places."""
         span = self.plan.mine(span)
         rows, n = self.plan.rows, span.stop - span.start
-        # Copies even where the order is plain: nobody wants to find his own array in a batch.
+        # Copies even without shuffling: a batch must not share memory with the user's array.
         if self.order.shuffle:
             records = self.order.records(*span)
             batch = {name: array.take(records, axis=0) for name, array in self.arrays.items()}

@@ -1,9 +1,9 @@
-"""What every data set of this room is: batches in a planned order, resumable at any of them.
+"""Data sets of batches in a planned order, resumable at any batch.
 
-A position is two numbers, the epoch and how many of its records are behind. Batches never cross
-the end of an epoch; what is left over there is dropped, or padded and masked, so that shapes never
-change. Which records a batch holds follows from the position alone: never from the number of
-threads, worker processes or hosts that read, nor from which records turned out to be unreadable.
+A position is two numbers: the epoch, and how many of its records have been used. Batches never
+cross the end of an epoch; the remainder is dropped, or padded and masked, so that shapes never
+change. The records in a batch depend on the position alone, not on the number of threads, worker
+processes or hosts that read, nor on unreadable records.
 """
 
 import copy
@@ -27,7 +27,7 @@ _VERSION = 1
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What the trainer asks of a data set; its iterators have `get_state` and `set_state`.
+    """The data set that a trainer needs; its iterators have `get_state` and `set_state`.
 
     >>> from jdl.data import from_arrays
     >>> data: Dataset = from_arrays(np.eye(5), batch_size=2, epochs=3)
@@ -49,15 +49,15 @@ class Dataset(Protocol):
 
     @property
     def epochs(self) -> int | None:
-        """How many epochs there are; None for no end."""
+        """The number of epochs; None for no end."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The names of the classes, or None where there is no such table."""
+        """The names of the classes, or None if there is no such table."""
 
     @property
     def skipped(self) -> int:
-        """How many records have turned out unreadable so far, each counted once."""
+        """The number of records found unreadable so far, each counted once."""
 
     @property
     def element_spec(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Dataset(Protocol):
         """One pass over all records in their own order."""
 
     def shard(self, part: int, parts: int) -> "Dataset":
-        """The same batches, of which this process makes one part."""
+        """One part of the same batches, for one of several processes."""
 
     def __iter__(self) -> Any: ...
 
@@ -80,8 +80,8 @@ def _refused(name: str) -> Any:
         """Refused."""
         del self, args, options
         raise check.ArgumentError(
-            f"`{name}` would lose what these batches know of their epochs, processes and position. "
-            "Use `map(function)`, from batch to batch, or give what loads them other arguments."
+            f"`{name}` would lose the epochs, processes and position of these batches. Use "
+            "`map(function)`, from batch to batch, or load them with other arguments."
         )
 
     return method
@@ -90,21 +90,21 @@ def _refused(name: str) -> Any:
 class Batches(grain.IterDataset):
     """A data set of batches, each a dict of arrays with leading axis B; a `grain.IterDataset`.
 
-    Subclasses say how to `load` a span; everything about order and position is here. Of grain's own
-    methods `map` keeps that; those that change which batches there are, or draw by a count of
-    their own, are refused: filter, batch, seed, random_map, map_with_index, prefetch,
+    Subclasses define how to `load` a span; order and position are handled here. Of grain's methods
+    only `map` keeps the position; those that change which batches there are, or draw by a counter
+    of their own, are refused: filter, batch, seed, random_map, map_with_index, prefetch,
     mp_prefetch.
 
     Attributes:
       plan: which places each batch holds.
-      order: which record stands at which place.
-      classes: the names of the classes; None where there is no such table.
-      fingerprint: names the data, so that a position in others is refused.
+      order: which record is at which place.
+      classes: the names of the classes; None if there is no such table.
+      fingerprint: of the data, so that a position in other data is refused.
       max_skipped: the share of an epoch's records that may be skipped.
     """
 
-    num_threads = 0  # of those that load ahead; 0: batches are made when asked for
-    num_workers = 0  # processes that do so instead
+    num_threads = 0  # that load ahead; 0: batches are made when asked for
+    num_workers = 0  # processes that load ahead instead
     ahead = 0  # batches made before they are asked for
     _maps: tuple[Callable[[Any], Any], ...] = ()
 
@@ -127,7 +127,7 @@ class Batches(grain.IterDataset):
         self._bad: set[str] = set()
 
     def repeat(self) -> "Batches":
-        """The same data without end; what fills no batch of an epoch is left out, if any does."""
+        """The same data without end; the remainder is dropped if an epoch fills a batch."""
         plan = self.plan
         drop = plan.drop_remainder or plan.num_records >= plan.batch_size
         return self._with(replace(plan, epochs=None, drop_remainder=drop), self.order)
@@ -137,22 +137,21 @@ class Batches(grain.IterDataset):
         return self._with(replace(self.plan, epochs=1, drop_remainder=False), self.order.plain())
 
     def shard(self, part: int, parts: int) -> "Batches":
-        """The same batches, of which this process makes rows [part, part + 1) · B / parts.
+        """Rows [part, part + 1) · B / parts of the same batches, for one of several processes.
 
         With `shard(jax.process_index(), jax.process_count())` every process has the same number of
-        batches of B / parts rows, no record comes twice and none is lost; the position is that of
-        whole batches, good for any number of processes.
+        batches of B / parts rows, and every record comes once. The position is that of whole
+        batches, valid for any number of processes.
         """
         return self._with(self.plan.sharded(part, parts), self.order)
 
     def map(self, transform: Any) -> "Batches":
-        """The same data set, its batches changed by a function as they are asked for.
+        """The same data set with a function applied to each batch when it is asked for.
 
         Args:
-          transform: `transform(batch) -> batch`, from dict to dict of arrays, row by row: where
-            several processes train together it is given this process's rows. It is to keep the
-            rows' number and `"mask"`, and to draw nothing at random, or a resumed run would draw
-            something else.
+          transform: `transform(batch) -> batch`, from dict to dict of arrays. It gets only this
+            process's rows, must keep their number and `"mask"`, and must not be random: a resumed
+            run would draw differently.
 
         >>> from jdl.data import from_arrays
         >>> data = from_arrays(np.arange(3), batch_size=2, epochs=1)
@@ -167,7 +166,7 @@ class Batches(grain.IterDataset):
         return other
 
     def mapped(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch as loaded, changed by all functions of `map`."""
+        """A loaded batch with all functions of `map` applied."""
         for function in self._maps:
             batch = function(batch)
         return batch
@@ -179,7 +178,7 @@ class Batches(grain.IterDataset):
 
     @property
     def batch_size(self) -> int:
-        """Rows in every batch, those that other processes make included."""
+        """Rows in every batch, over all processes."""
         return self.plan.batch_size
 
     @property
@@ -189,7 +188,7 @@ class Batches(grain.IterDataset):
 
     @property
     def epochs(self) -> int | None:
-        """How many epochs there are; None for no end."""
+        """The number of epochs; None for no end."""
         return self.plan.epochs
 
     @property
@@ -199,17 +198,17 @@ class Batches(grain.IterDataset):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The names of the classes, or None where there is no such table."""
+        """The names of the classes, or None if there is no such table."""
         return self._classes
 
     @property
     def skipped(self) -> int:
-        """How many records have turned out unreadable so far, each counted once."""
+        """The number of records found unreadable so far, each counted once."""
         return len(self._bad)
 
     @property
     def skipped_names(self) -> tuple[str, ...]:
-        """Which these are."""
+        """Where these records are."""
         return tuple(sorted(self._bad))
 
     @property
@@ -225,7 +224,7 @@ class Batches(grain.IterDataset):
 
     @property
     def loaded_spec(self) -> dict[str, Any]:
-        """The same of a batch as loaded, before `map`."""
+        """The same for a loaded batch, before `map`."""
         raise NotImplementedError
 
     @property
@@ -233,11 +232,11 @@ class Batches(grain.IterDataset):
         return self.element_spec
 
     def load(self, span: Span) -> Loaded:
-        """What is made here of the batch of these places; called from several threads at once."""
+        """This process's part of the batch of these places; called from several threads at once."""
         raise NotImplementedError
 
     def start_loading(self, epoch: int, record: int) -> Any:
-        """The batches from a position on, ahead of being asked for; has `close`."""
+        """An iterator over the batches from a position on, made ahead; it has `close`."""
         return load_ahead(
             self.load,
             self.plan,
@@ -252,12 +251,12 @@ class Batches(grain.IterDataset):
         return BatchIterator(self)
 
     def count_until(self, record: int) -> int:
-        """Of how many records those skipped up to that one in an epoch are a share."""
+        """The records that `max_skipped` is a share of, `record` records into an epoch."""
         del record
         return self.num_records
 
     def note_skipped(self, skipped: tuple[tuple[str, str], ...]) -> None:
-        """Logs what has been skipped, once each."""
+        """Logs skipped records, once each."""
         for where, why in skipped:
             if where not in self._bad:
                 self._bad.add(where)
@@ -265,9 +264,9 @@ class Batches(grain.IterDataset):
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Goes through a data set's batches; its state is the position and nothing else."""
+    """Iterates over a data set's batches; its state is the position and nothing else."""
 
-    _loader: Any = None  # gives the batches from the position on, once one has been asked for
+    _loader: Any = None  # iterates over the batches from the position on, once started
 
     def __init__(self, dataset: Batches):
         super().__init__()
@@ -284,7 +283,7 @@ class BatchIterator(grain.DatasetIterator):
         plan = self.dataset.plan
         if self._record == 0:
             self._skipped_in_epoch = 0
-        # An error has been told when it has been raised: to go on is to go on behind it.
+        # The position moves before an error is raised: the next call continues after it.
         self._epoch, self._record, _ = plan.span(self._epoch, self._record, 1)
         if loaded.error is not None:
             raise loaded.error
@@ -295,7 +294,7 @@ class BatchIterator(grain.DatasetIterator):
 
     @property
     def skipped(self) -> int:
-        """How many rows of the batches so far stood for unreadable records."""
+        """The number of unreadable records in the batches so far."""
         return self._skipped
 
     def _count(self, skipped: tuple[tuple[str, str], ...]) -> None:
@@ -303,7 +302,7 @@ class BatchIterator(grain.DatasetIterator):
         self._skipped += len(skipped)
         self._skipped_in_epoch += len(skipped)
         bad, records = self._skipped_in_epoch, self.dataset.count_until(self._record)
-        # One bad image in a handful says nothing yet of the archive.
+        # One bad image among few says little about the archive.
         if bad > max(1, self.dataset.max_skipped * records):
             where, why = skipped[-1]
             raise check.DataError(
@@ -312,7 +311,7 @@ class BatchIterator(grain.DatasetIterator):
             )
 
     def get_state(self) -> dict[str, Any]:
-        """The position, a small dict that JSON can hold."""
+        """The position, as a small dict for JSON."""
         order = self.dataset.order
         return {
             "version": _VERSION,
@@ -328,13 +327,13 @@ class BatchIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` gave, here or in another process.
+        """Moves to a position from `get_state`, of this process or another.
 
-        The batch size may be another, as may the number of threads, workers, hosts and epochs; the
-        data, the seed, and whether and how they are shuffled may not.
+        Batch size and the numbers of threads, workers, hosts and epochs may differ; the data, the
+        seed, and whether and how they are shuffled may not.
 
         Raises:
-          DataError: if they are.
+          DataError: if they do.
         """
         mine = self.get_state()
         for field in ("version", "data", "num_records", "shuffle", "seed", "order"):
@@ -352,17 +351,17 @@ class BatchIterator(grain.DatasetIterator):
         if min(epoch, skipped, in_epoch) < 0 or not 0 <= record <= self.dataset.plan.num_records:
             raise check.DataError(f"There is no such position in the data: {state!r}.")
         self._stop()
-        # A remainder too small for a batch of the present size may be all that is left.
+        # What is left of the epoch may be too small for a batch of the present size.
         self._epoch, self._record, _ = self.dataset.plan.span(epoch, record, 0)
         self._skipped, self._skipped_in_epoch = skipped, in_epoch
 
     def start_prefetch(self) -> None:
-        """Begins to load ahead before the first batch is asked for."""
+        """Starts loading ahead before the first batch is asked for."""
         if self._loader is None:
             self._loader = self.dataset.start_loading(self._epoch, self._record)
 
     def close(self) -> None:
-        """Stops the threads; the iterator gives no more batches."""
+        """Stops the threads; the iterator has no more batches."""
         self._open = False
         self._stop()
         super().close()

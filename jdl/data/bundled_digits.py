@@ -14,7 +14,7 @@ _PATH = Path(__file__).with_name("digits.tar")
 
 
 def digits_path() -> str:
-    """Where the bundled archive is.
+    """The path of the bundled archive.
 
     >>> Path(digits_path()).name
     'digits.tar'
@@ -45,9 +45,9 @@ def digits(
     Args:
       split: `"train"` (1,438 images), `"test"` (359), or None for both.
       batch_size: rows in every batch, B.
-      epochs: how often to go through the data; None for ever.
-      shuffle: a new order each epoch; by default only where there is no end.
-      seed: names the orders.
+      epochs: how many passes over the data; None for no end.
+      shuffle: a new order each epoch; by default only with `epochs=None`.
+      seed: of the orders.
       **options: further arguments of `from_tar`.
 
     >>> data = digits("train", batch_size=64, epochs=None)

@@ -1,4 +1,4 @@
-"""What archives hold: members, classes, damage. What `jdl index` shows."""
+"""A description of archives: members, classes, damage. `jdl index` shows it."""
 
 from typing import NamedTuple
 
@@ -13,16 +13,16 @@ from jdl.data.tar.source import TarSource
 
 
 class Description(NamedTuple):
-    """What archives hold.
+    """The contents of archives.
 
     Attributes:
       archives: their paths.
       members: how many members they have, of any kind.
       images: how many of these are readable images.
-      classes: class -> how many images; without a label of its own an image counts under "".
+      classes: class -> how many images; "" for images without a label.
       splits: first folder of the path -> how many images.
       kinds: kind of member -> how many.
-      damage: what is wrong, one dict each: word ("checksum", "truncated", "damaged", "sparse",
+      damage: the defects, one dict each: word ("checksum", "truncated", "damaged", "sparse",
         "concatenated"), archive, offset, name, detail, lost.
       bytes: the archives' size.
       indexes: where each archive's index is kept; None for one in memory.
@@ -53,7 +53,7 @@ _KIND_NAMES = {
 
 
 def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = True) -> Description:
-    """What the archives hold; damage is told, not raised.
+    """The contents of archives; damage is reported, not raised.
 
     Args:
       paths: a path, a glob, a brace range, a folder, or a list of these.
@@ -112,7 +112,7 @@ def splits(paths: Paths, *, keep_index: bool = True) -> tuple[str, ...]:
     there = {
         first
         for path in expand(paths)
-        if path != STDIN  # it comes once, and not for this
+        if path != STDIN  # it can be read only once
         for first in _splits(open_index(path, keep=keep_index))
     }
     return tuple(name for name in ("train", "test") if name in there)

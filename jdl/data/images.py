@@ -1,19 +1,19 @@
 """From an image file's bytes to an array of one size.
 
-Pillow decodes everything; JPEGs go to simplejpeg where it is installed. By default a JPEG much
-larger than asked for is decoded at a fraction of its size, which its coding makes cheap (scaled
-DCT), and resized from there; `exact=True` decodes it whole, as Pillow does. Resizing is Pillow's
-bilinear filter, whose support grows with the reduction (no aliasing).
+Pillow decodes all formats; simplejpeg decodes JPEGs where it is installed. By default a JPEG much
+larger than asked for is decoded at a fraction of its size, which is cheap (scaled DCT), and resized
+from there; `exact=True` decodes it whole, as Pillow does. Resizing is Pillow's bilinear filter,
+whose support grows with the reduction (no aliasing).
 
-Mean deviation from Pillow's full decode, of 255, of 400 photographs brought to 128 × 128 gray, and
-of the worst of them (`make bench-data`):
+Mean deviation from Pillow's full decode, of 255, over 400 photographs resized to 128 × 128 gray,
+and the largest of one photograph (`make bench-data`):
 
     from          simplejpeg    Pillow alone    exact
     500 × 375     2.8, 8.9      1.4, 4.4        0, 0
     250 × 250     1.8, 4.7      1.8, 4.7        0, 0
 
-The bytes may be anybody's: only the formats below are tried, and an image of more than
-`max_pixels` is refused when its header is read, before memory is spent on it.
+The bytes are untrusted: only the formats below are tried, and an image of more than `max_pixels` is
+refused when its header is read, before memory is allocated.
 """
 
 import io
@@ -26,25 +26,25 @@ from jdl.core import check
 
 try:
     import simplejpeg
-except ImportError:  # Pillow does it too, more slowly
+except ImportError:  # Pillow is slower
     simplejpeg = None
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
 MAX_PIXELS = 1 << 26  # 8192 × 8192
 
-# Of a JPEG's sides, what it may be decoded at; five and more cost more than the whole.
+# The fractions of its size that a JPEG is decoded at; 5/8 to 7/8 cost more than the whole.
 EIGHTHS = (1, 2, 3, 4, 8)
 _ENOUGH = 31 / 32
 _ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
-_DEEP = ("I;16", "I;16B", "I;16L", "I")  # 16 bits a pixel, however Pillow calls it
+_DEEP = ("I;16", "I;16B", "I;16L", "I")  # Pillow's names for 16 bits a pixel
 
 
 class Crop(NamedTuple):
-    """A window of an image, of the shape of the size it is brought to.
+    """A window of an image, with the aspect ratio of the size it is resized to.
 
     Attributes:
-      scale: its side against that of the largest such window, in (0, 1].
-      down, across: where it lies between the image's edges, in [0, 1]; ½ in the middle.
+      scale: its side relative to that of the largest such window, in (0, 1].
+      down, across: its position between the image's edges, in [0, 1]; ½ is the middle.
     """
 
     scale: float
@@ -60,7 +60,7 @@ class Crop(NamedTuple):
         (0.0, 50.0, 100.0, 100.0)
         """
         high = self.scale * min(height, width * size[0] / size[1])
-        wide = min(high * size[1] / size[0], float(width))  # but for rounding it is no larger
+        wide = min(high * size[1] / size[0], float(width))  # larger only by rounding
         return (height - high) * self.down, (width - wide) * self.across, high, wide
 
 
@@ -68,7 +68,7 @@ CENTER = Crop(1.0, 0.5, 0.5)
 
 
 class BadImage(check.DataError):
-    """The bytes are no image that can be decoded.
+    """The bytes are not an image that can be decoded.
 
     >>> try:
     ...     decode(b"no image")
@@ -89,8 +89,8 @@ def decode(
 ) -> np.ndarray:
     """The image in `data`, upright, as uint8 [H, W, C] with C = 1 or 3.
 
-    Palettes are looked up, CMYK is converted, alpha is dropped, 16-bit values are scaled to 8 bits,
-    and of an animation the first frame is taken.
+    Palettes are applied, CMYK is converted, alpha is dropped, 16-bit values are scaled to 8 bits,
+    and an animation gives its first frame.
 
     Args:
       data: the bytes of a JPEG, PNG, WebP, BMP, GIF, PGM or PPM file.
@@ -101,7 +101,7 @@ def decode(
       crop: the window to keep, resized to `size`; None for all of the image, stretched.
 
     Raises:
-      BadImage: saying what is wrong with the bytes.
+      BadImage: if they cannot be decoded, saying why.
 
     >>> import io
     >>> from PIL import Image
@@ -141,7 +141,7 @@ def _with_pillow(
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(str(error)) from error
-    except Exception as error:  # whatever Pillow's dozens of parsers raise on hostile bytes
+    except Exception as error:  # Pillow's parsers raise anything on hostile bytes
         raise BadImage(f"cannot be decoded: {error}" if str(error) else repr(error)) from error
 
 
@@ -161,7 +161,7 @@ def _eight_bits(image: Any, mode: str) -> Any:
 def _pillow_orientation(image: Any) -> int:
     try:
         turn = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a spoilt EXIF block does not spoil the picture
+    except Exception:  # an image with invalid EXIF data is still an image
         return 1
     return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
 
@@ -169,9 +169,9 @@ def _pillow_orientation(image: Any) -> int:
 def _needed(
     height: int, width: int, turn: int, size: tuple[int, int], crop: Crop | None
 ) -> tuple[int, int]:
-    """The least height and width, as stored, that a JPEG may be decoded at.
+    """The smallest height and width, as stored, that a JPEG may be decoded at.
 
-    A hair less than asked for will do: 125 for 128, and a 250 × 250 image takes half the time.
+    Slightly less than asked for is enough: 125 for 128, and a 250 × 250 image takes half the time.
     """
     if turn >= 5:
         height, width = width, height
@@ -190,7 +190,7 @@ def _fast_jpeg(
     max_pixels: int,
     crop: Crop | None,
 ) -> np.ndarray | None:
-    """What `decode` gives, or None where Pillow has to look."""
+    """The result of `decode`, or None if it takes Pillow."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in ("YCbCr", "Gray", "GRAY", "RGB"):
@@ -225,7 +225,7 @@ def finish(
     """Turns uint8 [H, W] or [H, W, C] upright, crops and resizes it, to [H, W, C].
 
     Args:
-      pixels: as the file holds them.
+      pixels: as stored in the file.
       turn: EXIF's orientation, 1 (upright) to 8.
       size: (height, width), or None.
       crop: the window to keep, where there is a size.
@@ -244,12 +244,12 @@ def finish(
         box = None
         if crop is not None:
             top, left, high, wide = crop.box(pixels.shape[0], pixels.shape[1], size)
-            # Rounding may put an edge a hair outside, which Pillow refuses.
+            # Rounding may put an edge slightly outside, which Pillow refuses.
             right, bottom = min(left + wide, pixels.shape[1]), min(top + high, pixels.shape[0])
             box = (max(left, 0.0), max(top, 0.0), right, bottom)
         pixels = np.ascontiguousarray(pixels)
         mode = "L" if pixels.ndim == 2 else "RGB"
-        # As fromarray and asarray do, in a tenth of a small resize's time less.
+        # Equal to fromarray and asarray, which take 10 % longer for a small resize.
         image = Image.frombuffer(mode, pixels.shape[1::-1], pixels, "raw", mode, 0, 1)
         resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
         pixels = np.frombuffer(resized.tobytes(), np.uint8).reshape(*size, *pixels.shape[2:])
@@ -257,7 +257,7 @@ def finish(
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """EXIF's orientation in a JPEG, 1 if it says none: opening it with Pillow costs far more."""
+    """EXIF's orientation in a JPEG, 1 if it has none; opening it with Pillow takes far longer."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")

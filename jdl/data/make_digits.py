@@ -1,7 +1,7 @@
 """Makes `digits.tar` from scikit-learn's copy of the digits: `python -m jdl.data.make_digits`.
 
-The same bytes on every machine: fixed times, owners and order, and PNGs written here rather than
-by a library whose next version may compress otherwise.
+The same bytes on every machine: fixed times, owners and order, and PNGs written here, since a new
+version of a library may compress differently.
 """
 
 import io
@@ -40,8 +40,7 @@ def members() -> list[tuple[str, bytes]]:
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # stored as counts of 0 … 16
     found = [("README.md", Path(__file__).with_name("DIGITS.md").read_bytes())]
     for digit in range(10):
-        # In the data set's order, in which writers follow each other: taking every fifth image
-        # gives both splits a share of each.
+        # The data set is ordered by writer: every fifth image gives both splits a share of each.
         for i, n in enumerate(np.flatnonzero(bunch.target == digit)):
             split = "test" if i % TEST_SHARE == TEST_SHARE // 2 else "train"
             found.append((f"{split}/{digit}/{n:04d}.png", png(pixels[n])))

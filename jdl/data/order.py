@@ -1,15 +1,14 @@
-"""A fresh permutation of the records for every epoch, any part of it at once and without memory.
+"""A new permutation of the records for every epoch, computed at any place without memory.
 
-At place `i` of an epoch stands record π(i), for a pseudo-random permutation π of {0 … n−1} that
-the seed and the epoch name. π is a Feistel network over pairs (l, r) with l, r < a, where a is the
-least integer with a² ≥ n, so it permutes a² numbers; those that land beyond n are sent through
-again until they land inside:
+At place `i` of an epoch is record π(i), for a pseudo-random permutation π of {0 … n−1} that depends
+on the seed and the epoch. π is a Feistel network over pairs (l, r) with l, r < a, where a is the
+least integer with a² ≥ n, so it permutes a² numbers; a result of n or more goes through it again
+until it is less than n:
 
     l, r ← r, (l + F_k(r)) mod a        in each of `ROUNDS` rounds k
 
-So a position in the data is one number: nothing is drawn, and resuming needs no replay. The order
-is part of what a run's checkpoint promises, hence arithmetic of our own that no library's next
-version can change.
+So a position in the data is one number, and resuming needs no replay. A checkpoint relies on the
+order, hence arithmetic of our own that no new version of a library can change.
 
 References: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (generalized
 Feistel, cycle walking); Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators",
@@ -24,21 +23,21 @@ import numpy as np
 from jdl.core import check
 
 ROUNDS = 8
-_MIN_SIDE = 8  # over fewer numbers the network cannot reach all orders evenly
+_MIN_SIDE = 8  # over fewer numbers the network does not reach all orders evenly
 _BLOCK = 8192
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit words that changes half the bits for any change of one (SplitMix64)."""
+    """A bijection of 64-bit words; any changed bit changes half the bits (SplitMix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def key(*numbers: int) -> int:
-    """One 64-bit key of several integers, in their order.
+    """One 64-bit key of several integers; their order matters.
 
     >>> key(0, 1) == key(0, 1), key(0, 1) == key(1, 0)
     (True, False)
@@ -50,7 +49,7 @@ def key(*numbers: int) -> int:
 
 
 def permuted(positions: np.ndarray, n: int, key: int) -> np.ndarray:
-    """π(positions), int64, for the permutation of {0 … n−1} that `key` names.
+    """π(positions), int64, for the permutation π of {0 … n−1} of this key.
 
     >>> sorted(permuted(np.arange(5), 5, key(0, 0)).tolist())
     [0, 1, 2, 3, 4]
@@ -70,22 +69,22 @@ def permuted(positions: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 class Order:
-    """Which record stands at which place of which epoch.
+    """Which record is at which place of which epoch.
 
     Args:
-      num_records: how many there are, n.
-      shuffle: whether each epoch has its own permutation; without, it is 0 … n−1.
-      seed: names the permutations.
+      num_records: n.
+      shuffle: whether each epoch has its own permutation; otherwise the order is 0 … n−1.
+      seed: of the permutations.
     """
 
     def __init__(self, num_records: int, *, shuffle: bool, seed: int):
         self.num_records, self.shuffle, self.seed = num_records, shuffle, seed
-        # The block computed last: one batch at a time would cost more in calls than in arithmetic.
+        # The last block computed: a batch at a time would cost more in calls than in arithmetic.
         self._block: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.int64))
 
     @property
     def name(self) -> str:
-        """Tells orders apart that share number, seed and whether they shuffle."""
+        """Distinguishes orders with the same number of records, seed and `shuffle`."""
         return "global"
 
     def plain(self) -> "Order":
@@ -106,16 +105,16 @@ class Order:
 
 
 class Mixture(Order):
-    """Several sources in proportion to their weights, each gone through again and again.
+    """Several sources in proportion to their weights, each passed over again and again.
 
-    Of every `BLOCK` places each source has its share, to the nearest place and at least one, at
-    pseudo-random places of it. No record of a source comes a second time before all others of that
-    source have come; an epoch is as many places as there are records in all.
+    In every `BLOCK` places each source has its share, rounded and at least one, at pseudo-random
+    places. No record of a source comes a second time before all others of that source have come; an
+    epoch has as many places as there are records in all.
 
     Args:
-      counts: how many records each source has; they are numbered source by source.
+      counts: the number of records in each source; they are numbered source by source.
       weights: of each, positive.
-      seed: names the order.
+      seed: of the order.
 
     >>> order = Mixture([10, 1000], [3.0, 1.0], seed=0)
     >>> float(np.mean(order.records(0, 0, 1000) < 10))

@@ -24,10 +24,10 @@ class Plan:
       num_records: records in an epoch.
       batch_size: rows in every batch.
       epochs: how many epochs; None for no end.
-      drop_remainder: whether an epoch's last records that fill no batch are left out.
-      part: which part of every batch is made here, of `parts`: hosts share batches, not records,
-        so all have the same number, and the position is one for all.
-      parts: how many parts a batch is cut into.
+      drop_remainder: whether an epoch's last records that fill no batch are dropped.
+      part: the part of every batch that this process makes. Processes share batches, not records,
+        so all have the same number of batches and the same position.
+      parts: the number of parts of a batch.
     """
 
     num_records: int
@@ -41,9 +41,9 @@ class Plan:
     def checked(
         cls, num_records: int, batch_size: int, epochs: int | None, drop_remainder: bool | None
     ) -> "Plan":
-        """A plan of arguments that a user gave.
+        """A plan of a user's arguments.
 
-        By default (`drop_remainder=None`) only an endless stream drops its remainder, and only if
+        By default (`drop_remainder=None`) only an endless data set drops its remainder, and only if
         an epoch fills at least one batch.
         """
         check.positive_int("batch_size", batch_size)
@@ -56,46 +56,46 @@ class Plan:
             "batch_size",
             f"at most the {num_records} records there are",
             batch_size,
-            "Or pass drop_remainder=False: the batch is padded then, and says so in its mask.",
+            "Or pass drop_remainder=False: the batch is then padded and masked.",
         )
         return cls(num_records, batch_size, epochs, drop_remainder)
 
     def sharded(self, part: int, parts: int) -> "Plan":
-        """The same batches, of which this process makes one part."""
+        """The plan of one part of the same batches."""
         check.positive_int("parts", parts)
         ok = isinstance(part, int) and not isinstance(part, bool) and 0 <= part < parts
         check.argument(ok, "part", f"an integer of 0 to {parts - 1}", part)
         check.argument(
             self.batch_size % parts == 0,
             "batch_size",
-            f"a multiple of the {parts} processes that share it",
+            f"a multiple of the {parts} processes",
             self.batch_size,
         )
         return replace(self, part=part, parts=parts)
 
     @property
     def rows(self) -> int:
-        """Rows of every batch that are made here."""
+        """Rows of every batch that this process makes."""
         return self.batch_size // self.parts
 
     def mine(self, span: "Span") -> "Span":
-        """What of a batch is made here; none of a padded one, it may be."""
+        """This process's part of a batch; empty if padding is all of it."""
         start = min(span.start + self.part * self.rows, span.stop)
         return Span(span.epoch, start, min(start + self.rows, span.stop))
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches an epoch has."""
+        """Batches in an epoch."""
         return self._left(0)
 
     @property
     def padded(self) -> bool:
-        """Whether some batch is."""
+        """Whether some batch is padded."""
         return not self.drop_remainder and self.num_records % self.batch_size > 0
 
     def span(self, epoch: int, record: int, number: int) -> Span:
-        """The batch `number` batches after the one that begins at that position."""
-        # The position may stem from a run with another batch size: its epoch is finished first,
+        """The batch `number` batches after the one that begins at a position."""
+        # The position may come from a run with another batch size: its epoch is finished first,
         # with batches of the present size.
         left = self._left(record)
         if number >= left:
@@ -105,7 +105,7 @@ class Plan:
         return Span(epoch, start, min(start + self.batch_size, self.num_records))
 
     def count(self, epoch: int, record: int) -> int:
-        """How many batches there are from that position on."""
+        """The number of batches from a position on."""
         if self.epochs is None:
             return _ENDLESS
         if epoch >= self.epochs:
@@ -113,6 +113,6 @@ class Plan:
         return self._left(record) + (self.epochs - epoch - 1) * self.steps_per_epoch
 
     def _left(self, record: int) -> int:
-        """How many batches an epoch still has from that record on."""
+        """The number of batches left in an epoch from a record on."""
         left = max(self.num_records - record, 0)
         return left // self.batch_size if self.drop_remainder else -(-left // self.batch_size)

@@ -1,12 +1,12 @@
-"""Shuffling what can only be read in order: through a window, exactly resumable.
+"""Shuffling archives that can only be read in order: through a window, exactly resumable.
 
-The window holds the next W records of the stream. At each place one of them goes out, drawn by
-the seed, the epoch and the place, and the next record of the stream comes in its stead; at the end
-the window empties. Archives are gone through in a new order each epoch. What stands at a place
-follows from the place alone, so to go on somewhere is to read up to there without decoding.
+The window holds the next W records of the stream. At each place one of them, drawn by the seed, the
+epoch and the place, is taken and the next record of the stream replaces it; at the end the window
+empties. Archives come in a new order each epoch. The record at a place depends on the place alone,
+so resuming somewhere means reading up to there without decoding.
 
-W records are in memory, however large the archives; a record moves forward at will but back by no
-more than W places, so shuffling is not global: rewrite with `jdl pack` for that.
+W records are in memory, however large the archives. A record can come at most W − 1 places early,
+so shuffling is not global: rewrite with `jdl pack` for that.
 """
 
 import numpy as np
@@ -23,9 +23,9 @@ class WindowOrder(Order):
     """The order of a window shuffle; records are numbered archive by archive.
 
     Args:
-      counts: how many records each archive holds.
+      counts: the number of records in each archive.
       window: W; 1 for no shuffle.
-      seed: names the order.
+      seed: of the order.
     """
 
     def __init__(self, counts: np.ndarray, *, window: int, seed: int):
@@ -42,7 +42,7 @@ class WindowOrder(Order):
         return WindowOrder(self.counts, window=1, seed=0)
 
     def stream(self, epoch: int) -> np.ndarray:
-        """The first record of each archive in reading order, and how many follow; int64 [2, n]."""
+        """Each archive's first record and number of records, in reading order, int64 [2, n]."""
         n = len(self.counts)
         archives = np.arange(n)
         if self.shuffle:
@@ -59,7 +59,7 @@ class WindowOrder(Order):
 
 
 class Draws:
-    """Which of the stream's records goes out at each place, one after the other."""
+    """Which of the stream's records is taken at each place, one after the other."""
 
     def __init__(self, order: WindowOrder, epoch: int):
         self._n = order.num_records
@@ -71,7 +71,7 @@ class Draws:
         self._first, self._ends = first, np.cumsum(counts)
 
     def draw(self) -> tuple[int, int | None]:
-        """The stream's number that goes out at the next place, and the one that comes in."""
+        """The stream's number taken at the next place, and the one that replaces it."""
         slots, at = self.slots, self.place % _DRAWS
         if not at or not self._draws:
             block = np.arange(self.place - at, self.place - at + _DRAWS, dtype=np.uint64)
@@ -100,7 +100,7 @@ class Draws:
 
 
 class Window:
-    """The bytes of the records in the window; made for one reader."""
+    """The bytes of the records in the window, for one reader."""
 
     def __init__(self, source: TarSource, order: WindowOrder):
         self._source, self._order = source, order
@@ -108,13 +108,13 @@ class Window:
         self._held: dict[int, bytes | BadImage] = {}
 
     def take(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, list[bytes | BadImage]]:
-        """The records at places [start, stop) and their bytes; what is between is read over."""
+        """The records at places [start, stop) and their bytes; earlier ones are dropped."""
         if epoch != self._epoch or start < self._draws.place:
             self._epoch, self._draws = epoch, Draws(self._order, epoch)
             self._held = {}
             self._draws.skip(start)
             self._read(sorted(self._draws.slots))
-        between = start - self._draws.place  # what other hosts take
+        between = start - self._draws.place  # records of other hosts
         drawn = [self._draws.draw() for _ in range(self._draws.place, stop)]
         self._read([coming for _, coming in drawn if coming is not None])
         data = [self._held.pop(out) for out, _ in drawn]

@@ -301,7 +301,7 @@ data = {"image": np.ones((4, 3))}
         ("model = loss = 1\n", "it lacks data"),
         (GOOD + "loss = 'softmax'\n", "must be one of softmax_cross_entropy"),
         (GOOD + "data = [1, 2]\n", "must be a dict of arrays"),
-        (GOOD + "data = {'image': x, 'label': x[:4, 0]}\n", "one number of rows"),
+        (GOOD + "data = {'image': x, 'label': x[:4, 0]}\n", "equal length"),
         (GOOD + "inputs = 'picture'\n", "among"),
         (GOOD + "def loss(outputs, batch):\n    return outputs\n", "a value an example"),
         (GOOD + "def loss(outputs, batch):\n    return outputs.nothing\n", "line 12: Attribute"),

@@ -19,7 +19,8 @@ from PIL import Image
 
 from jdl.core.check import ArgumentError, DataError
 from jdl.data import Holdout, TarSource, describe, standard_input
-from jdl.data.pack import header, pack, read_idx
+from jdl.data.idx import read_idx
+from jdl.data.pack import header, pack
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (23, 9, 7), dtype=np.uint8)

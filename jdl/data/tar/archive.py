@@ -1,10 +1,10 @@
 """An archive's bytes: at random where that is possible, else in order.
 
     a plain tar on a disk          random     `pread`, from any thread or process
-    a plain tar behind an URL      random     ranges through fsspec, tried again when they fail
+    a plain tar behind an URL      random     ranges through fsspec, retried when they fail
     a .gz with a seek file         seekable   `jdl index --seekable` (indexed_gzip)
-    compressed, or no ranges       in order   going back means to begin again
-    standard input, "-"            in order   there is no going back
+    compressed, or no ranges       stream     going back means to start again
+    standard input, "-"            stream     there is no going back
 
 `open.open_archive` chooses among these.
 """
@@ -21,12 +21,12 @@ from typing import Any
 from jdl.core import check
 from jdl.data.tar import inflate
 
-UNKNOWN = 2**62  # the size of a tar whose end has not been met yet
+UNKNOWN = 2**62  # the size of a tar whose end has not been reached yet
 STDIN = "-"
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _PIECE = 1 << 18  # bytes read at once in order
-_KEPT = 1 << 20  # bytes behind the last ones asked for that can be asked for again
+_KEPT = 1 << 20  # bytes before the last request that can be requested again
 
 
 def _seek_and_read(fd: int, size: int, offset: int) -> bytes:
@@ -36,7 +36,7 @@ def _seek_and_read(fd: int, size: int, offset: int) -> bytes:
 
 
 _SEEKING = threading.Lock()
-_pread = getattr(os, "pread", _seek_and_read)  # which Windows lacks
+_pread = getattr(os, "pread", _seek_and_read)  # Windows has no pread
 
 
 def is_url(path: str) -> bool:
@@ -53,12 +53,13 @@ class Archive(abc.ABC):
 
     Attributes:
       path: the file, the URL, or "-".
-      size: how many bytes the tar has; `UNKNOWN` until a reader in order met the end.
+      size: the tar's bytes; `UNKNOWN` until a reader in order has reached the end.
       mode: "random", "seekable" or "stream".
-      rewinds: whether bytes behind can be had again, at whatever cost.
-      problem: why the bytes end before they should, if they do.
-      wide, narrow, stride: bytes a scan reads at once where headers stand close together, where
-        they do not, and the distance up to which they do.
+      rewinds: whether earlier bytes can be read again, at whatever cost.
+      problem: why the bytes end too early, if they do.
+      wide, narrow, stride: bytes that a scan reads at once where headers are close together and
+        where they are not, and the distance up to which they are close.
+      file: the file that holds it, or None for standard input.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Archive(abc.ABC):
     rewinds = True
     problem = ""
     wide, narrow, stride = 1 << 20, 1 << 12, 1 << 15
+    file: "StoredFile | None" = None
 
     @abc.abstractmethod
     def pread(self, size: int, offset: int) -> bytes:
@@ -76,23 +78,26 @@ class Archive(abc.ABC):
         """`pread` for each (size, offset), in this order."""
         return (self.pread(size, offset) for size, offset in places)
 
-    @abc.abstractmethod
     def stamp(self) -> dict[str, Any]:
-        """What tells this archive, in this state, from all others."""
+        """What distinguishes this archive, in this state, from all others."""
+        return {} if self.file is None else self.file.stamp()
 
-    @abc.abstractmethod
     def check_unchanged(self, stamp: dict[str, Any]) -> None:
-        """Raises DataError unless the archive at the path is still the one of that stamp."""
+        """Raises DataError unless the archive at the path still has that stamp."""
+        if self.file is not None:
+            self.file.check_unchanged(stamp)
 
-    def rest(self) -> None:  # noqa: B027  # most keep nothing
-        """Gives back what it keeps in memory until it is read again."""
+    def release_memory(self) -> None:  # noqa: B027  # most keep nothing
+        """Frees what it keeps in memory until it is read again."""
 
-    def close(self) -> None:  # noqa: B027  # most hold nothing
-        """Lets go of it."""
+    def close(self) -> None:
+        """Closes its file."""
+        if self.file is not None:
+            self.file.close()
 
 
-class Raw(Archive):
-    """The bytes of a file as it is stored.
+class StoredFile(Archive):
+    """The bytes of a file as it is stored: an archive by itself if it is a plain tar.
 
     Attributes:
       ranges: whether any part of it can be read by itself.
@@ -101,12 +106,20 @@ class Raw(Archive):
     ranges = True
 
     @abc.abstractmethod
-    def read_from(self, at: int) -> inflate.Readable:
-        """The file, to be read in order from there."""
+    def reader(self) -> inflate.Readable:
+        """The file, to be read in order from its beginning."""
+
+    @abc.abstractmethod
+    def stamp(self) -> dict[str, Any]:
+        """See `Archive`."""
+
+    @abc.abstractmethod
+    def check_unchanged(self, stamp: dict[str, Any]) -> None:
+        """See `Archive`."""
 
 
-class LocalFile(Raw):
-    """A plain file, read with `pread`."""
+class LocalFile(StoredFile):
+    """A file on a disk, read with `pread`."""
 
     def __init__(self, path: str):
         self.path = path
@@ -124,11 +137,9 @@ class LocalFile(Raw):
         """See `Archive`."""
         return _pread(self.fd, size, offset)
 
-    def read_from(self, at: int) -> inflate.Readable:
-        """The file, to be read in order from there."""
-        file = open(self.path, "rb")  # noqa: SIM115
-        file.seek(at)
-        return file
+    def reader(self) -> inflate.Readable:
+        """See `StoredFile`."""
+        return open(self.path, "rb")
 
     def stamp(self) -> dict[str, Any]:
         """See `Archive`."""
@@ -142,7 +153,7 @@ class LocalFile(Raw):
 
     def check_unchanged(self, stamp: dict[str, Any]) -> None:
         """See `Archive`."""
-        # By its path: an archive that was replaced is still there behind the open descriptor.
+        # By its path: the open descriptor still reads an archive that has been replaced.
         try:
             stat = os.stat(self.path)
         except OSError as error:
@@ -157,9 +168,7 @@ class LocalFile(Raw):
         finally:
             now.close()
         if (found["size"], found["digest"]) != (stamp["size"], stamp["digest"]):
-            raise check.DataError(
-                f"{self.path!r} has changed since it was indexed. Start again with the new one."
-            )
+            raise changed(self.path)
         stamp["mtime_ns"] = found["mtime_ns"]  # touched, but the same
 
     def close(self) -> None:
@@ -167,81 +176,72 @@ class LocalFile(Raw):
         os.close(self.fd)
 
 
-class Forward(Archive):
-    """Bytes that come in order: decompressed, or from where no range can be asked for.
+class Stream(Archive):
+    """Bytes that come in order: decompressed, or from a server without ranges.
 
-    What lies ahead is reached by reading on, what lies behind by beginning again.
+    Later bytes are reached by reading on, earlier ones by starting again.
+
+    Args:
+      path: the file, the URL, or "-".
+      reader: opens the stored bytes at their beginning.
+      file: the file that holds it, or None for standard input.
     """
 
     mode = "stream"
     wide = narrow = 1 << 16
-    stride = 1 << 15
 
-    def __init__(
-        self,
-        path: str,
-        read_from: Callable[[int], inflate.Readable],
-        raw: "Raw | None",
-    ):
-        self.path, self.size, self.rewinds = path, UNKNOWN, raw is not None
-        self._read_from, self._raw = read_from, raw
+    def __init__(self, path: str, reader: Callable[[], inflate.Readable], file: StoredFile | None):
+        self.path, self.size, self.rewinds, self.file = path, UNKNOWN, file is not None, file
+        self._reader = reader
         self._lock = threading.Lock()
-        self._file: inflate.Readable | None = None
+        self._input: inflate.Readable | None = None
         self._pieces: Iterator[inflate.Piece] = iter(())
-        self._window, self._start = bytearray(), 0
+        self._window, self._start = bytearray(), 0  # the bytes kept, and where they begin
 
-    def _begin(self) -> None:
-        self._file = self._read_from(0)
-        self._pieces = inflate.pieces(self._file, _PIECE)
-        self._window, self._start = bytearray(), 0
-
-    def rest(self) -> None:
-        """Gives back its memory, if it can begin again when it is asked for more."""
+    def release_memory(self) -> None:
+        """See `Archive`."""
         with self._lock:
-            if self._file is not None and self.rewinds:
-                self._file.close()
-                self._file, self._pieces, self._window = None, iter(()), bytearray()
+            if self.rewinds:
+                self._end()
+
+    def _end(self) -> None:
+        if self._input is not None:
+            self._input.close()
+        self._input, self._pieces, self._window, self._start = None, iter(()), bytearray(), 0
 
     def pread(self, size: int, offset: int) -> bytes:
         """See `Archive`."""
         with self._lock:
-            if self._file is None:
-                self._begin()
-            elif offset < self._start:
+            if offset < self._start:
                 if not self.rewinds:
                     raise check.DataError("Standard input cannot be read twice.")
-                self._file.close()
-                self._begin()
+                self._end()
+            if self._input is None:
+                self._input = self._reader()
+                self._pieces = inflate.pieces(self._input, _PIECE)
             end = offset + size
             while self._start + len(self._window) < end:
-                piece = next(self._pieces, None)
-                if piece is None:
-                    break
-                if piece.problem:
-                    self.problem = piece.problem
+                piece = next(self._pieces, inflate.Piece(b""))
+                self.problem = piece.problem or self.problem
+                if not piece.data:
+                    self.size = self._start + len(self._window)
                     break
                 self._window += piece.data
                 behind = min(offset, self._start + len(self._window)) - _KEPT - self._start
                 if behind > _KEPT:
                     del self._window[:behind]
                     self._start += behind
-            have = self._start + len(self._window)
-            if have < end:
-                self.size = have
             at = offset - self._start
             return bytes(self._window[at : at + size])
 
-    def stamp(self) -> dict[str, Any]:
-        """See `Archive`."""
-        return {} if self._raw is None else self._raw.stamp()
-
-    def check_unchanged(self, stamp: dict[str, Any]) -> None:
-        """See `Archive`."""
-        if self._raw is not None:
-            self._raw.check_unchanged(stamp)
-
     def close(self) -> None:
         """See `Archive`."""
-        self.rest()
-        if self._raw is not None:
-            self._raw.close()
+        self.release_memory()
+        super().close()
+
+
+def changed(path: str) -> check.DataError:
+    """The error for an archive that is not what it was."""
+    return check.DataError(
+        f"{path!r} has changed since it was indexed. Start again with the new one."
+    )

@@ -1,7 +1,7 @@
-"""What a tar header says: numbers, checksums, names, pax records.
+"""The fields of a tar header: numbers, checksums, names, pax records.
 
-A tar is a chain of 512-byte blocks: a header, the member's bytes padded to whole blocks, the next
-header, and at the end two blocks of zeros. Three dialects share it: ustar (a second name field,
+A tar is a chain of 512-byte blocks: a header, the member's contents padded to whole blocks, the
+next header, and at the end two blocks of zeros. It has three dialects: ustar (a second name field,
 `prefix`), GNU (long names in members of their own, numbers too large for octal in base 256) and
 pax (records `length key=value` in members of their own). Nothing here reads a file.
 

@@ -1,9 +1,9 @@
-"""The index of one archive: where every member stands, kept in a file beside the archive.
+"""The index of one archive: where every member is, kept in a file beside the archive.
 
-The file is raw arrays after a JSON header: nothing in it is ever executed, it is memory-mapped, so
-that many processes share one copy, and everything read from it is checked before it is believed.
-It is used only for the very archive it was made from (size, time of change, and a digest of some
-twenty pieces of the content), and made anew otherwise.
+The file is raw arrays after a JSON header. Nothing in it is executed; it is memory-mapped, so that
+many processes share one copy; and all of it is checked before use. It is used only for the archive
+it was made from (size, modification time, and a digest of about twenty pieces of the contents), and
+made anew otherwise.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data.tar import scan
-from jdl.data.tar.archive import STDIN, Archive, is_url
+from jdl.data.tar.archive import STDIN, is_url
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.scan import Columns, Damage
 
@@ -27,7 +27,7 @@ SUFFIX = ".jdlidx"
 _MAGIC = b"JDLINDEX2\n"
 _MAX_HEADER = 1 << 24
 _ALIGN = 64
-_ROWS = 1 << 16  # checked at once: what is only looked at must not fill a worker's memory
+_ROWS = 1 << 16  # rows checked at once, to bound a worker's memory
 _TYPES = dict(
     zip(
         Columns._fields,
@@ -38,14 +38,14 @@ _TYPES = dict(
 
 
 class TarIndex:
-    """Where every member of one archive stands.
+    """The members of one archive.
 
     Attributes:
       path: the archive.
       columns: the members.
-      damage: what is wrong with the archive.
-      stamp: what the archive was recognized by.
-      size: the tar's bytes, when decompressed.
+      damage: the archive's defects.
+      stamp: what distinguishes the archive (see `Archive.stamp`).
+      size: the tar's bytes, decompressed.
       file: the file that the columns are mapped from, or None if they are in memory.
       mode: how the archive can be read (see `archive`).
     """
@@ -79,7 +79,7 @@ class TarIndex:
         return [scan.text(whole[a:b]) for a, b in zip(starts, ends, strict=True)]
 
     def __reduce__(self) -> Any:
-        """Worker processes map the index file anew; only what has none travels whole."""
+        """Worker processes map the index file anew; an index without a file is pickled whole."""
         if self.file is not None:
             return _reopen, (self.path, self.file, self.stamp, self.mode)
         own = (self.path, self.columns, self.damage, self.stamp, self.size, None, self.mode)
@@ -87,15 +87,15 @@ class TarIndex:
 
 
 def open_index(path: str, *, keep: bool = True) -> TarIndex:
-    """The index of the archive at `path`, read from its file or, where that fails, made.
+    """The index of the archive at `path`, read from its file or made.
+
+    A file that is no tar has an index without members whose damage says so. Offsets in a compressed
+    archive are those in the decompressed tar.
 
     Args:
       path: the archive.
-      keep: whether to store an index that had to be made: beside the archive or, where that
-        is not allowed, in the cache directory.
-
-    What is no tar has an index too: one without members, that says so in its damage. Of what is
-    compressed it holds the places in the decompressed tar.
+      keep: whether to store an index that had to be made: beside the archive or, if that is not
+        allowed, in the cache directory.
 
     Raises:
       DataError: if the archive is missing or cannot be read.
@@ -113,8 +113,12 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
                 continue
             except (ValueError, OSError) as error:
                 logger.info("not using the index %r: %s", file, error)
-        if archive.mode == "stream":
-            tell_cost(archive)
+        if archive.mode == "stream" and path != STDIN:
+            logger.warning(
+                "%r is compressed, or comes without ranges: it has to be read once from end to end "
+                "to index it.",
+                path,
+            )
         columns, damage = scan.scan(archive)
         if archive.stamp() != stamp:
             raise check.DataError(f"{path!r} changed while it was being indexed. Try again.")
@@ -132,18 +136,8 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
     return index
 
 
-def tell_cost(archive: Archive) -> None:
-    """Says what it takes to index an archive that can only be read in order."""
-    if archive.path != STDIN:
-        logger.warning(
-            "%r is compressed, or comes without ranges: it has to be read once from end to end to "
-            "index it.",
-            archive.path,
-        )
-
-
 def cached(path: str) -> str:
-    """Where the index of `path` is kept when it cannot stand beside it."""
+    """The place of the index of `path` when it cannot be beside it."""
     root = os.environ.get("JDL_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jdl"
     )
@@ -153,7 +147,7 @@ def cached(path: str) -> str:
 
 
 def save(index: TarIndex, file: str) -> None:
-    """Writes the index at once or not at all: no reader ever sees half of it."""
+    """Writes the index atomically: no reader sees half of it."""
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     header: dict[str, Any] = {
         "stamp": index.stamp,
@@ -180,18 +174,19 @@ def save(index: TarIndex, file: str) -> None:
 
 
 def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
-    """The index in `file`, if it is whole, sound and of the archive with that stamp.
+    """The index in `file`, if it is valid and of the archive with that stamp.
 
     Raises:
-      ValueError: if it is not; OSError where it cannot be read.
+      ValueError: if it is not.
+      OSError: if it cannot be read.
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(file)
     data = np.memmap(file, np.uint8, "r")
     prefix = len(_MAGIC) + 8
-    _sound(data[: len(_MAGIC)].tobytes() == _MAGIC, "it is of another kind or version")
+    _require(data[: len(_MAGIC)].tobytes() == _MAGIC, "it is of another kind or version")
     length = int.from_bytes(data[len(_MAGIC) : prefix].tobytes(), "little")
-    _sound(length <= min(_MAX_HEADER, len(data) - prefix), "its header is cut short")
+    _require(length <= min(_MAX_HEADER, len(data) - prefix), "its header is cut short")
     try:
         header = json.loads(data[prefix : prefix + length].tobytes())
         same = header["stamp"] == stamp
@@ -203,12 +198,12 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
         lengths = [int(header["lengths"][field]) for field in Columns._fields]
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"its header is malformed ({error!r})") from error
-    _sound(same, "it is of another archive, or of an earlier state of this one")
+    _require(same, "it is of another archive, or of an earlier state of this one")
     arrays, at = [], prefix + length
     for count, dtype in zip(lengths, _TYPES.values(), strict=True):
         at += -at % _ALIGN
         nbytes = count * np.dtype(dtype).itemsize
-        _sound(count >= 0 and at + nbytes <= len(data), "its arrays are cut short")
+        _require(count >= 0 and at + nbytes <= len(data), "its arrays are cut short")
         arrays.append(data[at : at + nbytes].view(dtype))
         at += nbytes
     columns = Columns(*map(np.asarray, arrays))
@@ -217,19 +212,19 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
 
 
 def _check_columns(columns: Columns, size: int) -> None:
-    """Whoever may write the index must not make us read where no member can stand."""
+    """Checks that all members lie inside the archive: anybody may have written the index."""
     n = len(columns.sizes)
     same = all(len(c) == n for c in columns[:5])
-    _sound(same, "its columns differ in length")
-    _sound(_rising(columns.base_ends, len(columns.bases)), "its names do not add up")
-    _sound(_rising(columns.folder_ends, len(columns.folders)), "its folders do not add up")
+    _require(same, "its columns differ in length")
+    _require(_rising(columns.base_ends, len(columns.bases)), "its names do not add up")
+    _require(_rising(columns.folder_ends, len(columns.folders)), "its folders do not add up")
     for start in range(0, n, _ROWS):
         offsets, sizes, kinds, ids = (c[start : start + _ROWS] for c in columns[:4])
-        _sound(ids.min() >= 0 and ids.max() < len(columns.folder_ends), "it lacks a folder")
+        _require(ids.min() >= 0 and ids.max() < len(columns.folder_ends), "it lacks a folder")
         inside = kinds != scan.CUT
         fits = offsets.min() >= 512 and sizes.min() >= 0 and (sizes[inside] <= size).all()
         fits = fits and (offsets[inside] <= size - sizes[inside]).all()
-        _sound(fits, "a member lies outside the archive")
+        _require(fits, "a member lies outside the archive")
 
 
 def _rising(ends: np.ndarray, total: int) -> bool:
@@ -242,7 +237,7 @@ def _rising(ends: np.ndarray, total: int) -> bool:
     return bool(rises and ends[0] >= 0 and ends[-1] == total)
 
 
-def _sound(ok: bool | np.bool_, problem: str) -> None:
+def _require(ok: bool | np.bool_, problem: str) -> None:
     if not ok:
         raise ValueError(problem)
 

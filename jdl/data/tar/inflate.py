@@ -1,6 +1,6 @@
 """Decompression in order and in constant memory: gzip, bzip2, xz, zstd, or none.
 
-However much a few bytes claim to expand to, at most one piece of it is in memory.
+However large a few bytes expand, at most one piece of that is in memory.
 """
 
 import bz2
@@ -18,22 +18,22 @@ MAGIC = {
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
-_MAX_MEMORY = 1 << 28  # bytes that an xz file may ask its reader to keep
+_MAX_MEMORY = 1 << 28  # bytes that an xz file may make its reader keep
 
 
 @runtime_checkable
 class Readable(Protocol):
-    """What bytes are read from in order."""
+    """A file that is read in order."""
 
     def read(self, size: int, /) -> bytes:
-        """The next bytes, at least one and, but for pipes, `size` of them; none at the end."""
+        """The next bytes: `size` of them, or fewer from a pipe; none at the end."""
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Closes it."""
 
 
 class Piece(NamedTuple):
-    """The next bytes, or why there are no more although there should be."""
+    """The next bytes, or why they end too early."""
 
     data: bytes
     problem: str = ""
@@ -50,46 +50,31 @@ def compression(head: bytes) -> str | None:
 
 def pieces(file: Readable, size: int) -> Iterator[Piece]:
     """The decompressed bytes of `file`, in pieces of about `size`; the last may name a problem."""
-    data = file.read(size)
-    while 0 < len(data) < 8:  # pipes give what they have
-        more = file.read(size)
-        if not more:
-            break
-        data += more
+    data = _at_least(8, file, size)
     kind = compression(data)
     if kind is None:
         while data:
             yield Piece(data)
             data = file.read(size)
         return
-    start = _STARTS[kind]
-    decompressor = start()
+    decompressor = _STARTS[kind]()
     while True:
         try:
             out = decompressor.decompress(data, size)
-        except _errors() as error:
+        except _errors(kind) as error:
             yield Piece(b"", f"its {kind} data are damaged: {error}")
             return
         data = b""
         if out:
             yield Piece(out)
-        if decompressor.eof:
-            # Compressed files may be chained; what follows otherwise is padding.
-            data = decompressor.unused_data or file.read(size)
-            while data and not data.strip(b"\0"):
-                data = file.read(size)
-            while data and len(data.lstrip(b"\0")) < 8:
-                more = file.read(size)
-                if not more:
-                    break
-                data += more
-            data = data.lstrip(b"\0")
+        if decompressor.eof:  # compressed files may be chained, with zeros between and after
+            data = _at_least(8, file, size, decompressor.unused_data)
             if not data:
                 return
             if compression(data) != kind:
                 yield Piece(b"", f"after its {kind} data {len(data)} or more bytes are none")
                 return
-            decompressor = start()
+            decompressor = _STARTS[kind]()
         elif decompressor.needs_input:
             data = file.read(size)
             if not data:
@@ -97,8 +82,24 @@ def pieces(file: Readable, size: int) -> Iterator[Piece]:
                 return
 
 
+def _at_least(count: int, file: Readable, size: int, data: bytes | None = None) -> bytes:
+    """At least so many bytes if the file has them: pipes return few at once.
+
+    If some come after compressed `data`, zeros before them are skipped.
+    """
+    padded = data is not None
+    data = data or b""
+    while len(data) < count:
+        more = file.read(size)
+        if not more:
+            break
+        data += more
+        data = data.lstrip(b"\0") if padded else data
+    return data.lstrip(b"\0") if padded else data
+
+
 class _Gzip:
-    """zlib's decompressor with the face of bz2's and lzma's."""
+    """zlib's decompressor with the interface of bz2's and lzma's."""
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(31)
@@ -134,12 +135,11 @@ def _zstd() -> Any:
     return zstd
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    zstd = (_zstd().ZstdError,) if "backports.zstd" in sys.modules or _STDLIB_ZSTD else ()
+def _errors(kind: str) -> tuple[type[Exception], ...]:
+    zstd = (_zstd().ZstdError,) if kind == "zstd" else ()
     return (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, *zstd)
 
 
-_STDLIB_ZSTD = sys.version_info >= (3, 14)
 _STARTS: dict[str, Callable[[], Any]] = {
     "gzip": _Gzip,
     "bzip2": bz2.BZ2Decompressor,

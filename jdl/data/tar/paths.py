@@ -1,4 +1,4 @@
-"""Which files a user means by a path, a glob, a brace range, a folder, or a list of these."""
+"""The files that a path, a glob, a brace range, a folder, or a list of these stands for."""
 
 import difflib
 import glob
@@ -24,11 +24,11 @@ _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 
 
 def expand(paths: Paths) -> list[str]:
-    """The files that `paths` means, in a stable order.
+    """The files that `paths` stands for, in a stable order.
 
-    A path that exists is taken as it is, whatever characters it has; URLs are not looked up; a
-    folder means the `*.tar` in it, or the compressed ones if there is no plain one; `{0..3}` and
-    `{a,b}` are written out, keeping leading zeros; `*`, `?` and `[…]` match, but not the files that
+    A path that exists is used as it is, whatever characters it has; URLs are not looked up; a
+    folder stands for the `*.tar` in it, or the compressed ones if there is no plain one; `{0..3}`
+    and `{a,b}` are expanded, with leading zeros; `*`, `?` and `[…]` match, except the files that
     jdl itself keeps beside archives.
 
     Raises:
@@ -73,7 +73,7 @@ def tars_in(folder: Path) -> list[str]:
 
 
 def braces(pattern: str) -> list[str]:
-    """`pattern` with its first, second, … braces written out.
+    """`pattern` with its braces expanded.
 
     >>> braces("faces-{008..010}.tar")
     ['faces-008.tar', 'faces-009.tar', 'faces-010.tar']
@@ -90,7 +90,7 @@ def braces(pattern: str) -> list[str]:
         check.argument(
             first <= last < first + _MAX_FILES,
             "paths",
-            f"a brace range that rises, of at most {_MAX_FILES} files",
+            f"an increasing brace range of at most {_MAX_FILES} files",
             pattern,
         )
         width = len(numbers[1]) if numbers[1].startswith("0") else 0

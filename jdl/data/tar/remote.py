@@ -1,6 +1,6 @@
-"""A file behind an URL: by ranges where its server has them, tried again when connections fail.
+"""A file behind an URL: by ranges if its server has them, retried when connections fail.
 
-Whatever fsspec reads is read: http and https (with aiohttp), s3:// (with s3fs), gs:// (with gcsfs).
+All that fsspec reads: http and https (with aiohttp), s3:// (with s3fs), gs:// (with gcsfs).
 """
 
 import hashlib
@@ -13,20 +13,20 @@ from typing import Any
 
 from jdl.core import check
 from jdl.data.tar import inflate
-from jdl.data.tar.archive import UNKNOWN, Raw
+from jdl.data.tar.archive import UNKNOWN, StoredFile, changed
 
 logger = logging.getLogger("jdl.data")
 
 _TRIES = 6
-_FIRST_PAUSE = 0.1  # seconds; doubled after every further failure
-_RECHECK = 30.0  # seconds between looks whether a remote archive is still the same
+_FIRST_PAUSE = 0.1  # seconds; doubled after each failure
+_RECHECK = 30.0  # seconds between checks that a remote archive is unchanged
 _PIECE = 1 << 22
-_PATIENCE = 60.0  # seconds without a byte after which a read is given up and tried again
-_AT_ONCE = 16  # requests under way
+_TIMEOUT = 60.0  # seconds without a byte after which a read is retried
+_AT_ONCE = 16  # concurrent requests
 
 
-class RemoteFile(Raw):
-    """A file behind an URL, read by ranges, each tried again when the connection fails."""
+class RemoteFile(StoredFile):
+    """A file behind an URL, read by ranges, each retried when the connection fails."""
 
     wide, narrow, stride = 1 << 23, 1 << 16, 1 << 18
 
@@ -51,7 +51,7 @@ class RemoteFile(Raw):
             return True
         try:
             return len(self._retried("read", lambda: self._file._fetch_range(1, 2))) == 1
-        except ValueError:  # it sent the whole
+        except ValueError:  # it sent the whole file
             return False
 
     def pread(self, size: int, offset: int) -> bytes:
@@ -77,12 +77,12 @@ class RemoteFile(Raw):
         with ThreadPoolExecutor(min(_AT_ONCE, len(places)) or 1) as pool:
             yield from pool.map(lambda place: self.pread(*place), places)
 
-    def read_from(self, at: int) -> inflate.Readable:
-        """The file, to be read in order from there."""
-        return _RemoteStream(self, at)
+    def reader(self) -> inflate.Readable:
+        """See `StoredFile`."""
+        return _RemoteStream(self)
 
     def open_stream(self) -> Any:
-        """A connection that brings the file from its beginning."""
+        """A connection that reads the file from its beginning."""
         return self._fs.open(self._name, block_size=0)
 
     def stamp(self) -> dict[str, Any]:
@@ -101,19 +101,17 @@ class RemoteFile(Raw):
         self._fs.invalidate_cache()
         info = self._retried("look up", lambda: self._fs.info(self._name))
         if (info.get("size") or UNKNOWN, _tag(info)) != (stamp["size"], stamp["tag"]):
-            raise check.DataError(
-                f"{self.path!r} has changed since it was indexed. Start again with the new one."
-            )
+            raise changed(self.path)
 
     def _retried(self, what: str, action: Callable[[], Any]) -> Any:
         return retried(f"{what} {self.path!r}", action)
 
 
 class _RemoteStream:
-    """A remote file in order; after a broken connection it goes on where it was."""
+    """A remote file in order; after a broken connection it continues where it was."""
 
-    def __init__(self, remote: RemoteFile, at: int):
-        self._remote, self._at = remote, at
+    def __init__(self, remote: RemoteFile):
+        self._remote, self._at = remote, 0
         self._connection: Any = None
 
     def read(self, size: int) -> bytes:
@@ -129,7 +127,7 @@ class _RemoteStream:
             if self._connection is None:
                 self._connection = self._remote.open_stream()
                 left = self._at
-                while left:  # what has been read already comes once more
+                while left:  # skip what has been read already
                     passed = len(self._connection.read(min(left, _PIECE)))
                     if not passed:
                         raise OSError("the file has become shorter")
@@ -149,7 +147,7 @@ class _RemoteStream:
 
 
 def retried(what: str, action: Callable[[], Any]) -> Any:
-    """What `action` gives, tried a few times with growing pauses between.
+    """The result of `action`, retried a few times with growing pauses.
 
     Raises:
       DataError: with the last failure; at once if the file does not exist or may not be read.
@@ -175,7 +173,7 @@ def retried(what: str, action: Callable[[], Any]) -> Any:
 
 
 def _final(error: Exception) -> bool:
-    """Whether trying again is of no use; fsspec says "not found" of broken connections too."""
+    """Whether a retry is useless; fsspec says "not found" for broken connections too."""
     if not isinstance(error, FileNotFoundError | PermissionError):
         return False
     status = getattr(error.__cause__, "status", 404 if error.__cause__ is None else 599)
@@ -192,7 +190,7 @@ def _file_system(path: str) -> tuple[Any, str]:
         if path.startswith(("http://", "https://")):
             import aiohttp
 
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_PATIENCE)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_TIMEOUT)
             options = {"client_kwargs": {"timeout": timeout}}
         return fsspec.core.url_to_fs(path, **options)
     except ImportError as error:
@@ -203,7 +201,7 @@ def _file_system(path: str) -> tuple[Any, str]:
 
 
 def _tag(info: dict[str, Any]) -> str:
-    """What a file system says of a file's version."""
+    """What a file system says about a file's version."""
     for key in ("ETag", "etag", "Last-Modified", "LastModified", "mtime", "updated", "created"):
         if info.get(key):
             return str(info[key])

@@ -1,8 +1,8 @@
-"""Walks a tar from header to header, never reading what the members hold.
+"""Walks a tar from header to header, without reading the members' contents.
 
-The walk trusts each header to find the next one, keeps the blocks, and verifies checksums for
-thousands of them at once; at the first bad one it goes back there. Damage never ends it: what is
-lost is written down, and the walk goes on where the next good header stands.
+The walk trusts each header to find the next one, keeps the blocks, and verifies thousands of
+checksums at once; at the first bad one it goes back there. Damage never ends the walk: what is lost
+is noted, and the walk continues at the next valid header.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ IMAGE, OTHER, FOLDER, LINK, DEVICE, SPARSE, CUT = range(7)
 
 IMAGE_EXTENSIONS = frozenset(b"jpg jpeg jpe jfif png webp bmp gif pgm ppm pbm pnm".split())
 
-# The kind of a member by its type; of regular files, only those named as images are.
+# The kind of a member by its type; regular files are images only if named so.
 _KINDS = np.full(256, OTHER, np.uint8)
 _KINDS[[*fmt.REGULAR]] = IMAGE
 _KINDS[[*fmt.LINKS]] = LINK
@@ -29,20 +29,20 @@ _KINDS[fmt.GNU_SPARSE] = SPARSE
 _DTYPES = (np.int64, np.int64, np.uint8, np.int32, np.int64)
 
 _MANY = 4096  # headers verified at once: 2 MiB
-_CHUNK = 1 << 20  # what a search for a header reads at once
-_BEGINNING = 1 << 20  # the first header of a tar stands within so many bytes, or it is none
+_CHUNK = 1 << 20  # bytes that a search for a header reads at once
+_BEGINNING = 1 << 20  # a file without a header in its first bytes, so many, is not a tar
 _MAX_META = 1 << 20  # bytes of a pax header or a long name
 _MAX_NAME = 1 << 15
 _MAX_DAMAGE = 1000  # entries kept; more are counted
 
 
 class Damage(NamedTuple):
-    """One thing wrong with an archive.
+    """One defect of an archive.
 
     Attributes:
       word: "checksum", "truncated", "damaged", "sparse" or "concatenated".
-      offset: where in the archive, in bytes.
-      name: the member concerned, as far as it can be told.
+      offset: its place in the archive, in bytes.
+      name: the member concerned, if it is known.
       detail: a sentence.
       lost: whether something cannot be read because of it.
     """
@@ -55,17 +55,17 @@ class Damage(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """A scanned archive as arrays over its n members; names are `folder/base`.
+    """An archive's n members as arrays; names are `folder/base`.
 
     Attributes:
-      offsets: int64 [n], where each member's bytes begin.
+      offsets: int64 [n], where each member's contents begin.
       sizes: int64 [n].
       kinds: uint8 [n], IMAGE, OTHER, ….
       folder_ids: int32 [n], into the folders.
       base_ends: int64 [n], where each base name ends in `bases`.
-      bases: uint8, all base names, one after the other.
-      folder_ends: int64 [folders], where each folder ends in `folders`.
-      folders: uint8, all folders' names, one after the other.
+      bases: uint8, all base names, concatenated.
+      folder_ends: int64 [folders], where each folder's name ends in `folders`.
+      folders: uint8, all folders' names, concatenated.
     """
 
     offsets: np.ndarray
@@ -79,7 +79,7 @@ class Columns(NamedTuple):
 
 
 def scan(archive: Archive) -> tuple[Columns, tuple[Damage, ...]]:
-    """All members of an archive, and everything wrong with it."""
+    """All members of an archive, and its damage."""
     walk = Walk(archive)
     for _ in walk.steps():
         pass
@@ -87,7 +87,7 @@ def scan(archive: Archive) -> tuple[Columns, tuple[Damage, ...]]:
 
 
 class Last(NamedTuple):
-    """The member seen last, if it is named as images are: its header's place, its bytes."""
+    """The last member, if it is named as an image: its header's place, its contents' range."""
 
     place: int
     start: int
@@ -100,32 +100,32 @@ class Walk:
 
     def __init__(self, archive: Archive):
         self.archive, self.size = archive, archive.size
-        # What comes once is verified at once: there is no going back.
+        # What can be read only once is verified header by header.
         self.many = _MANY if archive.rewinds else 1
         self.damage: list[Damage] = []
         self.unlisted = 0
-        # Headers not yet verified, where they stand, and the sizes of their members.
+        # Headers not yet verified, their places, and the sizes of their members.
         self.blocks: list[bytes] = []
         self.places: list[int] = []
         self.sizes: list[int] = []
-        # Of the headers that are not simply a member's: None for those that speak of other
-        # members, else where the bytes begin, the type, and the name if another header gave it.
+        # For headers of an unusual sort: None if they describe other members, else where the
+        # contents begin, the type, and the name if another header gave it.
         self.special: dict[int, tuple[int, int, bytes | None] | None] = {}
-        # Verified members, some thousands an entry, in the order of `Columns`.
+        # Verified members, thousands in each entry, in the order of `Columns`.
         self.parts: list[tuple[np.ndarray, ...]] = []
         self.bases: list[bytes] = []
         self.folders: dict[bytes, int] = {}
-        # What pax and GNU headers say of the next member, and of all that follow (since where).
+        # What pax and GNU headers say about the next member, and about all later ones (from where).
         self.next_name: bytes | None = None
         self.next_pax: dict[bytes, bytes] = {}
         self.globals: list[tuple[int, dict[bytes, bytes]]] = [(-1, {})]
-        self.problem = ""  # with the header that `chain` stopped at
+        self.problem = ""  # of the header that `chain` stopped at
         self.last: Last | None = None
         self.window, self.base, self.headers_before = b"", 0, 0
         self.verified = 0
 
     def steps(self) -> Iterator[None]:
-        """Walks to the end, whatever stands there; pauses whenever members have been added."""
+        """Walks to the end, whatever the archive holds; yields after adding members."""
         at: int | None = 0 if self.plausible() else None
         while at is not None:
             at = self.chain(at)
@@ -150,7 +150,7 @@ class Walk:
             self.damage.append(Damage("damaged", 0, "", f"and {self.unlisted} more", True))
 
     def plausible(self) -> bool:
-        """Whether it begins as a tar does, or one begins soon; if not, that is noted."""
+        """Whether a tar begins at the start or soon after; notes it if not."""
         head = self.read(BLOCK, 0)
         if not head:
             if not self.archive.problem:
@@ -165,16 +165,16 @@ class Walk:
         return False
 
     def read(self, size: int, at: int) -> bytes:
-        """Bytes of the archive; its size becomes known when a reader in order meets the end."""
+        """Bytes of the archive; updates the size, which a stream knows only at its end."""
         data = self.archive.pread(size, at)
         self.size = self.archive.size
         return data
 
     def chain(self, at: int) -> int:
-        """Follows headers from `at`; gives the place it could or would not go beyond.
+        """Follows headers from `at`; returns the place where it stopped.
 
-        That is the file's end, a block of zeros, a header it cannot take in (see `problem`), or
-        simply where enough headers wait to be verified.
+        That is the file's end, a block of zeros, a header that cannot be read (see `problem`), or
+        where enough headers wait to be verified.
         """
         blocks, places, sizes = self.blocks, self.places, self.sizes
         window, base, alone = self.window, self.base, self.alone()
@@ -197,7 +197,7 @@ class Walk:
                     break
                 window, base, alone = self.window, self.base, self.alone()
                 continue
-            # Nearly every member of nearly every archive.
+            # The most common header, with a member's size in octal.
             try:
                 size = int(digits, 8)
             except ValueError:
@@ -210,14 +210,14 @@ class Walk:
         return at
 
     def alone(self) -> bool:
-        """Whether no other header has a say in the next member's."""
+        """Whether no earlier header says anything about the next member."""
         return self.next_name is None and not self.next_pax and len(self.globals) == 1
 
     def block(self, at: int) -> bytes:
-        """The block at `at`; what lies beyond the file's end reads as zeros."""
+        """The block at `at`; beyond the file's end there are zeros."""
         start = at - self.base
         if start < 0 or start + BLOCK > len(self.window):
-            # Where headers stand close together, one wide read brings many of them.
+            # Where headers are close together, one wide read gets many of them.
             headers = self.verified + len(self.blocks)
             archive = self.archive
             close = at - self.base <= archive.stride * (headers - self.headers_before)
@@ -226,7 +226,7 @@ class Walk:
         return self.window[start : start + BLOCK].ljust(BLOCK, b"\0")
 
     def unusual(self, at: int, block: bytes) -> int:
-        """Takes in a header of any sort but the most common; gives where the next one stands."""
+        """Reads a header of any sort but the most common; returns the place of the next one."""
         kind = block[156]
         data = at + BLOCK
         number = len(self.blocks)
@@ -246,9 +246,9 @@ class Walk:
         if b"size" in pax:
             size = fmt.decimal(pax[b"size"])
         if kind in fmt.LINKS or kind in fmt.DEVICES or kind == fmt.DIRECTORY:
-            size = 0  # whatever the field says, no bytes follow
+            size = 0  # whatever the field says, no contents follow
         if kind == fmt.GNU_SPARSE:
-            # More of the map of holes may follow the header; a flag in each block tells.
+            # More of the map of holes may follow the header; each block has a flag for that.
             more = block[482]
             while more and data + BLOCK <= self.size:
                 more = self.block(data)[504]
@@ -260,7 +260,7 @@ class Walk:
         return data + fmt.padded(size)
 
     def meta(self, kind: int, at: int, size: int) -> None:
-        """Takes in a header that speaks of other members."""
+        """Reads a header that describes other members."""
         if size > _MAX_META:
             raise ValueError(f"its extended header has {size} bytes, more than {_MAX_META}")
         start = at + BLOCK - self.base
@@ -271,12 +271,12 @@ class Walk:
             self.next_name = data.split(b"\0", 1)[0]
         elif kind == fmt.PAX_GLOBAL:
             self.globals.append((at, self.globals[-1][1] | _relevant(fmt.pax_records(data))))
-            del self.globals[1:-2]  # all that going back over a bad header may need
+            del self.globals[1:-2]  # going back over a bad header needs no more
         elif kind in fmt.PAX_NEXT:
             self.next_pax = _relevant(fmt.pax_records(data))
 
     def verify(self) -> int | None:
-        """Takes over the waiting headers up to the first bad one; gives where that one stands."""
+        """Adds the waiting headers up to the first bad one; returns that one's place."""
         if not self.blocks:
             return None
         blocks = np.frombuffer(b"".join(self.blocks), np.uint8).reshape(-1, BLOCK)
@@ -294,7 +294,7 @@ class Walk:
         return place
 
     def take(self, blocks: np.ndarray, count: int) -> None:
-        """Adds the members of the first `count` waiting headers, found good, to the columns."""
+        """Adds the members of the first `count` waiting headers, which are valid."""
         blocks = blocks[:count]
         types = blocks[:, 156].copy()
         offsets = np.array(self.places[:count], np.int64) + BLOCK
@@ -310,7 +310,7 @@ class Walk:
                 names[i] = names[i] if name is None else name
         kinds = _KINDS[types]
         for i in np.flatnonzero((types == 0) | (kinds == FOLDER)).tolist():
-            if names[i].endswith(b"/"):  # how old tars mark folders
+            if names[i].endswith(b"/"):  # old tars mark folders so
                 names[i] = names[i].rstrip(b"/")
                 kinds[i] = FOLDER
         cut = kept & (offsets + sizes > self.size)
@@ -343,20 +343,20 @@ class Walk:
     # ------------------------------------------------------------------ damage
 
     def note_cut(self, place: int, name: bytes, offset: int, size: int) -> None:
-        """Notes a member that the archive holds only in part."""
+        """Notes a member that is incomplete."""
         have = max(self.size - offset, 0)
         detail = f"it has {size} bytes, of which {have} are in the archive"
         self.note("truncated", place, name, detail)
 
     def note(self, word: str, at: int, name: bytes, detail: str, lost: bool = True) -> None:
-        """Writes one damage down."""
+        """Notes one defect."""
         if len(self.damage) < _MAX_DAMAGE:
             self.damage.append(Damage(word, at, text(name[:200]), detail, lost))
         else:
             self.unlisted += 1
 
     def recover(self, at: int, problem: str) -> int | None:
-        """Notes the bad header at `at`; gives where the next good one stands, if any does."""
+        """Notes the bad header at `at`; returns the place of the next valid one, if any."""
         if (inside := self.inside_last(at)) is not None:
             return inside
         block = self.block(at)
@@ -376,9 +376,9 @@ class Walk:
         return resume
 
     def inside_last(self, before: int) -> int | None:
-        """Where a header stands inside the last member, which then lies about its size.
+        """The place of a header inside the last member, whose stated size is then wrong.
 
-        Only an image is doubted so: in other files there may be archives.
+        Only images are checked: other files may contain archives.
         """
         last, self.last = self.last, None
         if last is None or self.archive.mode == "stream":
@@ -394,9 +394,9 @@ class Walk:
         return found
 
     def beyond(self, at: int, block: bytes) -> int | None:
-        """Where the member of a bad header ends, if its size can be trusted all the same.
+        """Where the member of a bad header ends, if its size is right nonetheless.
 
-        It can if exactly there another header, or an end marker, stands.
+        It is if another header, or an end marker, is exactly there.
         """
         try:
             after = at + BLOCK + fmt.padded(fmt.number(block[124:136]))
@@ -408,7 +408,7 @@ class Walk:
         return after if next_block == fmt.ZEROS or fmt.is_header(next_block) else None
 
     def find_header(self, at: int, limit: int | None = None) -> int | None:
-        """The first good ustar, GNU or pax header from `at` on, at whatever alignment."""
+        """The place of the first valid ustar, GNU or pax header from `at` on, at any alignment."""
         end = self.size if limit is None else min(self.size, at + limit)
         while at + BLOCK <= end:
             chunk = self.read(_CHUNK + BLOCK, at)
@@ -427,7 +427,7 @@ class Walk:
         return None
 
     def zeros(self, at: int) -> int | None:
-        """Looks past the end marker at `at`; gives where a further archive begins, if any does."""
+        """Looks past the end marker at `at`; returns the place of a further archive, if any."""
         place = at
         while place < self.size:
             chunk = self.read(_CHUNK, place)
@@ -457,7 +457,7 @@ class Walk:
             np.concatenate([np.empty(0, dtype), *column])
             for dtype, column in zip(_DTYPES, columns, strict=True)
         )
-        # Where the size became known only at the end, the last member may have gone beyond it.
+        # A stream's size is known only at the end: the last member may exceed it.
         for i in np.flatnonzero((offsets + sizes > self.size) & (kinds != CUT)).tolist():
             name = folders[folder_ids[i]] + b"/" if folders[folder_ids[i]] else b""
             ends = np.cumsum(lengths)
@@ -477,7 +477,7 @@ class Walk:
 
 
 def text(name: bytes) -> str:
-    """A member's name for people: bytes that are no UTF-8 are written out."""
+    """A member's name as text: bytes that are not UTF-8 become escapes."""
     return name.decode("utf-8", "backslashreplace")
 
 

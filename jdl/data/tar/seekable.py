@@ -22,33 +22,32 @@ SEEK_SPACING = 1 << 18
 
 
 class Seekable(Archive):
-    """A local .gz with a file of places at which decompression can begin."""
+    """A local .gz with a seek file."""
 
     mode = "seekable"
     wide = narrow = 1 << 20
 
-    def __init__(self, raw: LocalFile):
-        self.path, self._raw = raw.path, raw
+    def __init__(self, file: LocalFile):
+        self.path, self.size, self.file = file.path, UNKNOWN, file
+        self._lock = threading.Lock()
         try:
-            self._file = _indexed_gzip().IndexedGzipFile(
-                raw.path, spacing=SEEK_SPACING, index_file=raw.path + SEEK_SUFFIX
+            self._input = _indexed_gzip().IndexedGzipFile(
+                file.path, spacing=SEEK_SPACING, index_file=file.path + SEEK_SUFFIX
             )
         except check.MissingExtraError:
             raise
-        except Exception as error:  # indexed_gzip's own, whatever stands in the file
+        except Exception as error:  # indexed_gzip's own, for whatever the seek file holds
             raise check.DataError(
-                f"The seek file {raw.path + SEEK_SUFFIX!r} cannot be used: {error}. Remove it, or "
+                f"The seek file {file.path + SEEK_SUFFIX!r} cannot be used: {error}. Remove it, or "
                 "make it anew with `jdl index --seekable`."
             ) from error
-        self._lock = threading.Lock()
-        self.size = UNKNOWN
 
     def pread(self, size: int, offset: int) -> bytes:
         """See `Archive`."""
         with self._lock:
             try:
-                self._file.seek(offset)
-                data = self._file.read(size)
+                self._input.seek(offset)
+                data = self._input.read(size)
             except Exception as error:  # zlib's and indexed_gzip's own, and EOFError
                 raise check.DataError(
                     f"Cannot read {self.path!r} at byte {offset}: {error}. If its seek file does "
@@ -58,34 +57,26 @@ class Seekable(Archive):
             self.size = offset + len(data)
         return data
 
-    def stamp(self) -> dict[str, Any]:
-        """See `Archive`."""
-        return self._raw.stamp()
-
-    def check_unchanged(self, stamp: dict[str, Any]) -> None:
-        """See `Archive`."""
-        self._raw.check_unchanged(stamp)
-
     def close(self) -> None:
         """See `Archive`."""
-        self._file.close()
-        self._raw.close()
+        self._input.close()
+        super().close()
 
 
 def make_seekable(path: str) -> str:
-    """Writes the seek file of a local .gz beside it, at once or not at all; gives its path.
+    """Writes the seek file of a local .gz beside it, atomically; returns its path.
 
     Raises:
       DataError: if the archive is not gzip, or damaged.
       MissingExtraError: without indexed_gzip.
     """
-    raw = LocalFile(path)
-    kind = inflate.compression(raw.pread(8, 0))
-    raw.close()
+    stored = LocalFile(path)
+    kind = inflate.compression(stored.pread(8, 0))
+    stored.close()
     if kind != "gzip":
         what = f"{kind}-compressed" if kind else "not compressed"
         hint = "It needs none." if kind is None else "Rewrite it with `jdl pack`."
-        raise check.DataError(f"{path!r} is {what}; seek files are made for gzip alone. {hint}")
+        raise check.DataError(f"{path!r} is {what}; seek files are made for gzip only. {hint}")
     file = _indexed_gzip().IndexedGzipFile(path, spacing=SEEK_SPACING)
     temporary = f"{path}{SEEK_SUFFIX}.{os.getpid()}.tmp"
     try:

@@ -1,13 +1,13 @@
-"""A subset of many rows, in a bit a row: ten million take 1.4 MB where their numbers take 40."""
+"""A subset of rows in one bit each: ten million take 1.4 MB, where their numbers take 40."""
 
 import numpy as np
 
-_BITS = 512  # a row of the table; their counts are added up beside it
+_BITS = 512  # of a line of the table, beside which the bits before it are counted
 _AT_ONCE = 4096
 
 
 class Selection:
-    """Those rows of {0 … n−1} that are wanted, numbered 0, 1, … in their order.
+    """The wanted rows of {0 … n−1}, numbered 0, 1, … in their order.
 
     Args:
       wanted: bool [n].

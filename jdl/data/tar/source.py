@@ -348,7 +348,7 @@ class TarSource:
         handle = self._handle(archive)
         kept = archive in self._files
         if self._last is not None and self._last is not handle:
-            self._last.rest()
+            self._last.release_memory()
         self._last = handle
         try:
             handle.check_unchanged(index.stamp)

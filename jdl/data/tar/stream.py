@@ -1,4 +1,4 @@
-"""A tar's members one after the other, in constant memory, without an index."""
+"""A tar's members in order, in constant memory, without an index."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jdl.data.tar import scan
 from jdl.data.tar.archive import Archive
 
-MAX_MEMBER = 1 << 28  # bytes; larger ones are passed over
+MAX_MEMBER = 1 << 28  # bytes; larger members are skipped
 
 
 class Member(NamedTuple):
@@ -14,7 +14,7 @@ class Member(NamedTuple):
 
     Attributes:
       name: in the archive, as text.
-      image: whether it is named as images are.
+      image: whether it has an image's extension.
       data: its bytes.
     """
 
@@ -24,15 +24,15 @@ class Member(NamedTuple):
 
 
 class MemberStream:
-    """The regular files of an archive, in its order; damage is noted and passed over.
+    """The regular files of an archive, in its order; damage is noted and skipped.
 
     Attributes:
-      damage: what has been found wrong so far.
+      damage: the defects found so far.
     """
 
     def __init__(self, archive: Archive):
         self._archive, self._walk = archive, scan.Walk(archive)
-        self._walk.many = 1  # each header as it comes, before what follows it is read
+        self._walk.many = 1  # yields each member before reading what follows it
         self.damage = self._walk.damage
 
     def __iter__(self) -> Iterator[Member]:
