@@ -81,8 +81,7 @@ def run(args: Args) -> None:
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     check.argument(args.trials >= 0, "--trials", "0 or more", args.trials)
     names = _listed("--optimizers", args.optimizers)
-    for name in names:
-        check.one_of("--optimizers", name, registry.REGISTRY)
+    names = [registry.short_name(name, "--optimizers") for name in names]
     others = {"epochs": args.epochs, "work": args.work}
     given = {kind: amount for kind, amount in others.items() if amount is not None}
     check.argument(len(given) <= 1, "--epochs, --work", "given one at a time", given)

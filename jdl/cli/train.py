@@ -144,8 +144,8 @@ def _job(args: Args) -> _Job:
         "left out for recursive, which learns generated trees, and images for all others",
         source,
     )
-    optimizer = args.optimizer or chosen.optimizer
-    entry = registry.REGISTRY[check.one_of("optimizer", optimizer, registry.REGISTRY)]
+    optimizer = registry.short_name(args.optimizer or chosen.optimizer)
+    entry = registry.REGISTRY[optimizer]
     size, split = parse_size(args.size, source), default_split(source, args.split, "train")
     augmentation = {"crop": args.crop, "flip": args.flip, "workers": args.workers}
     given = {name: value for name, value in augmentation.items() if value}

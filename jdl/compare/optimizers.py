@@ -1,4 +1,4 @@
-"""Optimizers as a study runs them: every setting named, so that the report can list it."""
+"""The optimizers of a study, with all settings for the report."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import optax
 
 from jdl.core import check
-from jdl.optim.context import ScalarOrSchedule
 from jdl.optim.registry import TuningRange
+from jdl.optim.transformation import ScalarOrSchedule
 
 BatchSize: TypeAlias = int | Literal["full"]
 
-MINI_BATCH = 64  # examples of a step, for methods that thrive on small ones
-TUNED = "-tuned"  # ends the name of an entry whose setting was chosen
+MINI_BATCH = 64  # examples of a step, for methods that work with small batches
+TUNED = "-tuned"  # suffix of the name of an entry whose setting was tuned
 
 
 class Entry(NamedTuple):
@@ -21,15 +21,15 @@ class Entry(NamedTuple):
 
     Attributes:
       name: its label in tables and pictures, and the name of its directories.
-      make: gives the optax transformation, anew for each trial.
+      make: returns the optax transformation; called for each trial.
       batch_size: examples of a step, or "full" for all the training data.
       curvature_batch_size: examples for curvature products; None for the whole batch.
-      microbatches: slices a batch is cut into, to bound memory; None for as many as the full batch
-        needs, and one for any other.
-      options: what `make` was told, listed in the report. A study that goes on tells by them, not
-        by `make`, whether a trial is done: list what you may change.
+      microbatches: slices that a batch is cut into, to bound memory; None to choose it for a full
+        batch, and for one slice otherwise.
+      options: the settings in `make`, for the report. A resumed study compares them, not `make`, to
+        decide whether a trial is done: list what you may change.
       search: what to tune, and over which range; None for nothing.
-      tuned: `tuned(value)` gives the entry with another value of it.
+      tuned: `tuned(value)` returns the entry with another value of it.
 
     >>> entry = Entry("sgd", lambda: optax.sgd(0.1), batch_size=32, options={"learning_rate": 0.1})
     >>> entry.settings()
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     tuned: Callable[[float], "Entry"] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Every setting, as plain values fit for TOML."""
+        """All settings, as plain values for TOML."""
         own: dict[str, Any] = {"batch_size": self.batch_size}
         if self.curvature_batch_size is not None:
             own["curvature_batch_size"] = self.curvature_batch_size
@@ -68,13 +68,13 @@ def named(
     """The entry of an optimizer by its name on the command line.
 
     Args:
-      name: sgd, momentum, nesterov, adam, adamw, lbfgs, cg, newton, hf …
-      label: what to call it, where one name appears with several settings.
-      batch_size: examples of a step; by default "full" for methods with a line search or curvature
-        products, which sampling noise misleads, and 64 for the others. Never more than there are.
+      name: sgd, momentum, nesterov, adam, adamw, lbfgs, cg, newton, hf …; see `jdl.optim.by_name`
+      label: the entry's name, if an optimizer appears with several settings.
+      batch_size: examples of a step, at most all of them; None for "full" for methods with a line
+        search or curvature products, which are sensitive to sampling noise, and 64 for the others.
       curvature_batch_size: examples for curvature products; None for the whole batch.
       microbatches: as for `Entry`.
-      learning_rate: None for the optimizer's own default; a schedule is taken as it is, not tuned.
+      learning_rate: None for the optimizer's default; a schedule is not tuned.
       **options: passed on to the optimizer.
 
     >>> named("adam", learning_rate=1e-4).settings()  # doctest: +ELLIPSIS
@@ -82,10 +82,12 @@ def named(
     """
     from jdl.optim import registry
 
+    name = registry.short_name(name)
+
     def make() -> optax.GradientTransformation:
         return registry.by_name(name, learning_rate, **options)
 
-    make()  # so that a mistake is told before anything runs
+    make()  # raises for wrong arguments before anything runs
     known = registry.REGISTRY[name]
     if batch_size is None:
         batch_size = "full" if known.batches == "large" else MINI_BATCH
@@ -114,7 +116,7 @@ def _defaults(make: Callable[..., Any]) -> dict[str, Any]:
 
 
 def as_entry(optimizer: Any) -> Entry:
-    """An `Entry` itself, or the entry of a name with its default settings."""
+    """An `Entry`, or the entry of a name with its default settings."""
     if isinstance(optimizer, Entry):
         check_batch_size(optimizer.batch_size)
         check.argument(
@@ -129,7 +131,7 @@ def as_entry(optimizer: Any) -> Entry:
         "optimizers",
         "names or jdl.compare.Entry's",
         getattr(optimizer, "__name__", type(optimizer).__name__),
-        'One of your own: Entry("mine", lambda: optimizer).',
+        'For an optimizer of your own use Entry("mine", lambda: optimizer).',
     )
     return named(optimizer)
 
@@ -141,7 +143,7 @@ def check_batch_size(value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as TOML can hold it: what is neither number, text nor list, by its name.
+    """`value` as TOML can store it; other objects than numbers, text and lists by their name.
 
     >>> plain((1, 2.5, None)), plain(optax.sgd)
     ([1, 2.5, 'none'], 'sgd')
@@ -155,5 +157,5 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return [plain(x) for x in value]
     shown = getattr(value, "__name__", None) or repr(value)
-    # An address would differ in every process, and a resumed study would seem to be another.
+    # An address differs in every process, so that a resumed study would seem to be another.
     return type(value).__name__ if " at 0x" in shown else shown

@@ -26,7 +26,6 @@ from jdl.core import check
 from jdl.core.model import as_model
 from jdl.core.types import Batch
 from jdl.optim import diagnostics
-from jdl.optim.kfac import Work
 from jdl.train import step
 from jdl.train.estimator import Estimator
 from jdl.train.run_directory import NonFiniteError
@@ -250,22 +249,10 @@ class _Running:
 def gradients_of_work(opt_state: Any, steps: int) -> float:
     """The cost of the steps so far, in gradients of their batch.
 
-    From the optimizer's own count of multiplications, where it has one (K-FAC's includes factors
-    and inverses); else from the nominal costs of its evaluations; else one gradient a step.
+    From the optimizer's own count, `Diagnostics.gradient_equivalents`; else one gradient a step.
     """
     account = diagnostics.read(opt_state)
-    if account is None:
-        return float(steps)
-    spent = [float(x) for x in _multiplications(opt_state)]
-    if steps and spent and spent[0] > 0:
-        return sum(spent) / (spent[0] / steps)
-    return float(account.gradient_equivalents)
-
-
-def _multiplications(opt_state: Any) -> Sequence[Any]:
-    """The fields of a `kfac.Work` in the state, gradients first; none where there is none."""
-    found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Work))
-    return next((tuple(x) for x in found if isinstance(x, Work)), ())
+    return float(steps if account is None else account.gradient_equivalents)
 
 
 def _curvature_rows(problem: Problem, entry: Entry) -> int | None:

@@ -1,7 +1,7 @@
-"""The objective of one update, as seen from the current parameters.
+"""What one update of an optimizer knows: the objective around the current parameters.
 
-Whatever a caller hands to `update`, a full `jdl.Objective` or three bare extras, the algorithms see
-one `UpdateContext`; what is missing or of the wrong kind is refused here, once, by name.
+A caller passes `update` a whole `jdl.Objective` or bare extra arguments; the algorithms read one
+`UpdateContext`. Missing or unsuitable arguments are refused here.
 """
 
 from collections.abc import Callable
@@ -15,43 +15,50 @@ from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim.masking import Part, restricted
 
-ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
-
 
 class UpdateContext(NamedTuple):
     """The objective around the current parameters; all scalars have one type, at least float32.
 
     Attributes:
+      updates: the incoming updates, which stand for the gradient in the optimizer's own model.
       params: θ, where the update starts.
       value: f(θ).
-      grad: ∇f(θ), raw, whatever a chain did to the updates.
+      grad: ∇f(θ), as evaluated, whatever earlier transformations of a chain did to the updates.
       value_fn: params -> value.
       value_and_grad: params -> (value, gradient).
-      noise: how much f may vary around θ for rounding alone.
-      finite: whether value and gradient are.
+      residual_fn: params -> residuals, for least squares; None without.
+      noise: how much f may vary around θ by rounding alone.
+      finite: whether value and gradient are finite.
       stationary: whether the gradient is zero.
-      objective: the `jdl.Objective` passed in, or an object with its methods; None without.
-      fill: θ -> all parameters, where optax.masked or optax.partition let through a part.
+      objective: the caller's, as a function of θ; None without.
+      fill: θ -> all parameters, where optax.masked or optax.partition pass only part of them.
     """
 
+    updates: PyTree
     params: Params
     value: jax.Array
     grad: Params
     value_fn: Callable[[Params], jax.Array]
     value_and_grad: Callable[[Params], tuple[jax.Array, Params]]
+    residual_fn: Callable[[Params], PyTree] | None
     noise: jax.Array
     finite: jax.Array
     stationary: jax.Array
-    objective: Objective | Any
+    objective: Objective | None
     fill: Callable[[Params], Params]
 
     @property
     def active(self) -> jax.Array:
-        """Whether there is a step to look for."""
+        """Whether a step can be computed: value and gradient are finite, the gradient not zero."""
         return self.finite & ~self.stationary
 
+    @property
+    def dtype(self) -> Any:
+        """The type of scalars."""
+        return self.value.dtype
+
     def needed_objective(self, purpose: str, hint: str = "") -> Objective:
-        """The objective; raises where the caller gave none."""
+        """The objective; raises where the caller passed none."""
         check.argument(
             self.objective is not None,
             "objective",
@@ -62,6 +69,10 @@ class UpdateContext(NamedTuple):
         assert self.objective is not None
         return self.objective
 
+    def curvature_share(self) -> float:
+        """The examples of a curvature product, per example of the batch."""
+        return 1.0 if self.objective is None else self.objective.curvature_share()
+
 
 def gather(
     optimizer: str,
@@ -71,11 +82,13 @@ def gather(
     value: Any = None,
     grad: PyTree | None = None,
     value_fn: Callable[..., Any] | None = None,
-    objective: Objective | Any = None,
+    value_and_grad_fn: Callable[[Params], Any] | None = None,
+    residual_fn: Callable[[Params], PyTree] | None = None,
+    objective: Objective | None = None,
     whole_params: Params | None = None,
     **others: Any,
 ) -> UpdateContext:
-    """Gathers an update's extra arguments.
+    """The context of an update, from its arguments.
 
     Args:
       optimizer: the name to use in errors.
@@ -84,15 +97,19 @@ def gather(
       value: f(params), a scalar.
       grad: ∇f(params).
       value_fn: params -> value or (value, anything); called with the parameters alone.
+      value_and_grad_fn: params -> (value, gradient, …), where the gradient is not autodiff's.
+      residual_fn: params -> r with f = ½ ‖r‖²; stands in for a missing `value_fn`.
       objective: a `jdl.Objective`, or None; stands in for a missing `value_fn`.
       whole_params: all parameters, where `params` is the part of them that optax.masked or
-        optax.partition let through; the others then stay where they are.
-      **others: extra arguments of other transformations; left alone.
+        optax.partition pass on; the others then keep their values.
+      **others: extra arguments of other transformations; ignored.
 
     Raises:
       ArgumentError: if an argument is missing or does not fit the parameters.
     """
     del others
+    if value_fn is None and residual_fn is not None:
+        value_fn = _half_square(residual_fn)
     if value_fn is None and objective is not None:
         value_fn = objective.value
     needed = {"params": params, "value": value, "grad": grad, "value_fn": value_fn}
@@ -102,71 +119,92 @@ def gather(
             f"{optimizer}'s update needs {', '.join(f'`{name}`' for name in missing)}. Call it as "
             "update(grads, state, params, value=value, grad=grads, value_fn=value_fn)."
         )
-    structure: Any = jax.tree.structure(params)
     assert value_fn is not None  # among `needed`
     part = None
+    structure: Any = jax.tree.structure(params)
     if jax.tree.structure(grad) != structure and whole_params is not None:
         part = Part(params, whole_params)
         grad, value_fn = part.of(grad), part.function(value_fn)
+        residual_fn = None if residual_fn is None else part.function(residual_fn)
         objective = None if objective is None else restricted(objective, part)
-    for name, given in (("updates", updates), ("grad", grad)):
         check.argument(
-            jax.tree.structure(given) == structure,
-            name,
-            f"a pytree of the structure of params, {structure}",
-            jax.tree.structure(given),
-            f"Inside optax.masked or optax.partition, which hand {optimizer} part of the "
-            "parameters, call update(..., whole_params=params) to say where the others are.",
+            value_and_grad_fn is None,
+            "value_and_grad_fn",
+            "left out where optax.masked or optax.partition pass part of the parameters",
+            value_and_grad_fn,
         )
-    dtype = scalar_dtype(params)
-
-    def scalar(out: Any) -> jax.Array:
-        out = out[0] if isinstance(out, tuple) else out
-        return jnp.asarray(out).astype(dtype)
-
-    fn, whole = value_fn, objective
-
-    def plain_value(p: Params) -> jax.Array:
-        return scalar(fn(p))
-
-    def value_and_grad(p: Params) -> tuple[jax.Array, Params]:
-        if whole is None:
-            return jax.value_and_grad(plain_value)(p)
-        v, g, _ = whole.value_and_grad(p)
-        return scalar(v), g
-
-    value = scalar(value)
+    _check_structure(optimizer, params, updates=updates, grad=grad)
+    if value_and_grad_fn is None and objective is not None:
+        value_and_grad_fn = objective.value_and_grad
+    plain_value, value_and_grad = _functions(params, value_fn, value_and_grad_fn)
+    value = jnp.asarray(value).astype(scalar_dtype(params))
     return UpdateContext(
+        updates=updates,
         params=params,
         value=value,
         grad=grad,
         value_fn=plain_value,
         value_and_grad=value_and_grad,
+        residual_fn=residual_fn,
         noise=noise_floor(value, params),
         finite=jnp.isfinite(value) & tree.all_finite(grad),
         stationary=tree.vdot(grad, grad) == 0,
-        objective=whole,
+        objective=objective,
         fill=(lambda p: p) if part is None else part.filled,
     )
+
+
+def _half_square(residual_fn: Callable[[Params], PyTree]) -> Callable[[Params], jax.Array]:
+    def value(params: Params) -> jax.Array:
+        residuals = residual_fn(params)
+        return 0.5 * tree.vdot(residuals, residuals)
+
+    return value
+
+
+def _check_structure(optimizer: str, params: Params, **given: PyTree) -> None:
+    structure: Any = jax.tree.structure(params)
+    for name, x in given.items():
+        check.argument(
+            jax.tree.structure(x) == structure,
+            name,
+            f"a pytree of the structure of params, {structure}",
+            jax.tree.structure(x),
+            f"Inside optax.masked or optax.partition, which pass {optimizer} part of the "
+            "parameters, call update(..., whole_params=params).",
+        )
+
+
+def _functions(
+    params: Params, value_fn: Callable[..., Any], value_and_grad_fn: Callable[..., Any] | None
+) -> tuple[Callable[[Params], jax.Array], Callable[[Params], tuple[jax.Array, Params]]]:
+    """The value, and value with gradient, as functions whose value is a scalar of one type."""
+    dtype = scalar_dtype(params)
+
+    def scalar(out: Any) -> jax.Array:
+        return jnp.asarray(out[0] if isinstance(out, tuple) else out).astype(dtype)
+
+    def value(p: Params) -> jax.Array:
+        return scalar(value_fn(p))
+
+    def value_and_grad(p: Params) -> tuple[jax.Array, Params]:
+        if value_and_grad_fn is None:
+            return jax.value_and_grad(value)(p)
+        v, g, *_ = value_and_grad_fn(p)
+        return scalar(v), g
+
+    return value, value_and_grad
 
 
 def noise_floor(value: jax.Array, params: Params) -> jax.Array:
     """How far two evaluations of f near `value` may differ by rounding alone.
 
-    A mean over a batch loses some ten units in the last place of the arithmetic it is made in; in
-    16-bit arithmetic, where the sum itself is float32, the examples' errors average out.
+    A mean over a batch loses some ten units in the last place of its arithmetic; in 16-bit
+    arithmetic, where the sum itself is float32, the examples' errors average out.
     """
     coarsest = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
     units = 10.0 if coarsest < 1e-5 else 0.1
     return jnp.asarray(units * coarsest, value.dtype) * jnp.abs(value)
-
-
-def descending(direction: PyTree, here: UpdateContext) -> tuple[PyTree, jax.Array]:
-    """The direction, or −∇f if it is not finite or does not descend; and whether it does."""
-    slope = tree.vdot(direction, here.grad)
-    norms = tree.norm(direction) * tree.norm(here.grad)
-    descends = (-slope > jnp.finfo(slope.dtype).eps * norms) & tree.all_finite(direction)
-    return tree.where(descends, direction, tree.scale(-1.0, here.grad)), descends
 
 
 def scalar_dtype(params: Params) -> Any:
@@ -174,52 +212,15 @@ def scalar_dtype(params: Params) -> Any:
     return jnp.dtype(tree.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params))))
 
 
-def check_params(optimizer: str, params: Params) -> None:
-    """Refuses parameters that have no real-valued gradient, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    check.argument(bool(leaves), "params", "a pytree with at least one array", params)
-    for path, leaf in leaves:
-        dtype = jnp.asarray(leaf).dtype
-        check.argument(
-            jnp.issubdtype(dtype, jnp.floating),
-            f"params{jax.tree_util.keystr(path)}",
-            "an array of floating-point numbers",
-            str(dtype),
-            f"{optimizer} moves real parameters only; keep others out of `params`.",
-        )
+def hessian_product(ctx: UpdateContext) -> Callable[[PyTree], PyTree]:
+    """The product with ∇²f(θ), forward over reverse, at the highest matmul precision.
 
-
-def schedule_value(scalar_or_schedule: ScalarOrSchedule, count: Any) -> jax.Array:
-    """What a constant or a schedule is worth at an update, float32."""
-    if not callable(scalar_or_schedule):
-        return jnp.array(scalar_or_schedule, jnp.float32)
-    # Schedules, optax's among them, mix Python floats with the integer count.
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.array(scalar_or_schedule(count), jnp.float32)
-
-
-def current_rate(learning_rate: ScalarOrSchedule, state: Any) -> jax.Array:
-    """The learning rate of the update at hand: the schedule's, or without one the state's."""
-    if callable(learning_rate):
-        return schedule_value(learning_rate, state.diagnostics.iterations)
-    rate: jax.Array = state.learning_rate
-    return rate
-
-
-def check_scale(name: str, value: Any) -> None:
-    """Refuses a scale that is a number but not a positive one; schedules and arrays pass."""
-    if isinstance(value, int | float):
-        check.in_range(name, value, 0.0, open_low=True)
-
-
-def hessian_product(value_fn: Callable[[Params], jax.Array], params: Params) -> Callable[..., Any]:
-    """v -> ∇²f(θ) v, forward over reverse, at the highest matmul precision.
-
-    On accelerators whose default multiplies in fewer bits, CG would lose conjugacy.
+    On accelerators whose default precision is lower, CG would lose conjugacy.
     """
 
     def product(vector: PyTree) -> PyTree:
+        gradient = lambda params: ctx.value_and_grad(params)[1]  # noqa: E731
         with jax.default_matmul_precision("highest"):
-            return jax.jvp(jax.grad(value_fn), (params,), (vector,))[1]
+            return jax.jvp(gradient, (ctx.params,), (vector,))[1]
 
     return product

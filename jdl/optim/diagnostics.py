@@ -35,7 +35,7 @@ class Diagnostics(NamedTuple):
     Attributes:
       iterations: updates made, int32.
       evaluations: evaluations of the objective, with or without its gradient, int32.
-      gradient_equivalents: Σ count × nominal cost of `COSTS`, float32.
+      gradient_equivalents: Σ count × nominal cost of `COSTS`, plus `factor_work`, float32.
       step_size: the factor on the last direction; 0 where the update took no step.
       damping: λ of the last step; 0 for methods without.
       reduction_ratio: ρ, actual over predicted reduction of the last step; NaN where unknown.
@@ -45,6 +45,8 @@ class Diagnostics(NamedTuple):
       gradients: evaluations of the gradient.
       hessian_products: Hessian-vector products, in units of the full batch.
       gauss_newton_products: Gauss-Newton products, in units of the full batch.
+      factor_work: K-FAC's multiplications on Kronecker factors (moments, inverses, products), per
+        those of a gradient of the full batch; 0 for methods without.
     """
 
     iterations: jax.Array
@@ -59,6 +61,7 @@ class Diagnostics(NamedTuple):
     gradients: jax.Array
     hessian_products: jax.Array
     gauss_newton_products: jax.Array
+    factor_work: jax.Array
 
 
 def init(damping: Number = 0.0) -> Diagnostics:
@@ -84,6 +87,7 @@ def init(damping: Number = 0.0) -> Diagnostics:
         gradients=number(),
         hessian_products=number(),
         gauss_newton_products=number(),
+        factor_work=number(),
     )
 
 
@@ -96,6 +100,7 @@ def advance(
     gradients: Number = 0,
     hessian_products: Number = 0,
     gauss_newton_products: Number = 0,
+    factor_work: Number = 0,
     linear_iterations: Number = 0,
     damping: Number = 0.0,
     reduction_ratio: Number = jnp.nan,
@@ -111,6 +116,7 @@ def advance(
       gradients: evaluations of the gradient besides the one handed over.
       hessian_products: Hessian products times the curvature batch's share of the batch.
       gauss_newton_products: Gauss-Newton products times that share.
+      factor_work: multiplications on Kronecker factors per those of a gradient.
       linear_iterations: iterations of the inner solver.
       damping: λ used.
       reduction_ratio: ρ found.
@@ -131,7 +137,8 @@ def advance(
         "hessian_products": last.hessian_products + number(hessian_products),
         "gauss_newton_products": last.gauss_newton_products + number(gauss_newton_products),
     }
-    work = sum((count * COSTS[name] for name, count in counts.items()), start=number(0.0))
+    factor_work = last.factor_work + number(factor_work)
+    work = sum((count * COSTS[name] for name, count in counts.items()), start=factor_work)
     return Diagnostics(
         iterations=last.iterations + 1,
         evaluations=(counts["values"] + counts["gradients"]).astype(jnp.int32),
@@ -141,6 +148,7 @@ def advance(
         reduction_ratio=number(reduction_ratio),
         linear_iterations=last.linear_iterations + jnp.asarray(linear_iterations, jnp.int32),
         termination=jnp.asarray(termination, jnp.int32),
+        factor_work=factor_work,
         **counts,
     )
 

@@ -2,9 +2,9 @@ r"""Gauss-Newton for least squares, for up to some thousands of parameters.
 
     f(θ) = ½ ‖r(θ)‖²,    δ = −J⁺ r,    θ ← θ + α δ,    J = ∂r/∂θ
 
-J⁺ is the pseudo-inverse: of all minimizers of ‖J δ + r‖ the shortest, so that a direction which no
-residual feels is left alone. α by backtracking from 1. Where f is far from quadratic or J nearly
-singular, `levenberg_marquardt` goes further.
+J⁺ is the pseudo-inverse: δ is the shortest minimizer of ‖J δ + r‖, zero along directions that no
+residual depends on. α is found by backtracking from 1. Where f is far from quadratic or J nearly
+singular, `levenberg_marquardt` gets further.
 """
 
 from typing import Any, NamedTuple
@@ -16,22 +16,15 @@ from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
-from jdl.optim import diagnostics as diag
 from jdl.optim import least_squares, linesearch, spectral
-from jdl.optim.context import (
-    ScalarOrSchedule,
-    check_params,
-    check_scale,
-    current_rate,
-    descending,
-    schedule_value,
-)
+from jdl.optim.context import UpdateContext
 from jdl.optim.damping import reduction_ratio
 from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.transformation import ScalarOrSchedule, Step, along, descending, second_order
 
 
 class GaussNewtonState(NamedTuple):
-    """What Gauss-Newton carries from step to step: scalars only.
+    """Gauss-Newton's state: scalars only.
 
     Attributes:
       learning_rate: the first trial step, float32; change it with `optax.tree.set`.
@@ -55,19 +48,20 @@ def gauss_newton(
 
     `update` needs `value`, `grad` and one of
     - `residual_fn`: params -> a pytree of arrays r, with value ½ ‖r‖²;
-    - `objective`: its generalized Gauss-Newton matrix on the curvature batch stands for Jᵀ J.
-    Within a chain Jᵀ r is the incoming update, while line search and descent are judged by `grad`;
-    a direction that does not descend gives way to −grad.
+    - `objective`: its generalized Gauss-Newton matrix on the curvature batch takes the place of
+      Jᵀ J.
+    Within a chain the incoming update takes the place of Jᵀ r, while the line search uses `grad`;
+    −grad replaces a direction that does not descend.
 
     Memory beyond the gradient's, for n parameters and m residuals: J and the factors of its
     decomposition, 2 (m n + n²) numbers; with an objective 3 n².
 
     Args:
       learning_rate: the line search's first trial step, > 0, or a schedule.
-      rcond: singular values of J below this share of the largest count as zero, in [0, 1); None
+      rcond: singular values of J below this fraction of the largest count as zero, in [0, 1); None
         for machine precision times the number of parameters.
       max_parameters: n at most, ≥ 1.
-      chunk_size: columns of J computed at once, ≥ 1.
+      chunk_size: columns of J computed at a time, ≥ 1.
       c1: sufficient decrease of the line search, in (0, 1).
       max_evaluations: trials of the line search at most, ≥ 1.
 
@@ -91,7 +85,6 @@ def gauss_newton(
       Nocedal & Wright, Numerical Optimization (2006), section 10.3.
       Schraudolph, Fast curvature matrix-vector products (2002): convex losses.
     """
-    check_scale("learning_rate", learning_rate)
     check.in_range("c1", c1, 0.0, 1.0, open_low=True, open_high=True)
     if rcond is not None:
         check.in_range("rcond", rcond, 0.0, 1.0, open_high=True)
@@ -101,76 +94,74 @@ def gauss_newton(
         max_evaluations=max_evaluations,
     )
 
-    def init(params: Params) -> GaussNewtonState:
-        check_params("gauss_newton", params)
+    def init(params: Params) -> dict[str, Any]:
         spectral.check_size("gauss_newton", params, max_parameters)
-        rate = schedule_value(learning_rate, jnp.zeros((), jnp.int32))
-        return GaussNewtonState(rate, diag.init())
+        return {}
 
-    def update(
-        updates: PyTree,
-        state: GaussNewtonState,
-        params: Params | None = None,
-        *,
-        reused: Any = False,
-        **extras: Any,
-    ) -> tuple[PyTree, GaussNewtonState]:
-        here, curvature = least_squares.around(
-            "gauss_newton", chunk_size, updates, params, **extras
-        )
-        rate = current_rate(learning_rate, state)
-        dtype = here.value.dtype
-        active = here.active
-
-        flat, unravel = ravel_pytree(updates)
-        spectrum = curvature.spectrum(jnp.ones(flat.size, dtype))
-        share = flat.size * float(jnp.finfo(dtype).eps) if rcond is None else rcond
-        # A matrix is known to less than the square of what its factor is known to.
-        floor = share**2 if curvature.is_jacobian else max(share**2, float(jnp.finfo(dtype).eps))
-        felt = spectrum.values > floor * jnp.max(spectrum.values)
-        slopes = spectral.rotate(spectrum, flat.astype(dtype))
-        coordinates = jnp.where(felt, -slopes / jnp.where(felt, spectrum.values, 1.0), 0.0)
+    def direction(ctx: UpdateContext, state: GaussNewtonState) -> _Proposal:
+        del state
+        curvature = least_squares.curvature("gauss_newton", ctx, chunk_size)
+        flat, unravel = ravel_pytree(ctx.updates)
+        spectrum = curvature.spectrum(jnp.ones(flat.size, ctx.dtype))
+        eps = float(jnp.finfo(ctx.dtype).eps)
+        share = flat.size * eps if rcond is None else rcond
+        # Eigenvalues are squares of J's singular values; a matrix has no digits below eps.
+        floor = share**2 if curvature.is_jacobian else max(share**2, eps)
+        kept = spectrum.values > floor * jnp.max(spectrum.values)
+        slopes = spectral.rotate(spectrum, flat.astype(ctx.dtype))
+        coordinates = jnp.where(kept, -slopes / jnp.where(kept, spectrum.values, 1.0), 0.0)
         with jax.default_matmul_precision("highest"):
             wanted = unravel((spectrum.vectors @ coordinates).astype(flat.dtype))
-        direction, descends = descending(wanted, here)
-        # −gradient has no scale of its own: no first trial goes further than the rate.
-        length = tree.norm(direction).astype(dtype)
-        direction = tree.where(
-            descends, direction, tree.scale(1.0 / jnp.maximum(1.0, length), direction)
-        )
-        slope = tree.vdot(direction, here.grad).astype(dtype)
-        found = linesearch.backtracking(
-            here.value_fn,
-            here.params,
+        direction, descends = descending(wanted, ctx, bounded=True)
+        return _Proposal(
             direction,
-            here.value,
+            descends,
+            jnp.vdot(spectrum.values, coordinates * coordinates),
+            spectrum.sound,
+            curvature.products,
+        )
+
+    def accept(ctx: UpdateContext, state: GaussNewtonState, proposal: _Proposal) -> Step:
+        direction, descends, curvature, sound, products = proposal
+        slope = tree.vdot(direction, ctx.grad).astype(ctx.dtype)
+        found = linesearch.backtracking(
+            ctx.value_fn,
+            ctx.params,
+            direction,
+            ctx.value,
             slope,
-            initial_step=rate.astype(dtype),
-            noise=here.noise,
+            initial_step=state.learning_rate.astype(ctx.dtype),
+            noise=ctx.noise,
             c1=c1,
             max_evaluations=max_evaluations,
-            active=active,
+            active=ctx.active,
         )
-        moved = found.step > 0
-        bend = jnp.vdot(spectrum.values, coordinates * coordinates)
-        model = found.step * slope + 0.5 * found.step * found.step * bend
-        ratio = reduction_ratio(here.value, found.value, model, here.noise)
-        told = diag.advance(
-            state.diagnostics,
-            step_size=found.step,
-            termination=diag.ending(
-                found.termination,
-                here.finite & (spectrum.sound | ~active),
-                here.stationary,
-                descends,
-            ),
+        predicted = found.step * slope + 0.5 * found.step * found.step * curvature
+        ratio = reduction_ratio(ctx.value, found.value, predicted, ctx.noise)
+        step = along(
+            direction,
+            found,
+            descends,
+            {},
             values=found.evaluations,
-            gauss_newton_products=curvature.products,
-            reduction_ratio=jnp.where(moved & descends, ratio, jnp.nan),
-            reused=reused,
+            gauss_newton_products=products,
+            reduction_ratio=jnp.where((found.step > 0) & descends, ratio, jnp.nan),
         )
-        nothing = jax.tree.map(jnp.zeros_like, here.params)
-        step = tree.where(moved, tree.scale(found.step, direction), nothing)
-        return step, GaussNewtonState(rate, told)
+        return step._replace(sound=sound | ~ctx.active)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return second_order(
+        "gauss_newton",
+        GaussNewtonState,
+        learning_rate,
+        init=init,
+        direction=direction,
+        accept=accept,
+    )
+
+
+class _Proposal(NamedTuple):
+    direction: PyTree
+    descends: jax.Array
+    curvature: jax.Array  # ⟨δ, Jᵀ J δ⟩ of the Gauss-Newton step
+    sound: jax.Array
+    products: float

@@ -2,14 +2,14 @@ r"""Hessian-free optimization: truncated Newton steps from curvature-vector prod
 
     minimize over δ:   q(δ) = ⟨g, δ⟩ + ½⟨δ, (B + λI) δ⟩     by conjugate gradients
 
-B is the Gauss-Newton matrix (or the Hessian) on the objective's curvature batch, met only in
-products B v. What makes the method robust is around that solve: Levenberg-Marquardt damping λ by
-the reduction ratio, an early stop once CG's progress slows, backtracking over its iterates by the
-true f, a warm start from the last δ, and a line search that no step escapes.
+B is the Gauss-Newton matrix (or the Hessian) on the objective's curvature batch, used only in
+products B v. Around that solve are Levenberg-Marquardt damping λ by the reduction ratio, an early
+stop once CG's progress slows (`linear_cg`), a choice among its iterates by f itself, a warm start
+from the last δ, and a line search for every step.
 
-On mini-batches many CG iterations, and a long memory of the last δ, fit the batch's own noise; few
-iterations, by a Kronecker preconditioner, do best. On a deep autoencoder, with batches of 500 to
-1,000 and half of each for the curvature,
+On mini-batches many CG iterations, and much of the last δ, fit the batch's noise; few iterations
+with a Kronecker preconditioner do best. On a deep autoencoder, with batches of 500 to 1,000 and
+half of each for the curvature,
 
     hessian_free(
         preconditioner=kronecker.preconditioner(every=20), max_cg_iterations=2, warm_start=0.5,
@@ -17,8 +17,8 @@ iterations, by a Kronecker preconditioner, do best. On a deep autoencoder, with 
         damping_minimum=1e-4,
     )
 
-came to a quarter of the error that 8 iterations by the diagonal preconditioner left after the same
-two minutes (`make bench-optim`).
+reached a quarter of the error of 8 iterations with the diagonal preconditioner in the same two
+minutes (`make bench-optim`).
 """
 
 import functools
@@ -31,31 +31,26 @@ import optax
 
 from jdl.core import check, tree
 from jdl.core.types import Batch, Params, PyTree
-from jdl.optim import damping as damping_rules
-from jdl.optim import diagnostics as diag
 from jdl.optim import kronecker, linear_cg, linesearch
-from jdl.optim.context import (
-    ScalarOrSchedule,
-    UpdateContext,
-    check_params,
-    check_scale,
-    current_rate,
-    descending,
-    gather,
-    hessian_product,
-    schedule_value,
-)
+from jdl.optim.context import UpdateContext, hessian_product
+from jdl.optim.damping import reduction_ratio, trust_radius, update_damping
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.preconditioner import Preconditioner, diagonal
 from jdl.optim.result import ResultCode
+from jdl.optim.transformation import ScalarOrSchedule, Step, along, descending, second_order
+
+PRECONDITIONERS: dict[str, Callable[[], Preconditioner]] = {
+    "diagonal": diagonal,
+    "kronecker": kronecker.preconditioner,
+}
 
 
 class HessianFreeState(NamedTuple):
-    """What Hessian-free optimization carries from step to step: a gradient's memory.
+    """Hessian-free optimization's state: a gradient's memory.
 
-    The diagonal preconditioner takes another; the Kronecker factors of a layer of m inputs and n
-    outputs 2 (m² + n²) numbers. During an update CG holds six gradients more, the diagonal
-    preconditioner two, and `num_candidates` iterates.
+    The diagonal preconditioner needs another; the Kronecker factors of a layer of m inputs and n
+    outputs 2 (m² + n²) numbers. During an update CG needs six gradients more, the diagonal
+    preconditioner two, and the kept iterates `num_candidates`.
 
     Attributes:
       learning_rate: the factor on CG's solution, float32; change it with `optax.tree.set`.
@@ -99,8 +94,8 @@ def hessian_free(
     r"""Hessian-free optimization after Martens.
 
     `update` needs `value`, `grad` and `value_fn`, or `objective`, which Gauss-Newton products need.
-    Within a chain the model's gradient is the incoming update, while reductions, line search and
-    descent are judged by `grad`; a direction that does not descend gives way to −grad.
+    Within a chain the incoming update is the model's gradient, while reductions and the line search
+    use `grad`; −grad replaces a direction that does not descend.
 
     Args:
       learning_rate: the factor on CG's solution before backtracking, > 0, or a schedule.
@@ -110,21 +105,21 @@ def hessian_free(
         keeps λ.
       damping_decrease: λ's factor when it is above ¾, in (0, 1].
       damping_minimum: the least λ, ≥ 0.
-      trust_region: the first radius of a trust region (Steihaug), which then stands in for damping
-        and warm start, > 0; the choice for true Hessians of either sign. None for damping.
+      trust_region: the first radius of a trust region (Steihaug) in place of damping and warm
+        start, > 0; for Hessians that may be indefinite. None for damping.
       max_cg_iterations: CG iterations a step at most, ≥ 1.
-      progress: CG ends when an iteration's share in q's decrease, averaged over the last tenth of
+      progress: CG ends when an iteration's relative decrease of q, averaged over the last tenth of
         them (at least 10), falls below this, ≥ 0.
       tolerance: CG ends when its residual is this small relative to the gradient, in [0, 1).
       warm_start: factor on the last δ to start CG from, in [0, 1]; 0 starts from zero.
-      num_candidates: how many CG iterates, spaced by factors of 1.3 and ending with the last, are
-        kept for backtracking, ≥ 1; each takes a gradient's memory during the step.
+      num_candidates: how many CG iterates, spaced by factors of 1.3 and ending with the last, to
+        choose from by f, ≥ 1; each needs a gradient's memory during the step.
       preconditioner: "diagonal" for M = (diag + λ)^¾, "kronecker" for K-FAC's factors, a
         `jdl.optim.preconditioner.Preconditioner` such as `diagonal(power=1.0)`, or None.
       l2_reg: μ ≥ 0; adds ½ μ ‖θ‖² to f, in values, gradient and curvature alike.
-      structural_damping: κ ≥ 0, for recurrent networks; adds κ λ Hᵀ H / B to the curvature CG
-        solves with, H the Jacobian of the hidden units' activations, so that steps which would
-        upset them are short. ρ is judged without it. Needs `hidden` and an objective.
+      structural_damping: κ ≥ 0, for recurrent networks; adds κ λ Hᵀ H / B to the curvature in CG,
+        H the Jacobian of the hidden units' activations, which shortens steps that change them
+        much. ρ is computed without it. Needs `hidden` and an objective.
       hidden: `hidden(params, batch) -> activations`, all of a batch's, any pytree.
       c1: sufficient decrease of the line search, in (0, 1).
       max_evaluations: trials of the line search at most, ≥ 1.
@@ -154,15 +149,12 @@ def hessian_free(
       (2012), sections 20.5 to 20.11.
       Steihaug, The conjugate gradient method and trust regions (1983).
     """
-    check_scale("learning_rate", learning_rate)
     check.one_of("curvature", curvature, ["auto", "gauss_newton", "hessian"])
     if not isinstance(preconditioner, Preconditioner):
-        check.one_of("preconditioner", preconditioner, ["diagonal", "kronecker", None])
-    named: dict[str, Callable[[], Preconditioner]] = {
-        "diagonal": diagonal,
-        "kronecker": kronecker.preconditioner,
-    }
-    solver = named[preconditioner]() if isinstance(preconditioner, str) else preconditioner
+        check.one_of("preconditioner", preconditioner, [*PRECONDITIONERS, None])
+        solver = None if preconditioner is None else PRECONDITIONERS[str(preconditioner)]()
+    else:
+        solver = preconditioner
     check.in_range("l2_reg", l2_reg, 0.0)
     check.in_range("structural_damping", structural_damping, 0.0)
     check.argument(
@@ -188,158 +180,163 @@ def hessian_free(
         check.in_range("trust_region", trust_region, 0.0, open_low=True)
     first_damping = 0.0 if trust_region is not None else damping
 
-    def init(params: Params) -> HessianFreeState:
-        check_params("hessian_free", params)
-        return HessianFreeState(
-            learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
-            damping=jnp.array(first_damping, jnp.float32),
-            radius=jnp.array(trust_region or jnp.inf, jnp.float32),
-            direction=jax.tree.map(jnp.zeros_like, params),
-            preconditioner=() if solver is None else solver.init(params),
-            diagnostics=diag.init(first_damping),
-        )
+    def init(params: Params) -> dict[str, Any]:
+        return {
+            "damping": jnp.array(first_damping, jnp.float32),
+            "radius": jnp.array(trust_region or jnp.inf, jnp.float32),
+            "direction": jax.tree.map(jnp.zeros_like, params),
+            "preconditioner": () if solver is None else solver.init(params),
+        }
 
-    def update(
-        updates: PyTree,
-        state: HessianFreeState,
-        params: Params | None = None,
-        *,
-        reused: Any = False,
-        **extras: Any,
-    ) -> tuple[PyTree, HessianFreeState]:
-        here = gather("hessian_free", updates, params, **extras)
-        objective = here.objective
+    def prepare(ctx: UpdateContext) -> UpdateContext:
         if curvature == "gauss_newton":
-            here.needed_objective("Gauss-Newton products", ', or use curvature="hessian"')
-        rate = current_rate(learning_rate, state)
-        use_gauss_newton = False
-        data_product = hessian_product(here.value_fn, here.params)
-        if objective is not None:
-            use_gauss_newton = curvature != "hessian"
-            product = objective.gnvp if use_gauss_newton else objective.hvp
-            data_product = functools.partial(product, here.params)
-        if l2_reg:
-            here, updates = _decayed(here, updates, l2_reg)
-        scale = rate.astype(here.value.dtype)
-        damping_now = state.damping.astype(here.value.dtype)
-        active = here.active
+            ctx.needed_objective("Gauss-Newton products", ', or use curvature="hessian"')
+        return _regularized(ctx, l2_reg) if l2_reg else ctx
 
-        def plain_product(v: PyTree) -> PyTree:
+    def direction(ctx: UpdateContext, state: HessianFreeState) -> _Proposal:
+        lam = state.damping.astype(ctx.dtype)
+        data_product = hessian_product(ctx)
+        if ctx.objective is not None:
+            of = ctx.objective.hvp if curvature == "hessian" else ctx.objective.gnvp
+            data_product = functools.partial(of, ctx.params)
+
+        def product(v: PyTree) -> PyTree:
             return tree.add_scaled(data_product(v), l2_reg, v)
 
         def damped_product(v: PyTree) -> PyTree:
-            product = tree.add_scaled(plain_product(v), damping_now, v)
+            damped = tree.add_scaled(product(v), lam, v)
             if hidden is None:
-                return product
-            gram = _hidden_gram(here, hidden, v)
-            return tree.add_scaled(product, structural_damping * damping_now, gram)
+                return damped
+            gram = _hidden_gram(ctx, hidden, v)
+            return tree.add_scaled(damped, structural_damping * lam, gram)
 
         solve, solver_state = None, state.preconditioner
         if solver is not None:
-            key = jax.random.fold_in(jax.random.key(seed), state.diagnostics.iterations)
             count = state.diagnostics.iterations
+            key = jax.random.fold_in(jax.random.key(seed), count)
             solver_state, solve = solver.step(
-                solver_state, here, plain_product, damping_now, count, key, active
+                solver_state, ctx, product, lam, count, key, ctx.active
             )
-
+        radius, warm, num_kept = None, warm_start, num_candidates
+        if trust_region is not None:
+            # The radius alone says how far the model holds: no earlier iterate is tried.
+            radius, warm, num_kept = state.radius.astype(ctx.dtype), 0.0, 1
         solution = linear_cg.linear_cg(
             damped_product,
-            tree.scale(-1.0, updates),
-            tree.scale(warm_start, state.direction)
-            if warm_start > 0 and trust_region is None
-            else None,
+            tree.scale(-1.0, ctx.updates),
+            tree.scale(warm, state.direction) if warm > 0 else None,
             preconditioner=solve,
             max_iterations=max_cg_iterations,
             tolerance=tolerance,
             progress=progress,
-            radius=None if trust_region is None else state.radius.astype(here.value.dtype),
-            # An earlier iterate says nothing of how far the model holds: the radius rules alone.
-            num_kept=num_candidates if trust_region is None else 1,
-            active=active,
+            radius=radius,
+            num_kept=num_kept,
+            active=ctx.active,
         )
-        delta, model, candidate_value, tried = _best_candidate(here, solution, scale)
-        direction, descends = descending(delta, here)
-        # −gradient has no scale of its own: no first trial goes further than the rate.
-        length = tree.norm(direction).astype(scale.dtype)
-        fallback = tree.scale(1.0 / jnp.maximum(1.0, length), direction)
-        direction = tree.where(descends, direction, fallback)
+        scale = state.learning_rate.astype(ctx.dtype)
+        return _Proposal(solution, solver_state, *_best_candidate(ctx, solution, scale))
+
+    def accept(ctx: UpdateContext, state: HessianFreeState, proposal: _Proposal) -> Step:
+        delta, solution = proposal.delta, proposal.solution
+        lam, scale = (x.astype(ctx.dtype) for x in (state.damping, state.learning_rate))
+        direction, descends = descending(delta, ctx, bounded=True)
         found = linesearch.backtracking(
-            here.value_fn,
-            here.params,
+            ctx.value_fn,
+            ctx.params,
             direction,
-            here.value,
-            tree.vdot(direction, here.grad),
+            ctx.value,
+            tree.vdot(direction, ctx.grad),
             initial_step=scale,
-            # Unknown for −gradient: a value that is not finite sends the search on.
-            first_value=jnp.where(descends, candidate_value, jnp.inf),
-            noise=here.noise,
+            # Unknown for −gradient: after a value that is not finite the search goes on.
+            first_value=jnp.where(descends, proposal.value, jnp.inf),
+            noise=ctx.noise,
             c1=c1,
             shrink=0.7,
             max_evaluations=max_evaluations,
-            active=active,
+            active=ctx.active,
         )
         moved = found.step > 0
-        extra_curvature = damping_now * tree.vdot(delta, delta)
+        damped = lam * tree.vdot(delta, delta)  # what damping added to ⟨δ, B δ⟩
         if hidden is not None:
-            gram = _hidden_gram(here, hidden, delta)
-            extra_curvature += structural_damping * damping_now * tree.vdot(delta, gram)
-        ratio = _ratio(here, updates, delta, model, extra_curvature, scale, candidate_value)
+            gram = _hidden_gram(ctx, hidden, delta)
+            damped += structural_damping * lam * tree.vdot(delta, gram)
+        ratio = _ratio(ctx, proposal, damped, scale)
         ratio = jnp.where(descends & moved, ratio, -jnp.inf)
-        next_damping, next_radius = damping_now, state.radius
+        nothing = jax.tree.map(jnp.zeros_like, ctx.params)
+        fields = {
+            **steered(ctx, state, solution.reason, found.step, ratio),
+            "direction": tree.where(moved & descends, delta, nothing),
+            "preconditioner": proposal.preconditioner,
+        }
+        work = _work(ctx, solution.products, solver, curvature == "hessian")
+        step = along(
+            direction,
+            found,
+            descends,
+            fields,
+            values=found.evaluations + proposal.tried,
+            linear_iterations=solution.iterations,
+            damping=lam,
+            reduction_ratio=ratio,
+            **work,
+        )
+        concave = (step.code == ResultCode.ACCEPTED) & descends
+        concave &= solution.reason == linear_cg.CURVATURE
+        return step._replace(code=jnp.where(concave, ResultCode.NEGATIVE_CURVATURE, step.code))
+
+    def steered(
+        ctx: UpdateContext,
+        state: HessianFreeState,
+        reason: jax.Array,
+        step: jax.Array,
+        ratio: jax.Array,
+    ) -> dict[str, jax.Array]:
+        """λ and Δ for the next step; unchanged where no step could be computed."""
+        next_damping, next_radius = state.damping.astype(ctx.dtype), state.radius
         if trust_region is None:
-            # Negative curvature cut the solve short, however well the stump was foretold: the model
-            # has no minimum until λ makes it convex.
-            concave = solution.reason == linear_cg.CURVATURE
-            next_damping = damping_rules.update_damping(
-                damping_now,
-                jnp.where(concave, -jnp.inf, ratio),
+            # Where negative curvature ended CG, the model has no minimum until λ makes it convex,
+            # however good the prediction.
+            next_damping = update_damping(
+                next_damping,
+                jnp.where(reason == linear_cg.CURVATURE, -jnp.inf, ratio),
                 increase=damping_increase,
                 decrease=damping_decrease,
                 minimum=damping_minimum,
             )
         else:
-            edge = (solution.reason == linear_cg.BOUNDARY) | (
-                solution.reason == linear_cg.CURVATURE
-            )
-            held = state.radius.astype(scale.dtype) * found.step / scale
-            radius = jnp.where(moved & (ratio < 0.25), held, state.radius.astype(scale.dtype))
-            next_radius = damping_rules.trust_radius(radius, ratio, edge)
-        nothing = jax.tree.map(jnp.zeros_like, here.params)
-        code = diag.ending(found.termination, here.finite, here.stationary, descends)
-        concave = (code == ResultCode.ACCEPTED) & (solution.reason == linear_cg.CURVATURE)
-        products = solution.products.astype(jnp.float32)
-        if solver is not None and objective is None:
-            products += solver.products
-        share = 1.0 if objective is None else objective.curvature_share()
-        told = diag.advance(
-            state.diagnostics,
-            step_size=found.step,
-            termination=jnp.where(concave, ResultCode.NEGATIVE_CURVATURE, code),
-            values=found.evaluations + tried,
-            gradients=share * solver.gradients if solver and objective is not None else 0.0,
-            hessian_products=0.0 if use_gauss_newton else products * share,
-            gauss_newton_products=products * share if use_gauss_newton else 0.0,
-            linear_iterations=solution.iterations,
-            damping=damping_now,
-            reduction_ratio=ratio,
-            reused=reused,
-        )
-        new = HessianFreeState(
-            learning_rate=rate,
-            # An update that could not even start says nothing about the model.
-            damping=jnp.where(active, next_damping, damping_now).astype(jnp.float32),
-            radius=jnp.where(active, next_radius.astype(jnp.float32), state.radius),
-            direction=tree.where(moved & descends, delta, nothing),
-            preconditioner=solver_state,
-            diagnostics=told,
-        )
-        return tree.where(moved, tree.scale(found.step, direction), nothing), new
+            edge = (reason == linear_cg.BOUNDARY) | (reason == linear_cg.CURVATURE)
+            radius = state.radius.astype(ctx.dtype)
+            taken = radius * step / state.learning_rate.astype(ctx.dtype)
+            radius = jnp.where((step > 0) & (ratio < 0.25), taken, radius)
+            next_radius = trust_radius(radius, ratio, edge)
+        return {
+            "damping": jnp.where(ctx.active, next_damping.astype(jnp.float32), state.damping),
+            "radius": jnp.where(ctx.active, next_radius.astype(jnp.float32), state.radius),
+        }
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return second_order(
+        "hessian_free",
+        HessianFreeState,
+        learning_rate,
+        init=init,
+        direction=direction,
+        accept=accept,
+        prepare=prepare,
+        damping=first_damping,
+    )
+
+
+class _Proposal(NamedTuple):
+    solution: linear_cg.Solution
+    preconditioner: PyTree  # its next state
+    delta: PyTree  # δ: the kept CG iterate to use
+    model: jax.Array  # q(δ)
+    value: jax.Array  # f(θ + learning_rate · δ)
+    tried: jax.Array  # evaluations of f spent on the choice
 
 
 def _best_candidate(
-    here: UpdateContext, solution: linear_cg.Solution, scale: jax.Array
+    ctx: UpdateContext, solution: linear_cg.Solution, scale: jax.Array
 ) -> tuple[PyTree, jax.Array, jax.Array, jax.Array]:
     """The kept CG iterate to use: back from the last as long as f falls.
 
@@ -363,57 +360,64 @@ def _best_candidate(
         carry: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         tried, best, best_value = carry
-        value = here.value_fn(tree.add_scaled(here.params, scale, iterate(tried)))
+        value = ctx.value_fn(tree.add_scaled(ctx.params, scale, iterate(tried)))
         better = (value < best_value) | ~jnp.isfinite(best_value)
         return tried + 1, jnp.where(better, tried, best), jnp.where(better, value, best_value)
 
-    start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full_like(here.value, jnp.inf))
+    start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full_like(ctx.value, jnp.inf))
     tried, best, value = jax.lax.while_loop(going, body, start)
     return iterate(best), solution.kept_model[slot(best)], value, tried
 
 
 def _ratio(
-    here: UpdateContext,
-    updates: PyTree,
-    delta: PyTree,
-    model: jax.Array,
-    damped: jax.Array,
-    scale: jax.Array,
-    new_value: jax.Array,
+    ctx: UpdateContext, proposal: _Proposal, damped: jax.Array, scale: jax.Array
 ) -> jax.Array:
-    """ρ of θ + scale · δ against the undamped model, whose curvature is read off CG's q.
+    """ρ of θ + scale · δ by the undamped model, whose curvature is computed from CG's q."""
+    delta = proposal.delta
+    curvature = proposal.model - tree.vdot(ctx.updates, delta) - 0.5 * damped
+    predicted = scale * tree.vdot(ctx.grad, delta) + scale * scale * curvature
+    return reduction_ratio(ctx.value, proposal.value, predicted, ctx.noise)
 
-    `damped` is what damping added to ⟨δ, B δ⟩.
-    """
-    curvature = model - tree.vdot(updates, delta) - 0.5 * damped
-    predicted = scale * tree.vdot(here.grad, delta) + scale * scale * curvature
-    return damping_rules.reduction_ratio(here.value, new_value, predicted, here.noise)
+
+def _work(
+    ctx: UpdateContext, products: jax.Array, solver: Preconditioner | None, use_hessian: bool
+) -> dict[str, Any]:
+    """The curvature products and gradients of an update, in units of the full batch."""
+    share = ctx.curvature_share()
+    products = products.astype(jnp.float32)
+    if ctx.objective is None:
+        own = 0.0 if solver is None else solver.products
+        return {"hessian_products": products + own}
+    kind = "hessian_products" if use_hessian else "gauss_newton_products"
+    return {kind: products * share, "gradients": share * solver.gradients if solver else 0.0}
 
 
 def _hidden_gram(
-    here: UpdateContext, hidden: Callable[[Params, Batch], PyTree], v: PyTree
+    ctx: UpdateContext, hidden: Callable[[Params, Batch], PyTree], v: PyTree
 ) -> PyTree:
     """Hᵀ H v / B, H the Jacobian of the hidden units' activations."""
 
     def activations(params: Params, batch: Batch) -> PyTree:
-        return hidden(here.fill(params), batch)
+        return hidden(ctx.fill(params), batch)
 
-    objective = here.needed_objective("structural damping")
-    return objective.gram_product(activations, here.params, v)
+    objective = ctx.needed_objective("structural damping")
+    return objective.gram_product(activations, ctx.params, v)
 
 
-def _decayed(here: UpdateContext, updates: PyTree, l2_reg: float) -> tuple[UpdateContext, PyTree]:
-    """The objective around θ, and the model's gradient, with ½ μ ‖θ‖² added."""
+def _regularized(ctx: UpdateContext, l2_reg: float) -> UpdateContext:
+    """The context with ½ μ ‖θ‖² added to f, its gradient and the incoming updates.
+
+    `value_and_grad` stays without it: curvature products add it themselves.
+    """
 
     def penalty(params: Params) -> jax.Array:
-        return 0.5 * l2_reg * tree.vdot(params, params).astype(here.value.dtype)
+        return 0.5 * l2_reg * tree.vdot(params, params).astype(ctx.dtype)
 
-    value_fn = here.value_fn
-    grad = tree.add_scaled(here.grad, l2_reg, here.params)
-    here = here._replace(
-        value=here.value + penalty(here.params),
+    grad = tree.add_scaled(ctx.grad, l2_reg, ctx.params)
+    return ctx._replace(
+        updates=tree.add_scaled(ctx.updates, l2_reg, ctx.params),
+        value=ctx.value + penalty(ctx.params),
         grad=grad,
-        value_fn=lambda params: value_fn(params) + penalty(params),
+        value_fn=lambda params: ctx.value_fn(params) + penalty(params),
         stationary=tree.vdot(grad, grad) == 0,
     )
-    return here, tree.add_scaled(updates, l2_reg, here.params)

@@ -3,10 +3,11 @@ r"""K-FAC: the natural gradient by Kronecker factors, its length and momentum fr
     Δ = (F + λI)⁻¹ g  by factors,      δ = −αΔ + μδ₋,
     (α, μ) minimize  q(δ) = ⟨g, δ⟩ + ½⟨δ, (B + λI) δ⟩
 
-Factors are averaged over steps and inverted now and then. B, the exact Gauss-Newton matrix, is met
-only in the 2×2 form of q, on some rows of the batch, and λ follows the reduction ratio on those.
+Factors are averaged over steps and inverted every few. B, the exact Gauss-Newton matrix, is used
+only in the 2×2 form of q, on some examples of the batch; λ follows the reduction ratio on those.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,45 +17,19 @@ import optax
 from jdl.core import check, tree
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
-from jdl.optim import damping as damping_rules
-from jdl.optim import diagnostics as diag
 from jdl.optim import quadratic
-from jdl.optim.context import (
-    ScalarOrSchedule,
-    check_params,
-    check_scale,
-    current_rate,
-    gather,
-    schedule_value,
-)
+from jdl.optim.context import UpdateContext
+from jdl.optim.damping import reduction_ratio, update_damping
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.kronecker import factors as kronecker
 from jdl.optim.kronecker import inverses, moments, summary
 from jdl.optim.kronecker.factors import Kronecker
 from jdl.optim.kronecker.layers import Layers
-from jdl.optim.result import ResultCode
-
-
-class Work(NamedTuple):
-    """Multiplications spent on matrices, summed over steps, float32; their ratios are shares.
-
-    Attributes:
-      gradients: of the gradients handed over.
-      factors: of the backward passes and products that refresh the factors.
-      inverses: of the factors' inverses or eigenvectors.
-      products: of the inverses with gradients.
-      model: of the exact quadratic model and the trials of steps.
-    """
-
-    gradients: jax.Array
-    factors: jax.Array
-    inverses: jax.Array
-    products: jax.Array
-    model: jax.Array
+from jdl.optim.transformation import ScalarOrSchedule, Step, accepted, second_order
 
 
 class KfacState(NamedTuple):
-    """What K-FAC carries from step to step: the factors, their inverses and two gradients' memory.
+    """K-FAC's state: the factors, their inverses and two gradients' memory.
 
     Attributes:
       learning_rate: the factor on δ, float32; change it with `optax.tree.set`.
@@ -62,7 +37,6 @@ class KfacState(NamedTuple):
       inverted_damping: λ of the last inverses, float32.
       kronecker: factors, inverses, diagonals.
       direction: δ₋, the last step.
-      work: where the multiplications went.
       diagnostics: see `jdl.optim.diagnostics`.
     """
 
@@ -71,7 +45,6 @@ class KfacState(NamedTuple):
     inverted_damping: jax.Array
     kronecker: Kronecker
     direction: PyTree
-    work: Work
     diagnostics: Diagnostics
 
 
@@ -101,15 +74,15 @@ def kfac(
     `jdl.optim.kronecker.describe` lists which is which. The reduction ratio compares f with q on
     `model_rows` rows:
 
-        ρ = 1 + (change of f there − change that q foretold there) / (q foretold on the whole batch)
+        ρ = 1 + (change of f there − change predicted there) / (change predicted on the whole batch)
 
-    A step with ρ ≤ 0 is halved, and given up after `max_backtracks` halvings.
+    A step with ρ ≤ 0 is halved; after `max_backtracks` halvings none is taken.
 
     Memory for a kernel of D inputs and K outputs: two matrices of each of D + 1 and K, and five
     gradients.
 
     Args:
-      learning_rate: the factor on δ, > 0, or a schedule; 1 takes the model's own length.
+      learning_rate: the factor on δ, > 0, or a schedule; 1 for the model's own length.
       damping: the first λ > 0, in units of the curvature of the mean loss.
       damping_decrease: λ's factor a step when ρ > ¾, its inverse when ρ < ¼; in (0, 1).
       damping_every: λ is changed every so many steps (to that power), and after a failed step.
@@ -120,13 +93,13 @@ def kfac(
       eigen: whether to damp and correct in the factors' eigenbases (EKFAC); eigenvectors take about
         ten times as long as inverses.
       factors_every: steps from one refresh of the factors to the next, ≥ 1.
-      inverses_every: steps from one inversion to the next at most, ≥ 1; λ moved by more than a
-        factor of 4 is another reason.
+      inverses_every: steps from one inversion to the next at most, ≥ 1; they are also inverted when
+        λ has changed by more than a factor of 4.
       factors_decay: of the factors' running mean, in [0, 1).
       model_rows: examples for q, ≥ 1; all of them where the batch has fewer. With too few, a step
-        fits them and misleads elsewhere, unseen by ρ.
-      kl_clip: steps are shortened to ½⟨δ, B δ⟩, the predictions' change in nats an example, ≤ this;
-        > 0, or None for no bound.
+        fits those examples alone, which ρ does not show.
+      kl_clip: bound on ½⟨δ, B δ⟩, the predictions' change in nats an example, to which longer steps
+        are shortened; > 0, or None for no bound.
       l2_reg: η ≥ 0 of ½η‖θ‖², in gradient and model.
       max_size: a kernel's side with more coordinates than this has a diagonal factor, ≥ 1.
       max_backtracks: halvings of a step at most, ≥ 0.
@@ -168,7 +141,6 @@ def kfac(
       George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis
       (2018).
     """
-    check_scale("learning_rate", learning_rate)
     check.one_of("curvature", curvature, moments.CURVATURES)
     check.in_range("damping", damping, 0.0, open_low=True)
     check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True, open_high=True)
@@ -186,52 +158,67 @@ def kfac(
     if kl_clip is not None:
         check.in_range("kl_clip", kl_clip, 0.0, open_low=True)
 
-    def init(params: Params) -> KfacState:
-        check_params("kfac", params)
-        return KfacState(
-            learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
-            damping=jnp.array(damping, jnp.float32),
-            inverted_damping=jnp.array(damping, jnp.float32),
-            kronecker=kronecker.init(params, eigen=eigen, max_size=max_size),
-            direction=jax.tree.map(jnp.zeros_like, params),
-            work=Work(*(jnp.zeros((), jnp.float32) for _ in Work._fields)),
-            diagnostics=diag.init(damping),
+    def init(params: Params) -> dict[str, Any]:
+        return {
+            "damping": jnp.array(damping, jnp.float32),
+            "inverted_damping": jnp.array(damping, jnp.float32),
+            "kronecker": kronecker.init(params, eigen=eigen, max_size=max_size),
+            "direction": jax.tree.map(jnp.zeros_like, params),
+        }
+
+    def direction(ctx: UpdateContext, state: KfacState) -> _Proposal:
+        objective = ctx.needed_objective("the layers' inputs and output gradients")
+        found = moments.find_layers(objective, ctx.params)
+        summary.log(found, objective, ctx.params, max_size, curvature)
+        factors, refreshed, inverted = refresh(ctx, state, objective, found)
+        lam = state.damping.astype(ctx.dtype)
+        gradient = ctx.updates
+        if l2_reg:
+            gradient = tree.add_scaled(ctx.updates, l2_reg, ctx.params)
+        natural = kronecker.apply(found, factors, gradient, lam)
+        rows = quadratic.subset(objective, model_rows)
+        vectors = (natural, state.direction)
+        model = quadratic.quadratic(rows, ctx.params, vectors)
+        matrix = model.curvature.astype(ctx.dtype)
+        gram = quadratic.gram(vectors).astype(ctx.dtype)
+        slopes = jnp.stack([tree.vdot(gradient, v) for v in vectors]).astype(ctx.dtype)
+        weights = quadratic.solve_pair(matrix + (lam + l2_reg) * gram, slopes)
+        if kl_clip is not None:
+            divergence = 0.5 * weights @ matrix @ weights
+            weights = weights * jnp.sqrt(kl_clip / jnp.maximum(divergence, kl_clip))
+        return _Proposal(
+            factors=factors,
+            refreshed=refreshed,
+            inverted=inverted,
+            factor_work=_factor_work(found, factors, objective, refreshed, inverted),
+            rows=rows,
+            model=model._replace(curvature=matrix),
+            gram=gram,
+            slopes=slopes,
+            natural=natural,
+            weights=weights * state.learning_rate.astype(ctx.dtype),
         )
 
-    def update(
-        updates: PyTree,
-        state: KfacState,
-        params: Params | None = None,
-        *,
-        reused: Any = False,
-        **extras: Any,
-    ) -> tuple[PyTree, KfacState]:
-        here = gather("kfac", updates, params, **extras)
-        objective = here.needed_objective("the layers' inputs and output gradients")
-        found = moments.find_layers(objective, here.params)
-        summary.log(found, objective, here.params, max_size, curvature)
-        k = state.diagnostics.iterations
-        rate = current_rate(learning_rate, state)
-        scalar = here.value.dtype
-        lam = state.damping.astype(scalar)
-        active = here.active
-
-        # Factors and their inverses, now and then.
-        factors = state.kronecker
-        drawn = active & ((k % factors_every == 0) | (factors.refreshes == 0))
+    def refresh(
+        ctx: UpdateContext, state: KfacState, objective: Objective, found: Layers
+    ) -> tuple[Kronecker, jax.Array, jax.Array]:
+        """The factors, whether they were refreshed in this update, and whether inverted."""
+        k, factors = state.diagnostics.iterations, state.kronecker
+        refreshed = ctx.active & ((k % factors_every == 0) | (factors.refreshes == 0))
         key = jax.random.fold_in(jax.random.key(seed), k)
         factors = jax.lax.cond(
-            drawn,
+            refreshed,
             lambda factors: kronecker.refresh_moments(
-                objective, here.params, found, factors, key, curvature, factors_decay
+                objective, ctx.params, found, factors, key, curvature, factors_decay
             ),
             lambda factors: factors,
             factors,
         )
         drift = jnp.abs(jnp.log(state.damping / state.inverted_damping)) > jnp.log(4.0)
-        first = drawn & (factors.refreshes == 1)
-        inverted = active & ((k % inverses_every == 0) | first | (drift & (not eigen)))
-        mesh = inverses.mesh_of(jax.tree.leaves(here.params)[0])
+        first = refreshed & (factors.refreshes == 1)
+        inverted = ctx.active & ((k % inverses_every == 0) | first | (drift & (not eigen)))
+        mesh = inverses.mesh_of(jax.tree.leaves(ctx.params)[0])
+        lam = state.damping.astype(ctx.dtype)
         factors = jax.lax.cond(
             inverted,
             lambda factors: kronecker.refresh_inverses(
@@ -240,113 +227,123 @@ def kfac(
             lambda factors: factors,
             factors,
         )
+        return factors, refreshed, inverted
 
-        # The direction; its length and momentum by the exact model.
-        gradient = updates
-        if l2_reg:
-            gradient = tree.add_scaled(updates, l2_reg, here.params)
-        natural = kronecker.apply(found, factors, gradient, lam)
-        some = quadratic.subset(objective, model_rows)
-        vectors = (natural, state.direction)
-        model = quadratic.quadratic(some, here.params, vectors)
-        bent = model.curvature.astype(scalar)
-        gram = _matrix(lambda i, j: tree.vdot(vectors[i], vectors[j])).astype(scalar)
-        slopes = jnp.stack([tree.vdot(gradient, v) for v in vectors]).astype(scalar)
-        weights = quadratic.solve_pair(bent + (lam + l2_reg) * gram, slopes)
-        if kl_clip is not None:
-            divergence = 0.5 * weights @ bent @ weights
-            weights = weights * jnp.sqrt(kl_clip / jnp.maximum(divergence, kl_clip))
-        weights = weights * rate.astype(scalar)
+    def accept(ctx: UpdateContext, state: KfacState, proposal: _Proposal) -> Step:
+        objective = ctx.needed_objective("the layers' inputs and output gradients")
+        lam, k = state.damping.astype(ctx.dtype), state.diagnostics.iterations
 
-        def stepped(scale: jax.Array) -> PyTree:
-            w = scale * weights
-            return tree.add_scaled(tree.scale(w[0], natural), w[1], state.direction)
+        def step_of(scale: jax.Array) -> PyTree:
+            w = scale * proposal.weights
+            return tree.add_scaled(tree.scale(w[0], proposal.natural), w[1], state.direction)
 
-        def reduction(scale: jax.Array) -> jax.Array:
-            """ρ of the step at this scale."""
-            w = scale * weights
-            moved = some.value(tree.add_scaled(here.params, 1.0, stepped(scale))).astype(scalar)
-            curved = 0.5 * w @ bent @ w
-            there = w @ model.slopes.astype(scalar) + curved
-            surprise = moved - model.value.astype(scalar) - there
-            foretold = w @ slopes + curved + 0.5 * l2_reg * w @ gram @ w
-            return damping_rules.reduction_ratio(
-                here.value, here.value + foretold + surprise, foretold, here.noise
-            )
+        def ratio_of(scale: jax.Array) -> jax.Array:
+            return _reduction_ratio(ctx, proposal, scale, step_of(scale), l2_reg)
 
-        def going(carry: Any) -> jax.Array:
-            tries, _, ratio, _ = carry
-            return ~(ratio > 0) & (tries <= max_backtracks) & active
-
-        def halved(carry: Any) -> Any:
-            tries, scale, _, first_ratio = carry
-            scale = jnp.where(tries == 0, scale, 0.5 * scale)
-            ratio = reduction(scale)
-            return tries + 1, scale, ratio, jnp.where(tries == 0, ratio, first_ratio)
-
-        unknown = jnp.asarray(-jnp.inf, scalar)
-        start = (jnp.zeros((), jnp.int32), jnp.ones((), scalar), unknown, unknown)
-        tries, scale, last_ratio, ratio = jax.lax.while_loop(going, halved, start)
-        moved = (last_ratio > 0) & active
-        step = tree.where(moved, stepped(scale), jax.tree.map(jnp.zeros_like, here.params))
-
+        tries, scale, last_ratio, ratio = _halved(ctx, ratio_of, max_backtracks)
+        moved = (last_ratio > 0) & ctx.active
+        step = tree.where(moved, step_of(scale), jax.tree.map(jnp.zeros_like, ctx.params))
         factor = damping_decrease**damping_every
-        next_damping = damping_rules.update_damping(
+        next_damping = update_damping(
             lam, ratio, increase=1 / factor, decrease=factor, minimum=damping_minimum
         )
-        adapted = active & ((k % damping_every == damping_every - 1) | ~(ratio > 0))
-
-        share = some.num_examples(some.batch) / objective.num_examples(objective.batch)
-        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
-        work = _add_work(state.work, found, factors, objective, share, drawn, inverted, tries)
-        told = diag.advance(
-            state.diagnostics,
-            step_size=jnp.where(moved, -scale * weights[0], 0.0),
-            termination=diag.ending(code, here.finite, here.stationary, jnp.asarray(True)),
-            values=tries.astype(jnp.float32) * share,
-            gradients=drawn.astype(jnp.float32) * objective.curvature_share(),
-            # Two tangents pushed forward are about one pushed forward and pulled back.
-            gauss_newton_products=share,
-            damping=lam,
-            reduction_ratio=jnp.where(active, ratio, jnp.nan),
-            reused=reused,
+        adapted = ctx.active & ((k % damping_every == damping_every - 1) | ~(ratio > 0))
+        rows = proposal.rows
+        share = rows.num_examples(rows.batch) / objective.num_examples(objective.batch)
+        return Step(
+            updates=step,
+            moved=moved,
+            step_size=-scale * proposal.weights[0],
+            code=accepted(moved),
+            fields={
+                "damping": jnp.where(adapted, next_damping, lam).astype(jnp.float32),
+                "inverted_damping": jnp.where(
+                    proposal.inverted, state.damping, state.inverted_damping
+                ),
+                "kronecker": proposal.factors,
+                "direction": step,
+            },
+            report={
+                "values": tries.astype(jnp.float32) * share,
+                "gradients": proposal.refreshed.astype(jnp.float32) * ctx.curvature_share(),
+                # Two tangents pushed forward cost about one pushed forward and pulled back.
+                "gauss_newton_products": share,
+                "factor_work": proposal.factor_work,
+                "damping": lam,
+                "reduction_ratio": jnp.where(ctx.active, ratio, jnp.nan),
+            },
         )
-        return step, KfacState(
-            learning_rate=rate,
-            damping=jnp.where(adapted, next_damping, lam).astype(jnp.float32),
-            inverted_damping=jnp.where(inverted, state.damping, state.inverted_damping),
-            kronecker=factors,
-            direction=step,
-            work=work,
-            diagnostics=told,
-        )
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def shares(work: Work) -> dict[str, float]:
-    """Where the multiplications went, in parts of 1.
-
-    >>> shares(Work(*map(jnp.asarray, (6.0, 1.0, 1.0, 1.0, 1.0))))["gradients"]
-    0.6
-    """
-    total = max(sum(float(x) for x in work), 1e-30)
-    return {name: round(float(x) / total, 4) for name, x in work._asdict().items()}
+    return second_order(
+        "kfac",
+        KfacState,
+        learning_rate,
+        init=init,
+        direction=direction,
+        accept=accept,
+        damping=damping,
+    )
 
 
-def _add_work(
-    work: Work,
+class _Proposal(NamedTuple):
+    factors: Kronecker
+    refreshed: jax.Array
+    inverted: jax.Array
+    factor_work: jax.Array
+    rows: Objective  # the examples of the exact model
+    model: quadratic.Quadratic  # f there, along `natural` and the last step
+    gram: jax.Array  # inner products of the two
+    slopes: jax.Array  # of the whole batch along the two
+    natural: PyTree  # (F + λI)⁻¹ g
+    weights: jax.Array  # the step's components: −α and μ
+
+
+def _reduction_ratio(
+    ctx: UpdateContext, proposal: _Proposal, scale: jax.Array, step: PyTree, l2_reg: float
+) -> jax.Array:
+    """ρ of a step: 1 plus the model's error on some rows over its prediction for the batch."""
+    w = scale * proposal.weights
+    model = proposal.model
+    value = proposal.rows.value(tree.add_scaled(ctx.params, 1.0, step)).astype(ctx.dtype)
+    curvature = 0.5 * w @ model.curvature @ w
+    predicted_there = w @ model.slopes.astype(ctx.dtype) + curvature
+    model_error = value - model.value.astype(ctx.dtype) - predicted_there
+    predicted = w @ proposal.slopes + curvature + 0.5 * l2_reg * w @ proposal.gram @ w
+    return reduction_ratio(ctx.value, ctx.value + predicted + model_error, predicted, ctx.noise)
+
+
+def _halved(
+    ctx: UpdateContext, ratio_of: Callable[[jax.Array], jax.Array], max_backtracks: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Halves a step until ρ > 0: the tries, the scale, its ρ, and ρ of the whole step."""
+
+    def going(carry: Any) -> jax.Array:
+        tries, _, ratio, _ = carry
+        return ~(ratio > 0) & (tries <= max_backtracks) & ctx.active
+
+    def halved(carry: Any) -> Any:
+        tries, scale, _, first_ratio = carry
+        scale = jnp.where(tries == 0, scale, 0.5 * scale)
+        ratio = ratio_of(scale)
+        return tries + 1, scale, ratio, jnp.where(tries == 0, ratio, first_ratio)
+
+    unknown = jnp.asarray(-jnp.inf, ctx.dtype)
+    start = (jnp.zeros((), jnp.int32), jnp.ones((), ctx.dtype), unknown, unknown)
+    tries, scale, ratio, first_ratio = jax.lax.while_loop(going, halved, start)
+    return tries, scale, ratio, first_ratio
+
+
+def _factor_work(
     found: Layers,
     factors: Kronecker,
     objective: Objective,
-    share: float,
-    drawn: jax.Array,
+    refreshed: jax.Array,
     inverted: jax.Array,
-    tries: jax.Array,
-) -> Work:
-    """The work with this step's in it, from the layers' shapes."""
+) -> jax.Array:
+    """An update's multiplications on factors, per those of a gradient of the batch's layers."""
     forward, squares, cubes, products = 0.0, 0.0, 0.0, 0.0
-    per_slice = objective.num_examples(objective.batch_for_curvature) / objective.microbatches
+    curvature_batch = objective.num_examples(objective.batch_for_curvature)
+    per_slice = curvature_batch / objective.microbatches
     for i, layer in found.known.items():
         first, last = factors.inverses[i]
         d, n = first.shape[0], last.shape[0]
@@ -355,17 +352,9 @@ def _add_work(
         squares += rows * sum(x.shape[0] ** x.ndim for x in (first, last))
         cubes += sum(x.shape[0] ** 3 for x in (first, last) if x.ndim == 2)
         products += d * n * sum(x.shape[0] if x.ndim == 2 else 1 for x in (first, last))
-    refresh, invert, trials = (x.astype(jnp.float32) for x in (drawn, inverted, tries))
-    spent = {
-        "gradients": 3 * forward,
-        "factors": refresh * (objective.curvature_share() * (2 * forward + squares)),
-        "inverses": invert * cubes,
-        "products": products,
-        "model": share * forward * (5.0 + trials),
-    }
-    return Work(*(x + jnp.asarray(spent[name], jnp.float32) for name, x in work._asdict().items()))
-
-
-def _matrix(entry: Any) -> jax.Array:
-    a, b, d = entry(0, 0), entry(0, 1), entry(1, 1)
-    return jnp.stack([jnp.stack([a, b]), jnp.stack([b, d])])
+    gradient = max(3 * forward, 1.0)
+    return (
+        refreshed.astype(jnp.float32) * (objective.curvature_share() * squares / gradient)
+        + inverted.astype(jnp.float32) * (cubes / gradient)
+        + products / gradient
+    )

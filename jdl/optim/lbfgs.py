@@ -2,9 +2,9 @@ r"""L-BFGS with a strong Wolfe line search, for full batches and mini-batches.
 
     d = −H g,   α by line search along d,   s = α d,   y = ∇f(θ + s) − ∇f(θ)
 
-H is built from the last m pairs (s, y) by the two-loop recursion. Both gradients of y are taken on
-the *same* objective, same batch, same dropout masks: the line search has computed the one at its
-accepted point anyway. So pairs hold curvature and no sampling noise under mini-batches too.
+H is built from the last m pairs (s, y) by the two-loop recursion. Both gradients of y are those of
+the same objective, with the same batch and dropout masks; the line search has already computed the
+second. So the pairs hold curvature without sampling noise on mini-batches too.
 """
 
 from typing import Any, NamedTuple
@@ -15,33 +15,31 @@ import optax
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
-from jdl.optim import diagnostics as diag
 from jdl.optim import linesearch
-from jdl.optim.context import (
-    ScalarOrSchedule,
-    check_params,
-    check_scale,
-    current_rate,
-    descending,
-    gather,
-    scalar_dtype,
-    schedule_value,
-)
+from jdl.optim.context import UpdateContext, scalar_dtype
 from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.transformation import (
+    ScalarOrSchedule,
+    Step,
+    along,
+    bounded_scale,
+    descending,
+    second_order,
+)
 
 
 class LBFGSState(NamedTuple):
-    """What L-BFGS carries from step to step: 2m + 2 gradients' worth of memory, m the history.
+    """L-BFGS's state: 2m + 2 gradients' worth of memory for m pairs.
 
     Attributes:
       learning_rate: the first trial step, float32; change it with `optax.tree.set`.
-      s: steps, leading axis m, a ring.
+      s: steps, leading axis m, a ring buffer.
       y: gradient differences, likewise.
       rho: 1 / ⟨s, y⟩, [m]; 0 for a slot that is empty.
       stored: pairs stored since the history was last cleared, int32.
       scale: the diagonal H₀ of `scaling="diagonal"`, shaped as the parameters; otherwise ().
-      value: f at the point the last update led to, inf before; with the next, for
-        `optax.value_and_grad_from_state`, which spares full-batch loops every second evaluation.
+      value: f after the last update, inf before the first; with `grad`, for
+        `optax.value_and_grad_from_state`, which saves full-batch loops every second evaluation.
       grad: ∇f at that point.
       diagnostics: see `jdl.optim.diagnostics`.
     """
@@ -74,18 +72,18 @@ def lbfgs(
         H = Vₘᵀ … V₁ᵀ H₀ V₁ … Vₘ + Σ ρ s sᵀ terms,   V = I − ρ y sᵀ,   H₀ = (⟨s, y⟩ / ⟨y, D y⟩) D
 
     `update` needs `value`, `grad` and `value_fn` (or `objective`). Within a chain the direction is
-    built from the incoming updates, while line search and descent are judged by `grad`; a
-    direction that does not descend gives way to −grad.
+    built from the incoming updates, while the line search uses `grad`; −grad replaces a direction
+    that does not descend.
 
     Args:
       learning_rate: the line search's first trial step, > 0, or a schedule. While the history is
         empty, −grad is scaled to this length where it is longer.
       memory_size: m ≥ 1, how many pairs.
       memory_dtype: the type pairs are stored in; None for the parameters' own, at least float32.
-      scaling: "diagonal" for a D that follows BFGS on the diagonal alone, which badly scaled
-        parameters need; "scalar" for D = I, which takes a gradient's memory less.
-      guard: "cautious" leaves out pairs of negligible or negative curvature; "powell" mends them,
-        moving y towards H⁻¹ s.
+      scaling: "diagonal" for a D updated by BFGS on the diagonal, for badly scaled parameters;
+        "scalar" for D = I, which needs one gradient's memory less.
+      guard: "cautious" leaves out pairs of negligible or negative curvature; "powell" corrects
+        them by moving y towards H⁻¹ s.
       cautious: ε in [0, 1); a pair enters if ⟨s, y⟩ > ε ‖s‖ ‖y‖.
       c1: sufficient decrease of the line search, in (0, c2).
       c2: curvature of the line search, in (c1, 1).
@@ -118,7 +116,6 @@ def lbfgs(
       Schraudolph, Yu & Günter, A stochastic quasi-Newton method for online convex optimization
       (2007): both gradients of a pair on one batch.
     """
-    check_scale("learning_rate", learning_rate)
     check.positive_int("memory_size", memory_size)
     check.positive_int("max_evaluations", max_evaluations)
     check.one_of("scaling", scaling, ["diagonal", "scalar"])
@@ -127,98 +124,81 @@ def lbfgs(
     check.in_range("c2", c2, 0.0, 1.0, open_low=True, open_high=True)
     check.in_range("c1", c1, 0.0, c2, open_low=True, open_high=True)
 
-    def init(params: Params) -> LBFGSState:
-        check_params("lbfgs", params)
+    def init(params: Params) -> dict[str, Any]:
+        def like(x: jax.Array, fill: float, *lead: int) -> jax.Array:
+            return jnp.full((*lead, *x.shape), fill, memory_dtype or tree.accumulator(x.dtype))
 
-        def ring(x: jax.Array) -> jax.Array:
-            dtype = memory_dtype or tree.accumulator(x.dtype)
-            return jnp.zeros((memory_size, *x.shape), dtype)
+        return {
+            "s": jax.tree.map(lambda x: like(x, 0.0, memory_size), params),
+            "y": jax.tree.map(lambda x: like(x, 0.0, memory_size), params),
+            "rho": jnp.zeros((memory_size,), scalar_dtype(params)),
+            "stored": jnp.zeros((), jnp.int32),
+            "scale": jax.tree.map(lambda x: like(x, 1.0), params) if scaling == "diagonal" else (),
+            "value": jnp.full((), jnp.inf, scalar_dtype(params)),
+            "grad": jax.tree.map(jnp.zeros_like, params),
+        }
 
-        def ones(x: jax.Array) -> jax.Array:
-            return jnp.ones(x.shape, memory_dtype or tree.accumulator(x.dtype))
+    def direction(ctx: UpdateContext, state: LBFGSState) -> tuple[PyTree, jax.Array]:
+        return descending(tree.scale(-1.0, _two_loop(ctx.updates, state)), ctx)
 
-        return LBFGSState(
-            learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
-            s=jax.tree.map(ring, params),
-            y=jax.tree.map(ring, params),
-            rho=jnp.zeros((memory_size,), scalar_dtype(params)),
-            stored=jnp.zeros((), jnp.int32),
-            scale=jax.tree.map(ones, params) if scaling == "diagonal" else (),
-            value=jnp.full((), jnp.inf, scalar_dtype(params)),
-            grad=jax.tree.map(jnp.zeros_like, params),
-            diagnostics=diag.init(),
-        )
-
-    def update(
-        updates: PyTree,
-        state: LBFGSState,
-        params: Params | None = None,
-        *,
-        reused: Any = False,
-        **extras: Any,
-    ) -> tuple[PyTree, LBFGSState]:
-        here = gather("lbfgs", updates, params, **extras)
-        rate = current_rate(learning_rate, state)
-        active = here.active
-
-        direction = tree.scale(-1.0, _two_loop(updates, state))
-        direction, descends = descending(direction, here)
-        # Without curvature −grad has no scale of its own: no first trial goes further than `rate`.
-        rate = rate.astype(here.value.dtype)
+    def accept(ctx: UpdateContext, state: LBFGSState, proposal: tuple[PyTree, jax.Array]) -> Step:
+        direction, descends = proposal
+        # Without curvature −grad has no scale of its own: the first trial goes at most `rate` far.
+        rate = state.learning_rate.astype(ctx.dtype)
         unscaled = (state.stored == 0) | ~descends
-        first = jnp.where(unscaled, rate / jnp.maximum(1.0, tree.norm(direction)), rate)
         found = linesearch.strong_wolfe(
-            here.value_and_grad,
-            here.params,
+            ctx.value_and_grad,
+            ctx.params,
             direction,
-            here.value,
-            here.grad,
-            initial_step=first,
-            noise=here.noise,
+            ctx.value,
+            ctx.grad,
+            initial_step=jnp.where(unscaled, bounded_scale(direction, ctx, rate), rate),
+            noise=ctx.noise,
             c1=c1,
             c2=c2,
             max_evaluations=max_evaluations,
-            active=active,
+            active=ctx.active,
         )
-        moved = found.step > 0
+        fields = remembered(ctx, state, direction, descends, found)
+        return along(direction, found, descends, fields, gradients=found.evaluations)
+
+    def remembered(
+        ctx: UpdateContext,
+        state: LBFGSState,
+        direction: PyTree,
+        descends: jax.Array,
+        found: linesearch.LineSearchResult,
+    ) -> dict[str, Any]:
+        """The next state's fields: the history with the pair of this step in it."""
         assert found.grad is not None  # backtracking alone gives none
-        nothing = jax.tree.map(jnp.zeros_like, here.params)
+        moved = found.step > 0
+        nothing = jax.tree.map(jnp.zeros_like, ctx.params)
         step = tree.where(moved, tree.scale(found.step, direction), nothing)
-        change = jax.tree.map(jnp.subtract, found.grad, here.grad)
+        change = jax.tree.map(jnp.subtract, found.grad, ctx.grad)
         if guard == "powell":
-            # B s = H⁻¹ s = −α · updates costs nothing; after a fallback H played no part.
-            bs = tree.scale(-found.step, updates)
+            # B s = H⁻¹ s = −α · updates costs nothing; along −grad H was not used.
+            bs = tree.scale(-found.step, ctx.updates)
             change = tree.where(descends, _powell(step, change, bs), change)
         s, y, rho, stored = _remember(state, step, change, moved, cautious)
-        h0 = state.scale
+        failed = ctx.active & ~moved
+        scale = state.scale
         if scaling == "diagonal":
-            h0 = tree.where(stored > state.stored, _rescale(h0, step, change), h0)
-            h0 = tree.where(active & ~moved, jax.tree.map(jnp.ones_like, h0), h0)
-        # A failure along a quasi-Newton direction puts the history in doubt: start afresh.
-        stored = jnp.where(active & ~moved, 0, stored)
-        rho = jnp.where(active & ~moved, 0.0, rho)
+            scale = tree.where(stored > state.stored, _rescale(scale, step, change), scale)
+            scale = tree.where(failed, jax.tree.map(jnp.ones_like, scale), scale)
+        return {
+            "s": s,
+            "y": y,
+            # After a failed search along a quasi-Newton direction the history is not trusted.
+            "rho": jnp.where(failed, 0.0, rho),
+            "stored": jnp.where(failed, 0, stored),
+            "scale": scale,
+            "value": jnp.where(ctx.finite, found.value, jnp.inf),
+            "grad": tree.where(ctx.finite, found.grad, nothing),
+        }
 
-        told = diag.advance(
-            state.diagnostics,
-            step_size=found.step,
-            termination=diag.ending(found.termination, here.finite, here.stationary, descends),
-            gradients=found.evaluations,
-            reused=reused,
-        )
-        new = LBFGSState(
-            learning_rate=rate.astype(jnp.float32),
-            s=s,
-            y=y,
-            rho=rho,
-            stored=stored,
-            scale=h0,
-            value=jnp.where(here.finite, found.value, jnp.inf),
-            grad=tree.where(here.finite, found.grad, nothing),
-            diagnostics=told,
-        )
-        return step, new
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return second_order(
+        "lbfgs", LBFGSState, learning_rate, init=init, direction=direction, accept=accept
+    )
 
 
 def _two_loop(grad: PyTree, state: LBFGSState) -> PyTree:
@@ -271,7 +251,7 @@ def _rescale(scale: PyTree, s: PyTree, y: PyTree) -> PyTree:
     def leaf(b: jax.Array, bs: jax.Array, y: jax.Array) -> jax.Array:
         f, yy = fit.astype(b.dtype), jnp.square(y.astype(b.dtype)) / sy.astype(b.dtype)
         new = f * (b - jnp.square(bs) / sbs.astype(b.dtype)) + yy
-        # A single pair must not free a parameter altogether: it may have moved alone.
+        # For a parameter that moved alone the difference is zero: 1/D keeps a floor.
         return 1.0 / jnp.maximum(new, 1e-3 * f * b)
 
     new = jax.tree.map(leaf, b, bs, y)
@@ -279,7 +259,7 @@ def _rescale(scale: PyTree, s: PyTree, y: PyTree) -> PyTree:
 
 
 def _powell(s: PyTree, y: PyTree, bs: PyTree) -> PyTree:
-    """Y moved towards B s just so far that ⟨s, y⟩ ≥ 0.2 ⟨s, B s⟩."""
+    """y, moved towards B s until ⟨s, y⟩ ≥ 0.2 ⟨s, B s⟩."""
     sy, sbs = tree.vdot(s, y), tree.vdot(s, bs)
     gap = sbs - sy
     theta = jnp.where(sy < 0.2 * sbs, 0.8 * sbs / jnp.where(gap > 0, gap, 1.0), 1.0)
@@ -289,7 +269,7 @@ def _powell(s: PyTree, y: PyTree, bs: PyTree) -> PyTree:
 def _remember(
     state: LBFGSState, s: PyTree, y: PyTree, moved: jax.Array, cautious: float
 ) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
-    """The history with the pair (s, y) in it, if the pair is worth keeping."""
+    """The history with the pair (s, y), if its curvature is large enough."""
     dtype = state.rho.dtype
     sy, ss, yy = (tree.vdot(a, b).astype(dtype) for a, b in ((s, y), (s, s), (y, y)))
     good = moved & (sy > cautious * jnp.sqrt(ss) * jnp.sqrt(yy)) & jnp.isfinite(1.0 / sy)

@@ -1,19 +1,14 @@
-"""Least squares as Gauss-Newton and Levenberg-Marquardt see it: residuals, or an objective."""
+"""Jᵀ J of least squares, from residuals or an objective."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
-from jdl.core.types import Params, PyTree
 from jdl.optim import spectral
-from jdl.optim.context import UpdateContext, gather
-from jdl.optim.masking import Part
-
-Residuals = Callable[[Params], PyTree]
+from jdl.optim.context import UpdateContext
 
 
 class Curvature(NamedTuple):
@@ -43,58 +38,24 @@ class Curvature(NamedTuple):
         return spectral.of_symmetric(self.matrix / (scale[:, None] * scale[None]))
 
 
-def around(
-    optimizer: str,
-    chunk_size: int,
-    updates: PyTree,
-    params: Params | None,
-    *,
-    residual_fn: Residuals | None = None,
-    value_fn: Any = None,
-    objective: Any = None,
-    whole_params: Params | None = None,
-    **extras: Any,
-) -> tuple[UpdateContext, Curvature]:
-    """The objective of an update and Jᵀ J, `chunk_size` columns at a time; see `context.gather`.
-
-    `residual_fn` goes before `objective`, and stands in for a missing `value_fn`.
-    """
+def curvature(optimizer: str, ctx: UpdateContext, chunk_size: int) -> Curvature:
+    """Jᵀ J around θ, computed `chunk_size` columns at a time; residuals go before an objective."""
+    size = tree.size(ctx.params)
+    if ctx.residual_fn is not None:
+        with jax.default_matmul_precision("highest"):
+            _, push = jax.linearize(ctx.residual_fn, ctx.params)
+            # A column is one tangent pushed forward: half of a product.
+            matrix = spectral.dense(push, ctx.params, chunk_size, ctx.dtype)
+            return Curvature(matrix, True, size / 2)
     check.argument(
-        residual_fn is not None or objective is not None,
+        ctx.objective is not None,
         "residual_fn",
         "given, or an objective",
         None,
-        f"{optimizer} needs least squares' own structure: pass residual_fn=r with f = ½‖r‖², or "
+        f"{optimizer} minimizes least squares: pass residual_fn=r with f = ½‖r‖², or "
         "objective=jdl.Objective.from_fns(predict, loss, batch).",
     )
-    if value_fn is None and residual_fn is not None:
-        value_fn = _half_square(residual_fn)
-    extras |= {"value_fn": value_fn, "objective": objective, "whole_params": whole_params}
-    here = gather(optimizer, updates, params, **extras)
-    whole: Any = jax.tree.structure(whole_params)
-    masked = whole_params is not None and whole != jax.tree.structure(params)
-    if residual_fn is not None and masked:
-        residual_fn = Part(params, whole_params).function(residual_fn)
-    return here, _curvature(here, residual_fn, chunk_size)
-
-
-def _half_square(residual_fn: Residuals) -> Callable[[Params], Any]:
-    def value(params: Params) -> Any:
-        residuals = residual_fn(params)
-        return 0.5 * tree.vdot(residuals, residuals)
-
-    return value
-
-
-def _curvature(here: UpdateContext, residual_fn: Residuals | None, chunk_size: int) -> Curvature:
-    dtype = here.value.dtype
-    size = ravel_pytree(here.params)[0].size
-    if residual_fn is None:
-        objective = here.needed_objective("Gauss-Newton products")
-        product = lambda v: objective.gnvp(here.params, v)  # noqa: E731
-        matrix = spectral.dense(product, here.params, chunk_size, dtype)
-        return Curvature(matrix, False, size * objective.curvature_share())
-    with jax.default_matmul_precision("highest"):
-        _, push = jax.linearize(residual_fn, here.params)
-        # A column is a tangent pushed forward: half of a product.
-        return Curvature(spectral.dense(push, here.params, chunk_size, dtype), True, size / 2)
+    assert ctx.objective is not None
+    product = functools.partial(ctx.objective.gnvp, ctx.params)
+    matrix = spectral.dense(product, ctx.params, chunk_size, ctx.dtype)
+    return Curvature(matrix, False, size * ctx.curvature_share())

@@ -2,7 +2,7 @@ r"""Levenberg-Marquardt for least squares, for up to some thousands of parameter
 
     f(θ) = ½ ‖r(θ)‖²,    δ = −(Jᵀ J + λ D²)⁻¹ Jᵀ r,    J = ∂r/∂θ
 
-D holds the largest column norms of J met so far, so that no parameter's unit matters. J is
+D holds the largest column norms of J so far, so that the parameters' units do not matter. J is
 decomposed once an update; a step that fails is tried again with more damping, or in a smaller
 region, at the cost of one evaluation of f.
 """
@@ -16,21 +16,14 @@ from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
-from jdl.optim import diagnostics as diag
 from jdl.optim import least_squares, spectral
-from jdl.optim.context import (
-    ScalarOrSchedule,
-    check_params,
-    check_scale,
-    current_rate,
-    schedule_value,
-)
+from jdl.optim.context import UpdateContext
 from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.result import ResultCode
+from jdl.optim.transformation import ScalarOrSchedule, Step, second_order
 
 
 class LevenbergMarquardtState(NamedTuple):
-    """What Levenberg-Marquardt carries from step to step: a gradient's memory.
+    """Levenberg-Marquardt's state: a gradient's memory.
 
     Attributes:
       learning_rate: the factor on the step, float32; change it with `optax.tree.set`.
@@ -61,13 +54,13 @@ def levenberg_marquardt(
 
     `update` needs `value`, `grad` and one of
     - `residual_fn`: params -> a pytree of arrays r, with value ½ ‖r‖²;
-    - `objective`: its generalized Gauss-Newton matrix on the curvature batch stands for Jᵀ J, which
-      for `jdl.losses.squared_error` is the same, and for other convex losses their own.
-    Within a chain the model's gradient is the incoming update, while decrease is judged by f.
+    - `objective`: its generalized Gauss-Newton matrix on the curvature batch takes the place of
+      Jᵀ J; for `jdl.losses.squared_error` they are the same.
+    Within a chain the incoming update is the model's gradient, while the decrease is that of f.
 
     Memory beyond the gradient's, for n parameters and m residuals: J and the factors of its
-    decomposition, 2 (m n + n²) numbers; with an objective 3 n². Both come at `chunk_size` columns
-    at once.
+    decomposition, 2 (m n + n²) numbers; with an objective 3 n². Either is computed `chunk_size`
+    columns at a time.
 
     Args:
       learning_rate: the factor on the step, > 0, or a schedule.
@@ -105,7 +98,6 @@ def levenberg_marquardt(
       Moré, The Levenberg-Marquardt algorithm: implementation and theory (1978): D, the region.
       Nocedal & Wright, Numerical Optimization (2006), section 10.3.
     """
-    check_scale("learning_rate", learning_rate)
     check.in_range("damping", damping, 0.0)
     check.positive_ints(
         max_parameters=max_parameters,
@@ -115,90 +107,56 @@ def levenberg_marquardt(
     if trust_region is not None:
         check.in_range("trust_region", trust_region, 0.0, open_low=True)
 
-    def init(params: Params) -> LevenbergMarquardtState:
-        check_params("levenberg_marquardt", params)
+    def init(params: Params) -> dict[str, Any]:
         spectral.check_size("levenberg_marquardt", params, max_parameters)
-        return LevenbergMarquardtState(
-            learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
-            damping=jnp.array(damping, jnp.float32),
-            radius=jnp.array(trust_region or jnp.inf, jnp.float32),
-            scale=jax.tree.map(jnp.zeros_like, params),
-            diagnostics=diag.init(damping),
-        )
+        return {
+            "damping": jnp.array(damping, jnp.float32),
+            "radius": jnp.array(trust_region or jnp.inf, jnp.float32),
+            "scale": jax.tree.map(jnp.zeros_like, params),
+        }
 
-    def update(
-        updates: PyTree,
-        state: LevenbergMarquardtState,
-        params: Params | None = None,
-        *,
-        reused: Any = False,
-        **extras: Any,
-    ) -> tuple[PyTree, LevenbergMarquardtState]:
-        here, curvature = least_squares.around(
-            "levenberg_marquardt", chunk_size, updates, params, **extras
-        )
-        rate = current_rate(learning_rate, state)
-        dtype = here.value.dtype
-        factor = rate.astype(dtype)
-        active = here.active
-
-        flat, unravel = ravel_pytree(updates)
+    def direction(ctx: UpdateContext, state: LevenbergMarquardtState) -> _Proposal:
+        curvature = least_squares.curvature("levenberg_marquardt", ctx, chunk_size)
         column_norms = jnp.sqrt(jnp.maximum(curvature.diagonal, 0.0))
-        last = ravel_pytree(state.scale)[0].astype(dtype)
-        grown = jnp.where(jnp.isfinite(column_norms), jnp.maximum(last, column_norms), last)
-        # A parameter that no residual has felt yet has no scale of its own.
-        d = jnp.where(grown > 0, grown, 1.0) if scaled else jnp.ones_like(grown)
-        spectrum = curvature.spectrum(d)
-        slopes = spectral.rotate(spectrum, flat.astype(dtype) / d)
-        raw_slopes = spectral.rotate(spectrum, ravel_pytree(here.grad)[0].astype(dtype) / d)
-        floor = jnp.finfo(dtype).eps * jnp.max(spectrum.values)
+        last, unravel = ravel_pytree(state.scale)
+        norms = jnp.maximum(last.astype(ctx.dtype), column_norms)
+        grown = jnp.where(jnp.isfinite(column_norms), norms, last.astype(ctx.dtype))
+        # A parameter that no residual has depended on yet has no scale of its own.
+        units = jnp.where(grown > 0, grown, 1.0) if scaled else jnp.ones_like(grown)
+        spectrum = curvature.spectrum(units)
+        floor = jnp.finfo(ctx.dtype).eps * jnp.max(spectrum.values)
         curvatures = jnp.maximum(spectrum.values, jnp.where(floor > 0, floor, 1.0))
+        model = spectral.model(ctx, spectrum, curvatures, floor, units)
+        return _Proposal(model, unravel(grown.astype(last.dtype)), curvature.products)
 
-        def step_of(coordinates: jax.Array) -> PyTree:
-            with jax.default_matmul_precision("highest"):
-                return unravel((spectrum.vectors @ coordinates / d).astype(flat.dtype))
-
-        end = spectral.search(
-            here,
-            curvatures,
-            slopes,
-            raw_slopes,
-            step_of,
-            scale=factor,
-            damping=state.damping,
-            radius=state.radius,
+    def accept(ctx: UpdateContext, state: LevenbergMarquardtState, proposal: _Proposal) -> Step:
+        model = proposal.model
+        step = spectral.accept(
+            ctx,
+            state,
+            model,
             use_radius=trust_region is not None,
+            increase=2.0,
+            decrease=0.1,
             max_evaluations=max_evaluations,
+            gauss_newton_products=proposal.products,
         )
-        moved, delta = end.good, step_of(end.step)
-        code = jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
-        told = diag.advance(
-            state.diagnostics,
-            step_size=jnp.where(moved, factor, 0.0),
-            termination=diag.ending(
-                code,
-                here.finite & (spectrum.sound | ~active),
-                here.stationary,
-                jnp.asarray(True),
-            ),
-            values=end.tried,
-            gauss_newton_products=curvature.products,
-            damping=end.damping,
-            reduction_ratio=end.ratio,
-            reused=reused,
-        )
-        nothing = jax.tree.map(jnp.zeros_like, here.params)
-        usable = active & spectrum.sound
-        next_damping, next_radius = spectral.steered(
-            end, state, floor, 2.0, 0.1, trust_region is not None, usable
-        )
-        new = LevenbergMarquardtState(
-            learning_rate=rate,
-            damping=next_damping,
-            radius=next_radius,
-            scale=tree.where(usable, unravel(grown.astype(flat.dtype)), state.scale),
-            diagnostics=told,
-        )
-        return tree.where(moved, tree.scale(factor, delta), nothing), new
+        usable = ctx.active & model.sound
+        scale = tree.where(usable, proposal.scale, state.scale)
+        return step._replace(fields={**step.fields, "scale": scale})
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return second_order(
+        "levenberg_marquardt",
+        LevenbergMarquardtState,
+        learning_rate,
+        init=init,
+        direction=direction,
+        accept=accept,
+        damping=damping,
+    )
+
+
+class _Proposal(NamedTuple):
+    model: spectral.Model
+    scale: PyTree  # D with this update's column norms
+    products: float

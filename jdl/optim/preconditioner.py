@@ -23,8 +23,8 @@ class Preconditioner(NamedTuple):
 
     Attributes:
       init: params -> state, a pytree of arrays.
-      step: `step(state, here, product, damping, count, key, active) -> (state, inverse)` with
-        `here` the objective around θ, `product` v -> B v, λ, the updates made so far, a random key
+      step: `step(state, ctx, product, damping, count, key, active) -> (state, inverse)` with
+        `ctx` the update's context, `product` v -> B v, λ, the updates made so far, a random key
         of the step, and whether value and gradient are fit to be used.
       gradients: what a step costs, in gradients of the curvature batch.
       products: and in curvature products, where there is no objective.
@@ -58,14 +58,14 @@ def diagonal(power: float = 0.75, decay: float = 0.95) -> Preconditioner:
 
     def step(
         state: PyTree,
-        here: UpdateContext,
+        ctx: UpdateContext,
         product: Callable[[PyTree], PyTree],
         damping: jax.Array,
         count: jax.Array,
         key: Key,
         active: jax.Array,
     ) -> tuple[PyTree, Inverse]:
-        drawn = _draw(here, product, key)
+        drawn = _draw(ctx, product, key)
         kept = jnp.asarray(decay, jnp.float32)
         mixed = tree.add_scaled(tree.scale(kept, state), 1.0 - kept, drawn)
         state = tree.where(active & tree.all_finite(drawn), mixed, state)
@@ -83,11 +83,11 @@ def diagonal(power: float = 0.75, decay: float = 0.95) -> Preconditioner:
     return Preconditioner(init, step, gradients=1.0, products=1.0)
 
 
-def _draw(here: UpdateContext, product: Callable[[PyTree], PyTree], key: Key) -> PyTree:
+def _draw(ctx: UpdateContext, product: Callable[[PyTree], PyTree], key: Key) -> PyTree:
     """One random draw of the curvature's diagonal."""
-    if here.objective is not None:
-        return here.objective.empirical_fisher_diagonal(here.params, key)
-    leaves, structure = jax.tree.flatten(here.params)
+    if ctx.objective is not None:
+        return ctx.objective.empirical_fisher_diagonal(ctx.params, key)
+    leaves, structure = jax.tree.flatten(ctx.params)
     keys = jax.random.split(key, len(leaves))
     signs = jax.tree.unflatten(
         structure,

@@ -79,6 +79,13 @@ def quadratic(objective: Objective, params: Params, vectors: Sequence[PyTree]) -
     return Quadratic(value, slopes, curvature)
 
 
+def gram(vectors: Sequence[PyTree]) -> jax.Array:
+    """⟨vᵢ, vⱼ⟩ of two vectors, [2, 2]."""
+    a, b = vectors
+    aa, ab, bb = tree.vdot(a, a), tree.vdot(a, b), tree.vdot(b, b)
+    return jnp.stack([jnp.stack([aa, ab]), jnp.stack([ab, bb])])
+
+
 def solve_pair(matrix: jax.Array, slopes: jax.Array) -> jax.Array:
     """The minimizer of ⟨s, w⟩ + ½⟨w, M w⟩ over two weights; the second is 0 where M is singular.
 

@@ -1,15 +1,14 @@
-"""Every optimizer by name, with what a trainer or a tuner needs to know of it."""
+"""Optimizers by name, each with its default learning rate and the range to tune it in."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import optax
 import optax.contrib
 
 from jdl.core import check
-from jdl.optim.context import ScalarOrSchedule
 from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.hessian_free import hessian_free
 from jdl.optim.kfac import kfac
@@ -18,13 +17,14 @@ from jdl.optim.levenberg_marquardt import levenberg_marquardt
 from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
+from jdl.optim.transformation import ScalarOrSchedule
 
 
 class TuningRange(NamedTuple):
-    """What to tune: one number, on a logarithmic scale.
+    """The one number of an optimizer to tune, and its range, on a logarithmic scale.
 
-    It is a field of the optimizer's state, so `optax.tree.set(opt_state, **{parameter: x})` tries
-    another value without compiling anew.
+    It is a field of the optimizer's state: `optax.tree.set(opt_state, **{parameter: x})` tries
+    another value without compiling again.
     """
 
     parameter: str
@@ -33,13 +33,13 @@ class TuningRange(NamedTuple):
 
 
 class OptimizerSpec(NamedTuple):
-    """An optimizer as the registry knows it.
+    """An optimizer's entry in the registry.
 
     Attributes:
       make: `make(learning_rate, **options)` gives the transformation.
       learning_rate: the default.
-      second_order: whether it uses curvature, searches lines, and carries `Diagnostics`.
-      batches: "mini", or "large" for one whose steps want little sampling noise: the whole set
+      second_order: whether it uses curvature or a line search, and its state has `Diagnostics`.
+      batches: "mini"; or "large" for one that needs little sampling noise: the whole data set
         where that is affordable.
       search: what to tune, and over which range.
     """
@@ -104,6 +104,32 @@ REGISTRY: dict[str, OptimizerSpec] = {
 }
 
 
+# A name of the registry -> the optimizer's function in `jdl.optim`; either is taken as a name.
+LONG_NAMES = {"cg": "nonlinear_cg", "hf": "hessian_free", "lm": "levenberg_marquardt"}
+
+
+def short_name(name: str, argument: str = "optimizer", others: Iterable[str] = ()) -> str:
+    """The registry's name of an optimizer, given its short or its long name.
+
+    Args:
+      name: of the registry or of `LONG_NAMES`; hyphens count as underscores.
+      argument: what the caller calls it, for the error.
+      others: further names to accept.
+
+    Raises:
+      ArgumentError: for an unknown name; the message suggests the nearest.
+
+    >>> short_name("hessian-free"), short_name("hf")
+    ('hf', 'hf')
+    """
+    short = {long: short for short, long in LONG_NAMES.items()}
+    known = dict.fromkeys([*REGISTRY, *short, *others])
+    given = name.replace("-", "_") if isinstance(name, str) else name
+    if given in known:
+        return short.get(given, given)
+    return str(check.one_of(argument, name, known))
+
+
 def by_name(
     name: str, learning_rate: ScalarOrSchedule | None = None, **options: Any
 ) -> optax.GradientTransformation:
@@ -111,11 +137,12 @@ def by_name(
 
     Args:
       name: sgd, momentum, nesterov, adam, adamw, nadam, radam, rmsprop, adagrad, adafactor, lamb,
-        lars, lion, muon, sophia (all optax's; sophia's update needs `obj_fn` too), lbfgs, cg,
-        newton, hf, gauss_newton, lm (Levenberg-Marquardt), natural_gradient or kfac.
+        lars, lion, muon, sophia (all optax's; sophia's update needs `obj_fn` too), lbfgs, cg or
+        nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
+        natural_gradient, kfac.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
         it scales the first trial step, and is best left alone. It is part of the state; a run that
-        the Estimator takes up again goes on at the rate asked for last.
+        the Estimator resumes continues with the rate given last.
       **options: further arguments of the optimizer.
 
     Raises:
@@ -131,11 +158,11 @@ def by_name(
     >>> round(float(optax.tree.get(state, "learning_rate")), 3)
     0.01
     """
-    entry = REGISTRY[check.one_of("optimizer", name, REGISTRY)]
-    rate = entry.learning_rate if learning_rate is None else learning_rate
+    spec = REGISTRY[short_name(name)]
+    rate = spec.learning_rate if learning_rate is None else learning_rate
     if isinstance(rate, int | float):
         check.in_range("learning_rate", rate, 0.0, open_low=True)
-    known = inspect.signature(entry.make).parameters
+    known = inspect.signature(spec.make).parameters
     for option in options:
         check.one_of(f"an option of {name}", option, known)
-    return entry.make(rate, **options)
+    return spec.make(rate, **options)

@@ -15,12 +15,13 @@ from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
-from jdl.optim import damping as damping_rules
 from jdl.optim.context import UpdateContext
+from jdl.optim.damping import reduction_ratio, trust_radius, update_damping
+from jdl.optim.transformation import Step, accepted
 
 
 class Spectrum(NamedTuple):
-    """A symmetric matrix's, or a Jacobian's Gram matrix's.
+    """The spectrum of a symmetric matrix, or of a Jacobian's Gram matrix.
 
     Attributes:
       values: eigenvalues Λ, ascending for a symmetric matrix, [k].
@@ -30,6 +31,26 @@ class Spectrum(NamedTuple):
 
     values: jax.Array
     vectors: jax.Array
+    sound: jax.Array
+
+
+class Model(NamedTuple):
+    """The quadratic model of f, in the coordinates of the curvature's eigenvectors.
+
+    Attributes:
+      curvatures: Λ, made positive, [k].
+      slopes: Vᵀ g of the incoming updates, [k].
+      raw_slopes: Vᵀ ∇f, [k].
+      floor: the rounding error of the spectrum; a λ below it has no effect.
+      step_of: the step in the parameters' coordinates, from the eigenvectors'.
+      sound: whether the curvature was finite.
+    """
+
+    curvatures: jax.Array
+    slopes: jax.Array
+    raw_slopes: jax.Array
+    floor: jax.Array
+    step_of: Callable[[jax.Array], PyTree]
     sound: jax.Array
 
 
@@ -54,12 +75,12 @@ class Tried(NamedTuple):
 
     @property
     def good(self) -> jax.Array:
-        """Whether f fell, by a share of what the model foretold."""
+        """Whether f fell, by a share of the predicted decrease."""
         return (self.tried > 0) & (self.ratio > 1e-4) & jnp.isfinite(self.value)
 
 
 def check_size(optimizer: str, params: Params, most: int) -> None:
-    """Refuses more parameters than a dense matrix should have rows."""
+    """Refuses more parameters than the dense matrix may have rows."""
     size = tree.size(params)
     check.argument(
         size <= most,
@@ -73,7 +94,7 @@ def check_size(optimizer: str, params: Params, most: int) -> None:
 def dense(
     product: Callable[[PyTree], PyTree], params: Params, chunk_size: int, dtype: Any
 ) -> jax.Array:
-    """The matrix whose products are given, `chunk_size` columns at a time, as an [m, n] array."""
+    """The matrix of a product, [m, n], computed `chunk_size` columns at a time."""
     flat, unravel = ravel_pytree(params)
 
     def column(i: jax.Array) -> jax.Array:
@@ -85,7 +106,7 @@ def dense(
 
 
 def of_symmetric(matrix: jax.Array) -> Spectrum:
-    """By an eigendecomposition."""
+    """The spectrum of a symmetric matrix, by an eigendecomposition."""
     # An eigensolver given NaN may not return; a matrix that is not finite becomes I.
     sound = jnp.all(jnp.isfinite(matrix))
     identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
@@ -94,7 +115,7 @@ def of_symmetric(matrix: jax.Array) -> Spectrum:
 
 
 def of_jacobian(jacobian: jax.Array) -> Spectrum:
-    """Jᵀ J's, by singular values, which leaves twice the digits that squaring would."""
+    """The spectrum of Jᵀ J by singular values, to twice the digits that squaring J would leave."""
     sound = jnp.all(jnp.isfinite(jacobian))
     m, n = jacobian.shape
     identity = jnp.eye(m, n, dtype=jacobian.dtype)
@@ -109,98 +130,121 @@ def rotate(spectrum: Spectrum, x: jax.Array) -> jax.Array:
         return spectrum.vectors.T @ x
 
 
-def search(
-    here: UpdateContext,
+def model(
+    ctx: UpdateContext,
+    spectrum: Spectrum,
     curvatures: jax.Array,
-    slopes: jax.Array,
-    raw_slopes: jax.Array,
-    step_of: Callable[[jax.Array], PyTree],
+    floor: jax.Array,
+    units: jax.Array | None = None,
+) -> Model:
+    """The model around θ, from a spectrum of D⁻¹ B D⁻¹ for D = diag(units), or of B."""
+    flat, unravel = ravel_pytree(ctx.updates)
+
+    def scaled(x: jax.Array) -> jax.Array:
+        return x if units is None else x / units
+
+    def step_of(coordinates: jax.Array) -> PyTree:
+        with jax.default_matmul_precision("highest"):
+            return unravel(scaled(spectrum.vectors @ coordinates).astype(flat.dtype))
+
+    raw = ravel_pytree(ctx.grad)[0]
+    return Model(
+        curvatures=curvatures,
+        slopes=rotate(spectrum, scaled(flat.astype(ctx.dtype))),
+        raw_slopes=rotate(spectrum, scaled(raw.astype(ctx.dtype))),
+        floor=floor,
+        step_of=step_of,
+        sound=spectrum.sound,
+    )
+
+
+def accept(
+    ctx: UpdateContext,
+    state: Any,
+    model: Model,
     *,
+    use_radius: bool,
+    increase: float,
+    decrease: float,
+    max_evaluations: int,
+    **report: Any,
+) -> Step:
+    """Tries steps of growing λ, or of shrinking Δ, until one makes f fall as predicted.
+
+    Args:
+      ctx: the objective around θ.
+      state: the optimizer's, with `learning_rate`, `damping` λ and `radius` Δ.
+      model: of f.
+      use_radius: whether Δ bounds the step, and λ follows from it.
+      increase: the factor on λ after a poor prediction.
+      decrease: that after a good one.
+      max_evaluations: tries at most.
+      **report: further arguments of `diagnostics.advance`.
+    """
+    scale = state.learning_rate.astype(ctx.dtype)
+    end = _search(ctx, state, model, scale, use_radius, max_evaluations)
+    damping, radius = state.damping, state.radius
+    if use_radius:
+        on_boundary = jnp.linalg.norm(end.step) >= 0.99 * end.radius
+        radius = trust_radius(end.radius, end.ratio, on_boundary)
+    else:
+        calm = update_damping(
+            end.damping, end.ratio, increase=increase, decrease=decrease, minimum=0.0
+        )
+        damping = jnp.where(end.good, jnp.where(calm > model.floor, calm, 0.0), end.damping)
+    usable = ctx.active & model.sound
+    return Step(
+        updates=tree.scale(scale, model.step_of(end.step)),
+        moved=end.good,
+        step_size=scale,
+        code=accepted(end.good),
+        fields={
+            "damping": jnp.where(usable, damping.astype(jnp.float32), state.damping),
+            "radius": jnp.where(usable, radius.astype(jnp.float32), state.radius),
+        },
+        report={"values": end.tried, "damping": end.damping, "reduction_ratio": end.ratio} | report,
+        sound=model.sound | ~ctx.active,
+    )
+
+
+def _search(
+    ctx: UpdateContext,
+    state: Any,
+    model: Model,
     scale: jax.Array,
-    damping: jax.Array,
-    radius: jax.Array,
     use_radius: bool,
     max_evaluations: int,
 ) -> Tried:
-    """Tries steps of growing λ, or of shrinking Δ, until one makes f fall as foretold.
-
-    Args:
-      here: the objective around θ.
-      curvatures: Λ, positive, [k].
-      slopes: Vᵀ g of the model, [k].
-      raw_slopes: Vᵀ ∇f, [k].
-      step_of: the step δ in the parameters' own coordinates.
-      scale: the factor on δ.
-      damping: the first λ.
-      radius: the first Δ.
-      use_radius: whether Δ rules, and λ follows from it.
-      max_evaluations: tries at most.
-    """
-    dtype, active = here.value.dtype, here.active
+    curvatures = model.curvatures
     mean = jnp.mean(curvatures)
 
     def body(t: Tried) -> Tried:
         again = t.tried > 0
-        # Far too little damping is left behind quickly; so is a region far too large.
+        # A λ that is far too small, or a Δ far too large, is left in few tries.
         lam = jnp.where(again, jnp.maximum(4.0 * t.damping, 1e-3 * mean), t.damping)
         length = jnp.linalg.norm(t.step)
         smaller = jnp.where(again, 0.25 * jnp.minimum(t.radius, length), t.radius)
         if use_radius:
-            lam = _damping_for(smaller, slopes, curvatures)
-        step = -slopes / (curvatures + lam)
-        value = here.value_fn(tree.add_scaled(here.params, scale, step_of(step)))
+            lam = _damping_for(smaller, model.slopes, curvatures)
+        step = -model.slopes / (curvatures + lam)
+        value = ctx.value_fn(tree.add_scaled(ctx.params, scale, model.step_of(step)))
         # In the eigenvectors' coordinates the model is a sum.
-        model = scale * jnp.vdot(raw_slopes, step)
-        model += 0.5 * scale * scale * jnp.vdot(curvatures, step * step)
-        ratio = damping_rules.reduction_ratio(here.value, value, model, here.noise)
+        predicted = scale * jnp.vdot(model.raw_slopes, step)
+        predicted += 0.5 * scale * scale * jnp.vdot(curvatures, step * step)
+        ratio = reduction_ratio(ctx.value, value, predicted, ctx.noise)
         return Tried(t.tried + 1, lam, smaller, step, value, ratio)
 
     return jax.lax.while_loop(
-        lambda t: active & ~t.good & (t.tried < max_evaluations),
+        lambda t: ctx.active & ~t.good & (t.tried < max_evaluations),
         body,
         Tried(
             jnp.zeros((), jnp.int32),
-            damping.astype(dtype),
-            radius.astype(dtype),
-            jnp.zeros_like(slopes),
-            here.value,
-            jnp.full_like(here.value, jnp.nan),
+            state.damping.astype(ctx.dtype),
+            state.radius.astype(ctx.dtype),
+            jnp.zeros_like(model.slopes),
+            ctx.value,
+            jnp.full_like(ctx.value, jnp.nan),
         ),
-    )
-
-
-def steered(
-    end: Tried,
-    state: Any,
-    floor: jax.Array,
-    increase: float,
-    decrease: float,
-    use_radius: bool,
-    usable: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """λ and Δ for the next step, after a search.
-
-    Args:
-      end: what the search ended with.
-      state: the optimizer's, with the `damping` and the `radius` that it began with.
-      floor: what rounding leaves of the spectrum; λ below it is none.
-      increase: the factor on λ where the model misled.
-      decrease: that where it was right.
-      use_radius: whether Δ is steered, and not λ.
-      usable: False to leave both as they are.
-    """
-    damping, radius = state.damping, state.radius
-    if use_radius:
-        edge = jnp.linalg.norm(end.step) >= 0.99 * end.radius
-        radius = damping_rules.trust_radius(end.radius, end.ratio, edge)
-    else:
-        calm = damping_rules.update_damping(
-            end.damping, end.ratio, increase=increase, decrease=decrease, minimum=0.0
-        )
-        damping = jnp.where(end.good, jnp.where(calm > floor, calm, 0.0), end.damping)
-    return (
-        jnp.where(usable, damping.astype(jnp.float32), state.damping),
-        jnp.where(usable, radius.astype(jnp.float32), state.radius),
     )
 
 

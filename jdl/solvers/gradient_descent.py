@@ -147,14 +147,10 @@ class GradientDescent(Iterative):
     """Gradient descent, accelerated by default.
 
     Args:
-      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
-      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
-      has_aux: whether values come as `(value, aux)`.
+      fun, value_and_grad, has_aux, maxiter, tol: see `jdl.solvers.iterative.Iterative`.
       stepsize: the length of a step in units of the gradient, > 0, or a function of the
         iteration's number; 0 for a line search.
-      maxiter: updates at most.
       maxls: trials of a line search at most.
-      tol: on the norm of the gradient.
       acceleration: whether to add Nesterov's momentum.
       decrease_factor: the ratio of a line search's trials, in (0, 1).
       **options: see `jdl.solvers.options.SolverOptions`.

@@ -17,10 +17,7 @@ class HessianFree(Iterative):
     the Hessian's, in a trust region.
 
     Args:
-      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
-      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
-      has_aux: whether values come as `(value, aux)`.
-      maxiter: updates at most.
+      fun, value_and_grad, has_aux, maxiter: see `jdl.solvers.iterative.Iterative`.
       tol: on the norm of the gradient.
       **options: `jdl.solvers.options.SolverOptions`, and the arguments of `jdl.optim.hessian_free`:
         curvature, damping, trust_region, preconditioner …

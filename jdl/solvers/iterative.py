@@ -131,7 +131,8 @@ class Iterative:
     def _extras(self, problem: Problem, params: Params) -> dict[str, Any]:
         """Arguments of the optimizer's update besides value, gradient and function."""
         del params
-        extras = {"objective": problem.objective, "bounds": problem.bounds}
+        names = ("objective", "value_and_grad_fn", "bounds")
+        extras = {name: getattr(problem, name) for name in names}
         return {name: given for name, given in extras.items() if given is not None}
 
     def _check(self, problem: Problem, params: Params) -> None:

@@ -38,10 +38,7 @@ class LBFGS(Iterative):
     r"""Limited-memory BFGS with a strong Wolfe line search; with bounds, by projection.
 
     Args:
-      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
-      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
-      has_aux: whether values come as `(value, aux)`.
-      maxiter: updates at most.
+      fun, value_and_grad, has_aux, maxiter: see `jdl.solvers.iterative.Iterative`.
       tol: on the norm of the gradient, or of x − P(x − ∇f) with bounds.
       bounds: (lower, upper): numbers, or pytrees of arrays like the parameters; ±inf for none.
       linesearch: "zoom".

@@ -12,6 +12,7 @@ import optax
 from jdl.core import check, tree
 from jdl.core.objective import Objective
 from jdl.core.types import Params
+from jdl.optim import registry
 from jdl.optim.result import ResultCode
 from jdl.solvers.gradient_check import check_problem_gradient
 from jdl.solvers.gradient_descent import GradientDescent
@@ -25,14 +26,15 @@ from jdl.solvers.optax_solver import OptaxSolver
 from jdl.solvers.problem import as_arrays, shapes
 from jdl.solvers.state import SolverState
 
+# The registry's names of optimizers that have a solver class; others run in `OptaxSolver`.
 METHODS: dict[str, Callable[..., Iterative]] = {
     "lbfgs": LBFGS,
-    "nonlinear_cg": NonlinearCG,
+    "cg": NonlinearCG,
     "newton": Newton,
-    "hessian_free": HessianFree,
+    "hf": HessianFree,
     "gradient_descent": GradientDescent,
     "gauss_newton": GaussNewton,
-    "levenberg_marquardt": LevenbergMarquardt,
+    "lm": LevenbergMarquardt,
 }
 
 
@@ -110,7 +112,8 @@ def minimize(
       params: where to start, a pytree of floating-point arrays.
       *args: passed to `fun`.
       method: "lbfgs", "nonlinear_cg", "newton", "hessian_free", "gradient_descent", for residuals
-        "gauss_newton" and "levenberg_marquardt", or an optax transformation.
+        "gauss_newton" and "levenberg_marquardt"; any other name of `jdl.optim.by_name`, or an
+        optax transformation.
       tol: on the norm of the gradient, ≥ 0.
       maxiter: updates at most; None for the method's own default.
       check_gradient: whether to compare the gradient with differences of values first.
@@ -136,12 +139,7 @@ def minimize(
     )
     if maxiter is not None:
         options["maxiter"] = maxiter
-    name = method if isinstance(method, str) else "optax"
-    if isinstance(method, str):
-        kind = METHODS[check.one_of("method", method, METHODS)]
-        solver = kind(fun, tol=tol, **options)
-    else:
-        solver = OptaxSolver(fun, method, tol=tol, **options)
+    name, solver = _solver(fun, method, tol=tol, **options)
     params = as_arrays(params)
     if check_gradient:
         check_problem_gradient(solver._at(None, params, args, {}), params)
@@ -167,6 +165,19 @@ def minimize(
         aux=state.aux,
         state=state,
     )
+
+
+def _solver(
+    fun: Any, method: str | optax.GradientTransformation, **options: Any
+) -> tuple[str, Iterative]:
+    """The method's name, and the solver."""
+    if not isinstance(method, str):
+        return "optax", OptaxSolver(fun, method, **options)
+    short = registry.short_name(method, "method", METHODS)
+    name = registry.LONG_NAMES.get(short, short)
+    if short in METHODS:
+        return name, METHODS[short](fun, **options)
+    return name, OptaxSolver(fun, registry.by_name(short), **options)
 
 
 def _compiled(solver: Iterative, params: Params, args: tuple[Any, ...]) -> Callable[[], Any]:

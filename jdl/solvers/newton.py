@@ -14,10 +14,7 @@ class Newton(Iterative):
     """Newton's method with the dense Hessian, damped where a step fails.
 
     Args:
-      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
-      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
-      has_aux: whether values come as `(value, aux)`.
-      maxiter: updates at most.
+      fun, value_and_grad, has_aux, maxiter: see `jdl.solvers.iterative.Iterative`.
       tol: on the norm of the gradient.
       **options: `jdl.solvers.options.SolverOptions`, and the arguments of `jdl.optim.newton`:
         damping, saddle_free, trust_region, max_parameters …

@@ -18,14 +18,10 @@ class OptaxSolver(Iterative):
     """Runs an optax transformation; those of `jdl.optim` are such.
 
     Args:
-      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
+      fun, value_and_grad, has_aux, maxiter, tol: see `jdl.solvers.iterative.Iterative`.
       opt: the transformation.
-      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
       pre_update: `params, state = pre_update(params, state, *args, **kwargs)` before each update,
         for a projection. Value and gradient are then evaluated after it.
-      maxiter: updates at most.
-      tol: on the norm of the gradient.
-      has_aux: whether values come as `(value, aux)`.
       **options: see `jdl.solvers.options.SolverOptions`; `implicit_diff` is False by default here.
 
     >>> import jax.numpy as jnp

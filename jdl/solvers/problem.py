@@ -17,8 +17,8 @@ class Problem(NamedTuple):
     Attributes:
       value: params -> f; ignores the extra keywords of an optimizer's update.
       evaluate: params -> (f, ∇f, aux).
-      objective: passed to the optimizer's update if autodiff of `value` is not what it should use:
-        a `jdl.Objective`, or the caller's own gradient; else None.
+      objective: the `jdl.Objective`, where it is one; else None.
+      value_and_grad_fn: params -> (f, ∇f, aux), where the gradient is the caller's own; else None.
       bounds: (lower, upper), pytrees of the parameters' structure, or None.
       residual_fn: params -> r, for least squares; else None.
       arguments: (args, kwargs), the arguments of the function beyond the parameters.
@@ -26,30 +26,11 @@ class Problem(NamedTuple):
 
     value: Callable[..., jax.Array]
     evaluate: Callable[[Params], tuple[jax.Array, Params, Any]]
-    objective: "Objective | OwnGradient | None" = None
+    objective: Objective | None = None
+    value_and_grad_fn: Callable[[Params], tuple[jax.Array, Params, Any]] | None = None
     bounds: tuple[Params, Params] | None = None
     residual_fn: Callable[[Params], PyTree] | None = None
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-
-
-class OwnGradient:
-    """A function with the caller's own gradient, as the `objective` of an optimizer's update."""
-
-    def __init__(self, value: Callable[..., jax.Array], evaluate: Callable[..., Any]):
-        self.value, self.value_and_grad = value, evaluate
-
-    def grad(self, params: Params) -> Params:
-        """∇f."""
-        return self.value_and_grad(params)[1]
-
-    def hvp(self, params: Params, vector: PyTree) -> PyTree:
-        """∇²f v, by differentiating the caller's gradient."""
-        with jax.default_matmul_precision("highest"):
-            return jax.jvp(self.grad, (params,), (vector,))[1]
-
-    def curvature_share(self) -> float:
-        """Curvature uses the whole batch."""
-        return 1.0
 
 
 def make_problem(
@@ -88,9 +69,15 @@ def make_problem(
 
     # optax's line searches refuse update's extra keywords unless value_fn names them.
     def value(
-        params: Params, *, obj_fn: Any = None, objective: Any = None, reused: Any = None, **_: Any
+        params: Params,
+        *,
+        obj_fn: Any = None,
+        objective: Any = None,
+        value_and_grad_fn: Any = None,
+        reused: Any = None,
+        **_: Any,
     ) -> Any:
-        del obj_fn, objective, reused
+        del obj_fn, objective, value_and_grad_fn, reused
         if value_and_grad is True:
             return evaluate(params)[0]
         return split(fun(params, *args, **kwargs))[0]
@@ -105,8 +92,8 @@ def make_problem(
             f, aux = split(out)
         return f, grad, aux
 
-    own = None if value_and_grad is False else OwnGradient(value, evaluate)
-    return Problem(value, evaluate, own, arguments=(args, kwargs))
+    own = None if value_and_grad is False else evaluate
+    return Problem(value, evaluate, value_and_grad_fn=own, arguments=(args, kwargs))
 
 
 def check_problem(problem: Problem, params: Params, name: str) -> None:

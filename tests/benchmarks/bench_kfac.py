@@ -37,7 +37,6 @@ from jdl.data import digits
 from jdl.models import CNN, RNN, Autoencoder
 from jdl.models.layers import sparse_init
 from jdl.optim import diagnostics, kfac, kronecker, quadratic
-from jdl.optim.kfac import shares
 from jdl.optim.kronecker import factors, moments
 
 FOLDERS = {"mnist": ("mnist",), "fashion": ("fashion", "fashion-mnist")}
@@ -297,9 +296,10 @@ def race(name, problem, args):
             reached = [t for t, score in curves[n] if score <= args.target]
             figures[f"seconds_to_{args.target}"] = reached[0] if reached else None
         if n == "kfac":
-            state = run.carry[1]
-            figures["damping"] = float(diagnostics.read(state).damping)
-            figures["shares_of_multiplications"] = shares(state.work)
+            account = diagnostics.read(run.carry[1])
+            figures["damping"] = float(account.damping)
+            share = float(account.factor_work / account.gradient_equivalents)
+            figures["factors_share_of_work"] = round(share, 4)
         print(json.dumps(figures), flush=True)
     parts = profile(problem)
     per_step = runs["kfac"].seconds / runs["kfac"].steps * 1e3

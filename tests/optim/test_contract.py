@@ -562,33 +562,6 @@ def test_work_is_counted_as_it_is_spent(name):
         assert products == pytest.approx(0.5 * (int(told.linear_iterations) + 3))
 
 
-def test_the_registry_knows_what_trainers_ask():
-    named = {"sgd", "momentum", "nesterov", "adam", "adamw", "lbfgs", "cg", "newton", "hf"}
-    assert named <= set(REGISTRY)
-    for entry in REGISTRY.values():
-        assert entry.batches in ("mini", "large")
-        assert 0 < entry.search.low < entry.search.high
-    with pytest.raises(ArgumentError, match="Did you mean 'adamw'"):
-        by_name("adanw")
-    with pytest.raises(ArgumentError, match="Did you mean 'damping'"):
-        by_name("hf", dampin=1.0)
-    with pytest.raises(ArgumentError, match="learning_rate"):
-        by_name("sgd", -1.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "told"),
-    [
-        ("adam", {"lr": 0.1}, "option of adam"),
-        ("nesterov", {"mumentum": 0.5}, "'momentum'"),
-        ("hf", {"dampin": 1.0}, "'damping'"),
-    ],
-)
-def test_an_option_that_does_not_exist_is_refused_at_once(name, options, told):
-    with pytest.raises(ArgumentError, match=told):
-        by_name(name, **options)
-
-
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [

@@ -164,7 +164,7 @@ def test_an_ascent_direction_from_a_chain_falls_back(minimize):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"memory_size": 0}, "history"),
+        ({"memory_size": 0}, "memory_size"),
         ({"guard": "brave"}, "guard"),
         ({"scaling": "matrix"}, "scaling"),
         ({"c2": 1.5}, "c2"),

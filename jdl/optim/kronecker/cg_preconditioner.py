@@ -34,7 +34,7 @@ def preconditioner(
 
     def step(
         state: Kronecker,
-        here: UpdateContext,
+        ctx: UpdateContext,
         product: Any,
         damping: jax.Array,
         count: jax.Array,
@@ -42,12 +42,12 @@ def preconditioner(
         active: jax.Array,
     ) -> tuple[Kronecker, Inverse]:
         del product
-        objective = here.needed_objective("the layers' inputs and output gradients")
-        found = find_layers(objective, here.params)
+        objective = ctx.needed_objective("the layers' inputs and output gradients")
+        found = find_layers(objective, ctx.params)
 
         def refreshed(state: Kronecker) -> Kronecker:
-            state = refresh_moments(objective, here.params, found, state, key, curvature, decay)
-            mesh = mesh_of(jax.tree.leaves(here.params)[0])
+            state = refresh_moments(objective, ctx.params, found, state, key, curvature, decay)
+            mesh = mesh_of(jax.tree.leaves(ctx.params)[0])
             return refresh_inverses(found, state, damping, axis_name=objective.axis_name, mesh=mesh)
 
         due = active & ((count % every == 0) | (state.refreshes == 0))

@@ -1,0 +1,190 @@
+"""The skeleton that all second-order optimizers share: a direction, then its acceptance.
+
+    update = gather the arguments → direction(ctx, state) → accept(ctx, state, direction) → report
+
+An optimizer is these two functions, its options and its state; arguments, learning rates,
+diagnostics and steps not taken are handled here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdl.core import check, tree
+from jdl.core.types import Params, PyTree
+from jdl.optim import diagnostics as diag
+from jdl.optim.context import UpdateContext, gather
+from jdl.optim.linesearch import LineSearchResult
+from jdl.optim.result import ResultCode
+
+ScalarOrSchedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
+State = TypeVar("State", bound=Any)
+Proposal = TypeVar("Proposal")
+
+
+class Step(NamedTuple):
+    """What an update does.
+
+    Attributes:
+      updates: the step δ.
+      moved: whether it is taken; if not, the parameters stay.
+      step_size: the factor on the direction, for the diagnostics.
+      code: how the search for the step ended, a `ResultCode`.
+      fields: the next state's fields, by name.
+      report: arguments of `diagnostics.advance`: evaluations, damping, reduction ratio.
+      descends: whether the direction is one of descent; −∇f has replaced one that is not.
+      sound: False where the curvature was not finite.
+    """
+
+    updates: PyTree
+    moved: jax.Array
+    step_size: jax.Array
+    code: jax.Array
+    fields: Mapping[str, Any]
+    report: Mapping[str, Any]
+    descends: jax.Array | bool = True
+    sound: jax.Array | bool = True
+
+
+def along(
+    direction: PyTree,
+    found: LineSearchResult,
+    descends: jax.Array,
+    fields: Mapping[str, Any],
+    **report: Any,
+) -> Step:
+    """The step that a line search along `direction` found."""
+    return Step(
+        updates=tree.scale(found.step, direction),
+        moved=found.step > 0,
+        step_size=found.step,
+        code=found.termination,
+        fields=fields,
+        report=report,
+        descends=descends,
+    )
+
+
+def second_order(
+    name: str,
+    state_type: Callable[..., State],
+    learning_rate: ScalarOrSchedule,
+    *,
+    init: Callable[[Params], Mapping[str, Any]],
+    direction: Callable[[UpdateContext, State], Proposal],
+    accept: Callable[[UpdateContext, State, Proposal], Step],
+    prepare: Callable[[UpdateContext], UpdateContext] = lambda ctx: ctx,
+    damping: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation whose updates are the whole step.
+
+    Args:
+      name: the optimizer's, for errors.
+      state_type: a NamedTuple with the fields `learning_rate`, `diagnostics` and those of `init`.
+      learning_rate: > 0, or a schedule of the number of updates.
+      init: the state's own fields, from the parameters.
+      direction: proposes a step from the context and the state, whose `learning_rate` is this
+        update's.
+      accept: decides on the proposal: how far to go, and the next state.
+      prepare: changes the context first.
+      damping: the first λ, for the diagnostics.
+    """
+    check_scale("learning_rate", learning_rate)
+
+    def init_fn(params: Params) -> State:
+        check_params(name, params)
+        return state_type(
+            learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
+            diagnostics=diag.init(damping),
+            **init(params),
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: State,
+        params: Params | None = None,
+        *,
+        reused: jax.Array | bool = False,
+        **extras: Any,
+    ) -> tuple[PyTree, State]:
+        ctx = prepare(gather(name, updates, params, **extras))
+        if callable(learning_rate):
+            rate = schedule_value(learning_rate, state.diagnostics.iterations)
+            state = state._replace(learning_rate=rate)
+        step = accept(ctx, state, direction(ctx, state))
+        descends = jnp.asarray(step.descends)
+        code = diag.ending(step.code, ctx.finite & step.sound, ctx.stationary, descends)
+        diagnostics = diag.advance(
+            state.diagnostics,
+            step_size=jnp.where(step.moved, step.step_size, 0.0),
+            termination=code,
+            reused=reused,
+            **step.report,
+        )
+        nothing = jax.tree.map(jnp.zeros_like, ctx.params)
+        state = state._replace(diagnostics=diagnostics, **step.fields)
+        return tree.where(step.moved, step.updates, nothing), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def descending(
+    direction: PyTree, ctx: UpdateContext, *, bounded: bool = False
+) -> tuple[PyTree, jax.Array]:
+    """The direction, or −∇f if it is not finite or does not descend; and whether it does.
+
+    −∇f has no scale of its own: with `bounded` it is shortened to a length of at most 1.
+    """
+    slope = tree.vdot(direction, ctx.grad)
+    norms = tree.norm(direction) * tree.norm(ctx.grad)
+    descends = (-slope > jnp.finfo(slope.dtype).eps * norms) & tree.all_finite(direction)
+    direction = tree.where(descends, direction, tree.scale(-1.0, ctx.grad))
+    if bounded:
+        shortened = tree.scale(bounded_scale(direction, ctx), direction)
+        direction = tree.where(descends, direction, shortened)
+    return direction, descends
+
+
+def bounded_scale(
+    direction: PyTree, ctx: UpdateContext, length: jax.Array | float = 1.0
+) -> jax.Array:
+    """A factor on the direction: `length`, or less where the direction is longer than 1."""
+    return length / jnp.maximum(1.0, tree.norm(direction).astype(ctx.dtype))
+
+
+def accepted(moved: jax.Array) -> jax.Array:
+    """The code of a search that only says whether it moved."""
+    return jnp.where(moved, ResultCode.ACCEPTED, ResultCode.NO_DECREASE)
+
+
+def check_params(optimizer: str, params: Params) -> None:
+    """Refuses parameters that have no real-valued gradient, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    check.argument(bool(leaves), "params", "a pytree with at least one array", params)
+    for path, leaf in leaves:
+        dtype = jnp.asarray(leaf).dtype
+        check.argument(
+            jnp.issubdtype(dtype, jnp.floating),
+            f"params{jax.tree_util.keystr(path)}",
+            "an array of floating-point numbers",
+            str(dtype),
+            f"{optimizer} optimizes real parameters only; keep others out of `params`.",
+        )
+
+
+def schedule_value(scalar_or_schedule: ScalarOrSchedule, count: Any) -> jax.Array:
+    """The value of a constant or of a schedule at an update, float32."""
+    if not callable(scalar_or_schedule):
+        return jnp.array(scalar_or_schedule, jnp.float32)
+    # Schedules, optax's among them, mix Python floats with the integer count.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.array(scalar_or_schedule(count), jnp.float32)
+
+
+def check_scale(name: str, value: Any) -> None:
+    """Refuses a scale that is a number but not positive; schedules and arrays pass."""
+    if isinstance(value, int | float):
+        check.in_range(name, value, 0.0, open_low=True)
