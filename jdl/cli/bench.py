@@ -16,7 +16,8 @@ import tyro
 from jdl.cli import options
 from jdl.core import check
 
-# what -> the module whose `measure` measures it
+# what -> the module that measures it, by `measure(target, *, size, channels, batch_size, seconds)`
+# with the values of the options below
 BENCHES = {
     "data": "jdl.cli.bench_data",
     "train": "jdl.cli.bench_train",

@@ -1,4 +1,4 @@
-"""Images a second out of a tar: reading alone, decoding in threads, in worker processes."""
+"""Images a second from a tar: reading alone, decoding in threads, in worker processes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from jdl.cli import options, output
+from jdl.data import from_tar, resolve
+from jdl.recipes.datasets import parse_size
 
 _WARM = 2  # batches before the clock starts
 
@@ -14,18 +16,7 @@ _WARM = 2  # batches before the clock starts
 def measure(
     target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
 ) -> output.Report:
-    """Measures.
-
-    Args:
-      target: a tar, glob or brace range; the digits where it is empty.
-      size: as `parse_size`.
-      channels: 1 or 3.
-      batch_size: images in a batch.
-      seconds: of each measurement.
-    """
-    from jdl.data import from_tar, resolve
-    from jdl.recipes.datasets import parse_size
-
+    """Images a second by reading alone, in threads, and in worker processes."""
     target = target or "digits"
     cores = options.cores()
     several = sorted({1, 2, cores})
@@ -61,7 +52,7 @@ def measure(
 
     if source.mode == "random":
         rates["reading alone"] = _rate(reading, seconds)
-    rates["made when asked for"] = _rate(batches(threads=0), seconds)
+    rates["decoded on demand"] = _rate(batches(threads=0), seconds)
     for n in several:
         rates[f"{n} thread{'s' * (n > 1)}"] = _rate(batches(threads=n), seconds)
     if source.mode != "stream":
@@ -79,7 +70,7 @@ def measure(
 
 
 def _rate(make: Callable[[], Iterator[int]], seconds: float) -> float:
-    """Images a second, once it runs."""
+    """Images a second after the first batches."""
     numbers = make()
     for _ in range(_WARM):
         next(numbers)

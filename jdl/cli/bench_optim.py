@@ -1,11 +1,22 @@
-"""What curvature costs on this machine: products and whole steps, in gradients of one batch."""
+"""What curvature costs on this machine: products and whole steps, as multiples of a gradient."""
 
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jdl
 from jdl.cli import output
+from jdl.core import check, tree
+from jdl.losses import softmax_cross_entropy
+from jdl.optim import by_name, diagnostics
+from jdl.recipes.datasets import parse_size
+from jdl.recipes.registry import recipe
 
 MODELS = ("mlp", "cnn", "rnn")
 OPTIMIZERS = ("sgd", "adam", "lbfgs", "cg", "hf", "kfac")
@@ -14,27 +25,7 @@ OPTIMIZERS = ("sgd", "adam", "lbfgs", "cg", "hf", "kfac")
 def measure(
     target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
 ) -> output.Report:
-    """Measures.
-
-    Args:
-      target: mlp, cnn or rnn; mlp where it is empty.
-      size: as `parse_size`.
-      channels: 1 or 3.
-      batch_size: images in a batch.
-      seconds: of all measurements together.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-
-    import jdl
-    from jdl.core import check, tree
-    from jdl.losses import softmax_cross_entropy
-    from jdl.optim import by_name, diagnostics
-    from jdl.recipes.datasets import parse_size
-    from jdl.recipes.registry import recipe
-
+    """Times of products and steps, as multiples of a gradient's."""
     name = check.one_of("MODEL", target or "mlp", MODELS)
     shape = (*parse_size(size, "digits"), channels)
     rng = np.random.default_rng(0)
@@ -80,8 +71,8 @@ def measure(
             return carry
 
         spent, steps = _time(go, seconds)
-        told = diagnostics.read(carry[1])
-        counted = None if told is None else float(told.gradient_equivalents) / steps
+        found = diagnostics.read(carry[1])
+        counted = None if found is None else float(found.gradient_equivalents) / steps
         rows.append([f"step of {which}", spent, spent / one, counted])
     device = jax.devices()[0].device_kind
     names = ("what", "seconds", "gradients", "counted")
@@ -103,9 +94,7 @@ def measure(
 
 
 def _time(f: Callable[[], Any], seconds: float) -> tuple[float, int]:
-    """The median time of a call, the first (which compiles) left out; and how many calls."""
-    import jax
-
+    """The median time of a call, without the first, which compiles; and the number of calls."""
     jax.block_until_ready(f())
     times: list[float] = []
     end = time.perf_counter() + seconds

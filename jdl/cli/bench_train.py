@@ -1,12 +1,23 @@
 """An Estimator's speed against a bare jit loop of the same model, optimizer and batch."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jdl
 from jdl.cli import output
 from jdl.core import check
+from jdl.core.model import Model
+from jdl.data import from_arrays
+from jdl.recipes.datasets import parse_size
+from jdl.recipes.registry import recipe
 
 MODELS = ("cnn", "mlp", "rnn")
 _SLICES = 5  # turns of each loop, whose median counts
@@ -16,30 +27,14 @@ _FIRST = 3  # steps that compile and warm up
 def measure(
     target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
 ) -> output.Report:
-    """Measures.
-
-    Args:
-      target: cnn, mlp or rnn; cnn where it is empty.
-      size: as `parse_size`.
-      channels: 1 or 3.
-      batch_size: images in a batch.
-      seconds: of all measurements together.
-    """
-    import jax
-    import numpy as np
-
-    import jdl
-    from jdl.data import from_arrays
-    from jdl.recipes.datasets import parse_size
-    from jdl.recipes.registry import recipe
-
+    """Images a second of an Estimator and of a bare loop, in turns."""
     name = check.one_of("MODEL", target or "cnn", MODELS)
     shape = (*parse_size(size, "a tar"), channels)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4 * batch_size, *shape), dtype=np.uint8)
     labels = rng.integers(0, 10, 4 * batch_size).astype(np.int32)
     model = jdl.from_linen(recipe(name).build(shape, 10))
-    estimator = jdl.classifier(model, _optimizer())
+    estimator = jdl.classifier(model, optax.sgd(0.01))
     data = from_arrays(images, labels, batch_size=batch_size, shuffle=False, seed=0)
     loops: dict[str, Callable[[int], Any]] = {
         "jdl": lambda steps: estimator.train(data, steps=steps),
@@ -70,21 +65,11 @@ def measure(
     )
 
 
-def _optimizer() -> Any:
-    import optax
-
-    return optax.sgd(0.01)
-
-
-def bare_loop(model: Any, images: Any, labels: Any, batch_size: int) -> Callable[[int], Any]:
-    """`run(steps)` of a loop with nothing but the step."""
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    optimizer = _optimizer()
+def bare_loop(
+    model: Model, images: np.ndarray, labels: np.ndarray, batch_size: int
+) -> Callable[[int], Any]:
+    """`run(steps)` of a loop that only calls the step."""
+    optimizer = optax.sgd(0.01)
 
     def scaled(image: Any) -> Any:
         return jnp.asarray(image, jnp.float32) / 255.0

@@ -1,20 +1,20 @@
 """The network, layers and photograph that the arguments of `jdl activations` and `dream` name."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
-    from jdl.vision.trunk import Trunk
+from jdl.vision import images, pretrained
+from jdl.vision.trunk import Trunk, usual_layer
 
 
 class Opened(NamedTuple):
     """A network, names of its layers, and a photograph [H, W, 3] in [0, 1] or None."""
 
-    trunk: "Trunk"
+    trunk: Trunk
     layers: tuple[str, ...]
-    photograph: "np.ndarray | None"
+    photograph: np.ndarray | None
 
 
 def open_network(
@@ -28,9 +28,6 @@ def open_network(
       image: the photograph's file; None for no photograph.
       longest: pixels that a photograph's longer side is reduced to; None to keep its size.
     """
-    from jdl.vision import images, pretrained
-    from jdl.vision.trunk import usual_layer
-
     photograph = None if image is None else images.read(image, longest=longest)
     trunk = pretrained.load_trunk(model)
     names = tuple(layer.replace(" ", "").split(",")) if layer else (usual_layer(trunk),)

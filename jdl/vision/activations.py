@@ -1,9 +1,9 @@
-r"""What a network's layers make of a picture, and what in it a class is seen by.
+r"""A network's activations on pictures, and which parts of a picture a class depends on.
 
     Grad-CAM     relu(Σ_c α_c F_c),   α_c = mean over places of ∂y/∂F_c
-    saliency     mean over noise ε and shifts of  max over colours |∂y/∂x|(x + ε)
+    saliency     mean over noise ε and shifts of  max over colours of |∂y/∂x|(x + ε)
 
-F are a layer's activations [h, w, C] and y a class's logit.
+F are a layer's activations [h, w, C], x is the picture and y a class's logit.
 
 References:
   Zeiler and Fergus, Visualizing and understanding convolutional networks, ECCV 2014, section 4.
@@ -25,24 +25,23 @@ from jdl.core import check
 from jdl.core.types import Batch, Params
 from jdl.train.feed import one_pass
 from jdl.vision import images
-from jdl.vision.dream import check_channels
 from jdl.vision.trunk import Trunk
 
 
 class Maps(NamedTuple):
-    """Activations of some channels on one picture: [n, h, w], and the channels' numbers."""
+    """Activations of n channels on one picture: the channels' numbers, and values [n, h, w]."""
 
     channels: tuple[int, ...]
     values: np.ndarray
 
 
 class Exciting(NamedTuple):
-    """The images of a data set that excite a channel most, best first.
+    """The n images of a data set on which a channel has its largest activations, largest first.
 
     Attributes:
       channel: its number.
-      scores: its largest activation on each.
-      positions: of the images in the data, counted from 0.
+      scores: its largest activation on each image.
+      positions: positions of the images in the data, from 0.
       images: float32 [n, H, W, 3] in [0, 1].
     """
 
@@ -53,7 +52,7 @@ class Exciting(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """Where in a picture a class is seen: values [H, W] in [0, 1], and the class's number."""
+    """A class's number, and how much each place of a picture matters to it, [H, W] in [0, 1]."""
 
     number: int
     heat: np.ndarray
@@ -71,10 +70,10 @@ def maps(
 
     Args:
       trunk: the network.
-      image: [H, W, 3] in [0, 1], or uint8; gray and alpha are understood.
-      layer: its name; a dense layer's units stand for one map's places, row by row.
-      channels: which; by default the `count` of the largest mean, best first.
-      count: how many at most.
+      image: [H, W, 3] in [0, 1] or uint8; may be gray or have alpha.
+      layer: its name; a dense layer's units are drawn as one square map, row by row.
+      channels: their numbers; by default the `count` of the largest mean, largest first.
+      count: number of channels.
 
     >>> twice = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
     >>> found = maps(twice, np.full((4, 6, 3), 0.25), "twice", channels=[1])
@@ -92,17 +91,17 @@ def maps(
     if channels is None:
         channels = np.argsort(-found.mean(axis=(0, 1)), kind="stable")[:count].tolist()
     else:
-        check_channels(trunk, (layer,), channels)
+        trunk.check_channels((layer,), channels)
     chosen = tuple(int(c) for c in channels or ())
     return Maps(chosen, found[:, :, list(chosen)].transpose(2, 0, 1))
 
 
 def drawn(found: Maps, *, side: int = 160, columns: int | None = None) -> np.ndarray:
-    """The maps on one sheet, black where a channel is silent, each as bright as it can be."""
+    """The maps on one sheet, each scaled to its maximum; activations below 0 are black."""
     tiles, captions = [], []
     for channel, values in zip(found.channels, found.values, strict=True):
-        heard = np.maximum(values, 0)
-        tiles.append(images.colored(heard / max(float(heard.max()), 1e-12)))
+        positive = np.maximum(values, 0)
+        tiles.append(images.colored(positive / max(float(positive.max()), 1e-12)))
         captions.append(f"{channel}: {values.max():.3g}")
     return images.sheet(tiles, columns=columns, captions=captions, side=side)
 
@@ -110,17 +109,17 @@ def drawn(found: Maps, *, side: int = 160, columns: int | None = None) -> np.nda
 def exciting(
     trunk: Trunk, data: Iterable[Batch], layer: str, channels: Sequence[int], *, count: int = 9
 ) -> list[Exciting]:
-    """For each channel, the images that excite it most anywhere.
+    """For each channel, the images with its largest activation at any place.
 
-    Memory holds one batch and the best so far.
+    One batch and the best images so far are kept in memory.
 
     Args:
       trunk: the network.
-      data: batches with "image" [B, H, W, 1 or 3], uint8 or floating in [0, 1]; of a data set of
-        `jdl.data`, one pass.
+      data: batches with "image" [B, H, W, 1 or 3], uint8 or floating in [0, 1]; a data set of
+        `jdl.data` is read once.
       layer: its name.
       channels: their numbers.
-      count: how many images of each.
+      count: number of images for each channel.
 
     >>> twice = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
     >>> data = [{"image": np.linspace(0, 1, 8).reshape(2, 2, 2, 1)}]
@@ -130,7 +129,7 @@ def exciting(
     check.positive_int("count", count)
     check.argument(len(channels) > 0, "channels", "at least one", tuple(channels))
     (name,) = trunk.known(layer)
-    check_channels(trunk, (name,), channels)
+    trunk.check_channels((name,), channels)
     best: list[list[tuple[float, int, np.ndarray]]] = [[] for _ in channels]
     seen = 0
     for batch in one_pass(data):
@@ -147,7 +146,7 @@ def exciting(
             del kept[count:]
         seen += int(mask.sum())
     if not seen:
-        raise check.DataError("The data holds no image.")
+        raise check.DataError("`data` must hold at least one image.")
     return [
         Exciting(
             int(channel),
@@ -166,20 +165,19 @@ def _largest(params: Params, x: jax.Array, *, apply: Any, layer: str) -> jax.Arr
 
 
 def classify(trunk: Trunk, image: Any, *, count: int = 5) -> list[tuple[str, float]]:
-    """The likeliest classes of a picture with their probabilities, likeliest first.
+    """The most probable classes of a picture with their probabilities.
 
-    The middle square of the picture is brought to the size that the network was trained at.
+    The middle square of the picture is resized to the size of the training images.
 
     Args:
       trunk: a classifier.
-      image: [H, W, 3] in [0, 1], or uint8; gray and alpha are understood.
-      count: how many classes.
+      image: [H, W, 3] in [0, 1] or uint8; may be gray or have alpha.
+      count: number of classes.
 
-    >>> def apply(params, x, layers, edits=None):
-    ...     seen = x + (edits or {}).get("seen", 0.0)
-    ...     return {"seen": seen, "logits": 5.0 * jnp.mean(seen, axis=(1, 2))}
+    >>> from jdl.vision.layers import addressable
+    >>> apply = addressable(lambda p, x, note: note("logits", jnp.mean(x, axis=(1, 2))))
     >>> names = ("red", "green", "blue")
-    >>> trunk = Trunk("colours", ("seen", "logits"), (), apply, head="logits", classes=names)
+    >>> trunk = Trunk("colours", ("logits",), (), apply, head="logits", classes=names)
     >>> picture = np.zeros((4, 4, 3))
     >>> picture[:, :2, 0] = 1.0
     >>> classify(trunk, picture, count=1)[0][0]
@@ -199,28 +197,27 @@ def classify(trunk: Trunk, image: Any, *, count: int = 5) -> list[tuple[str, flo
 
 
 def grad_cam(trunk: Trunk, image: Any, layer: str, *, wanted: int | str | None = None) -> Explained:
-    """Where in a picture a layer sees a class (Grad-CAM).
+    """Where in a picture a layer finds evidence for a class (Grad-CAM).
 
     Args:
       trunk: a classifier.
-      image: [H, W, 3] in [0, 1], or uint8; brought to the size that the network was trained at.
-      layer: of activations [N, h, w, C]; late ones see things, early ones textures.
-      wanted: the class's name or number; by default the likeliest.
+      image: [H, W, 3] in [0, 1] or uint8; it is resized to the size of the training images.
+      layer: with activations [N, h, w, C]; late layers respond to objects, early ones to textures.
+      wanted: the class's name or number; by default the most probable.
 
-    >>> def apply(params, x, layers, edits=None):
-    ...     seen = x + (edits or {}).get("seen", 0.0)
-    ...     return {"seen": seen, "logits": 5.0 * jnp.mean(seen, axis=(1, 2))}
-    >>> names = ("red", "green", "blue")
-    >>> trunk = Trunk("colours", ("seen", "logits"), (), apply, head="logits", classes=names)
+    >>> from jdl.vision.layers import addressable
+    >>> def forward(params, x, note):
+    ...     note("logits", jnp.mean(note("pixels", x), axis=(1, 2)))
+    >>> trunk = Trunk("colours", ("pixels", "logits"), (), addressable(forward), head="logits")
     >>> picture = np.zeros((4, 4, 3))
     >>> picture[:, :2, 0] = 1.0
-    >>> grad_cam(trunk, picture, "seen").heat[0].tolist()
+    >>> grad_cam(trunk, picture, "pixels").heat[0].tolist()
     [1.0, 1.0, 0.0, 0.0]
     """
     (name,) = trunk.known(layer)
     x, size = _as_trained(trunk, image)
     number = _number(trunk, x, wanted)
-    shape = jax.eval_shape(partial(trunk.apply, layers=(name,)), trunk.params, x)[name].shape
+    shape = trunk.shapes((name,))[name]
     check.argument(len(shape) == 4, "layer", "one of activations [N, h, w, C]", shape)
     heat = _cam(
         trunk.params, x, jnp.asarray(number), apply=trunk.apply, head=trunk.head, layer=name
@@ -252,25 +249,21 @@ def saliency(
     noise: float = 0.1,
     seed: int = 0,
 ) -> Explained:
-    """How much each pixel of a picture moves a class's logit.
+    """How much each pixel of a picture changes a class's logit.
 
     Args:
       trunk: a classifier.
       image: as for `grad_cam`.
       wanted: as for `grad_cam`.
-      samples: noisy copies averaged over, each shifted by some pixels, so that the grid of the
-        network's strides does not show; 1 without noise is the plain gradient.
-      noise: standard deviation of their noise, of 1.
+      samples: number of noisy copies whose gradients are averaged; all but the first are shifted by
+        some pixels, which averages out the grid of the network's strides.
+      noise: standard deviation of the noise, in [0, 1].
       seed: of the noise.
 
-    >>> def apply(params, x, layers, edits=None):
-    ...     seen = x + (edits or {}).get("seen", 0.0)
-    ...     return {"seen": seen, "logits": 5.0 * jnp.mean(seen, axis=(1, 2))}
-    >>> names = ("red", "green", "blue")
-    >>> trunk = Trunk("colours", ("seen", "logits"), (), apply, head="logits", classes=names)
-    >>> picture = np.zeros((4, 4, 3))
-    >>> picture[:, :2, 0] = 1.0
-    >>> saliency(trunk, picture, samples=1, noise=0.0).heat[0].tolist()  # all count alike
+    >>> from jdl.vision.layers import addressable
+    >>> apply = addressable(lambda p, x, note: note("logits", jnp.mean(x, axis=(1, 2))))
+    >>> trunk = Trunk("colours", ("logits",), (), apply, head="logits")
+    >>> saliency(trunk, np.full((4, 4, 3), 0.5), samples=1, noise=0.0).heat[0].tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
     check.positive_int("samples", samples)
@@ -296,7 +289,7 @@ def _slope(params: Params, x: jax.Array, number: jax.Array, *, apply: Any, head:
 
 
 def overlaid(image: Any, heat: np.ndarray, *, strength: float = 0.6) -> np.ndarray:
-    """A picture in gray with the heat in colours over it."""
+    """A gray picture with the heat [H, W] in colours over it."""
     x = images.as_image(image)
     gray = np.repeat(x.mean(axis=2, keepdims=True), 3, axis=2)
     share = strength * heat[:, :, None]
@@ -304,7 +297,7 @@ def overlaid(image: Any, heat: np.ndarray, *, strength: float = 0.6) -> np.ndarr
 
 
 def _as_trained(trunk: Trunk, image: Any) -> tuple[jax.Array, tuple[int, int]]:
-    """The picture as the network was trained, [1, h, w, 3], and its own size."""
+    """The picture resized as the training images, [1, h, w, 3], and its own size."""
     x = images.as_image(image)
     size = (x.shape[0], x.shape[1])
     return jnp.asarray(np.clip(images.resized(x, trunk.size or size), 0, 1))[None], size

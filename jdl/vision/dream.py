@@ -1,16 +1,16 @@
-r"""Inceptionism: a picture changed until a network sees more of what it already sees in it.
+r"""Inceptionism: gradient ascent on a picture that increases a layer's activations.
 
     x ← clip(x + α (g / mean|g| − τ ∇TV(x))),      g = S ∗ ∇f P,      f(x) = Σ_layers mean(F²) / 2
 
-F are a layer's activations at x. Other goals: mean(F_c), to please one channel, and the mean over
+F are a layer's activations at x. Other goals are mean(F_c), for one channel, and the mean over
 places i of maxⱼ Fᵢ·Gⱼ, where G are the activations of a guide, another picture whose features are
-to appear. S blurs at three widths at once, which favours low frequencies; P, the covariance of the
-colours of photographs, favours theirs. The dream is dreamt at several sizes, octaves, from small to
-large, each going on with the details of the one before; the picture is shifted a little at every
-step, so that the grid of the network's strides does not show.
+to appear. S is a sum of blurs of three widths, which favours low frequencies; P, the covariance of
+the colours of photographs, favours such colours. The picture is optimized at several sizes, called
+octaves, from small to large, each starting with the details added at the one before. It is shifted
+at random at every step, which averages out the grid of the network's strides.
 
-Gradients are taken tile by tile, of at most `tile` × `tile` pixels, so that memory does not grow
-with the picture but for a few copies of itself.
+Gradients are computed in tiles of at most `tile` × `tile` pixels, so that only a few copies of the
+picture itself grow with its size.
 
 References:
   Mordvintsev, Olah and Tyka, Inceptionism: going deeper into neural networks, Google Research,
@@ -34,17 +34,17 @@ from jdl.vision.trunk import Features, Trunk
 
 # The root of the covariance of RGB in photographs: lightness, blue to yellow, green to red.
 COLORS = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], np.float32)
-GUIDE_PLACES = 1024  # of a guide that are compared with
+GUIDE_PLACES = 1024  # places of a guide that are used
 SMALLEST = 32  # pixels of an octave's shorter side
 
 
 class Goal(NamedTuple):
-    """What is to be seen more of.
+    """The function that is maximized.
 
     Attributes:
-      layers: of the trunk.
-      channels: to please, of every layer; () for all.
-      guide: activations of another picture, [M, C] of each layer; None for none.
+      layers: names of layers.
+      channels: channels of every layer; () for all.
+      guide: another picture's activations, [M, C] for each layer; None for no guide.
     """
 
     layers: tuple[str, ...]
@@ -53,19 +53,19 @@ class Goal(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How a dream is dreamt.
+    """Parameters of the gradient ascent.
 
     Attributes:
-      octaves: sizes, at most.
-      scale: of one octave against the one before, above 1.
-      steps: at each octave.
-      step_size: by how much a pixel changes on average at a step, of 1.
-      jitter: pixels by which the picture is shifted at a step, at most.
-      smoothing: width of the blur of gradients, in pixels; 0 for none.
+      octaves: largest number of sizes.
+      scale: ratio of one octave's size to the size before, above 1.
+      steps: steps at each octave.
+      step_size: α, the mean change of a pixel in a step; pixels are in [0, 1].
+      jitter: largest shift of the picture in a step, in pixels.
+      smoothing: standard deviation of the narrowest blur in S, in pixels; 0 for none.
       natural: whether to favour the colours of photographs.
-      variation: τ, the weight of the total-variation prior; 0 for none.
-      blur: width of a blur of the picture itself after each step, in pixels; 0 for none.
-      tile: pixels of a side up to which gradients are taken at once.
+      variation: τ, the weight of the total-variation prior.
+      blur: standard deviation of a blur of the picture after each step, in pixels; 0 for none.
+      tile: largest height and width of a tile in pixels.
 
     >>> Settings(octaves=2).checked().scale
     1.4
@@ -83,7 +83,7 @@ class Settings(NamedTuple):
     tile: int = 512
 
     def checked(self) -> "Settings":
-        """These, if all are in range."""
+        """These settings; raises unless all are in range."""
         for name in ("octaves", "steps", "tile"):
             check.positive_int(name, getattr(self, name))
         check.argument(self.tile >= SMALLEST, "tile", f"at least {SMALLEST}", self.tile)
@@ -103,16 +103,16 @@ def goal(
     channels: int | Sequence[int] = (),
     guide: Any = None,
 ) -> Goal:
-    """A goal, checked against the trunk.
+    """A goal for a trunk.
 
     Args:
-      trunk: whose layers are meant.
-      layers: their names.
-      channels: to please rather than whole layers.
+      trunk: the network.
+      layers: names of its layers.
+      channels: channels to increase; by default whole layers.
       guide: an image [H, W, 3] in [0, 1] whose features are to appear.
 
     Raises:
-      ArgumentError: for layers or channels that there are not.
+      ArgumentError: for unknown layers or channels.
 
     >>> doubled = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
     >>> goal(doubled, "twice", channels=2).channels
@@ -124,7 +124,7 @@ def goal(
         guide is None or not wanted, "guide", "left out where channels are given", wanted
     )
     if wanted:
-        check_channels(trunk, names, wanted)
+        trunk.check_channels(names, wanted)
     found = None
     if guide is not None:
         found = {
@@ -134,24 +134,13 @@ def goal(
     return Goal(names, wanted, found)
 
 
-def check_channels(trunk: Trunk, layers: Sequence[str], channels: Sequence[int]) -> None:
-    """Raises unless every layer has all of the channels."""
-    example = jax.ShapeDtypeStruct((1, *(trunk.size or (224, 224)), 3), jnp.float32)
-    apply = partial(trunk.apply, layers=tuple(layers))
-    for name, shape in jax.eval_shape(apply, trunk.params, example).items():
-        count = shape.shape[-1]
-        for channel in channels:
-            must = f"an integer from 0 to {count - 1}, the channels of {name}"
-            check.argument(0 <= channel < count, "channel", must, channel)
-
-
 def _some_places(x: jax.Array) -> jax.Array:
     flat = x.reshape(-1, x.shape[-1])
     return flat[:: -(-flat.shape[0] // GUIDE_PLACES)]
 
 
 def score(goal: Goal, features: Features) -> jax.Array:
-    """f, of the activations [1, h, w, C] or [1, C] of the goal's layers."""
+    """f of the activations [1, h, w, C] or [1, C] of the goal's layers."""
     total = jnp.zeros((), jnp.float32)
     for name in goal.layers:
         x = features[name]
@@ -174,15 +163,15 @@ def dream(
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """The picture dreamt over, float32 [H, W, 3] in [0, 1], of the same size.
+    """The optimized picture, float32 [H, W, 3] in [0, 1], of the image's size.
 
     Args:
-      trunk: the network that dreams.
-      image: [H, W, 3] in [0, 1], or uint8; gray and alpha are understood.
-      goal: what it is to see more of.
-      settings: how.
+      trunk: the network.
+      image: [H, W, 3] in [0, 1] or uint8; may be gray or have alpha.
+      goal: the function to maximize.
+      settings: parameters of the gradient ascent.
       seed: of the shifts.
-      on_step: called with (steps done, of how many).
+      on_step: called with (steps done, steps in all).
 
     Raises:
       ArgumentError: for a picture too small for the layer.
@@ -208,12 +197,12 @@ def dream(
         dreamt = np.asarray(x)
         detail = dreamt - start
     if not np.isfinite(dreamt).all():
-        raise check.TrainingError("The dream is not finite; the trunk's weights may be spoilt.")
+        raise check.TrainingError("The dream is not finite; check the trunk's weights.")
     return np.clip(dreamt, 0, 1)
 
 
 def octave_sizes(size: tuple[int, ...], how: Settings) -> list[tuple[int, int]]:
-    """(height, width) of the octaves, from small to the picture's own.
+    """(height, width) of the octaves, from the smallest to the picture's own.
 
     >>> octave_sizes((100, 200), Settings(octaves=3, scale=2.0))
     [(50, 100), (100, 200)]
@@ -239,19 +228,19 @@ def zoom(
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """A video that flies into the dream: each frame dreams on in the middle of the one before.
+    """Frames of a zoom: each is the enlarged middle of the one before, optimized again.
 
-    From the second frame on dreaming adds no contrast, which would pile up.
+    From the second frame on the contrast is not increased, since increases would accumulate.
 
     Args:
-      trunk: the network that dreams.
+      trunk: the network.
       image: as for `dream`.
       goal: as for `dream`.
-      settings: of the first frame; the others dream a quarter of its steps.
-      frames: how many.
-      zoom: by how much each is enlarged against the one before, above 1.
+      settings: of the first frame; the others have a quarter of its steps.
+      frames: number of frames.
+      zoom: enlargement of each frame relative to the one before, above 1.
       seed: of the shifts.
-      on_step: called with (steps done, of how many), within a frame.
+      on_step: called with (steps done, steps in all) of a frame.
 
     Yields:
       Pictures of the image's size.
@@ -290,7 +279,7 @@ def enlarged(image: np.ndarray, by: float) -> np.ndarray:
 def step(
     trunk: Trunk, x: jax.Array, goal: Goal, how: Settings, rng: np.random.Generator
 ) -> jax.Array:
-    """Shifts the picture [H, W, 3], sums its tiles' gradients, and goes uphill."""
+    """One step of gradient ascent on a picture [H, W, 3], shifted at random, tile by tile."""
     shift = jnp.asarray(rng.integers(-how.jitter, how.jitter + 1, 2), jnp.int32)
     shape = tuple(min(n, how.tile) for n in x.shape[:2])
     program: dict[str, Any] = {"apply": trunk.apply, "layers": goal.layers}
@@ -304,13 +293,13 @@ def step(
                 trunk.params, x, goal.guide, jnp.asarray(corner), gradient, covered, **program
             )
         gradient = gradient / covered
-    return ascended(x, gradient, how.step_size, how.variation, natural=how.natural, blur=how.blur)
+    return ascend(x, gradient, how.step_size, how.variation, natural=how.natural, blur=how.blur)
 
 
 def _corners(
     size: tuple[int, ...], shape: tuple[int, ...], rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """Corners of tiles that cover the picture, at a new place each time; none reaches outside."""
+    """Corners of tiles inside the picture that cover it, with a random offset."""
     starts = []
     for n, t in zip(size, shape, strict=True):
         first = -int(rng.integers(0, t)) if n > t else 0
@@ -328,7 +317,7 @@ def _gradient(
     channels: tuple[int, ...],
     smoothing: float,
 ) -> jax.Array:
-    """S ∗ ∇f of a picture or tile [H, W, 3]."""
+    """S ∗ ∇f at a picture or tile [H, W, 3]."""
 
     def value(x: jax.Array) -> jax.Array:
         return score(Goal(layers, channels, guide), apply(params, x[None], layers))
@@ -375,7 +364,7 @@ def _add_tile(
 
 
 @partial(jax.jit, static_argnames=("natural", "blur"))
-def ascended(
+def ascend(
     x: jax.Array,
     gradient: jax.Array,
     step_size: float | jax.Array,
@@ -384,7 +373,7 @@ def ascended(
     natural: bool,
     blur: float,
 ) -> jax.Array:
-    """One step uphill under the priors; x and its gradient are [H, W, 3]."""
+    """One step with the priors; x and its gradient are [H, W, 3]."""
     if natural:
         gradient = gradient @ jnp.asarray(COLORS @ COLORS.T)
     gradient = gradient / (jnp.mean(jnp.abs(gradient)) + 1e-12)
@@ -406,7 +395,7 @@ def total_variation(x: jax.Array) -> jax.Array:
 
 
 def blurred(x: jax.Array, width: float) -> jax.Array:
-    """A picture [H, W, C] convolved with a Gaussian of that standard deviation, edges repeated.
+    """A picture [H, W, C] convolved with a Gaussian of this standard deviation; edges are repeated.
 
     >>> blurred(jnp.ones((4, 4, 1)), 1.0).round(3).min().item()
     1.0

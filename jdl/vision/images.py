@@ -1,7 +1,7 @@
-"""Pictures in and out: photographs as float32 [H, W, 3] in [0, 1], and PNGs, whole or not at all.
+"""Reading photographs as float32 [H, W, 3] in [0, 1], and writing PNGs and animations.
 
-Photographs may be anybody's; `jdl.data.decode` bounds what they may cost. Gray becomes RGB, alpha
-is dropped, EXIF's orientation is followed.
+`jdl.data.decode` limits the size of untrusted photographs. Gray becomes RGB, alpha is dropped,
+EXIF's orientation is applied. Files appear only when they are complete.
 """
 
 import io
@@ -17,9 +17,9 @@ from jdl.core import check
 from jdl.core.files import atomic_file
 
 LARGEST_FILE = 1 << 29  # bytes
-LARGEST_SIDE = 16384  # pixels of a picture made here
+LARGEST_SIDE = 16384  # pixels of a sheet
 ANIMATED = (".gif", ".webp")
-_GAP = 4
+_GAP = 4  # pixels between pictures on a sheet
 
 
 def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
@@ -27,10 +27,11 @@ def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
 
     Args:
       path: a JPEG, PNG, WebP, BMP, GIF, PGM or PPM file of at most 8192 × 8192 pixels.
-      longest: pixels of the longer side, to which a larger photograph is reduced; None for none.
+      longest: pixels of the longer side, to which a larger photograph is reduced; None to keep
+        its size.
 
     Raises:
-      DataError: saying why the file cannot be read as an image.
+      DataError: if the file cannot be read as an image.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +56,7 @@ def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
             size = max(1, round(height * by)), max(1, round(width * by))
             pixels = decode(data, size=size, exact=True)
     except BadImage as error:
-        raise check.DataError(f"{path} is no image: {str(error).rstrip('.')}.") from error
+        raise check.DataError(f"{path} is not an image: {str(error).rstrip('.')}.") from error
     except OSError as error:
         raise check.DataError(f"{path} cannot be read: {error.strerror}.") from error
     if 0 in pixels.shape:
@@ -86,15 +87,15 @@ def as_image(image: Any, name: str = "image") -> np.ndarray:
 
 
 def eight_bits(image: Any) -> np.ndarray:
-    """Values in [0, 1] as uint8, clipped; not finite ones are refused."""
+    """Values in [0, 1] as uint8, clipped; raises unless they are finite."""
     array = np.asarray(image, np.float32)
     if not np.isfinite(array).all():
-        raise check.TrainingError("The picture is not finite; nothing is written.")
+        raise check.TrainingError("The picture has values that are not finite; nothing is written.")
     return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
 
 
 def check_out(path: str | Path, suffixes: Sequence[str] = (".png",)) -> Path:
-    """The path, if a picture can be written there; asked before the work is done."""
+    """The path; raises, before any work is done, if a picture cannot be written there."""
     path = Path(path)
     ok = path.suffix.lower() in suffixes and not path.is_dir()
     check.argument(ok, "out", f"a file ending in {' or '.join(suffixes)}", str(path))
@@ -107,7 +108,7 @@ def check_out(path: str | Path, suffixes: Sequence[str] = (".png",)) -> Path:
 
 
 def write(path: str | Path, image: Any) -> Path:
-    """Writes values in [0, 1], [H, W, 3] or [H, W], as a PNG that appears when it is whole."""
+    """Writes values in [0, 1], [H, W, 3] or [H, W], as a PNG."""
     from PIL import Image
 
     path = check_out(path)
@@ -120,12 +121,12 @@ def write(path: str | Path, image: Any) -> Path:
 def write_frames(
     path: str | Path, frames: Iterable[Any], *, per_second: float = 15.0
 ) -> list[Path]:
-    """Writes an animated .gif or .webp, or numbered PNGs where the name has a %d in it.
+    """Writes an animated .gif or .webp, or numbered PNGs if the name has a %d in it.
 
     Args:
       path: such as "zoom.webp" or "zoom-%04d.png".
       frames: values in [0, 1], [H, W, 3].
-      per_second: frames of an animated file.
+      per_second: frames per second of an animated file.
     """
     from PIL import Image
 
@@ -152,7 +153,7 @@ def write_frames(
 
 
 def check_frames_out(path: str | Path) -> Path:
-    """The path, if frames can be written there."""
+    """The path; raises if frames cannot be written there."""
     path = Path(path)
     if "%" not in path.name:
         return check_out(path, ANIMATED)
@@ -165,7 +166,7 @@ def check_frames_out(path: str | Path) -> Path:
 
 
 def resized(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """An image at another size, float32; reductions do not alias.
+    """An image at another size, float32, by bicubic interpolation with antialiasing.
 
     Args:
       image: [H, W, C].
@@ -189,7 +190,7 @@ def resized(image: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def colored(values: Any, colors: str = "inferno") -> np.ndarray:
-    """Values in [0, 1], of any shape, as RGB by a colour map of matplotlib's."""
+    """Values in [0, 1], of any shape, as RGB by a colour map of matplotlib."""
     import matplotlib
 
     return matplotlib.colormaps[colors](np.clip(np.asarray(values), 0, 1))[..., :3].astype(
@@ -207,10 +208,10 @@ def sheet(
     """Several pictures [H, W, 3] on one sheet, in rows, with captions below them.
 
     Args:
-      images: each is scaled to the first one's size.
-      columns: by default such that the sheet is about square.
-      captions: one for each, or none.
-      side: of the longer side of each; by default that of the first.
+      images: the pictures; each is scaled to the size of the first.
+      columns: number of columns; by default the sheet is about square.
+      captions: one for each picture, or None.
+      side: longer side of each picture in pixels; by default that of the first.
 
     >>> sheet([np.zeros((10, 20, 3))] * 5, columns=3).shape
     (24, 68, 3)

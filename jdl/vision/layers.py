@@ -1,4 +1,4 @@
-"""What the published networks are made of, and how their layers come to have names."""
+"""Layers of the published networks, and how layers are addressed by name."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +15,12 @@ from jdl.models.convolution import conv_general_dilated
 Note = Callable[[str, jax.Array], jax.Array]
 Forward = Callable[[Params, jax.Array, Note], Any]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of 1
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class _Enough(Exception):
-    """Every layer asked for has been computed."""
+class _Finished(Exception):
+    """All requested layers have been computed."""
 
 
 def addressable(forward: Forward) -> Callable[..., dict[str, jax.Array]]:
@@ -28,14 +28,14 @@ def addressable(forward: Forward) -> Callable[..., dict[str, jax.Array]]:
 
     Args:
       forward: `forward(params, images, note)`, which passes every layer's activations through
-        `note(name, activations)` and goes on with what it gives back.
+        `note(name, activations)` and continues with the result.
 
     Returns:
-      `apply(params, images, layers, edits={})`, which computes as far as the last of the layers and
-      gives {layer: activations}; `edits` are added to the activations of the layers they name.
+      `apply(params, images, layers, edits={})`, which computes up to the last of the layers and
+      returns {layer: activations}; `edits` are added to the activations of the layers they name.
 
-    >>> double = addressable(lambda p, x, note: note("once more", 2 * note("twice", 2 * x)))
-    >>> double(None, jnp.ones(1), ["once more"], {"twice": jnp.ones(1)})["once more"].tolist()
+    >>> apply = addressable(lambda p, x, note: note("fourfold", 2 * note("double", 2 * x)))
+    >>> apply(None, jnp.ones(1), ["fourfold"], {"double": jnp.ones(1)})["fourfold"].tolist()
     [6.0]
     """
 
@@ -51,9 +51,9 @@ def addressable(forward: Forward) -> Callable[..., dict[str, jax.Array]]:
             check.argument(
                 0 not in x.shape,
                 "images",
-                f"large enough for layer {name!r}, which has no pixel left",
+                f"large enough for layer {name!r}, whose activations are empty",
                 tuple(images.shape),
-                "Take larger images or an earlier layer.",
+                "Use larger images or an earlier layer.",
             )
             if name in edits:
                 x = x + edits[name]
@@ -61,10 +61,10 @@ def addressable(forward: Forward) -> Callable[..., dict[str, jax.Array]]:
                 found[name] = x
                 missing.discard(name)
                 if not missing:
-                    raise _Enough
+                    raise _Finished
             return x
 
-        with contextlib.suppress(_Enough):
+        with contextlib.suppress(_Finished):
             forward(params, images, note)
         return found
 
@@ -72,12 +72,12 @@ def addressable(forward: Forward) -> Callable[..., dict[str, jax.Array]]:
 
 
 def names_of(forward: Forward, params: Params, size: tuple[int, int]) -> tuple[str, ...]:
-    """The layers of a network, in the order of computation, without computing it.
+    """The layers of a network in the order of computation, found by abstract evaluation.
 
     Args:
       forward: as for `addressable`.
-      params: of the network, or their shapes.
-      size: a (height, width) that it takes.
+      params: the network's parameters, or their shapes.
+      size: a valid (height, width) of images.
     """
     names: list[str] = []
 
@@ -91,13 +91,13 @@ def names_of(forward: Forward, params: Params, size: tuple[int, int]) -> tuple[s
 
 
 def normalized(images: jax.Array) -> jax.Array:
-    """RGB in [0, 1] as torchvision's networks want it: less the mean, by the deviation."""
+    """RGB in [0, 1] with ImageNet's mean subtracted, divided by its standard deviation."""
     mean = jnp.asarray(IMAGENET_MEAN, images.dtype).reshape(1, 1, 1, 3)
     return (images - mean) / jnp.asarray(IMAGENET_STD, images.dtype).reshape(1, 1, 1, 3)
 
 
 def conv(x: jax.Array, layer: Params, *, stride: int = 1, padding: Any = "SAME") -> jax.Array:
-    """A convolution of [N, H, W, C] with {"kernel": [h, w, C, D], "bias": [D]}; bias if any."""
+    """A convolution of [N, H, W, C] with {"kernel": [h, w, C, D]} and perhaps "bias": [D]."""
     out = conv_general_dilated(
         x, layer["kernel"], (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -105,18 +105,18 @@ def conv(x: jax.Array, layer: Params, *, stride: int = 1, padding: Any = "SAME")
 
 
 def dense(x: jax.Array, layer: Params) -> jax.Array:
-    """A product of [N, F] with {"kernel": [F, D], "bias": [D]}."""
+    """A dense layer of [N, F] with {"kernel": [F, D], "bias": [D]}."""
     return x @ layer["kernel"] + layer["bias"].reshape(1, -1)
 
 
 def max_pool(x: jax.Array, window: int, *, ceil: bool = False, padding: int = 0) -> jax.Array:
-    """The maximum over windows two pixels apart, of [N, H, W, C].
+    """The maximum over windows of stride 2, of [N, H, W, C].
 
     Args:
       x: activations.
-      window: height and width.
-      ceil: also windows that reach over the lower or right edge.
-      padding: pixels, none of them a maximum, around the image.
+      window: height and width of a window.
+      ceil: whether to include windows that extend beyond the lower or right edge.
+      padding: pixels of −∞ around the image.
 
     >>> max_pool(jnp.arange(25.0).reshape(1, 5, 5, 1), 3)[0, :, :, 0].tolist()
     [[12.0, 14.0], [22.0, 24.0]]
@@ -143,7 +143,7 @@ def max_pool(x: jax.Array, window: int, *, ceil: bool = False, padding: int = 0)
 
 
 def average_to(x: jax.Array, size: int) -> jax.Array:
-    """Means over a size × size grid of boxes that cover [N, H, W, C] and may overlap by a pixel.
+    """Means over a size × size grid of boxes that cover [N, H, W, C] and may overlap by one pixel.
 
     >>> average_to(jnp.arange(3.0).reshape(1, 1, 3, 1), 2)[0, :, :, 0].tolist()
     [[0.5, 1.5], [0.5, 1.5]]

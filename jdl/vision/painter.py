@@ -1,9 +1,9 @@
-"""A trained style network at work: any size, any mixture of its styles, from a run or a file.
+"""Painting with a trained style network: any size, any mixture of its styles.
 
-A picture larger than a tile is painted tile by tile, in memory that does not grow with it. Means
-and variances of the whole come from a reduced copy (Chen et al. 2022, thumbnail instance
-normalisation); tiles overlap by as far as an output sees and only what sees nothing of their cut
-edges is kept, so that they meet without a seam.
+A picture larger than a tile is painted tile by tile in constant memory. Means and variances of the
+whole picture are those of a reduced copy (Chen et al. 2022, thumbnail instance normalization).
+Tiles overlap, and only outputs that do not depend on pixels outside their tile are kept, so that
+there are no seams.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from jdl.vision.style import mixed
 from jdl.vision.transformer import STRIDE, StyleNet
 
 TILE = 1024
-SMALLEST = 2 * STRIDE  # pixels that the network's reflected edges need
+SMALLEST = 2 * STRIDE  # pixels, for the network's reflected edges
 
 _KIND = "style network"
 
@@ -32,9 +32,9 @@ class Painter(NamedTuple):
     Attributes:
       apply: `apply(params, images, mixture, statistics) -> (paintings, statistics)`, as `StyleNet`.
       params: its first argument.
-      styles: names of its styles, S.
-      reach: pixels away from which an output still sees an input.
-      statistics_size: numbers that a whole picture is normalised by.
+      styles: names of the S styles.
+      reach: largest distance in pixels at which an output depends on an input.
+      statistics_size: the size of a picture's statistics.
     """
 
     apply: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
@@ -46,15 +46,15 @@ class Painter(NamedTuple):
     def __call__(
         self, picture: Any, shares: Mapping[str, float | int] | None = None, *, tile: int = TILE
     ) -> np.ndarray:
-        """The picture painted, float32 [H, W, 3] in [0, 1].
+        """The painting, float32 [H, W, 3] in [0, 1].
 
         Args:
-          picture: [H, W, 3], floating in [0, 1] or uint8; gray and alpha as `images.as_image`.
-          shares: style -> how much of it; the first style alone by default.
-          tile: pixels of the side of what is painted at once, a multiple of 4.
+          picture: [H, W, 3] in [0, 1] or uint8; may be gray or have alpha.
+          shares: style -> its share; by default the first style alone.
+          tile: largest height and width that are painted at once, a multiple of 4.
 
         Raises:
-          ArgumentError: for an unknown style, naming the nearest; for a tile too small.
+          ArgumentError: for an unknown style, with the nearest name, or a tile that is too small.
         """
         least = 4 * self.margin
         ok = isinstance(tile, int) and tile % STRIDE == 0 and tile >= least
@@ -81,21 +81,21 @@ class Painter(NamedTuple):
 
     @property
     def margin(self) -> int:
-        """`reach`, rounded up to whole coarse pixels."""
+        """`reach` rounded up to whole coarse pixels."""
         return -(-self.reach // STRIDE) * STRIDE
 
     def mixture(self, shares: Mapping[str, float | int] | None) -> jax.Array:
-        """Shares by name as [1, S], of sum 1."""
+        """Shares by name as [1, S] with sum 1."""
         shares = {self.styles[0]: 1.0} if shares is None else shares
         for name in shares:
             check.one_of("style", name, self.styles)
         return mixed([shares.get(name, 0.0) for name in self.styles], len(self.styles))
 
     def export(self, path: str | Path) -> Path:
-        """Writes function and parameters to one file, for any size, that `load` reads.
+        """Writes function and parameters, for any size, to one file that `load_painter` reads.
 
         Raises:
-          MissingExtraError: without the package flatbuffers.
+          MissingExtraError: if the package flatbuffers is not installed.
         """
         from jdl.train import export
 
@@ -128,7 +128,7 @@ class Painter(NamedTuple):
     def _paint(
         self, image: np.ndarray, mixture: np.ndarray, statistics: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One picture by its own statistics, or by those given."""
+        """The painting and its statistics, which are the picture's own unless given."""
         if statistics is None:
             statistics = np.full((1, self.statistics_size), np.nan, np.float32)
         found = jax.device_get(self.apply(self.params, image[None], mixture, statistics))
@@ -153,7 +153,7 @@ def load_painter(path: str | Path) -> Painter:
       path: the directory or the file.
 
     Raises:
-      UserError: saying why it is neither.
+      UserError: if it is neither.
     """
     from jdl.train import export
 
@@ -165,7 +165,7 @@ def load_painter(path: str | Path) -> Painter:
     predict = export.load_exported(path)
     notes = predict.notes
     if notes.get("kind") != _KIND or "statistics" not in predict.inputs:
-        raise check.DataError(f"{str(path)!r} is an exported function, but of no style network.")
+        raise check.DataError(f"{str(path)!r} is an exported function, but not a style network.")
 
     def apply(params: Any, images: Any, mixture: Any, statistics: Any) -> tuple[Any, Any]:
         del params
@@ -177,7 +177,7 @@ def load_painter(path: str | Path) -> Painter:
 
 
 def padded(picture: np.ndarray) -> np.ndarray:
-    """[H, W, 3] with its lower and right edges repeated up to a size that the network takes.
+    """[H, W, 3] with its lower and right edges repeated up to a size that the network accepts.
 
     >>> padded(np.zeros((5, 13, 3))).shape
     (8, 16, 3)
@@ -187,7 +187,7 @@ def padded(picture: np.ndarray) -> np.ndarray:
 
 
 def spans(size: int, tile: int, margin: int) -> Iterator[tuple[slice, slice]]:
-    """Where tiles of one length lie along a side, and what is kept of each.
+    """Positions of the tiles along one side, and the part kept of each.
 
     >>> [(s.start, s.stop, k.start, k.stop) for s, k in spans(20, 12, 2)]
     [(0, 12, 0, 10), (8, 20, 10, 20)]

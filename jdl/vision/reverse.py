@@ -1,13 +1,12 @@
-r"""A network in reverse: from a class, or a channel, to the picture that excites it most.
+r"""Feature visualization: the picture that maximizes a class's logit or a channel's activation.
 
     maxₛ  E_T [ mean F_c(T(x)) ] / γ − τ TV(x),      x = sigmoid(C · F⁻¹(s / |ω|))
 
-The picture x is made of its spectrum s, which Adam moves: dividing by the frequency |ω| and mixing
-the colours by C, the root of the covariance of photographs' colours, makes a step in s even in all
-that pictures consist of. γ is the mean size of the gradient of the first term, so that τ means the
-same for any network. T shifts and scales it a little, anew each time, so that what is found
-does not hang on single pixels. No other network and no photograph takes part: these are the only
-priors.
+Adam optimizes the spectrum s of the picture x. Dividing by the frequency |ω| and mixing the colours
+by C, the root of the covariance of photographs' colours, gives the directions in s the scale they
+have in photographs. γ is the mean absolute gradient of the first term, so that τ means the same for
+any network. T is a random shift and scaling, so that the result does not depend on single pixels.
+There are no other priors: no other network and no photograph is used.
 
 References:
   Erhan, Bengio, Courville and Vincent, Visualizing higher-layer features of a deep network, 2009.
@@ -26,22 +25,22 @@ import optax
 
 from jdl.core import check
 from jdl.core.types import Params
-from jdl.vision.dream import COLORS, check_channels, total_variation
+from jdl.vision.dream import COLORS, total_variation
 from jdl.vision.trunk import Trunk
 
 _MIXING = COLORS / np.max(np.linalg.norm(COLORS, axis=0))
 
 
 class PictureSearch(NamedTuple):
-    """How preferred pictures are searched for.
+    """Parameters of the search.
 
     Attributes:
-      size: pixels of the pictures' sides.
+      size: height and width of the pictures in pixels.
       steps: of Adam.
-      learning_rate: of Adam, in the spectrum.
-      shift: share of its side by which a picture is shifted, at most.
-      stretch: share by which a picture is enlarged or reduced, at most.
-      variation: τ, the weight of the total-variation prior; 0 for none.
+      learning_rate: of Adam, on the spectrum.
+      shift: largest shift, as a share of the picture's side.
+      stretch: largest enlargement or reduction, as a share.
+      variation: τ, the weight of the total-variation prior.
 
     >>> PictureSearch(size=64).checked().steps
     128
@@ -55,7 +54,7 @@ class PictureSearch(NamedTuple):
     variation: float = 0.3
 
     def checked(self) -> "PictureSearch":
-        """These, if all are in range."""
+        """This search; raises unless all parameters are in range."""
         check.argument(16 <= self.size <= 1024, "size", "from 16 to 1024", self.size)
         check.positive_int("steps", self.steps)
         check.in_range("learning_rate", float(self.learning_rate), 0.0, open_low=True)
@@ -68,12 +67,12 @@ class PictureSearch(NamedTuple):
 def of_class(
     trunk: Trunk, wanted: int | str, search: PictureSearch | None = None, **options: Any
 ) -> Any:
-    """The picture [S, S, 3] that a classifier takes most for that class.
+    """The picture [S, S, 3] that maximizes a class's logit.
 
     Args:
-      trunk: with a head.
+      trunk: a classifier.
       wanted: the class's name or number.
-      search: how; by default a larger picture and more steps than for channels.
+      search: parameters; by default a larger picture and more steps than for channels.
       **options: `seed` and `on_step` of `preferred`.
     """
     number = trunk.class_number(wanted)
@@ -91,15 +90,15 @@ def preferred(
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """The pictures [N, S, S, 3] in [0, 1] that N channels of a layer prefer.
+    """The pictures [N, S, S, 3] in [0, 1] that maximize N channels of a layer.
 
     Args:
       trunk: the network.
-      layer: of activations [N, h, w, C] or [N, C].
-      channels: one picture for each.
-      search: how.
+      layer: with activations [N, h, w, C] or [N, C].
+      channels: their numbers, one for each picture.
+      search: parameters.
       seed: of the first spectrum, shifts and scales.
-      on_step: called with (steps done, of how many).
+      on_step: called with (steps done, steps in all).
 
     >>> bright = Trunk("bright", ("sum",), 1.0, lambda p, x, layers: {"sum": p * x})
     >>> red = preferred(bright, "sum", [0], PictureSearch(size=16, steps=40))[0]
@@ -109,7 +108,7 @@ def preferred(
     how = (search or PictureSearch()).checked()
     names = trunk.known(layer)
     check.argument(len(channels) > 0, "channels", "at least one", tuple(channels))
-    check_channels(trunk, names, channels)
+    trunk.check_channels(names, channels)
     key, start = jax.random.split(jax.random.key(seed))
     shape = (len(channels), how.size, how.size // 2 + 1, 3, 2)
     spectrum = 0.01 * jax.random.normal(start, shape)
@@ -161,13 +160,13 @@ def _search(
     layer: str,
     how: PictureSearch,
 ) -> tuple[jax.Array, Any]:
-    def pleased(x: jax.Array) -> jax.Array:
+    def value(x: jax.Array) -> jax.Array:
         found = apply(params, _moved(x, key, how), (layer,))[layer]
         means = found.reshape(found.shape[0], -1, found.shape[-1]).mean(axis=1)
         return jnp.sum(jnp.take_along_axis(means, channels[:, None], axis=1))
 
     x, pull = jax.vjp(lambda s: picture(s, how.size), spectrum)
-    uphill = jax.grad(pleased)(x)
+    uphill = jax.grad(value)(x)
     uphill /= jnp.mean(jnp.abs(uphill), axis=(1, 2, 3), keepdims=True) + 1e-12
     rough = jax.grad(lambda x: jnp.sum(jax.vmap(total_variation)(x)))(x)
     (gradient,) = pull(how.variation * rough - uphill)
@@ -177,7 +176,7 @@ def _search(
 
 
 def _moved(x: jax.Array, key: jax.Array, how: PictureSearch) -> jax.Array:
-    """T: shifted and scaled about the middle, gray beyond the edges."""
+    """T: x shifted and scaled about the middle, with gray beyond the edges."""
     shift_key, scale_key = jax.random.split(key)
     shift = jax.random.uniform(shift_key, (2,), minval=-1.0, maxval=1.0) * how.shift * how.size
     by = 1 + how.stretch * jax.random.uniform(scale_key, (), minval=-1.0, maxval=1.0)

@@ -1,4 +1,4 @@
-r"""Artistic style by optimising an image: Gatys, Ecker and Bethge.
+r"""Neural style transfer by optimizing an image (Gatys, Ecker and Bethge).
 
     f(x) = a · content(x) + b · style(x) + c · variation(x)
 
@@ -6,12 +6,12 @@ r"""Artistic style by optimising an image: Gatys, Ecker and Bethge.
     style      mean over its layers of  ‖G(x) − G(painting)‖² / ‖G(painting)‖²,   G = Fᵀ F / (h w)
     variation  mean squared difference of neighbouring pixels, and of the excess over [0, 1]
 
-F are a trunk's activations and G their Gram matrices: which features appear together, wherever in
-the picture. Every layer is measured in units of the painting whose style is wanted, so weights mean
-the same with any trunk, any layers, any size. (The paper's Gram matrices are not divided; its
-layers then weigh by their number of channels and the size of their values.)
+F are a trunk's activations and G their Gram matrices: which features appear together, at any place
+of the picture. Every layer is measured relative to the painting, so that weights mean the same with
+any trunk, layers and size. (The paper does not divide by the painting's values; the weight of a
+layer then depends on its number of channels and the size of its values.)
 
-`Target` and `terms` serve the style network's training too, with a batch of photographs.
+The training of style networks uses `Target` and `terms` too, with a batch of photographs.
 """
 
 import functools
@@ -32,11 +32,11 @@ STARTS = ("photograph", "noise")
 
 
 class Layers(NamedTuple):
-    """Where content and style are compared.
+    """The layers that compare content and style.
 
     Attributes:
-      content: the trunk's layers whose activations are to be the photograph's.
-      style: those whose Gram matrices are to be the painting's.
+      content: layers whose activations should equal the photograph's.
+      style: layers whose Gram matrices should equal the painting's.
 
     >>> Layers(content=("relu4_2",), style=("relu1_1", "relu4_2")).all
     ('relu4_2', 'relu1_1')
@@ -47,17 +47,17 @@ class Layers(NamedTuple):
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Both, each once."""
+        """The layers of both, without duplicates."""
         return tuple(dict.fromkeys(self.content + self.style))
 
 
 class Weights(NamedTuple):
-    """a, b and c of the objective.
+    """The weights of the objective's terms.
 
     Attributes:
-      content: a, of the photograph's content.
-      style: b, of the painting's style.
-      variation: c, of smoothness.
+      content: a, the weight of the photograph's content.
+      style: b, the weight of the painting's style.
+      variation: c, the weight of smoothness.
 
     >>> Weights(style=100.0).checked().content
     1.0
@@ -68,19 +68,24 @@ class Weights(NamedTuple):
     variation: float = 5.0
 
     def checked(self) -> "Weights":
-        """These, if none is negative and content and style are not both nothing."""
+        """These weights; raises if one is negative, or content and style are both 0."""
         for name, value in self._asdict().items():
             check.in_range(f"weights.{name}", value, 0.0)
-        check.argument(self.content + self.style > 0, "weights", "not all 0", tuple(self))
+        check.argument(
+            self.content + self.style > 0,
+            "weights",
+            "above 0 for content, style or both",
+            tuple(self),
+        )
         return self
 
 
 class Palette(NamedTuple):
-    """What S paintings have to give.
+    """Statistics of S paintings.
 
     Attributes:
-      grams: style layer -> [S, C, C].
-      energy: content layer -> the mean square of its activations.
+      grams: style layer -> Gram matrices [S, C, C].
+      energy: content layer -> mean square of its activations.
     """
 
     grams: dict[str, jax.Array]
@@ -88,12 +93,12 @@ class Palette(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What B images are held against.
+    """What B images are compared with.
 
     Attributes:
-      content: layer -> the photographs' activations, [B, h, w, C].
-      energy: content layer -> what their squared difference is divided by.
-      grams: style layer -> [B, C, C].
+      content: content layer -> the photographs' activations, [B, h, w, C].
+      energy: content layer -> divisor of their squared difference.
+      grams: style layer -> Gram matrices [B, C, C].
     """
 
     content: Features
@@ -102,7 +107,7 @@ class Target(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The three terms before they are weighted, float32[B] each."""
+    """The three terms without their weights, float32[B] each."""
 
     content: jax.Array
     style: jax.Array
@@ -115,12 +120,12 @@ class Terms(NamedTuple):
 
 
 class Painted(NamedTuple):
-    """An image with the content of one and the style of others.
+    """The result of a style transfer.
 
     Attributes:
       image: float32 [H, W, 3] in [0, 1].
       losses: the objective before each step and after the last, at the final scale.
-      terms: of the last image, not clipped.
+      terms: the terms of the final image before it is clipped.
     """
 
     image: np.ndarray
@@ -129,24 +134,20 @@ class Painted(NamedTuple):
 
 
 def usual_layers(trunk: Trunk) -> Layers:
-    """Where style is usually read: the first rectified layer of each resolution, the finest five.
+    """The usual choice: style at the first rectified layer of the five finest resolutions.
 
-    Content is read one rectified layer after the second coarsest of these. For VGG16 that is the
-    paper's choice: relu1_1, relu2_1, … relu5_1, and relu4_2.
+    Content is compared one rectified layer after the second coarsest of these. For VGG-16 that is
+    the paper's choice: relu1_1, relu2_1, … relu5_1, and relu4_2.
     """
-    height, width = trunk.size or (224, 224)
-    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    shapes = jax.eval_shape(lambda p, x: trunk.apply(p, x, trunk.layers), trunk.params, image)
-    maps = [n for n in trunk.layers if len(shapes[n].shape) == 4 and shapes[n].shape[1] > 1]
-    rectified = [n for n in maps if "relu" in n]
-    heights = {shapes[n].shape[1] for n in rectified}
-    if len(heights) < min(4, len({shapes[n].shape[1] for n in maps})):  # SqueezeNet's are in blocks
-        inner = ("conv", "pool", "/")
-        rectified = [n for n in maps if not any(word in n for word in inner)]
-    maps = rectified or maps
+    heights = {n: s[1] for n, s in trunk.shapes(trunk.layers).items() if len(s) == 4 and s[1] > 1}
+    maps = [n for n in heights if "relu" in n]
+    if len({heights[n] for n in maps}) < min(4, len({*heights.values()})):  # as in SqueezeNet,
+        inner = ("conv", "pool", "/")  # whose rectified layers are inside of blocks
+        maps = [n for n in heights if not any(word in n for word in inner)]
+    maps = maps or list(heights)
     if not maps:
-        raise check.UserError(f"{trunk.name} has no layer with an image's rows and columns.")
-    firsts = {shapes[n].shape[1]: n for n in reversed(maps)}  # height -> its first layer
+        raise check.UserError(f"{trunk.name} has no layer with activations [N, h, w, C].")
+    firsts = {heights[n]: n for n in reversed(maps)}  # height -> its first layer
     style = tuple(sorted(firsts.values(), key=maps.index))[:5]
     content = maps.index(style[max(0, len(style) - 2)]) + 1
     return Layers((maps[min(content, len(maps) - 1)],), style)
@@ -164,7 +165,7 @@ def gram(features: jax.Array) -> jax.Array:
 
 
 def variation(images: jax.Array) -> jax.Array:
-    """Squared differences of neighbours, and squares of what is outside [0, 1]: means, [B].
+    """Mean squared difference of neighbours, and mean squared excess over [0, 1]: [B].
 
     >>> variation(jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1).repeat(2, 1)).tolist()
     [1.0]
@@ -178,13 +179,13 @@ def variation(images: jax.Array) -> jax.Array:
 
 
 def palette(trunk: Trunk, pictures: Sequence[Any], layers: Layers) -> Palette:
-    """What these pictures, [H, W, 3] in [0, 1] and of any sizes, have to give."""
+    """Statistics of pictures [H, W, 3] in [0, 1], of any sizes."""
     check.argument(len(pictures) > 0, "pictures", "at least one", len(pictures))
-    study = _studying(trunk.apply, trunk.known(layers.all))
+    features = _compiled_features(trunk.apply, trunk.known(layers.all))
     grams: dict[str, list[jax.Array]] = {name: [] for name in layers.style}
     energies: dict[str, list[jax.Array]] = {name: [] for name in layers.content}
     for picture in pictures:
-        found = study(trunk.params, _batch(picture, "painting"))
+        found = features(trunk.params, _batch(picture, "painting"))
         for name in layers.style:
             grams[name].append(gram(found[name])[0])
         for name in layers.content:
@@ -196,24 +197,26 @@ def palette(trunk: Trunk, pictures: Sequence[Any], layers: Layers) -> Palette:
 
 
 @functools.lru_cache(maxsize=16)
-def _studying(apply: Callable[..., Features], layers: tuple[str, ...]) -> Callable[..., Features]:
+def _compiled_features(
+    apply: Callable[..., Features], layers: tuple[str, ...]
+) -> Callable[..., Features]:
     return jax.jit(lambda params, images: apply(params, images, layers))
 
 
 def target(palette: Palette, mixture: jax.Array, photographs: Features) -> Target:
-    """What images with the content of `photographs` and these styles are held against.
+    """The target of images with the content of photographs and a mixture of styles.
 
     Args:
-      palette: of S paintings.
-      mixture: the share of each, [B, S].
-      photographs: their activations at the content layers.
+      palette: statistics of S paintings.
+      mixture: the share of each style, [B, S].
+      photographs: activations of the photographs at the content layers.
     """
     grams = {n: jnp.einsum("bs,scd->bcd", mixture, g) for n, g in palette.grams.items()}
     return Target({n: photographs[n] for n in palette.energy}, palette.energy, grams)
 
 
 def terms(images: jax.Array, found: Features, target: Target) -> Terms:
-    """How far images [B, H, W, 3] with the activations `found` are from the target."""
+    """The terms for images [B, H, W, 3] with the activations `found`."""
 
     def mean(values: list[jax.Array]) -> jax.Array:
         return jnp.mean(jnp.stack(values), axis=0) if values else jnp.zeros(len(images))
@@ -233,7 +236,7 @@ def terms(images: jax.Array, found: Features, target: Target) -> Terms:
 def objective(
     apply: Callable[..., Features], layers: Layers, weights: Weights
 ) -> Callable[[jax.Array, Any, Target], jax.Array]:
-    """The scalar f(image [1, H, W, 3], params, target), with `apply` and `params` of a trunk."""
+    """f(image [1, H, W, 3], params, target), a scalar; `apply` and `params` are a trunk's."""
 
     def f(image: jax.Array, params: Any, target: Target) -> jax.Array:
         return terms(image, apply(params, image, layers.all), target).total(weights)[0]
@@ -247,7 +250,7 @@ def transfer(
     paintings: Sequence[Any],
     *,
     shares: Sequence[float | int] | None = None,
-    weights: Weights = Weights(),  # noqa: B008  it is a tuple
+    weights: Weights = Weights(),  # noqa: B008  it is immutable
     layers: Layers | None = None,
     optimizer: optax.GradientTransformation | None = None,
     steps: int = 100,
@@ -261,20 +264,20 @@ def transfer(
     Args:
       trunk: the network whose activations are compared.
       photograph: [H, W, 3] in [0, 1].
-      paintings: one or several [h, w, 3] in [0, 1]; strokes keep their size in pixels.
-      shares: how much of each style; equal ones by default.
-      weights: of content, style and variation.
-      layers: where both are compared; by default `usual_layers`.
+      paintings: one or several [h, w, 3] in [0, 1]; their size in pixels sets that of the strokes.
+      shares: share of each style; by default equal shares.
+      weights: weights of content, style and variation.
+      layers: the layers that compare content and style; by default `usual_layers`.
       optimizer: any optax transformation of the image, first or second order; by default L-BFGS.
-      steps: its steps at each scale, ≥ 1.
-      scales: begin at 2^(1−scales) of the size and double, which paints large shapes first.
-      start: "photograph", or "noise".
+      steps: optimizer steps at each scale, ≥ 1.
+      scales: number of sizes, each twice the one before, the last the photograph's.
+      start: the initial image, "photograph" or "noise".
       seed: of the noise.
       hook: called with (step, loss before it).
 
     Raises:
-      ArgumentError: for arguments out of range, an unknown layer, what is no picture.
-      TrainingError: the loss is not finite.
+      ArgumentError: for an argument out of range, an unknown layer, or an array that is no picture.
+      TrainingError: if the loss is not finite.
 
     References:
       Gatys, Ecker and Bethge, Image style transfer using convolutional neural networks, CVPR 2016.
@@ -291,7 +294,9 @@ def transfer(
     whole = _batch(photograph, "photograph")
     pictures = [_batch(p, "painting") for p in paintings]
     least = min(whole.shape[1:3]) // 2 ** (scales - 1)
-    check.argument(least >= 16, "scales", "fewer: the first would have less than 16 pixels", scales)
+    check.argument(
+        least >= 16, "scales", "smaller, so that the first scale has at least 16 pixels", scales
+    )
     image = None
     for i in reversed(range(scales)):
         here = _resized(whole, tuple(n // 2**i for n in whole.shape[1:3]))
@@ -311,13 +316,13 @@ def transfer(
 
 
 def mixed(shares: Sequence[float | int] | None, count: int) -> jax.Array:
-    """Shares of `count` styles as [1, count], of sum 1; equal ones for None.
+    """Shares of `count` styles as [1, count] with sum 1; equal shares for None.
 
     >>> mixed([3, 1], 2).tolist()
     [[0.75, 0.25]]
     """
     given = [1.0] * count if shares is None else [float(s) for s in shares]
-    check.argument(len(given) == count, "shares", f"{count} numbers, one a style", shares)
+    check.argument(len(given) == count, "shares", f"{count} numbers, one for each style", shares)
     ok = all(0 <= s < np.inf for s in given) and sum(given) > 0
     check.argument(ok, "shares", "not negative, and not all 0", shares)
     return jnp.asarray([given], jnp.float32) / jnp.asarray(sum(given), jnp.float32)
@@ -340,7 +345,7 @@ def with_colors_of(photograph: Any, painted: Any) -> np.ndarray:
 
 
 class _Compiled(NamedTuple):
-    """What a transfer runs."""
+    """The compiled functions of a transfer."""
 
     features: Callable[..., Features]
     terms: Callable[..., Terms]
@@ -348,7 +353,7 @@ class _Compiled(NamedTuple):
     step: Callable[..., tuple[jax.Array, Any, jax.Array]]
 
 
-@functools.lru_cache(maxsize=16)  # so that the next picture of the same size compiles nothing
+@functools.lru_cache(maxsize=16)  # so that a picture of a size seen before compiles nothing
 def _compiled(
     apply: Callable[..., Features],
     layers: Layers,
@@ -359,12 +364,12 @@ def _compiled(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(image: jax.Array, state: Any, fixed: Any) -> tuple[jax.Array, Any, jax.Array]:
-        """One step of any optimizer on an image; gives f before it too."""
+        """One optimizer step on an image; also returns f before it."""
 
         def value_fn(image: jax.Array, **_: Any) -> jax.Array:
             return f(image, *fixed)
 
-        # A line search has evaluated where it ended: that is not done again.
+        # Some states hold value and gradient at the point where their line search ended.
         if optax.tree.get(state, "grad", None) is not None:
             value, grad = optax.value_and_grad_from_state(value_fn)(image, state=state)
         else:
@@ -376,7 +381,7 @@ def _compiled(
         return optax.apply_updates(image, updates), state, value
 
     return _Compiled(
-        features=_studying(apply, layers.all),
+        features=_compiled_features(apply, layers.all),
         terms=jax.jit(lambda x, params, target: terms(x, apply(params, x, layers.all), target)),
         init=jax.jit(optimizer.init),
         step=jax.jit(step),
@@ -393,7 +398,7 @@ def _minimize(
     steps: int,
     hook: Callable[[int, float], None] | None,
 ) -> tuple[jax.Array, list[float]]:
-    """The image after so many steps, and the losses before each."""
+    """The image after `steps` steps, and the loss before each."""
     state = run.init(image)
     losses = []
     for i in range(steps):
@@ -401,7 +406,7 @@ def _minimize(
         losses.append(float(value))
         if not np.isfinite(losses[-1]):
             raise check.TrainingError(
-                f"The loss is {losses[-1]} at step {i}. Take a smaller learning rate."
+                f"The loss is {losses[-1]} at step {i}. Use a smaller learning rate."
             )
         if hook is not None:
             hook(i, losses[-1])

@@ -1,14 +1,14 @@
-r"""The style network: from a photograph to a painting in one pass, for any size and several styles.
+r"""The style network, which turns a photograph of any size into a painting in one pass.
 
     image → 9×9 → halve → halve → residual blocks → double → double → 9×9 → painting
 
-After every convolution h is normalised over its image alone, and takes scale and shift from the
-style (conditional instance normalisation); a mixture w of styles gives a mixture of both:
+The outputs h of every convolution are normalized over each image, with a scale and a shift for each
+style (conditional instance normalization); for a mixture w of styles both are averaged:
 
     y = γ (h − μ) / √(σ² + ε) + β,      γ = Σₛ wₛ γₛ,  β = Σₛ wₛ βₛ
 
-Edges are reflected rather than padded with zeros, and the image is enlarged by repeating pixels
-before a convolution: transposed convolutions leave a checkerboard.
+Edges are reflected rather than padded with zeros. Pixels are repeated before a convolution to
+enlarge the image, because transposed convolutions cause checkerboard artifacts.
 """
 
 import functools
@@ -30,15 +30,15 @@ _EPSILON = 1e-5
 class StyleNet(nn.Module):
     """The transformation network of Johnson et al., with instance norm, for one or several styles.
 
-    `__call__(images, mixture, statistics=None)` gives the paintings [B, H, W, 3] in [0, 1] and the
-    means and variances [B, statistics_size] that its layers normalised by. Where `statistics` hold
-    a number, it is used instead of the image's own; where they hold NaN, the own. So a part of a
-    picture is painted as the whole would be (Chen et al. 2022, thumbnail instance normalisation).
+    `__call__(images, mixture, statistics=None)` returns the paintings [B, H, W, 3] in [0, 1] and
+    the means and variances [B, statistics_size] of its normalizations. Given `statistics` are used
+    instead of the image's own, except where they are NaN. With those of a whole picture, a part is
+    painted as it would be in the whole (Chen et al. 2022, thumbnail instance normalization).
 
     Attributes:
-      filters: of the three scales, full, half and quarter.
-      blocks: residual blocks at the quarter scale.
-      styles: how many, S; `mixture` is [B, S].
+      filters: numbers of filters at full, half and quarter size.
+      blocks: number of residual blocks at quarter size.
+      styles: number of styles S; `mixture` is [B, S].
 
     >>> net = StyleNet(filters=(4, 8, 8), blocks=1, styles=2)
     >>> images, mixture = jnp.ones((1, 16, 12, 3)), jnp.array([[0.5, 0.5]])
@@ -61,27 +61,27 @@ class StyleNet(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of every normalisation, in order."""
+        """Channels of every normalization, in order."""
         full, half, quarter = self.filters
         return (full, half, quarter, *[quarter] * (2 * self.blocks), half, full)
 
     @property
     def statistics_size(self) -> int:
-        """A mean and a variance for every channel that is normalised."""
+        """Size of the statistics: a mean and a variance for every normalized channel."""
         return 2 * sum(self.widths)
 
     @property
     def reach(self) -> int:
-        """How many pixels away an output still depends on an input, but for the statistics."""
-        # 9×9, 3×3, 3×3 at half, two 3×3 a block at a quarter; then back: half, full, 9×9; and
-        # up to 3 from where the coarse pixels lie.
+        """Largest distance in pixels at which an output depends on an input, given statistics."""
+        # 9×9, 3×3, 3×3 at half size, two 3×3 in a block at quarter size; then half, full, 9×9;
+        # and up to 3 for the position inside a coarse pixel.
         return 4 + 1 + 2 + 4 * 2 * self.blocks + 2 + 1 + 4 + 3
 
     @nn.compact
     def __call__(
         self, images: jax.Array, mixture: jax.Array, statistics: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Paintings and the statistics used; heights and widths are multiples of 4."""
+        """The paintings and the statistics used; heights and widths must be multiples of 4."""
         check.argument(
             images.ndim == 4 and images.shape[3] == 3, "images", "of shape [B, H, W, 3]",
             images.shape,
@@ -104,7 +104,7 @@ class StyleNet(nn.Module):
 
 
 class _Norms:
-    """Instance norms one after the other, each with its own share of the statistics."""
+    """Applies one instance norm after the other, each with its part of the statistics."""
 
     def __init__(self, styles: int, mixture: jax.Array, statistics: jax.Array | None):
         self._styles, self._mixture, self._given, self._at = styles, mixture, statistics, 0
@@ -120,10 +120,10 @@ class _Norms:
 
 
 class InstanceNorm(nn.Module):
-    """Conditional instance normalisation of [B, H, W, C], by the means and variances it also gives.
+    """Conditional instance normalization of [B, H, W, C]; also returns means and variances.
 
     Attributes:
-      styles: how many scales and shifts it holds.
+      styles: number of scales and shifts.
 
     >>> norm, x = InstanceNorm(1), jnp.arange(8.0).reshape(1, 4, 2, 1)
     >>> y, used = norm.apply(norm.init(jax.random.key(0), x, jnp.ones((1, 1))), x, jnp.ones((1, 1)))
@@ -137,7 +137,7 @@ class InstanceNorm(nn.Module):
     def __call__(
         self, x: jax.Array, mixture: jax.Array, given: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """The normalised [B, H, W, C], and [B, 2C]: means, then variances."""
+        """The normalized [B, H, W, C], and [B, 2C]: means, then variances."""
         channels = x.shape[-1]
         scales = self.param("scale", nn.initializers.ones, (self.styles, channels))
         shifts = self.param("shift", nn.initializers.zeros, (self.styles, channels))
@@ -153,7 +153,7 @@ class InstanceNorm(nn.Module):
 
 
 def conv(filters: int, size: int, stride: int = 1) -> Any:
-    """A convolution over an image whose edges are reflected; its bias is the norm's after it."""
+    """A convolution with reflected edges; without bias where a norm follows."""
 
     def apply(x: jax.Array) -> jax.Array:
         return nn.Conv(
@@ -161,7 +161,7 @@ def conv(filters: int, size: int, stride: int = 1) -> Any:
             (size, size),
             (stride, stride),
             padding="VALID",
-            use_bias=filters == 3,  # nothing normalises the last one
+            use_bias=filters == 3,  # no norm follows the last one
             conv_general_dilated=by_rows if size == 9 else conv_general_dilated,
         )(reflected(x, size // 2))
 
@@ -175,9 +175,9 @@ def by_rows(
 
         (x ∗ k)[i, j] = Σᵣ Σ꜀ x[i + r, j + c] k[r, c]
 
-    The window's rows become channels, of the inputs or of the outputs, whichever are fewer, and a
-    convolution along rows does the rest: to the same values, on CPUs in less than half of the time
-    where the inputs are three, in a sixth where the outputs are.
+    The window's rows become channels of the inputs or of the outputs, whichever are fewer, for a
+    convolution along rows. The values are the same; on CPUs the time is less than half for three
+    input channels, and a sixth for three output channels.
 
     >>> x, kernel = jnp.ones((1, 5, 5, 3)), jnp.ones((2, 3, 3, 4))
     >>> by_rows(x, kernel, (1, 1), "VALID")[0, :, 0, 0].tolist()
@@ -200,9 +200,9 @@ def by_rows(
 
 
 def reflected(x: jax.Array, by: int) -> jax.Array:
-    """[B, H, W, C] with `by` rows and columns more on all sides, mirrored about the edge's pixels.
+    """[B, H, W, C] with `by` more rows and columns on all sides, mirrored about the edge pixels.
 
-    As `jnp.pad(mode="reflect")`, which needs to know sizes that an exported function leaves open.
+    As `jnp.pad(mode="reflect")`, which does not take the symbolic sizes of an exported function.
 
     >>> reflected(jnp.arange(3.0).reshape(1, 1, 3, 1).repeat(3, 1), 2)[0, 0, :, 0].tolist()
     [2.0, 1.0, 0.0, 1.0, 2.0, 1.0, 0.0]
@@ -216,7 +216,7 @@ def reflected(x: jax.Array, by: int) -> jax.Array:
 
 
 def doubled(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] at twice the height and width, every pixel four times.
+    """[B, H, W, C] at twice the height and width, with every pixel repeated four times.
 
     >>> doubled(jnp.arange(2.0).reshape(1, 1, 2, 1))[0, :, :, 0].tolist()
     [[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]

@@ -1,7 +1,7 @@
 """A trunk: a trained network as a function from images to the activations of named layers.
 
-Every network here - published ones, files of weights, runs of `jdl train`, a Linen module in a
-notebook - becomes one, and all of vision works on any of them.
+Published networks, files of weights, runs of `jdl train` and Linen modules all become trunks, and
+all of `jdl.vision` works on any trunk.
 """
 
 import difflib
@@ -20,30 +20,30 @@ from jdl.core.model import Model
 from jdl.core.types import ModelState, Params
 
 Features = dict[str, jax.Array]  # layer -> activations, [N, h, w, C] or [N, C]
-Edits = Mapping[str, jax.Array]  # layer -> what is added to its activations
+Edits = Mapping[str, jax.Array]  # layer -> array that is added to its activations
 
 _LUMA = (0.299, 0.587, 0.114)
 
 
 class Trunk(NamedTuple):
-    """A network whose layers can be asked for by name.
+    """A network that returns the activations of named layers.
 
-    `apply` is pure: hand it to `jax.jit` and `jax.grad`, with `params` as an argument. Images are
-    float32 [N, H, W, 3], RGB in [0, 1], of any size; what a network wants instead (other ranges,
-    gray, one size) is made of them inside.
+    `apply` is pure: pass it to `jax.jit` and `jax.grad` with `params` as an argument. Images are
+    float32 [N, H, W, 3], RGB in [0, 1], of any size; `apply` converts them to the range, channels
+    and size that the network was trained on.
 
     Attributes:
-      name: what it was loaded as.
+      name: the name it was loaded by.
       layers: names in the order of computation.
-      params: whatever `apply` takes.
-      apply: `apply(params, images, layers, edits=None) -> {layer: activations}`, compiled no
-        further than the last layer asked for; `edits`, {layer: array}, are added to the
+      params: the first argument of `apply`.
+      apply: `apply(params, images, layers, edits=None) -> {layer: activations}`, which computes no
+        more than the last of these layers needs; `edits`, {layer: array}, are added to the
         activations of the layers they name.
-      head: the layer that holds a classifier's logits [N, K], or None.
-      scores: the layer whose channels, averaged over the image, are the logits but for a ReLU,
-        where there is one: where a logit is 0, they still have a gradient.
-      classes: names of the K classes, where known.
-      size: the (height, width) it was trained at, where it has one.
+      head: the layer of a classifier's logits [N, K], or None.
+      scores: the layer whose spatial means are the logits before a final ReLU, or None; they have
+        a gradient even where a logit is 0.
+      classes: names of the K classes, or () if unknown.
+      size: (height, width) of the training images, or None.
 
     >>> doubled = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
     >>> doubled.features(jnp.ones((1, 4, 4, 3)), "twice")["twice"].shape
@@ -63,7 +63,8 @@ class Trunk(NamedTuple):
         """The activations of the layers, for images [N, H, W, 3] in [0, 1].
 
         Raises:
-          ArgumentError: for an unknown layer, with the nearest ones; for what are no images.
+          ArgumentError: for an unknown layer, with the nearest names; for an array of another
+            shape or type.
         """
         names = self.known(layers)
         check_images(images)
@@ -75,7 +76,7 @@ class Trunk(NamedTuple):
         return self.apply(params, images, (head,))[head]
 
     def with_head(self) -> str:
-        """The name of the layer of the logits, or an error where there is none."""
+        """The name of the layer of the logits; raises where the network has none."""
         if self.head is None:
             raise check.ArgumentError(f"`model` must be a classifier; {self.name} has no classes.")
         return self.head
@@ -84,7 +85,7 @@ class Trunk(NamedTuple):
         """The number of a class, given by number or name.
 
         Raises:
-          ArgumentError: where there is none such, with the nearest names.
+          ArgumentError: for an unknown class, with the nearest names.
         """
         self.with_head()
         text = str(wanted)
@@ -98,11 +99,11 @@ class Trunk(NamedTuple):
         raise check.ArgumentError(f"`class` must be {must}, got {wanted!r}. {hint}".rstrip())
 
     def class_name(self, number: int) -> str:
-        """What a class is called; its number where it has no name."""
+        """The name of a class, or its number if it has no name."""
         return self.classes[number] if number < len(self.classes) else str(number)
 
     def known(self, layers: str | Sequence[str]) -> tuple[str, ...]:
-        """The layers as a tuple, if the trunk has them all."""
+        """The layers as a tuple; raises unless the trunk has them all."""
         names = (layers,) if isinstance(layers, str) else tuple(layers)
         check.argument(bool(names), "layers", "at least one layer", names)
         for name in names:
@@ -113,6 +114,19 @@ class Trunk(NamedTuple):
                     f"got {name!r}. The nearest: {', '.join(near or self.layers[:4])}."
                 )
         return names
+
+    def shapes(self, layers: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the layers' activations for one image of the training size."""
+        example = jax.ShapeDtypeStruct((1, *(self.size or (224, 224)), 3), jnp.float32)
+        found = jax.eval_shape(partial(self.apply, layers=tuple(layers)), self.params, example)
+        return {name: found[name].shape for name in layers}
+
+    def check_channels(self, layers: Sequence[str], channels: Sequence[int]) -> None:
+        """Raises unless every layer has all of the channels."""
+        for name, shape in self.shapes(layers).items():
+            must = f"an integer from 0 to {shape[-1] - 1}, the channels of {name}"
+            for channel in channels:
+                check.argument(0 <= channel < shape[-1], "channel", must, channel)
 
 
 def check_images(images: Any) -> None:
@@ -125,17 +139,14 @@ def check_images(images: Any) -> None:
 
 
 def usual_layer(trunk: Trunk) -> str:
-    """A layer that is worth looking at: of the published networks, one that sees parts of things.
+    """A layer of a published network that responds to parts of objects.
 
-    Of others the last with activations [N, h, w, C], or else the last.
+    Of other networks the last layer with activations [N, h, w, C], or else the last layer.
     """
     for name in ("relu4_3", "fire8", "layer3.2"):
         if name in trunk.layers:
             return name
-    example = jax.ShapeDtypeStruct((1, *(trunk.size or (224, 224)), 3), jnp.float32)
-    apply = partial(trunk.apply, layers=trunk.layers)
-    shapes = jax.eval_shape(apply, trunk.params, example)
-    maps = [name for name in trunk.layers if len(shapes[name].shape) == 4]
+    maps = [name for name, shape in trunk.shapes(trunk.layers).items() if len(shape) == 4]
     return (maps or trunk.layers)[-1]
 
 
@@ -155,10 +166,10 @@ def of_linen(
     Args:
       module: called with images [N, *image_shape].
       params: of the module.
-      state: its other collections; batch statistics, say.
-      image_shape: (height, width, channels) that it was trained on; images are resized to it, and
-        made gray for one channel.
-      name: for messages; by default the module's class.
+      state: its other collections, such as batch statistics.
+      image_shape: (height, width, channels) of the training images; images are resized to it, and
+        converted to gray for one channel.
+      name: the trunk's name; by default the module's class.
       classes: names of its outputs, if it is a classifier.
 
     >>> from jdl.models import CNN
@@ -205,12 +216,11 @@ def of_model(
     name: str = "model",
     classes: Sequence[str] = (),
 ) -> Trunk:
-    """The trunk of any `Model`, whatever it was made of.
+    """The trunk of any `Model`.
 
-    Its layers are the results of its convolutions and matrix products, numbered as computed:
-    "conv_1", "dot_1", and "output". Calls are looked into; loops and branches count as one step, so
-    what they compute within has no name. A function with a derivative of its own keeps it, unless
-    a layer in it is edited.
+    Its layers are the results of its convolutions and matrix products, numbered in the order of
+    computation: "conv_1", "dot_1", and "output". Calls are traced; layers inside loops and branches
+    have no name. A function with a custom derivative keeps it, unless a layer in it is edited.
 
     >>> from jdl.core.model import from_fns
     >>> weights = jnp.ones((12, 5))
@@ -236,7 +246,7 @@ def of_model(
 
 
 def as_trained(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
-    """RGB images brought to the height, width and channels that a model was trained on."""
+    """RGB images converted to the height, width and channels of a model's training images."""
     height, width, channels = image_shape
     if channels == 1:
         images = images @ jnp.asarray(_LUMA, images.dtype).reshape(3, 1)
@@ -253,7 +263,7 @@ def _of_function(
     name: str,
     classes: Sequence[str],
 ) -> Trunk:
-    """The trunk of a function that computes every layer; what is not asked for, XLA drops."""
+    """The trunk of a function that computes every layer; XLA removes what is not used."""
     check.argument(
         len(image_shape) == 3 and image_shape[2] in (1, 3),
         "image_shape",
@@ -271,7 +281,7 @@ def _of_function(
     example = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     shapes = jax.eval_shape(noting_order, variables, example)
     if not order:
-        raise check.UserError(f"{name} has no layers to look at.")
+        raise check.UserError(f"{name} has no layers with names.")
 
     def apply(
         variables: Any, images: jax.Array, layers: Sequence[str], edits: Edits | None = None
@@ -292,7 +302,7 @@ def _of_function(
 
 
 def _collect(tree: Any, path: tuple[str, ...], found: Features) -> None:
-    """Adds the arrays that submodules gave; a second call's is "Dense_0#2"."""
+    """Adds the arrays that submodules returned; that of a second call is "Dense_0#2"."""
     for key, value in tree.items():
         if key == "__call__":
             for i, out in enumerate(value):

@@ -74,8 +74,8 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of a .safetensors file, by name.
 
     Raises:
-      DataError: if it is damaged or something else.
-      MissingExtraError: without the package safetensors.
+      DataError: if the file is damaged or of another kind.
+      MissingExtraError: if the package safetensors is not installed.
     """
     try:
         from safetensors import SafetensorError, safe_open
@@ -93,7 +93,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
 def _check_file(path: str | Path) -> None:
     if not os.path.isfile(path):
-        raise check.DataError(f"{path}: there is no such file of weights.")
+        raise check.DataError(f"{path}: there is no such file.")
     size = os.path.getsize(path)
     if size > LARGEST:
         raise check.DataError(f"{path} has {size} bytes, more than the {LARGEST} allowed.")

@@ -114,7 +114,7 @@ def test_bench_data(tar, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == 30
     rates = found["images_per_second"]
-    assert {"reading alone", "made when asked for", "2 threads", "2 worker processes"} <= {*rates}
+    assert {"reading alone", "decoded on demand", "2 threads", "2 worker processes"} <= {*rates}
     assert all(np.isfinite(rate) and rate > 0 for rate in rates.values())
     assert main(["bench", "dta"]) == 2
     assert "Did you mean 'data'" in capsys.readouterr().err

@@ -20,7 +20,7 @@ def photo(tmp_path, photograph):
 @pytest.fixture
 def tiny_model(tiny, monkeypatch):
     """Every name means the tiny trunk."""
-    monkeypatch.setattr(pretrained, "load", lambda name: tiny)
+    monkeypatch.setattr(pretrained, "load_trunk", lambda name: tiny)
 
 
 def pixels(path):
@@ -75,7 +75,7 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(tiny_model, photo,
     bad.write_bytes(b"not an image")
     out = ["--out", str(tmp_path / "out.png")]
     mistakes = {
-        ("dream", str(bad), *out): "is no image",
+        ("dream", str(bad), *out): "is not an image",
         ("dream", str(tmp_path / "none.jpg"), *out): "no such image file",
         ("dream", *out): "IMAGE",
         ("dream", photo, *out, "--class", "cat"): "IMAGE",

@@ -114,7 +114,7 @@ def test_nothing_is_compiled_again(pointwise, photograph):
     goal = dream.goal(pointwise, "x")
     how = PLAIN._replace(tile=32, steps=3, jitter=4)
     dream.dream(pointwise, photograph, goal, how)
-    programs = (dream._add_tile, dream._shifted_gradient, dream.ascended)
+    programs = (dream._add_tile, dream._shifted_gradient, dream.ascend)
     before = [program._cache_size() for program in programs]
     dream.dream(pointwise, photograph, goal, how._replace(step_size=0.03), seed=5)
     assert [program._cache_size() for program in programs] == before

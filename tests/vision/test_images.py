@@ -59,13 +59,13 @@ def png_of(width, height):
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "is no image"),
-        (b"GIF89a", "is no image"),
-        (b"not an image at all", "is no image"),
+        (b"", "is not an image"),
+        (b"GIF89a", "is not an image"),
+        (b"not an image at all", "is not an image"),
         (png_of(60000, 60000), "exceeds limit"),
         (png_of(9000, 9000), "pixels, more than"),
-        (png_of(0, 10), "is no image"),
-        (png_of(20, 20), "is no image"),
+        (png_of(0, 10), "is not an image"),
+        (png_of(20, 20), "is not an image"),
     ],
     ids=["empty", "short", "text", "enormous", "large", "no-width", "hollow"],
 )

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def tiny_model(tiny, monkeypatch, tmp_path):
     """Every name means the tiny trunk."""
-    monkeypatch.setattr(pretrained, "load", lambda name: tiny)
+    monkeypatch.setattr(pretrained, "load_trunk", lambda name: tiny)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
 
 
@@ -124,7 +124,7 @@ def test_train_goes_on_and_apply_paints(folder, tmp_path, capsys):
         ([str(run), photo, "--tile", "30"], "multiple of 4"),
         ([str(folder), photo], "not a run directory of `jdl style train`"),
         ([photo, photo], "damaged"),
-        ([str(run), str(folder / "photos.tar")], "is no image"),
+        ([str(run), str(folder / "photos.tar")], "is not an image"),
     ]
     nothing = tmp_path / "nothing.png"
     for words, told in wrong:
@@ -140,7 +140,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(folder, tmp_path, capsys):
     text = tmp_path / "text.jpg"
     text.write_text("no picture")
     wrong = [
-        ([photo, str(text)], "is no image"),
+        ([photo, str(text)], "is not an image"),
         ([str(tmp_path / "none.jpg"), waves], "no such image file"),
         ([photo], "at least one"),
         ([photo, waves, "--style-layers", "rely"], "The nearest: relu"),

@@ -278,5 +278,5 @@ def test_what_is_no_run(tmp_path):
 
     data = from_arrays(random(4, 2, 2, 1), np.arange(4, dtype=np.int32) % 2, batch_size=4)
     other = jdl.classifier(MLP(widths=(2,)), "adam").train(data, steps=1)
-    with pytest.raises(check.DataError, match="of no style network"):
+    with pytest.raises(check.DataError, match="not a style network"):
         pt.load_painter(other.export(tmp_path / "mlp.jdl", data))
