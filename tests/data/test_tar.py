@@ -462,7 +462,7 @@ def test_labels(tmp_path):
         by_number = TarSource(path, label=lambda name, number=number: number(name[-5]))
         assert (by_number.classes, by_number.labels([0, 1, 2]).tolist()) == (("7", "8"), [0, 1, 0])
     for wrong in (True, 1.5, b"x"):
-        with pytest.raises(UserError, match=r"`label` must be a function that gives.*1_7\.png"):
+        with pytest.raises(UserError, match=r"`label` must be a function that returns.*1_7\.png"):
             TarSource(path, label=lambda name, wrong=wrong: wrong)
     assert TarSource(path, label=None).labels([0, 1]).tolist() == [-1, -1]
     train = TarSource(path, split="train")
