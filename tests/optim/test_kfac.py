@@ -490,13 +490,13 @@ def test_every_device_inverts_its_share_only():
         jax.debug.callback(note, jax.lax.axis_index("data"))
         return inverses.inverse(matrix, shift)
 
-    inverses = jax.jit(lambda m, s: inverses.shared(solve, m, s, axis_name=None, mesh=mesh))(
+    solved = jax.jit(lambda m, s: inverses.shared(solve, m, s, axis_name=None, mesh=mesh))(
         matrices, shifts
     )
     jax.effects_barrier()
     assert sorted(n for _, n in seen) == [3, 6, 7, 8]  # each once in all
     assert {d for d, _ in seen} == {0, 1}
-    for (inverse,), matrix in zip(inverses, matrices, strict=True):
+    for (inverse,), matrix in zip(solved, matrices, strict=True):
         want = np.linalg.inv(np.asarray(matrix, np.float64) + 0.5 * np.eye(len(matrix)))
         np.testing.assert_allclose(inverse, want, rtol=1e-3, atol=1e-4)
 

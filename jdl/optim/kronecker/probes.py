@@ -147,10 +147,10 @@ def _corners(window: Sequence[int]) -> list[tuple[int, ...]]:
 def _moments(
     a: Any, g: Any, weights: Any, piece: Piece, layer: Layer, probe: Probe, bases: Any
 ) -> Probe:
-    """The second moments that one use adds to a kernel's probe."""
+    """The second moments that a use adds to its kernel's probe."""
     dtype = probe.rows.dtype
     a, g = a.astype(dtype), g.astype(dtype)
-    if not layer.transposed:  # a transposed kernel's piece counts inputs, all of them its own
+    if not layer.transposed:  # the piece of a transposed kernel covers all of its columns
         g = g[:, piece.start : piece.start + piece.size]
     rows = jnp.asarray(float(a.shape[0]), dtype) if weights is None else jnp.sum(weights)
     if weights is not None:
@@ -202,7 +202,7 @@ def _squares(first: Any, last: Any, one: Any, probe: Probe, bases: Any, piece: P
     last = jnp.pad(last, [(0, 0), (piece.offset, width)])
     x = first if isinstance(bases.first, tuple) else first @ bases.first
     y = last if isinstance(bases.last, tuple) else last @ bases.last
-    # One weight of each row is in `first`; a gradient of a masked row is zero by itself.
+    # `first` includes each row's weight; gradients of masked rows are zero already.
     return jnp.square(x).T @ jnp.square(y)
 
 
