@@ -206,7 +206,7 @@ def schedule_value(scalar_or_schedule: ScalarOrSchedule, count: Any) -> jax.Arra
         return jnp.array(scalar_or_schedule(count), jnp.float32)
 
 
-def check_options(**options: float | None) -> None:
+def check_options(**options: Any) -> None:
     """Refuses options out of their range in `RANGES`; all others must be integers of at least 1.
 
     >>> check_options(tolerance=1.0)
