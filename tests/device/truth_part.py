@@ -84,7 +84,7 @@ def every_optimizer(results, names, tiny):
         {"image": images[i : i + BATCH], "label": labels[i : i + BATCH]}
         for i in range(0, STEPS * BATCH, BATCH)
     ]
-    workers = 1 if tiny else max(2, min(6, (os.cpu_count() or 2) // 2))
+    workers = 1 if tiny else max(2, min(10, (os.cpu_count() or 2) * 2 // 3))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         enough = lambda: tiny or results.left() > COMPILES  # noqa: E731
         found = {pool.submit(one_optimizer, n, batches, enough): n for n in names}
