@@ -145,7 +145,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(folder, tmp_path, capsys):
         ([photo], "at least one"),
         ([photo, waves, "--style-layers", "rely"], "The nearest: relu"),
         ([photo, waves, "--style", "-1"], "weights.style"),
-        ([photo, waves, "--steps", "0"], "positive"),
+        ([photo, waves, "--steps", "0"], "at least 1"),
         ([photo, waves, *LAYERS, "--shares", "1", "2"], "one a style"),
     ]
     for words, told in wrong:
