@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from loop_part import RESNET50, cases, estimator_of
+from loop_part import estimator_of, resnet
 from PIL import Image, ImageDraw
 from results import timed
 
@@ -165,7 +165,7 @@ def decoder_alone(pictures, side, threads, seconds):
 
 def training(results, path, tiny):
     """ResNet-50 from the tar, by default threads, against the same batches' shapes in memory."""
-    case = list(cases(tiny).values())[-1] if tiny else cases(tiny)[RESNET50]
+    case = resnet(tiny)
     side = case.shape[0]
     estimator = estimator_of(case)
     tar = open_tar(path, side, case.batch_size)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import threading
 import time
 import traceback
 
@@ -15,6 +16,7 @@ class Results:
 
     def __init__(self, path, part, seconds):
         self._path, self._began, self._seconds = path, time.monotonic(), seconds
+        self._lock = threading.Lock()
         self._found = {"part": part, "complete": False, "machine": machine(), "rows": []}
         self._write()
 
@@ -25,9 +27,10 @@ class Results:
     def add(self, case, **figures):
         """A row: what was measured, and its figures."""
         at = round(time.monotonic() - self._began, 1)
-        self._found["rows"].append({"case": case, "at": at, "figures": plain(figures)})
-        print(f"{at:6.1f} {case}", flush=True)
-        self._write()
+        with self._lock:
+            self._found["rows"].append({"case": case, "at": at, "figures": plain(figures)})
+            print(f"{at:6.1f} {case}", flush=True)
+            self._write()
 
     @contextlib.contextmanager
     def guard(self, case):

@@ -39,9 +39,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SHARES = {"truth": 95, "loop": 75, "clock": 120, "loader": 45, "compile": 35, "vision": 20}
+SHARES = {"truth": 95, "loop": 62, "clock": 138, "loader": 42, "compile": 38, "vision": 15}
 TINY_SHARES = {"truth": 60, "loop": 30, "clock": 40, "loader": 20, "compile": 20, "vision": 10}
 MINUTES, TINY_MINUTES = 6.5, 4.0
+NOT_PRINTED = {"traceback", "curve", "spread_ms", "bytes", "compiler_bytes", "steps", "residuals"}
 RESERVE = 6.0  # seconds before its limit at which a part begins nothing new
 
 
@@ -127,7 +128,8 @@ def report(found):
     if "machine" in found:
         lines.append(", ".join(f"{k}: {v}" for k, v in found["machine"].items()))
     for row in found["rows"]:
-        figures = (f"{k}={short(v)}" for k, v in row["figures"].items() if k != "traceback")
+        shown = {k: v for k, v in row["figures"].items() if k not in NOT_PRINTED}
+        figures = (f"{k}={short(v)}" for k, v in shown.items() if v is not None)
         lines.append(f"- {row['case']}: {', '.join(figures)}")
     if "output" in found:
         lines.append("```\n" + found["output"][-1500:] + "\n```")

@@ -43,24 +43,23 @@ from jdl.train.step import build
 
 STEPS, BATCH = 20, 64
 TOLERANCE = {1: 1e-4, STEPS: 2e-2}
+COMPILES = 20.0  # seconds that must be left for another optimizer to be begun
 AMPLIFIED = 50.0  # of what a disturbance of 1e-7 makes of itself
 FAMILIES = ("momentum", "adam", "muon", "lbfgs", "hf", "kfac")  # one a family, for a dry run
 
 
 def run(results, *, tiny, data):
     del data
-    with tempfile.TemporaryDirectory(prefix="jdl-resume-") as folder:
-        with results.guard("kill and resume"):
-            runs = [start_resume(folder, name) for name in ("whole", "killed")]
-        every_optimizer(results, FAMILIES if tiny else first_families(), tiny)
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        resuming = beside.submit(kill_and_resume, results)  # in processes of its own
         with results.guard("curvature products against float64 on the CPU"):
             curvature_products(results)
         with results.guard("K-FAC factors against float64 on the CPU"):
             kronecker_factors(results)
         with results.guard("parallel on one device"):
             placements(results)
-        with results.guard("kill and resume"):
-            resumed(results, folder, runs)
+        every_optimizer(results, FAMILIES if tiny else first_families(), tiny)
+        resuming.result()
 
 
 def first_families():
@@ -86,15 +85,16 @@ def every_optimizer(results, names, tiny):
     ]
     workers = 1 if tiny else max(2, min(6, (os.cpu_count() or 2) // 2))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        found = {pool.submit(one_optimizer, n, batches, results.left): n for n in names}
+        enough = lambda: tiny or results.left() > COMPILES  # noqa: E731
+        found = {pool.submit(one_optimizer, n, batches, enough): n for n in names}
         for future in concurrent.futures.as_completed(found):
             with results.guard(f"optimizer {found[future]}"):
                 results.add(f"optimizer {found[future]}", **future.result())
 
 
-def one_optimizer(name, batches, left):
-    """The distances of one optimizer's runs."""
-    if left() < 0:
+def one_optimizer(name, batches, enough):
+    """The distances of one optimizer's runs, if there is time enough."""
+    if not enough():
         return {"skipped": "no time left"}
     program = build(jdl.from_linen(Small()), losses.softmax_cross_entropy, by_name(name))
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
@@ -265,25 +265,31 @@ def placements(results):
 LAST, KILLED_AT, SAVED_EVERY = 24, 17, 8
 
 
-def start_resume(folder, name):
-    """A training in a process of its own: a whole one, or one that is killed on the way."""
+def kill_and_resume(results):
+    """Two trainings at once, one of them killed; that one again, and both ends compared."""
+    case = "kill and resume, kfac, deterministic"
+    with results.guard(case), tempfile.TemporaryDirectory(prefix="jdl-resume-") as folder:
+        compare_resumed(results, case, folder)
+
+
+def training(folder, name):
+    """A training in a process of its own."""
     command = [sys.executable, __file__, folder, name]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def resumed(results, folder, runs):
-    """Takes the killed run up again and compares the parameters bit for bit."""
-    patience = max(results.left(), 5.0)
-    outputs = [process.communicate(timeout=patience)[0] for process in runs]
-    again = start_resume(folder, "resumed")
-    outputs.append(again.communicate(timeout=max(results.left(), 5.0))[0])
-    codes = [*(p.returncode for p in runs), again.returncode]
+def compare_resumed(results, case, folder):
+    runs = [training(folder, name) for name in ("whole", "killed")]
+    outputs = [run.communicate(timeout=max(results.left(), 1.0))[0] for run in runs]
+    runs.append(training(folder, "resumed"))
+    outputs.append(runs[-1].communicate(timeout=max(results.left(), 1.0))[0])
+    codes = [run.returncode for run in runs]
     if codes != [0, -signal.SIGKILL, 0]:
         said = "\n".join(output[-400:] for output in outputs)
         raise RuntimeError(f"exit codes {codes}, expected [0, -9, 0]: {said}")
     whole, after = (np.load(Path(folder) / f"{name}.npy") for name in ("whole", "resumed"))
     results.add(
-        "kill and resume, kfac, deterministic",
+        case,
         within=bool(np.array_equal(whole, after)),
         steps=LAST,
         killed_at=KILLED_AT,
