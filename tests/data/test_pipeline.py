@@ -254,6 +254,13 @@ def test_first_batch_is_made_ahead_of_being_asked_for(tar):
         next(iterator)
 
 
+def test_every_thread_may_hold_a_batch_however_large(tar):
+    """Else some would stand still: 16 threads on batches of 38 MB."""
+    options = {"size": (224, 224), "batch_size": 256, "epochs": None, "cache_bytes": 0}
+    assert from_tar(tar, threads=16, **options).ahead == 16
+    assert from_tar(tar, threads=2, **options).ahead == 4
+
+
 def test_threads_end_with_their_iterator(tar):
     iterator = iter(from_tar(tar, batch_size=5, epochs=None, threads=2))
     next(iterator)
