@@ -169,22 +169,9 @@ def reached(trial: Trial, target: Target, budget: Budget) -> Row | None:
 
 def cost_to_target(results: Results) -> dict[str, np.ndarray]:
     """Optimizer -> its cost to the target for each (problem, seed), ∞ where it was missed."""
-    budget = results.budget
-
-    def cost(problem: str, optimizer: str, seed: int) -> float:
-        for trial in results.of(problem, optimizer):
-            if trial.seed == seed:
-                row = reached(trial, results.target(problem), budget)
-                return math.inf if row is None else float(row[budget.column])
-        return math.inf
-
     return {
         optimizer: np.array(
-            [
-                cost(problem, optimizer, seed)
-                for problem in results.problems
-                for seed in results.study["seeds"]
-            ]
+            [x for problem in results.problems for x in _line(results, problem, optimizer).each]
         )
         for optimizer in results.optimizers
     }
@@ -207,10 +194,9 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
     def final(column: str) -> Spread:
         # A trial that diverged has no final value: an earlier one does not count.
         lost = -math.inf if column.endswith("accuracy") else math.inf
-        pairs = zip(trials, last, strict=True)
         return Spread.of(
-            lost if trial.status == "diverged" else _or(row.get(column), lost)
-            for trial, row in pairs
+            lost if trial.status == "diverged" or (value := row.get(column)) is None else value
+            for trial, row in zip(trials, last, strict=True)
         )
 
     def count(column: str) -> Spread:
@@ -235,10 +221,6 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
         statuses=tuple(trial.status for trial in trials),
         troubles=tuple(f"seed {t.seed}: {t.words}" for t in trials if t.status != "done"),
     )
-
-
-def _or(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
 
 
 # ------------------------------------------------------------------ tuning

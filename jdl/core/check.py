@@ -1,8 +1,8 @@
-"""Argument checks, and the errors a user can mend.
+"""Argument checks, and the errors that a user can correct.
 
 Every message says which argument, what it must be, what it got and, where it helps, what to do.
-The command line shows a `UserError` in one line and ends with exit code 2; anything else is a
-fault of ours.
+The command line shows a `UserError` in one line and ends with exit code 2; any other exception is
+a bug.
 """
 
 import difflib
@@ -12,19 +12,19 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake the caller can mend."""
+    """An error that the caller can correct."""
 
 
 class ArgumentError(UserError, ValueError):
-    """An argument has a value it must not have."""
+    """An argument has a value that is not allowed."""
 
 
 class DataError(UserError, ValueError):
-    """A file holds something other than it should."""
+    """A file or a batch has unexpected contents."""
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on: the loss is not finite, say."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class MissingExtraError(UserError, ImportError):
@@ -57,7 +57,7 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def positive_ints(**values: Any) -> None:
-    """Refuses the first of these that is no integer of at least 1."""
+    """Raises for the first of these that is not an integer of at least 1."""
     for name, value in values.items():
         positive_int(name, value)
 
@@ -113,7 +113,7 @@ Did you mean 'adam'?
 
 
 def _nearest(value: str, names: list[str]) -> str | None:
-    """The longest name that `value` begins with, whatever case and hyphens; else the most alike."""
+    """The longest name that `value` begins with, ignoring case and hyphens; or the nearest."""
 
     def plain(text: str) -> str:
         return "".join(c for c in text.casefold() if c.isalnum())

@@ -1,6 +1,6 @@
-"""The one evaluator of jaxprs, and all that depends on how JAX writes them (releases 0.8 to 0.12).
+"""The evaluator of jaxprs, and all that depends on JAX's version of them (0.8 to 0.12).
 
-Other files know primitives by name, and their public parameters.
+Other files use primitives' names and public parameters only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +14,16 @@ from jdl.core.types import PyTree
 _REMAT = ("remat", "remat2", "checkpoint")
 CALLS = ("jit", "pjit", "closed_call", "core_call", "call", "eval_jaxpr", *_REMAT)
 as_function = jex.jaxpr_as_fun  # program -> its function of arrays
-CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # calls with a derivative of their own
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # calls with their own derivative rule
 
 
 class Site(NamedTuple):
-    """One equation of a program.
+    """One equation of a program."""
 
-    Attributes:
-      eqn: the equation.
-      place: the numbers of the equations and branches that lead to it, unique in the program.
-      times: how often the scans around it run it.
-    """
-
-    eqn: Any
+    eqn: Any  # the equation
+    # The numbers of the equations and branches that lead to it, unique in the program.
     place: tuple[int, ...]
-    times: int
+    times: int  # how often the scans around it run it
 
     @property
     def name(self) -> str:
@@ -37,11 +32,11 @@ class Site(NamedTuple):
 
 
 class Evaluator(NamedTuple):
-    """Evaluates programs equation by equation, and shows each equation to `visit`.
+    """Evaluates programs equation by equation, calling `visit` for each.
 
     Attributes:
-      visit: (site, inputs, state) -> (outputs, state), or None to go on by `inside`. State is
-        carried through branches and loops, which must leave its shapes as they are.
+      visit: (site, inputs, state) -> (outputs, state), or None for the outputs of `inside`. State
+        is carried through branches and loops, which must keep its shapes.
       leave: turns values into plain arrays before they enter a loop, as carry or slices, or leave a
         branch or a loop's body; needed where `visit` returns pytrees that wrap an array.
 
@@ -81,11 +76,11 @@ class Evaluator(NamedTuple):
         return [read(atom) for atom in jaxpr.outvars], state
 
     def inside(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
-        """An equation, evaluated within: calls, rematerialization, scans, branches, while loops.
+        """An equation's outputs, visiting its body: calls, checkpoints, scans, branches, loops.
 
-        Others are evaluated as they are, as is a while loop that `jax.vmap` gave a condition for
-        each example. Of a while loop's condition nothing is shown. A call with a derivative of its
-        own gets that of its body.
+        Other equations are evaluated as they are, as is a while loop whose condition `jax.vmap`
+        made one for each example. A while loop's condition is not visited. A call with its own
+        derivative rule gets its body's derivative.
         """
         eqn, params = site.eqn, site.eqn.params
         if site.name == "cond":
@@ -135,9 +130,9 @@ class Evaluator(NamedTuple):
     def _while(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:
         params = site.eqn.params
         n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        test, told = as_function(params["cond_jaxpr"]), self.leave(inputs[:n])
+        test, constants = as_function(params["cond_jaxpr"]), self.leave(inputs[:n])
         return jax.lax.while_loop(
-            lambda carry: test(*told, *carry[0])[0],
+            lambda carry: test(*constants, *carry[0])[0],
             lambda carry: self._body(
                 site, params["body_jaxpr"], [*inputs[n:m], *carry[0]], carry[1]
             ),
@@ -146,16 +141,16 @@ class Evaluator(NamedTuple):
 
 
 def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-    """What an equation gives for these inputs."""
+    """The outputs of an equation for these inputs."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    # Up to JAX 0.9 functions come apart from the other parameters.
+    # Up to JAX 0.9 functions are returned apart from the other parameters.
     functions, params = params if isinstance(params, tuple) else ((), params)
     outputs = eqn.primitive.bind(*functions, *inputs, **params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 def scan_groups(eqn: Any) -> tuple[int, int]:
-    """Where a scan's carry begins among its inputs, and where what it slices."""
+    """Where among a scan's inputs its carry begins, and where its slices."""
     params = eqn.params
     if "num_consts" in params:  # before JAX 0.12
         n, carry = params["num_consts"], params["num_carry"]

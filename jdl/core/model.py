@@ -1,13 +1,14 @@
-"""A model is two pure functions. Adapters make one from Flax Linen, Flax NNX, or plain functions.
+"""A model as two pure functions, from Flax Linen, Flax NNX, or plain functions.
 
     params, state   = model.init(key, *inputs)
     outputs, state' = model.apply(params, state, *inputs, key=key, train=True)
 
-`params` is what an optimizer moves, `state` what a model carries along besides (batch statistics,
-persistent Markov chains); `{}` when there is none. Only this file of the core knows Flax, and
-imports it only when an adapter is called.
+`params` is what an optimizer changes, `state` the model's other arrays (batch statistics,
+persistent Markov chains), or `{}`. Of the core only this file uses Flax, and imports it in the
+adapters.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -25,7 +26,7 @@ class Model(NamedTuple):
     Attributes:
       init: `init(key, *inputs) -> (params, state)`.
       apply: `apply(params, state, *inputs, key=None, train=False) -> (outputs, state)`; `key`
-        feeds whatever is random (dropout) and is needed only in training.
+        is for dropout and other randomness, and is needed only in training.
     """
 
     init: Callable[..., tuple[Params, ModelState]]
@@ -44,12 +45,12 @@ class ModelLike(Protocol):
 
 
 def from_fns(init: Callable[..., Params], apply: Callable[..., Outputs]) -> Model:
-    """A stateless `Model` of two plain functions.
+    """A stateless `Model` from two plain functions.
 
     Args:
       init: `init(key, *inputs) -> params`.
-      apply: `apply(params, *inputs) -> outputs`; where it takes keywords `key` or `train`, it is
-        given them.
+      apply: `apply(params, *inputs) -> outputs`; it is passed `key` and `train` if it has keywords
+        of these names.
 
     >>> line = from_fns(lambda key, x: {"slope": jnp.ones(())}, lambda p, x: p["slope"] * x)
     >>> params, state = line.init(jax.random.key(0), jnp.ones(3))
@@ -75,11 +76,11 @@ def from_fns(init: Callable[..., Params], apply: Callable[..., Outputs]) -> Mode
 
 
 def from_linen(module: Any) -> Model:
-    """A `Model` of a Flax Linen module.
+    """A `Model` from a Flax Linen module.
 
     The collection `params` becomes the parameters, every other collection the state.
-    `__call__` is told the mode by `train=` or `deterministic=`, whichever it accepts, if any.
-    Randomness beyond initialization is drawn from one key under the name `dropout`.
+    `__call__` is passed `train=` or `deterministic=`, whichever it accepts, if any. Randomness
+    after initialization comes from one key under the name `dropout`.
 
     >>> import flax.linen as nn
     >>> model = from_linen(nn.Dense(2))
@@ -122,8 +123,7 @@ def from_linen(module: Any) -> Model:
 def bytes_refused() -> Any:
     """A context in which Linen's dense and convolutional layers refuse uint8.
 
-    They would take it for numbers of 0 to 255, and nothing tells whether it is pixels, not scaled,
-    or class numbers.
+    They would use it as numbers of 0 to 255, whether it is unscaled pixels or class numbers.
     """
     import flax.linen as nn
 
@@ -137,7 +137,7 @@ def bytes_refused() -> Any:
             f"floating-point numbers for {type(context.module).__name__}",
             f"uint8{[*getattr(given, 'shape', ())]}",
             "Images are scaled to [0, 1] where they are uint8 [B, H, W, C] with C of 1, 3 or 4; "
-            "give other pixels as float32, and class numbers to an Embed.",
+            "give other pixels as float32, and pass class numbers to an Embed.",
         )
         return method(*args, **kwargs)
 
@@ -145,11 +145,11 @@ def bytes_refused() -> Any:
 
 
 def from_nnx(build: Callable[[Any], Any]) -> Model:
-    """A `Model` of a Flax NNX module.
+    """A `Model` from a Flax NNX module.
 
-    `nnx.Param` variables become the parameters, all others but random-number state the model
-    state. Random streams are seeded anew from the step's key at each call, so that a step is a
-    pure function of its arguments.
+    `nnx.Param` variables become the parameters, all others except random-number state the model
+    state. At each call random streams are seeded from the step's key, so that a step is a pure
+    function of its arguments.
 
     Args:
       build: `build(rngs) -> nnx.Module`, with `rngs: nnx.Rngs`.
@@ -185,7 +185,7 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
         return jax.tree.unflatten(structure, fresh)
 
     def init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
-        del inputs  # NNX modules know their shapes when built
+        del inputs  # NNX modules have their shapes when built
         _, params, _, state = split(build(nnx.Rngs(key)))
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
@@ -207,8 +207,8 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
 def with_compute_dtype(model: Model, dtype: Any) -> Model:
     """The same model, computing in `dtype`; parameters, state and outputs stay float32.
 
-    Losses, gradients and everything an optimizer does with them are float32 too, since parameters
-    are cast inside the function that is differentiated.
+    Losses, gradients and optimizers' arithmetic are float32 too, since parameters are cast inside
+    the function that is differentiated.
 
     Args:
       model: any model.
@@ -231,15 +231,11 @@ def with_compute_dtype(model: Model, dtype: Any) -> Model:
         return jnp.asarray(x, to) if floating else x
 
     def apply(
-        params: Params,
-        state: ModelState,
-        *inputs: Any,
-        key: Key | None = None,
-        train: bool = False,
+        params: Params, state: ModelState, *inputs: Any, **options: Any
     ) -> tuple[Outputs, ModelState]:
         params, inputs = jax.tree.map(lambda x: cast(x, narrow), (params, inputs))
         with jax.numpy_dtype_promotion("standard"):  # float32 state meets narrow activations
-            outputs, new_state = model.apply(params, state, *inputs, key=key, train=train)
+            outputs, new_state = model.apply(params, state, *inputs, **options)
         new_state = jax.tree.map(lambda x, old: cast(x, old.dtype), new_state, state)
         return jax.tree.map(lambda x: cast(x, jnp.float32), outputs), new_state
 
@@ -247,7 +243,7 @@ def with_compute_dtype(model: Model, dtype: Any) -> Model:
 
 
 def with_remat(model: Model) -> Model:
-    """The same model, which keeps no activations for its gradient but computes them once more.
+    """The same model, whose gradient computes the activations again instead of storing them.
 
     >>> line = from_fns(lambda key, x: jnp.ones(()), lambda slope, x: jnp.sin(slope * x))
     >>> spared = with_remat(line)
@@ -256,22 +252,16 @@ def with_remat(model: Model) -> Model:
     """
 
     def apply(
-        params: Params,
-        state: ModelState,
-        *inputs: Any,
-        key: Key | None = None,
-        train: bool = False,
+        params: Params, state: ModelState, *inputs: Any, key: Key | None = None, **options: Any
     ) -> tuple[Outputs, ModelState]:
-        def whole(params: Params, state: ModelState, inputs: Any, key: Key | None) -> Any:
-            return model.apply(params, state, *inputs, key=key, train=train)
-
-        return jax.checkpoint(whole)(params, state, inputs, key)
+        again = jax.checkpoint(functools.partial(model.apply, **options))
+        return again(params, state, *inputs, key=key)
 
     return Model(model.init, apply)
 
 
 def as_model(model: Any) -> Model:
-    """`model` itself, or the `Model` of a Linen module."""
+    """`model` itself, or the `Model` from a Linen module."""
     if isinstance(model, Model):
         return model
     is_linen = callable(getattr(model, "init", None)) and callable(getattr(model, "apply", None))
@@ -280,7 +270,7 @@ def as_model(model: Any) -> Model:
         "model",
         "a jdl.Model or a Flax Linen module",
         model,
-        f"It is a class: make one of it, {model.__name__}(…)."
+        f"It is a class: call it, {model.__name__}(…)."
         if isinstance(model, type)
         else "Wrap NNX modules with jdl.from_nnx and plain functions with jdl.from_fns.",
     )
@@ -288,7 +278,7 @@ def as_model(model: Any) -> Model:
 
 
 def _keywords(function: Callable[..., Any]) -> set[str]:
-    """The names `function` can be given as keywords."""
+    """The names of arguments that `function` accepts as keywords."""
     parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {name for name, p in parameters.items() if p.kind in kinds}

@@ -2,13 +2,13 @@ r"""A model and a loss on one batch, as a function of the parameters alone.
 
     f(θ) = Σᵢ mᵢ ℓ(net(θ, xᵢ), yᵢ) / Σᵢ mᵢ + r(θ)
 
-with an optional 0/1 mask m (`batch["mask"]`) and an optional regularizer r. Whatever an optimizer
-asks within one step, it asks of the same f: the random key, the batch and the incoming model state
-are fixed: dropout masks do not change under a line search, and batch statistics move once a step.
+with an optional 0/1 mask m (`batch["mask"]`) and an optional regularizer r. Within a step every
+evaluation is of the same f: random key, batch and incoming model state are fixed, so that a line
+search sees the same dropout masks, and batch statistics change once a step.
 
-Everything data-parallel and memory-bound happens here, so that optimizers know neither: with
+Data parallelism and memory limits are handled here, and optimizers need neither: with
 `microbatches` every evaluation and every product is a scan over slices of the batch, and with
-`axis_name` every reduction crosses the devices of that axis.
+`axis_name` every reduction is over the devices of that axis.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from jdl.core.types import Batch, Key, Loss, ModelState, Outputs, Params, PyTree
 class Aux(NamedTuple):
     """What an evaluation gives besides value and gradient."""
 
-    model_state: ModelState  # the state the model goes on with
+    model_state: ModelState  # for the next step
     outputs: Outputs  # the model's outputs, leading axis B
 
 
@@ -38,22 +38,22 @@ class Aux(NamedTuple):
 )
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """The function of the parameters that one step works on.
+    """One step's function of the parameters.
 
-    It is a pytree, so it crosses `jit` as an argument.
+    It is a pytree, and so can be an argument of a jitted function.
 
     Attributes:
       model: the pure functions.
-      loss: `loss(outputs, batch) -> float[B]`, one value an example. Gauss-Newton products need it
-        convex in `outputs`.
+      loss: `loss(outputs, batch) -> float[B]`, one value an example. For Gauss-Newton products it
+        must be convex in `outputs`.
       model_state: the state that every evaluation starts from.
-      batch: name -> array[B, ...]; `batch["mask"]`, if present, weighs the examples.
-      curvature_batch: the examples for `hvp` and `gnvp`; None for the whole batch.
+      batch: name -> array[B, ...]; `batch["mask"]`, if present, weights the examples.
+      curvature_batch: the examples for curvature products; None for the whole batch.
       key: the key that every evaluation uses; None for a model without randomness.
-      inputs: the entry of `batch` that the model is given, or a tuple of several.
+      inputs: the entry of `batch` that is the model's input, or a tuple of several.
       regularizer: r(θ), a scalar function of the parameters, or None.
       train: whether the model runs in training mode.
-      microbatches: into how many slices each batch is cut, to bound memory.
+      microbatches: how many slices each batch is cut into, to bound memory.
       axis_name: the mapped axis to reduce over, inside `pmap` or `shard_map` only.
     """
 
@@ -78,7 +78,7 @@ class Objective:
         key: Key | None = None,
         **options: Any,
     ) -> "Objective":
-        """An objective of two pure functions, for a bare optax loop.
+        """An objective from two pure functions, for a bare optax loop.
 
         Args:
           predict: `predict(params, batch) -> outputs`, or `predict(params, batch, key)`.
@@ -115,15 +115,15 @@ class Objective:
     ) -> jax.Array:
         """f(θ). Keywords are ignored.
 
-        Some are named because optax's line searches pass on all extra arguments of an update, and
-        only to functions that name them.
+        optax's line searches pass all extra arguments of an update on, and raise for those that
+        this function does not name.
         """
         del obj_fn, objective, whole_params, reused
         if self.axis_name is None:
             return self._value(params, self.batch)
 
-        # Who differentiates this, optax's line searches and Sophia do, gets the gradient over all
-        # devices; JAX's own rule for psum would leave each device with another.
+        # optax's line searches and Sophia differentiate this, and need the gradient over all
+        # devices; by JAX's own rule for psum each device would get a different one.
         @jax.custom_jvp
         def value(params: Params) -> jax.Array:
             return self._value(params, self.batch)
@@ -200,7 +200,7 @@ class Objective:
     def efvp(self, params: Params, vector: PyTree) -> PyTree:
         r"""E v with E = Σᵢ mᵢ gᵢ gᵢᵀ / Σᵢ mᵢ, the empirical Fisher, on the curvature batch.
 
-        gᵢ is the gradient of example i's loss. The regularizer has no part in it.
+        gᵢ is the gradient of example i's loss. The regularizer is not included.
         """
         batch = self.batch_for_curvature
         total = self.total_weight(batch)
@@ -218,7 +218,7 @@ class Objective:
     ) -> PyTree:
         """Jᵀ J v / B with J the Jacobian of `fn(params, batch)`, on the curvature batch.
 
-        B is the number of examples; the mask has no part in it.
+        B is the number of examples; the mask is not used.
         """
         batch = self.batch_for_curvature
         count = self._psum(jnp.asarray(float(self.num_examples(batch)), jnp.float32))
@@ -242,17 +242,18 @@ class Objective:
             return self.scan(part, batch)[0]
 
     def empirical_fisher_diagonal(self, params: Params, key: Key) -> Params:
-        """One draw, unbiased, of diag(Σᵢ mᵢ gᵢ gᵢᵀ / Σᵢ mᵢ), the empirical Fisher's diagonal.
+        """An unbiased random estimate of diag(Σᵢ mᵢ gᵢ gᵢᵀ / Σᵢ mᵢ), of the empirical Fisher.
 
-        gᵢ is the gradient of example i of the curvature batch. One backward pass of Σᵢ sᵢ mᵢ ℓᵢ
-        with random signs sᵢ does it: squared, its cross terms vanish in expectation (Chapelle &
-        Erhan 2011). Each microbatch and device draws for itself, which lowers the variance.
+        gᵢ is the gradient of example i of the curvature batch. It takes one backward pass of
+        Σᵢ sᵢ mᵢ ℓᵢ with random signs sᵢ: in its square the cross terms vanish in expectation
+        (Chapelle & Erhan 2011). Microbatches and devices are squared one by one, which lowers the
+        variance.
         """
         batch = self.batch_for_curvature
         total = self.total_weight(batch)
 
         def part(batch: Batch, own_key: Key | None) -> Any:
-            # Signs must be independent within a microbatch only, so microbatches share them.
+            # Signs need to be independent within a microbatch only: all microbatches share them.
             draw = key
             if self.axis_name is not None:
                 draw = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
@@ -270,7 +271,7 @@ class Objective:
 
         return self.scan(part, batch)[0]
 
-    # ------------------------------------------------------------------ parts, for own sums
+    # ------------------------------------------------------------------ to build other sums
 
     @property
     def batch_for_curvature(self) -> Batch:
@@ -278,7 +279,7 @@ class Objective:
         return self.batch if self.curvature_batch is None else self.curvature_batch
 
     def curvature_share(self) -> float:
-        """The curvature batch's examples per example of the batch."""
+        """The examples of the curvature batch, per example of the batch."""
         return self.num_examples(self.batch_for_curvature) / self.num_examples(self.batch)
 
     def apply(self, params: Params, batch: Batch, key: Key | None) -> tuple[Outputs, ModelState]:
@@ -307,7 +308,7 @@ class Objective:
         return losses / total.astype(losses.dtype)
 
     def scan(self, part: Callable[[Batch, Key | None], Any], batch: Batch) -> Any:
-        """A sum over microbatches and devices, which every evaluation and product is made of.
+        """A sum over microbatches and devices: all evaluations and products are such.
 
         Args:
           part: (microbatch, its key) -> (term, rest).
@@ -343,7 +344,7 @@ class Objective:
             rest = Aux(rest.model_state, outputs)
         return self._psum(total), rest
 
-    # ------------------------------------------------------------------ inner workings
+    # ------------------------------------------------------------------ private
 
     def _losses(self, outputs: Outputs, batch: Batch) -> jax.Array:
         losses: jax.Array = asked(self.loss, "loss", outputs, batch)
@@ -383,9 +384,9 @@ class Objective:
         return tree.add_scaled(product, 1.0, own)
 
     def _merge_states(self, state: ModelState) -> ModelState:
-        """The mean, over microbatches and devices, of what each made of the same incoming state.
+        """The mean of the new states over microbatches and devices.
 
-        For running averages that is the update a single large batch would have made.
+        For running averages that is the state after a single large batch.
         """
 
         def merge(x: jax.Array) -> jax.Array:
@@ -403,32 +404,32 @@ class Objective:
 
 
 def require_of_outputs(loss: Loss) -> None:
-    """Refuses a loss that a model function computed itself: of the outputs it has no curvature."""
+    """Refuses a loss that is computed inside the model, without a Hessian in the outputs."""
     check.argument(
         getattr(loss, "of_outputs", True),
         "loss",
-        "a function of the model's outputs for optimizers by Gauss-Newton or Kronecker factors",
+        "a function of the model's outputs for Gauss-Newton products and Kronecker factors",
         "its values",
-        "Give Spec(outputs=…, loss=function), or take another optimizer: adam, lbfgs, cg, newton.",
+        "Use Spec(outputs=…, loss=function), or another optimizer: adam, lbfgs, cg, newton.",
     )
 
 
 def check_mask(mask: Any, size: int) -> None:
-    """Raises unless a batch's mask is one number an example."""
+    """Raises unless a batch's mask has one number an example."""
     check.argument(
         mask.shape == (size,), 'batch["mask"]', f"a number an example, ({size},)", mask.shape
     )
 
 
 def batch_size(batch: Batch, inputs: str | tuple[str, ...] = ()) -> int:
-    """The number of examples B: the leading size of the model's inputs, which all entries have.
+    """The number of examples B: the leading size of all entries of a batch.
 
     >>> batch_size({"graph": jnp.ones((7, 7)), "image": jnp.ones((4, 3))}, "image")
     Traceback (most recent call last):
         ...
     jdl.core.check.ArgumentError: `batch` must be a dict of arrays with one row an example: \
-'image' has 4 rows, got {'graph': (7, 7)}. What is one for all examples belongs in the \
-model or the loss, or is to be repeated for each; single examples are to be put together in batches.
+'image' has 4 rows, got {'graph': (7, 7)}. An array that all examples share belongs in the \
+model or the loss, or must be repeated for each; single examples must be stacked into batches.
     """
     leads = {jnp.shape(x)[:1] for x in jax.tree.leaves(dict(batch))}
     if len(leads) == 1 and (lead := leads.pop()):
@@ -439,22 +440,22 @@ model or the loss, or is to be repeated for each; single examples are to be put 
         for path, x in jax.tree_util.tree_leaves_with_path(dict(batch))
     }
     check.argument(bool(shapes), "batch", "a dict with at least one array", batch)
-    # The inputs first, then the mask: their rows are the examples.
+    # The inputs' rows are the examples, or else the mask's.
     ordered = sorted(shapes, key=lambda path: (path.split("/")[0] not in names, path != "mask"))
     of = next((path for path in ordered if shapes[path]), ordered[0])
     has = f": {of!r} has {shapes[of][0]} rows" if shapes[of] else ""
     odd = {path: shapes[path] for path in ordered if shapes[path][:1] != (shapes[of][:1] or None)}
     raise check.ArgumentError(
-        f"`batch` must be a dict of arrays with one row an example{has}, got {odd}. What is one "
-        "for all examples belongs in the model or the loss, or is to be repeated for each; single "
-        "examples are to be put together in batches."
+        f"`batch` must be a dict of arrays with one row an example{has}, got {odd}. An array that "
+        "all examples share belongs in the model or the loss, or must be repeated for each; single "
+        "examples must be stacked into batches."
     )
 
 
 def asked(
     function: Callable[[Outputs, Batch], Any], what: str, outputs: Outputs, batch: Batch
 ) -> Any:
-    """`function(outputs, batch)`; an entry that it misses in the batch is told by name.
+    """`function(outputs, batch)`; the error for a missing entry of the batch names it.
 
     >>> asked(lambda outputs, batch: batch["label"], "loss", jnp.zeros(1), {"image": jnp.zeros(1)})
     Traceback (most recent call last):
@@ -466,7 +467,7 @@ def asked(
     except KeyError as error:
         key = error.args[0] if error.args else None
         if key in batch:
-            raise  # of something else
+            raise  # not of the batch
         only = ", ".join(map(repr, batch)) or "none"
         also = f"; nor have the outputs: {[*outputs]}" if isinstance(outputs, Mapping) else ""
         raise check.DataError(
@@ -476,7 +477,7 @@ def asked(
 
 @dataclass(frozen=True)
 class _Predict:
-    """A plain function as a `Model.apply`; two of the same function are equal, as jit needs."""
+    """A plain function as a `Model.apply`; equal for equal functions, so that jit compiles once."""
 
     predict: Callable[..., Outputs]
 

@@ -1,7 +1,7 @@
-"""Vector algebra on pytrees: what `optax.tree` lacks.
+"""Vector algebra on pytrees, beyond `optax.tree`.
 
-Inner products accumulate in at least float32, whatever the leaves' type, so that second-order
-methods keep their footing under bfloat16.
+Inner products accumulate in at least float32, whatever the leaves' type, as second-order methods
+need under bfloat16.
 """
 
 import functools

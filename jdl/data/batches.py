@@ -122,7 +122,7 @@ class Batches(grain.IterDataset):
         max_skipped: float = 0.0,
     ):
         super().__init__()
-        self.plan, self.order, self._classes = plan, order, classes
+        self.plan, self.order, self.classes = plan, order, classes
         self.fingerprint, self.max_skipped = fingerprint, max_skipped
         self._bad: set[str] = set()
 
@@ -197,19 +197,9 @@ class Batches(grain.IterDataset):
         return self.plan.steps_per_epoch
 
     @property
-    def classes(self) -> tuple[str, ...] | None:
-        """The names of the classes, or None if there is no such table."""
-        return self._classes
-
-    @property
     def skipped(self) -> int:
         """The number of records found unreadable so far, each counted once."""
         return len(self._bad)
-
-    @property
-    def skipped_names(self) -> tuple[str, ...]:
-        """Where these records are."""
-        return tuple(sorted(self._bad))
 
     @property
     def element_spec(self) -> dict[str, Any]:

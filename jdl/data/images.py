@@ -18,11 +18,14 @@ refused when its header is read, before memory is allocated.
 
 import io
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jdl.core import check
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 try:
     import simplejpeg
@@ -110,33 +113,37 @@ def decode(
     >>> decode(file.getvalue(), size=(4, 6)).shape
     (4, 6, 3)
     """
+    how = _How(size, grayscale, exact, max_pixels, crop)
     if data[:3] == b"\xff\xd8\xff" and simplejpeg is not None and not exact:
-        pixels = _fast_jpeg(data, size, grayscale, max_pixels, crop)
+        pixels = _fast_jpeg(data, how)
         if pixels is not None:
             return pixels
-    return _with_pillow(data, size, grayscale, exact, max_pixels, crop)
+    return _with_pillow(data, how)
 
 
-def _with_pillow(
-    data: bytes,
-    size: tuple[int, int] | None,
-    grayscale: bool,
-    exact: bool,
-    max_pixels: int,
-    crop: Crop | None,
-) -> np.ndarray:
+class _How(NamedTuple):
+    """The arguments of `decode`."""
+
+    size: tuple[int, int] | None
+    grayscale: bool
+    exact: bool
+    max_pixels: int
+    crop: Crop | None
+
+
+def _with_pillow(data: bytes, how: _How) -> np.ndarray:
     from PIL import Image
 
-    mode = "L" if grayscale else "RGB"
+    mode = "L" if how.grayscale else "RGB"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_pixels(image.width, image.height, max_pixels)
+            _check_pixels(image.width, image.height, how.max_pixels)
             turn = _pillow_orientation(image)
-            if image.format == "JPEG" and size is not None and not exact:
-                height, width = _needed(image.height, image.width, turn, size, crop)
+            if image.format == "JPEG" and how.size is not None and not how.exact:
+                height, width = _needed(image.height, image.width, turn, how.size, how.crop)
                 image.draft(mode, (width, height))
             image.load()
-            return finish(np.asarray(_eight_bits(image, mode)), turn, size, crop)
+            return finish(np.asarray(_eight_bits(image, mode)), turn, how.size, how.crop)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -145,7 +152,7 @@ def _with_pillow(
         raise BadImage(f"cannot be decoded: {error}" if str(error) else repr(error)) from error
 
 
-def _eight_bits(image: Any, mode: str) -> Any:
+def _eight_bits(image: "PIL.Image.Image", mode: str) -> "PIL.Image.Image":
     """A Pillow image as 8-bit "L" or "RGB"."""
     from PIL import Image
 
@@ -158,7 +165,7 @@ def _eight_bits(image: Any, mode: str) -> Any:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _pillow_orientation(image: Any) -> int:
+def _pillow_orientation(image: "PIL.Image.Image") -> int:
     try:
         turn = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # an image with invalid EXIF data is still an image
@@ -183,30 +190,24 @@ def _needed(
     return (down, across) if turn < 5 else (across, down)
 
 
-def _fast_jpeg(
-    data: bytes,
-    size: tuple[int, int] | None,
-    grayscale: bool,
-    max_pixels: int,
-    crop: Crop | None,
-) -> np.ndarray | None:
+def _fast_jpeg(data: bytes, how: _How) -> np.ndarray | None:
     """The result of `decode`, or None if it takes Pillow."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in ("YCbCr", "Gray", "GRAY", "RGB"):
             return None
-        _check_pixels(width, height, max_pixels)
+        _check_pixels(width, height, how.max_pixels)
         turn = jpeg_orientation(data)
         target = (height, width)
-        if size is not None:
-            target = _needed(height, width, turn, size, crop)
+        if how.size is not None:
+            target = _needed(height, width, turn, how.size, how.crop)
         for eighths in EIGHTHS:
             high, wide = -(-height * eighths // 8), -(-width * eighths // 8)
             if high >= target[0] and wide >= target[1]:
                 break
         pixels = simplejpeg.decode_jpeg(
             data,
-            colorspace="GRAY" if grayscale else "RGB",
+            colorspace="GRAY" if how.grayscale else "RGB",
             fastdct=False,
             fastupsample=False,
             min_height=high,
@@ -216,7 +217,7 @@ def _fast_jpeg(
         if isinstance(error, BadImage):
             raise
         return None
-    return finish(pixels, turn, size, crop)
+    return finish(pixels, turn, how.size, how.crop)
 
 
 def finish(

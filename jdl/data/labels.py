@@ -83,7 +83,7 @@ def _by_function(function: Callable[[str], Name]) -> Callable[[str], str | None]
         if found is None or isinstance(found, str):
             return found
         ok = isinstance(found, int | np.integer) and not isinstance(found, bool)
-        must = f"a function that gives a name, a number or None; for {name!r} one"
+        must = f"a function that returns a name, a number or None; for {name!r} one"
         check.argument(ok, "label", must, found)
         return str(found)
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from jdl.data.tar.archive import STDIN
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.stream import Member, MemberStream
 
-_MANY = 1 << 40  # stands for the number of records, which only the end shows
+_MANY = 1 << 40  # in place of the number of records, which is known only at the end
 
 
 def standard_input(
@@ -60,27 +60,28 @@ def standard_input(
         "the class names in their order: they cannot be collected before the images come",
         classes,
     )
-    records = _Records(label, parse_split(split), tuple(classes or ()))
+    if label is not None:
+        lb.reader(label)  # refuses invalid labels before anything is read
+    chosen = _Chosen(label, parse_split(split), None if label is None else tuple(classes or ()))
     decoder = Decoder(size, grayscale, dtype)
-    return PipedBatches(records, batch_size, decoder, on_error == "skip", max_skipped, threads)
+    return PipedBatches(chosen, batch_size, decoder, on_error == "skip", max_skipped, threads)
 
 
-class _Records:
-    """Which members are records, and their names, labels and bytes as far as they have come."""
+class _Chosen(NamedTuple):
+    """Which members are records, and of which classes."""
 
-    def __init__(self, label: lb.Label, split: str | Holdout | None, classes: tuple[str, ...]):
-        self.classes = None if label is None else classes
-        self._split = split
-        self._in_split = split.chooser() if isinstance(split, Holdout) else None
-        self._class_of = None if label is None else lb.reader(label)
-        self._names: dict[int, str] = {}  # of records whose batch is being made
+    label: lb.Label
+    split: str | Holdout | None
+    classes: tuple[str, ...] | None
 
-    def chosen(self, members: Iterable[Member]) -> Iterator[Member]:
+    def images(self, members: Iterable[Member]) -> Iterator[Member]:
         """The images of the split.
 
         Raises:
           DataError: at the end, if there was none.
         """
+        split = self.split
+        in_split = split.chooser() if isinstance(split, Holdout) else None
         folders: set[str] = set()
         images = found = 0
         for member in members:
@@ -90,42 +91,41 @@ class _Records:
             folder = lb.first_folder(member.name)
             if len(folders) < 10:
                 folders.add(folder)
-            if self._split is None or (
-                self._in_split(member.name) if self._in_split else folder == self._split
-            ):
+            if split is None or (in_split(member.name) if in_split else folder == split):
                 found += 1
                 yield member
         if not images:
             raise check.DataError("Standard input holds no images.")
-        if self._split is not None and not found:
-            raise no_such_split("Standard input", self._split, images, sorted(folders))
+        if split is not None and not found:
+            raise no_such_split("Standard input", split, images, sorted(folders))
 
-    def add(self, first: int, members: Sequence[Member]) -> np.ndarray:
-        """Notes the names of records from number `first` on; gives their numbers."""
-        self._names.update((first + i, member.name) for i, member in enumerate(members))
-        return np.arange(first, first + len(members))
 
-    def remove(self, records: np.ndarray) -> None:
-        """Forgets the names of these records."""
-        for record in records.tolist():
-            del self._names[record]
+class _Batch:
+    """The records of one batch: their names and labels."""
+
+    def __init__(self, chosen: _Chosen, first: int, members: list[Member]):
+        self._chosen, self._first, self._members = chosen, first, members
+        self.numbers = np.arange(first, first + len(members))
 
     def where(self, i: int) -> str:
         """The member of record `i`, for messages."""
-        return f"standard input, member {self._names[i]!r}"
+        return f"standard input, member {self._members[i - self._first].name!r}"
 
     def labels(self, records: np.ndarray) -> np.ndarray:
         """The labels of these records, int32 [n]."""
-        assert self._class_of is not None
-        assert self.classes is not None
+        class_of, classes = lb.reader(self._chosen.label), self._chosen.classes or ()
         found = np.empty(len(records), np.int32)
         for row, record in enumerate(records.tolist()):
-            label = self._class_of(self._names[record])
+            label = class_of(self._members[record - self._first].name)
             if label is None:
                 raise check.DataError(f"{self.where(record)} has no label.")
-            lb.check_classes(self.classes, [label], self.where(record))
-            found[row] = self.classes.index(label)
+            lb.check_classes(classes, [label], self.where(record))
+            found[row] = classes.index(label)
         return found
+
+    def read(self, rows: Sequence[int]) -> Iterator[bytes]:
+        """The bytes of the records in these rows."""
+        return (self._members[row].data for row in rows)
 
 
 class PipedBatches(Batches):
@@ -133,7 +133,7 @@ class PipedBatches(Batches):
 
     def __init__(
         self,
-        records: _Records,
+        chosen: _Chosen,
         batch_size: int,
         decoder: Decoder,
         skip: bool,
@@ -143,12 +143,12 @@ class PipedBatches(Batches):
         super().__init__(
             Plan.checked(_MANY, batch_size, 1, False),
             Order(_MANY, shuffle=False, seed=0),
-            classes=records.classes,
+            classes=chosen.classes,
             fingerprint=STDIN,
             max_skipped=max_skipped,
         )
-        labelled = records.classes is not None
-        self._records = records
+        labelled = chosen.label is not None
+        self._chosen = chosen
         self._assembler = Assembler(decoder, labelled=labelled, skip=skip, masked=True)
         self.num_threads = max(threads, 1)
         self.ahead = self._assembler.ahead(batch_size, self.num_threads)
@@ -191,25 +191,19 @@ class PipedBatches(Batches):
         """The batches from a position on; records before it are read but not decoded."""
         del epoch
         stream = MemberStream(open_archive(STDIN))
-        coming = itertools.islice(self._records.chosen(stream), record, None)
+        coming = itertools.islice(self._chosen.images(stream), record, None)
         rows = self.plan.batch_size
 
-        def read(number: int) -> tuple[int, list[Member]] | None:
+        def read(number: int) -> _Batch | None:
             try:
                 members = list(itertools.islice(coming, rows))
             finally:  # damage explains other errors
                 if not self._assembler.skip:
                     _refuse_damage(stream)
-            return (record + number * rows, members) if members else None
+            return _Batch(self._chosen, record + number * rows, members) if members else None
 
-        def decode(read: tuple[int, list[Member]]) -> Loaded:
-            first, members = read
-            records = self._records.add(first, members)
-            held = lambda rows: (members[row].data for row in rows)  # noqa: E731
-            try:
-                return self._assembler.make(self.plan, 0, records, self._records, held)
-            finally:
-                self._records.remove(records)
+        def decode(batch: _Batch) -> Loaded:
+            return self._assembler.make(self.plan, 0, batch.numbers, batch, batch.read)
 
         return InOrder(read, decode, _MANY, self.num_threads, self.ahead)
 

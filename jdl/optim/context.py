@@ -17,34 +17,23 @@ from jdl.optim.masking import Part, restricted
 
 
 class UpdateContext(NamedTuple):
-    """The objective around the current parameters; all scalars have one type, at least float32.
+    """The objective around the current parameters; all scalars have one type, at least float32."""
 
-    Attributes:
-      updates: the incoming updates, which stand for the gradient in the optimizer's own model.
-      params: θ, where the update starts.
-      value: f(θ).
-      grad: ∇f(θ), as evaluated, whatever earlier transformations of a chain did to the updates.
-      value_fn: params -> value.
-      value_and_grad: params -> (value, gradient).
-      residual_fn: params -> residuals, for least squares; None without.
-      noise: how much f may vary around θ by rounding alone.
-      finite: whether value and gradient are finite.
-      stationary: whether the gradient is zero.
-      objective: the caller's, as a function of θ; None without.
-      fill: θ -> all parameters, where optax.masked or optax.partition pass only part of them.
-    """
-
+    # The incoming updates, which stand for the gradient in the optimizer's own model.
     updates: PyTree
-    params: Params
-    value: jax.Array
+    params: Params  # θ, where the update starts
+    value: jax.Array  # f(θ)
+    # ∇f(θ), as evaluated, whatever earlier transformations of a chain did to the updates.
     grad: Params
-    value_fn: Callable[[Params], jax.Array]
-    value_and_grad: Callable[[Params], tuple[jax.Array, Params]]
+    value_fn: Callable[[Params], jax.Array]  # params -> value
+    value_and_grad: Callable[[Params], tuple[jax.Array, Params]]  # params -> (value, gradient)
+    # Params -> residuals, for least squares; None without.
     residual_fn: Callable[[Params], PyTree] | None
-    noise: jax.Array
-    finite: jax.Array
-    stationary: jax.Array
-    objective: Objective | None
+    noise: jax.Array  # how much f may vary around θ by rounding alone
+    finite: jax.Array  # whether value and gradient are finite
+    stationary: jax.Array  # whether the gradient is zero
+    objective: Objective | None  # the caller's, as a function of θ; None without
+    # θ -> all parameters, where optax.masked or optax.partition pass only part of them.
     fill: Callable[[Params], Params]
 
     @property

@@ -1,8 +1,8 @@
-r"""How far to trust a quadratic model: damping and trust regions, steered by the reduction ratio.
+r"""How far to trust a quadratic model: damping and trust regions by the reduction ratio.
 
     ρ = (f(θ + δ) − f(θ)) / (q(δ) − q(0))
 
-is 1 where the model q foretells f exactly, small or negative where it misleads.
+is 1 where the model q predicts f exactly, and small or negative where it predicts badly.
 """
 
 import jax
@@ -16,15 +16,15 @@ def reduction_ratio(
 ) -> jax.Array:
     """ρ, actual over predicted change.
 
-    Where both changes drown in the rounding noise of f the ratio says nothing about the model, and
-    is taken for 1: otherwise damping would explode at every optimum. A change that is not finite,
-    or a model that foretells a rise, gives −inf.
+    Where both changes are within the rounding noise of f the ratio carries no information and is
+    set to 1: otherwise damping would explode at every optimum. A change that is not finite, or a
+    predicted rise, gives −inf.
 
     Args:
       value: f(θ).
       new_value: f(θ + δ).
       model: q(δ) − q(0), undamped, normally < 0.
-      noise: by how much f may vary for rounding alone, ≥ 0.
+      noise: how much f may vary by rounding alone, ≥ 0.
 
     >>> one, three, minus_four = jnp.asarray(1.0), jnp.asarray(3.0), jnp.asarray(-4.0)
     >>> float(reduction_ratio(three, one, minus_four))
@@ -46,11 +46,11 @@ def update_damping(
     minimum: float = 1e-10,
     maximum: float = 1e10,
 ) -> jax.Array:
-    """The next λ: more where the model misled (ρ < ¼), less where it was right (ρ > ¾).
+    """The next λ: larger where the model was poor (ρ < ¼), smaller where it was good (ρ > ¾).
 
     Args:
       damping: λ ≥ 0.
-      ratio: ρ; NaN counts as misled.
+      ratio: ρ; NaN counts as poor.
       increase: factor ≥ 1.
       decrease: factor in (0, 1].
       minimum: the least λ.
@@ -74,11 +74,11 @@ def trust_radius(
     *,
     maximum: float = 1e10,
 ) -> jax.Array:
-    """The next Δ: a quarter where the model misled, double where it was right and Δ held it back.
+    """The next Δ: a quarter where the model was poor; double where it was good and Δ was reached.
 
     Args:
       radius: Δ > 0.
-      ratio: ρ; NaN counts as misled.
+      ratio: ρ; NaN counts as poor.
       on_boundary: whether the step reached ‖δ‖ = Δ.
       maximum: the greatest Δ.
 

@@ -1,8 +1,8 @@
-"""What every second-order optimizer says of itself, under one set of names.
+"""Diagnostics of second-order optimizers, under the same names in all of them.
 
-A state carries its `Diagnostics` in the field `diagnostics`; `read` finds it however deep optax has
-nested that state. Work is counted in evaluations of the full batch, so that optimizers which spend
-it differently can be compared: see `COSTS`.
+A state has its `Diagnostics` in the field `diagnostics`; `read` finds it however deep optax has
+nested that state. Work is counted in evaluations of the full batch, so that optimizers can be
+compared: see `COSTS`.
 """
 
 from typing import Any, NamedTuple
@@ -27,10 +27,10 @@ COSTS = {
 
 
 class Diagnostics(NamedTuple):
-    """Scalars that every second-order state carries; counts are cumulative.
+    """Scalars in every second-order optimizer's state; counts are cumulative.
 
-    Each update is handed a value and a gradient and counts them as one gradient, unless it is told
-    `reused=True`; a value that comes with a gradient is free.
+    The value and gradient passed to each update count as one gradient, unless `reused=True`; a
+    value computed with a gradient is free.
 
     Attributes:
       iterations: updates made, int32.
@@ -40,7 +40,7 @@ class Diagnostics(NamedTuple):
       damping: λ of the last step; 0 for methods without.
       reduction_ratio: ρ, actual over predicted reduction of the last step; NaN where unknown.
       linear_iterations: iterations of the inner linear solver, int32.
-      termination: how the last update ended, a `ResultCode` code, int32.
+      termination: how the last update ended, a `ResultCode`, int32.
       values: evaluations of the value alone.
       gradients: evaluations of the gradient.
       hessian_products: Hessian-vector products, in units of the full batch.
@@ -65,30 +65,15 @@ class Diagnostics(NamedTuple):
 
 
 def init(damping: Number = 0.0) -> Diagnostics:
-    """The diagnostics of a state that has made no update."""
+    """The diagnostics of a state before its first update."""
+    counts = ("iterations", "evaluations", "linear_iterations", "termination")
+    first = {"damping": damping, "reduction_ratio": jnp.nan}
 
-    def count() -> jax.Array:
-        return jnp.zeros((), jnp.int32)
+    def leaf(name: str) -> jax.Array:
+        # A new array each: a state whose fields share a buffer cannot be donated.
+        return jnp.array(first.get(name, 0), jnp.int32 if name in counts else jnp.float32)
 
-    def number(x: Number = 0.0) -> jax.Array:
-        # A copy each: a state whose fields share a buffer cannot be donated.
-        return jnp.array(x, jnp.float32)
-
-    return Diagnostics(
-        iterations=count(),
-        evaluations=count(),
-        gradient_equivalents=number(),
-        step_size=number(),
-        damping=number(damping),
-        reduction_ratio=number(jnp.nan),
-        linear_iterations=count(),
-        termination=count(),
-        values=number(),
-        gradients=number(),
-        hessian_products=number(),
-        gauss_newton_products=number(),
-        factor_work=number(),
-    )
+    return Diagnostics(*map(leaf, Diagnostics._fields))
 
 
 def advance(
@@ -106,21 +91,21 @@ def advance(
     reduction_ratio: Number = jnp.nan,
     reused: jax.Array | bool = False,
 ) -> Diagnostics:
-    """The diagnostics after one more update, given what the update did by itself.
+    """The diagnostics after one more update.
 
     Args:
       last: the diagnostics before it.
       step_size: the factor on the direction.
-      termination: a `ResultCode` code.
+      termination: a `ResultCode`.
       values: evaluations of the value alone.
-      gradients: evaluations of the gradient besides the one handed over.
+      gradients: evaluations of the gradient besides the one passed in.
       hessian_products: Hessian products times the curvature batch's share of the batch.
       gauss_newton_products: Gauss-Newton products times that share.
       factor_work: multiplications on Kronecker factors per those of a gradient.
       linear_iterations: iterations of the inner solver.
       damping: λ used.
-      reduction_ratio: ρ found.
-      reused: whether the gradient handed over cost nothing, being the last update's own.
+      reduction_ratio: ρ of the step.
+      reused: whether the gradient passed in cost nothing, since the last update computed it.
 
     >>> after = advance(init(), step_size=1.0, termination=1, values=3, gradients=1)
     >>> float(after.gradient_equivalents), int(after.evaluations)
@@ -130,10 +115,10 @@ def advance(
     def number(x: Number) -> jax.Array:
         return jnp.asarray(x, jnp.float32)
 
-    handed = 1.0 - number(reused)
+    passed_in = 1.0 - number(reused)
     counts = {
         "values": last.values + number(values),
-        "gradients": last.gradients + number(gradients) + handed,
+        "gradients": last.gradients + number(gradients) + passed_in,
         "hessian_products": last.hessian_products + number(hessian_products),
         "gauss_newton_products": last.gauss_newton_products + number(gauss_newton_products),
     }
@@ -160,13 +145,13 @@ def ending(
 
     Args:
       code: how the line search ended.
-      finite: whether value and gradient were.
-      stationary: whether the gradient was zero.
-      descends: whether the direction descended, so that −gradient did not have to stand in.
+      finite: whether value and gradient are.
+      stationary: whether the gradient is zero.
+      descends: whether the direction is one of descent; if not, −gradient replaced it.
     """
     code = jnp.asarray(code, jnp.int32)
-    stood_in = (code == ResultCode.ACCEPTED) & ~descends
-    code = jnp.where(stood_in, ResultCode.STEEPEST_DESCENT, code)
+    replaced = (code == ResultCode.ACCEPTED) & ~descends
+    code = jnp.where(replaced, ResultCode.STEEPEST_DESCENT, code)
     code = jnp.where(stationary, ResultCode.STATIONARY, code)
     return jnp.where(finite, code, ResultCode.NOT_FINITE).astype(jnp.int32)
 
@@ -175,7 +160,7 @@ def read(opt_state: Any) -> Diagnostics | None:
     """The first `Diagnostics` in an optimizer state, or None.
 
     Args:
-      opt_state: any optax state, however deep the account lies in it.
+      opt_state: any optax state.
 
     >>> import optax
     >>> read(optax.sgd(0.1).init(jnp.zeros(2))) is None

@@ -14,13 +14,20 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jdl.core import check, tree
+from jdl.core import tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import least_squares, linesearch, spectral
 from jdl.optim.context import UpdateContext
 from jdl.optim.damping import reduction_ratio
 from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.transformation import ScalarOrSchedule, Step, along, descending, second_order
+from jdl.optim.transformation import (
+    ScalarOrSchedule,
+    Step,
+    along,
+    check_options,
+    descending,
+    second_order,
+)
 
 
 class GaussNewtonState(NamedTuple):
@@ -85,10 +92,9 @@ def gauss_newton(
       Nocedal & Wright, Numerical Optimization (2006), section 10.3.
       Schraudolph, Fast curvature matrix-vector products (2002): convex losses.
     """
-    check.in_range("c1", c1, 0.0, 1.0, open_low=True, open_high=True)
-    if rcond is not None:
-        check.in_range("rcond", rcond, 0.0, 1.0, open_high=True)
-    check.positive_ints(
+    check_options(
+        rcond=rcond,
+        c1=c1,
         max_parameters=max_parameters,
         chunk_size=chunk_size,
         max_evaluations=max_evaluations,

@@ -37,7 +37,14 @@ from jdl.optim.damping import reduction_ratio, trust_radius, update_damping
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.preconditioner import Preconditioner, diagonal
 from jdl.optim.result import ResultCode
-from jdl.optim.transformation import ScalarOrSchedule, Step, along, descending, second_order
+from jdl.optim.transformation import (
+    ScalarOrSchedule,
+    Step,
+    along,
+    check_options,
+    descending,
+    second_order,
+)
 
 PRECONDITIONERS: dict[str, Callable[[], Preconditioner]] = {
     "diagonal": diagonal,
@@ -155,29 +162,28 @@ def hessian_free(
         solver = None if preconditioner is None else PRECONDITIONERS[str(preconditioner)]()
     else:
         solver = preconditioner
-    check.in_range("l2_reg", l2_reg, 0.0)
-    check.in_range("structural_damping", structural_damping, 0.0)
+    check_options(
+        damping=damping,
+        damping_increase=damping_increase,
+        damping_decrease=damping_decrease,
+        damping_minimum=damping_minimum,
+        trust_region=trust_region,
+        max_cg_iterations=max_cg_iterations,
+        progress=progress,
+        tolerance=tolerance,
+        warm_start=warm_start,
+        num_candidates=num_candidates,
+        l2_reg=l2_reg,
+        structural_damping=structural_damping,
+        c1=c1,
+        max_evaluations=max_evaluations,
+    )
     check.argument(
         (structural_damping > 0) == (hidden is not None),
         "hidden",
         "hidden(params, batch) -> activations with structural damping, and None without",
         hidden,
     )
-    check.in_range("damping", damping, 0.0)
-    check.in_range("damping_increase", damping_increase, 1.0)
-    check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True)
-    check.in_range("damping_minimum", damping_minimum, 0.0)
-    check.in_range("progress", progress, 0.0)
-    check.in_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
-    check.in_range("warm_start", warm_start, 0.0, 1.0)
-    check.in_range("c1", c1, 0.0, 1.0, open_low=True, open_high=True)
-    check.positive_ints(
-        max_cg_iterations=max_cg_iterations,
-        num_candidates=num_candidates,
-        max_evaluations=max_evaluations,
-    )
-    if trust_region is not None:
-        check.in_range("trust_region", trust_region, 0.0, open_low=True)
     first_damping = 0.0 if trust_region is not None else damping
 
     def init(params: Params) -> dict[str, Any]:

@@ -25,7 +25,13 @@ from jdl.optim.kronecker import factors as kronecker
 from jdl.optim.kronecker import inverses, moments, summary
 from jdl.optim.kronecker.factors import Kronecker
 from jdl.optim.kronecker.layers import Layers
-from jdl.optim.transformation import ScalarOrSchedule, Step, accepted, second_order
+from jdl.optim.transformation import (
+    ScalarOrSchedule,
+    Step,
+    accepted,
+    check_options,
+    second_order,
+)
 
 
 class KfacState(NamedTuple):
@@ -145,18 +151,17 @@ def kfac(
     check.in_range("damping", damping, 0.0, open_low=True)
     check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True, open_high=True)
     check.in_range("damping_minimum", damping_minimum, 0.0, open_low=True)
-    check.in_range("factors_decay", factors_decay, 0.0, 1.0, open_high=True)
-    check.in_range("l2_reg", l2_reg, 0.0)
-    check.positive_ints(
-        damping_every=damping_every,
+    check_options(
         factors_every=factors_every,
         inverses_every=inverses_every,
+        factors_decay=factors_decay,
+        damping_every=damping_every,
         model_rows=model_rows,
+        kl_clip=kl_clip,
+        l2_reg=l2_reg,
         max_size=max_size,
     )
     check.positive_int("max_backtracks", max_backtracks + 1)
-    if kl_clip is not None:
-        check.in_range("kl_clip", kl_clip, 0.0, open_low=True)
 
     def init(params: Params) -> dict[str, Any]:
         return {

@@ -23,6 +23,7 @@ from jdl.optim.transformation import (
     Step,
     along,
     bounded_scale,
+    check_options,
     descending,
     second_order,
 )
@@ -116,12 +117,11 @@ def lbfgs(
       Schraudolph, Yu & Günter, A stochastic quasi-Newton method for online convex optimization
       (2007): both gradients of a pair on one batch.
     """
-    check.positive_int("memory_size", memory_size)
-    check.positive_int("max_evaluations", max_evaluations)
+    check_options(
+        memory_size=memory_size, max_evaluations=max_evaluations, cautious=cautious, c2=c2
+    )
     check.one_of("scaling", scaling, ["diagonal", "scalar"])
     check.one_of("guard", guard, ["cautious", "powell"])
-    check.in_range("cautious", cautious, 0.0, 1.0, open_high=True)
-    check.in_range("c2", c2, 0.0, 1.0, open_low=True, open_high=True)
     check.in_range("c1", c1, 0.0, c2, open_low=True, open_high=True)
 
     def init(params: Params) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jdl.core import check, tree
+from jdl.core import tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import least_squares, spectral
 from jdl.optim.context import UpdateContext
 from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.transformation import ScalarOrSchedule, Step, second_order
+from jdl.optim.transformation import ScalarOrSchedule, Step, check_options, second_order
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -98,14 +98,13 @@ def levenberg_marquardt(
       Moré, The Levenberg-Marquardt algorithm: implementation and theory (1978): D, the region.
       Nocedal & Wright, Numerical Optimization (2006), section 10.3.
     """
-    check.in_range("damping", damping, 0.0)
-    check.positive_ints(
+    check_options(
+        damping=damping,
+        trust_region=trust_region,
         max_parameters=max_parameters,
         chunk_size=chunk_size,
         max_evaluations=max_evaluations,
     )
-    if trust_region is not None:
-        check.in_range("trust_region", trust_region, 0.0, open_low=True)
 
     def init(params: Params) -> dict[str, Any]:
         spectral.check_size("levenberg_marquardt", params, max_parameters)

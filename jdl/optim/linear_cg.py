@@ -1,8 +1,8 @@
-r"""Preconditioned conjugate gradients, as second-order optimizers need them.
+r"""Preconditioned conjugate gradients, with the stopping rules of second-order optimizers.
 
-Minimizes the quadratic model q(x) = ½⟨x, A x⟩ − ⟨b, x⟩ over pytrees, given only products A v.
-One product an iteration, one place in the program where a product is made (a warm start's A x₀ is
-iteration zero of the same loop), and all of it ends after `max_iterations`, whatever A returns.
+Minimizes the quadratic model q(x) = ½⟨x, A x⟩ − ⟨b, x⟩ over pytrees, given only products A v. The
+program has a single product, in the loop's body (a warm start's A x₀ is iteration zero), and the
+loop ends after `max_iterations`, whatever A returns. `_stopping` decides where it ends.
 """
 
 from collections.abc import Callable
@@ -20,28 +20,18 @@ RUNNING, CONVERGED, PROGRESS, EXHAUSTED, CURVATURE, BOUNDARY, BROKEN = range(7)
 
 
 class Solution(NamedTuple):
-    """What conjugate gradients found.
+    """What conjugate gradients found."""
 
-    Attributes:
-      x: the last iterate; with negative curvature, the last before it (or the first direction,
-        where that was the very first); with a radius, on the boundary if the path left the region.
-      model: q(x), at most q(x₀).
-      iterations: iterations made, int32.
-      products: products made, int32: one more with a warm start.
-      reason: why it ended, int32: a code of this module.
-      kept: iterates at geometrically spaced iterations, leading axis K, a ring.
-      kept_model: q of each, [K]; inf where the ring is not filled.
-      kept_count: how many were written in all; the newest is at (kept_count − 1) mod K.
-    """
-
+    # The last iterate; with negative curvature, the last before it (or the first direction, if
+    # the first had it); with a radius, on the boundary if the path left the region.
     x: PyTree
-    model: jax.Array
-    iterations: jax.Array
-    products: jax.Array
-    reason: jax.Array
-    kept: PyTree
-    kept_model: jax.Array
-    kept_count: jax.Array
+    model: jax.Array  # q(x), at most q(x₀)
+    iterations: jax.Array  # int32
+    products: jax.Array  # int32; one more with a warm start
+    reason: jax.Array  # why it ended, int32: a constant of this module
+    kept: PyTree  # iterates at geometrically spaced iterations, leading axis K, a ring buffer
+    kept_model: jax.Array  # q of each, [K]; inf where the ring is not filled
+    kept_count: jax.Array  # how many were kept in all; the newest is at (kept_count − 1) mod K
 
 
 class _State(NamedTuple):
@@ -75,7 +65,7 @@ def linear_cg(
     spacing: float = 1.3,
     active: jax.Array | bool = True,
 ) -> Solution:
-    """Solves A x = b, or gets as far as is useful.
+    """Solves A x = b approximately.
 
     Args:
       product: v -> A v, A symmetric; without negative curvature A is positive definite.
@@ -85,12 +75,13 @@ def linear_cg(
       max_iterations: ≥ 1.
       tolerance: ends when ‖A x − b‖ ≤ tolerance · ‖b‖.
       progress: ends at iteration i when q < 0 and (q − q[i−k]) / q < k · progress with
-        k = max(10, i/10): the last k iterations each brought less than that share of q. 0 is never.
+        k = max(10, i/10): in the last k iterations q fell by less than that fraction each. 0 for
+        never.
       radius: Δ of a trust region ‖x‖_M ≤ Δ; needs x0 = None. Steps leaving it, and directions of
-        negative curvature, are followed to its boundary.
+        negative curvature, end on its boundary.
       num_kept: K, how many iterates to keep.
       spacing: γ; iterates ⌈γʲ⌉ are kept, and the last.
-      active: False to do nothing, and return zero (or x0).
+      active: False to do nothing and return zero (or x0).
 
     >>> a = jnp.array([[4.0, 1.0], [1.0, 3.0]])
     >>> solution = linear_cg(lambda v: a @ v, jnp.array([1.0, 2.0]), tolerance=1e-5)
@@ -116,7 +107,7 @@ def linear_cg(
     initial = _State(
         x=start,
         residual=tree.scale(-1.0, b),
-        # Iteration zero of a warm start multiplies x₀ itself, to learn its residual.
+        # Iteration zero of a warm start multiplies x₀ itself, for its residual.
         direction=start,
         rz=jnp.ones((), dtype),
         norms=(zero, zero, zero),
@@ -134,7 +125,7 @@ def linear_cg(
     def body(s: _State) -> _State:
         first = s.iteration < 0  # only ever with a warm start
         xx, xp, pp = s.norms
-        # A solve may cost as much as a product: none is made for a direction never followed.
+        # A solve may cost as much as a product; iteration zero of a warm start needs none.
         z = jax.lax.cond(first, lambda r: r, solve, s.residual) if warm else solve(s.residual)
         rz = tree.vdot(s.residual, z).astype(dtype)
         beta = jnp.where(s.iteration > 0, rz / s.rz, 0.0)
@@ -144,19 +135,8 @@ def linear_cg(
         xp, pp = beta * xp, rz + beta * beta * pp
         ap = product(direction)
         curvature = tree.vdot(direction, ap).astype(dtype)
-        alpha = rz / curvature
-        reason = jnp.asarray(RUNNING)
         concave = ~first & (curvature <= 0)
-        if radius is None:
-            # Before the first iteration is done there is only the direction itself to go on.
-            alpha = jnp.where(concave, jnp.where(s.iteration == 0, 1.0, 0.0), alpha)
-        else:
-            outside = concave | (xx + 2 * alpha * xp + alpha * alpha * pp >= radius * radius)
-            gap = jnp.maximum(radius * radius - xx, 0.0)
-            boundary = gap / (xp + jnp.sqrt(jnp.maximum(xp * xp + pp * gap, 0.0)))
-            alpha = jnp.where(outside, boundary, alpha)
-            reason = jnp.where(outside, BOUNDARY, reason)
-        reason = jnp.where(concave, CURVATURE, reason)
+        alpha, reason = _step_length(rz / curvature, concave, s.iteration, (xx, xp, pp), radius)
         alpha = jnp.where(first, 0.0, alpha)
         x = tree.add_scaled(s.x, alpha, direction)
         residual = tree.add_scaled(s.residual, jnp.where(first, 1.0, alpha), ap)
@@ -166,22 +146,14 @@ def linear_cg(
 
         i = s.iteration + 1
         history = s.history.at[i].set(model)
-        k = jnp.maximum(10, (i + 9) // 10)
-        gained = model - history[jnp.maximum(i - k, 0)]
-        slow = (i > k) & (model < 0) & (gained >= k.astype(dtype) * progress * model)
-        slow &= progress > 0
         done = tree.vdot(residual, residual).astype(dtype) <= tolerance2
-        for code, holds in (
-            (EXHAUSTED, i >= max_iterations),
-            (PROGRESS, slow),
-            (CONVERGED, done),
-        ):
-            reason = jnp.where((reason == RUNNING) & holds & (~first | done), code, reason)
-        # M is positive definite: rounding alone makes ⟨r, M⁻¹ r⟩ nothing or less.
+        stop = _stopping(i, model, history, done, max_iterations, progress)
+        reason = jnp.where((reason == RUNNING) & (~first | done), stop, reason)
+        # M is positive definite: only rounding makes ⟨r, M⁻¹ r⟩ zero or negative.
         spent = ~first & (rz <= 0)
         broken = ~(jnp.isfinite(model) & jnp.isfinite(rz) & jnp.isfinite(curvature))
         reason = jnp.where(spent, CONVERGED, jnp.where(broken, BROKEN, reason)).astype(jnp.int32)
-        # A broken iterate is dropped; so is, without a radius, one that negative curvature left be.
+        # An iterate that is not finite, or made of rounding errors, is dropped.
         x = tree.where(broken | spent, s.x, x)
         model = jnp.where(broken | spent, s.model, model)
 
@@ -219,3 +191,46 @@ def linear_cg(
         kept_model=end.kept_model,
         kept_count=end.kept_count,
     )
+
+
+def _step_length(
+    alpha: jax.Array,
+    concave: jax.Array,
+    iteration: jax.Array,
+    norms: tuple[jax.Array, jax.Array, jax.Array],
+    radius: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The step along the direction, `alpha` unless curvature or boundary forbid; and the reason."""
+    xx, xp, pp = norms
+    reason = jnp.asarray(RUNNING)
+    if radius is None:
+        # Of negative curvature in the first iteration the direction itself is taken.
+        alpha = jnp.where(concave, jnp.where(iteration == 0, 1.0, 0.0), alpha)
+    else:
+        outside = concave | (xx + 2 * alpha * xp + alpha * alpha * pp >= radius * radius)
+        gap = jnp.maximum(radius * radius - xx, 0.0)
+        boundary = gap / (xp + jnp.sqrt(jnp.maximum(xp * xp + pp * gap, 0.0)))
+        alpha = jnp.where(outside, boundary, alpha)
+        reason = jnp.where(outside, BOUNDARY, reason)
+    return alpha, jnp.where(concave, CURVATURE, reason)
+
+
+def _stopping(
+    i: jax.Array,
+    model: jax.Array,
+    history: jax.Array,
+    done: jax.Array,
+    max_iterations: int,
+    progress: float,
+) -> jax.Array:
+    """Why CG stops after iteration i, or RUNNING.
+
+    By iterations, or slow progress of q (Martens 2010, section 4.4), or the residual.
+    """
+    k = jnp.maximum(10, (i + 9) // 10)
+    gained = model - history[jnp.maximum(i - k, 0)]
+    slow = (i > k) & (model < 0) & (gained >= k.astype(model.dtype) * progress * model)
+    slow &= progress > 0
+    code = jnp.where(done, CONVERGED, RUNNING)
+    code = jnp.where(slow, PROGRESS, code)
+    return jnp.where(i >= max_iterations, EXHAUSTED, code)

@@ -34,23 +34,14 @@ class Point(NamedTuple):
 
 
 class LineSearchResult(NamedTuple):
-    """What a line search found.
+    """What a line search found."""
 
-    Attributes:
-      step: α; 0 if no trial decreased f enough.
-      value: φ(α).
-      slope: φ'(α); NaN from `backtracking`, which knows values only.
-      grad: ∇f(θ + α d); None from `backtracking`.
-      evaluations: how many points were tried, int32.
-      termination: a `ResultCode` code, int32.
-    """
-
-    step: jax.Array
-    value: jax.Array
-    slope: jax.Array
-    grad: Params | None
-    evaluations: jax.Array
-    termination: jax.Array
+    step: jax.Array  # α; 0 if no trial decreased f enough
+    value: jax.Array  # φ(α)
+    slope: jax.Array  # φ'(α); NaN from `backtracking`, which knows values only
+    grad: Params | None  # ∇f(θ + α d); None from `backtracking`
+    evaluations: jax.Array  # how many points were tried, int32
+    termination: jax.Array  # a `ResultCode` code, int32
 
 
 class _State(NamedTuple):

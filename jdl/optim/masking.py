@@ -1,7 +1,7 @@
-"""Part of the parameters, as optax.masked and optax.partition hand it over.
+"""Updates of part of the parameters, inside optax.masked and optax.partition.
 
-A function of all parameters becomes one of the part, the others held where they are. A part has the
-structure of the whole, with `optax.MaskedNode()` for each leaf or branch that it lacks.
+A function of all parameters becomes one of the part, the others kept constant. A part has the
+structure of the whole, with `optax.MaskedNode()` for each leaf or branch that is not in it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from jdl.core.types import Params, PyTree
 
 
 class Part:
-    """Which leaves of `whole` are in `part`, and how to go from one to the other.
+    """Which leaves of `whole` are in `part`, and the conversions between them.
 
     >>> whole = {"a": jnp.ones(2), "b": jnp.ones(1)}
     >>> part = Part({"a": jnp.zeros(2), "b": optax.MaskedNode()}, whole)
@@ -32,7 +32,7 @@ class Part:
         self.whole = whole
         leaves, structure = jax.tree.flatten(part, is_leaf=_is_masked)
         self.structure: Any = structure
-        # A masked node may stand for a whole branch; how many arrays each leaf of the part covers.
+        # A masked node may replace a whole branch: each leaf of the part covers several arrays.
         branches: list[Any] = []
         with contextlib.suppress(ValueError, TypeError):
             branches = cast(Any, structure).flatten_up_to(whole)
@@ -43,7 +43,7 @@ class Part:
                 for x, branch in zip(leaves, branches, strict=False)
             ),
             "whole_params",
-            "all parameters, of which the optimizer is handed some",
+            "all parameters, of which the optimizer is passed some",
             jax.tree.structure(whole),
         )
         self.lacking = [
@@ -54,7 +54,7 @@ class Part:
         self._covered = [len(jax.tree.leaves(branch)) for branch in branches]
 
     def of(self, whole: PyTree) -> PyTree:
-        """The part of a tree shaped as the whole."""
+        """The part of a tree of the whole's structure."""
         leaves = iter(zip(jax.tree.leaves(whole), self.lacking, strict=True))
         groups = [[next(leaves) for _ in range(number)] for number in self._covered]
         return self.structure.unflatten(
@@ -75,7 +75,7 @@ class Part:
 
 
 def restricted(objective: Objective, part: Part) -> Objective:
-    """The objective as a function of the part, the other parameters held where they are."""
+    """The objective as a function of the part, the other parameters kept constant."""
 
     def apply(params: Params, *args: Any, **options: Any) -> Any:
         return objective.model.apply(part.filled(params), *args, **options)

@@ -20,7 +20,14 @@ from jdl.optim import linear_cg
 from jdl.optim.context import UpdateContext
 from jdl.optim.damping import reduction_ratio, update_damping
 from jdl.optim.diagnostics import Diagnostics
-from jdl.optim.transformation import ScalarOrSchedule, Step, accepted, descending, second_order
+from jdl.optim.transformation import (
+    ScalarOrSchedule,
+    Step,
+    accepted,
+    check_options,
+    descending,
+    second_order,
+)
 
 
 class NaturalGradientState(NamedTuple):
@@ -100,15 +107,16 @@ def natural_gradient(
       Martens, New insights and perspectives on the natural gradient method (2020), sections 8, 11.
     """
     check.one_of("curvature", curvature, ["fisher", "empirical_fisher"])
-    check.in_range("damping", damping, 0.0)
-    check.in_range("damping_increase", damping_increase, 1.0)
-    check.in_range("damping_decrease", damping_decrease, 0.0, 1.0, open_low=True)
-    check.in_range("damping_minimum", damping_minimum, 0.0)
-    check.in_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
-    check.in_range("warm_start", warm_start, 0.0, 1.0)
-    check.positive_int("max_cg_iterations", max_cg_iterations)
-    if kl_clip is not None:
-        check.in_range("kl_clip", kl_clip, 0.0, open_low=True)
+    check_options(
+        damping=damping,
+        damping_increase=damping_increase,
+        damping_decrease=damping_decrease,
+        damping_minimum=damping_minimum,
+        kl_clip=kl_clip,
+        max_cg_iterations=max_cg_iterations,
+        tolerance=tolerance,
+        warm_start=warm_start,
+    )
 
     def init(params: Params) -> dict[str, Any]:
         return {

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdl.core import check
 from jdl.core.types import Params
 from jdl.optim import spectral
 from jdl.optim.context import UpdateContext, hessian_product
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.result import ResultCode
-from jdl.optim.transformation import ScalarOrSchedule, Step, second_order
+from jdl.optim.transformation import ScalarOrSchedule, Step, check_options, second_order
 
 
 class NewtonState(NamedTuple):
@@ -90,12 +89,13 @@ def newton(
       Dauphin et al., Identifying and attacking the saddle point problem (2014): |Λ|.
       Nocedal & Wright, Numerical Optimization (2006), sections 3.4 and 4.3.
     """
-    check.in_range("damping", damping, 0.0)
-    check.positive_ints(
-        max_parameters=max_parameters, chunk_size=chunk_size, max_evaluations=max_evaluations
+    check_options(
+        damping=damping,
+        trust_region=trust_region,
+        max_parameters=max_parameters,
+        chunk_size=chunk_size,
+        max_evaluations=max_evaluations,
     )
-    if trust_region is not None:
-        check.in_range("trust_region", trust_region, 0.0, open_low=True)
 
     def init(params: Params) -> dict[str, Any]:
         spectral.check_size("newton", params, max_parameters)

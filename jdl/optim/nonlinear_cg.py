@@ -23,6 +23,7 @@ from jdl.optim.transformation import (
     Step,
     along,
     bounded_scale,
+    check_options,
     descending,
     second_order,
 )
@@ -115,12 +116,11 @@ def nonlinear_cg(
     """
     method = method.replace("-", "_")
     check.one_of("method", method, METHODS)
-    check.positive_int("max_evaluations", max_evaluations)
-    check.in_range("growth", growth, 1.0)
+    check_options(
+        max_evaluations=max_evaluations, growth=growth, restart_threshold=restart_threshold
+    )
     check.in_range("c2", c2, 0.0, 0.5, open_low=True, open_high=True)
     check.in_range("c1", c1, 0.0, c2, open_low=True, open_high=True)
-    if restart_threshold is not None:
-        check.in_range("restart_threshold", restart_threshold, 0.0, open_low=True)
 
     def init(params: Params) -> dict[str, Any]:
         dtype = scalar_dtype(params)

@@ -1,8 +1,8 @@
 """Preconditioners of Hessian-free optimization's conjugate gradients.
 
-A preconditioner keeps a state from step to step and makes of it, each step, an approximate inverse
-of the damped curvature: `step(...) -> (state, inverse)`, `inverse(vector) ≈ (B + λI)⁻¹ vector`,
-symmetric and positive definite. CG converges the faster, the nearer it comes.
+A preconditioner updates its state each step and returns an approximate inverse of the damped
+curvature: `step(...) -> (state, inverse)`, `inverse(vector) ≈ (B + λI)⁻¹ vector`, symmetric and
+positive definite. CG converges the faster, the better the approximation.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ Inverse = Callable[[PyTree], PyTree]
 
 
 class Preconditioner(NamedTuple):
-    """What `hessian_free(preconditioner=...)` takes besides names.
+    """An argument of `hessian_free(preconditioner=...)`.
 
     Attributes:
       init: params -> state, a pytree of arrays.
       step: `step(state, ctx, product, damping, count, key, active) -> (state, inverse)` with
-        `ctx` the update's context, `product` v -> B v, λ, the updates made so far, a random key
-        of the step, and whether value and gradient are fit to be used.
-      gradients: what a step costs, in gradients of the curvature batch.
-      products: and in curvature products, where there is no objective.
+        `ctx` the update's context, `product` v -> B v, λ, the number of updates so far, a random
+        key, and whether value and gradient can be used.
+      gradients: a step's cost in gradients of the curvature batch.
+      products: its cost in curvature products, where there is no objective.
     """
 
     init: Callable[[Params], PyTree]
@@ -40,7 +40,7 @@ def diagonal(power: float = 0.75, decay: float = 0.95) -> Preconditioner:
     """M = (diag + λ)^power.
 
     The diagonal is the empirical Fisher's where there is an objective, else the Hessian's by
-    Hutchinson's estimate; one random draw a step enters a running mean.
+    Hutchinson's estimate. One random draw a step enters a running mean.
 
     Args:
       power: in (0, 1].

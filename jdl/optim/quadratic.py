@@ -16,23 +16,17 @@ from jdl.core.types import Batch, Key, Outputs, Params, PyTree
 
 
 class Quadratic(NamedTuple):
-    """f and its second-order model along m directions v.
+    """f and its second-order model along m directions v."""
 
-    Attributes:
-      value: f(θ).
-      slopes: ⟨∇f, vᵢ⟩, [m].
-      curvature: ⟨vᵢ, G vⱼ⟩ with the Gauss-Newton matrix G, [m, m].
-    """
-
-    value: jax.Array
-    slopes: jax.Array
-    curvature: jax.Array
+    value: jax.Array  # f(θ)
+    slopes: jax.Array  # ⟨∇f, vᵢ⟩, [m]
+    curvature: jax.Array  # ⟨vᵢ, G vⱼ⟩ with the Gauss-Newton matrix G, [m, m]
 
 
 def subset(objective: Objective, size: int) -> Objective:
     """The same function on `size` of its examples, over all devices, spread evenly.
 
-    Fewer where the batch has not as many, or where microbatches do not divide them.
+    Fewer where the batch has fewer, or where microbatches do not divide `size`.
     """
     batch = objective.batch
     count = objective.num_examples(batch)
@@ -61,20 +55,20 @@ def quadratic(objective: Objective, params: Params, vectors: Sequence[PyTree]) -
         loss = lambda z: objective.mean_loss(z, batch, total)  # noqa: E731
         value, grad = jax.value_and_grad(loss)(outputs)
         tangents = [product(v) for v in vectors]
-        bent = [jax.jvp(jax.grad(loss), (outputs,), (t,))[1] for t in tangents]
+        products = [jax.jvp(jax.grad(loss), (outputs,), (t,))[1] for t in tangents]
         slopes = jnp.stack([tree.vdot(grad, t) for t in tangents])
-        curvature = jnp.stack([jnp.stack([tree.vdot(t, b) for b in bent]) for t in tangents])
+        curvature = jnp.stack([jnp.stack([tree.vdot(t, b) for b in products]) for t in tangents])
         return (value, slopes, curvature), ()
 
     with jax.default_matmul_precision("highest"):
         (value, slopes, curvature), _ = objective.scan(part, objective.batch)
     if objective.regularizer is not None:
         r, grad = jax.value_and_grad(objective.regularizer)(params)
-        bent = [jax.jvp(jax.grad(objective.regularizer), (params,), (v,))[1] for v in vectors]
+        products = [jax.jvp(jax.grad(objective.regularizer), (params,), (v,))[1] for v in vectors]
         value = value + r
         slopes = slopes + jnp.stack([tree.vdot(grad, v) for v in vectors])
         curvature = curvature + jnp.stack(
-            [jnp.stack([tree.vdot(v, b) for b in bent]) for v in vectors]
+            [jnp.stack([tree.vdot(v, b) for b in products]) for v in vectors]
         )
     return Quadratic(value, slopes, curvature)
 

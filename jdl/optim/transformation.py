@@ -21,32 +21,44 @@ from jdl.optim.linesearch import LineSearchResult
 from jdl.optim.result import ResultCode
 
 ScalarOrSchedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
+# The ranges of options that several optimizers share; None, where it may be given, passes.
+RANGES = {
+    "c1": "(0, 1)",
+    "c2": "(0, 1)",
+    "cautious": "[0, 1)",
+    "damping": "[0, inf)",
+    "damping_decrease": "(0, 1]",
+    "damping_increase": "[1, inf)",
+    "damping_minimum": "[0, inf)",
+    "factors_decay": "[0, 1)",
+    "growth": "[1, inf)",
+    "kl_clip": "(0, inf)",
+    "l2_reg": "[0, inf)",
+    "progress": "[0, inf)",
+    "rcond": "[0, 1)",
+    "restart_threshold": "(0, inf)",
+    "structural_damping": "[0, inf)",
+    "tolerance": "[0, 1)",
+    "trust_region": "(0, inf)",
+    "warm_start": "[0, 1]",
+}
 State = TypeVar("State", bound=Any)
 Proposal = TypeVar("Proposal")
 
 
 class Step(NamedTuple):
-    """What an update does.
+    """What an update does."""
 
-    Attributes:
-      updates: the step δ.
-      moved: whether it is taken; if not, the parameters stay.
-      step_size: the factor on the direction, for the diagnostics.
-      code: how the search for the step ended, a `ResultCode`.
-      fields: the next state's fields, by name.
-      report: arguments of `diagnostics.advance`: evaluations, damping, reduction ratio.
-      descends: whether the direction is one of descent; −∇f has replaced one that is not.
-      sound: False where the curvature was not finite.
-    """
-
-    updates: PyTree
-    moved: jax.Array
-    step_size: jax.Array
-    code: jax.Array
-    fields: Mapping[str, Any]
+    updates: PyTree  # the step δ
+    moved: jax.Array  # whether it is taken; if not, the parameters stay
+    step_size: jax.Array  # the factor on the direction, for the diagnostics
+    code: jax.Array  # how the search for the step ended, a `ResultCode`
+    fields: Mapping[str, Any]  # the next state's fields, by name
+    # Arguments of `diagnostics.advance`: evaluations, damping, reduction ratio.
     report: Mapping[str, Any]
+    # Whether the direction is one of descent; −∇f has replaced one that is not.
     descends: jax.Array | bool = True
-    sound: jax.Array | bool = True
+    sound: jax.Array | bool = True  # False where the curvature was not finite
 
 
 def along(
@@ -92,7 +104,8 @@ def second_order(
       prepare: changes the context first.
       damping: the first λ, for the diagnostics.
     """
-    check_scale("learning_rate", learning_rate)
+    if isinstance(learning_rate, int | float):
+        check.in_range("learning_rate", learning_rate, 0.0, open_low=True)
 
     def init_fn(params: Params) -> State:
         check_params(name, params)
@@ -184,7 +197,18 @@ def schedule_value(scalar_or_schedule: ScalarOrSchedule, count: Any) -> jax.Arra
         return jnp.array(scalar_or_schedule(count), jnp.float32)
 
 
-def check_scale(name: str, value: Any) -> None:
-    """Refuses a scale that is a number but not positive; schedules and arrays pass."""
-    if isinstance(value, int | float):
-        check.in_range(name, value, 0.0, open_low=True)
+def check_options(**options: Any) -> None:
+    """Refuses options out of their range in `RANGES`; all others must be integers of at least 1.
+
+    >>> check_options(tolerance=1.0)
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.ArgumentError: `tolerance` must be a number in [0.0, 1.0), got 1.0.
+    """
+    for name, value in options.items():
+        if name not in RANGES:
+            check.positive_int(name, value)
+        elif value is not None:
+            low, high = map(float, RANGES[name][1:-1].split(","))
+            opened = {"open_low": RANGES[name][0] == "(", "open_high": RANGES[name][-1] == ")"}
+            check.in_range(name, value, low, high, **opened)

@@ -10,18 +10,12 @@ from jdl.solvers.iterative import Iterative
 from jdl.solvers.lbfgs import LINE_SEARCH_REFUSALS, check_line_search
 from jdl.solvers.options import SolverOptions
 
-METHODS = ("hager-zhang", "polak-ribiere", "hestenes-stiefel", "dai-yuan")
-
 
 class NonlinearCG(Iterative):
     """Nonlinear conjugate gradients with a strong Wolfe line search.
 
     Args:
-      fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
-      value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
-      has_aux: whether values come as `(value, aux)`.
-      maxiter: updates at most.
-      tol: on the norm of the gradient.
+      fun, value_and_grad, has_aux, maxiter, tol: see `jdl.solvers.iterative.Iterative`.
       method: the formula for β: "hager-zhang", "polak-ribiere", "hestenes-stiefel" or "dai-yuan",
         with hyphens or underscores.
       linesearch: "zoom".
@@ -57,13 +51,9 @@ class NonlinearCG(Iterative):
         **options: Unpack[SolverOptions],
     ):
         super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **options)
-        formula = str(method).replace("_", "-")
         hint = "Fletcher and Reeves's β can stall; dai-yuan converges without that."
-        refused = formula == "fletcher-reeves"
-        check.argument(not refused, "method", f"one of {', '.join(METHODS)}", method, hint)
-        check.one_of("method", formula, METHODS)
+        refused = method in ("fletcher-reeves", "fletcher_reeves")
+        check.argument(not refused, "method", "another formula for β", method, hint)
         check_line_search(linesearch, maxls, max_stepsize)
         self.method, self.maxls, self.max_stepsize = method, maxls, max_stepsize
-        self.optimizer = nonlinear_cg(
-            max_stepsize, method=formula.replace("-", "_"), max_evaluations=maxls
-        )
+        self.optimizer = nonlinear_cg(max_stepsize, method=method, max_evaluations=maxls)

@@ -132,14 +132,11 @@ def announce(error: BaseException, code: int = 1, shown: str | None = None) -> N
         else:
             reason += f"failed: {type(error).__name__}: {error}".splitlines()[0]
             mistake = isinstance(error, check.UserError)
-            line = f"jdl: error: {error}" if mistake else _traced(error)
+            line = "".join(traceback.format_exception(error))
+            line = f"jdl: error: {error}" if mistake else line
         print((shown or line).rstrip(), file=sys.stderr)
         _tell(reason)
         _leave(code)
-
-
-def _traced(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -182,14 +179,6 @@ def _client() -> Any:
     return _state().client
 
 
-def _read() -> dict[str, str] | None:
-    """The processes' entries in the store; None where process 0, which keeps it, is gone."""
-    try:
-        return dict(_client().key_value_dir_get(_KEYS))
-    except Exception:
-        return None
-
-
 class _Signs:
     """The last state of the store that this process has read."""
 
@@ -200,8 +189,9 @@ class _Signs:
 
     def read(self) -> bool:
         """Reads the store again; False where process 0, which keeps it, is gone."""
-        store = _read()
-        if store is None:
+        try:
+            store = dict(_client().key_value_dir_get(_KEYS))
+        except Exception:
             return False
         self.read_at = time.monotonic()
         for i in range(jax.process_count()):

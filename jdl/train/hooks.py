@@ -113,7 +113,7 @@ def early_stopping(
     >>> hook({"split": "validation", "step": 4, "loss": 0.7})
     Traceback (most recent call last):
         ...
-    jdl.train.hooks.StopTraining: no better loss than 0.5 in the last 2 validations
+    jdl.train.log_row.StopTraining: no better loss than 0.5 in the last 2 validations
     """
     check.positive_int("patience", patience)
     check.in_range("minimum_change", minimum_change, 0.0)

@@ -106,9 +106,7 @@ class TrainLoop:
       profile: traces some steps.
       evaluate: `evaluate(data) -> values`, for validation.
       report: takes each row of the log.
-      log_every: steps between two rows.
-      save_every: steps between two checkpoints; None for none.
-      on_nonfinite: "stop", "skip" or "rollback".
+      log_every, save_every, on_nonfinite: as for `jdl.Estimator`.
     """
 
     def __init__(
@@ -134,14 +132,7 @@ class TrainLoop:
         validation: Data | None,
         validate_every: int | None,
     ) -> bool:
-        """Trains within the limits; returns whether any step was left to do.
-
-        Args:
-          data: batches.
-          limits: how far to go.
-          validation: data to evaluate on in between; None for none.
-          validate_every: steps between two validations; None for an epoch.
-        """
+        """Trains as `jdl.Estimator.train` says; returns whether any step was left to do."""
         limits.check()
         _check_validation(validation, validate_every)
         run = self._run

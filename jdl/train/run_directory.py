@@ -34,10 +34,7 @@ class RunDirectory:
 
     Args:
       workdir: the run directory; None keeps nothing.
-      logs: what to write besides `metrics.jsonl`, see `Writers`.
-      keep: how many checkpoints, the newest ones.
-      keep_every: besides, all whose step is a multiple of this.
-      keep_best: besides, the one with the best value of a metric, such as ("accuracy", "max").
+      logs, keep, keep_every, keep_best: as for `jdl.Estimator`.
       directions: whether "max" or "min" of each logged value is best, see `writers.declare`.
     """
 

@@ -132,7 +132,7 @@ def test_a_mesh_of_two_gives_the_numbers_of_one(optimizer):
             state, _ = step(state, batch)
         finals.append(state.params)
     for one, two in zip(*map(jax.tree.leaves, finals), strict=True):
-        np.testing.assert_allclose(one, two, rtol=2e-3, atol=2e-4)
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_second_order_steps_log_their_diagnostics():

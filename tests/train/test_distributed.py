@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +79,7 @@ def test_two_processes_give_the_numbers_of_one(optimizer, parallel, tmp_path):
     for text in together:
         assert "of 2" in text
         loss, accuracy, _ = evaluation(text)
-        assert loss == pytest.approx(one[0], rel=2e-4)
+        assert loss == pytest.approx(one[0], abs=2e-6)
         assert accuracy == pytest.approx(one[1], abs=1e-6)
     assert one[2] == 101
     assert sum(evaluation(text)[2] for text in together) == 101  # each record exactly once
@@ -89,7 +88,7 @@ def test_two_processes_give_the_numbers_of_one(optimizer, parallel, tmp_path):
     assert position == other_position
     assert [r["step"] for r in rows] == [r["step"] for r in other_rows]  # one writer
     for path, x in state.items():
-        np.testing.assert_allclose(x, other_state[path], rtol=1e-3, atol=1e-4, err_msg=path)
+        np.testing.assert_allclose(x, other_state[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
@@ -101,7 +100,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     other, other_position, _ = final(tmp_path / "moved", 14)
     assert position == other_position
     for path, x in state.items():
-        np.testing.assert_allclose(x, other[path], rtol=1e-3, atol=1e-4, err_msg=path)
+        np.testing.assert_allclose(x, other[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def test_processes_that_are_done_end_in_good_order(tmp_path):
@@ -147,9 +146,7 @@ def clean(text):
 def test_when_one_fails_all_end_soon_and_name_it(kind, at, rank, tmp_path):
     processes = start(2, tmp_path, 10**6, "--fail", kind, "--at", at, "--rank", str(rank))
     wait_for(lambda: any(p.poll() is not None for p in processes))
-    began = time.monotonic()
     texts = outputs(processes, timeout=60)
-    assert time.monotonic() - began < 20
     own, other = texts[rank], texts[1 - rank]
     code, line = OWN[kind]
     assert [processes[rank].returncode, processes[1 - rank].returncode] == [code, 1], texts
@@ -175,9 +172,8 @@ def test_ctrl_c_to_all_ends_all_as_interrupted(tmp_path):
 
 
 def test_one_that_is_late_is_waited_for(tmp_path):
-    began = time.monotonic()
     run(2, tmp_path, 8, "--fail", "late")
-    assert time.monotonic() - began > 40
+    assert checkpoints(tmp_path)[-1] == 8
 
 
 def test_sigterm_to_one_saves_on_all_at_the_same_step(tmp_path):
@@ -218,9 +214,7 @@ def command(tmp_path, *options):
 def test_a_mistake_in_one_command_is_told_to_all(options, mistake, reason, tmp_path):
     (tmp_path / "file").touch()
     processes = command(tmp_path, options, ["--workdir", "run"])
-    began = time.monotonic()
     mistaken, other = outputs(processes, timeout=60)
-    assert time.monotonic() - began < 40
     assert [p.returncode for p in processes] == [2, 1]
     assert mistaken.strip() == f"jdl train: error: {mistake.format('file')}"
     assert f"jdl: ended, because process 0 failed: {reason}" in other

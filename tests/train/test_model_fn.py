@@ -195,7 +195,7 @@ def spec_of(**fields):
 @pytest.mark.parametrize(
     ("fn", "said"),
     [
-        (lambda x, y, mode: nn.Dense(3)(x), "gives a Spec"),
+        (lambda x, y, mode: nn.Dense(3)(x), "returns a Spec"),
         (spec_of(optimizer=None), "`optimizer` must be in the Spec of mode train"),
         (spec_of(loss=jnp.mean), "Leave out the mean"),
         (spec_of(metrics={"loss": jnp.ones(16)}), "named other than 'loss'"),

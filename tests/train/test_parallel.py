@@ -31,8 +31,9 @@ def make(optimizer, parallel, devices=None, width=8, **options):
     return jdl.classifier(net, optimizer, parallel=parallel, devices=devices, **options)
 
 
-def assert_close(one, two):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), one, two)
+def assert_close(one, two, atol=2e-5):
+    """Sums are made in another order, and nothing else differs."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), one, two)
 
 
 @pytest.mark.slow
@@ -40,8 +41,9 @@ def assert_close(one, two):
 def test_pmap_gives_the_numbers_of_one_device(optimizer):
     one = make(optimizer, "jit", jax.devices()[:1]).train(data(), steps=4)
     two = make(optimizer, "pmap").train(data(), steps=4)
-    assert_close(one.params, two.params)
-    assert one.evaluate(data())["loss"] == pytest.approx(two.evaluate(data())["loss"], rel=1e-3)
+    # Newton's system is nearly singular here, and magnifies rounding.
+    assert_close(one.params, two.params, atol=5e-4 if optimizer == "newton" else 2e-5)
+    assert one.evaluate(data())["loss"] == pytest.approx(two.evaluate(data())["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs", "hf"])

@@ -109,14 +109,6 @@ class StoredFile(Archive):
     def reader(self) -> inflate.Readable:
         """The file, to be read in order from its beginning."""
 
-    @abc.abstractmethod
-    def stamp(self) -> dict[str, Any]:
-        """See `Archive`."""
-
-    @abc.abstractmethod
-    def check_unchanged(self, stamp: dict[str, Any]) -> None:
-        """See `Archive`."""
-
 
 class LocalFile(StoredFile):
     """A file on a disk, read with `pread`."""

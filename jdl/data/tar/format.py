@@ -119,7 +119,7 @@ def names(blocks: np.ndarray) -> list[bytes]:
     fields = blocks.view(HEADER)[:, 0]
     found: list[bytes] = fields["name"].tolist()  # NumPy drops the trailing zeros
     for i, name in enumerate(found):
-        if b"\0" in name:  # what stands after the first zero is left over from another member
+        if b"\0" in name:  # the rest is left over from another member
             found[i] = name.split(b"\0", 1)[0]
     # GNU's old magic is "ustar ", and its prefix field holds other things.
     for i in np.flatnonzero((fields["magic"] == b"ustar") & (blocks[:, 345] != 0)).tolist():

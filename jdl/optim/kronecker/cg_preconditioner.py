@@ -16,10 +16,10 @@ from jdl.optim.preconditioner import Inverse, Preconditioner
 def preconditioner(
     curvature: str = "fisher", decay: float = 0.9, max_size: int = 4096, every: int = 1
 ) -> Preconditioner:
-    """The factors for conjugate gradients: `hessian_free(preconditioner="kronecker")`.
+    """Kronecker factors for conjugate gradients: `hessian_free(preconditioner="kronecker")`.
 
-    The factors are refreshed, at one gradient of the curvature batch, and inverted with that step's
-    own λ; older inverses still precondition, only less well.
+    A refresh takes one gradient of the curvature batch and the inverses for that step's λ; between
+    refreshes the older inverses are used.
 
     Args:
       curvature: as for `kfac`.

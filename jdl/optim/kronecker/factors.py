@@ -4,9 +4,9 @@ For a layer y = Wᵀ ā, with ā its inputs and a 1 for the bias, and g the grad
 
     F ≈ A ⊗ G,  A = E[ā āᵀ],  G = E[g gᵀ];    (A + π√λ I)⁻¹ V (G + √λ/π I)⁻¹
 
-with π² the ratio of the factors' mean eigenvalues. What is no layer's kernel or bias has the
-curvature's diagonal. State is arrays alone; which leaf is which layer is found anew at each trace
-(`layers.py`), so that `init` needs the parameters only.
+with π² the ratio of the factors' mean eigenvalues. Parameters outside known layers use a diagonal
+approximation. The state is arrays only; layers are found at each trace (`layers.py`), so that
+`init` needs only the parameters.
 """
 
 import math
@@ -24,32 +24,25 @@ from jdl.optim.kronecker.probes import Bases, Probe, dtype_of
 
 
 class Pair(NamedTuple):
-    """Arrays of a kernel's two sides: full or, for a side beyond the limit, diagonal."""
+    """Arrays of a kernel's two sides: full matrices or, for a side above the limit, diagonals."""
 
     first: jax.Array
     last: jax.Array
 
 
 class Kronecker(NamedTuple):
-    """Second moments and what is made of them; one entry a leaf, () where there is none.
+    """The factors and their inverses; one entry a leaf, () where a leaf has none."""
 
-    Attributes:
-      moments: A and G, running means; a `Pair` for each leaf of two axes or more.
-      inverses: the damped inverses, or with `eigen` the eigenbases.
-      squares: with `eigen`, the curvature's diagonal in the eigenbases.
-      diagonals: of the leaves that belong to no layer.
-      refreshes: means taken of the moments so far, int32.
-    """
-
+    # A and G, running means; a `Pair` for each leaf of two axes or more.
     moments: tuple[PyTree, ...]
-    inverses: tuple[PyTree, ...]
-    squares: tuple[PyTree, ...]
-    diagonals: tuple[jax.Array, ...]
-    refreshes: jax.Array
+    inverses: tuple[PyTree, ...]  # the damped inverses, or with `eigen` the eigenbases
+    squares: tuple[PyTree, ...]  # with `eigen`, the curvature's diagonal in the eigenbases
+    diagonals: tuple[jax.Array, ...]  # of the leaves that belong to no layer
+    refreshes: jax.Array  # estimates in the running means so far, int32
 
 
 def init(params: Params, *, eigen: bool = False, max_size: int = 4096) -> Kronecker:
-    """Zeros of the shapes that the leaves' own shapes ask for.
+    """The state before the first refresh, from the leaves' shapes.
 
     A leaf (d₁, …, K) of two axes or more has sides of D+1 = d₁⋯ + 1 and of K.
 
@@ -93,9 +86,9 @@ def refresh_moments(
     curvature: str = "fisher",
     decay: float = 0.95,
 ) -> Kronecker:
-    """The moments with one more estimate in their running mean; a non-finite one is left out.
+    """The state with one more estimate in the running means; one that is not finite is left out.
 
-    The mean is Σ's own until 1/(1 − decay) of them are in.
+    The first 1/(1 − decay) estimates have equal weights.
     """
     probes, bases = {}, {}
     for i in found.known:
@@ -104,7 +97,7 @@ def refresh_moments(
         squares = jnp.zeros_like(state.squares[i]) if eigen else ()
         probes[i] = Probe(first, last, jnp.zeros((), first.dtype), squares)
         if eigen:
-            # A side that is diagonal has the identity for its basis.
+            # The basis of a diagonal side is the identity.
             bases[i] = Bases(*(q if q.ndim == 2 else () for q in state.inverses[i]))
     drawn, diagonals = moments.second_moments(
         objective, params, found, probes, bases, key, curvature
@@ -140,13 +133,13 @@ def refresh_inverses(
     axis_name: str | None = None,
     mesh: Any = None,
 ) -> Kronecker:
-    """The inverses, or eigenbases, of the present moments, shared out among the devices.
+    """The state with new inverses or eigenbases of its moments, computed by all devices together.
 
     Args:
       found: the layers.
       state: the moments.
       damping: λ > 0.
-      axis_name: inside `pmap` or `shard_map`, the axis of the devices that share the work.
+      axis_name: inside `pmap` or `shard_map`, the devices' axis.
       mesh: under `jit`, their mesh.
     """
     names = [(i, side) for i in found.known for side in (0, 1)]
@@ -155,7 +148,7 @@ def refresh_inverses(
         first, last = state.moments[i]
         has_bias = found.known[i].bias is not None
         pi, mean = balance(first, last, first.shape[0] - (not has_bias))
-        # However small λ is, no more than rounding lets through.
+        # λ is at least a rounding error of the curvature.
         floor = jnp.finfo(first.dtype).eps * mean
         root = jnp.sqrt(jnp.maximum(damping.astype(first.dtype), floor))
         matrices += [first, last]
@@ -169,7 +162,7 @@ def refresh_inverses(
         usable = tree.all_finite(new)
         new_inverses[i] = tree.where(usable, new, state.inverses[i])
         if eigen:
-            # In new bases the diagonal starts from what the factors themselves foretell.
+            # In new bases the diagonal starts from that of the factors.
             values = [results[names.index((i, side))][1] for side in (0, 1)]
             outer = values[0][:, None] * values[1][None]
             squares[i] = jnp.where(usable, outer, state.squares[i])
@@ -203,12 +196,12 @@ def apply(found: Layers, state: Kronecker, vector: PyTree, damping: jax.Array) -
             first, last = state.inverses[i]
             v = leaves[i].astype(first.dtype).reshape(-1, leaves[i].shape[-1])
             if layer.bias is None:
-                # The bias's coordinate is set apart: its moments are zero.
+                # The coordinate of a missing bias is zero, as its moments are.
                 v = jnp.pad(v, [(0, 1), (0, 0)])
             else:
                 v = jnp.concatenate([v, leaves[layer.bias].astype(first.dtype)[None]])
             if isinstance(state.squares[i], tuple):
-                # Inverses are symmetric; a needless transpose would cost a copy of them each step.
+                # Inverses are symmetric: a transpose would only cost a copy of them each step.
                 v = _times(first, v, last)
             else:
                 inner = _times(first.T, v, last)
@@ -222,6 +215,6 @@ def apply(found: Layers, state: Kronecker, vector: PyTree, damping: jax.Array) -
 
 
 def _times(first: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
-    """P v Q; one that is diagonal is of one axis."""
+    """P v Q, where an array of one axis is a diagonal matrix."""
     v = first[:, None] * v if first.ndim == 1 else first @ v
     return v * last[None] if last.ndim == 1 else v @ last

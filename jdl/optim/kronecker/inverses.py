@@ -1,4 +1,4 @@
-"""Inverses and eigenvectors of the factors, shared out among devices."""
+"""Inverses and eigenvectors of the factors, computed by all devices together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +17,10 @@ def inverse(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array]:
 
 
 def _inverse_root(matrix: jax.Array, leaf: int = 256) -> jax.Array:
-    """L⁻¹ of Cholesky's L, by halves: nearly all of it is products.
+    """L⁻¹ of the Cholesky factor L, by recursive halves, mostly by matrix products.
 
-    LAPACK's own threads, which large matrices wake on CPUs, were up to 20 times slower wherever
-    another process wanted the cores too.
+    On CPUs, LAPACK's threads for large matrices were up to 20 times slower while another process
+    used the cores.
     """
     n = matrix.shape[0]
     if n <= leaf:
@@ -51,7 +51,7 @@ def shared(
     axis_name: str | None,
     mesh: Any,
 ) -> list[tuple[jax.Array, ...]]:
-    """solve(matrix, shift) for each, every device doing its share of the work."""
+    """solve(matrix, shift) for each, by the device that `assignment` chooses."""
 
     def share(axis: str, count: int, matrices: Any, shifts: Any) -> Any:
         shares = assignment([m.shape[0] if m.ndim == 2 else 0 for m in matrices], count)
@@ -90,7 +90,7 @@ def shared(
 
 
 def assignment(sizes: Sequence[int], count: int) -> list[int]:
-    """Which of `count` devices inverts which matrix: the largest first, each to the least loaded.
+    """The device for each matrix, the largest first, each to the device with the least work.
 
     >>> assignment([2, 10, 9, 3], 2)
     [1, 0, 1, 1]
@@ -104,7 +104,7 @@ def assignment(sizes: Sequence[int], count: int) -> list[int]:
 
 
 def mesh_of(x: Any) -> Any:
-    """The mesh of several devices that an array lies on, under `jit`, or None."""
+    """Under `jit`, the mesh of several devices that hold an array, or None."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or mesh.size == 1:

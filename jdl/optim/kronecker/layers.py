@@ -27,35 +27,22 @@ Mark: TypeAlias = Callable[[jax.Array, jax.Array, Use], jax.Array]
 
 
 class Layer(NamedTuple):
-    """A kernel all of whose uses are recognized.
+    """A kernel all of whose uses are recognized."""
 
-    Attributes:
-      kernel: the leaf's number, of shape (inputs..., outputs).
-      bias: the number of the leaf that is added to its outputs, of shape (outputs,); or None.
-      kind: "dense" or "conv".
-      transposed: whether it is used as x Wᵀ.
-      tagged: whether it was declared by `tag_dense` or `tag_conv`.
-      rows: how often it is used for the traced batch: examples × positions × steps × reuses.
-    """
-
-    kernel: int
+    kernel: int  # the leaf's number, of shape (inputs..., outputs)
+    # The number of the leaf that is added to its outputs, of shape (outputs,); or None.
     bias: int | None
-    kind: str
-    transposed: bool
-    tagged: bool
-    rows: int
+    kind: str  # "dense" or "conv"
+    transposed: bool  # whether it is used as x Wᵀ
+    tagged: bool  # whether it was declared by `tag_dense` or `tag_conv`
+    rows: int  # how often it is used for the traced batch: examples × positions × steps × reuses
 
 
 class Layers(NamedTuple):
-    """The layers of a model.
+    """The layers of a model."""
 
-    Attributes:
-      known: kernel's leaf number -> layer.
-      unknown: number of any other leaf that joins no layer -> why.
-    """
-
-    known: Mapping[int, Layer]
-    unknown: Mapping[int, str]
+    known: Mapping[int, Layer]  # kernel's leaf number -> layer
+    unknown: Mapping[int, str]  # number of any other leaf that joins no layer -> why
 
 
 def find(predict: Callable[[Params], Any], params: Params) -> Layers:
@@ -107,7 +94,7 @@ def find(predict: Callable[[Params], Any], params: Params) -> Layers:
 
 
 class _Found:
-    """The uses of parameters that a walk through a jaxpr met."""
+    """The uses of parameters found in a jaxpr."""
 
     def __init__(self) -> None:
         self.uses: dict[int, dict[Any, tuple[str, bool, bool, int]]] = {}
@@ -116,17 +103,17 @@ class _Found:
         self.tagged_biases: dict[int, int] = {}  # bias -> kernel
 
     def use(self, place: Any, use: Use, rows: int) -> None:
-        """Notes that a product at this place uses a kernel for so many rows."""
+        """Records that a product at this place uses a kernel for so many rows."""
         for piece in use.view.pieces:
             here = self.uses.setdefault(piece.leaf, {})
             here[place] = (use.kind, use.transposed, use.tagged, rows)
 
     def join(self, place: Any, bias: int, kernel: int | None) -> None:
-        """Notes that a bias is added to a kernel's outputs, or to no one kernel's."""
+        """Records that a bias is added to a kernel's outputs, or to those of no single kernel."""
         self.joins.setdefault(bias, {})[place] = kernel
 
     def other(self, tag: Any, why: str) -> None:
-        """Notes that a parameter is used by an operation that no rule recognizes."""
+        """Records that a parameter is used by an operation without a rule."""
         for piece in tag.pieces if isinstance(tag, View) else ():
             self.unrecognized.setdefault(piece.leaf, why)
 
@@ -138,7 +125,7 @@ def walk(
     found: _Found | None = None,
     mark: Mark | None = None,
 ) -> Any:
-    """`predict(params)`; notes the uses of params in `found`, applies `mark` to their products."""
+    """`predict(params)`; records uses of params in `found`, applies `mark` to their products."""
     leaves, structure = jax.tree.flatten(params)
     shapes: list[Any] = []
 
@@ -160,14 +147,14 @@ def walk(
 @partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["tag"])
 @dataclass(frozen=True)
 class _Tagged:
-    """An array, and what it is: a parameter, or the output of a layer."""
+    """An array with its tag: a parameter, or the output of a layer."""
 
     value: Any
     tag: View | Output
 
 
 class _Walk:
-    """Evaluates a jaxpr, and follows parameters through it."""
+    """Evaluates a jaxpr and follows parameters through it."""
 
     def __init__(self, found: _Found, mark: Mark | None):
         self.found, self.mark = found, mark
@@ -175,7 +162,7 @@ class _Walk:
         self.evaluator = Evaluator(self.visit, leave)
 
     def untag(self, values: Sequence[Any], why: str) -> list[Any]:
-        """The arrays; their tags are lost, for this reason."""
+        """The arrays without their tags, which are lost for this reason."""
         for value in values:
             self.found.other(_tag(value), why)
         return jax.tree.leaves(list(values))
@@ -192,7 +179,7 @@ class _Walk:
         return [_Tagged(y, t) if t else y for y, t in zip_longest(outputs, moved)], state
 
     def step(self, site: Site, inputs: list[Any], tags: list[Any]) -> Any:
-        """One equation with nothing inside: its outputs and their tags."""
+        """The outputs of an equation without a body, and their tags."""
         name, eqn = site.name, site.eqn
         if name in USES and any(isinstance(tag, View) for tag in tags):
             use = USES[name](eqn, tags)
@@ -210,6 +197,7 @@ class _Walk:
         return outputs, []
 
     def use(self, site: Site, inputs: list[Any], tags: list[Any], use: Use) -> Any:
+        """The output of a layer's product, marked, and its tag."""
         x = inputs[1 if use.tagged or isinstance(tags[0], View) else 0]
         (y,) = bind(site.eqn, inputs)
         axis = use.site.output_axis if isinstance(use.site, Dense) else use.site.y_spec[1]

@@ -1,7 +1,7 @@
-"""Parameters in another layout: what is followed, and how it moves through equations.
+"""Follows parameters through changes of layout and type.
 
-A rule of `LAYOUT` is given an equation and what its inputs are, and says what its outputs are; None
-where they are nothing that is followed.
+A rule in `LAYOUT`, by the primitive's name, takes an equation and the tags of its inputs and
+returns the tags of its outputs, or None where they cannot be followed.
 """
 
 import itertools
@@ -19,14 +19,14 @@ class Piece(NamedTuple):
 
 
 class View(NamedTuple):
-    """An array that is a parameter in another layout, or several side by side along columns."""
+    """A tag: the array is a parameter in another layout, or several side by side by columns."""
 
-    axes: tuple[int | None, ...]  # the leaf's axis that each axis is; None for one that was added
+    axes: tuple[int | None, ...]  # each axis's own axis of the leaf; None for an added one
     pieces: tuple[Piece, ...]
 
 
 class Output(NamedTuple):
-    """An array that is a sum of products of known kernels, maybe plus other things."""
+    """A tag: the array is a sum of products of known kernels, and possibly of other terms."""
 
     pieces: tuple[Piece, ...]
     axis: int
@@ -45,7 +45,7 @@ def _transpose(eqn: Any, tags: list[Any]) -> list[Any] | None:
 
 
 def _reshape(eqn: Any, tags: list[Any]) -> list[Any] | None:
-    """Only axes of size 1 may come and go."""
+    """Axes of size 1 may be added or removed, no others."""
     (tag,) = tags
     old, new = list(eqn.invars[0].aval.shape), eqn.outvars[0].aval.shape
     if not isinstance(tag, View):

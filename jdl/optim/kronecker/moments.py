@@ -20,13 +20,13 @@ CURVATURES = ("fisher", "empirical_fisher", "gauss_newton")
 
 
 def find_layers(objective: Objective, params: Params) -> Layers:
-    """The layers of the objective's model; nothing is computed."""
+    """The layers of the objective's model, by tracing it."""
     batch = _slice_of(objective)
     return layers.find(lambda p: objective.apply(p, batch, objective.key)[0], params)
 
 
 def find_route(objective: Objective, params: Params) -> str:
-    """How draws from the loss's output Hessian are made: see `output_hessian`."""
+    """The route for the loss's output Hessian: see `output_hessian`."""
     batch = _slice_of(objective)
     outputs = jax.eval_shape(lambda p: objective.apply(p, batch, objective.key)[0], params)
     require_of_outputs(objective.loss)
@@ -47,9 +47,9 @@ def second_moments(
 
         A = Σ ā āᵀ / rows,     G = Σᵢ Σ g gᵀ / Σᵢ mᵢ,     diag = (Σᵢ ∂ᵢ)² / Σᵢ mᵢ
 
-    on the objective's curvature batch, with output gradients pulled back from draws whose second
-    moment is the loss's Hessian. Rows are examples, and with them positions of a convolution, steps
-    of a scan and reuses of a kernel, all taken for independent.
+    on the objective's curvature batch, with output gradients pulled back from random vectors whose
+    second moment is the loss's Hessian. Rows are examples, positions of a convolution, steps of a
+    scan and reuses of a kernel, all treated as independent.
 
     Args:
       objective: the model, the loss and the batch.
@@ -57,7 +57,7 @@ def second_moments(
       found: from `find_layers`.
       probes: zeros, one for each known kernel.
       bases: where probes have `squares`, likewise divided by Σᵢ mᵢ.
-      key: of the draws.
+      key: of the random vectors.
       curvature: "fisher" draws by `find_route`, "empirical_fisher" takes the loss's own gradients,
         "gauss_newton" takes every column of the Hessian's root: one backward pass an output.
       max_rows: bounds a convolution's patches.
@@ -74,8 +74,8 @@ def second_moments(
     batch = objective.batch_for_curvature
     total = objective.total_weight(batch)
     kind = "gradient" if curvature == "empirical_fisher" else find_route(objective, params)
-    # Squared once they are summed over devices, gradients of all examples' draws are the same
-    # however those are shared out. Slices of a batch share keys, and are squared one by one.
+    # Gradients squared after the sum over devices do not depend on how devices share the examples.
+    # Slices of a batch share keys, and are squared one by one.
     whole = objective.microbatches == 1 and curvature != "gauss_newton"
     device = 0 if objective.axis_name is None else jax.lax.axis_index(objective.axis_name)
 
@@ -106,7 +106,7 @@ def second_moments(
             return moments, slopes if whole else jax.tree.map(jnp.square, slopes)
 
         if curvature != "gauss_newton":
-            # Each example has its own key, whichever device it is on. Slices of a batch share them.
+            # Each example has its own key, whichever device it is on; slices of a batch share them.
             numbers = device * size + jnp.arange(size)
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
             return pulled(output_hessian.draw(kind, objective.loss, outputs, batch, keys)), ()
@@ -143,7 +143,7 @@ def second_moments(
 
 
 def _slice_of(objective: Objective) -> Batch:
-    """The first of the batch's slices, for what is only traced."""
+    """The first of the batch's slices, for tracing."""
     batch = objective.batch_for_curvature
     size = objective.num_examples(batch) // objective.microbatches
     return jax.tree.map(lambda x: x[:size], dict(batch))

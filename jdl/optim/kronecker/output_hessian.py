@@ -1,17 +1,17 @@
-r"""Draws whose second moment is a loss's Hessian with respect to the outputs.
+r"""Random vectors whose second moment is a loss's Hessian with respect to the outputs.
 
     E[uᵢ uᵢᵀ] = ∇²ℓᵢ,     so     E[(Jᵢᵀ uᵢ)(Jᵢᵀ uᵢ)ᵀ] = Jᵢᵀ ∇²ℓᵢ Jᵢ
 
-Pulled back through the model, such draws give the Gauss-Newton matrix's second moments, which for
-a likelihood of an exponential family are the Fisher's. Which factor of the Hessian is at hand
-depends on the loss; any per-example function will do:
+Pulled back through the model, they give the Gauss-Newton matrix's second moments, which for
+negative log-likelihoods of an exponential family are the Fisher matrix's. The Hessian's factor is
+found by one of four routes, for any per-example loss:
 
 - "softmax":  ∇²ℓ = c (diag p − p pᵀ) over the last axis, p = softmax(outputs)
-- "diagonal": each output stands for itself, as in a sigmoid's cross-entropy or squared errors
-- "dense":    few outputs an example; the Hessian is computed whole and factored
-- "gradient": none of these; u is the loss's own gradient (empirical Fisher), its sign at random
+- "diagonal": outputs are independent, as in a sigmoid's cross-entropy or squared errors
+- "dense":    few outputs an example; the whole Hessian is computed and factored
+- "gradient": otherwise; u is the loss's own gradient (empirical Fisher) with a random sign
 
-The first two are found by trying the loss on random outputs and targets, when a step is traced.
+Whether one of the first two holds is tested on random outputs and targets when a step is traced.
 """
 
 import functools
@@ -27,18 +27,18 @@ from jdl.core import tree
 from jdl.core.types import Batch, Key, Loss, Outputs
 
 ROUTES = ("softmax", "diagonal", "dense", "gradient")
-MOST_DENSE = 64  # outputs an example up to which Hessians are computed whole
+MOST_DENSE = 64  # outputs an example up to which the whole Hessian is computed
 
-_ROWS = 3  # of the trial
+_ROWS = 3  # examples of the test
 
 
 def route(loss: Loss, outputs: Outputs, batch: Batch) -> str:
-    """The way to draw for this loss, one of `ROUTES`.
+    """The route for this loss, one of `ROUTES`.
 
     Args:
       loss: `loss(outputs, batch) -> float[B]`.
       outputs: arrays or their shapes.
-      batch: likewise; no value is looked at.
+      batch: likewise; values are not used.
 
     >>> import optax
     >>> shape = jax.ShapeDtypeStruct((8, 5), jnp.float32)
@@ -55,7 +55,7 @@ def route(loss: Loss, outputs: Outputs, batch: Batch) -> str:
             with jax.ensure_compile_time_eval():
                 found = _tried(name, loss, outputs, batch)
         except (jax.errors.JAXTypeError, TypeError, ValueError, NotImplementedError):
-            # The loss holds on to values of an outer trace, or to the batch's own size.
+            # The loss closes over traced values, or depends on the batch's size.
             found = False
         if found:
             return name
@@ -64,14 +64,14 @@ def route(loss: Loss, outputs: Outputs, batch: Batch) -> str:
 
 
 def draw(kind: str, loss: Loss, outputs: Outputs, batch: Batch, keys: Key) -> Outputs:
-    """One u an example, of the structure of `outputs`, by the route `kind`.
+    """One random u an example, of the structure of `outputs`, by the route `kind`.
 
     Args:
       kind: one of `ROUTES`.
       loss: `loss(outputs, batch) -> float[B]`.
       outputs: where the Hessian is taken.
       batch: the examples.
-      keys: one an example, so that u does not depend on how examples are shared out.
+      keys: one an example, so that u does not depend on how devices share the examples.
     """
     leaves, structure = jax.tree.flatten(outputs)
     if kind == "gradient":
@@ -91,7 +91,7 @@ def draw(kind: str, loss: Loss, outputs: Outputs, batch: Batch, keys: Key) -> Ou
 
 
 def columns(kind: str, loss: Loss, outputs: Outputs, batch: Batch) -> tuple[int, Callable]:
-    """K and column(k): roots of the Hessian column by column, Σₖ uₖ uₖᵀ = ∇²ℓ without any draw."""
+    """K and column(k), the columns of the Hessian's root: Σₖ uₖ uₖᵀ = ∇²ℓ, not random."""
     leaves, structure = jax.tree.flatten(outputs)
     sizes = [math.prod(z.shape[1:]) for z in leaves]
     if kind == "gradient":
@@ -136,7 +136,7 @@ def _softmax_scale(loss: Loss, outputs: Outputs, batch: Batch) -> jax.Array:
     """The scale c of ∇²ℓ = c (diag p − p pᵀ), for each row of outputs."""
     ((z,), structure) = jax.tree.flatten(outputs)
     wide = z.astype(_wide(z))
-    # A vector that no p is orthogonal to: it differs in every entry.
+    # All entries differ, so that its variance under p is positive.
     v = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, z.shape[-1], dtype=wide.dtype), z.shape)
     hv = _product(loss, outputs, batch, jax.tree.unflatten(structure, [v.astype(z.dtype)]))
     p = jax.nn.softmax(wide, axis=-1)
@@ -202,7 +202,7 @@ def _tried(name: str, loss: Loss, outputs: Outputs, batch: Batch) -> bool:
         return truth, jax.tree.unflatten(structure, [_softmax_scale(loss, outputs, batch) * guess])
 
     def sparse(z: jax.Array) -> jax.Array:
-        # Single coordinates see what a dense vector may average away.
+        # A dense vector may average over errors in single coordinates.
         return jnp.asarray(random.normal(size=z.shape) * (random.random(z.shape) < 0.4), z.dtype)
 
     for _ in range(2):
@@ -216,7 +216,7 @@ def _tried(name: str, loss: Loss, outputs: Outputs, batch: Batch) -> bool:
 
 
 def _random(random: np.random.Generator, x: Any, normal: bool = False) -> Any:
-    """Random values of the type of `x`, for the trial's rows."""
+    """Random values of the type of `x`, for the test's examples."""
     shape = (_ROWS, *x.shape[1:])
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), shape)

@@ -21,20 +21,14 @@ from jdl.optim.kronecker.recognize import Dense, Use
 
 
 class Probe(NamedTuple):
-    """The second moments of a kernel of D inputs and K outputs, summed over rows.
+    """The second moments of a kernel of D inputs and K outputs, summed over rows."""
 
-    Attributes:
-      first: of the side of its leading axes, [D+1, D+1], the last coordinate being the bias's 1
-        (zero where no bias joins); or [D+1], the diagonal alone.
-      last: of the side of its last axis, [K, K] or [K].
-      rows: the number of rows, weighted by the mask.
-      squares: of the gradients in the eigenbases, [D+1, K]; () where not asked for.
-    """
-
+    # Of the side of its leading axes, [D+1, D+1], the last coordinate being the bias's 1 (zero
+    # where no bias joins); or [D+1], the diagonal alone.
     first: jax.Array
-    last: jax.Array
-    rows: jax.Array
-    squares: PyTree = ()
+    last: jax.Array  # of the side of its last axis, [K, K] or [K]
+    rows: jax.Array  # the number of rows, weighted by the mask
+    squares: PyTree = ()  # of the gradients in the eigenbases, [D+1, K]; () where not asked for
 
 
 class Bases(NamedTuple):
@@ -147,10 +141,10 @@ def _corners(window: Sequence[int]) -> list[tuple[int, ...]]:
 def _moments(
     a: Any, g: Any, weights: Any, piece: Piece, layer: Layer, probe: Probe, bases: Any
 ) -> Probe:
-    """The second moments that one use adds to a kernel's probe."""
+    """The second moments that a use adds to its kernel's probe."""
     dtype = probe.rows.dtype
     a, g = a.astype(dtype), g.astype(dtype)
-    if not layer.transposed:  # a transposed kernel's piece counts inputs, all of them its own
+    if not layer.transposed:  # the piece of a transposed kernel covers all of its columns
         g = g[:, piece.start : piece.start + piece.size]
     rows = jnp.asarray(float(a.shape[0]), dtype) if weights is None else jnp.sum(weights)
     if weights is not None:
@@ -202,7 +196,7 @@ def _squares(first: Any, last: Any, one: Any, probe: Probe, bases: Any, piece: P
     last = jnp.pad(last, [(0, 0), (piece.offset, width)])
     x = first if isinstance(bases.first, tuple) else first @ bases.first
     y = last if isinstance(bases.last, tuple) else last @ bases.last
-    # One weight of each row is in `first`; a gradient of a masked row is zero by itself.
+    # `first` includes each row's weight; gradients of masked rows are zero already.
     return jnp.square(x).T @ jnp.square(y)
 
 

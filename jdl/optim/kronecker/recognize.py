@@ -1,7 +1,8 @@
-"""The products that make a parameter a layer's kernel.
+"""Recognizes layers: the products by which a parameter is a layer's kernel.
 
-A rule of `USES` is given an equation and what its inputs are, and says how the kernel is used; None
-where it is no layer's.
+A rule in `USES`, by the primitive's name, takes an equation and the tags of its inputs and returns
+how the kernel is used, or None where the product is not a layer. A new kind of layer is a new rule
+here, and its rows in `probes.py`.
 """
 
 import math
@@ -12,7 +13,7 @@ from jdl.optim.kronecker.layout import View
 
 
 class Dense(NamedTuple):
-    """Where rows are in a dense product: inputs are x's last axes after `permutation`."""
+    """The axes of a dense product: its inputs are x's last axes after `permutation`."""
 
     permutation: tuple[int, ...]
     num_inputs: int
@@ -20,7 +21,7 @@ class Dense(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """Where patches are in a convolution, whose axes are ordered by x_spec and y_spec."""
+    """The patches of a convolution, whose axes are ordered by x_spec and y_spec."""
 
     window: tuple[int, ...]
     strides: tuple[int, ...]
@@ -65,7 +66,7 @@ def _dense_use(eqn: Any, tags: list[Any]) -> Use | None:
 
 
 def _whole(view: View, v: Any, axis: int) -> bool:
-    """Whether a view of one piece has all columns of its array, from the leaf's first on."""
+    """Whether a view of one piece covers all columns of its array, from the leaf's first."""
     size = v.aval.shape[view.axes.index(axis)]
     return view.pieces[0].offset == 0 and view.pieces[0].size == size
 

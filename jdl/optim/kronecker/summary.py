@@ -1,4 +1,4 @@
-"""Says which parameters have Kronecker factors, and which a diagonal and why."""
+"""Lists which parameters have Kronecker factors, and which a diagonal and why."""
 
 import logging
 
@@ -16,7 +16,7 @@ _logged: set[str] = set()
 def describe(
     objective: Objective, params: Params, *, max_size: int = 4096, curvature: str = "fisher"
 ) -> str:
-    """Which parameters have factors, which a diagonal and why, and how curvature is sampled.
+    """Lists parameters with factors, those with a diagonal and why, and how curvature is sampled.
 
     >>> from jdl.core.objective import Objective
     >>> from jdl.losses import squared_error
@@ -60,7 +60,7 @@ def _account(
 
 
 def log(found: Layers, objective: Objective, params: Params, max_size: int, curvature: str) -> None:
-    """The account, once for each that differs."""
+    """Logs the description once."""
     if _logger.isEnabledFor(logging.INFO):
         account = "\n".join(_account(found, objective, params, max_size, curvature))
         if account not in _logged:

@@ -1,4 +1,4 @@
-"""Remarks in a jaxpr that tell a layer whose product cannot be seen there."""
+"""Declares a layer whose product does not appear in its jaxpr."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from jax.interpreters import ad, batching, mlir
 
 
 def tag_dense(y: jax.Array, x: jax.Array, kernel: jax.Array, bias: Any = None) -> jax.Array:
-    """`y`, with the remark that it is x @ kernel (+ bias), over the last axis of x.
+    """`y`, declared to be x @ kernel (+ bias), over the last axis of x.
 
-    For functions whose product cannot be seen in their jaxpr.
+    For functions whose product is hidden: a custom derivative, a kernel of one's own.
 
     >>> x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))
     >>> tag_dense(x @ kernel, x, kernel).shape
@@ -31,7 +31,7 @@ def tag_conv(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> jax.Array:
-    """`y`, with the remark that it is the convolution of x [B, ..., C] with kernel [..., C, K].
+    """`y`, declared to be the convolution of x [B, ..., C] with kernel [..., C, K].
 
     Args:
       y: [B, ..., K].
@@ -59,7 +59,7 @@ def _tag_jvp(primals: Any, tangents: Any, *, conv: Any) -> Any:
 
 
 def _tag_batch(args: Any, axes: Any, *, conv: Any) -> Any:
-    # Under vmap the remark is dropped: the batched product is another one.
+    # Under vmap the declaration is dropped: the batched product is a different one.
     return args[0], axes[0]
 
 

@@ -1,4 +1,4 @@
-"""Makes `digits.tar` from scikit-learn's copy of the digits: `python -m jdl.data.make_digits`.
+"""Makes `digits.tar` from scikit-learn's copy of the digits: `python tests/data/make_digits.py`.
 
 The same bytes on every machine: fixed times, owners and order, and PNGs written here, since a new
 version of a library may compress differently.
@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+import jdl.data
+
+FOLDER = Path(jdl.data.digits_path()).parent
 TEST_SHARE = 5  # every fifth image of a digit, from the third on, is a test image
 
 
@@ -38,7 +41,7 @@ def members() -> list[tuple[str, bytes]]:
 
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # stored as counts of 0 … 16
-    found = [("README.md", Path(__file__).with_name("DIGITS.md").read_bytes())]
+    found = [("README.md", (FOLDER / "DIGITS.md").read_bytes())]
     for digit in range(10):
         # The data set is ordered by writer: every fifth image gives both splits a share of each.
         for i, n in enumerate(np.flatnonzero(bunch.target == digit)):
@@ -57,6 +60,6 @@ def write(path: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    target = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("digits.tar")
+    target = sys.argv[1] if len(sys.argv) > 1 else FOLDER / "digits.tar"
     write(target)
     print(f"wrote {target}")
