@@ -80,7 +80,7 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
     images = kinds["image"]
     classes: dict[str, int] = {}
     if images:
-        classes = TarSource.from_indexes(indexes, label=label).count_classes()
+        classes = TarSource(indexes, label=label).count_classes()
         if rest := images - sum(classes.values()):
             classes[""] = rest
     return Description(
