@@ -41,7 +41,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SHARES = {"truth": 150, "loop": 75, "clock": 125, "loader": 42, "compile": 30, "vision": 22}
 TINY_SHARES = {"truth": 60, "loop": 30, "clock": 40, "loader": 20, "compile": 20, "vision": 10}
-MINUTES, TINY_MINUTES = 7.4, 4.0
+MINUTES, TINY_MINUTES = 7.4, 10.0
 NOT_PRINTED = {"traceback", "curve", "spread_ms", "bytes", "compiler_bytes", "steps", "residuals"}
 # XLA tries dozens of kernels for each matrix product of a program. `truth` needs none of that, and
 # cuBLAS is as fast for these nets as what is found; only `compile` measures XLA as it comes.

@@ -386,12 +386,12 @@ def test_every_release_of_jax_takes_the_same_steps_through_a_scan(name):
     np.testing.assert_allclose(values, LOSSES[name], rtol=0, atol=1e-5)
 
 
-def test_any_loss_is_told_its_route_and_the_log_has_it_once(caplog):
+def test_any_loss_has_a_route_and_the_log_has_it_once(caplog):
     def lambda_loss(z, b):
         return optax.sigmoid_binary_cross_entropy(z, jax.nn.sigmoid(b["y"])).sum(axis=1)
 
     objective, params = problem(loss=lambda_loss)
-    account = kronecker.describe(objective, params)
+    account = jdl.optim.kronecker.describe(objective, params)  # its public path
     assert "factored: ['w'] with ['b'] (dense, 6×6 and 4×4)" in account
     assert account.endswith("by draws from the loss's output Hessian (diagonal)")
     with caplog.at_level(logging.INFO, logger="jdl.optim.kronecker.summary"):
