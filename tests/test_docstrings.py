@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,11 @@ def parameters(thing):
         return []
     if inspect.isclass(thing) and getattr(thing, "_is_protocol", False):
         return []
+    if typing.is_typeddict(thing):
+        return [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+            for name in thing.__annotations__
+        ]
     known = {"self", "cls", "parent", "name"} if hasattr(thing, "__linen_post_init__") else set()
     if any(base.__name__ == "Module" for base in getattr(thing, "__mro__", ())):
         known = {"parent", "name"}

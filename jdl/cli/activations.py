@@ -38,7 +38,7 @@ class Args:
 
     model: Annotated[options.Network, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE]")] = None
-    """a photograph, for maps, grad-cam and saliency"""
+    """a photograph; required for maps, grad-cam and saliency"""
     layer: str | None = None
     """the layer's name; by default the network's usual one. An error lists the nearest names"""
     what: Literal["maps", "grad-cam", "saliency", "preferred", "exciting"] = "maps"
@@ -47,7 +47,8 @@ class Args:
     """numbers such as 3,17,80; by default the strongest on IMAGE, or the first"""
     count: int = 16
     """number of channels where none are named; at most 8 for exciting"""
-    wanted: options.ClassName = None
+    wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """for grad-cam and saliency: a class's name or number; by default the most probable"""
     data: str | None = None
     """for exciting: a tar, a glob, a brace range, or digits"""
     split: options.TestSplit = None

@@ -42,7 +42,8 @@ class Args:
     """increase this channel alone"""
     guide: Path | None = None
     """another picture, whose features are to appear"""
-    wanted: options.ClassName = None
+    wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """a class's name or number, whose picture is made from noise"""
     octaves: int = 4
     """number of sizes at which the picture is changed, from small to large"""
     scale: float = 1.4

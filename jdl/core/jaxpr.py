@@ -18,17 +18,12 @@ CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # calls with their own derivati
 
 
 class Site(NamedTuple):
-    """One equation of a program.
+    """One equation of a program."""
 
-    Attributes:
-      eqn: the equation.
-      place: the numbers of the equations and branches that lead to it, unique in the program.
-      times: how often the scans around it run it.
-    """
-
-    eqn: Any
+    eqn: Any  # the equation
+    # The numbers of the equations and branches that lead to it, unique in the program.
     place: tuple[int, ...]
-    times: int
+    times: int  # how often the scans around it run it
 
     @property
     def name(self) -> str:

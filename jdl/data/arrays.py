@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from jdl.core import check
 from jdl.data.batches import Batches
@@ -13,8 +14,8 @@ from jdl.data.plan import Plan, Span
 
 
 def from_arrays(
-    features: Any,
-    targets: Any = None,
+    features: npt.ArrayLike | Mapping[str, npt.ArrayLike],
+    targets: npt.ArrayLike | None = None,
     *,
     batch_size: int,
     epochs: int | None = None,

@@ -26,7 +26,7 @@ from jdl.data.window import Window, WindowOrder
 logger = logging.getLogger("jdl.data")
 
 _warned: set[str] = set()  # archives that the user knows to be read in order
-_AHEAD_BYTES = 1 << 28  # decoded batches waiting, at most
+_AHEAD_BYTES = 1 << 28  # decoded batches waiting, at most, unless each loader holds just one
 
 
 @runtime_checkable
@@ -76,9 +76,9 @@ class Assembler:
         return spec
 
     def ahead(self, rows: int, loaders: int) -> int:
-        """How many batches so many threads or processes make ahead, within the memory for them."""
+        """How many batches are made ahead: two a loader where memory allows, else one."""
         batch = rows * int(np.prod(self.decoder.shape)) * np.dtype(self.decoder.dtype).itemsize
-        return min(2 * loaders, max(1, _AHEAD_BYTES // max(batch, 1)))
+        return max(loaders, min(2 * loaders, _AHEAD_BYTES // max(batch, 1)))
 
     def make(
         self,

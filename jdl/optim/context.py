@@ -1,4 +1,4 @@
-"""What one update of an optimizer knows: the objective around the current parameters.
+"""The context of an optimizer's update: the objective around the current parameters.
 
 A caller passes `update` a whole `jdl.Objective` or bare extra arguments; the algorithms read one
 `UpdateContext`. Missing or unsuitable arguments are refused here.
@@ -17,34 +17,23 @@ from jdl.optim.masking import Part, restricted
 
 
 class UpdateContext(NamedTuple):
-    """The objective around the current parameters; all scalars have one type, at least float32.
+    """The objective around the current parameters; all scalars have one type, at least float32."""
 
-    Attributes:
-      updates: the incoming updates, which stand for the gradient in the optimizer's own model.
-      params: θ, where the update starts.
-      value: f(θ).
-      grad: ∇f(θ), as evaluated, whatever earlier transformations of a chain did to the updates.
-      value_fn: params -> value.
-      value_and_grad: params -> (value, gradient).
-      residual_fn: params -> residuals, for least squares; None without.
-      noise: how much f may vary around θ by rounding alone.
-      finite: whether value and gradient are finite.
-      stationary: whether the gradient is zero.
-      objective: the caller's, as a function of θ; None without.
-      fill: θ -> all parameters, where optax.masked or optax.partition pass only part of them.
-    """
-
+    # The incoming updates: the gradient of the optimizer's model.
     updates: PyTree
-    params: Params
-    value: jax.Array
+    params: Params  # θ, where the update starts
+    value: jax.Array  # f(θ)
+    # ∇f(θ) itself, also where earlier transformations of a chain changed the updates.
     grad: Params
-    value_fn: Callable[[Params], jax.Array]
-    value_and_grad: Callable[[Params], tuple[jax.Array, Params]]
+    value_fn: Callable[[Params], jax.Array]  # params -> value
+    value_and_grad: Callable[[Params], tuple[jax.Array, Params]]  # params -> (value, gradient)
+    # Params -> residuals, for least squares; None without.
     residual_fn: Callable[[Params], PyTree] | None
-    noise: jax.Array
-    finite: jax.Array
-    stationary: jax.Array
-    objective: Objective | None
+    noise: jax.Array  # how much f may vary around θ by rounding alone
+    finite: jax.Array  # whether value and gradient are finite
+    stationary: jax.Array  # whether the gradient is zero
+    objective: Objective | None  # the caller's, as a function of θ; None without
+    # θ -> all parameters, where optax.masked or optax.partition pass only part of them.
     fill: Callable[[Params], Params]
 
     @property
@@ -98,8 +87,8 @@ def gather(
       grad: ∇f(params).
       value_fn: params -> value or (value, anything); called with the parameters alone.
       value_and_grad_fn: params -> (value, gradient, …), where the gradient is not autodiff's.
-      residual_fn: params -> r with f = ½ ‖r‖²; stands in for a missing `value_fn`.
-      objective: a `jdl.Objective`, or None; stands in for a missing `value_fn`.
+      residual_fn: params -> r with f = ½ ‖r‖²; replaces a missing `value_fn`.
+      objective: a `jdl.Objective`, or None; replaces a missing `value_fn`.
       whole_params: all parameters, where `params` is the part of them that optax.masked or
         optax.partition pass on; the others then keep their values.
       **others: extra arguments of other transformations; ignored.
@@ -117,7 +106,8 @@ def gather(
     if missing:
         raise check.ArgumentError(
             f"{optimizer}'s update needs {', '.join(f'`{name}`' for name in missing)}. Call it as "
-            "update(grads, state, params, value=value, grad=grads, value_fn=value_fn)."
+            "update(grads, state, params, value=value, grad=grads, value_fn=value_fn); "
+            "`residual_fn`, for least squares, or `objective` can replace value_fn."
         )
     assert value_fn is not None  # among `needed`
     part = None

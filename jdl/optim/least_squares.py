@@ -12,17 +12,11 @@ from jdl.optim.context import UpdateContext
 
 
 class Curvature(NamedTuple):
-    """Jᵀ J, dense.
+    """Jᵀ J, dense."""
 
-    Attributes:
-      matrix: J itself, [m, n], or the Gauss-Newton matrix, [n, n].
-      is_jacobian: which of the two.
-      products: what it cost, in Gauss-Newton products of the full batch.
-    """
-
-    matrix: jax.Array
-    is_jacobian: bool
-    products: float
+    matrix: jax.Array  # J itself, [m, n], or the Gauss-Newton matrix, [n, n]
+    is_jacobian: bool  # which of the two
+    products: float  # what it cost, in Gauss-Newton products of the full batch
 
     @property
     def diagonal(self) -> jax.Array:

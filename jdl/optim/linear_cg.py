@@ -2,7 +2,7 @@ r"""Preconditioned conjugate gradients, with the stopping rules of second-order 
 
 Minimizes the quadratic model q(x) = ½⟨x, A x⟩ − ⟨b, x⟩ over pytrees, given only products A v. The
 program has a single product, in the loop's body (a warm start's A x₀ is iteration zero), and the
-loop ends after `max_iterations`, whatever A returns. `_stopping` decides where it ends.
+loop ends after `max_iterations` for any A. `_stopping` decides where it ends.
 """
 
 from collections.abc import Callable
@@ -20,28 +20,18 @@ RUNNING, CONVERGED, PROGRESS, EXHAUSTED, CURVATURE, BOUNDARY, BROKEN = range(7)
 
 
 class Solution(NamedTuple):
-    """What conjugate gradients found.
+    """What conjugate gradients found."""
 
-    Attributes:
-      x: the last iterate; with negative curvature, the last before it (or the first direction, if
-        the first had it); with a radius, on the boundary if the path left the region.
-      model: q(x), at most q(x₀).
-      iterations: int32.
-      products: int32; one more with a warm start.
-      reason: why it ended, int32: a constant of this module.
-      kept: iterates at geometrically spaced iterations, leading axis K, a ring buffer.
-      kept_model: q of each, [K]; inf where the ring is not filled.
-      kept_count: how many were kept in all; the newest is at (kept_count − 1) mod K.
-    """
-
+    # The last iterate; with negative curvature, the last before it (or the first direction, if
+    # the first had it); with a radius, on the boundary if the path left the region.
     x: PyTree
-    model: jax.Array
-    iterations: jax.Array
-    products: jax.Array
-    reason: jax.Array
-    kept: PyTree
-    kept_model: jax.Array
-    kept_count: jax.Array
+    model: jax.Array  # q(x), at most q(x₀)
+    iterations: jax.Array  # int32
+    products: jax.Array  # int32; one more with a warm start
+    reason: jax.Array  # why it ended, int32: a constant of this module
+    kept: PyTree  # iterates at geometrically spaced iterations, leading axis K, a ring buffer
+    kept_model: jax.Array  # q of each, [K]; inf where the ring is not filled
+    kept_count: jax.Array  # how many were kept in all; the newest is at (kept_count − 1) mod K
 
 
 class _State(NamedTuple):

@@ -16,17 +16,11 @@ from jdl.core.types import Batch, Key, Outputs, Params, PyTree
 
 
 class Quadratic(NamedTuple):
-    """f and its second-order model along m directions v.
+    """f and its second-order model along m directions v."""
 
-    Attributes:
-      value: f(θ).
-      slopes: ⟨∇f, vᵢ⟩, [m].
-      curvature: ⟨vᵢ, G vⱼ⟩ with the Gauss-Newton matrix G, [m, m].
-    """
-
-    value: jax.Array
-    slopes: jax.Array
-    curvature: jax.Array
+    value: jax.Array  # f(θ)
+    slopes: jax.Array  # ⟨∇f, vᵢ⟩, [m]
+    curvature: jax.Array  # ⟨vᵢ, G vⱼ⟩ with the Gauss-Newton matrix G, [m, m]
 
 
 def subset(objective: Objective, size: int) -> Objective:

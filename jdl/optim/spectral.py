@@ -21,57 +21,34 @@ from jdl.optim.transformation import Step, accepted
 
 
 class Spectrum(NamedTuple):
-    """The spectrum of a symmetric matrix, or of a Jacobian's Gram matrix.
+    """The spectrum of a symmetric matrix, or of a Jacobian's Gram matrix."""
 
-    Attributes:
-      values: eigenvalues Λ, ascending for a symmetric matrix, [k].
-      vectors: V, [n, k].
-      sound: whether the matrix was finite; if not, this is the identity's.
-    """
-
-    values: jax.Array
-    vectors: jax.Array
-    sound: jax.Array
+    values: jax.Array  # eigenvalues Λ, ascending for a symmetric matrix, [k]
+    vectors: jax.Array  # V, [n, k]
+    sound: jax.Array  # whether the matrix was finite; if not, this is the identity's
 
 
 class Model(NamedTuple):
-    """The quadratic model of f, in the coordinates of the curvature's eigenvectors.
+    """The quadratic model of f, in the coordinates of the curvature's eigenvectors."""
 
-    Attributes:
-      curvatures: Λ, made positive, [k].
-      slopes: Vᵀ g of the incoming updates, [k].
-      raw_slopes: Vᵀ ∇f, [k].
-      floor: the rounding error of the spectrum; a λ below it has no effect.
-      step_of: the step in the parameters' coordinates, from the eigenvectors'.
-      sound: whether the curvature was finite.
-    """
-
-    curvatures: jax.Array
-    slopes: jax.Array
-    raw_slopes: jax.Array
-    floor: jax.Array
+    curvatures: jax.Array  # Λ, made positive, [k]
+    slopes: jax.Array  # Vᵀ g of the incoming updates, [k]
+    raw_slopes: jax.Array  # Vᵀ ∇f, [k]
+    floor: jax.Array  # the rounding error of the spectrum; a λ below it has no effect
+    # The step in the parameters' coordinates, from the eigenvectors'.
     step_of: Callable[[jax.Array], PyTree]
-    sound: jax.Array
+    sound: jax.Array  # whether the curvature was finite
 
 
 class Tried(NamedTuple):
-    """The last step tried.
+    """The last step tried."""
 
-    Attributes:
-      tried: evaluations made, int32.
-      damping: λ.
-      radius: Δ.
-      step: δ in the eigenvectors' coordinates.
-      value: f(θ + scale · δ).
-      ratio: ρ.
-    """
-
-    tried: jax.Array
-    damping: jax.Array
-    radius: jax.Array
-    step: jax.Array
-    value: jax.Array
-    ratio: jax.Array
+    tried: jax.Array  # evaluations made, int32
+    damping: jax.Array  # λ
+    radius: jax.Array  # Δ
+    step: jax.Array  # δ in the eigenvectors' coordinates
+    value: jax.Array  # f(θ + scale · δ)
+    ratio: jax.Array  # ρ
 
     @property
     def good(self) -> jax.Array:

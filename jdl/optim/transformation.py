@@ -47,27 +47,18 @@ Proposal = TypeVar("Proposal")
 
 
 class Step(NamedTuple):
-    """What an update does.
+    """What an update does."""
 
-    Attributes:
-      updates: the step δ.
-      moved: whether it is taken; if not, the parameters stay.
-      step_size: the factor on the direction, for the diagnostics.
-      code: how the search for the step ended, a `ResultCode`.
-      fields: the next state's fields, by name.
-      report: arguments of `diagnostics.advance`: evaluations, damping, reduction ratio.
-      descends: whether the direction is one of descent; −∇f has replaced one that is not.
-      sound: False where the curvature was not finite.
-    """
-
-    updates: PyTree
-    moved: jax.Array
-    step_size: jax.Array
-    code: jax.Array
-    fields: Mapping[str, Any]
+    updates: PyTree  # the step δ
+    moved: jax.Array  # whether it is taken; if not, the parameters stay
+    step_size: jax.Array  # the factor on the direction, for the diagnostics
+    code: jax.Array  # how the search for the step ended, a `ResultCode`
+    fields: Mapping[str, Any]  # the next state's fields, by name
+    # Arguments of `diagnostics.advance`: evaluations, damping, reduction ratio.
     report: Mapping[str, Any]
+    # Whether the direction is one of descent; −∇f has replaced one that is not.
     descends: jax.Array | bool = True
-    sound: jax.Array | bool = True
+    sound: jax.Array | bool = True  # False where the curvature was not finite
 
 
 def along(
@@ -206,7 +197,7 @@ def schedule_value(scalar_or_schedule: ScalarOrSchedule, count: Any) -> jax.Arra
         return jnp.array(scalar_or_schedule(count), jnp.float32)
 
 
-def check_options(**options: float | None) -> None:
+def check_options(**options: Any) -> None:
     """Refuses options out of their range in `RANGES`; all others must be integers of at least 1.
 
     >>> check_options(tolerance=1.0)

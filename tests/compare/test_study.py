@@ -170,7 +170,7 @@ def test_mistakes_are_told_before_anything_runs(problem, tmp_path, options, mess
 
 
 def test_an_optimizer_that_is_no_entry_is_told_how_to_be_one():
-    with pytest.raises(ArgumentError, match=r"One of your own: Entry\("):
+    with pytest.raises(ArgumentError, match=r"of your own use Entry\("):
         as_entry(optax.sgd(0.1))
     with pytest.raises(ArgumentError, match=r"`make` must be a function .*lambda"):
         as_entry(Entry("mine", optax.sgd(0.1)))

@@ -61,7 +61,7 @@ def spectrum(dense):
     return np.linalg.eigvalsh(dense)[::-1]
 
 
-def test_value_gradient_and_products_are_the_whole_data_set_s(landscape, params, dense):
+def test_value_gradient_and_products_average_the_data_set(landscape, params, dense):
     whole = lambda p: cross_entropy(p, jnp.asarray(IMAGES), jnp.asarray(LABELS))  # noqa: E731
     value, grad = jax.value_and_grad(whole)(params)
     assert landscape.value() == pytest.approx(float(value), rel=1e-5)
@@ -84,7 +84,7 @@ def test_averages_keep_double_precision():
         assert land.gradient()[0] - 2.0 == pytest.approx(1.5e-9, rel=1e-4)
 
 
-def test_padding_has_no_part_in_an_average(params, landscape):
+def test_padding_does_not_change_an_average(params, landscape):
     padded = [
         {"image": IMAGES[:64], "label": LABELS[:64], "mask": np.ones(64, np.float32)},
         {

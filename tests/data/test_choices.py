@@ -1,4 +1,4 @@
-"""Which records, in what proportion, labelled by what, changed how, and by which process."""
+"""Options: selection, mixtures, labels, augmentation, hosts and worker processes."""
 
 import io
 import itertools
@@ -115,7 +115,7 @@ def test_no_person_is_on_both_sides(tmp_path):
     assert 5 <= len(who["test"]) <= 20
 
 
-def test_a_split_by_name_stays_when_others_come(tmp_path):
+def test_a_split_by_name_does_not_change_with_other_records(tmp_path):
     path = people(tmp_path)
     test = TarSource(path, split="test:0.25")
     train = TarSource(path, split="train:0.25")
@@ -147,7 +147,7 @@ def test_a_split_by_name_stays_when_others_come(tmp_path):
     data=st.data(),
 )
 @settings(max_examples=6, deadline=None)
-def test_a_mixture_goes_through_each_source_evenly(counts, seed, data):
+def test_a_mixture_uses_each_source_evenly(counts, seed, data):
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(counts), max_size=len(counts)))
     order = Mixture(counts, weights, seed=seed)
     n = sum(counts)
@@ -227,7 +227,7 @@ def test_hosts_have_equal_batches_and_no_record_twice(n, rows, parts, drop):
     assert seen == list(range(n - n % batch if drop else n))
 
 
-def test_going_on_with_other_hosts(tmp_path):
+def test_resuming_with_another_number_of_hosts(tmp_path):
     path = people(tmp_path)
     options = {"epochs": 2, "shuffle": True, "batch_size": 12, "label": None, "grayscale": True}
     whole = [b["image"][:, 0, 0, 0] for b in from_tar(path, **options)]
@@ -296,7 +296,7 @@ def test_a_workers_exception_arrives_once_with_the_members_name(tmp_path):
 
 @pytest.mark.release
 def test_ten_million_members_in_a_worker(tmp_path):
-    """What a worker holds for itself, when it maps an index of ten million members."""
+    """The memory of a worker that maps an index of ten million members."""
     n, folders = 10_000_000, 100_000
     path = tmp_path / "huge.tar"
     with open(path, "wb") as file:
@@ -377,7 +377,7 @@ def deviation(a, b):
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 120)])
 @pytest.mark.parametrize("crop", [CENTER, Crop(0.6, 0.1, 0.9)])
-def test_windows_are_pillows(size, crop):
+def test_crops_are_those_of_pillow(size, crop):
     top, left, high, wide = crop.box(427, 640, size)
     assert wide / high == pytest.approx(size[1] / size[0])
     expected = reference_crop(PHOTO, (left, top, left + wide, top + high), size)
@@ -391,7 +391,7 @@ def test_windows_are_pillows(size, crop):
     assert deviation(decode(sideways, size=size, crop=crop), expected) < 6
 
 
-def test_chance_is_a_function_of_seed_epoch_and_record(tmp_path):
+def test_augmentation_is_a_function_of_seed_epoch_and_record(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (30, 24, 20), dtype=np.uint8)
     path = write_tar(

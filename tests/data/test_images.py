@@ -1,6 +1,5 @@
 """Decoding, against Pillow's full decode."""
 
-import contextlib
 import io
 
 import numpy as np
@@ -69,7 +68,7 @@ def test_orientation(turn, without, monkeypatch):
             assert deviation(decode(data, size=size, exact=True), reference(data, size)) == 0
 
 
-def test_spoilt_exif_does_not_spoil_the_picture():
+def test_invalid_exif_data_are_ignored():
     data = encode(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12" * 20)
     assert decode(data).shape == (427, 640, 3)
 
@@ -100,7 +99,7 @@ def test_first_frame_of_an_animation():
     assert decode(data)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_what_is_no_image_says_so():
+def test_bytes_that_are_no_image_are_refused():
     whole = encode(PHOTO, "JPEG")
     png = encode(PHOTO)
     tiff = encode(PHOTO, "TIFF")
@@ -123,15 +122,3 @@ def test_an_image_bomb_is_refused_before_memory_is_spent():
         bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
         with pytest.raises(BadImage):
             decode(bytes(bomb), size=(8, 8))
-
-
-def test_mutated_images_give_only_clean_errors():
-    rng = np.random.default_rng(0)
-    small = PHOTO.resize((40, 30))
-    wholes = [encode(small, f) for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")]
-    for _ in range(300):
-        data = bytearray(wholes[rng.integers(len(wholes))])
-        for place in rng.integers(len(data), size=4):
-            data[place] = rng.integers(256)
-        with contextlib.suppress(BadImage):
-            assert decode(bytes(data), size=(8, 8)).shape == (8, 8, 3)

@@ -24,7 +24,7 @@ def test_permutation(n, seed, epoch):
     np.testing.assert_array_equal(fresh.records(epoch, start, stop), found[start:stop])
 
 
-def test_the_order_is_for_ever():
+def test_the_order_never_changes_between_versions():
     # What checkpoints rely on: these numbers must never change.
     first = permuted(np.arange(8), 100, key(0, 0))
     assert first.tolist() == [4, 27, 45, 95, 37, 29, 3, 33]
@@ -42,7 +42,7 @@ def test_small_permutations_are_equally_likely():
 
 
 @pytest.mark.parametrize("n", [20, 97])
-def test_every_record_is_everywhere_equally_often(n):
+def test_every_record_is_equally_likely_at_every_place(n):
     draws = 1000
     found = np.stack([permuted(np.arange(n), n, key(e, 1)) for e in range(draws)])
     counts = np.stack([np.bincount(column, minlength=n) for column in found.T])
@@ -59,7 +59,7 @@ def test_without_shuffling():
     assert order.records(5, 2, 20).tolist() == list(range(2, 10))
 
 
-def test_there_is_no_place_among_none():
+def test_an_empty_permutation_has_no_places():
     with pytest.raises(ArgumentError, match="`n` must be at least 1"):
         permuted(np.arange(3), 0, 1)
     assert permuted(np.arange(0), 0, 1).tolist() == []

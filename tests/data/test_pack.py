@@ -209,7 +209,7 @@ def test_a_folder_of_tars(folder, tmp_path):
         pack(str(folder), str(tmp_path / "w.tar"))
 
 
-def test_sidecars_travel_with_their_images(tmp_path):
+def test_sidecars_stay_with_their_images(tmp_path):
     with tarfile.open(tmp_path / "w.tar", "w") as tar:
         for name, data in [("a.png", encode(PIXELS[0])), ("a.cls", b"7"), ("b.exe", b"no")]:
             info = tarfile.TarInfo(name)
@@ -230,7 +230,7 @@ def webdataset(path, samples, image):
     return str(path)
 
 
-def test_samples_are_not_torn_apart(tmp_path):
+def test_samples_stay_in_one_shard(tmp_path):
     path = webdataset(tmp_path / "w.tar", 7, encode(PIXELS[0]))
     done = pack(path, str(tmp_path / "x-%02d.tar"), shard_images=3)
     assert [len(members(shard)) for shard in done.shards] == [9, 9, 3]
@@ -246,7 +246,7 @@ def test_samples_are_not_torn_apart(tmp_path):
     assert [len(members(shard)) for shard in done.shards] == [2, 2, 1]
 
 
-def test_nothing_that_could_be_used(tmp_path):
+def test_a_source_without_usable_images(tmp_path):
     path = webdataset(tmp_path / "w.tar", 2, b"junk")
     with pytest.raises(DataError, match=r"none of the 2 images could be used.*a/00\.png"):
         pack(path, str(tmp_path / "x.tar"), size=(4, 4), on_error="skip")
@@ -344,9 +344,9 @@ def test_standard_input(folder, tmp_path, pipe, compress):
     pipe(compress(whole)[:-2000] if compress is gzip.compress else whole[:-3000])
     with pytest.raises(DataError, match="Standard input is damaged: truncated"):
         list(standard_input(**options))
-    spoilt = bytearray(whole)
-    spoilt[3 * 1024 + 7] ^= 1
-    pipe(compress(bytes(spoilt)))
+    damaged = bytearray(whole)
+    damaged[3 * 1024 + 7] ^= 1
+    pipe(compress(bytes(damaged)))
     batches = list(standard_input(on_error="skip", **options))
     assert sum(int(batch["mask"].sum()) for batch in batches) == 22
     pipe(whole)

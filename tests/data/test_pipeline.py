@@ -1,4 +1,4 @@
-"""Batches from tars and arrays: what is in them, in which order, and going on from a position."""
+"""Batches from tars and arrays: their contents, their order, and resuming at a position."""
 
 import gc
 import io
@@ -47,9 +47,9 @@ def tar(tmp_path):
 
 
 @pytest.fixture
-def spoilt(tmp_path):
+def damaged(tmp_path):
     members = [(f"c/{i:02d}.png", png(i) if i % 10 != 4 else b"junk") for i in range(23)]
-    return write_tar(tmp_path / "spoilt.tar", members)
+    return write_tar(tmp_path / "damaged.tar", members)
 
 
 def values(batches, key="image"):
@@ -105,7 +105,7 @@ def test_values_sizes_and_types(tar):
     assert batch["image"].shape == (23, 6, 5, 3)
 
 
-def test_datasets_share_one_face(tar):
+def test_data_sets_share_one_interface(tar):
     for data in (
         from_tar(tar, batch_size=4, epochs=None),
         from_arrays(np.arange(23), batch_size=4),
@@ -153,7 +153,7 @@ def test_threads_do_not_matter(tar):
 
 
 @pytest.mark.parametrize("kind", ["tar", "arrays"])
-def test_going_on_from_any_position(kind, tar):
+def test_resuming_at_any_position(kind, tar):
     def make(threads=0, **options):
         options = {"batch_size": 5, "epochs": 3, "shuffle": True, **options}
         if kind == "arrays":
@@ -175,7 +175,7 @@ def test_going_on_from_any_position(kind, tar):
         iterator.close()
 
 
-def test_going_on_with_another_batch_size(tar):
+def test_resuming_with_another_batch_size(tar):
     iterator = iter(from_tar(tar, grayscale=True, batch_size=5, epochs=2, shuffle=True))
     before = flat(values(take(iterator, 2)))
     state = iterator.get_state()
@@ -254,6 +254,13 @@ def test_first_batch_is_made_ahead_of_being_asked_for(tar):
         next(iterator)
 
 
+def test_every_thread_may_hold_a_batch_however_large(tar):
+    """Else some would stand still: 16 threads on batches of 38 MB."""
+    options = {"size": (224, 224), "batch_size": 256, "epochs": None, "cache_bytes": 0}
+    assert from_tar(tar, threads=16, **options).ahead == 16
+    assert from_tar(tar, threads=2, **options).ahead == 4
+
+
 def test_threads_end_with_their_iterator(tar):
     iterator = iter(from_tar(tar, batch_size=5, epochs=None, threads=2))
     next(iterator)
@@ -271,18 +278,18 @@ def test_threads_end_with_their_iterator(tar):
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_a_corrupt_image_is_named_once(spoilt, threads):
-    iterator = iter(from_tar(spoilt, size=(6, 5), batch_size=5, threads=threads))
-    with pytest.raises(DataError, match=r"spoilt\.tar.*'c/04\.png'.*on_error=\"skip\""):
+def test_a_corrupt_image_is_named_once(damaged, threads):
+    iterator = iter(from_tar(damaged, size=(6, 5), batch_size=5, threads=threads))
+    with pytest.raises(DataError, match=r"damaged\.tar.*'c/04\.png'.*on_error=\"skip\""):
         next(iterator)
     assert next(iterator)["image"][:, 0, 0, 0].tolist() == [5, 6, 7, 8, 9]
     iterator.close()
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_corrupt_images_are_skipped_counted_and_named(spoilt, threads, caplog):
+def test_corrupt_images_are_skipped_counted_and_named(damaged, threads, caplog):
     data = from_tar(
-        spoilt, batch_size=5, epochs=2, on_error="skip", grayscale=True, threads=threads
+        damaged, batch_size=5, epochs=2, on_error="skip", grayscale=True, threads=threads
     )
     with caplog.at_level(logging.WARNING, "jdl.data"):
         iterator = iter(data)
@@ -293,9 +300,9 @@ def test_corrupt_images_are_skipped_counted_and_named(spoilt, threads, caplog):
     assert [record.args[0].split()[-1] for record in caplog.records] == ["'c/04.png'", "'c/14.png'"]
 
 
-def test_skipping_and_going_on(spoilt):
+def test_resuming_after_skipped_records(damaged):
     def make():
-        return from_tar(spoilt, batch_size=5, epochs=2, on_error="skip", shuffle=True)
+        return from_tar(damaged, batch_size=5, epochs=2, on_error="skip", shuffle=True)
 
     reference = iter(make())
     expected = list(reference)
@@ -309,8 +316,8 @@ def test_skipping_and_going_on(spoilt):
         assert resumed.get_state() == reference.get_state()
 
 
-def test_too_much_skipping_is_an_error(spoilt):
-    data = from_tar(spoilt, batch_size=5, on_error="skip", max_skipped=0.05)
+def test_too_much_skipping_is_an_error(damaged):
+    data = from_tar(damaged, batch_size=5, on_error="skip", max_skipped=0.05)
     with pytest.raises(DataError, match=r"2 of 23 records cannot be read.*'c/14\.png'"):
         list(data)
 
@@ -424,7 +431,7 @@ def test_resolve(tmp_path, monkeypatch):
     assert resolve("a.tar") == "a.tar"
 
 
-def test_importing_the_room_is_light():
+def test_importing_jdl_data_imports_nothing_heavy():
     heavy = "('jax', 'grain', 'PIL', 'numpy')"
     code = f"import sys, jdl.data; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -104,7 +104,7 @@ def test_compressed_archives_hold_the_same(kind, plain, compressed, caplog):
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
-def test_a_cut_or_spoilt_compressed_archive(kind, compressed):
+def test_a_truncated_or_damaged_compressed_archive(kind, compressed):
     path = compressed(kind)
     with open(path, "rb") as file:
         whole = file.read()
@@ -121,10 +121,10 @@ def test_a_cut_or_spoilt_compressed_archive(kind, compressed):
     about = describe(path, keep_index=False)
     assert about.images == N
     assert [d["word"] for d in about.damage] == ["damaged"]
-    spoilt = bytearray(whole)
-    spoilt[len(whole) // 2 :] = os.urandom(len(whole) - len(whole) // 2)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2 :] = os.urandom(len(whole) - len(whole) // 2)
     with open(path, "wb") as file:
-        file.write(spoilt)
+        file.write(damaged)
     about = describe(path, keep_index=False)
     assert about.images < N
     assert {d["word"] for d in about.damage} & {"damaged", "truncated"}
@@ -155,7 +155,7 @@ def test_a_compression_bomb_is_read_in_small_pieces(tmp_path):
 
 
 @pytest.mark.parametrize(("n", "window"), [(1, 1), (5, 9), (300, 16), (300, 300)])
-def test_a_window_is_a_permutation_that_looks_ahead_no_further(n, window):
+def test_a_window_is_a_permutation_of_bounded_reach(n, window):
     counts = np.array([n // 3, n - n // 3])
     order = WindowOrder(counts, window=window, seed=3)
     found = order.records(2, 0, n)
@@ -177,7 +177,7 @@ def test_a_window_draws_evenly():
 
 
 @pytest.mark.parametrize("where", ["read", "decode"])
-def test_what_is_forgotten_may_be_closed_in_its_own_thread(where):
+def test_batches_can_be_closed_in_their_own_thread(where):
     closed, begun = [], threading.Event()
 
     def step(name):
@@ -194,7 +194,7 @@ def test_what_is_forgotten_may_be_closed_in_its_own_thread(where):
     assert closed == [where]
 
 
-def test_what_the_interpreters_end_closes_is_silent():
+def test_closing_at_the_interpreters_end_is_silent():
     program = """
 import concurrent.futures.thread
 from jdl.data.loading import InOrder
@@ -211,7 +211,7 @@ concurrent.futures.thread.held = Holder()
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_going_on_from_any_position(plain, compressed):
+def test_resuming_at_any_position(plain, compressed):
     path = compressed("gz")
 
     def make(threads, batch_size=7):

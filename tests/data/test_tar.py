@@ -143,7 +143,7 @@ def test_members_beyond_8_gib(tmp_path):
     assert index.damage == ()
 
 
-def test_sparse_members_are_told_and_not_read(tmp_path):
+def test_sparse_members_are_reported_and_not_read(tmp_path):
     (tmp_path / "s.png").write_bytes(b"")
     with open(tmp_path / "s.png", "wb") as file:
         for i in range(30):  # more pieces than one header can list
@@ -199,14 +199,14 @@ def test_a_destroyed_header_costs_one_member(ten):
     assert [d.word for d in damage] == ["checksum"]
 
 
-def test_a_zeroed_header_is_no_end(ten):
+def test_a_zeroed_header_does_not_end_the_archive(ten):
     patch(ten, 3 * STRIDE, bytes(512))
     found, damage = names(ten)
     assert found == [f"c/{i}.png" for i in range(10) if i != 3]
     assert [d.word for d in damage] == ["damaged"]
 
 
-def test_a_lying_size_is_noticed(ten):
+def test_a_wrong_size_is_noticed(ten):
     with open(ten, "r+b") as file:
         file.seek(3 * STRIDE)
         info = tarfile.TarInfo.frombuf(file.read(512), "utf-8", "strict")
@@ -275,30 +275,6 @@ def test_no_tars(tmp_path):
         TarSource(tmp_path / "b.tar")
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_mutations_give_only_clean_errors(tmp_path, seed):
-    rng = np.random.default_rng(seed)
-    members = [(f"c{i % 3}/{'n' * (i * 17)}{i}.png", os.urandom(i * 90)) for i in range(12)]
-    path = tmp_path / "a.tar"
-    wholes = [
-        Path(write_tar(tmp_path / f"{name}.tar", members, format)).read_bytes()
-        for name, format in FORMATS.items()
-        if name != "ustar"
-    ]
-    for _ in range(150):
-        data = bytearray(wholes[rng.integers(len(wholes))])
-        for _ in range(rng.integers(1, 6)):
-            at = int(rng.integers(len(data) // 512)) * 512 + int(rng.integers(512))
-            data[at] = rng.integers(256)
-        path.write_bytes(data[: rng.integers(1, len(data))] if rng.random() < 0.3 else data)
-        try:
-            source = TarSource(path, keep_index=False)
-        except UserError:
-            continue
-        for i in range(len(source)):
-            assert len(source[i].data) <= len(data)
-
-
 # ---------------------------------------------------------------------- headers
 
 
@@ -348,7 +324,7 @@ def test_the_index_is_kept_and_used_and_renewed(ten, monkeypatch):
     assert [TarSource(ten)[0].name, len(TarSource(ten))] == ["other/0.png", 1]
 
 
-def test_a_hostile_index_is_not_believed(ten):
+def test_an_invalid_index_is_not_used(ten):
     good = Path(tar_index.open_index(ten).file)
     whole = good.read_bytes()
     rng = np.random.default_rng(0)

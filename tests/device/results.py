@@ -66,6 +66,7 @@ def machine():
         "python": platform.python_version(),
         "jax": jax.__version__,
         "numpy": np.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **{n: version(n) for n in ("flax", "optax", "simplejpeg", "torch")},
     }
 

@@ -45,6 +45,7 @@ STEPS, BATCH = 20, 64
 TOLERANCE = {1: 1e-4, STEPS: 2e-2}
 COMPILES = 20.0  # seconds that must be left for another optimizer to be begun
 AMPLIFIED = 50.0  # of what a disturbance of 1e-7 makes of itself
+DENSE = ("newton", "gauss_newton", "lm")  # their matrices are made whole: a smaller net
 FAMILIES = ("momentum", "adam", "muon", "lbfgs", "hf", "kfac")  # one a family, for a dry run
 
 
@@ -83,7 +84,7 @@ def every_optimizer(results, names, tiny):
         {"image": images[i : i + BATCH], "label": labels[i : i + BATCH]}
         for i in range(0, STEPS * BATCH, BATCH)
     ]
-    workers = 1 if tiny else max(2, min(6, (os.cpu_count() or 2) // 2))
+    workers = 1 if tiny else max(2, min(10, (os.cpu_count() or 2) * 2 // 3))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         enough = lambda: tiny or results.left() > COMPILES  # noqa: E731
         found = {pool.submit(one_optimizer, n, batches, enough): n for n in names}
@@ -96,7 +97,8 @@ def one_optimizer(name, batches, enough):
     """The distances of one optimizer's runs, if there is time enough."""
     if not enough():
         return {"skipped": "no time left"}
-    program = build(jdl.from_linen(Small()), losses.softmax_cross_entropy, by_name(name))
+    net = Small(features=2, hidden=4) if name in DENSE else Small()
+    program = build(jdl.from_linen(net), losses.softmax_cross_entropy, by_name(name))
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     with jax.default_device(cpu):
         state = jax.jit(program.init)(jax.random.key(0), batches[0])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jdl.optim import diagnostics
+from jdl.optim.diagnostics import Diagnostics, read
 
 
 class Run(NamedTuple):
@@ -18,15 +18,15 @@ class Run(NamedTuple):
     norms: list[float]  # ‖∇f‖ before each step
 
     @property
-    def told(self) -> diagnostics.Diagnostics:
-        found = diagnostics.read(self.state)
+    def diagnostics(self) -> Diagnostics:
+        found = read(self.state)
         assert found is not None
         return found
 
 
 @pytest.fixture(scope="session")
 def minimize() -> Callable[..., Run]:
-    """Runs a transformation to ‖∇f‖ ≤ tolerance, handing it value, grad and value_fn alone."""
+    """Runs a transformation to ‖∇f‖ ≤ tolerance, passing value, grad and value_fn alone."""
 
     def run(
         optimizer: Any,

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -27,14 +28,15 @@ def test_damping_keeps_within_its_limits():
         (3.0, 4.0, -1.0, 0.0, -1.0),
         (3.0, jnp.nan, -1.0, 0.0, -jnp.inf),
         (3.0, jnp.inf, -1.0, 0.0, -jnp.inf),
-        (3.0, 1.0, 0.5, 0.0, -jnp.inf),  # the model foretold a rise
+        (3.0, 1.0, 0.5, 0.0, -jnp.inf),  # a rise was predicted
         (3.0, 3.00001, -1e-5, 1e-4, 1.0),  # both lost in rounding
         (3.0, 3.00001, -1.0, 1e-4, -1e-5),  # a real prediction that failed
     ],
 )
 def test_reduction_ratio(old, new, model, noise, expected):
-    found = reduction_ratio(jnp.asarray(old), jnp.asarray(new), jnp.asarray(model), noise)
-    assert float(found) == pytest.approx(expected, rel=0.1)
+    with jax.enable_x64(True):
+        found = reduction_ratio(jnp.asarray(old), jnp.asarray(new), jnp.asarray(model), noise)
+        assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -216,10 +216,10 @@ def test_a_model_that_lies_is_halved_and_damped():
     objective = Objective.from_fns(lambda p, b: jnp.exp(b["x"] @ p["w"]), squares, batch)
     optimizer = made(damping=1e-4)
     _, state, values = run(optimizer, objective, {"w": jnp.zeros((1, 1))}, 1)
-    told = state.diagnostics
-    assert float(told.reduction_ratio) < 0  # the whole step would have raised f, or overflowed
+    found = state.diagnostics
+    assert float(found.reduction_ratio) < 0  # the whole step would have raised f, or overflowed
     assert float(state.damping) > 1e-4
-    assert float(told.values) > 1
+    assert float(found.values) > 1
     _, _, values = run(optimizer, objective, {"w": jnp.zeros((1, 1))}, 40)
     assert np.all(np.diff(values) <= 0)
     assert values[-1] < 0.5 * values[0]
@@ -346,10 +346,10 @@ def test_networks_learn_with_dropout_and_batch_norm(module, shape):
     objective = Objective(
         model, losses.softmax_cross_entropy, model_state, data, key=jax.random.key(0)
     )
-    told = kronecker.describe(objective, params)
-    kernels = [n for n in told.splitlines() if n.startswith("factored")]
+    described = kronecker.describe(objective, params)
+    kernels = [n for n in described.splitlines() if n.startswith("factored")]
     assert len(kernels) == (2 if shape == (6, 6, 1) else 9)
-    assert ("['norm']['scale']" in told) == (shape == (6, 6, 1))
+    assert ("['norm']['scale']" in described) == (shape == (6, 6, 1))
 
 
 class Cells(nn.Module):
@@ -386,12 +386,12 @@ def test_every_release_of_jax_takes_the_same_steps_through_a_scan(name):
     np.testing.assert_allclose(values, LOSSES[name], rtol=0, atol=1e-5)
 
 
-def test_any_loss_is_told_its_route_and_the_log_has_it_once(caplog):
+def test_any_loss_has_a_route_and_the_log_has_it_once(caplog):
     def lambda_loss(z, b):
         return optax.sigmoid_binary_cross_entropy(z, jax.nn.sigmoid(b["y"])).sum(axis=1)
 
     objective, params = problem(loss=lambda_loss)
-    account = kronecker.describe(objective, params)
+    account = jdl.optim.kronecker.describe(objective, params)  # its public path
     assert "factored: ['w'] with ['b'] (dense, 6×6 and 4×4)" in account
     assert account.endswith("by draws from the loss's output Hessian (diagonal)")
     with caplog.at_level(logging.INFO, logger="jdl.optim.kronecker.summary"):
@@ -507,20 +507,20 @@ def test_every_device_inverts_its_share_only():
 def test_work_and_diagnostics():
     objective, params = problem()
     _, state, _ = run(made(factors_every=2, inverses_every=4), objective, params, 8)
-    told = state.diagnostics
-    assert int(told.iterations) == 8
-    assert float(told.gradients) == 8 + 4
-    assert float(told.gauss_newton_products) == 8
+    found = state.diagnostics
+    assert int(found.iterations) == 8
+    assert float(found.gradients) == 8 + 4
+    assert float(found.gauss_newton_products) == 8
     mults = 6 * 4 + 5 * 3  # inputs with the bias × outputs
     squares_ = 6**2 + 4**2 + 5**2 + 3**2
     products = 6 * 4 * 10 + 5 * 3 * 8
     cubes = 6**3 + 4**3 + 5**3 + 3**3
     refreshed, applied, inverted = 4 * 24 * squares_, 8 * products, cubes
-    inversions = (float(told.factor_work) * 3 * 24 * mults - refreshed - applied) / inverted
+    inversions = (float(found.factor_work) * 3 * 24 * mults - refreshed - applied) / inverted
     assert inversions == pytest.approx(round(inversions), abs=1e-3)
     assert inversions >= 2
-    counted = sum(getattr(told, name) * cost for name, cost in COSTS.items()) + told.factor_work
-    assert float(told.gradient_equivalents) == pytest.approx(float(counted), rel=1e-5)
+    counted = sum(getattr(found, name) * cost for name, cost in COSTS.items()) + found.factor_work
+    assert float(found.gradient_equivalents) == pytest.approx(float(counted), rel=1e-5)
 
 
 def test_arguments_are_checked():

@@ -26,7 +26,7 @@ def test_rosenbrock(guard, minimize):
 def test_takes_no_more_evaluations_than_scipy_or_optax(minimize):
     run = minimize(lbfgs(), rosenbrock, jnp.asarray(START), tolerance=1e-3)
     # Handed its own last value and gradient again, the method spends one evaluation a trial.
-    ours = int(run.told.evaluations) - int(run.told.iterations) + 1
+    ours = int(run.diagnostics.evaluations) - int(run.diagnostics.iterations) + 1
     theirs = scipy.optimize.minimize(
         jax.value_and_grad(rosenbrock), START, jac=True, method="L-BFGS-B", options={"gtol": 1e-3}
     )
@@ -100,7 +100,7 @@ def test_the_diagonal_mends_bad_scaling(minimize):
         f = lambda x: 0.5 * jnp.sum(a * jnp.square(x - 1.0))  # noqa: E731
         run = minimize(lbfgs(scaling=scaling), f, jnp.zeros(60), steps=400, tolerance=0.1)
         assert run.norms[-1] <= 0.1
-        evaluations[scaling] = int(run.told.evaluations)
+        evaluations[scaling] = int(run.diagnostics.evaluations)
     assert evaluations["diagonal"] < 0.7 * evaluations["scalar"], evaluations
 
 
@@ -151,13 +151,13 @@ def test_ends_at_the_noise_of_float32_without_wasting_evaluations(minimize):
 
     run = minimize(lbfgs(), f, jnp.zeros(3), steps=60)
     assert run.norms[-1] < 2e-3  # values alone resolve 1e-5, a gradient of 0.2
-    assert int(run.told.evaluations) < 4 * 60
+    assert int(run.diagnostics.evaluations) < 4 * 60
 
 
 def test_an_ascent_direction_from_a_chain_falls_back(minimize):
     optimizer = optax.chain(optax.scale(-1.0), lbfgs())
     run = minimize(optimizer, lambda x: jnp.sum(jnp.square(x)), jnp.ones(3), steps=1)
-    assert int(run.told.termination) == ResultCode.STEEPEST_DESCENT
+    assert int(run.diagnostics.termination) == ResultCode.STEEPEST_DESCENT
     assert np.all(np.asarray(run.params) < 1.0)
 
 

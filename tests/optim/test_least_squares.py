@@ -43,9 +43,12 @@ def linear(m, n, rank=None, seed=0):
 @pytest.mark.parametrize(("m", "n", "rank"), [(12, 4, None), (4, 9, None), (12, 6, 3)])
 def test_gauss_newton_takes_the_shortest_solution_in_one_step(m, n, rank):
     a, b = linear(m, n, rank)
-    x, state, _ = run(gauss_newton(), lambda x: jnp.asarray(a) @ x - b, jnp.zeros(n), steps=1)
-    np.testing.assert_allclose(x, np.linalg.lstsq(a, b, rcond=1e-5)[0], rtol=2e-3, atol=2e-4)
-    assert float(state.diagnostics.reduction_ratio) == pytest.approx(1.0, abs=1e-2)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    with jax.enable_x64(True):
+        optimizer = gauss_newton(rcond=1e-5)
+        x, state, _ = run(optimizer, lambda x: jnp.asarray(a) @ x - b, jnp.zeros(n), steps=1)
+        np.testing.assert_allclose(x, np.linalg.lstsq(a, b, rcond=1e-5)[0], rtol=1e-9, atol=1e-9)
+        assert float(state.diagnostics.reduction_ratio) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_undamped_levenberg_marquardt_is_gauss_newton():
@@ -68,26 +71,28 @@ def test_a_damped_step_is_that_of_the_normal_equations(scaled):
 
 
 def test_the_objective_gives_what_the_residuals_give():
-    a, b = linear(12, 4)
-    batch = {"x": jnp.asarray(a), "y": jnp.asarray(b)}
-    objective = Objective.from_fns(
-        lambda w, batch: jnp.tanh(batch["x"] @ w),
-        lambda z, batch: 0.5 * jnp.square(z - batch["y"]),
-        batch,
-    )
-    x = 0.1 * jnp.ones(4)
-    value, grad, _ = objective.value_and_grad(x)
-    # The mean over the batch: residuals over the root of its size.
-    residuals = lambda w: (jnp.tanh(batch["x"] @ w) - batch["y"]) / 12**0.5  # noqa: E731
-    for optimizer in (levenberg_marquardt(damping=0.1), gauss_newton()):
-        told = {}
-        for name, extra in (("o", {"objective": objective}), ("r", {"residual_fn": residuals})):
-            updates, state = optimizer.update(
-                grad, optimizer.init(x), x, value=value, grad=grad, **extra
-            )
-            told[name] = updates
-            assert int(state.diagnostics.termination) == ResultCode.ACCEPTED
-        np.testing.assert_allclose(told["o"], told["r"], rtol=5e-3, atol=1e-5)
+    with jax.enable_x64(True):
+        a, b = linear(12, 4)
+        batch = {"x": jnp.asarray(a, jnp.float64), "y": jnp.asarray(b, jnp.float64)}
+        objective = Objective.from_fns(
+            lambda w, batch: jnp.tanh(batch["x"] @ w),
+            lambda z, batch: 0.5 * jnp.square(z - batch["y"]),
+            batch,
+        )
+        x = 0.1 * jnp.ones(4)
+        value, grad, _ = objective.value_and_grad(x)
+
+        def residuals(w):  # the mean over the batch: residuals over the root of its size
+            return (jnp.tanh(batch["x"] @ w) - batch["y"]) / 12**0.5
+
+        for optimizer in (levenberg_marquardt(damping=0.1), gauss_newton()):
+            steps = {}
+            for name, extra in (("o", {"objective": objective}), ("r", {"residual_fn": residuals})):
+                steps[name], state = optimizer.update(
+                    grad, optimizer.init(x), x, value=value, grad=grad, **extra
+                )
+                assert int(state.diagnostics.termination) == ResultCode.ACCEPTED
+            np.testing.assert_allclose(steps["o"], steps["r"], rtol=1e-9)
 
 
 def test_other_convex_losses_take_their_own_curvature():

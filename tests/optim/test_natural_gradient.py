@@ -78,7 +78,7 @@ def test_it_does_not_depend_on_how_outputs_are_parametrized():
     turned, _ = step(optimizer, other, jnp.linalg.solve(change, w))
     x = objective.batch["x"]
     ours, theirs = x @ updates, x @ change @ turned
-    # Logits are told up to a constant an example.
+    # Logits are determined up to a constant an example.
     ours, theirs = (z - z.mean(1, keepdims=True) for z in (ours, theirs))
     np.testing.assert_allclose(ours, theirs, rtol=2e-2, atol=2e-2)
 

@@ -21,7 +21,7 @@ def test_a_quadratic_takes_one_step(minimize):
     b = jnp.asarray(rng.normal(size=8), jnp.float32)
     run = minimize(newton(), lambda x: 0.5 * x @ a @ x - b @ x, jnp.zeros(8), steps=1)
     np.testing.assert_allclose(run.params, np.linalg.solve(a, b), rtol=1e-3, atol=1e-4)
-    assert float(run.told.reduction_ratio) == pytest.approx(1.0, abs=1e-3)
+    assert float(run.diagnostics.reduction_ratio) == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -136,4 +136,4 @@ def test_units_of_parameters_and_values_do_not_hang_or_mislead(name, scale, mini
         run = minimize(by_name(name), f, x, steps=steps)
         assert run.values[-1] < run.values[0]
         assert np.all(np.isfinite(run.params))
-        assert int(run.told.evaluations) <= 45 * steps
+        assert int(run.diagnostics.evaluations) <= 45 * steps

@@ -26,15 +26,15 @@ def test_the_registry_knows_what_trainers_ask():
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "words"),
     [
         ("adam", {"lr": 0.1}, "option of adam"),
         ("nesterov", {"mumentum": 0.5}, "'momentum'"),
         ("hf", {"dampin": 1.0}, "'damping'"),
     ],
 )
-def test_an_option_that_does_not_exist_is_refused_at_once(name, options, told):
-    with pytest.raises(ArgumentError, match=told):
+def test_an_option_that_does_not_exist_is_refused_at_once(name, options, words):
+    with pytest.raises(ArgumentError, match=words):
         by_name(name, **options)
 
 

@@ -142,11 +142,13 @@ def test_optax_solver_over_an_iterator(both):
 
 def test_optax_solver_s_run_is_optax_itself(both):
     def script(lib):
+        data = tuple(jnp.asarray(np.asarray(a, np.float64)) for a in (X, Y))
         solver = lib.OptaxSolver(ridge, optax.adam(0.1), maxiter=37, tol=0.0)
-        return solver.run(jnp.zeros(8), 0.1, (X, Y)).params
+        return solver.run(jnp.zeros(8), 0.1, data).params
 
-    ours, theirs = both(script)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    with jax.enable_x64(True):
+        ours, theirs = both(script)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 @pytest.mark.slow

@@ -31,21 +31,14 @@ class Pair(NamedTuple):
 
 
 class Kronecker(NamedTuple):
-    """The factors and their inverses; one entry a leaf, () where a leaf has none.
+    """The factors and their inverses; one entry a leaf, () where a leaf has none."""
 
-    Attributes:
-      moments: A and G, running means; a `Pair` for each leaf of two axes or more.
-      inverses: the damped inverses, or with `eigen` the eigenbases.
-      squares: with `eigen`, the curvature's diagonal in the eigenbases.
-      diagonals: of the leaves that belong to no layer.
-      refreshes: estimates in the running means so far, int32.
-    """
-
+    # A and G, running means; a `Pair` for each leaf of two axes or more.
     moments: tuple[PyTree, ...]
-    inverses: tuple[PyTree, ...]
-    squares: tuple[PyTree, ...]
-    diagonals: tuple[jax.Array, ...]
-    refreshes: jax.Array
+    inverses: tuple[PyTree, ...]  # the damped inverses, or with `eigen` the eigenbases
+    squares: tuple[PyTree, ...]  # with `eigen`, the curvature's diagonal in the eigenbases
+    diagonals: tuple[jax.Array, ...]  # of the leaves that belong to no layer
+    refreshes: jax.Array  # estimates in the running means so far, int32
 
 
 def init(params: Params, *, eigen: bool = False, max_size: int = 4096) -> Kronecker:

@@ -27,35 +27,22 @@ Mark: TypeAlias = Callable[[jax.Array, jax.Array, Use], jax.Array]
 
 
 class Layer(NamedTuple):
-    """A kernel all of whose uses are recognized.
+    """A kernel all of whose uses are recognized."""
 
-    Attributes:
-      kernel: the leaf's number, of shape (inputs..., outputs).
-      bias: the number of the leaf that is added to its outputs, of shape (outputs,); or None.
-      kind: "dense" or "conv".
-      transposed: whether it is used as x Wᵀ.
-      tagged: whether it was declared by `tag_dense` or `tag_conv`.
-      rows: how often it is used for the traced batch: examples × positions × steps × reuses.
-    """
-
-    kernel: int
+    kernel: int  # the leaf's number, of shape (inputs..., outputs)
+    # The number of the leaf that is added to its outputs, of shape (outputs,); or None.
     bias: int | None
-    kind: str
-    transposed: bool
-    tagged: bool
-    rows: int
+    kind: str  # "dense" or "conv"
+    transposed: bool  # whether it is used as x Wᵀ
+    tagged: bool  # whether it was declared by `tag_dense` or `tag_conv`
+    rows: int  # how often it is used for the traced batch: examples × positions × steps × reuses
 
 
 class Layers(NamedTuple):
-    """The layers of a model.
+    """The layers of a model."""
 
-    Attributes:
-      known: kernel's leaf number -> layer.
-      unknown: number of any other leaf that joins no layer -> why.
-    """
-
-    known: Mapping[int, Layer]
-    unknown: Mapping[int, str]
+    known: Mapping[int, Layer]  # kernel's leaf number -> layer
+    unknown: Mapping[int, str]  # number of any other leaf that joins no layer -> why
 
 
 def find(predict: Callable[[Params], Any], params: Params) -> Layers:

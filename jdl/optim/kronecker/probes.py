@@ -21,24 +21,18 @@ from jdl.optim.kronecker.recognize import Dense, Use
 
 
 class Probe(NamedTuple):
-    """The second moments of a kernel of D inputs and K outputs, summed over rows.
+    """The second moments of a kernel of D inputs and K outputs, summed over rows."""
 
-    Attributes:
-      first: of the side of its leading axes, [D+1, D+1], the last coordinate being the bias's 1
-        (zero where no bias joins); or [D+1], the diagonal alone.
-      last: of the side of its last axis, [K, K] or [K].
-      rows: the number of rows, weighted by the mask.
-      squares: of the gradients in the eigenbases, [D+1, K]; () where not asked for.
-    """
-
+    # Of the side of its leading axes, [D+1, D+1], the last coordinate being the bias's 1 (zero
+    # where no bias joins); or [D+1], the diagonal alone.
     first: jax.Array
-    last: jax.Array
-    rows: jax.Array
-    squares: PyTree = ()
+    last: jax.Array  # of the side of its last axis, [K, K] or [K]
+    rows: jax.Array  # the number of rows, weighted by the mask
+    squares: PyTree = ()  # of the gradients in the eigenbases, [D+1, K]; () if not needed
 
 
 class Bases(NamedTuple):
-    """Orthogonal bases for `Probe.squares`; () stands for the identity."""
+    """Orthogonal bases for `Probe.squares`; () is the identity."""
 
     first: PyTree
     last: PyTree
