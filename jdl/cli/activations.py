@@ -70,18 +70,21 @@ def run(args: Args) -> None:
 
     images.check_out(args.out)
     options.check_positive(args, "count")
-    looks = args.what in ("maps", "grad-cam", "saliency")
-    check.argument(args.image is not None or not looks, "IMAGE", f"given for {args.what}", None)
-    trunk, layers, photograph = open_network(args.model, args.layer, args.image, args.longest)
+    takes_image = args.what in ("maps", "grad-cam", "saliency")
+    must = f"given for {args.what}"
+    check.argument(args.image is not None or not takes_image, "IMAGE", must, None)
+    photograph = None if args.image is None else images.read(args.image, longest=args.longest)
+    trunk, layers = open_network(args.model, args.layer)
     check.argument(len(layers) == 1, "--layer", "one layer", args.layer)
-    draw = {
-        "maps": _maps,
-        "grad-cam": _class,
-        "saliency": _class,
-        "preferred": _preferred,
-        "exciting": _exciting,
-    }[args.what]
-    images.write(args.out, draw(args, trunk, layers[0], photograph))
+    if args.what == "preferred":
+        picture = _preferred(args, trunk, layers[0], photograph)
+    elif args.what == "exciting":
+        picture = _exciting(args, trunk, layers[0])
+    else:
+        assert photograph is not None
+        draw = _maps if args.what == "maps" else _class
+        picture = draw(args, trunk, layers[0], photograph)
+    images.write(args.out, picture)
     print(f"picture: {args.out}")
 
 
@@ -94,7 +97,7 @@ def _channels(args: Args) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None") -> "np.ndarray":
+def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> "np.ndarray":
     from jdl.vision import activations
 
     found = activations.maps(trunk, photograph, layer, channels=_channels(args), count=args.count)
@@ -103,7 +106,7 @@ def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None
     return activations.drawn(found)
 
 
-def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None") -> "np.ndarray":
+def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> "np.ndarray":
     from jdl.vision import activations, images
 
     for name, share in activations.classify(trunk, photograph, count=3):
@@ -136,9 +139,7 @@ def _preferred(
     return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
 
 
-def _exciting(
-    args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None"
-) -> "np.ndarray":
+def _exciting(args: Args, trunk: "Trunk", layer: str) -> "np.ndarray":
     from jdl.recipes.datasets import default_split, open_images
     from jdl.vision import activations, images
 

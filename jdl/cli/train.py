@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jdl.data import Batches
     from jdl.recipes.registry import Recipe
     from jdl.recipes.run_config import RunConfig
+    from jdl.train.estimator import Estimator
 
 LARGE_BATCH, LARGE_STEPS = 2048, 60  # for optimizers that need gradients of little noise
 
@@ -235,7 +236,7 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
         _draw(job, estimator, list(evaluated.values()))
 
 
-def _draw(job: _Job, estimator: Any, evaluated: "list[Batches]") -> None:
+def _draw(job: _Job, estimator: "Estimator", evaluated: "list[Batches]") -> None:
     from jdl.recipes.registry import Finished
     from jdl.train.plot import draw
 

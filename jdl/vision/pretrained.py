@@ -14,7 +14,7 @@ installs them, with no further dependencies.
 
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ import numpy as np
 
 from jdl.core import check
 from jdl.core.model import from_fns
+from jdl.core.types import Params
 from jdl.data import from_arrays
 from jdl.models.rbm import RBM
 from jdl.recipes.run_config import RunConfig
 from jdl.vision import resnet, squeezenet, vgg, weights
 from jdl.vision.layers import Forward, addressable, names_of
-from jdl.vision.trunk import Trunk, of_linen, of_model
+from jdl.vision.trunk import Features, Trunk, of_linen, of_model
 
 NAMES = ("vgg16", "squeezenet")
 
@@ -123,7 +124,7 @@ def _packaged_squeezenet() -> Trunk:
 
 
 def _network(
-    name: str, forward: Forward, params: Any, size: tuple[int, int], num_classes: int = 0
+    name: str, forward: Forward, params: Params, size: tuple[int, int], num_classes: int = 0
 ) -> Trunk:
     layers = names_of(forward, params, size)
     return Trunk(
@@ -139,7 +140,7 @@ def _network(
 
 
 @functools.cache
-def _applying(forward: Forward) -> Any:
+def _applying(forward: Forward) -> Callable[..., Features]:
     """One function for each network, so that JAX finds what it has compiled for it."""
     return addressable(forward)
 
