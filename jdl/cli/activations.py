@@ -38,7 +38,7 @@ class Args:
 
     model: Annotated[options.Network, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE]")] = None
-    """a photograph, for maps, grad-cam and saliency"""
+    """a photograph; required for maps, grad-cam and saliency"""
     layer: str | None = None
     """the layer's name; by default the network's usual one. An error lists the nearest names"""
     what: Literal["maps", "grad-cam", "saliency", "preferred", "exciting"] = "maps"
@@ -47,7 +47,8 @@ class Args:
     """numbers such as 3,17,80; by default the strongest on IMAGE, or the first"""
     count: int = 16
     """number of channels where none are named; at most 8 for exciting"""
-    wanted: options.ClassName = None
+    wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """for grad-cam and saliency: a class's name or number; by default the most probable"""
     data: str | None = None
     """for exciting: a tar, a glob, a brace range, or digits"""
     split: options.TestSplit = None
@@ -69,18 +70,21 @@ def run(args: Args) -> None:
 
     images.check_out(args.out)
     options.check_positive(args, "count")
-    looks = args.what in ("maps", "grad-cam", "saliency")
-    check.argument(args.image is not None or not looks, "IMAGE", f"given for {args.what}", None)
-    trunk, layers, photograph = open_network(args.model, args.layer, args.image, args.longest)
+    takes_image = args.what in ("maps", "grad-cam", "saliency")
+    must = f"given for {args.what}"
+    check.argument(args.image is not None or not takes_image, "IMAGE", must, None)
+    photograph = None if args.image is None else images.read(args.image, longest=args.longest)
+    trunk, layers = open_network(args.model, args.layer)
     check.argument(len(layers) == 1, "--layer", "one layer", args.layer)
-    draw = {
-        "maps": _maps,
-        "grad-cam": _class,
-        "saliency": _class,
-        "preferred": _preferred,
-        "exciting": _exciting,
-    }[args.what]
-    images.write(args.out, draw(args, trunk, layers[0], photograph))
+    if args.what == "preferred":
+        picture = _preferred(args, trunk, layers[0], photograph)
+    elif args.what == "exciting":
+        picture = _exciting(args, trunk, layers[0])
+    else:
+        assert photograph is not None
+        draw = _maps if args.what == "maps" else _class
+        picture = draw(args, trunk, layers[0], photograph)
+    images.write(args.out, picture)
     print(f"picture: {args.out}")
 
 
@@ -93,7 +97,7 @@ def _channels(args: Args) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None") -> "np.ndarray":
+def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> "np.ndarray":
     from jdl.vision import activations
 
     found = activations.maps(trunk, photograph, layer, channels=_channels(args), count=args.count)
@@ -102,7 +106,7 @@ def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None
     return activations.drawn(found)
 
 
-def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None") -> "np.ndarray":
+def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> "np.ndarray":
     from jdl.vision import activations, images
 
     for name, share in activations.classify(trunk, photograph, count=3):
@@ -135,9 +139,7 @@ def _preferred(
     return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
 
 
-def _exciting(
-    args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None"
-) -> "np.ndarray":
+def _exciting(args: Args, trunk: "Trunk", layer: str) -> "np.ndarray":
     from jdl.recipes.datasets import default_split, open_images
     from jdl.vision import activations, images
 

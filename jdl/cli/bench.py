@@ -35,7 +35,8 @@ class Args:
     """for data a tar, glob or brace range, by default the digits; else cnn, mlp or rnn"""
     seconds: float = 3.0
     """seconds of each measurement of data; for train and optim, of all measurements together"""
-    size: options.Size = None
+    size: str | None = None
+    """HEIGHT or HEIGHTxWIDTH of images; by default 128, and 8 for the digits and optim"""
     color: options.Color = False
     batch_size: options.BatchSize = 64
     as_json: options.Json = False

@@ -131,4 +131,4 @@ def _memory() -> int | None:
 
 
 def _size(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 2**30:.1f} GiB"
+    return "memory unknown" if count is None else f"{count / 2**30:.1f} GiB"

@@ -42,7 +42,8 @@ class Args:
     """increase this channel alone"""
     guide: Path | None = None
     """another picture, whose features are to appear"""
-    wanted: options.ClassName = None
+    wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """a class's name or number, whose picture is made from noise"""
     octaves: int = 4
     """number of sizes at which the picture is changed, from small to large"""
     scale: float = 1.4
@@ -80,36 +81,40 @@ def run(args: Args) -> None:
     """Writes the picture; the file appears only when it is complete."""
     from jdl.vision import images
 
-    from_class = args.wanted is not None
     both = [str(x) for x in (args.image, args.wanted) if x is not None]
     check.argument(len(both) == 1, "IMAGE, --class", "given one of them", both)
     check.argument(args.frames >= 0, "--frames", "0 or more", args.frames)
-    check.argument(not (from_class and args.frames), "--frames", "0 with --class", args.frames)
+    check.argument(
+        args.image is not None or not args.frames, "--frames", "0 with --class", args.frames
+    )
     images.check_frames_out(args.out) if args.frames else images.check_out(args.out)
-    written = [images.write(args.out, _class(args))] if from_class else _dreamt(args)
+    if args.image is None:
+        written = [images.write(args.out, _class(args, args.wanted or ""))]
+    else:
+        written = _dreamt(args, images.read(args.image, longest=args.longest))
     more = f" … {written[-1]}" if len(written) > 1 else ""
     print(f"picture: {written[0]}{more}")
 
 
-def _class(args: Args) -> "np.ndarray":
+def _class(args: Args, wanted: str) -> "np.ndarray":
     from jdl.cli.networks import open_network
     from jdl.vision import activations
     from jdl.vision.reverse import PictureSearch, of_class
 
-    trunk = open_network(args.model).trunk
+    trunk, _ = open_network(args.model, None)
     search = PictureSearch(size=args.size, steps=256 if args.steps is None else args.steps)
-    found = of_class(trunk, args.wanted or "", search, seed=args.seed, on_step=output.print_tenths)
+    found = of_class(trunk, wanted, search, seed=args.seed, on_step=output.print_tenths)
     name, share = activations.classify(trunk, found, count=1)[0]
     print(f"classified as {name} ({share:.1%})")
     return found
 
 
-def _dreamt(args: Args) -> list[Path]:
+def _dreamt(args: Args, photograph: "np.ndarray") -> list[Path]:
     from jdl.cli.networks import open_network
     from jdl.vision import dream, images
 
     guide = images.read(args.guide, longest=224) if args.guide is not None else None
-    trunk, layers, photograph = open_network(args.model, args.layer, args.image, args.longest)
+    trunk, layers = open_network(args.model, args.layer)
     channels = () if args.channel is None else (args.channel,)
     goal = dream.goal(trunk, layers, channels=channels, guide=guide)
     settings = dream.Settings(

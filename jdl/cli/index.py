@@ -1,4 +1,4 @@
-"""What a tar holds: members, images, classes with counts, damage. Damage is not an error.
+"""What a tar holds, even a damaged one: members, images, classes with counts, damage.
 
 Examples:
   jdl index photos.tar

@@ -35,9 +35,10 @@ OnError = Annotated[
     Literal["raise", "skip"], tyro.conf.arg(help="what to do with an image that cannot be read")
 ]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="print JSON instead of a table")]
-NETWORK = "vgg16, squeezenet, a .safetensors file, or a run directory of `jdl train`"
-Network = Annotated[str, tyro.conf.arg(help=NETWORK)]
-ClassName = Annotated[str | None, tyro.conf.arg(name="class", help="a class's name or number")]
+Network = Annotated[
+    str,
+    tyro.conf.arg(help="vgg16, squeezenet, a .safetensors file, or a run directory of `jdl train`"),
+]
 Longest = Annotated[
     int | None,
     tyro.conf.arg(help="reduce larger pictures to this many pixels on their longer side"),

@@ -36,13 +36,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(
-        title=title or None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
+    drawn = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for i, column in enumerate(columns):
         # Words may wrap; numbers with their units and ranges may not.
         cells = [column, *(row[i] for row in rows)]
@@ -51,7 +45,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
         drawn.add_column(column, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
         drawn.add_row(*row)
-    Console(highlight=False).print(drawn)
+    console = Console(highlight=False)
+    if title:
+        console.print(title, markup=False)
+    console.print(drawn)
 
 
 def print_tenths(done: int, of: int) -> None:

@@ -10,7 +10,7 @@ Examples:
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -31,7 +31,8 @@ class Args:
     """largest number of images in a shard; members of one WebDataset sample stay together"""
     size: str | None = None
     """HEIGHT or HEIGHTxWIDTH to resize to; by default images are copied unchanged"""
-    on_error: options.OnError = "raise"
+    on_error: Literal["raise", "skip"] = "raise"
+    """what to do with an image that cannot be decoded, or that a damaged archive has lost"""
     overwrite: bool = False
     """replace existing tars; further shards of an earlier run are removed"""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jdl.data import Batches
     from jdl.recipes.registry import Recipe
     from jdl.recipes.run_config import RunConfig
+    from jdl.train.estimator import Estimator
 
 LARGE_BATCH, LARGE_STEPS = 2048, 60  # for optimizers that need gradients of little noise
 
@@ -49,7 +50,7 @@ class Args:
     curvature_batch_size: int | None = None
     """images of the batch used for curvature products, as by hf; by default the whole batch"""
     microbatches: int = 1
-    """parts that a batch is split into to save memory; the results are the same"""
+    """parts in which a batch is computed, one after the other, to save memory"""
     seed: int = 0
     """random seed for the initial parameters, the order of the data, and the model"""
     split: str | None = None
@@ -145,7 +146,7 @@ def _job(args: Args) -> _Job:
         source,
     )
     optimizer = registry.short_name(args.optimizer or chosen.optimizer)
-    entry = registry.REGISTRY[optimizer]
+    spec = registry.REGISTRY[optimizer]
     size, split = parse_size(args.size, source), default_split(source, args.split, "train")
     augmentation = {"crop": args.crop, "flip": args.flip, "workers": args.workers}
     given = {name: value for name, value in augmentation.items() if value}
@@ -165,7 +166,7 @@ def _job(args: Args) -> _Job:
 
     probe = images(1)
     number, classes = probe.num_records, tuple(probe.classes or ())
-    is_mini = entry.batches == "mini"
+    is_mini = spec.batches == "mini"
     batch_size = args.batch_size or min(chosen.batch_size if is_mini else LARGE_BATCH, number)
     check.argument(
         batch_size <= number, "--batch-size", f"at most the {number} training images", batch_size
@@ -235,7 +236,7 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
         _draw(job, estimator, list(evaluated.values()))
 
 
-def _draw(job: _Job, estimator: Any, evaluated: "list[Batches]") -> None:
+def _draw(job: _Job, estimator: "Estimator", evaluated: "list[Batches]") -> None:
     from jdl.recipes.registry import Finished
     from jdl.train.plot import draw
 

@@ -1,1 +1,1 @@
-"""The vocabulary every other room speaks."""
+"""What all other packages build on: types, models, objectives, checks, pytree algebra."""

@@ -208,7 +208,8 @@ class Objective:
         def losses(batch: Batch, key: Key | None, params: Params) -> jax.Array:
             weights = batch.get("mask", jnp.ones(self.num_examples(batch)))
             values = self._losses(self.apply(params, batch, key)[0], batch)
-            weights = jnp.sqrt(weights / total).astype(values.dtype)
+            wide = tree.accumulator(values.dtype)
+            weights = jnp.sqrt(weights.astype(wide) / total.astype(wide)).astype(values.dtype)
             return jnp.where(weights > 0, weights * values, 0.0)
 
         return self._gram(losses, batch, params, vector)

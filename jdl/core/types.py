@@ -1,4 +1,4 @@
-"""The vocabulary every other room speaks: modes, pytrees, and the letters of shapes.
+"""Types that all packages share, and the letters of array shapes.
 
 Shape letters, in docstrings and annotations alike:
 
@@ -14,8 +14,8 @@ import jax
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = Any  # a pytree of floating-point arrays
-ModelState: TypeAlias = Any  # what a model carries from step to step, e.g. batch statistics
-Outputs: TypeAlias = Any  # what a model gives: an array or a pytree, leading axis B
+ModelState: TypeAlias = Any  # a model's other arrays, such as batch statistics
+Outputs: TypeAlias = Any  # a model's outputs: an array or a pytree, leading axis B
 Batch: TypeAlias = Mapping[str, Any]  # name -> array with leading axis B
 Key: TypeAlias = jax.Array  # a PRNG key
 
@@ -24,12 +24,12 @@ Metric: TypeAlias = Callable[[Outputs, Batch], jax.Array]  # (outputs, batch) ->
 
 
 class Mode(enum.StrEnum):
-    """What a model is run for.
+    """The purpose of a model's run.
 
     >>> Mode("train") is Mode.TRAIN, str(Mode.PREDICT)
     (True, 'predict')
     """
 
-    TRAIN = "train"  # dropout drops, batch statistics move
+    TRAIN = "train"  # with dropout, and batch statistics updated
     EVALUATE = "evaluate"  # outputs are compared with labels
     PREDICT = "predict"  # there are no labels

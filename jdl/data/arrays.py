@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from jdl.core import check
 from jdl.data.batches import Batches
@@ -13,8 +14,8 @@ from jdl.data.plan import Plan, Span
 
 
 def from_arrays(
-    features: Any,
-    targets: Any = None,
+    features: npt.ArrayLike | Mapping[str, npt.ArrayLike],
+    targets: npt.ArrayLike | None = None,
     *,
     batch_size: int,
     epochs: int | None = None,
@@ -64,7 +65,6 @@ def from_arrays(
     check.argument(n > 0, "features", "an array of at least one row", shapes)
     same = all(len(array) == n for array in arrays.values())
     check.argument(same, "targets", f"an array of {n} rows, as `features` has", shapes)
-    check.argument(isinstance(seed, int) and not isinstance(seed, bool), "seed", "an integer", seed)
     plan = Plan.checked(n, batch_size, epochs, drop_remainder)
     order = Order(n, shuffle=epochs is None if shuffle is None else shuffle, seed=seed)
     return ArrayBatches(arrays, plan, order, classes)
@@ -91,16 +91,7 @@ class ArrayBatches(Batches):
     @property
     def loaded_spec(self) -> dict[str, Any]:
         """What a batch as loaded is made of: name -> jax.ShapeDtypeStruct."""
-        import jax
-
-        rows = self.plan.rows
-        spec = {
-            name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
-            for name, array in self.arrays.items()
-        }
-        if self.plan.padded:
-            spec["mask"] = jax.ShapeDtypeStruct((rows,), np.dtype(np.float32))
-        return spec
+        return self.plan.spec({n: (a.shape[1:], a.dtype) for n, a in self.arrays.items()})
 
     def load(self, span: Span) -> Loaded:
         """The batch of these places."""

@@ -1,5 +1,6 @@
 """A description of archives: members, classes, damage. `jdl index` shows it."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -70,22 +71,16 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
     """
     archives = expand(paths)
     indexes = [open_index(path, keep=keep_index) for path in archives]
-    kinds: dict[str, int] = {}
-    counts: dict[str, int] = {}
-    damage = []
+    kinds: Counter[str] = Counter()
+    of_splits: Counter[str] = Counter()
     for index in indexes:
-        for kind, name in _KIND_NAMES.items():
-            found = int((index.columns.kinds == kind).sum())
-            if found:
-                kinds[name] = kinds.get(name, 0) + found
-        for first, found in _splits(index).items():
-            counts[first] = counts.get(first, 0) + found
-        damage += [{"archive": index.path, **each._asdict()} for each in index.damage]
-    images = kinds.get("image", 0)
+        counts = np.bincount(index.columns.kinds, minlength=len(_KIND_NAMES))
+        kinds.update({name: int(counts[kind]) for kind, name in _KIND_NAMES.items()})
+        of_splits.update(_splits(index))
+    images = kinds["image"]
     classes: dict[str, int] = {}
     if images:
-        source = TarSource.from_indexes(indexes, label=label)
-        classes = source.count_classes()
+        classes = TarSource(indexes, label=label).count_classes()
         if rest := images - sum(classes.values()):
             classes[""] = rest
     return Description(
@@ -93,9 +88,9 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
         members=sum(map(len, indexes)),
         images=images,
         classes=classes,
-        splits=dict(sorted(counts.items())),
-        kinds=kinds,
-        damage=damage,
+        splits=dict(sorted(of_splits.items())),
+        kinds=dict(+kinds),
+        damage=[{"archive": i.path, **each._asdict()} for i in indexes for each in i.damage],
         bytes=sum(index.stamp.get("size", index.size) for index in indexes),
         indexes=[index.file for index in indexes],
         modes={index.path: index.mode for index in indexes},
@@ -118,12 +113,11 @@ def splits(paths: Paths, *, keep_index: bool = True) -> tuple[str, ...]:
     return tuple(name for name in ("train", "test") if name in there)
 
 
-def _splits(index: TarIndex) -> dict[str, int]:
+def _splits(index: TarIndex) -> Counter[str]:
     ids = index.columns.folder_ids[index.columns.kinds == scan.IMAGE]
     counts = np.bincount(ids, minlength=len(index.columns.folder_ends))
-    found: dict[str, int] = {}
+    found: Counter[str] = Counter()
     for folder, count in zip(index.folders(), counts.tolist(), strict=True):
-        parts = lb.folder_parts(folder)
-        if count and parts:
-            found[parts[0]] = found.get(parts[0], 0) + count
+        if count and (first := lb.first_folder(folder + "/")):
+            found[first] += count
     return found

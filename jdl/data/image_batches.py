@@ -65,15 +65,12 @@ class Assembler:
 
     def spec(self, plan: Plan) -> dict[str, Any]:
         """What a batch is made of: name -> jax.ShapeDtypeStruct."""
-        import jax
-
-        rows, dtype = plan.rows, np.dtype(self.decoder.dtype)
-        spec = {"image": jax.ShapeDtypeStruct((rows, *self.decoder.shape), dtype)}
+        entries: dict[str, tuple[tuple[int, ...], Any]] = {
+            "image": (self.decoder.shape, self.decoder.dtype)
+        }
         if self.labelled:
-            spec["label"] = jax.ShapeDtypeStruct((rows,), np.dtype(np.int32))
-        if self._masked or plan.padded:
-            spec["mask"] = jax.ShapeDtypeStruct((rows,), np.dtype(np.float32))
-        return spec
+            entries["label"] = ((), np.int32)
+        return plan.spec(entries, masked=self._masked)
 
     def ahead(self, rows: int, loaders: int) -> int:
         """How many batches are made ahead: two a loader where memory allows, else one."""

@@ -33,11 +33,6 @@ def first_folder(name: str) -> str:
     return next(iter(folder_parts(name.rpartition("/")[0])), "")
 
 
-def is_by_folder(label: Label) -> bool:
-    """Whether all members of a folder have one class; for a `label` that is not a sidecar."""
-    return isinstance(label, str | int)
-
-
 def reader(label: Label) -> Callable[[str], str | None]:
     """The function from a member's name to its class, or to None where it has none.
 

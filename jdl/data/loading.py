@@ -23,8 +23,15 @@ class Loaded(NamedTuple):
     error: Exception | None = None
 
 
-class _Stream:
-    """The batches from a position on, as a grain data source for its threads to read from."""
+class FromPosition:
+    """The batches from a position on, as a grain data source for its threads to read from.
+
+    Args:
+      load: makes the batch of a span; called by several threads or, pickled, in processes.
+      plan: which places each batch holds.
+      epoch: with `record`, the position.
+      record: how many records of the epoch are behind it.
+    """
 
     def __init__(self, load: Callable[[Span], Loaded], plan: Plan, epoch: int, record: int):
         self._load, self._plan, self._epoch, self._record = load, plan, epoch, record
@@ -43,40 +50,27 @@ class _Stream:
         return f"Batches(epoch={self._epoch}, record={self._record})"
 
 
-def load_ahead(
-    load: Callable[[Span], Loaded],
-    plan: Plan,
-    epoch: int,
-    record: int,
-    *,
-    threads: int,
-    workers: int,
-    ahead: int,
-) -> Any:
-    """An iterator over the batches from a position on, which has `close`.
+def load_ahead(batches: FromPosition, threads: int, workers: int, ahead: int) -> Any:
+    """An iterator over batches, which has `close`.
 
     Args:
-      load: makes the batch of a span; called by several threads or, pickled, in processes.
-      plan: which places each batch holds.
-      epoch: with `record` the position.
-      record: how many records of the epoch are behind it.
-      threads: how many make batches; 0 for none, batches are made when asked for.
+      batches: the batches.
+      threads: how many make them; 0 for none, batches are made when asked for.
       workers: processes that make them instead.
       ahead: batches made before they are asked for.
     """
-    stream = _Stream(load, plan, epoch, record)
     if workers:
-        return _in_workers(stream, workers, ahead)
+        return _in_workers(batches, workers, ahead)
     if not (threads and ahead):
-        return (stream[number] for number in range(len(stream)))
+        return (batches[number] for number in range(len(batches)))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    loader = iter(grain.MapDataset.source(stream).to_iter_dataset(options))
+    loader = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
     loader.start_prefetch()
     return loader
 
 
-def _in_workers(stream: _Stream, workers: int, ahead: int) -> Any:
-    """An iterator over a stream's batches, made in turns by spawned processes."""
+def _in_workers(batches: FromPosition, workers: int, ahead: int) -> Any:
+    """An iterator over batches that spawned processes make in turns."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():  # grain asks for it, and plain scripts never do it
@@ -85,8 +79,8 @@ def _in_workers(stream: _Stream, workers: int, ahead: int) -> Any:
     options = grain.multiprocessing.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=max(1, ahead // workers)
     )
-    batches = grain.MapDataset.source(stream).to_iter_dataset(one_thread)
-    loader = iter(batches.mp_prefetch(options))
+    made = grain.MapDataset.source(batches).to_iter_dataset(one_thread)
+    loader = iter(made.mp_prefetch(options))
     loader.start_prefetch()
     return loader
 

@@ -78,6 +78,8 @@ class Order:
     """
 
     def __init__(self, num_records: int, *, shuffle: bool, seed: int):
+        ok = isinstance(seed, int) and not isinstance(seed, bool)
+        check.argument(ok, "seed", "an integer", seed)
         self.num_records, self.shuffle, self.seed = num_records, shuffle, seed
         # The last block computed: a batch at a time would cost more in calls than in arithmetic.
         self._block: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.int64))

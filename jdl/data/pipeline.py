@@ -123,10 +123,10 @@ def from_tar(
     """
     check.one_of("on_error", on_error, ("raise", "skip"))
     check.in_range("max_skipped", max_skipped, 0.0, 1.0)
-    _check_integer("seed", seed)
-    _check_integer("workers", workers, 0, 1024)
     threads = _cores() if threads is None else threads
-    _check_integer("threads", threads, 0, 1024)
+    for name, count in (("threads", threads), ("workers", workers)):
+        ok = isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= 1024
+        check.argument(ok, name, "an integer of 0 to 1024", count)
     if window is not None:
         check.positive_int("window", window)
     augmentation = Augmentation(crop, crop_area, flip, augment, seed)
@@ -244,9 +244,3 @@ def _refuse_damage(source: TarSource) -> None:
 def _cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return min(len(affinity(0)) if affinity else os.cpu_count() or 1, 16)
-
-
-def _check_integer(name: str, value: object, low: int | None = None, high: int = 0) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool)
-    must = "an integer" if low is None else f"an integer of {low} to {high}"
-    check.argument(ok and (low is None or low <= value <= high), name, must, value)  # type: ignore[operator]

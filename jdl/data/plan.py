@@ -1,7 +1,9 @@
 """Which places of an epoch's order each batch holds."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jdl.core import check
 
@@ -92,6 +94,19 @@ class Plan:
     def padded(self) -> bool:
         """Whether some batch is padded."""
         return not self.drop_remainder and self.num_records % self.batch_size > 0
+
+    def spec(
+        self, entries: dict[str, tuple[tuple[int, ...], Any]], *, masked: bool = False
+    ) -> dict[str, Any]:
+        """The jax.ShapeDtypeStructs of entries name -> (shape of a row, dtype), and of the mask."""
+        import jax
+
+        if masked or self.padded:
+            entries = entries | {"mask": ((), np.float32)}
+        return {
+            name: jax.ShapeDtypeStruct((self.rows, *shape), np.dtype(dtype))
+            for name, (shape, dtype) in entries.items()
+        }
 
     def span(self, epoch: int, record: int, number: int) -> Span:
         """The batch `number` batches after the one that begins at a position."""

@@ -1,8 +1,8 @@
 """Second-order optimizers, each an optax transformation, and every optimizer by name.
 
-Each optimizer is a file of its name; `transformation` is their common skeleton, `context` what an
-update knows, `kronecker` the factors of K-FAC. The modules are all imported here, since importing
-one later would replace the function of the same name.
+Each optimizer is a file of its name. `transformation` is their common skeleton, `context` the
+arguments of an update, `kronecker` the factors of K-FAC. The modules are all imported here, since
+importing one later would replace the function of the same name.
 """
 
 from jdl.optim.gauss_newton import gauss_newton as gauss_newton

@@ -1,4 +1,4 @@
-"""What one update of an optimizer knows: the objective around the current parameters.
+"""The context of an optimizer's update: the objective around the current parameters.
 
 A caller passes `update` a whole `jdl.Objective` or bare extra arguments; the algorithms read one
 `UpdateContext`. Missing or unsuitable arguments are refused here.
@@ -19,11 +19,11 @@ from jdl.optim.masking import Part, restricted
 class UpdateContext(NamedTuple):
     """The objective around the current parameters; all scalars have one type, at least float32."""
 
-    # The incoming updates, which stand for the gradient in the optimizer's own model.
+    # The incoming updates: the gradient of the optimizer's model.
     updates: PyTree
     params: Params  # θ, where the update starts
     value: jax.Array  # f(θ)
-    # ∇f(θ), as evaluated, whatever earlier transformations of a chain did to the updates.
+    # ∇f(θ) itself, also where earlier transformations of a chain changed the updates.
     grad: Params
     value_fn: Callable[[Params], jax.Array]  # params -> value
     value_and_grad: Callable[[Params], tuple[jax.Array, Params]]  # params -> (value, gradient)
@@ -87,8 +87,8 @@ def gather(
       grad: ∇f(params).
       value_fn: params -> value or (value, anything); called with the parameters alone.
       value_and_grad_fn: params -> (value, gradient, …), where the gradient is not autodiff's.
-      residual_fn: params -> r with f = ½ ‖r‖²; stands in for a missing `value_fn`.
-      objective: a `jdl.Objective`, or None; stands in for a missing `value_fn`.
+      residual_fn: params -> r with f = ½ ‖r‖²; replaces a missing `value_fn`.
+      objective: a `jdl.Objective`, or None; replaces a missing `value_fn`.
       whole_params: all parameters, where `params` is the part of them that optax.masked or
         optax.partition pass on; the others then keep their values.
       **others: extra arguments of other transformations; ignored.
@@ -106,7 +106,8 @@ def gather(
     if missing:
         raise check.ArgumentError(
             f"{optimizer}'s update needs {', '.join(f'`{name}`' for name in missing)}. Call it as "
-            "update(grads, state, params, value=value, grad=grads, value_fn=value_fn)."
+            "update(grads, state, params, value=value, grad=grads, value_fn=value_fn); "
+            "`residual_fn`, for least squares, or `objective` can replace value_fn."
         )
     assert value_fn is not None  # among `needed`
     part = None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jdl.core import check
 from jdl.optim.result import ResultCode
 
 Number = jax.Array | float | int
@@ -81,15 +82,11 @@ def advance(
     *,
     step_size: Number,
     termination: Number,
-    values: Number = 0,
-    gradients: Number = 0,
-    hessian_products: Number = 0,
-    gauss_newton_products: Number = 0,
-    factor_work: Number = 0,
     linear_iterations: Number = 0,
     damping: Number = 0.0,
     reduction_ratio: Number = jnp.nan,
     reused: jax.Array | bool = False,
+    **work: Number,
 ) -> Diagnostics:
     """The diagnostics after one more update.
 
@@ -97,37 +94,31 @@ def advance(
       last: the diagnostics before it.
       step_size: the factor on the direction.
       termination: a `ResultCode`.
-      values: evaluations of the value alone.
-      gradients: evaluations of the gradient besides the one passed in.
-      hessian_products: Hessian products times the curvature batch's share of the batch.
-      gauss_newton_products: Gauss-Newton products times that share.
-      factor_work: multiplications on Kronecker factors per those of a gradient.
       linear_iterations: iterations of the inner solver.
       damping: λ used.
       reduction_ratio: ρ of the step.
       reused: whether the gradient passed in cost nothing, since the last update computed it.
+      **work: the update's own evaluations, in units of the full batch, by the names of `COSTS`
+        (`gradients` besides the one passed in), and `factor_work`.
 
     >>> after = advance(init(), step_size=1.0, termination=1, values=3, gradients=1)
     >>> float(after.gradient_equivalents), int(after.evaluations)
     (3.0, 5)
     """
+    for name in work:
+        check.one_of("work", name, [*COSTS, "factor_work"])
 
     def number(x: Number) -> jax.Array:
         return jnp.asarray(x, jnp.float32)
 
-    passed_in = 1.0 - number(reused)
-    counts = {
-        "values": last.values + number(values),
-        "gradients": last.gradients + number(gradients) + passed_in,
-        "hessian_products": last.hessian_products + number(hessian_products),
-        "gauss_newton_products": last.gauss_newton_products + number(gauss_newton_products),
-    }
-    factor_work = last.factor_work + number(factor_work)
-    work = sum((count * COSTS[name] for name, count in counts.items()), start=factor_work)
+    counts = {name: getattr(last, name) + number(work.get(name, 0)) for name in COSTS}
+    counts["gradients"] += 1.0 - number(reused)
+    factor_work = last.factor_work + number(work.get("factor_work", 0))
+    total = sum((count * COSTS[name] for name, count in counts.items()), start=factor_work)
     return Diagnostics(
         iterations=last.iterations + 1,
         evaluations=(counts["values"] + counts["gradients"]).astype(jnp.int32),
-        gradient_equivalents=work,
+        gradient_equivalents=total,
         step_size=number(step_size),
         damping=number(damping),
         reduction_ratio=number(reduction_ratio),

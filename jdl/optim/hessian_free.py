@@ -253,7 +253,7 @@ def hessian_free(
             ctx.value,
             tree.vdot(direction, ctx.grad),
             initial_step=scale,
-            # Unknown for −gradient: after a value that is not finite the search goes on.
+            # Not evaluated for −gradient: infinity makes the search evaluate it.
             first_value=jnp.where(descends, proposal.value, jnp.inf),
             noise=ctx.noise,
             c1=c1,

@@ -2,7 +2,7 @@ r"""Preconditioned conjugate gradients, with the stopping rules of second-order 
 
 Minimizes the quadratic model q(x) = ½⟨x, A x⟩ − ⟨b, x⟩ over pytrees, given only products A v. The
 program has a single product, in the loop's body (a warm start's A x₀ is iteration zero), and the
-loop ends after `max_iterations`, whatever A returns. `_stopping` decides where it ends.
+loop ends after `max_iterations` for any A. `_stopping` decides where it ends.
 """
 
 from collections.abc import Callable

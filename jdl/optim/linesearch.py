@@ -4,13 +4,13 @@ With φ(α) = f(θ + α d), a step α satisfies the strong Wolfe conditions if
 
     φ(α) ≤ φ(0) + c₁ α φ'(0) + ε    and    |φ'(α)| ≤ c₂ |φ'(0)|
 
-ε is the rounding noise of f. Near a minimum in float32 the decrease that c₁ asks for drowns in that
-noise while slopes still tell left from right; with ε = 0 a search would zoom in on noise until its
-budget is gone. Where two values differ by less than ε, only slopes decide.
+ε is the rounding noise of f. Near a minimum in float32 the decrease that c₁ requires is below that
+noise, while slopes still have the right sign; with ε = 0 a search would zoom in on noise until its
+evaluations are used up. Where two values differ by less than ε, only slopes decide.
 
 Both searches are one `while_loop` with a single evaluation in its body: the model is compiled
-once, and every loop ends after `max_evaluations`, whatever f returns. A trial whose value or slope
-is not finite counts as too far.
+once, and the loop ends after `max_evaluations` for any f. A trial whose value or slope is not
+finite counts as too far.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class LineSearchResult(NamedTuple):
 
     step: jax.Array  # α; 0 if no trial decreased f enough
     value: jax.Array  # φ(α)
-    slope: jax.Array  # φ'(α); NaN from `backtracking`, which knows values only
+    slope: jax.Array  # φ'(α); NaN from `backtracking`, which uses values only
     grad: Params | None  # ∇f(θ + α d); None from `backtracking`
     evaluations: jax.Array  # how many points were tried, int32
     termination: jax.Array  # a `ResultCode` code, int32
@@ -78,18 +78,18 @@ def strong_wolfe(
     Args:
       value_and_grad: params -> (f, ∇f).
       params: θ.
-      direction: d; the search gives up at once unless ⟨∇f(θ), d⟩ < 0.
+      direction: d; no step is taken unless ⟨∇f(θ), d⟩ < 0.
       value: f(θ).
       grad: ∇f(θ).
       initial_step: the first trial, > 0.
       noise: ε, the rounding noise of f, ≥ 0.
       c1: sufficient decrease, 0 < c₁ < c₂.
       c2: curvature, c₁ < c₂ < 1; the smaller, the closer to the line's minimum.
-      max_evaluations: trials at most, ≥ 1; when they are used up, the best point so far is taken.
+      max_evaluations: trials at most, ≥ 1; after them the best point so far is taken.
       active: False to do nothing, and take step 0.
 
     Returns:
-      The step, and value and gradient there: nothing needs evaluating again.
+      The step, with value and gradient there.
 
     >>> quadratic = jax.value_and_grad(lambda x: jnp.sum(jnp.square(x)))
     >>> x = jnp.array([3.0])
@@ -180,12 +180,11 @@ def backtracking(
     Args:
       value_fn: params -> f.
       params: θ.
-      direction: d; the search gives up at once unless `slope` < 0.
+      direction: d; no step is taken unless `slope` < 0.
       value: f(θ).
       slope: φ'(0) = ⟨∇f(θ), d⟩.
       initial_step: α₀ > 0.
-      first_value: φ(α₀) where it is known already, which saves an evaluation; one that is not
-        finite rules α₀ out.
+      first_value: φ(α₀) if already evaluated; if not finite, α₀ is not accepted.
       noise: ε ≥ 0.
       c1: sufficient decrease, 0 < c₁ < 1.
       shrink: r, 0 < r < 1.
@@ -207,7 +206,7 @@ def backtracking(
     possible = jnp.asarray(active) & jnp.isfinite(value) & jnp.isfinite(slope) & (slope < 0)
 
     def enough(step: jax.Array, at: jax.Array) -> jax.Array:
-        # A decrease by less than the noise shows nothing; it must at least be no visible rise.
+        # A decrease below the noise cannot be seen; a rise above it is refused.
         return (at <= value + c1 * step * slope + noise) & jnp.isfinite(at)
 
     first = jnp.asarray(initial_step).astype(dtype)
@@ -262,7 +261,7 @@ def _minimizer(a: Point, b: Point, noise: jax.Array) -> jax.Array:
     d2 = jnp.sign(h) * unit * jnp.sqrt(jnp.maximum(square, 0.0))
     cubic = b.step - h * (b.slope + d2 - d1) / (b.slope - a.slope + 2 * d2)
     cubic = jnp.where(square >= 0, cubic, jnp.nan)
-    # The cubic amplifies errors in values; where they are a tenth of the difference, slopes rule.
+    # The cubic amplifies errors in values; where they are a tenth of the difference, use slopes.
     return jnp.where(jnp.abs(b.value - a.value) > 10 * noise, cubic, secant)
 
 
@@ -272,7 +271,7 @@ def _between(low: Point, high: Point, last_width: jax.Array, noise: jax.Array) -
     at = (_minimizer(low, high, noise) - low.step) / h
     at = jnp.clip(jnp.where(jnp.isfinite(at), at, 0.5), 0.1, 0.9)
     at = jnp.where(jnp.abs(h) > 0.66 * last_width, 0.5, at)
-    # Beyond an infinite value nothing is known: retreat by decades rather than halves.
+    # An infinite value gives no information: shrink tenfold instead of by half.
     at = jnp.where(jnp.isfinite(high.value), at, 0.1)
     return low.step + at * h
 

@@ -4,10 +4,9 @@ A function of all parameters becomes one of the part, the others kept constant. 
 structure of the whole, with `optax.MaskedNode()` for each leaf or branch that is not in it.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import optax
@@ -29,45 +28,27 @@ class Part:
     """
 
     def __init__(self, part: PyTree, whole: Params):
-        self.whole = whole
-        leaves, structure = jax.tree.flatten(part, is_leaf=_is_masked)
-        self.structure: Any = structure
-        # A masked node may replace a whole branch: each leaf of the part covers several arrays.
-        branches: list[Any] = []
-        with contextlib.suppress(ValueError, TypeError):
-            branches = cast(Any, structure).flatten_up_to(whole)
+        self.part, self.whole = part, whole
+        try:
+            fits = _map(lambda branch: len(jax.tree.leaves(branch)) == 1, part, whole)
+        except (ValueError, TypeError):
+            fits = False
         check.argument(
-            len(branches) == len(leaves)
-            and all(
-                _is_masked(x) or len(jax.tree.leaves(branch)) == 1
-                for x, branch in zip(leaves, branches, strict=False)
-            ),
+            all(jax.tree.leaves(fits)),
             "whole_params",
             "all parameters, of which the optimizer is passed some",
             jax.tree.structure(whole),
         )
-        self.lacking = [
-            _is_masked(x)
-            for x, branch in zip(leaves, branches, strict=True)
-            for _ in jax.tree.leaves(branch)
-        ]
-        self._covered = [len(jax.tree.leaves(branch)) for branch in branches]
 
     def of(self, whole: PyTree) -> PyTree:
         """The part of a tree of the whole's structure."""
-        leaves = iter(zip(jax.tree.leaves(whole), self.lacking, strict=True))
-        groups = [[next(leaves) for _ in range(number)] for number in self._covered]
-        return self.structure.unflatten(
-            [group[0][0] if group and not group[0][1] else optax.MaskedNode() for group in groups]
-        )
+        return _map(lambda branch: branch, self.part, whole)
 
     def filled(self, part: PyTree) -> PyTree:
         """The whole with this part in it, and its own values elsewhere."""
-        leaves = jax.tree.leaves(self.whole)
-        structure: Any = jax.tree.structure(self.whole)
-        given = iter(jax.tree.leaves(part))
-        pairs = zip(leaves, self.lacking, strict=True)
-        return structure.unflatten([x if out else next(given) for x, out in pairs])
+        return jax.tree.map(
+            lambda x, branch: branch if _is_masked(x) else x, part, self.whole, is_leaf=_is_masked
+        )
 
     def function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the whole as one of the part."""
@@ -85,6 +66,13 @@ def restricted(objective: Objective, part: Part) -> Objective:
         objective,
         model=objective.model._replace(apply=apply),
         regularizer=None if regularizer is None else part.function(regularizer),
+    )
+
+
+def _map(fn: Callable[[PyTree], Any], part: PyTree, whole: PyTree) -> PyTree:
+    """`fn` of the whole's branches at the part's leaves; masked nodes stay."""
+    return jax.tree.map(
+        lambda x, branch: x if _is_masked(x) else fn(branch), part, whole, is_leaf=_is_masked
     )
 
 

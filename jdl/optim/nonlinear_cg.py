@@ -78,8 +78,8 @@ def nonlinear_cg(
                           η = −1 / (‖d‖ min(0.01, ‖g‖))
 
     `update` needs `value`, `grad` and `value_fn` (or `objective`). Within a chain the incoming
-    updates stand for g in the direction, while line search and β use `grad`; −grad replaces a
-    direction that does not descend.
+    updates take the place of g in the direction, while line search and β use `grad`; −grad replaces
+    a direction that does not descend.
 
     Args:
       learning_rate: length of the first trial step, > 0, or a schedule; later ones start from the

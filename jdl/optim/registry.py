@@ -59,7 +59,7 @@ _adafactor = functools.partial(optax.adafactor, multiply_by_parameter_scale=Fals
 def _first_order(
     make: Callable[..., Any], learning_rate: float, low: float, high: float
 ) -> OptimizerSpec:
-    @functools.wraps(make)  # its options are what `by_name` knows
+    @functools.wraps(make)  # `by_name` checks options by its signature
     def with_rate_as_state(rate: Any, **options: Any) -> optax.GradientTransformation:
         # The same arithmetic, but the rate is a field of the state rather than of the program.
         return optax.inject_hyperparams(lambda learning_rate: make(learning_rate, **options))(

@@ -94,17 +94,11 @@ def projected_lbfgs(
         gradient = ravel_pytree(here.grad)[0]
         lower, upper = (ravel_pytree(b)[0] for b in bounds)
         free = ~(((x <= lower) & (gradient > 0)) | ((x >= upper) & (gradient < 0)))
-        g = jnp.where(free, gradient, 0.0)
-
-        on_free = lambda ring: jnp.where(free[None], ring, 0.0)  # noqa: E731
-        product, scaled = _inverse_product(on_free(state.s), on_free(state.y), g)
-        descends = (jnp.vdot(product, g) > 0) & jnp.all(jnp.isfinite(product))
-        direction = jnp.where(descends, -product, -g)
+        direction, descends, scaled = _direction(state, jnp.where(free, gradient, 0.0), free)
         length = jnp.linalg.norm(direction).astype(dtype)
         rate = jnp.asarray(learning_rate, dtype)
         # Without curvature −g has no scale of its own.
-        unscaled = ~(scaled & descends)
-        first = jnp.where(unscaled, rate / jnp.maximum(1.0, length), rate)
+        first = jnp.where(scaled & descends, rate, rate / jnp.maximum(1.0, length))
         active = here.finite & (length > 0)
         end = _projected_search(
             here, direction, (lower, upper), first, max_evaluations=max_evaluations, active=active
@@ -129,6 +123,16 @@ def projected_lbfgs(
         return unravel(s), new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _direction(
+    state: BoxState, g: jax.Array, free: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """−H g on the free variables, or −g; whether −H g descends; whether H has curvature."""
+    s, y = (jnp.where(free[None], ring, 0.0) for ring in (state.s, state.y))
+    product, scaled = _inverse_product(s, y, g)
+    descends = (jnp.vdot(product, g) > 0) & jnp.all(jnp.isfinite(product))
+    return jnp.where(descends, -product, -g), descends, scaled
 
 
 def _projected_search(

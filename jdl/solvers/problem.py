@@ -145,6 +145,6 @@ def as_arrays(params: PyTree) -> PyTree:
 
     def leaf(x: Any) -> jax.Array:
         x = jnp.asarray(float(x)) if isinstance(x, int | float) else jnp.asarray(x)
-        return jnp.asarray(x, x.dtype)  # not weakly typed, which would compile anew
+        return jnp.asarray(x, x.dtype)  # not weakly typed, which would compile again
 
     return jax.tree.map(leaf, params)

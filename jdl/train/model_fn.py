@@ -17,7 +17,8 @@ It is called when a mode is compiled, not at every step. The page `migration/est
 table of TensorFlow's names and those here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,40 +96,53 @@ def from_model_fn(
       >>> estimator.predict(data).round(2)[0].tolist()
       [-3.0]
     """
-    from jdl.models.function import Function
-
     check.argument(callable(fn), "fn", "a function of (features, labels, mode)", fn)
-    names = (features,) if isinstance(features, str) else tuple(features)
-    module, latest = Function(fn), _Latest()
-    compute_dtype = options.pop("compute_dtype", None)
+    model_fn = _ModelFn(fn, features, labels, options.pop("compute_dtype", None))
+    estimator = Estimator(
+        Model(model_fn.init, model_fn.apply),
+        _Loss(model_fn),
+        model_fn.optimizer(),
+        metrics=direction(model_fn.directions)(lambda *given: model_fn.metrics(*given)),
+        inputs=(),
+        **options,
+    )
+    return estimator.predict_by(model_fn.predict, inputs=model_fn.names)
 
-    def in_dtype(model: Model) -> Model:  # casts the features, which are scaled before
-        return model if compute_dtype is None else with_compute_dtype(model, compute_dtype)
 
-    def inputs(batch: Batch) -> Any:
-        for name in names:
-            check.argument(name in batch, "features", f"among the batch's {sorted(batch)}", name)
-        found = scale_images(batch, names)
-        return found[features] if isinstance(features, str) else {n: found[n] for n in names}
+class _ModelFn:
+    """A model function as the pure functions that an Estimator takes.
 
-    def labels_of(batch: Batch) -> Labels:
-        if labels not in batch:
-            raise check.DataError(
-                f"The data has no entry {labels!r} among {sorted(batch)}: `labels` names the "
-                "entry for the model function. To predict in a new process, first call "
-                "`initialize` with training data."
-            )
-        return batch[labels]
+    Arrays of its Spec are the model's outputs; functions stay in `spec`, the Spec of the latest
+    trace.
 
-    def init(key: Key, batch: Batch) -> tuple[Params, ModelState]:
+    Args:
+      fn, features, labels: as for `from_model_fn`.
+      compute_dtype: as for `Estimator`; features are scaled first, and cast then.
+    """
+
+    def __init__(
+        self, fn: ModelFn, features: str | Sequence[str], labels: str, compute_dtype: str | None
+    ):
+        from jdl.models.function import Function
+
+        self._module, self._features, self._labels = Function(fn), features, labels
+        self._compute_dtype = compute_dtype
+        self.names = (features,) if isinstance(features, str) else tuple(features)
+        self.spec = Spec()
+        self.directions: dict[str, str] = {}  # of its metrics
+        self._in_dtype(self.apply)  # raises for a wrong compute_dtype
+
+    def init(self, key: Key, batch: Batch) -> tuple[Params, ModelState]:
         params_key, dropout_key = jax.random.split(key)
         rngs = {"params": params_key, "dropout": dropout_key}
-        spec, variables = module.init_with_output(rngs, inputs(batch), labels_of(batch), Mode.TRAIN)
-        latest.take(spec, Mode.TRAIN)
+        given = (self._features_of(batch), self._labels_of(batch), Mode.TRAIN)
+        spec, variables = self._module.init_with_output(rngs, *given)
+        self._take(spec, Mode.TRAIN)
         variables = dict(variables)
         return variables.pop("params", {}), variables
 
     def apply(
+        self,
         params: Params,
         state: ModelState,
         batch: Batch,
@@ -136,27 +150,26 @@ def from_model_fn(
         train: bool = False,
     ) -> tuple[Outputs, ModelState]:
         mode = Mode.TRAIN if train else Mode.EVALUATE
+        rngs = {} if key is None else {"dropout": key}
 
-        def apply_to(
-            params: Params, state: ModelState, x: Any, key: Key | None, train: bool
+        def call(
+            params: Params, state: ModelState, features: Any, **_: Any
         ) -> tuple[Outputs, ModelState]:
-            rngs = {} if key is None else {"dropout": key}
-            arguments = ({"params": params, **state}, x, labels_of(batch), mode)
+            given = ({"params": params, **state}, features, self._labels_of(batch), mode)
             if train and state:
-                spec, state = module.apply(*arguments, rngs=rngs, mutable=list(state))
+                spec, state = self._module.apply(*given, rngs=rngs, mutable=list(state))
             else:
-                spec = module.apply(*arguments, rngs=rngs)
-            return latest.take(spec, mode), state
+                spec = self._module.apply(*given, rngs=rngs)
+            return self._take(spec, mode), state
 
-        model = in_dtype(Model(init, apply_to))
-        return model.apply(params, state, inputs(batch), key=key, train=train)
+        return self._in_dtype(call)(params, state, self._features_of(batch))
 
-    def predict(params: Params, state: ModelState, batch: Batch) -> Outputs:
-        def apply_to(
-            params: Params, state: ModelState, x: Any, key: Key | None, train: bool
+    def predict(self, params: Params, state: ModelState, batch: Batch) -> Outputs:
+        def call(
+            params: Params, state: ModelState, features: Any, **_: Any
         ) -> tuple[Outputs, ModelState]:
-            del key, train
-            spec: Any = module.apply({"params": params, **state}, x, None, Mode.PREDICT)
+            variables = {"params": params, **state}
+            spec: Any = self._module.apply(variables, features, None, Mode.PREDICT)
             check.argument(
                 isinstance(spec, Spec) and spec.predictions is not None,
                 "fn",
@@ -165,52 +178,70 @@ def from_model_fn(
             )
             return spec.predictions, state
 
-        model = in_dtype(Model(init, apply_to))
-        return model.apply(params, state, inputs(batch), key=None, train=False)[0]
+        return self._in_dtype(call)(params, state, self._features_of(batch))[0]
 
-    @direction(latest.directions)
-    def metrics(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    def loss(self, outputs: Outputs, batch: Batch) -> jax.Array:
+        if callable(self.spec.loss):
+            return self.spec.loss(outputs["outputs"], self._labels_of(batch))
+        loss = outputs["loss"]
+        check.argument(
+            loss.ndim == 1,
+            "loss",
+            "one value an example, float[B]",
+            loss.shape,
+            "Leave out the mean.",
+        )
+        return loss
+
+    def metrics(self, outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
         return {
-            name: metric(outputs["outputs"], labels_of(batch))
+            name: metric(outputs["outputs"], self._labels_of(batch))
             if callable(metric)
             else outputs["metrics"][name]
-            for name, metric in (latest.spec.metrics or {}).items()
+            for name, metric in (self.spec.metrics or {}).items()
         }
 
-    in_dtype(Model(init, apply))  # raises for a wrong compute_dtype
-    estimator = Estimator(
-        Model(init, apply),
-        _Loss(latest, labels_of),
-        latest.optimizer,
-        metrics=metrics,
-        inputs=(),
-        **options,
-    )
-    return estimator.predict_by(predict, inputs=names)
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of the Spec, which is known once a step is traced."""
 
+        def named() -> optax.GradientTransformationExtraArgs:
+            optimizer = self.spec.optimizer
+            if isinstance(optimizer, str):
+                optimizer = registry.by_name(optimizer)
+            assert optimizer is not None
+            return optax.with_extra_args_support(optimizer)
 
-class _Latest:
-    """The Spec of the latest trace of the model function."""
-
-    def __init__(self) -> None:
-        self.spec = Spec()
-        self.directions: dict[str, str] = {}  # of its metrics
-        self.optimizer = optax.GradientTransformationExtraArgs(
-            lambda params: self._optimizer().init(params),
-            lambda grads, state, params=None, **extra: self._optimizer().update(
+        return optax.GradientTransformationExtraArgs(
+            lambda params: named().init(params),
+            lambda grads, state, params=None, **extra: named().update(
                 grads, state, params, **extra
             ),
         )
 
-    def _optimizer(self) -> optax.GradientTransformationExtraArgs:
-        optimizer = self.spec.optimizer
-        if isinstance(optimizer, str):
-            optimizer = registry.by_name(optimizer)
-        assert optimizer is not None
-        return optax.with_extra_args_support(optimizer)
+    def _in_dtype(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        if self._compute_dtype is None:
+            return apply
+        return with_compute_dtype(Model(self.init, apply), self._compute_dtype).apply
 
-    def take(self, spec: Any, mode: Mode) -> Outputs:
-        """The Spec's arrays, as a model's outputs; functions stay here."""
+    def _features_of(self, batch: Batch) -> Any:
+        for name in self.names:
+            check.argument(name in batch, "features", f"among the batch's {sorted(batch)}", name)
+        found = scale_images(batch, self.names)
+        if isinstance(self._features, str):
+            return found[self._features]
+        return {name: found[name] for name in self.names}
+
+    def _labels_of(self, batch: Batch) -> Labels:
+        if self._labels not in batch:
+            raise check.DataError(
+                f"The data has no entry {self._labels!r} among {sorted(batch)}: `labels` names the "
+                "entry for the model function. To predict in a new process, first call "
+                "`initialize` with training data."
+            )
+        return batch[self._labels]
+
+    def _take(self, spec: Any, mode: Mode) -> Outputs:
+        """The Spec's arrays, as a model's outputs; its functions stay here."""
         check.argument(
             isinstance(spec, Spec), "fn", f"a function that returns a Spec in {mode}", spec
         )
@@ -229,9 +260,8 @@ class _Latest:
             None,
         )
         for function in functions:
-            cells = getattr(function, "__closure__", None) or ()
             check.argument(
-                not any(isinstance(_content(cell), jax.core.Tracer) for cell in cells),
+                not any(isinstance(x, jax.core.Tracer) for x in _captured(function)),
                 "loss and metrics",
                 "functions of (outputs, labels) alone, where they are functions",
                 function,
@@ -247,32 +277,22 @@ class _Latest:
 
 
 class _Loss:
-    """The loss of the latest Spec, as `Objective` takes it."""
+    """The loss of a model function, as `Objective` takes it."""
 
-    def __init__(self, latest: _Latest, labels_of: Callable[[Batch], Labels]):
-        self._latest, self._labels_of = latest, labels_of
+    def __init__(self, model_fn: _ModelFn):
+        self._model_fn = model_fn
 
     @property
     def of_outputs(self) -> bool:
         """Whether it is a function of the model's outputs, as Gauss-Newton products need."""
-        return callable(self._latest.spec.loss)
+        return callable(self._model_fn.spec.loss)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> jax.Array:
-        if self.of_outputs:
-            return self._latest.spec.loss(outputs["outputs"], self._labels_of(batch))
-        loss = outputs["loss"]
-        check.argument(
-            loss.ndim == 1,
-            "loss",
-            "one value an example, float[B]",
-            loss.shape,
-            "Leave out the mean.",
-        )
-        return loss
+        return self._model_fn.loss(outputs, batch)
 
 
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
+def _captured(function: Callable[..., Any]) -> Iterator[Any]:
+    """What a function captures from around it."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # the cell is empty
+            yield cell.cell_contents

@@ -13,19 +13,20 @@ References:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jdl.core import check
 from jdl.core.types import Batch, Params
 from jdl.train.feed import one_pass
 from jdl.vision import images
-from jdl.vision.trunk import Trunk
+from jdl.vision.trunk import Features, Trunk
 
 
 class Maps(NamedTuple):
@@ -60,7 +61,7 @@ class Explained(NamedTuple):
 
 def maps(
     trunk: Trunk,
-    image: Any,
+    image: ArrayLike,
     layer: str,
     *,
     channels: Sequence[int] | None = None,
@@ -159,12 +160,14 @@ def exciting(
 
 
 @partial(jax.jit, static_argnames=("apply", "layer"))
-def _largest(params: Params, x: jax.Array, *, apply: Any, layer: str) -> jax.Array:
+def _largest(
+    params: Params, x: jax.Array, *, apply: Callable[..., Features], layer: str
+) -> jax.Array:
     found = apply(params, x, (layer,))[layer]
     return found.reshape(found.shape[0], -1, found.shape[-1]).max(axis=1)
 
 
-def classify(trunk: Trunk, image: Any, *, count: int = 5) -> list[tuple[str, float]]:
+def classify(trunk: Trunk, image: ArrayLike, *, count: int = 5) -> list[tuple[str, float]]:
     """The most probable classes of a picture with their probabilities.
 
     The middle square of the picture is resized to the size of the training images.
@@ -196,7 +199,9 @@ def classify(trunk: Trunk, image: Any, *, count: int = 5) -> list[tuple[str, flo
     return [(trunk.class_name(int(i)), float(shares[i])) for i in order]
 
 
-def grad_cam(trunk: Trunk, image: Any, layer: str, *, wanted: int | str | None = None) -> Explained:
+def grad_cam(
+    trunk: Trunk, image: ArrayLike, layer: str, *, wanted: int | str | None = None
+) -> Explained:
     """Where in a picture a layer finds evidence for a class (Grad-CAM).
 
     Args:
@@ -228,7 +233,13 @@ def grad_cam(trunk: Trunk, image: Any, layer: str, *, wanted: int | str | None =
 
 @partial(jax.jit, static_argnames=("apply", "head", "layer"))
 def _cam(
-    params: Params, x: jax.Array, number: jax.Array, *, apply: Any, head: str, layer: str
+    params: Params,
+    x: jax.Array,
+    number: jax.Array,
+    *,
+    apply: Callable[..., Features],
+    head: str,
+    layer: str,
 ) -> jax.Array:
     def logit(edit: jax.Array) -> tuple[jax.Array, jax.Array]:
         found = apply(params, x, (layer, head), {layer: edit})
@@ -242,7 +253,7 @@ def _cam(
 
 def saliency(
     trunk: Trunk,
-    image: Any,
+    image: ArrayLike,
     *,
     wanted: int | str | None = None,
     samples: int = 16,
@@ -283,12 +294,14 @@ def saliency(
 
 
 @partial(jax.jit, static_argnames=("apply", "head"))
-def _slope(params: Params, x: jax.Array, number: jax.Array, *, apply: Any, head: str) -> jax.Array:
+def _slope(
+    params: Params, x: jax.Array, number: jax.Array, *, apply: Callable[..., Features], head: str
+) -> jax.Array:
     slope = jax.grad(lambda x: apply(params, x, (head,))[head][0, number])(x)
     return jnp.max(jnp.abs(slope), axis=3)[0]
 
 
-def overlaid(image: Any, heat: np.ndarray, *, strength: float = 0.6) -> np.ndarray:
+def overlaid(image: ArrayLike, heat: np.ndarray, *, strength: float = 0.6) -> np.ndarray:
     """A gray picture with the heat [H, W] in colours over it."""
     x = images.as_image(image)
     gray = np.repeat(x.mean(axis=2, keepdims=True), 3, axis=2)
@@ -296,7 +309,7 @@ def overlaid(image: Any, heat: np.ndarray, *, strength: float = 0.6) -> np.ndarr
     return (1 - share) * (0.3 * x + 0.7 * gray) + share * images.colored(heat, "inferno")
 
 
-def _as_trained(trunk: Trunk, image: Any) -> tuple[jax.Array, tuple[int, int]]:
+def _as_trained(trunk: Trunk, image: ArrayLike) -> tuple[jax.Array, tuple[int, int]]:
     """The picture resized as the training images, [1, h, w, 3], and its own size."""
     x = images.as_image(image)
     size = (x.shape[0], x.shape[1])

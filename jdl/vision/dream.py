@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from numpy.typing import ArrayLike
 
 from jdl.core import check
 from jdl.core.types import Params
@@ -101,7 +102,7 @@ def goal(
     layers: str | Sequence[str],
     *,
     channels: int | Sequence[int] = (),
-    guide: Any = None,
+    guide: ArrayLike | None = None,
 ) -> Goal:
     """A goal for a trunk.
 
@@ -156,7 +157,7 @@ def score(goal: Goal, features: Features) -> jax.Array:
 
 def dream(
     trunk: Trunk,
-    image: Any,
+    image: ArrayLike,
     goal: Goal,
     settings: Settings | None = None,
     *,
@@ -219,7 +220,7 @@ def octave_sizes(size: tuple[int, ...], how: Settings) -> list[tuple[int, int]]:
 
 def zoom(
     trunk: Trunk,
-    image: Any,
+    image: ArrayLike,
     goal: Goal,
     settings: Settings | None = None,
     *,
@@ -345,7 +346,7 @@ def _shifted_gradient(
 def _add_tile(
     params: Params,
     x: jax.Array,
-    guide: Any,
+    guide: Features | None,
     corner: jax.Array,
     gradient: jax.Array,
     covered: jax.Array,

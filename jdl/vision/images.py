@@ -9,9 +9,9 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jdl.core import check
 from jdl.core.files import atomic_file
@@ -64,7 +64,7 @@ def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
     return np.repeat(pixels, 3 // pixels.shape[2], axis=2).astype(np.float32) / 255
 
 
-def as_image(image: Any, name: str = "image") -> np.ndarray:
+def as_image(image: ArrayLike, name: str = "image") -> np.ndarray:
     """An array as float32 [H, W, 3] in [0, 1]: uint8 is scaled, gray repeated, alpha dropped.
 
     >>> as_image(np.full((2, 2), 255, np.uint8))[0, 0].tolist()
@@ -86,7 +86,7 @@ def as_image(image: Any, name: str = "image") -> np.ndarray:
     return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
 
 
-def eight_bits(image: Any) -> np.ndarray:
+def eight_bits(image: ArrayLike) -> np.ndarray:
     """Values in [0, 1] as uint8, clipped; raises unless they are finite."""
     array = np.asarray(image, np.float32)
     if not np.isfinite(array).all():
@@ -107,7 +107,7 @@ def check_out(path: str | Path, suffixes: Sequence[str] = (".png",)) -> Path:
     return path
 
 
-def write(path: str | Path, image: Any) -> Path:
+def write(path: str | Path, image: ArrayLike) -> Path:
     """Writes values in [0, 1], [H, W, 3] or [H, W], as a PNG."""
     from PIL import Image
 
@@ -119,7 +119,7 @@ def write(path: str | Path, image: Any) -> Path:
 
 
 def write_frames(
-    path: str | Path, frames: Iterable[Any], *, per_second: float = 15.0
+    path: str | Path, frames: Iterable[ArrayLike], *, per_second: float = 15.0
 ) -> list[Path]:
     """Writes an animated .gif or .webp, or numbered PNGs if the name has a %d in it.
 
@@ -165,7 +165,7 @@ def check_frames_out(path: str | Path) -> Path:
     return check_out(path)
 
 
-def resized(image: Any, size: tuple[int, int]) -> np.ndarray:
+def resized(image: ArrayLike, size: tuple[int, int]) -> np.ndarray:
     """An image at another size, float32, by bicubic interpolation with antialiasing.
 
     Args:
@@ -189,7 +189,7 @@ def resized(image: Any, size: tuple[int, int]) -> np.ndarray:
     return np.stack([np.asarray(plane) for plane in planes], axis=2)
 
 
-def colored(values: Any, colors: str = "inferno") -> np.ndarray:
+def colored(values: ArrayLike, colors: str = "inferno") -> np.ndarray:
     """Values in [0, 1], of any shape, as RGB by a colour map of matplotlib."""
     import matplotlib
 
@@ -199,7 +199,7 @@ def colored(values: Any, colors: str = "inferno") -> np.ndarray:
 
 
 def sheet(
-    images: Sequence[Any],
+    images: Sequence[ArrayLike],
     *,
     columns: int | None = None,
     captions: Sequence[str] | None = None,

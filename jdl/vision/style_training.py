@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jdl.core import check
 from jdl.core.model import Model
@@ -39,7 +40,7 @@ def build_net(config: StyleConfig) -> StyleNet:
 def build_estimator(
     config: StyleConfig,
     trunk: Trunk,
-    paintings: Sequence[Any],
+    paintings: Sequence[ArrayLike],
     workdir: Path | None = None,
     **options: Any,
 ) -> Estimator:
@@ -84,7 +85,7 @@ def _estimator(config: StyleConfig, loss: Loss, workdir: Path | None, **options:
     )
 
 
-def digest(painting: Any) -> str:
+def digest(painting: ArrayLike) -> str:
     """A hash of a painting's pixels, [h, w, 3]."""
     pixels = np.rint(as_image(painting, "painting") * 255).astype(np.uint8)
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:16]

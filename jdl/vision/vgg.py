@@ -28,7 +28,7 @@ def conv_names(name: str) -> list[str]:
 
 
 def forward(params: Params, images: jax.Array, note: Note) -> None:
-    """Runs the network; its depth is that of its parameters."""
+    """Runs the network, with the convolutions and the head that its parameters have."""
     x = normalized(images)
     for block in range(1, 6):
         i = 1

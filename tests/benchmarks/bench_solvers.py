@@ -152,7 +152,7 @@ def logistic_regression(rounds):
     start = float(slope(x0))
     tolerance = 1e-5 * start
     ours = solvers.LBFGS(fun, tol=tolerance, maxiter=2000)
-    cg = solvers.NonlinearCG(fun, tol=tolerance, maxiter=2000)
+    cg = solvers.NonlinearCG(fun, method="polak-ribiere", tol=tolerance, maxiter=2000)
     newton = solvers.HessianFree(fun, tol=tolerance, maxiter=200)
     theirs = jaxopt.LBFGS(fun, tol=tolerance, maxiter=2000)
     tight = {"rtol": 1e-6, "atol": 1e-6}

@@ -30,7 +30,7 @@ def cached_programs(tmp_path_factory):
 
 @pytest.fixture
 def problem():
-    """Three Gaussian blobs, told apart by a linear map."""
+    """Three Gaussian blobs, separable by a linear map."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 45).astype(np.int32)
     points = (rng.normal(size=(45, 2)) + 4 * np.eye(3)[labels][:, :2]).astype(np.float32)

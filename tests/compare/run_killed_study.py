@@ -1,4 +1,4 @@
-"""A study of one slow trial, for a test that kills it; tells where it went on from."""
+"""A study of one slow trial, for a test that kills it; prints where it resumed."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""What users and machines get wrong: told in words, while the other trials go on."""
+"""Errors of users and machines: each is reported, and the other trials run."""
 
 import errno
 
@@ -21,7 +21,7 @@ def run(problems, entries, workdir, **options):
     return found.run(), events
 
 
-def test_a_full_disk_in_one_trial_is_told_and_the_others_go_on(problem, tmp_path, monkeypatch):
+def test_a_full_disk_in_one_trial_is_reported_and_the_others_go_on(problem, tmp_path, monkeypatch):
     class Full(record.JsonlWriter):
         def write(self, row):
             if "first-seed0" in str(self.path):
@@ -114,7 +114,7 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, message, tmp_path,
     assert "Traceback" not in told
 
 
-def test_the_study_of_another_version_is_told_on_the_command_line(tmp_path, capsys):
+def test_the_study_of_another_version_is_reported_on_the_command_line(tmp_path, capsys):
     (tmp_path / "study.toml").write_text("format = 2\n")
     code = main(["compare", "--problem", "quadratic", "--workdir", str(tmp_path)])
     assert code == 2

@@ -1,4 +1,4 @@
-"""The named problems, against SciPy and hand-written files; what is told where something lacks."""
+"""The named problems, against SciPy and hand-written files; errors for missing data."""
 
 import io
 import struct
@@ -199,7 +199,7 @@ def test_mnist_is_read_from_files_and_from_a_tar_alike(small_mnist, tmp_path):
         np.testing.assert_array_equal(one[order[0]], other[order[1]])
 
 
-def test_missing_data_are_told_with_what_to_pass(small_mnist, tmp_path):
+def test_missing_data_are_reported_with_what_to_pass(small_mnist, tmp_path):
     with pytest.raises(DataError, match=r"mnist-mlp needs MNIST.*--data.*train-images-idx3-ubyte"):
         by_name("mnist-mlp")
     with pytest.raises(DataError, match="autoencoder-faces needs"):
@@ -266,7 +266,7 @@ def test_a_problem_file_is_a_problem(write):
     assert problem.version == 3
 
 
-def test_a_problem_file_that_changed_is_told_from_what_it_was(write):
+def test_a_problem_file_that_changed_is_reported_from_what_it_was(write):
     abouts = [by_name(write(text)).about for text in (GOOD, GOOD, GOOD + "# another\n")]
     assert abouts[0] == abouts[1] != abouts[2]
 
@@ -309,7 +309,7 @@ data = {"image": np.ones((4, 3))}
         (GOOD + "target = 'low'\n", "such as"),
     ],
 )
-def test_mistakes_in_a_problem_file_are_told_in_a_line(write, text, message):
+def test_mistakes_in_a_problem_file_are_reported_in_a_line(write, text, message):
     with pytest.raises(UserError, match=message) as told:
         by_name(write(text))
     assert "\n" not in str(told.value)

@@ -106,7 +106,7 @@ def test_what_steps_did_is_counted_step_by_step(workdir):
     assert hf == ["hf", "6", "10", "7", "1 → 0.33", "0.9", "1", "step accepted (6)"]
 
 
-def test_an_unequal_start_is_told(plant):
+def test_an_unequal_start_is_reported(plant):
     other = [(0.0, 1.9, 0.1), (1.0, 0.5, 0.6)]
     results = load_results(plant({("a", 0): FALL, ("b", 0): other}))
     assert any(

@@ -32,7 +32,7 @@ def test_nothing_beyond_the_budget_counts(plant):
     assert line.train_loss.median == 0.5
 
 
-def test_misses_count_as_infinite_and_are_told(plant):
+def test_misses_count_as_infinite_and_are_reported(plant):
     rows = {("a", 0): FAST, ("a", 1): NEVER, ("a", 2): SLOW, ("b", 0): NEVER}
     results = load_results(plant(rows | {("b", 1): NEVER, ("b", 2): NEVER}))
     line = only(results, "a")
@@ -100,7 +100,7 @@ def test_an_unfinished_trial_is_missing_not_dropped(plant):
     assert only(load_results(workdir), "a").statuses == ("missing",)
 
 
-def test_no_study_and_one_of_another_version_are_told(plant, tmp_path):
+def test_no_study_and_one_of_another_version_are_reported(plant, tmp_path):
     with pytest.raises(DataError, match=r"there is no study\.toml"):
         load_results(tmp_path / "nowhere")
     workdir = plant({("a", 0): FAST})

@@ -1,4 +1,4 @@
-"""Profiles, duels and intervals, against SciPy, brute force, and studies where nobody is better."""
+"""Profiles, duels and intervals, against SciPy, brute force, and studies without a winner."""
 
 import math
 

@@ -127,7 +127,7 @@ def test_a_failing_or_diverging_trial_does_not_stop_the_others(problem, tmp_path
     assert begun == ["broken"]  # an error may have been mended since; a divergence has not
 
 
-def test_a_budget_too_small_for_one_step_is_told(problem, tmp_path):
+def test_a_budget_too_small_for_one_step_is_reported(problem, tmp_path):
     results, _ = run(problem, [sgd()], tmp_path, seconds=1e-9)
     (trial,) = results.trials
     assert trial.status == "budget"
@@ -162,21 +162,21 @@ def test_full_batches_are_cut_evenly_and_filled_up(problem):
         ({"seconds": 1.0, "budget": Budget(1, "work")}, "`seconds` must be left out"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(problem, tmp_path, options, message):
+def test_mistakes_are_reported_before_anything_runs(problem, tmp_path, options, message):
     options = {"optimizers": [sgd()], "workdir": tmp_path} | options
     with pytest.raises(ArgumentError, match=message):
         Study(problem, **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_optimizer_that_is_no_entry_is_told_how_to_be_one():
+def test_an_optimizer_that_is_no_entry_is_reported_how_to_be_one():
     with pytest.raises(ArgumentError, match=r"of your own use Entry\("):
         as_entry(optax.sgd(0.1))
     with pytest.raises(ArgumentError, match=r"`make` must be a function .*lambda"):
         as_entry(Entry("mine", optax.sgd(0.1)))
 
 
-def test_a_failure_is_logged_where_nobody_listens(problem, tmp_path, caplog):
+def test_a_failure_is_logged_without_a_listener(problem, tmp_path, caplog):
     Study(problem, [broken()], budget=Budget(1, "epochs"), evaluations=1, workdir=tmp_path).run()
     assert "broken on blobs, seed 0, failed: RuntimeError" in caplog.text
 
@@ -236,7 +236,7 @@ def test_budgets_of_other_kinds_are_kept(amount, kind, problem, lbfgs, tmp_path)
     )
 
 
-def test_a_step_that_costs_more_than_the_budget_is_told(problem, lbfgs, tmp_path):
+def test_a_step_that_costs_more_than_the_budget_is_reported(problem, lbfgs, tmp_path):
     results, _ = run(problem, [lbfgs], tmp_path, budget=Budget(0.5, "work"))
     (trial,) = results.trials
     assert trial.status == "budget"

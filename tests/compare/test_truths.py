@@ -69,7 +69,7 @@ def test_twice_the_time_of_a_step_is_twice_the_time_to_the_target(problem, tmp_p
 
 
 @pytest.mark.slow
-def test_a_target_that_nobody_reaches_reads_as_such(problem, tmp_path):
+def test_a_target_that_none_reaches_reads_as_such(problem, tmp_path):
     problem = problem._replace(target=Target("train_loss", "at most", 1e-12))
     entries = [Entry(name, lambda: optax.sgd(0.1), 9) for name in ("a", "b")]
     results = Study(

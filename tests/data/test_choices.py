@@ -328,7 +328,7 @@ open({str(tmp_path / "source")!r}, "wb").write(pickle.dumps(source))
         if split is None:
             subprocess.run([sys.executable, "-c", code], check=True)
         else:  # half of the rows, in bits
-            source = TarSource.from_indexes([tar_index.open_index(str(path))])
+            source = TarSource([tar_index.open_index(str(path))])
             source._rows = [Selection(np.arange(n) % 3 > 0)]
             source._ends = np.cumsum([len(rows) for rows in source._rows])
             import pickle

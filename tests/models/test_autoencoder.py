@@ -160,7 +160,7 @@ def test_the_variational_one_learns():
     assert after["loss"] < 0.65 * before["loss"]
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_reported():
     with pytest.raises(check.ArgumentError, match="multiples of 4"):
         ConvAutoencoder(filters=(4, 4)).init(KEY, jnp.ones((1, 6, 8, 1)))
     with pytest.raises(check.ArgumentError, match="Did you mean 'masking'"):

@@ -226,7 +226,7 @@ def test_up_down_is_trained_by_the_estimator():
     assert dbn.features(merged(estimator.params), jnp.asarray(x[:3])).shape == (3, 16)
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_reported():
     dbn = DBN(widths=(5, 4))
     params = random_stack(dbn, (9, 5))
     with pytest.raises(check.ArgumentError, match="of 2 layers"):

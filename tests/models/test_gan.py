@@ -277,7 +277,7 @@ def test_nearest_equals_sklearn():
         (lambda: scores.nearest(np.ones((1, 3)), np.ones((2, 4))), "shape"),
     ],
 )
-def test_mistakes_are_told(make, said):
+def test_mistakes_are_reported(make, said):
     with pytest.raises(check.ArgumentError, match=said):
         make()
 

@@ -52,7 +52,7 @@ def test_activations_against_their_formulas():
         np.testing.assert_allclose(activation(name)(jnp.asarray(x)), values, rtol=1e-4, atol=1e-6)
 
 
-def test_a_net_takes_both_by_name_and_an_unknown_one_is_told():
+def test_a_net_takes_both_by_name_and_an_unknown_one_is_reported():
     net = MLP(widths=(20,), num_outputs=2, activation="tanh", kernel_init="sparse")
     params = net.init(KEY, jnp.ones((1, 30)))["params"]
     assert ((params["Dense_0"]["kernel"] != 0).sum(axis=0) == 15).all()

@@ -279,7 +279,7 @@ def test_chains_are_saved_and_resumed(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_reported():
     rbm, params = machine()
     with pytest.raises(check.ArgumentError, match=r"in \[0, 1\] for binary"):
         rbm.transform(params, np.full((2, 5), 2.0))
@@ -301,7 +301,7 @@ def test_mistakes_are_told():
         sparse_divergence(1.5, 1.0)
 
 
-def test_divergence_is_told():
+def test_divergence_is_reported():
     rbm = RBM(hidden=3, visible="gaussian")
     data = from_arrays(np.full((8, 2), 5.0, np.float32), batch_size=4, seed=0)
     with pytest.raises(check.TrainingError, match="The loss is"):

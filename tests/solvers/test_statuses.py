@@ -95,7 +95,7 @@ def test_aux_and_optimizer_states_of_any_type(jit):
     assert int(solver.run(jnp.zeros(2)).state.status) == ResultCode.CONVERGED
 
 
-def test_too_few_iterations_are_told():
+def test_too_few_iterations_are_reported():
     solver = solvers.LBFGS(rosenbrock, maxiter=3)
     state = solver.run(jnp.array([-1.2, 1.0])).state
     assert (int(state.status), int(state.iter_num)) == (ResultCode.MAX_ITERATIONS, 3)
@@ -253,7 +253,7 @@ def test_without_jit_the_function_sees_numbers():
     assert False in seen
 
 
-def test_minimize_tells_what_happened():
+def test_minimize_reports_what_happened():
     result = jdl.minimize(rosenbrock, jnp.array([-1.2, 1.0]), tol=1e-3)
     assert result.success
     assert result.status is ResultCode.CONVERGED

@@ -95,7 +95,7 @@ while interrupted < args.times:
         continue
     assert int(estimator.state.step) == estimator.step
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(estimator.params))
-    assert np.isfinite(estimator._values(validation)["loss"])
+    assert np.isfinite(estimator._means(validation)["loss"])
     if args.workdir and estimator.step:
         saved = {p.name for p in (args.workdir / "checkpoints").iterdir()}
         assert str(estimator.step) in saved, (estimator.step, saved)

@@ -2,13 +2,11 @@
 
 import csv
 import json
-import os
 import struct
 
 import pytest
 
 from jdl.core import check
-from jdl.core.files import write_atomically
 from jdl.train import plot
 from jdl.train.writers import (
     JsonlWriter,
@@ -137,19 +135,6 @@ def test_a_table_goes_on_behind_a_line_cut_short(tmp_path):
     Writers(tmp_path, ["csv"]).write(row(3, loss=0.125))
     found = read_csv(path)
     assert [(r["step"], r["loss"]) for r in found] == [("1", "0.25"), ("3", "0.125")]
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_a_file_has_the_permissions_of_the_umask_and_keeps_those_it_has(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        for _ in range(2):
-            write_atomically(tmp_path / "new", "text")
-            assert (tmp_path / "new").stat().st_mode & 0o777 == 0o666 & ~umask
-            os.umask(0o022)
-    finally:
-        os.umask(before)
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_curves_are_drawn_of_what_is_a_number_and_of_metrics_that_came_later(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_a_class_from_noise(tiny_model, tmp_path, capfd):
     options = ["--class", "cat", "--size", "24", "--steps", "30", "--out", str(out)]
     assert main(["dream", *options]) == 0
     assert pixels(out).shape == (24, 24, 3)
-    assert "taken for cat" in capfd.readouterr().out
+    assert "classified as cat" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["maps", "grad-cam"])

@@ -240,7 +240,7 @@ def test_safetensors_file(tmp_path):
         with pytest.raises(check.DataError, match="cannot be read as safetensors"):
             pretrained.load_trunk(path)
     numpy.save_file({"embedding": some(3, 3)}, path)
-    with pytest.raises(check.DataError, match=r"is no VGG-16.*embedding"):
+    with pytest.raises(check.DataError, match=r"is not a VGG-16.*embedding"):
         pretrained.load_trunk(path)
 
 

@@ -228,7 +228,7 @@ def test_usual_layers():
         ({"weights": Weights(-1.0)}, "weights.content"),
         ({"weights": Weights(0.0, 0.0, 1.0)}, "above 0 for content"),
         ({"shares": (1, 2)}, "one for each style"),
-        ({"shares": (0,)}, "above 0 for content"),
+        ({"shares": (0,)}, "not all 0"),
         ({"scales": 3}, "at least 16 pixels"),
         ({"start": "nose"}, "Did you mean 'noise'"),
         ({"steps": 0}, "positive"),

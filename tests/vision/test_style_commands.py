@@ -145,8 +145,8 @@ def test_mistakes_end_in_one_line_and_write_nothing(folder, tmp_path, capsys):
         ([photo], "at least one"),
         ([photo, waves, "--style-layers", "rely"], "The nearest: relu"),
         ([photo, waves, "--style", "-1"], "weights.style"),
-        ([photo, waves, "--steps", "0"], "positive"),
-        ([photo, waves, *LAYERS, "--shares", "1", "2"], "one a style"),
+        ([photo, waves, "--steps", "0"], "at least 1"),
+        ([photo, waves, *LAYERS, "--shares", "1", "2"], "one for each style"),
     ]
     for words, told in wrong:
         assert main(["style", "transfer", *words, "--out", str(out)]) == 2

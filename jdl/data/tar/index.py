@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ _TYPES = dict(
 )
 
 
+@dataclass(eq=False)
 class TarIndex:
     """The members of one archive.
 
@@ -50,18 +52,13 @@ class TarIndex:
       mode: how the archive can be read (see `archive`).
     """
 
-    def __init__(
-        self,
-        path: str,
-        columns: Columns,
-        damage: tuple[Damage, ...],
-        stamp: dict[str, Any],
-        size: int,
-        file: str | None = None,
-        mode: str = "random",
-    ):
-        self.path, self.columns, self.damage = path, columns, damage
-        self.stamp, self.size, self.file, self.mode = stamp, size, file, mode
+    path: str
+    columns: Columns
+    damage: tuple[Damage, ...]
+    stamp: dict[str, Any]
+    size: int
+    file: str | None = None
+    mode: str = "random"
 
     def __len__(self) -> int:
         return len(self.columns.sizes)
@@ -149,14 +146,13 @@ def cached(path: str) -> str:
 def save(index: TarIndex, file: str) -> None:
     """Writes the index atomically: no reader sees half of it."""
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    header: dict[str, Any] = {
+    lengths = {field: len(array) for field, array in index.columns._asdict().items()}
+    header = {
         "stamp": index.stamp,
         "size": index.size,
         "damage": index.damage,
-        "lengths": {},
+        "lengths": lengths,
     }
-    for field, array in index.columns._asdict().items():
-        header["lengths"][field] = len(array)
     start = json.dumps(header).encode()
     temporary = f"{file}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)

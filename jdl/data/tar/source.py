@@ -5,11 +5,12 @@ from any thread or process, without a shared file position. Compressed archives 
 way, but efficiently only in their own order (see `jdl.data.window`).
 """
 
+import os
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class TarSource:
 
     Args:
       paths: a path, an URL, a glob, a brace range (`faces-{000..015}.tar`), a folder, or a list of
-        these.
+        these; or a list of open indexes.
       label: what a record's class is read from: `"folder"`, the folder it is in; an integer, the
         folder at that place of its path; a compiled regular expression, its (only) group; a
         function of the record's name; `"cls"`, the text of the member `key.cls` beside `key.jpg`,
@@ -71,6 +72,7 @@ class TarSource:
 
     Attributes:
       archives: the archives' paths.
+      indexes: the archives' indexes.
       classes: the names of the classes; a label is a number in this table.
 
     Raises:
@@ -85,39 +87,15 @@ class TarSource:
 
     def __init__(
         self,
-        paths: Paths,
+        paths: Paths | Sequence[TarIndex],
         *,
         label: lb.Label = "folder",
         split: str | Holdout | None = None,
         classes: Sequence[str] | None = None,
         keep_index: bool = True,
     ):
-        indexes = [open_index(path, keep=keep_index) for path in expand(paths)]
-        self._set_up(indexes, label, split, classes)
-
-    @classmethod
-    def from_indexes(
-        cls,
-        indexes: Sequence[TarIndex],
-        *,
-        label: lb.Label = "folder",
-        split: str | Holdout | None = None,
-        classes: Sequence[str] | None = None,
-    ) -> "TarSource":
-        """A source over archives whose indexes are open already."""
-        source = cls.__new__(cls)
-        source._set_up(list(indexes), label, split, classes)
-        return source
-
-    def _set_up(
-        self,
-        indexes: list[TarIndex],
-        label: lb.Label,
-        split: str | Holdout | None,
-        classes: Sequence[str] | None,
-    ) -> None:
-        self._indexes = indexes
-        self.archives = [index.path for index in indexes]
+        self.indexes = _open_indexes(paths, keep_index)
+        self.archives = [index.path for index in self.indexes]
         self._open_files()
         self._select(split)
         self._label(label, classes)
@@ -131,7 +109,7 @@ class TarSource:
         (data,) = self.read_many([i])
         if isinstance(data, BadImage):
             raise data
-        return Record(self._indexes[archive].name(row), data, int(self.labels([i])[0]))
+        return Record(self.indexes[archive].name(row), data, int(self.labels([i])[0]))
 
     def __repr__(self) -> str:
         more = f" and {len(self.archives) - 1} more" if len(self.archives) > 1 else ""
@@ -140,24 +118,19 @@ class TarSource:
     # ------------------------------------------------------------------ what it holds
 
     @property
-    def indexes(self) -> tuple[TarIndex, ...]:
-        """The archives' indexes."""
-        return tuple(self._indexes)
-
-    @property
     def damage(self) -> list[tuple[str, scan.Damage]]:
         """The archives' damage: (archive, damage)."""
-        return [(index.path, each) for index in self._indexes for each in index.damage]
+        return [(index.path, each) for index in self.indexes for each in index.damage]
 
     def name(self, i: int) -> str:
         """The name of record `i`, without reading it."""
         archive, row = self._find(i)
-        return self._indexes[archive].name(row)
+        return self.indexes[archive].name(row)
 
     def where(self, i: int) -> str:
         """Archive and member of record `i`, for messages."""
         archive, row = self._find(i)
-        return f"{self.archives[archive]!r}, member {self._indexes[archive].name(row)!r}"
+        return f"{self.archives[archive]!r}, member {self.indexes[archive].name(row)!r}"
 
     def labels(self, records: Sequence[int] | np.ndarray) -> np.ndarray:
         """The labels of these records, int32 [n]; -1 where there is none."""
@@ -172,7 +145,7 @@ class TarSource:
         of = self._labels[archive]
         if of is None:
             return np.full(len(rows), lb.NO_LABEL, np.int32)
-        columns = self._indexes[archive].columns
+        columns = self.indexes[archive].columns
         return of[columns.folder_ids[rows] if self._label_is_by_folder else rows]
 
     def count_classes(self) -> dict[str, int]:
@@ -202,7 +175,7 @@ class TarSource:
         images = 0
         split = parse_split(split)
         in_split = split.chooser() if isinstance(split, Holdout) else None
-        for index in self._indexes:
+        for index in self.indexes:
             wanted = index.columns.kinds == scan.IMAGE
             images += int(wanted.sum())
             if in_split is not None:
@@ -221,7 +194,7 @@ class TarSource:
             raise no_such_split(_few(self.archives), split, images, there)
 
     def _no_images(self) -> check.DataError:
-        members = sum(map(len, self._indexes))
+        members = sum(map(len, self.indexes))
         known = ", ".join(sorted(e.decode() for e in scan.IMAGE_EXTENSIONS))
         why = f"none readable with an extension of {known}"
         for path, damage in self.damage[:1]:
@@ -231,10 +204,10 @@ class TarSource:
     def _label(self, label: lb.Label, classes: Sequence[str] | None) -> None:
         """Sets `classes`, and `_labels`: each archive's labels by folder, or by row."""
         sidecar = lb.sidecar(label)
-        self._label_is_by_folder = sidecar is None and lb.is_by_folder(label)
+        self._label_is_by_folder = sidecar is None and isinstance(label, str | int)
         class_of = lb.reader(label) if label is not None and sidecar is None else None
         named: list[list[str | None]] = []
-        for archive, (index, chosen) in enumerate(zip(self._indexes, self._rows, strict=True)):
+        for archive, (index, chosen) in enumerate(zip(self.indexes, self._rows, strict=True)):
             rows = chosen.all()
             if sidecar is not None:
                 named.append(self._sidecar_classes(archive, rows, *sidecar))
@@ -256,13 +229,13 @@ class TarSource:
         )
         self._labels: list[np.ndarray | None] = [lb.number(n, self.classes) for n in named]
         if label is None:
-            self._labels = [None] * len(self._indexes)
+            self._labels = [None] * len(self.indexes)
 
     def _sidecar_classes(
         self, archive: int, rows: np.ndarray, extension: str, field: str
     ) -> list[str | None]:
         """Each row's class, read from the member of its key and that extension, if there is one."""
-        index = self._indexes[archive]
+        index = self.indexes[archive]
         others = np.flatnonzero(index.columns.kinds == scan.OTHER).tolist()
         keys = ((row, lb.sidecar_key(index.name(row))) for row in others)
         beside = {key: row for row, (key, ending) in keys if ending == extension}
@@ -305,7 +278,7 @@ class TarSource:
     @property
     def mode(self) -> str:
         """How it is read: "random", "seekable" (at random, slowly), or "stream" (in order)."""
-        modes = {index.mode for index in self._indexes}
+        modes = {index.mode for index in self.indexes}
         return next(mode for mode in ("stream", "seekable", "random") if mode in modes)
 
     @property
@@ -342,7 +315,7 @@ class TarSource:
             yield from (found[place] for place in range(len(some)))
 
     def _read(self, archive: int, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
-        index = self._indexes[archive]
+        index = self.indexes[archive]
         sizes = index.columns.sizes[rows].tolist()
         offsets = index.columns.offsets[rows].tolist()
         handle = self._handle(archive)
@@ -400,6 +373,14 @@ class TarSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_files()
+
+
+def _open_indexes(paths: Paths | Sequence[TarIndex], keep: bool) -> tuple[TarIndex, ...]:
+    given = () if isinstance(paths, str | os.PathLike) else tuple(paths)
+    indexes = tuple(index for index in given if isinstance(index, TarIndex))
+    if indexes and len(indexes) == len(given):
+        return indexes
+    return tuple(open_index(path, keep=keep) for path in expand(cast(Paths, paths)))
 
 
 def _close_all(files: dict[int, Archive]) -> None:

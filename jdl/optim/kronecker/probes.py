@@ -28,11 +28,11 @@ class Probe(NamedTuple):
     first: jax.Array
     last: jax.Array  # of the side of its last axis, [K, K] or [K]
     rows: jax.Array  # the number of rows, weighted by the mask
-    squares: PyTree = ()  # of the gradients in the eigenbases, [D+1, K]; () where not asked for
+    squares: PyTree = ()  # of the gradients in the eigenbases, [D+1, K]; () if not needed
 
 
 class Bases(NamedTuple):
-    """Orthogonal bases for `Probe.squares`; () stands for the identity."""
+    """Orthogonal bases for `Probe.squares`; () is the identity."""
 
     first: PyTree
     last: PyTree
