@@ -4,9 +4,9 @@
     language model of bytes, 10 M           AdamW, Muon, K-FAC, and SOAP where `jdl.optim` has it
     ResNet-18 on images of 32²              SGD with momentum, K-FAC
 
-Settings are those found on CPUs; nothing is tuned here. All are compiled first, at once; what is not
-ready at half of the part's time is left out and said. Each contestant trains for the same
-seconds, told by the Estimator's own clock, in slices with an evaluation after each.
+Settings are those found on CPUs; nothing is tuned here. All are compiled first, several at a time;
+what is not ready at half of the part's time is left out, and a row says so. Each contestant trains
+for the same seconds, by the Estimator's own clock, in slices with an evaluation after each.
 """
 
 import functools
