@@ -4,11 +4,11 @@
     language model of bytes, 10 M           AdamW, Muon, K-FAC, and SOAP where `jdl.optim` has it
     ResNet-18 on images of 32²              SGD with momentum, K-FAC
 
-Settings are those found on CPUs; nothing is tuned here. Each contestant trains for the same
-seconds, told by the Estimator's own clock, in slices with an evaluation after each.
+Settings are those found on CPUs; nothing is tuned here. All are compiled first, several at a time;
+what is not ready at half of the part's time is left out, and a row says so. Each contestant trains
+for the same seconds, by the Estimator's own clock, in slices with an evaluation after each.
 """
 
-import concurrent.futures
 import functools
 import gzip
 import sysconfig
@@ -49,23 +49,27 @@ class Contest(NamedTuple):
 
 
 def run(results, *, tiny, data):
-    made = contests(tiny, data)
-    number = sum(len(c.optimizers) for c in made.values())
-    for name, contest in made.items():
+    """Compiles all, several at a time, then lets each train alone."""
+    jobs = preparations(tiny, data)
+    missing = [name for name, job in jobs.items() if job is None]
+    for name in missing:
+        results.add(name, skipped="not in this version")
+    jobs = {name: job for name, job in jobs.items() if job is not None}
+    wait = None if tiny else 0.5 * results.left()
+    runners = results.together(jobs, threads=2 if tiny else 8, seconds=wait)
+    for i, name in enumerate(name for name in jobs if name in runners):
+        seconds = 0.5 if tiny else min(20.0, 0.85 * results.left() / (len(runners) - i))
         with results.guard(name):
-            runners = {}
-            with concurrent.futures.ThreadPoolExecutor(1 if tiny else 4) as pool:
-                for which, (optimizer, batch_size) in contest.optimizers.items():
-                    if optimizer is None:
-                        results.add(f"{name}: {which}", skipped="not in this version")
-                        number -= 1
-                        continue
-                    runners[which] = pool.submit(prepared, contest, optimizer, batch_size)
-            for which, runner in runners.items():
-                seconds = min(0.5 if tiny else 20.0, 0.8 * results.left() / max(number, 1))
-                number -= 1
-                with results.guard(f"{name}: {which}"):
-                    race(results, f"{name}: {which}", runner.result(), seconds, tiny)
+            race(results, name, runners[name], seconds, tiny)
+
+
+def preparations(tiny, data):
+    """name -> a function that prepares a contestant; None for an optimizer that is not there."""
+    return {
+        f"{name}: {which}": chosen[0] and functools.partial(prepared, contest, *chosen)
+        for name, contest in contests(tiny, data).items()
+        for which, chosen in contest.optimizers.items()
+    }
 
 
 def prepared(contest, optimizer, batch_size):

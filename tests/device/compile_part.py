@@ -1,15 +1,14 @@
 """Compile: seconds for each optimizer's step, on one convolutional net; Lanczos beside it.
 
-No compilation cache takes part; three are compiled at a time. Lanczos finds the largest eigenvalues
+No compilation cache takes part; four are compiled at a time. Lanczos finds the largest eigenvalues
 of the Gauss-Newton matrix of a deep autoencoder with 2.8 million parameters and of a perceptron
 with 100 million, of which a few products show what one costs.
 """
 
-import concurrent.futures
+import functools
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jdl
@@ -19,7 +18,7 @@ from jdl.optim import by_name
 from jdl.optim.registry import REGISTRY
 from jdl.train.step import build
 
-FIRST = ("momentum", "kfac", "hf", "lbfgs", "adam", "muon", "lm", "newton", "cg")
+FIRST = ("kfac", "momentum", "hf", "lbfgs", "adam", "muon", "lm", "newton", "cg")
 
 
 def run(results, *, tiny, data):
@@ -29,17 +28,8 @@ def run(results, *, tiny, data):
         lanczos(results, "Lanczos, deep autoencoder", *deep_autoencoder(tiny), k=3, products=60)
     with results.guard("Lanczos, 100 M"):
         lanczos(results, "Lanczos, perceptron", *perceptron(tiny), k=1, products=8)
-    with concurrent.futures.ThreadPoolExecutor(1 if tiny else 3) as pool:
-        list(pool.map(lambda name: one(results, name, tiny), names))
-
-
-def one(results, name, tiny):
-    """A row, if there is time enough."""
-    with results.guard(f"compile {name}"):
-        if tiny or results.left() > 15:
-            compile_step(results, name, tiny)
-        else:
-            results.add(f"compile {name}", skipped="no time left")
+    jobs = {f"compile {n}": functools.partial(compile_step, results, n, tiny) for n in names}
+    results.together(jobs, threads=1 if tiny else 4)
 
 
 def compile_step(results, name, tiny):
@@ -109,12 +99,6 @@ def lanczos(results, name, net, loss, batch, *, k, products):
     first = time.perf_counter()
     operator.product(vector)
     second = time.perf_counter()
-    inside = jax.jit(lambda o, p, v: o.gnvp(p, v))
-    ones = jax.tree.map(jnp.ones_like, params)
-    jax.block_until_ready(inside(objective, params, ones))
-    begun = time.perf_counter()
-    jax.block_until_ready(inside(objective, params, ones))
-    on_device = time.perf_counter() - begun
     begun = time.perf_counter()
     found = curvature.top_eigenpairs(operator, k, max_products=products, memory=2**33)
     seconds = time.perf_counter() - begun
@@ -127,7 +111,6 @@ def lanczos(results, name, net, loss, batch, *, k, products):
         eigenvalues=list(found.values),
         residuals=list(found.residuals),
         product_ms=1e3 * (second - first),
-        product_on_device_ms=1e3 * on_device,
         first_product_seconds=first - start,
         basis_bytes=found.memory,
         device_peak_bytes=stats.get("peak_bytes_in_use"),

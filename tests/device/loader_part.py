@@ -38,9 +38,11 @@ def run(results, *, tiny, data):
         mean = sum(map(len, pictures)) / len(pictures)
         facts = {"images": members, "mean_bytes": mean, "seconds_to_make": seconds}
         results.add("tar", cores=os.cpu_count(), usable_cores=usable_cores(), **facts)
-        rates(results, path, pictures, side, tiny)
+        numbers, seconds = ((2,), 0.5) if tiny else ((4, 8, 16), 2.0)
+        alone = thread_rates(results, path, pictures, side, numbers, seconds)
         with results.guard("training from the tar"):
             training(results, path, tiny)
+        worker_rates(results, path, side, numbers, seconds, alone)
 
 
 def usable_cores():
@@ -83,33 +85,32 @@ def write_tar(path, distinct, members):
 # ---------------------------------------------------------------------- images a second
 
 
-def rates(results, path, pictures, side, tiny):
-    """A row for each number of threads or workers, the decoder alone beside it."""
-    numbers, seconds = ((2,), 0.5) if tiny else ((4, 8, 16), 2.0)
+def thread_rates(results, path, pictures, side, numbers, seconds):
+    """A row for each number of threads; gives the decoder's rates."""
     alone = {}
     for n in numbers:
         with results.guard(f"{n} threads"):
             alone[n] = decoder_alone(pictures, side, n, seconds)
-            rate = loader(path, side, seconds, tiny, threads=n)
-            results.add(
-                f"{n} threads",
-                images_per_second=rate,
-                decoder_alone=alone[n],
-                decoder=DECODER,
-                ratio=rate / alone[n],
-            )
-    for n in numbers:
-        if results.left() > 15 or tiny:
+            rate = loader(path, side, seconds, threads=n)
+            rates = {"images_per_second": rate, "decoder_alone": alone[n], "decoder": DECODER}
+            results.add(f"{n} threads", **rates, ratio=rate / alone[n])
+    return alone
+
+
+def worker_rates(results, path, side, numbers, seconds, alone):
+    """A row for each number of worker processes, while there is time to start them."""
+    for n in reversed(numbers):
+        if results.left() > 8:
             with results.guard(f"{n} workers"):
-                rate = loader(path, side, seconds, tiny, workers=n)
+                rate, spent = timed(lambda n=n: loader(path, side, seconds, workers=n))
                 ratio = rate / alone[n] if n in alone else None
-                results.add(f"{n} workers", images_per_second=rate, ratio=ratio)
+                figures = {"images_per_second": rate, "ratio": ratio}
+                results.add(f"{n} workers", **figures, seconds_to_start=spent - seconds)
 
 
-def loader(path, side, seconds, tiny, **options):
+def loader(path, side, seconds, **options):
     """Images a second of `from_tar`, once it runs."""
-    batch_size = 8 if tiny else 64
-    batches = iter(open_tar(path, side, batch_size, **options))
+    batches = iter(open_tar(path, side, 32, **options))
     try:
         for _ in range(8):
             next(batches)

@@ -196,14 +196,16 @@ def compiled(case):
 
 def measure(results, name, case, loops, figures, tiny):
     """Milliseconds a step of all loops, in turns."""
-    loops["bare"](10)
-    _, probe = timed(functools.partial(loops["bare"], 10))
-    turn, rounds = (0.2, 2) if tiny else (0.8, 3)
-    steps = max(3, int(turn / (probe / 10)))
-    times = {loop: [] for loop in loops}
+    turn, rounds = (0.2, 2) if tiny else (0.7, 3)
+    steps, times = {}, {loop: [] for loop in loops}
+    for loop, run_steps in loops.items():
+        run_steps(10)
+        _, probe = timed(functools.partial(run_steps, 10))
+        steps[loop] = max(3, int(10 * turn / probe))
     for _ in range(rounds):
         for loop, run_steps in loops.items():
-            times[loop].append(1e3 * timed(functools.partial(run_steps, steps))[1] / steps)
+            _, seconds = timed(functools.partial(run_steps, steps[loop]))
+            times[loop].append(1e3 * seconds / steps[loop])
     ms = {loop: statistics.median(x) for loop, x in times.items()}
     queued = loops["bare"].queued_ms(rounds)
     floor = ms["bare"] if queued is None else queued

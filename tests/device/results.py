@@ -1,5 +1,6 @@
 """What a part has measured, on disk as soon as it is known."""
 
+import concurrent.futures
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -40,6 +41,25 @@ class Results:
         except Exception as error:
             said = f"{type(error).__name__}: {error}"[:600]
             self.add(case, error=said, traceback=traceback.format_exc()[-2000:])
+
+    def together(self, jobs, threads, seconds=None):
+        """Runs functions, name -> job, in threads; says which are not done after so long.
+
+        Each adds its own rows, and an error of one is a row too. Gives what the finished ones gave.
+        """
+        found, pool = {}, concurrent.futures.ThreadPoolExecutor(threads)
+
+        def one(name):
+            with self.guard(name):
+                found[name] = jobs[name]()
+
+        futures = {pool.submit(one, name): name for name in jobs}
+        wait = self.left() if seconds is None else seconds
+        _, late = concurrent.futures.wait(futures, timeout=max(wait, 0.0))
+        pool.shutdown(wait=False, cancel_futures=True)
+        for future in late:
+            self.add(futures[future], skipped=f"not done after {wait:.0f} s")
+        return found
 
     def end(self):
         """Says that nothing is missing."""

@@ -39,7 +39,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SHARES = {"truth": 150, "loop": 75, "clock": 125, "loader": 42, "compile": 30, "vision": 22}
+SHARES = {"truth": 130, "loop": 62, "clock": 120, "loader": 48, "compile": 52, "vision": 32}
 TINY_SHARES = {"truth": 60, "loop": 30, "clock": 40, "loader": 20, "compile": 20, "vision": 10}
 MINUTES, TINY_MINUTES = 7.4, 10.0
 NOT_PRINTED = {"traceback", "curve", "spread_ms", "bytes", "compiler_bytes", "steps", "residuals"}

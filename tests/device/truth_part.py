@@ -17,8 +17,8 @@ searches and inner iterations (`lbfgs`, `cg`, `hf`, `newton`) may end one trial 
 the first steps of `adam` and its like take the sign of gradients near zero.
 """
 
-import concurrent.futures
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -43,29 +43,28 @@ from jdl.train.step import build
 
 STEPS, BATCH = 20, 64
 TOLERANCE = {1: 1e-4, STEPS: 2e-2}
-COMPILES = 20.0  # seconds that must be left for another optimizer to be begun
 AMPLIFIED = 50.0  # of what a disturbance of 1e-7 makes of itself
 DENSE = ("newton", "gauss_newton", "lm")  # their matrices are made whole: a smaller net
 FAMILIES = ("momentum", "adam", "muon", "lbfgs", "hf", "kfac")  # one a family, for a dry run
 
 
 def run(results, *, tiny, data):
+    """All comparisons, several at a time: what takes long is to compile."""
     del data
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        resuming = beside.submit(kill_and_resume, results)  # in processes of its own
-        with results.guard("curvature products against float64 on the CPU"):
-            curvature_products(results)
-        with results.guard("K-FAC factors against float64 on the CPU"):
-            kronecker_factors(results)
-        with results.guard("parallel on one device"):
-            placements(results)
-        every_optimizer(results, FAMILIES if tiny else first_families(), tiny)
-        resuming.result()
-
-
-def first_families():
-    """Every name, one of each family first."""
-    return [*FAMILIES, *(name for name in REGISTRY if name not in FAMILIES)]
+    jobs = {RESUMED: functools.partial(kill_and_resume, results)}
+    jobs |= {
+        f"{kind} against float64": functools.partial(curvature_product, results, kind)
+        for kind in ("gnvp", "hvp", "grad")
+    }
+    jobs["K-FAC factors against float64"] = functools.partial(kronecker_factors, results)
+    batches = digit_batches()
+    for name in FAMILIES:
+        jobs[f"optimizer {name}"] = functools.partial(one_optimizer, results, name, batches)
+    jobs["parallel on one device"] = functools.partial(placements, results)
+    for name in () if tiny else REGISTRY:
+        job = functools.partial(one_optimizer, results, name, batches)
+        jobs.setdefault(f"optimizer {name}", job)
+    results.together(jobs, threads=2 if tiny else 11)
 
 
 # ---------------------------------------------------------------------- optimizers
@@ -77,26 +76,15 @@ def digits(count=STEPS * BATCH):
     return np.asarray(batch["image"], np.float32) / 255.0, np.asarray(batch["label"])
 
 
-def every_optimizer(results, names, tiny):
-    """A row each; programs are compiled in threads, several at a time."""
+def digit_batches():
+    """A batch of digits for each step."""
     images, labels = digits()
-    batches = [
-        {"image": images[i : i + BATCH], "label": labels[i : i + BATCH]}
-        for i in range(0, STEPS * BATCH, BATCH)
-    ]
-    workers = 1 if tiny else max(2, min(10, (os.cpu_count() or 2) * 2 // 3))
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        enough = lambda: tiny or results.left() > COMPILES  # noqa: E731
-        found = {pool.submit(one_optimizer, n, batches, enough): n for n in names}
-        for future in concurrent.futures.as_completed(found):
-            with results.guard(f"optimizer {found[future]}"):
-                results.add(f"optimizer {found[future]}", **future.result())
+    rows = [slice(i, i + BATCH) for i in range(0, STEPS * BATCH, BATCH)]
+    return [{"image": images[r], "label": labels[r]} for r in rows]
 
 
-def one_optimizer(name, batches, enough):
-    """The distances of one optimizer's runs, if there is time enough."""
-    if not enough():
-        return {"skipped": "no time left"}
+def one_optimizer(results, name, batches):
+    """A row: the distances of one optimizer's runs."""
     net = Small(features=2, hidden=4) if name in DENSE else Small()
     program = build(jdl.from_linen(net), losses.softmax_cross_entropy, by_name(name))
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
@@ -119,7 +107,8 @@ def one_optimizer(name, batches, enough):
     if device.platform != "cpu":
         default = distances(trajectory(step, state, batches, device), reference)
         figures |= {f"tf32_after_{n}": default[n] for n in (1, STEPS)}
-    return figures | {"seconds_cpu": seconds, "seconds_device": device_seconds}
+    figures |= {"seconds_cpu": seconds, "seconds_device": device_seconds}
+    results.add(f"optimizer {name}", **figures)
 
 
 def disturbed(params):
@@ -203,22 +192,21 @@ def on_each(function):
     return {name: relative(x - exact, exact) for name, x in found.items()}
 
 
-def curvature_products(results):
-    """Hessian and Gauss-Newton products; both ask for full precision themselves."""
-    for kind in ("hvp", "gnvp", "grad"):
+def curvature_product(results, kind):
+    """The Hessian's or the Gauss-Newton matrix's, which ask for full precision, or a gradient."""
 
-        def product(dtype, kind=kind):
-            objective, params = objective_of(dtype)
-            if kind == "grad":
-                return jax.jit(lambda o, p: o.grad(p))(objective, params)
-            product = jax.jit(lambda o, p, v: getattr(o, kind)(p, v))
-            return product(objective, params, vector_like(params))
+    def product(dtype):
+        objective, params = objective_of(dtype)
+        if kind == "grad":
+            return jax.jit(lambda o, p: o.grad(p))(objective, params)
+        product = jax.jit(lambda o, p, v: getattr(o, kind)(p, v))
+        return product(objective, params, vector_like(params))
 
-        errors = on_each(product)
-        within = errors["device_highest"] <= 1e-4  # a hundred times float32's rounding
-        if kind != "grad":
-            within &= errors["device_default"] <= 1e-4
-        results.add(f"{kind} against float64", within=bool(within), **errors)
+    errors = on_each(product)
+    within = errors["device_highest"] <= 1e-4  # a hundred times float32's rounding
+    if kind != "grad":
+        within &= errors["device_default"] <= 1e-4
+    results.add(f"{kind} against float64", within=bool(within), **errors)
 
 
 def kronecker_factors(results):
@@ -264,14 +252,14 @@ def placements(results):
 
 # ---------------------------------------------------------------------- kill and resume
 
+RESUMED = "kill and resume, kfac, deterministic"
 LAST, KILLED_AT, SAVED_EVERY = 24, 17, 8
 
 
 def kill_and_resume(results):
     """Two trainings at once, one of them killed; that one again, and both ends compared."""
-    case = "kill and resume, kfac, deterministic"
-    with results.guard(case), tempfile.TemporaryDirectory(prefix="jdl-resume-") as folder:
-        compare_resumed(results, case, folder)
+    with tempfile.TemporaryDirectory(prefix="jdl-resume-") as folder:
+        compare_resumed(results, folder)
 
 
 def training(folder, name):
@@ -280,7 +268,7 @@ def training(folder, name):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def compare_resumed(results, case, folder):
+def compare_resumed(results, folder):
     runs = [training(folder, name) for name in ("whole", "killed")]
     outputs = [run.communicate(timeout=max(results.left(), 1.0))[0] for run in runs]
     runs.append(training(folder, "resumed"))
@@ -291,7 +279,7 @@ def compare_resumed(results, case, folder):
         raise RuntimeError(f"exit codes {codes}, expected [0, -9, 0]: {said}")
     whole, after = (np.load(Path(folder) / f"{name}.npy") for name in ("whole", "resumed"))
     results.add(
-        case,
+        RESUMED,
         within=bool(np.array_equal(whole, after)),
         steps=LAST,
         killed_at=KILLED_AT,

@@ -1,6 +1,5 @@
 """Warm: compiles the programs of `loop` and `clock` into the cache, several at a time."""
 
-import concurrent.futures
 import functools
 
 import clock_part
@@ -9,16 +8,15 @@ from results import timed
 
 
 def run(results, *, tiny, data):
+    """What takes longest first: the ResNet of `loop`, then K-FAC's steps."""
     jobs = {
         f"loop, {name}": functools.partial(both_loops, case)
-        for name, case in sorted(loop_part.cases(tiny).items(), key=lambda x: -x[1].shape[0])
+        for name, case in loop_part.cases(tiny).items()
     }
-    for name, contest in clock_part.contests(tiny, data).items():
-        for which, chosen in contest.optimizers.items():
-            if chosen[0] is not None:
-                jobs[f"{name}: {which}"] = functools.partial(clock_part.prepared, contest, *chosen)
-    with concurrent.futures.ThreadPoolExecutor(1 if tiny else 5) as pool:
-        list(pool.map(lambda name: one(results, name, jobs[name]), jobs))
+    jobs |= {k: job for k, job in clock_part.preparations(tiny, data).items() if job}
+    order = sorted(jobs, key=lambda name: ("ResNet" not in name, "kfac" not in name))
+    rows = {name: functools.partial(one, results, name, jobs[name]) for name in order}
+    results.together(rows, threads=2 if tiny else 8)
 
 
 def both_loops(case):
@@ -28,6 +26,4 @@ def both_loops(case):
 
 def one(results, name, job):
     """A row with the seconds until its first steps are made, beside all the others."""
-    if results.left() > 0:
-        with results.guard(name):
-            results.add(name, seconds=timed(lambda: job() and None)[1])
+    results.add(name, seconds=timed(lambda: job() and None)[1])
