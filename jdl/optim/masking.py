@@ -19,6 +19,7 @@ from jdl.core.types import Params, PyTree
 class Part:
     """Which leaves of `whole` are in `part`, and the conversions between them.
 
+    >>> import jax.numpy as jnp
     >>> whole = {"a": jnp.ones(2), "b": jnp.ones(1)}
     >>> part = Part({"a": jnp.zeros(2), "b": optax.MaskedNode()}, whole)
     >>> part.of({"a": 1, "b": 2})["a"]

@@ -18,6 +18,13 @@ def describe(
 ) -> str:
     """Lists parameters with factors, those with a diagonal and why, and how curvature is sampled.
 
+    Args:
+      objective: the model, the loss and a batch.
+      params: of the model; their shapes are enough.
+      max_size: as for `kfac`.
+      curvature: as for `kfac`.
+
+    >>> import jax.numpy as jnp
     >>> from jdl.core.objective import Objective
     >>> from jdl.losses import squared_error
     >>> batch = {"x": jnp.ones((4, 3)), "label": jnp.ones((4, 2))}
