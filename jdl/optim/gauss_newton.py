@@ -67,10 +67,10 @@ def gauss_newton(
       learning_rate: the line search's first trial step, > 0, or a schedule.
       rcond: singular values of J below this fraction of the largest count as zero, in [0, 1); None
         for machine precision times the number of parameters.
-      max_parameters: n at most, ≥ 1.
+      max_parameters: the largest n allowed, ≥ 1.
       chunk_size: columns of J computed at a time, ≥ 1.
       c1: sufficient decrease of the line search, in (0, 1).
-      max_evaluations: trials of the line search at most, ≥ 1.
+      max_evaluations: maximum trials of the line search, ≥ 1.
 
     Returns:
       An optax transformation, whose updates are the whole step α δ.

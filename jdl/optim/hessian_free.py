@@ -53,11 +53,11 @@ PRECONDITIONERS: dict[str, Callable[[], Preconditioner]] = {
 
 
 class HessianFreeState(NamedTuple):
-    """Hessian-free optimization's state: a gradient's memory.
+    """Hessian-free optimization's state, of one gradient's size without a preconditioner.
 
-    The diagonal preconditioner needs another; the Kronecker factors of a layer of m inputs and n
-    outputs 2 (m² + n²) numbers. During an update CG needs six gradients more, the diagonal
-    preconditioner two, and the kept iterates `num_candidates`.
+    The diagonal preconditioner adds one more; the Kronecker factors of a layer of m inputs and n
+    outputs add 2 (m² + n²) numbers. During an update CG takes the memory of six further gradients,
+    the diagonal preconditioner of two, and the kept iterates of `num_candidates`.
 
     Attributes:
       learning_rate: the factor on CG's solution, float32; change it with `optax.tree.set`.
@@ -100,7 +100,7 @@ def hessian_free(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Hessian-free optimization after Martens.
 
-    `update` needs `value`, `grad` and `value_fn`, or `objective`, which Gauss-Newton products need.
+    `update` needs `value`, `grad` and `value_fn` or `objective`; Gauss-Newton needs `objective`.
     Within a chain the incoming update is the model's gradient, while reductions and the line search
     use `grad`; −grad replaces a direction that does not descend.
 
@@ -114,7 +114,7 @@ def hessian_free(
       damping_minimum: the least λ, ≥ 0.
       trust_region: the first radius of a trust region (Steihaug) in place of damping and warm
         start, > 0; for Hessians that may be indefinite. None for damping.
-      max_cg_iterations: CG iterations a step at most, ≥ 1.
+      max_cg_iterations: maximum CG iterations per step, ≥ 1.
       progress: CG ends when an iteration's relative decrease of q, averaged over the last tenth of
         them (at least 10), falls below this, ≥ 0.
       tolerance: CG ends when its residual is this small relative to the gradient, in [0, 1).
@@ -129,8 +129,8 @@ def hessian_free(
         much. ρ is computed without it. Needs `hidden` and an objective.
       hidden: `hidden(params, batch) -> activations`, all of a batch's, any pytree.
       c1: sufficient decrease of the line search, in (0, 1).
-      max_evaluations: trials of the line search at most, ≥ 1.
-      seed: of the preconditioner's draws.
+      max_evaluations: maximum trials of the line search, ≥ 1.
+      seed: for the preconditioner's random samples.
 
     Returns:
       An optax transformation, whose updates are the whole step.
@@ -225,7 +225,7 @@ def hessian_free(
             )
         radius, warm, num_kept = None, warm_start, num_candidates
         if trust_region is not None:
-            # The radius alone says how far the model holds: no earlier iterate is tried.
+            # The radius already bounds the step, so only the last iterate is a candidate.
             radius, warm, num_kept = state.radius.astype(ctx.dtype), 0.0, 1
         solution = linear_cg.linear_cg(
             damped_product,

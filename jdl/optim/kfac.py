@@ -78,7 +78,7 @@ def kfac(
     `update` needs `value`, `grad` and `objective`. Dense, convolutional and recurrent kernels, with
     their biases, have Kronecker factors; other parameters use a diagonal approximation.
     `jdl.optim.kronecker.describe` lists which is which. The reduction ratio compares f with q on
-    `model_rows` rows:
+    `model_rows` examples:
 
         ρ = 1 + (change of f there − change predicted there) / (change predicted on the whole batch)
 
@@ -90,26 +90,26 @@ def kfac(
     Args:
       learning_rate: the factor on δ, > 0, or a schedule; 1 for the model's own length.
       damping: the first λ > 0, in units of the curvature of the mean loss.
-      damping_decrease: λ's factor a step when ρ > ¾, its inverse when ρ < ¼; in (0, 1).
+      damping_decrease: λ's factor per step when ρ > ¾, its inverse when ρ < ¼; in (0, 1).
       damping_every: λ is changed every so many steps (to that power), and after a failed step.
       damping_minimum: the least λ, > 0.
-      curvature: "fisher" for factors by one draw from the loss's output Hessian,
-        "empirical_fisher" for the loss's own gradients, "gauss_newton" for factors without any
-        draw, at one backward pass an output.
+      curvature: "fisher" for factors sampled from the loss's output Hessian,
+        "empirical_fisher" for the loss's own gradients, "gauss_newton" for factors without
+        sampling, at one backward pass per output.
       eigen: whether to damp and correct in the factors' eigenbases (EKFAC); eigenvectors take about
         ten times as long as inverses.
       factors_every: steps from one refresh of the factors to the next, ≥ 1.
       inverses_every: steps from one inversion to the next at most, ≥ 1; they are also inverted when
         λ has changed by more than a factor of 4.
-      factors_decay: of the factors' running mean, in [0, 1).
+      factors_decay: decay of the factors' running mean, in [0, 1).
       model_rows: examples for q, ≥ 1; all of them where the batch has fewer. With too few, a step
         fits those examples alone, which ρ does not show.
-      kl_clip: bound on ½⟨δ, B δ⟩, the predictions' change in nats an example, to which longer steps
-        are shortened; > 0, or None for no bound.
+      kl_clip: bound on ½⟨δ, B δ⟩, the predictions' change in nats per example, to which longer
+        steps are shortened; > 0, or None for no bound.
       l2_reg: η ≥ 0 of ½η‖θ‖², in gradient and model.
       max_size: a kernel's side with more coordinates than this has a diagonal factor, ≥ 1.
-      max_backtracks: halvings of a step at most, ≥ 0.
-      seed: of the draws.
+      max_backtracks: maximum halvings of a step, ≥ 0.
+      seed: for the random samples.
 
     Returns:
       An optax transformation, whose updates are the whole step.
@@ -306,7 +306,7 @@ class _Proposal(NamedTuple):
 def _reduction_ratio(
     ctx: UpdateContext, proposal: _Proposal, scale: jax.Array, step: PyTree, l2_reg: float
 ) -> jax.Array:
-    """ρ of a step: 1 plus the model's error on some rows over its prediction for the batch."""
+    """ρ of a step: 1 plus the model's error on some examples over its prediction for the batch."""
     w = scale * proposal.weights
     model = proposal.model
     value = proposal.rows.value(tree.add_scaled(ctx.params, 1.0, step)).astype(ctx.dtype)

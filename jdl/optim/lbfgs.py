@@ -88,7 +88,7 @@ def lbfgs(
       cautious: ε in [0, 1); a pair enters if ⟨s, y⟩ > ε ‖s‖ ‖y‖.
       c1: sufficient decrease of the line search, in (0, c2).
       c2: curvature of the line search, in (c1, 1).
-      max_evaluations: trials of the line search at most, ≥ 1.
+      max_evaluations: maximum trials of the line search, ≥ 1.
 
     Returns:
       An optax transformation, whose updates are the whole step α d.

@@ -33,7 +33,7 @@ class Curvature(NamedTuple):
 
 
 def curvature(optimizer: str, ctx: UpdateContext, chunk_size: int) -> Curvature:
-    """Jᵀ J around θ, computed `chunk_size` columns at a time; residuals go before an objective."""
+    """Jᵀ J around θ, computed `chunk_size` columns at a time; residuals take precedence."""
     size = tree.size(ctx.params)
     if ctx.residual_fn is not None:
         with jax.default_matmul_precision("highest"):

@@ -23,7 +23,7 @@ from jdl.optim.transformation import ScalarOrSchedule, Step, check_options, seco
 
 
 class LevenbergMarquardtState(NamedTuple):
-    """Levenberg-Marquardt's state: a gradient's memory.
+    """Levenberg-Marquardt's state, of one gradient's size.
 
     Attributes:
       learning_rate: the factor on the step, float32; change it with `optax.tree.set`.
@@ -67,9 +67,9 @@ def levenberg_marquardt(
       damping: the first λ ≥ 0, in units of D².
       scaled: False for D = I.
       trust_region: the first radius Δ > 0 of a region ‖D δ‖ ≤ Δ, in place of damping, or None.
-      max_parameters: n at most, ≥ 1.
+      max_parameters: the largest n allowed, ≥ 1.
       chunk_size: columns of J computed at once, ≥ 1.
-      max_evaluations: tries a step at most, ≥ 1.
+      max_evaluations: maximum tries per step, ≥ 1.
 
     Returns:
       An optax transformation, whose updates are the whole step.

@@ -200,11 +200,11 @@ def _step_length(
     norms: tuple[jax.Array, jax.Array, jax.Array],
     radius: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The step along the direction, `alpha` unless curvature or boundary forbid; and the reason."""
+    """The step along the direction, `alpha` unless curvature or boundary limit it; the reason."""
     xx, xp, pp = norms
     reason = jnp.asarray(RUNNING)
     if radius is None:
-        # Of negative curvature in the first iteration the direction itself is taken.
+        # With negative curvature in the first iteration, the result is the direction itself.
         alpha = jnp.where(concave, jnp.where(iteration == 0, 1.0, 0.0), alpha)
     else:
         outside = concave | (xx + 2 * alpha * xp + alpha * alpha * pp >= radius * radius)

@@ -85,7 +85,7 @@ def strong_wolfe(
       noise: ε, the rounding noise of f, ≥ 0.
       c1: sufficient decrease, 0 < c₁ < c₂.
       c2: curvature, c₁ < c₂ < 1; the smaller, the closer to the line's minimum.
-      max_evaluations: trials at most, ≥ 1; after them the best point so far is taken.
+      max_evaluations: maximum trials, ≥ 1; after them the best point so far is taken.
       active: False to do nothing, and take step 0.
 
     Returns:
@@ -188,7 +188,7 @@ def backtracking(
       noise: ε ≥ 0.
       c1: sufficient decrease, 0 < c₁ < 1.
       shrink: r, 0 < r < 1.
-      max_evaluations: trials at most, ≥ 1.
+      max_evaluations: maximum trials, ≥ 1.
       active: False to do nothing, and take step 0.
 
     >>> f = lambda x: jnp.sum(jnp.square(x))

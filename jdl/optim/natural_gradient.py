@@ -31,7 +31,7 @@ from jdl.optim.transformation import (
 
 
 class NaturalGradientState(NamedTuple):
-    """The natural gradient's state: a gradient's memory.
+    """The natural gradient's state, of one gradient's size.
 
     Attributes:
       learning_rate: α, float32; change it with `optax.tree.set`.
@@ -76,9 +76,9 @@ def natural_gradient(
         keeps λ constant.
       damping_decrease: λ's factor when it is above ¾, in (0, 1].
       damping_minimum: the least λ, ≥ 0.
-      kl_clip: bound on ½ ⟨δ, F δ⟩, the predictions' change in nats an example, to which longer
+      kl_clip: bound on ½ ⟨δ, F δ⟩, the predictions' change in nats per example, to which longer
         steps are shortened; > 0, or None for no bound.
-      max_cg_iterations: CG iterations a step at most, ≥ 1.
+      max_cg_iterations: maximum CG iterations per step, ≥ 1.
       tolerance: CG ends when its residual is this small relative to the gradient, in [0, 1).
       warm_start: factor on the last solution to start CG from, in [0, 1]; 0 starts from zero.
 

@@ -65,9 +65,9 @@ def newton(
       saddle_free: whether to take |Λ| for Λ; False takes Λ itself, shifted until it is positive.
       trust_region: the first radius Δ > 0 of a trust region ‖δ‖ ≤ Δ in place of damping; each step
         is the exact minimizer of the model within the region. None for damping.
-      max_parameters: n at most, ≥ 1.
+      max_parameters: the largest n allowed, ≥ 1.
       chunk_size: Hessian columns computed at once, ≥ 1.
-      max_evaluations: tries a step at most, ≥ 1.
+      max_evaluations: maximum tries per step, ≥ 1.
 
     Returns:
       An optax transformation, whose updates are the whole step.

@@ -42,7 +42,7 @@ class NonlinearCGState(NamedTuple):
       step: the last accepted α; 0 before.
       slope: ⟨g, d⟩ of the last step.
       value: f after the last update, inf before the first; with `grad`, for
-        `optax.value_and_grad_from_state`, which saves full-batch loops an evaluation a step.
+        `optax.value_and_grad_from_state`, which saves full-batch loops one evaluation per step.
       grad: ∇f at that point.
       diagnostics: see `jdl.optim.diagnostics`.
     """
@@ -90,7 +90,7 @@ def nonlinear_cg(
       growth: the first trial step is at most this many times the last step, ≥ 1.
       c1: sufficient decrease of the line search, in (0, c2).
       c2: curvature of the line search, in (c1, 0.5).
-      max_evaluations: trials of the line search at most, ≥ 1.
+      max_evaluations: maximum trials of the line search, ≥ 1.
 
     Returns:
       An optax transformation, whose updates are the whole step α d.

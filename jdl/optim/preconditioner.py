@@ -2,7 +2,7 @@
 
 A preconditioner updates its state each step and returns an approximate inverse of the damped
 curvature: `step(...) -> (state, inverse)`, `inverse(vector) ≈ (B + λI)⁻¹ vector`, symmetric and
-positive definite. CG converges the faster, the better the approximation.
+positive definite. The better the approximation, the faster CG converges.
 """
 
 from collections.abc import Callable
@@ -40,11 +40,11 @@ def diagonal(power: float = 0.75, decay: float = 0.95) -> Preconditioner:
     """M = (diag + λ)^power.
 
     The diagonal is the empirical Fisher's where there is an objective, else the Hessian's by
-    Hutchinson's estimate. One random draw a step enters a running mean.
+    Hutchinson's estimate. One random sample per step enters a running mean.
 
     Args:
       power: in (0, 1].
-      decay: of the running mean, in [0, 1).
+      decay: decay of the running mean, in [0, 1).
 
     References:
       Martens, Deep learning via Hessian-free optimization (2010), section 4.7.

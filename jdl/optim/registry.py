@@ -39,8 +39,8 @@ class OptimizerSpec(NamedTuple):
       make: `make(learning_rate, **options)` gives the transformation.
       learning_rate: the default.
       second_order: whether it uses curvature or a line search, and its state has `Diagnostics`.
-      batches: "mini"; or "large" for one that needs little sampling noise: the whole data set
-        where that is affordable.
+      batches: "mini"; or "large" for one that is sensitive to sampling noise and works best on
+        large batches, or the whole data set.
       search: what to tune, and over which range.
     """
 

@@ -92,7 +92,7 @@ def of_symmetric(matrix: jax.Array) -> Spectrum:
 
 
 def of_jacobian(jacobian: jax.Array) -> Spectrum:
-    """The spectrum of Jᵀ J by singular values, to twice the digits that squaring J would leave."""
+    """The spectrum of Jᵀ J from J's singular values: twice the digits Jᵀ J would give."""
     sound = jnp.all(jnp.isfinite(jacobian))
     m, n = jacobian.shape
     identity = jnp.eye(m, n, dtype=jacobian.dtype)
@@ -155,7 +155,7 @@ def accept(
       use_radius: whether Δ bounds the step, and λ follows from it.
       increase: the factor on λ after a poor prediction.
       decrease: that after a good one.
-      max_evaluations: tries at most.
+      max_evaluations: maximum number of tries.
       **report: further arguments of `diagnostics.advance`.
     """
     scale = state.learning_rate.astype(ctx.dtype)
@@ -197,7 +197,7 @@ def _search(
 
     def body(t: Tried) -> Tried:
         again = t.tried > 0
-        # A λ that is far too small, or a Δ far too large, is left in few tries.
+        # A λ far too small, or a Δ far too large, is corrected in few tries.
         lam = jnp.where(again, jnp.maximum(4.0 * t.damping, 1e-3 * mean), t.damping)
         length = jnp.linalg.norm(t.step)
         smaller = jnp.where(again, 0.25 * jnp.minimum(t.radius, length), t.radius)

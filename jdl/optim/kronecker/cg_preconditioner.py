@@ -23,7 +23,7 @@ def preconditioner(
 
     Args:
       curvature: as for `kfac`.
-      decay: of the factors' running mean, in [0, 1).
+      decay: decay of the factors' running mean, in [0, 1).
       max_size: a side with more coordinates has a diagonal factor, ≥ 1.
       every: steps from one refresh to the next, ≥ 1.
     """

@@ -42,7 +42,7 @@ class Layers(NamedTuple):
     """The layers of a model."""
 
     known: Mapping[int, Layer]  # kernel's leaf number -> layer
-    unknown: Mapping[int, str]  # number of any other leaf that joins no layer -> why
+    unknown: Mapping[int, str]  # number of a leaf outside all layers -> the reason
 
 
 def find(predict: Callable[[Params], Any], params: Params) -> Layers:
@@ -88,7 +88,7 @@ def find(predict: Callable[[Params], Any], params: Params) -> Layers:
             unknown[i] = "not used by the model"
     biases = {layer.bias for layer in known.values()}
     for i in {*found.joins, *found.tagged_biases} - known.keys() - biases:
-        unknown[i] = found.unrecognized.get(i, "added to no one known layer")
+        unknown[i] = found.unrecognized.get(i, "not added to exactly one known layer")
     unknown = {i: why for i, why in sorted(unknown.items()) if i not in biases}
     return Layers(known, unknown)
 
@@ -109,7 +109,7 @@ class _Found:
             here[place] = (use.kind, use.transposed, use.tagged, rows)
 
     def join(self, place: Any, bias: int, kernel: int | None) -> None:
-        """Records that a bias is added to a kernel's outputs, or to those of no single kernel."""
+        """Records that a bias is added to a kernel's outputs, or to something else (None)."""
         self.joins.setdefault(bias, {})[place] = kernel
 
     def other(self, tag: Any, why: str) -> None:

@@ -53,13 +53,13 @@ def second_moments(
 
     Args:
       objective: the model, the loss and the batch.
-      params: where.
+      params: the current parameters.
       found: from `find_layers`.
       probes: zeros, one for each known kernel.
       bases: where probes have `squares`, likewise divided by Σᵢ mᵢ.
-      key: of the random vectors.
+      key: for the random vectors.
       curvature: "fisher" draws by `find_route`, "empirical_fisher" takes the loss's own gradients,
-        "gauss_newton" takes every column of the Hessian's root: one backward pass an output.
+        "gauss_newton" takes every column of the Hessian's root: one backward pass per output.
       max_rows: bounds a convolution's patches.
 
     References:

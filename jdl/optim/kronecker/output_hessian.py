@@ -8,7 +8,7 @@ found by one of four routes, for any per-example loss:
 
 - "softmax":  ∇²ℓ = c (diag p − p pᵀ) over the last axis, p = softmax(outputs)
 - "diagonal": outputs are independent, as in a sigmoid's cross-entropy or squared errors
-- "dense":    few outputs an example; the whole Hessian is computed and factored
+- "dense":    few outputs per example; the whole Hessian is computed and factored
 - "gradient": otherwise; u is the loss's own gradient (empirical Fisher) with a random sign
 
 Whether one of the first two holds is tested on random outputs and targets when a step is traced.
@@ -27,7 +27,7 @@ from jdl.core import tree
 from jdl.core.types import Batch, Key, Loss, Outputs
 
 ROUTES = ("softmax", "diagonal", "dense", "gradient")
-MOST_DENSE = 64  # outputs an example up to which the whole Hessian is computed
+MOST_DENSE = 64  # outputs per example up to which the whole Hessian is computed
 
 _ROWS = 3  # examples of the test
 
@@ -64,14 +64,14 @@ def route(loss: Loss, outputs: Outputs, batch: Batch) -> str:
 
 
 def draw(kind: str, loss: Loss, outputs: Outputs, batch: Batch, keys: Key) -> Outputs:
-    """One random u an example, of the structure of `outputs`, by the route `kind`.
+    """One random u per example, of the structure of `outputs`, by the route `kind`.
 
     Args:
       kind: one of `ROUTES`.
       loss: `loss(outputs, batch) -> float[B]`.
       outputs: where the Hessian is taken.
       batch: the examples.
-      keys: one an example, so that u does not depend on how devices share the examples.
+      keys: one per example, so that u does not depend on how devices share the examples.
     """
     leaves, structure = jax.tree.flatten(outputs)
     if kind == "gradient":

@@ -51,7 +51,7 @@ def probed(
 
     Args:
       predict: params -> outputs.
-      params: where.
+      params: the current parameters.
       layers: from `layers.find`.
       probes: one for each kernel, of zeros.
       bases: for the probes that have `squares`.

@@ -12,7 +12,7 @@ from jax.interpreters import ad, batching, mlir
 def tag_dense(y: jax.Array, x: jax.Array, kernel: jax.Array, bias: Any = None) -> jax.Array:
     """`y`, declared to be x @ kernel (+ bias), over the last axis of x.
 
-    For functions whose product is hidden: a custom derivative, a kernel of one's own.
+    For functions whose product is hidden: a custom derivative, a custom kernel.
 
     >>> x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))
     >>> tag_dense(x @ kernel, x, kernel).shape
@@ -38,8 +38,8 @@ def tag_conv(
       x: the inputs.
       kernel: of as many spatial axes as x.
       bias: [K], or None.
-      strides: one a spatial axis.
-      padding: (low, high), one a spatial axis.
+      strides: one per spatial axis.
+      padding: (low, high), one per spatial axis.
     """
     operands = (y, x, kernel) if bias is None else (y, x, kernel, bias)
     pads = tuple((int(low), int(high)) for low, high in padding)
