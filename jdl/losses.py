@@ -1,4 +1,4 @@
-"""Losses: `loss(outputs, batch) -> float[B]`, one value an example, convex in the outputs.
+"""Losses: `loss(outputs, batch) -> float[B]`, one value per example, convex in the outputs.
 
 Gauss-Newton products need the convexity. The target is an entry of the batch, `label` by default:
 `functools.partial(squared_error, target="image")` is an autoencoder's loss. Sums are computed in at
@@ -93,13 +93,13 @@ def _check_classes(logits: Array, target: str, labels: Array | np.ndarray) -> No
     check.argument(
         logits.ndim == 2,
         "outputs",
-        "of shape [B, K], one number a class",
+        "of shape [B, K], one number per class",
         logits.shape,
         "A dense model must flatten its images: image.reshape(len(image), -1).",
     )
     check.argument(
         labels.shape == logits.shape[:1],
         f"batch[{target!r}]",
-        f"of shape {logits.shape[:1]}, a class number an example",
+        f"of shape {logits.shape[:1]}, one class number per example",
         labels.shape,
     )

@@ -1,4 +1,4 @@
-"""Metrics: `metric(outputs, batch) -> float[B]`, one value an example.
+"""Metrics: `metric(outputs, batch) -> float[B]`, one value per example.
 
 Training and evaluation average them over examples exactly; a smaller last batch counts less.
 """
@@ -49,7 +49,7 @@ def accuracy(
     """1 where the largest output is the labelled class, else 0.
 
     Args:
-      outputs: one number a class.
+      outputs: one number per class.
       batch: `batch[target]` holds int[B] class numbers or float[B, K] probabilities.
       target: the entry that holds the labels.
 
@@ -107,7 +107,7 @@ def confusion_matrix(
     `batch["mask"]` and leaves out labels outside the K classes.
 
     Args:
-      outputs: one number a class.
+      outputs: one number per class.
       batch: `batch[target]` holds int[B] class numbers or float[B, K] probabilities.
       target: the entry that holds the labels.
 

@@ -80,7 +80,7 @@ def in_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> float:
-    """`value`, if low ≤ value ≤ high, both `<` where the end is open; NaN is in no range.
+    """`value`, if low ≤ value ≤ high, both `<` where the end is open; NaN is out of range.
 
     >>> in_range("decay", 1.0, 0.0, 1.0, open_high=True)
     Traceback (most recent call last):

@@ -6,7 +6,7 @@ with an optional 0/1 mask m (`batch["mask"]`) and an optional regularizer r. Wit
 evaluation is of the same f: random key, batch and incoming model state are fixed, so that a line
 search sees the same dropout masks, and batch statistics change once a step.
 
-Data parallelism and memory limits are handled here, and optimizers need neither: with
+Data parallelism and memory limits are handled here, so optimizers need not handle them: with
 `microbatches` every evaluation and every product is a scan over slices of the batch, and with
 `axis_name` every reduction is over the devices of that axis.
 """
@@ -44,7 +44,7 @@ class Objective:
 
     Attributes:
       model: the pure functions.
-      loss: `loss(outputs, batch) -> float[B]`, one value an example. For Gauss-Newton products it
+      loss: `loss(outputs, batch) -> float[B]`, one value per example. For Gauss-Newton products it
         must be convex in `outputs`.
       model_state: the state that every evaluation starts from.
       batch: name -> array[B, ...]; `batch["mask"]`, if present, weights the examples.
@@ -309,7 +309,7 @@ class Objective:
         return losses / total.astype(losses.dtype)
 
     def scan(self, part: Callable[[Batch, Key | None], Any], batch: Batch) -> Any:
-        """A sum over microbatches and devices: all evaluations and products are such.
+        """A sum over microbatches and devices; all evaluations and products use it.
 
         Args:
           part: (microbatch, its key) -> (term, rest).
@@ -416,7 +416,7 @@ def require_of_outputs(loss: Loss) -> None:
 
 
 def check_mask(mask: Any, size: int) -> None:
-    """Raises unless a batch's mask has one number an example."""
+    """Raises unless a batch's mask has one number per example."""
     check.argument(
         mask.shape == (size,), 'batch["mask"]', f"a number an example, ({size},)", mask.shape
     )
