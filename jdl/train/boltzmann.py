@@ -35,7 +35,7 @@ def momentum_switch(
     The rate is scaled by 1 − momentum, so that the switch keeps the size of a steady step.
 
     Args:
-      learning_rate: of a steady gradient, > 0 or a schedule.
+      learning_rate: the rate for a constant gradient, > 0, or a schedule.
       early: in [0, 1).
       late: in [0, 1).
       after: the step of the switch.
@@ -65,7 +65,7 @@ def momentum_switch(
 
 
 def weight_cost(cost: float) -> Callable[[Params], jax.Array]:
-    """½ · cost · Σ ‖kernel‖², a regularizer that leaves biases alone."""
+    """½ · cost · Σ ‖kernel‖², a regularizer without biases."""
     check.in_range("cost", cost, 0.0)
 
     def penalty(params: Params) -> jax.Array:
@@ -122,7 +122,7 @@ def rbm(
       optimizer: any optax transformation that uses the gradient alone, or a name; by default
         `momentum_switch()`.
       sparsity: (target, cost) of the hidden units' activity.
-      cost: of the weights, see `weight_cost`.
+      cost: the coefficient of `weight_cost`.
       labels: whether the machine has label units, for `batch["label"]`.
       **options: as for `Estimator`.
     """
@@ -161,16 +161,16 @@ def pretrain(
     seed: int = 0,
     **options: Any,
 ) -> list[Params]:
-    """Greedy pretraining of a stack, one Estimator a layer, the data streamed through those below.
+    """Greedy pretraining of a stack, one Estimator per layer, on the outputs of the layers below.
 
     Args:
       dbn: the stack.
-      data: as for `Estimator.train`; passed over as often as needed.
+      data: as for `Estimator.train`; repeated as often as needed.
       steps: training steps of each layer.
       optimizer: `optimizer(i)` for layer i; by default `momentum_switch()`, with a hundredth of its
         rate for a layer of Gaussian units, which diverges sooner.
-      workdir: each layer's run directory is in it, `layer_0`, …; training started again goes on.
-      seed: of layer 0; the others' follow.
+      workdir: each layer's run directory is in it, `layer_0`, …; training started again continues.
+      seed: for layer 0; layer i uses seed + i.
       **options: as for `rbm`.
 
     Returns:

@@ -41,7 +41,7 @@ class Checkpoints:
     """The checkpoints in one directory.
 
     Reading changes nothing in the directory and needs no permission to write there, so that any
-    number of processes may read beside one that trains. The first save opens it for writing.
+    number of processes may read while one trains. The first save opens it for writing.
 
     Args:
       directory: where they are.
@@ -125,7 +125,7 @@ class Checkpoints:
         self._damaged.clear()
 
     def close(self) -> None:
-        """Returns when everything saved is on disk; the next save opens the directory anew."""
+        """Returns when everything saved is on disk; the next save opens the directory again."""
         if self._manager is None:
             return
         try:
@@ -136,7 +136,7 @@ class Checkpoints:
 
     @contextmanager
     def _explaining_failure(self, step: int | None) -> Iterator[None]:
-        """Says of a failed write, such as on a full disk, which checkpoint is the last one."""
+        """Turns a failed write, on a full disk say, into an error naming the last checkpoint."""
         try:
             yield
         except Exception as error:
@@ -154,7 +154,7 @@ class Checkpoints:
 
         Args:
           state: arrays, or `jax.ShapeDtypeStruct`s, of the structure expected.
-          shardings: where its arrays are to lie, in the same structure.
+          shardings: of its arrays, in the same structure.
 
         Raises:
           DataError: the checkpoint is of another model or optimizer, or none can be read.

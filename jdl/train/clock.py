@@ -34,12 +34,12 @@ class Clock:
         return self._started is not None
 
     def start(self) -> None:
-        """Counts from here on."""
+        """Starts counting."""
         if self._started is None:
             self._started = self._now()
 
     def stop(self) -> None:
-        """Counts no further."""
+        """Stops counting."""
         self._before, self._started = self.seconds, None
 
     def __enter__(self) -> "Clock":

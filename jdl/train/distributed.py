@@ -40,7 +40,7 @@ _POLL_SECONDS = 0.5
 _SILENT_SECONDS = 5.0  # a process whose counter stands still for this long may be gone
 _LEAVE_SECONDS = 5.0  # how long process 0 waits for the others to leave before it
 _lost = threading.Event()  # JAX has lost a process, and does not say which
-_ending = threading.Lock()  # held by the thread that ends this process, so that one speaks
+_ending = threading.Lock()  # held by the thread that ends this process, so that only one prints
 
 
 def initialize(
@@ -285,7 +285,7 @@ def _ctrl_c_came() -> bool:
 
 @contextlib.contextmanager
 def _notified_of_losses() -> Iterator[None]:
-    """Has JAX set `_lost` when it loses a process, instead of aborting this one with a dump.
+    """Makes JAX set `_lost` when it loses a process, instead of aborting this one with a dump.
 
     JAX's client takes a callback for that, but `jax.distributed.initialize` does not expose it, and
     nothing public reaches the client before it connects. jaxlib cannot convert the status for the

@@ -1,6 +1,6 @@
 """The Estimator: a model, a loss and an optimizer; trains, evaluates and predicts.
 
-Its parts serve alone: `step.build` makes the pure functions, `parallel` places and `compiled`
+Its parts can be used alone: `step.build` makes the pure functions, `parallel` places and `compiled`
 compiles them, `feed` brings batches, `run` holds the state, `run_directory` saves, restores and
 logs it, `loop` trains, `evaluate` and `predict` use it.
 """
@@ -43,15 +43,15 @@ class Estimator:
 
     Args:
       model: a `jdl.Model` or a Flax Linen module.
-      loss: `loss(outputs, batch) -> float[B]`, one value an example.
+      loss: `loss(outputs, batch) -> float[B]`, one value per example.
       optimizer: any optax transformation, first or second order, such as `optax.adam(3e-3)`; or a
         name, for its default settings: sgd, adam, lbfgs, hf, kfac … (`jdl.optim.by_name`).
       metrics: name -> `metric(outputs, batch) -> float[B]`, averaged over examples; or one function
         that returns a dict of such values. `jdl.metrics.direction` declares whether their largest
         or smallest value is best.
       workdir: the run directory, for `metrics.jsonl` and `checkpoints/`; a run started again in it
-        goes on from its last checkpoint. None keeps everything in memory.
-      seed: of the initial parameters and all that is random in training.
+        continues from its last checkpoint. None keeps everything in memory.
+      seed: for the initial parameters and all that is random in training.
       inputs: the entry of the batch that the model takes, or a tuple of several; () for the whole
         batch. Images, uint8 [B, H, W, C] with C of 1, 3 or 4, reach it as float32 in [0, 1]; other
         uint8 arrays reach it as they are.
@@ -74,7 +74,7 @@ class Estimator:
         `("loss", "min")`, in `best/` of the run directory; with another metric or mode than
         before, the best from then on.
       ema: decay of an exponential moving average of the parameters, in (0, 1); evaluation and
-        prediction then use the average. None for none.
+        prediction then use the average. None for no average.
       on_nonfinite: what to do when a loss, a gradient or new parameters are not finite: "stop";
         "skip" the step; or "rollback" to the last checkpoint, with half the learning rate.
       log_norms: whether to log the norms of gradients and updates.
@@ -208,7 +208,7 @@ class Estimator:
 
     @property
     def compile_seconds(self) -> float:
-        """Time spent compiling, which is in no clock."""
+        """Time spent compiling, which the training clock leaves out."""
         return self._run.init_seconds + self._steps.seconds
 
     @property
@@ -230,18 +230,18 @@ class Estimator:
         validate_every: int | None = None,
         save: bool = True,
     ) -> "Estimator":
-        """Trains, going on from where the last call or the last checkpoint stopped.
+        """Trains, continuing from the last call or the last checkpoint.
 
-        With a limit, a data set of `jdl.data` is passed over as often as needed, whatever its own
-        `epochs`; without a limit it must have an end. Other data that ends before the limit ends
+        With a limit, a data set of `jdl.data` is repeated as often as needed, and its own `epochs`
+        is ignored; without a limit it must have an end. Other data that ends before the limit ends
         the training, with a warning.
 
         Args:
           data: batches: a data set, any iterable of dicts of arrays, or a function that makes one.
             The leading axis of every array is B; entries of text stay on the host. A batch of
             another size, such as a smaller last one, costs one more compilation. An iterator with
-            `get_state` and `set_state`, such as grain's, goes on after a restart where it stood;
-            other iterables begin again.
+            `get_state` and `set_state`, such as grain's, continues where it stopped after a
+            restart; other iterables begin again.
           steps: how many more steps to run.
           max_steps: steps of the run in total, for a script that may be started again.
           epochs: how many more passes over the data.
@@ -310,7 +310,7 @@ class Estimator:
         """The mean loss and metrics over one pass of the data, every example counted once.
 
         Args:
-          data: as for `train`; a data set of `jdl.data` is passed over once, whatever its own
+          data: as for `train`; a data set of `jdl.data` is read once, ignoring its own
             `epochs`, with the last batch's remainder.
           name: the `split` under which the row is logged; by default the data's own, or "evaluate".
           sums: name -> `function(outputs, batch) -> array`, to be summed over the batches as is,
@@ -369,7 +369,7 @@ class Estimator:
     # ------------------------------------------------------------------ inner workings
 
     def scratch(self, data: Data) -> tuple[Step, TrainState, Iterator[Batch]]:
-        """The compiled step, a copy of the state, and batches: for trials that leave no trace.
+        """The compiled step, a copy of the state, and batches, to run steps without changing this.
 
         Args:
           data: as for `train`.
@@ -466,7 +466,7 @@ def _prepared_optimizer(
 
 
 def _curvature_share(curvature_batch_size: int | None, placed: Placement) -> int | None:
-    """The examples for curvature products that one call of the step sees: in pmap a device's."""
+    """The examples for curvature products in one call of the step: with pmap, on one device."""
     if curvature_batch_size is None or placed.mode != "pmap":
         return curvature_batch_size
     check.argument(

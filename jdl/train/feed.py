@@ -1,4 +1,4 @@
-"""Batches on their way to the device, and the position reached in the data."""
+"""Transfers batches to the device, and tracks the position in the data."""
 
 import itertools
 import operator
@@ -25,18 +25,18 @@ _ENDLESS = 2**62  # grain's length of a data set without an end is larger
 
 
 class Feed:
-    """The batches of a data set on their way to the device, and the position reached in it.
+    """Transfers the batches of a data set to the device, and tracks the position in it.
 
     Args:
       data: the batches, as the host makes them.
       placement: where they go.
-      position: where to begin: the `position` of a feed before.
+      position: where to begin: the `position` of an earlier feed.
 
     Attributes:
       position: where in the data the next `take` reads: the iterator's own state, as JSON can hold
         it; None for iterables that keep none.
       wait_seconds: how long `take` and `prefetch` have waited for the data.
-      ended: whether the data has come to its end.
+      ended: whether the data has ended.
     """
 
     def __init__(self, data: Iterable[Batch], placement: Placement, position: Any = None):
@@ -52,12 +52,12 @@ class Feed:
 
     @property
     def resumable(self) -> bool:
-        """Whether the data can go on from a position."""
+        """Whether the data can continue from a position."""
         return hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state")
 
     @property
     def begins_again(self) -> bool:
-        """Whether it cannot, and that matters: one batch repeated for ever has no positions."""
+        """Whether a restart rereads the data from its start; a repeated batch needs no position."""
         return not self.resumable and not isinstance(self._iterator, itertools.repeat)
 
     def _state(self) -> Any:
@@ -180,7 +180,7 @@ def opened(data: Data) -> Any:
 
 
 def _has_unsharded_parent(batches: Any) -> bool:
-    """Whether grain has made it of data sets of ours that every process would read whole."""
+    """Whether it is a grain data set made from a data set of `jdl.data` without `shard`."""
     parents = getattr(batches, "parents", ())
     return any(
         p.plan.parts == 1 if is_dataset(p) and hasattr(p, "plan") else _has_unsharded_parent(p)
@@ -193,7 +193,7 @@ def for_training(data: Data, *, repeat: bool) -> Any:
 
     Args:
       data: as for `Estimator.train`.
-      repeat: whether a data set is passed over again and again; else it must have an end.
+      repeat: whether a data set is repeated without end; otherwise it must have an end.
     """
     batches = opened(data)
     if repeat:

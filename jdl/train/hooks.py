@@ -98,7 +98,7 @@ def early_stopping(
     """Ends training when `metric` has not improved for `patience` validations.
 
     Validations in the log from before a restart count too, where they have the metric. A value
-    that is not finite is no improvement.
+    that is not finite does not count as an improvement.
 
     Args:
       metric: a name among the row's values.
@@ -219,7 +219,7 @@ def parameter_histograms(path: str | Path, *, every: int = 1, bins: int = 40) ->
 def _histogram(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
     values = values[np.isfinite(values)]
     least, largest = (values.min(), values.max()) if values.size else (0.0, 1.0)
-    if least == largest:  # numpy's own ± ½ vanishes beside a large number
+    if least == largest:  # numpy's own range of ± ½ rounds to zero width at a large value
         pad = 0.5 * max(1.0, abs(least))
         least, largest = least - pad, largest + pad
     return np.histogram(values, bins=bins, range=(least, largest))

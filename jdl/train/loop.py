@@ -52,7 +52,7 @@ class Limits(NamedTuple):
         return any(limit is not None for limit in self)
 
     def check(self) -> None:
-        """Raises for limits out of range or in contradiction."""
+        """Raises for limits that are out of range or contradict each other."""
         of_steps = {"steps": self.steps, "max_steps": self.max_steps, "epochs": self.epochs}
         given = [name for name, value in of_steps.items() if value is not None]
         check.argument(len(given) <= 1, "steps, max_steps, epochs", "given one at a time", given)
@@ -83,7 +83,7 @@ class Call(NamedTuple):
     Attributes:
       data: the training data.
       limits: how far to go.
-      last_step: the number of the last step; None to go on to the data's end.
+      last_step: the number of the last step; None to continue to the end of the data.
       deadline: when to end, in seconds of the training clock; None for no such time.
       validation: data to evaluate on in between; None for none.
       validate_every: steps between two validations.
@@ -132,7 +132,7 @@ class TrainLoop:
         validation: Data | None,
         validate_every: int | None,
     ) -> bool:
-        """Trains as `jdl.Estimator.train` says; returns whether any step was left to do."""
+        """See `jdl.Estimator.train`; returns whether any step was left to do."""
         limits.check()
         _check_validation(validation, validate_every)
         run = self._run

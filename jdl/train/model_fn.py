@@ -43,8 +43,8 @@ class Spec(NamedTuple):
     Attributes:
       predictions: what `predict` returns: an array or a pytree, leading axis B. Required to
         predict.
-      loss: float[B], one value an example; or, with `outputs`, a function `loss(outputs, labels)`
-        that returns it. Required to train and evaluate.
+      loss: float[B], one value per example; or, with `outputs`, a function
+        `loss(outputs, labels)` that returns it. Required to train and evaluate.
       optimizer: any optax transformation, or a name; required to train.
       metrics: name -> float[B], or a function of (outputs, labels) that returns it, and that may
         declare its `jdl.metrics.direction`.
@@ -187,7 +187,7 @@ class _ModelFn:
         check.argument(
             loss.ndim == 1,
             "loss",
-            "one value an example, float[B]",
+            "one value per example, float[B]",
             loss.shape,
             "Leave out the mean.",
         )

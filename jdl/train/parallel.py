@@ -8,7 +8,7 @@ All three compile one `jax.jit` with the same shardings and give the numbers of 
 rounding. "pmap" differs by one `jax.shard_map` around the step, which is what `jax.pmap` is made of
 today. It is used with `check_vma=False`: with the check, JAX would sum gradients over the devices
 by itself, and `Objective` does so already. Every reduction of a step must therefore be in
-`Objective`: a loop whose condition differs between devices would wait for ever.
+`Objective`: a loop whose condition differs between devices would deadlock.
 """
 
 import math
@@ -199,7 +199,7 @@ def own_examples(tree: PyTree) -> PyTree:
 
 
 def make_deterministic() -> None:
-    """Has XLA use reproducible kernels on GPUs instead of the fastest ones.
+    """Makes XLA use reproducible kernels on GPUs instead of the fastest ones.
 
     Raises:
       UserError: a device has been used already, after which it is too late.

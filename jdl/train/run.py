@@ -39,7 +39,7 @@ class Run:
 
     Args:
       init: makes the initial state.
-      seed: of that state.
+      seed: for that state.
       placement: where arrays lie.
       directory: saves and restores.
       averages: whether the state holds a moving average of the parameters.
@@ -124,12 +124,12 @@ class Run:
     # ------------------------------------------------------------------ the data
 
     def feed(self, data: Data, *, repeat: bool) -> Feed:
-        """The feed of the same data goes on; a new one starts at the last checkpoint's position."""
+        """Continues the feed of the same data, or starts one at the last checkpoint's position."""
         if self._feed is not None and self._feed[0] is data and self._feed[1] in (None, repeat):
             if not repeat:
                 refuse_endless(data)
             return self._feed[2]
-        # Whether a position is one in data of another library is known of the same object only.
+        # A position in data of another library is valid for certain only with the same object.
         same = self._feed is not None and self._feed[0] is data
         batches = for_training(data, repeat=repeat)
         feed = Feed(batches, self.placement)
@@ -146,7 +146,7 @@ class Run:
             except check.DataError:
                 if self._resumed:
                     raise
-                # Other data than this process has trained on so far: from its beginning.
+                # This process has trained on other data: start at the beginning.
         self._resumed = False
         self._feed = (data, repeat if is_dataset(batches) else None, feed)
         return feed
@@ -206,7 +206,7 @@ class Run:
         self.position, self._resumed = meta["position"], True
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
         self._rate, self._rate_is_saved = meta["learning_rate"], True
-        self._feed = None  # the data too goes on from there
+        self._feed = None  # the data restarts from there too
         return True
 
     def restore_best(self, data: Data) -> None:
@@ -248,7 +248,7 @@ class Run:
         message = f"interrupted after step {step}"
         if workdir is None or not begun:
             return Interrupted(message)
-        if jax.process_count() > 1:  # the others may be at another step, and do not wait to save
+        if jax.process_count() > 1:  # the others may be at another step, and would not join a save
             return Interrupted(f"{message}; {workdir} holds what was saved before")
         try:
             self.save(wait=True)

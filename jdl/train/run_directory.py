@@ -83,7 +83,7 @@ class RunDirectory:
             try:
                 yield
             except BaseException:
-                if jax.process_count() == 1:  # of several, the others may not come to wait
+                if jax.process_count() == 1:  # several would have to wait for each other
                     with suppress(check.TrainingError):
                         self.close()
                 raise
@@ -107,7 +107,7 @@ class RunDirectory:
     def rewind_log(self) -> None:
         """Before training: drops the log's rows after the checkpoint that has been restored.
 
-        Not at the restore itself: an evaluation beside a running training leaves its log alone.
+        Not done at the restore, since an evaluation must not change the log of a running training.
         """
         if self._rewind_to is not None and self._leads:
             self._writers.rewind(self._rewind_to)
@@ -188,7 +188,7 @@ class RunDirectory:
             self._best.replace(step, state, meta | found)
 
     def _best_value(self, name: str, mode: str) -> float:
-        """The value of the checkpoint in `best/`; the worst one if there is none by this metric."""
+        """The metric's value of the checkpoint in `best/`; the worst value where there is none."""
         worst = -math.inf if mode == "max" else math.inf
         try:
             before = self._best.meta()

@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C during training: it ends between two steps, with a complete state.
 
-SIGTERM is the notice of a scheduler before it takes a machine away; Ctrl-C comes from a person.
+Schedulers send SIGTERM before they reclaim a machine; Ctrl-C comes from the user.
 Both wait for the current step, during which the old parameters are donated and the new ones are not
 there yet. A second Ctrl-C also interrupts a hook, a validation, or a wait for data.
 """
@@ -47,7 +47,7 @@ class Signals:
     def __init__(self, saves: bool):
         self._saves = saves
         self._before: dict[int, Any] = {}
-        self._entered = 0  # depth: a hook may save, which enters it too
+        self._entered = 0  # nesting depth: saving in a hook enters this context again
         self._terminated = self._interrupted = False
         self._window: str | None = None
 
@@ -63,7 +63,7 @@ class Signals:
             ignored = signal.getsignal(signal.SIGTERM) in (None, signal.SIG_IGN)
             if self._saves and not ignored and jax.process_count() == 1:
                 self._take_over(signal.SIGTERM, self._terminate)
-        self._entered = 1  # last: a Ctrl-C before its handler is set changes nothing
+        self._entered = 1  # last, so that a Ctrl-C during this method leaves it unentered
         return self
 
     def _take_over(self, number: int, handler: Any) -> None:
@@ -77,7 +77,7 @@ class Signals:
         before, self._before = self._before, {}
         for number, handler in reversed(before.items()):  # Ctrl-C's last, which may raise at once
             signal.signal(number, handler)
-        # A signal that came too late to end the training ends the program after it.
+        # A signal that came after the last step ends the program now.
         if self._terminated and not isinstance(error, Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
         if self._interrupted and error is None:

@@ -1,4 +1,4 @@
-"""The one step, which runs every optimizer, first or second order.
+"""The training step, the same for every optimizer of first or second order.
 
     value, grads, aux = objective.value_and_grad(params)
     updates, opt_state = optimizer.update(grads, opt_state, params,
@@ -270,7 +270,7 @@ def _sums(values: Mapping[str, jax.Array], batch: Batch, inputs: Names) -> tuple
         check.argument(
             values.shape == (size,),
             f"metrics[{name!r}]",
-            f"a function that returns one value an example, shape ({size},)",
+            f"a function that returns one value per example, shape ({size},)",
             values.shape,
         )
         return jnp.sum(jnp.where(kept > 0, values.astype(jnp.float32) * kept, 0.0))
@@ -279,7 +279,7 @@ def _sums(values: Mapping[str, jax.Array], batch: Batch, inputs: Names) -> tuple
 
 
 def _optimizer_logs(opt_state: Any, step: jax.Array) -> Logs:
-    """The optimizer's diagnostics; one gradient a step for an optimizer without."""
+    """The optimizer's diagnostics; one gradient per step for an optimizer without."""
     found = diagnostics.read(opt_state)
     if found is None:
         return {"gradient_equivalents": (step + 1).astype(jnp.float32)}

@@ -116,7 +116,7 @@ class _CsvTable:
 
 
 class _NpzTable:
-    """Columns grow in files of their own; at the end they become the members of one archive."""
+    """Each column is written to its own file; at the end they become the members of one archive."""
 
     def __init__(self, file: BinaryIO, folder: Path):
         self._file, self._folder, self._open = file, folder, ExitStack()

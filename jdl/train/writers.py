@@ -1,7 +1,7 @@
 """A run's log: `metrics.jsonl` always, `metrics.csv` and TensorBoard's files if asked for.
 
 All writers take rows `{"step", "seconds", "epoch", "split", values…}` and can rewind: a run that
-goes on from an earlier checkpoint first drops the rows after it, so that no log has gaps or
+continues from an earlier checkpoint first drops the rows after it, so that no log has gaps or
 duplicates.
 """
 
@@ -45,7 +45,7 @@ class JsonlWriter:
         self.path = Path(path)
 
     def write(self, row: Row) -> None:
-        """Appends one row; a last line that was cut short stays a line of its own."""
+        """Appends one row, on a new line also after a last line that was cut short."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         clean = {k: None if _not_finite(v) else v for k, v in row.items()}
         begin = "\n" if _is_cut(self.path) else ""
@@ -68,7 +68,7 @@ class CsvWriter:
     """A JSONL log as a CSV table; missing values and those that are not finite are left empty.
 
     A row is appended where the table has its columns; otherwise, or where another process has
-    written to it, the whole table is made anew from the log.
+    written to it, the whole table is rewritten from the log.
 
     Args:
       log: the JSONL log, to which each row is written first; the table is beside it.
@@ -90,7 +90,7 @@ class CsvWriter:
         self._size = self._size_now()
 
     def rewind(self, step: int) -> None:
-        """Makes the table anew: the log has dropped the rows of steps after `step`."""
+        """Rewrites the table: the log has dropped the rows of steps after `step`."""
         del step
         if self.path.exists():
             self._write_all()
@@ -138,7 +138,7 @@ class TensorBoardWriter:
         self._append(self._files.get(split) or self._begin(split), event)
 
     def rewind(self, step: int) -> None:
-        """Has TensorBoard ignore the rows of steps after `step`."""
+        """Makes TensorBoard ignore the rows of steps after `step`."""
         self._files, self._void_from = {}, step + 1
         if self.directory.exists():
             for folder in self.directory.iterdir():
