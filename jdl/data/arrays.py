@@ -26,8 +26,8 @@ def from_arrays(
 ) -> "ArrayBatches":
     """Batches `{"image": features[B, …], "label": targets[B, …]}`, of any shapes and types.
 
-    An Estimator scales uint8 images [n, H, W, C] with C of 1, 3 or 4 to [0, 1]; gray pixels
-    [n, H, W] become such by `pixels[..., None]`. All other uint8 arrays stay as they are: give
+    An Estimator scales uint8 images [n, H, W, C] with C of 1, 3 or 4 to [0, 1]; for gray pixels
+    [n, H, W] pass `pixels[..., None]`. All other uint8 arrays stay as they are: give
     flattened pixels as float32, tokens and class numbers as int32.
 
     A batch is gathered at once, without threads: fast enough for thousands of steps per second. If
@@ -40,7 +40,7 @@ def from_arrays(
       batch_size: rows in every batch, B.
       epochs: how many passes over the data; None for no end.
       shuffle: a new order each epoch; by default only with `epochs=None`.
-      seed: of the orders.
+      seed: for the orders.
       drop_remainder: drop an epoch's last rows that fill no batch; by default only with
         `epochs=None`.
       classes: the names of the classes, kept in the data set.

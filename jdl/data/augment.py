@@ -22,7 +22,7 @@ class Augmentation(NamedTuple):
       crop_area: the least area of a random crop, relative to the largest crop.
       flip: whether half of the images are flipped left to right.
       function: `function(pixels, rng) -> pixels`, uint8 [H, W, C] to the same; or None.
-      seed: of the random draws.
+      seed: for the random draws.
     """
 
     crop: str | None = None

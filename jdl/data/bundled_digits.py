@@ -47,7 +47,7 @@ def digits(
       batch_size: rows in every batch, B.
       epochs: how many passes over the data; None for no end.
       shuffle: a new order each epoch; by default only with `epochs=None`.
-      seed: of the orders.
+      seed: for the orders.
       **options: further arguments of `from_tar`.
 
     >>> data = digits("train", batch_size=64, epochs=None)

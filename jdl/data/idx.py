@@ -1,4 +1,4 @@
-"""IDX files: the format of MNIST, one array a file, plain or compressed."""
+"""IDX files: the format of MNIST, one array per file, plain or compressed."""
 
 import struct
 from pathlib import Path

@@ -30,7 +30,7 @@ class FromPosition:
       load: makes the batch of a span; called by several threads or, pickled, in processes.
       plan: which places each batch holds.
       epoch: with `record`, the position.
-      record: how many records of the epoch are behind it.
+      record: how many records of the epoch have been used.
     """
 
     def __init__(self, load: Callable[[Span], Loaded], plan: Plan, epoch: int, record: int):

@@ -8,7 +8,7 @@ until it is less than n:
     l, r ← r, (l + F_k(r)) mod a        in each of `ROUNDS` rounds k
 
 So a position in the data is one number, and resuming needs no replay. A checkpoint relies on the
-order, hence arithmetic of our own that no new version of a library can change.
+order, so it is computed here and cannot change with a library's version.
 
 References: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (generalized
 Feistel, cycle walking); Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators",
@@ -74,7 +74,7 @@ class Order:
     Args:
       num_records: n.
       shuffle: whether each epoch has its own permutation; otherwise the order is 0 … n−1.
-      seed: of the permutations.
+      seed: for the permutations.
     """
 
     def __init__(self, num_records: int, *, shuffle: bool, seed: int):
@@ -107,7 +107,7 @@ class Order:
 
 
 class Mixture(Order):
-    """Several sources in proportion to their weights, each passed over again and again.
+    """Several sources in proportion to their weights, each repeated without end.
 
     In every `BLOCK` places each source has its share, rounded and at least one, at pseudo-random
     places. No record of a source comes a second time before all others of that source have come; an
@@ -116,7 +116,7 @@ class Mixture(Order):
     Args:
       counts: the number of records in each source; they are numbered source by source.
       weights: of each, positive.
-      seed: of the order.
+      seed: for the order.
 
     >>> order = Mixture([10, 1000], [3.0, 1.0], seed=0)
     >>> float(np.mean(order.records(0, 0, 1000) < 10))

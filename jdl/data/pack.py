@@ -61,7 +61,7 @@ def pack(
 
     Args:
       source: a folder of images or of IDX files (MNIST's format, plain or .gz), one IDX file of
-        images, an `.npz` of arrays, a tar, plain or compressed, an URL, a glob, or "-".
+        images, an `.npz` of arrays, a tar, plain or compressed, a URL, a glob, or "-".
       out: the tars' path, with `%05d` where a shard's number goes; without it there is one tar.
       shard_bytes: a shard ends before it would be larger.
       shard_images: or before it would hold more images; the members of a WebDataset sample stay

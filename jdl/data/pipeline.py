@@ -71,7 +71,7 @@ def from_tar(
     jdl's losses and metrics use it.
 
     Args:
-      paths: a path, an URL, a glob, a brace range, a folder, or a list of these. For standard input
+      paths: a path, a URL, a glob, a brace range, a folder, or a list of these. For standard input
         see `standard_input`.
       label: what the class is read from: `"folder"`, an integer, a compiled regular expression, a
         function of the name, `"cls"`, `"json:FIELD"` (see `TarSource`); None for no labels.
@@ -80,7 +80,7 @@ def from_tar(
       batch_size: rows in every batch, B.
       epochs: how many passes over the data; None for no end.
       shuffle: a new order each epoch; by default only with `epochs=None` or `weights`.
-      seed: of the orders and the augmentation.
+      seed: for the orders and the augmentation.
       split: only members whose path begins with this folder, or one side of a split by hash, such
         as `"train:0.1:folder"` (see `TarSource`).
       weights: for each entry of the list `paths`, how often it is drawn from. Each is passed over

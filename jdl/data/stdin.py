@@ -167,11 +167,11 @@ class PipedBatches(Batches):
         )
 
     def once(self) -> "PipedBatches":
-        """Itself: it comes once."""
+        """Itself: standard input is a single pass already."""
         return self
 
     def repeat(self) -> "PipedBatches":
-        """An error: it comes once."""
+        """An error: standard input cannot be read twice."""
         raise check.DataError("Standard input comes once; it cannot be repeated.")
 
     def shard(self, part: int, parts: int) -> "PipedBatches":

@@ -25,7 +25,7 @@ class WindowOrder(Order):
     Args:
       counts: the number of records in each archive.
       window: W; 1 for no shuffle.
-      seed: of the order.
+      seed: for the order.
     """
 
     def __init__(self, counts: np.ndarray, *, window: int, seed: int):

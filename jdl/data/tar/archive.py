@@ -1,7 +1,7 @@
 """An archive's bytes: at random where that is possible, else in order.
 
     a plain tar on a disk          random     `pread`, from any thread or process
-    a plain tar behind an URL      random     ranges through fsspec, retried when they fail
+    a plain tar behind a URL      random     ranges through fsspec, retried when they fail
     a .gz with a seek file         seekable   `jdl index --seekable` (indexed_gzip)
     compressed, or no ranges       stream     going back means to start again
     standard input, "-"            stream     there is no going back
@@ -161,7 +161,7 @@ class LocalFile(StoredFile):
             now.close()
         if (found["size"], found["digest"]) != (stamp["size"], stamp["digest"]):
             raise changed(self.path)
-        stamp["mtime_ns"] = found["mtime_ns"]  # touched, but the same
+        stamp["mtime_ns"] = found["mtime_ns"]  # another modification time, the same contents
 
     def close(self) -> None:
         """See `Archive`."""

@@ -64,7 +64,7 @@ def number(field: bytes) -> int:
     else:
         text = field.split(b"\0", 1)[0].strip(b" ")
         if text and not text.isdigit():  # int() also takes signs, underscores and prefixes
-            raise ValueError(f"{field!r} is no octal number")
+            raise ValueError(f"{field!r} is not an octal number")
         value = int(text, 8) if text else 0
     if value > MAX_NUMBER:
         raise ValueError(f"{value} is beyond what a file can hold")
@@ -81,7 +81,7 @@ def decimal(value: bytes) -> int:
       ValueError: if it is none, or beyond `MAX_NUMBER`.
     """
     if not value.isdigit() or len(value) > 19 or int(value) > MAX_NUMBER:
-        raise ValueError(f"{value[:30]!r} is no size")
+        raise ValueError(f"{value[:30]!r} is not a size")
     return int(value)
 
 

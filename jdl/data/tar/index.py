@@ -3,7 +3,7 @@
 The file is raw arrays after a JSON header. Nothing in it is executed; it is memory-mapped, so that
 many processes share one copy; and all of it is checked before use. It is used only for the archive
 it was made from (size, modification time, and a digest of about twenty pieces of the contents), and
-made anew otherwise.
+rebuilt otherwise.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ class TarIndex:
 def open_index(path: str, *, keep: bool = True) -> TarIndex:
     """The index of the archive at `path`, read from its file or made.
 
-    A file that is no tar has an index without members whose damage says so. Offsets in a compressed
+    A file that is not a tar gets an empty index whose `damage` says so. Offsets in a compressed
     archive are those in the decompressed tar.
 
     Args:
@@ -208,7 +208,7 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
 
 
 def _check_columns(columns: Columns, size: int) -> None:
-    """Checks that all members lie inside the archive: anybody may have written the index."""
+    """Checks that all members lie inside the archive, since the index file is untrusted."""
     n = len(columns.sizes)
     same = all(len(c) == n for c in columns[:5])
     _require(same, "its columns differ in length")

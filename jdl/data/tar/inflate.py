@@ -72,7 +72,7 @@ def pieces(file: Readable, size: int) -> Iterator[Piece]:
             if not data:
                 return
             if compression(data) != kind:
-                yield Piece(b"", f"after its {kind} data {len(data)} or more bytes are none")
+                yield Piece(b"", f"its {kind} data are followed by {len(data)} or more other bytes")
                 return
             decompressor = _STARTS[kind]()
         elif decompressor.needs_input:

@@ -10,7 +10,7 @@ from jdl.data.tar.seekable import SEEK_SUFFIX, Seekable
 
 
 def open_archive(path: str) -> Archive:
-    """The archive at `path`: a file, an URL, or "-" for standard input.
+    """The archive at `path`: a file, a URL, or "-" for standard input.
 
     Raises:
       DataError: if it cannot be opened.

@@ -1,4 +1,4 @@
-"""A file behind an URL: by ranges if its server has them, retried when connections fail.
+"""A file behind a URL: by ranges if its server has them, retried when connections fail.
 
 All that fsspec reads: http and https (with aiohttp), s3:// (with s3fs), gs:// (with gcsfs).
 """
@@ -26,7 +26,7 @@ _AT_ONCE = 16  # concurrent requests
 
 
 class RemoteFile(StoredFile):
-    """A file behind an URL, read by ranges, each retried when the connection fails."""
+    """A file behind a URL, read by ranges, each retried when the connection fails."""
 
     wide, narrow, stride = 1 << 23, 1 << 16, 1 << 18
 

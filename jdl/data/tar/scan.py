@@ -201,7 +201,7 @@ class Walk:
             try:
                 size = int(digits, 8)
             except ValueError:
-                self.problem = f"its size {digits!r} is no octal number"
+                self.problem = f"its size {digits!r} is not an octal number"
                 break
             blocks.append(block)
             places.append(at)
@@ -446,7 +446,7 @@ class Walk:
             return place
         resume = self.find_header(place)
         passed = (self.size if resume is None else resume) - place
-        self.note("damaged", place, b"", f"{passed} bytes after an end marker are no members")
+        self.note("damaged", place, b"", f"{passed} bytes after an end marker are not members")
         return resume
 
     def columns(self) -> Columns:

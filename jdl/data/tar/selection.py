@@ -2,7 +2,7 @@
 
 import numpy as np
 
-_BITS = 512  # of a line of the table, beside which the bits before it are counted
+_BITS = 512  # in a row of the bit table; each row also counts the bits before it
 _AT_ONCE = 4096
 
 

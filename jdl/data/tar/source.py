@@ -57,7 +57,7 @@ class TarSource:
     macOS's `._` companions, in the order of the paths and of each archive.
 
     Args:
-      paths: a path, an URL, a glob, a brace range (`faces-{000..015}.tar`), a folder, or a list of
+      paths: a path, a URL, a glob, a brace range (`faces-{000..015}.tar`), a folder, or a list of
         these; or a list of open indexes.
       label: what a record's class is read from: `"folder"`, the folder it is in; an integer, the
         folder at that place of its path; a compiled regular expression, its (only) group; a
@@ -76,7 +76,7 @@ class TarSource:
       classes: the names of the classes; a label is a number in this table.
 
     Raises:
-      DataError: if an archive is missing or no tar, holds no images, has no such split, or has
+      DataError: if an archive is missing or not a tar, holds no images, has no such split, or has
         labels that are not in `classes`.
 
     >>> from jdl.data import digits_path
