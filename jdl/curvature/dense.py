@@ -31,7 +31,7 @@ def hessian(
       of: a `Landscape`, which has its own parameters, a `jdl.Objective`, or a scalar function.
       params: a pytree of floating-point arrays.
       chunk_size: columns computed at once, ≥ 1.
-      max_parameters: n at most: 10,000 take 400 MB in float32.
+      max_parameters: the largest n allowed: 10,000 take 400 MB in float32.
 
     >>> hessian(lambda x: x[0] ** 2 * x[1], jnp.array([1.0, 2.0])).tolist()
     [[4.0, 2.0], [2.0, 0.0]]
@@ -82,7 +82,7 @@ def jacobian(
       fn: params -> a pytree of m numbers, a model's outputs on a batch, say.
       params: a pytree of n numbers.
       chunk_size: rows or columns computed at once, ≥ 1.
-      max_parameters: n at most.
+      max_parameters: the largest n allowed.
 
     >>> jacobian(lambda x: jnp.stack([x[0] * x[1], x[1]]), jnp.array([2.0, 3.0])).tolist()
     [[3.0, 2.0], [0.0, 1.0]]

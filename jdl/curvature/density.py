@@ -65,7 +65,7 @@ def spectral_density(
       operator: see `operator`.
       steps: m ≥ 1; the basis takes (m + 1) n numbers.
       probes: P ≥ 1.
-      seed: of the random first vectors.
+      seed: for the random first vectors.
 
     >>> from jdl.curvature.operators import operator
     >>> import jax.numpy as jnp

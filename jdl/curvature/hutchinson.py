@@ -51,7 +51,7 @@ def trace(
       operator: see `operator`.
       method: "hutch++", for spectra with few large eigenvalues, or "hutchinson".
       products: how many to make: at least 2, for "hutch++" 6, a third of them for Q.
-      seed: of the random vectors.
+      seed: for the random vectors.
 
     >>> from jdl.curvature.operators import operator
     >>> import jax.numpy as jnp

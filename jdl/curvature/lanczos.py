@@ -159,10 +159,10 @@ def top_eigenpairs(
       which: "largest", "smallest" (by sign too), or "magnitude".
       tolerance: on a residual relative to its eigenvalue, as in ARPACK, > 0; the eigenvalue's own
         error is about its square.
-      max_products: products at most.
+      max_products: maximum number of products.
       memory: bytes the basis may take; a basis of fewer vectors restarts more often. It always
         takes at least 2 k + 2 vectors of n numbers.
-      seed: of the random first vector.
+      seed: for the random first vector.
 
     Raises:
       ArgumentError: if a product is not finite.
@@ -209,7 +209,7 @@ def top_eigenpairs(
 
 
 class _Search:
-    """When the k wanted pairs have been found, and how the basis goes on until then."""
+    """Decides when the k wanted pairs are found, and prepares the basis for the next product."""
 
     def __init__(self, k: int, which: str, tolerance: float):
         self.k, self.which, self.tolerance = k, which, tolerance
@@ -218,7 +218,7 @@ class _Search:
         self._next = np.full(1, np.inf)  # the key of the best value that is not wanted
 
     def ended(self, basis: Basis, growing: bool) -> bool:
-        """Looks at the Ritz pairs after a product; whether the search is over."""
+        """Updates the Ritz pairs after a product; returns whether the search is over."""
         self._values, self._s = basis.ritz()
         self._ranked = _order(self._values, self.which)
         order = self._ranked[: self.k]
@@ -231,7 +231,7 @@ class _Search:
             np.any(np.abs(wanted - self._tested) > allowed)
         )
         self._tests_left = self._tests_left - 1 if growing else 0
-        # The best of the others, rising on as in its last step, may become a wanted one.
+        # The best unwanted value, if it rises as in its last step, may become a wanted one.
         before = self._next
         self._next = _key(self._values, self.which)[self._ranked[self.k : self.k + 1]]
         rising = growing and bool(np.any(2 * self._next - before < _key(wanted[-1:], self.which)))

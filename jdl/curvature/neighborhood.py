@@ -38,7 +38,7 @@ def sharpness(
     Args:
       landscape: the loss and the parameters.
       rho: ρ > 0, in the parameters' units.
-      steps: of ascent, ≥ 1.
+      steps: number of ascent steps, ≥ 1.
       direction: a vector [n] to try first, in both directions, such as the top eigenvector.
 
     >>> import jax.numpy as jnp

@@ -56,11 +56,11 @@ class Autoencoder(nn.Module):
 
     Attributes:
       widths: units of the encoder's layers, the code's last; the decoder mirrors them.
-      activation: of all layers but the code and the last.
-      code_activation: of the code.
+      activation: activation of all layers but the code and the last.
+      code_activation: activation of the code.
       tied: whether the decoder's kernels are the encoder's, transposed.
       kernel_init, bias_init: initializers; `jdl.models.layers.sparse_init(15)` is Martens'.
-      dtype: of the computation; None for the parameters' dtype.
+      dtype: the type to compute in; None for the parameters' dtype.
 
     >>> net = Autoencoder(widths=(32, 4))
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
@@ -136,8 +136,8 @@ class ConvAutoencoder(nn.Module):
       filters: channels of each stage of the encoder.
       code: units of the code.
       kernel_size: height and width of the convolutions.
-      activation: of all layers but the code and the last.
-      dtype: of the computation; None for the parameters' dtype.
+      activation: activation of all layers but the code and the last.
+      dtype: the type to compute in; None for the parameters' dtype.
 
     >>> net = ConvAutoencoder(filters=(4, 8), code=5)
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
@@ -209,9 +209,9 @@ class Variational(nn.Module):
     Attributes:
       widths: units of the encoder's hidden layers; the decoder mirrors them.
       code: units of the code.
-      activation: of the hidden layers.
+      activation: activation of the hidden layers.
       beta: weight of the penalty.
-      dtype: of the computation; None for the parameters' dtype.
+      dtype: the type to compute in; None for the parameters' dtype.
 
     >>> net = Variational(widths=(16,), code=2)
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))

@@ -45,11 +45,11 @@ class CNN(nn.Module):
       num_classes: number of logits.
       blocks: the convolutional part.
       units: width of the dense layer.
-      activation: of the dense layer.
+      activation: activation of the dense layer.
       dropout: share of dense units dropped in training, in [0, 1).
-      kernel_init: of every layer, a name of `jdl.models.layers.INITIALIZERS` or a function.
-      bias_init: of every layer.
-      dtype: of the computation; None for the parameters' dtype.
+      kernel_init: for every layer, a name of `jdl.models.layers.INITIALIZERS` or a function.
+      bias_init: for every layer.
+      dtype: the type to compute in; None for the parameters' dtype.
 
     >>> cnn = CNN(num_classes=3, blocks=(Block(filters=4), Block(filters=8, padding="edge")))
     >>> variables = cnn.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))

@@ -45,7 +45,7 @@ class Generator(nn.Module):
     Attributes:
       shape: (height, width, channels) of the images; both sides multiples of 2^len(widths).
       widths: channels of the smallest map and after each doubling but the last.
-      num_classes: of the labels that it is conditioned on; None for none.
+      num_classes: number of classes to condition on; None for an unconditional one.
       normalize: whether batch normalization follows every layer but the last.
 
     References:
@@ -88,7 +88,7 @@ class Discriminator(nn.Module):
     Attributes:
       shape: (height, width, channels) of the images; both sides multiples of 2^len(widths).
       widths: channels after each halving.
-      num_classes: of the labels that it is conditioned on; None for none.
+      num_classes: number of classes to condition on; None for an unconditional one.
       spectral_norm: whether every layer is divided by its largest singular value.
 
     References:
@@ -171,7 +171,7 @@ class GAN:
       latent: units of the noise, from N(0, I).
       game: "non_saturating", "hinge" or "wasserstein".
       penalty: "r1", "gradient" or None.
-      weight: of the penalty; None for 1 (r1) or 10 (gradient).
+      weight: weight of the penalty; None for 1 (r1) or 10 (gradient).
       smoothing: ε of one-sided label smoothing: the discriminator's target for images is 1 − ε, in
         [0, 0.5); for "non_saturating" only.
 
@@ -227,7 +227,7 @@ class GAN:
           shape: both sides multiples of 4, and of higher powers of 2 for larger images.
           width: channels of the largest maps; they double with each halving, up to 8·width.
           num_classes: for a GAN conditioned on classes.
-          spectral_norm: of the discriminator.
+          spectral_norm: as for `Discriminator`.
           **options: attributes of `GAN`.
         """
         halvings = max(2, math.ceil(math.log2(max(min(shape[:2]), 1) / 8)))

@@ -23,8 +23,8 @@ class MLP(nn.Module):
       activation: φ, a name of `jdl.models.layers.ACTIVATIONS` or a function.
       dropout: share of hidden units dropped in training, in [0, 1).
       kernel_init: a name of `jdl.models.layers.INITIALIZERS` or a function; "sparse" is Martens'.
-      bias_init: of the hidden layers' biases.
-      dtype: of the computation; None for the parameters' dtype.
+      bias_init: for the hidden layers' biases.
+      dtype: the type to compute in; None for the parameters' dtype.
 
     >>> import jax.numpy as jnp
     >>> mlp = MLP(widths=(8,), num_outputs=3)

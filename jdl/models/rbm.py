@@ -316,7 +316,7 @@ class RBM(nn.Module):
           v: where to start, [B, V].
           steps: the number of Gibbs steps, ≥ 1.
           known: 1 or True for units to keep at their value in `v`, of a shape that broadcasts to
-            [B, V]; None for none. Fix pixels to complete an image, labels to sample of a class.
+            [B, V]; None for none. Fix pixels to complete an image, labels to sample from a class.
         """
 
         def step(i: Any, now: jax.Array) -> jax.Array:

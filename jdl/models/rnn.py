@@ -40,10 +40,10 @@ class RNN(nn.Module):
       every_step: whether to return outputs [B, T, num_outputs] of every step, or [B, num_outputs]
         of the last step (of each direction).
       vocabulary: the number of symbols, for sequences of numbers; None for real inputs.
-      kernel_init: of the kernels on inputs.
-      recurrent_init: of the kernels on states; `echo_init()` for vanilla cells on problems with
+      kernel_init: for the kernels on inputs.
+      recurrent_init: for the kernels on states; `echo_init()` for vanilla cells on problems with
         long-term dependencies.
-      dtype: of the computation; None for the parameters' dtype.
+      dtype: the type to compute in; None for the parameters' dtype.
 
     >>> net = RNN(num_outputs=3, hidden=8, cell="gru")
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 5, 4)))

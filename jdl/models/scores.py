@@ -117,7 +117,7 @@ def calibration(cnn: CNN, params: Any, images: Any, others: Any, seed: int = 0) 
       params: its parameters.
       images: the set to which distances are measured, as for `features`.
       others: real images that are not in it.
-      seed: of the noise.
+      seed: for the noise.
     """
     true, second = features(cnn, params, images), features(cnn, params, others)
     noise = np.random.default_rng(seed).uniform(size=np.shape(others)).astype(np.float32)
@@ -132,7 +132,7 @@ class Coverage(NamedTuple):
     """The distribution of samples over classes.
 
     Attributes:
-      shares: of each class, float[K], with sum 1.
+      shares: the share of each class, float[K], with sum 1.
       modes: the number of classes with at least a fifth of an equal share.
       divergence: Σ p log(p · K), from equal shares, in nats; 0 is best, log K is total collapse.
     """

@@ -82,7 +82,7 @@ def heights(tree: Tree) -> np.ndarray:
     """Each node's height, int[n].
 
     Raises:
-      DataError: it is no tree: no nodes, several roots or none, a parent that does not exist, a
+      DataError: it is not a tree: no nodes, several roots or none, a parent that does not exist, a
         cycle.
 
     >>> heights(Tree(("a", "b", "c"), (1, -1, 1), ("", "", ""))).tolist()
@@ -193,7 +193,7 @@ def read_bracketed(path: str | Path) -> Iterator[Tree]:
     """The trees of a file with one bracketed tree in each line; blank lines are skipped.
 
     Raises:
-      DataError: a line is no tree; the message has its number.
+      DataError: a line is not a tree; the message has its number.
     """
     for number, line in _lines(path):
         if line.strip():
@@ -209,7 +209,7 @@ def read_conllu(path: str | Path) -> Iterator[Tree]:
     Multiword tokens (1-2) and empty nodes (1.1) are skipped: the basic tree does not need them.
 
     Raises:
-      DataError: a line is not CoNLL-U, or the heads are no tree; the message has the line.
+      DataError: a line is not CoNLL-U, or the heads form no tree; the message has the line.
     """
     rows: list[tuple[str, int, str]] = []
     first = 1

@@ -25,7 +25,7 @@ def trees_of(
       split: "train" or "test".
       batch_size: trees in a batch.
       shuffle: whether to repeat without end, each epoch in a new order.
-      seed: of the orders.
+      seed: for the orders.
       **_: options of images, which `RunConfig.images` always passes; they mean nothing here.
     """
     check.one_of("--split", split, SPLITS)

@@ -60,7 +60,7 @@ class RunConfig:
 
         Args:
           workdir: the run directory.
-          command: the resolved flags, from which `jdl train --config` starts such a run anew.
+          command: the resolved flags, from which `jdl train --config` starts such a run again.
         """
         exists = (workdir / config_toml.FILE).exists()
         if begun(workdir) and not exists:

@@ -22,7 +22,7 @@ class StyleConfig:
       learning_rate: Adam's.
       batch_size: photographs in a batch.
       size: the side of a crop in pixels.
-      seed: of the initial parameters, the crops and the order of styles.
+      seed: for the initial parameters, the crops and the order of styles.
     """
 
     styles: tuple[str, ...]

@@ -61,7 +61,7 @@ def projected_lbfgs(
     Args:
       learning_rate: the first trial step, > 0.
       memory_size: how many pairs, ≥ 1.
-      max_evaluations: trials of the line search at most, ≥ 1.
+      max_evaluations: maximum trials of the line search, ≥ 1.
 
     References:
       Bertsekas, Projected Newton methods for optimization problems with simple constraints (1982).

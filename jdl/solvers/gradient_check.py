@@ -37,7 +37,7 @@ def check_gradient(
       has_aux: whether values come as `(value, aux)`.
       directions: how many directions d; the first is the gradient's own.
       tolerance: the largest relative error accepted.
-      seed: of the directions.
+      seed: for the directions.
       **kwargs: passed to `fun`.
 
     Returns:

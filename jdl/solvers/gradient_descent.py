@@ -150,7 +150,7 @@ class GradientDescent(Iterative):
       fun, value_and_grad, has_aux, maxiter, tol: see `jdl.solvers.iterative.Iterative`.
       stepsize: the length of a step in units of the gradient, > 0, or a function of the
         iteration's number; 0 for a line search.
-      maxls: trials of a line search at most.
+      maxls: maximum trials of a line search.
       acceleration: whether to add Nesterov's momentum.
       decrease_factor: the ratio of a line search's trials, in (0, 1).
       **options: see `jdl.solvers.options.SolverOptions`.

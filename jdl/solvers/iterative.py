@@ -35,7 +35,7 @@ class Iterative:
       fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
       value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
       has_aux: whether values come as `(value, aux)`.
-      maxiter: updates at most, ≥ 0.
+      maxiter: maximum number of updates, ≥ 0.
       tol: a run has converged when `state.error` ≤ tol, ≥ 0; see `jdl.solvers` for the defaults.
       implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback: see
         `jdl.solvers.options.SolverOptions`.

@@ -44,7 +44,7 @@ class LBFGS(Iterative):
       linesearch: "zoom".
       stop_if_linesearch_fails: whether the first failed line search ends the run; if not, one along
         −gradient is tried.
-      maxls: trials of a line search at most.
+      maxls: maximum trials of a line search.
       max_stepsize: a line search's first trial.
       history_size: how many pairs of steps and gradient differences to keep.
       **options: see `jdl.solvers.options.SolverOptions`.

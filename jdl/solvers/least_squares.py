@@ -104,7 +104,7 @@ class GaussNewton(LeastSquares):
 
     Args:
       residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays.
-      maxiter: updates at most.
+      maxiter: maximum number of updates.
       tol: on the norm of the gradient Jᵀ r. (jaxopt's is on the length of the step.)
       has_aux: whether residuals come as `(r, aux)`.
       **options: `jdl.solvers.options.SolverOptions`, and the arguments of `jdl.optim.gauss_newton`:
@@ -136,7 +136,7 @@ class LevenbergMarquardt(LeastSquares):
 
     Args:
       residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays.
-      maxiter: updates at most.
+      maxiter: maximum number of updates.
       damping_parameter: the first λ, in units of the squared column norms of J.
       stop_criterion: "grad-l2-norm", or "madsen-nielsen": ‖∇f‖∞ ≤ gtol or ‖δ‖ ≤ xtol (‖x‖ + xtol).
       tol: on the norm of the gradient Jᵀ r.

@@ -115,7 +115,7 @@ def minimize(
         "gauss_newton" and "levenberg_marquardt"; any other name of `jdl.optim.by_name`, or an
         optax transformation.
       tol: on the norm of the gradient, ≥ 0.
-      maxiter: updates at most; None for the method's own default.
+      maxiter: maximum number of updates; None for the method's own default.
       check_gradient: whether to compare the gradient with differences of values first.
       **options: of the method's class in `jdl.solvers`: value_and_grad, has_aux, bounds, verbose,
         callback …

@@ -19,7 +19,7 @@ class NonlinearCG(Iterative):
       method: the formula for β: "hager-zhang", "polak-ribiere", "hestenes-stiefel" or "dai-yuan",
         with hyphens or underscores.
       linesearch: "zoom".
-      maxls: trials of a line search at most.
+      maxls: maximum trials of a line search.
       max_stepsize: the length of the very first trial.
       **options: see `jdl.solvers.options.SolverOptions`.
 

@@ -269,7 +269,7 @@ def saliency(
       samples: number of noisy copies whose gradients are averaged; all but the first are shifted by
         some pixels, which averages out the grid of the network's strides.
       noise: standard deviation of the noise, in [0, 1].
-      seed: of the noise.
+      seed: for the noise.
 
     >>> from jdl.vision.layers import addressable
     >>> apply = addressable(lambda p, x, note: note("logits", jnp.mean(x, axis=(1, 2))))

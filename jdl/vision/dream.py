@@ -171,7 +171,7 @@ def dream(
       image: [H, W, 3] in [0, 1] or uint8; may be gray or have alpha.
       goal: the function to maximize.
       settings: parameters of the gradient ascent.
-      seed: of the shifts.
+      seed: for the shifts.
       on_step: called with (steps done, steps in all).
 
     Raises:
@@ -240,7 +240,7 @@ def zoom(
       settings: of the first frame; the others have a quarter of its steps.
       frames: number of frames.
       zoom: enlargement of each frame relative to the one before, above 1.
-      seed: of the shifts.
+      seed: for the shifts.
       on_step: called with (steps done, steps in all) of a frame.
 
     Yields:

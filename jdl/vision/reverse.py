@@ -36,8 +36,8 @@ class PictureSearch(NamedTuple):
 
     Attributes:
       size: height and width of the pictures in pixels.
-      steps: of Adam.
-      learning_rate: of Adam, on the spectrum.
+      steps: number of Adam steps.
+      learning_rate: of Adam on the spectrum.
       shift: largest shift, as a share of the picture's side.
       stretch: largest enlargement or reduction, as a share.
       variation: τ, the weight of the total-variation prior.
@@ -97,7 +97,7 @@ def preferred(
       layer: with activations [N, h, w, C] or [N, C].
       channels: their numbers, one for each picture.
       search: parameters.
-      seed: of the first spectrum, shifts and scales.
+      seed: for the first spectrum, shifts and scales.
       on_step: called with (steps done, steps in all).
 
     >>> bright = Trunk("bright", ("sum",), 1.0, lambda p, x, layers: {"sum": p * x})

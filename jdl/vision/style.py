@@ -273,11 +273,11 @@ def transfer(
       steps: optimizer steps at each scale, ≥ 1.
       scales: number of sizes, each twice the one before, the last the photograph's.
       start: the initial image, "photograph" or "noise".
-      seed: of the noise.
+      seed: for the noise.
       hook: called with (step, loss before it).
 
     Raises:
-      ArgumentError: for an argument out of range, an unknown layer, or an array that is no picture.
+      ArgumentError: for an argument out of range, an unknown layer, or a wrong array.
       TrainingError: if the loss is not finite.
 
     References:
