@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Args:
-    """Which network, which picture of what."""
+    """The options of `jdl activations`."""
 
     model: Annotated[options.Network, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE]")] = None

@@ -27,10 +27,10 @@ BENCHES = {
 
 @dataclass
 class Args:
-    """What to measure, on what."""
+    """The options of `jdl bench`."""
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
-    """data: images a second; train: our loop against a bare one; optim: costs in gradients"""
+    """data: images per second; train: our loop against a bare one; optim: costs in gradients"""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[A.tar|MODEL]")] = ""
     """for data a tar, glob or brace range, by default the digits; else cnn, mlp or rnn"""
     seconds: float = 3.0

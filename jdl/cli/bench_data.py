@@ -1,4 +1,4 @@
-"""Images a second from a tar: reading alone, decoding in threads, in worker processes."""
+"""Images per second from a tar: reading alone, decoding in threads, in worker processes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ _WARM = 2  # batches before the clock starts
 def measure(
     target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
 ) -> output.Report:
-    """Images a second by reading alone, in threads, and in worker processes."""
+    """Images per second by reading alone, in threads, and in worker processes."""
     target = target or "digits"
     cores = options.cores()
     several = sorted({1, 2, cores})
@@ -70,7 +70,7 @@ def measure(
 
 
 def _rate(make: Callable[[], Iterator[int]], seconds: float) -> float:
-    """Images a second after the first batches."""
+    """Images per second after the first batches."""
     numbers = make()
     for _ in range(_WARM):
         next(numbers)

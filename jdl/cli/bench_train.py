@@ -27,7 +27,7 @@ _FIRST = 3  # steps that compile and warm up
 def measure(
     target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
 ) -> output.Report:
-    """Images a second of an Estimator and of a bare loop, in turns."""
+    """Images per second of an Estimator and of a bare loop, in turns."""
     name = check.one_of("MODEL", target or "cnn", MODELS)
     shape = (*parse_size(size, "a tar"), channels)
     rng = np.random.default_rng(0)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Args:
-    """What to compare, on which problems, with which budget."""
+    """The options of `jdl compare`."""
 
     data: str = "digits"
     """a tar, a glob, a brace range, the bundled digits, or the data of a named problem"""

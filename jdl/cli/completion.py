@@ -19,7 +19,7 @@ import tyro
 
 @dataclass
 class Args:
-    """For which shell."""
+    """The options of `jdl completion`."""
 
     shell: Annotated[
         Literal["bash", "zsh", "fish"], tyro.conf.Positional, tyro.conf.arg(metavar="SHELL")

@@ -33,7 +33,7 @@ SINGLE_BATCHES = 4  # batches whose own top eigenvalue is found
 
 @dataclass
 class Args:
-    """Which run, on what data, how accurately."""
+    """The options of `jdl curvature`."""
 
     workdir: options.Workdir
     data: options.RunData = None

@@ -17,7 +17,7 @@ from jdl.core import check
 
 @dataclass
 class Args:
-    """Written where, for how long."""
+    """The options of `jdl demo`."""
 
     workdir: Path = Path("runs/demo")
     """the directory for trials and report; started again, finished trials are not repeated"""

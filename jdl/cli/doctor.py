@@ -33,7 +33,7 @@ _MARK = {True: "installed", False: "missing"}
 
 @dataclass
 class Args:
-    """In which format."""
+    """The options of `jdl doctor`."""
 
     as_json: options.Json = False
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Args:
-    """Which network, which picture, how strongly."""
+    """The options of `jdl dream`."""
 
     image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE]")] = None
     """a photograph"""

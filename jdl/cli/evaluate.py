@@ -24,7 +24,7 @@ MOST_CLASSES = 16  # of a confusion matrix that is printed whole
 
 @dataclass
 class Args:
-    """Which run, on what data."""
+    """The options of `jdl evaluate`."""
 
     workdir: options.Workdir
     data: options.RunData = None

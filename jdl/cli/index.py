@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Args:
-    """Which archive."""
+    """The options of `jdl index`."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.tar")]
     """a tar, a URL, a glob, a brace range such as a-{00..07}.tar, -, or the bundled digits"""

@@ -1,4 +1,4 @@
-"""What commands print: tables on standard output, how far they are on standard error."""
+"""What commands print: tables on standard output, progress on standard error."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Report(NamedTuple):
-    """A table with what is printed for `--json` in its place.
+    """A table, and the JSON that `--json` prints instead.
 
     Attributes:
       found: the JSON object.

@@ -19,7 +19,7 @@ from jdl.cli import options
 
 @dataclass
 class Args:
-    """What to pack, to where."""
+    """The options of `jdl pack`."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """a folder of images or IDX files, an IDX file, an .npz, a tar (.gz .bz2 .xz .zst too), or -"""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Args:
-    """Which run, on what data, written where."""
+    """The options of `jdl predict`."""
 
     workdir: options.Workdir
     out: Path

@@ -16,9 +16,9 @@ RECENT = 20  # rows of the log over which speed is measured
 class StepProgress:
     """A hook for an Estimator that shows steps, loss, speed and the remaining time.
 
-    Speed is measured over the last rows of the log: images a second, and the time of a step on the
-    training clock, which excludes evaluation and saving. `wait` is the share of it spent waiting
-    for data.
+    Speed is measured over the last rows of the log: images per second, and the time of a step on
+    the training clock, which excludes evaluation and saving. `wait` is the share of it spent
+    waiting for data.
 
     Args:
       total: the run's last step.

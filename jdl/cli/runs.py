@@ -28,7 +28,7 @@ SHOWN = ("test_accuracy", "test_loss", "validation_loss", "train_loss")
 
 @dataclass
 class Args:
-    """Which runs, in which order."""
+    """The options of `jdl runs`."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]")] = Path("runs")
     """the folder to search, with all folders below it"""

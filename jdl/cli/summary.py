@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Args:
-    """Which model, for what images."""
+    """The options of `jdl summary`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|DIR")]
     """mlp, cnn, rnn or another model of `jdl train`, or a run directory"""

@@ -33,7 +33,7 @@ LARGE_BATCH, LARGE_STEPS = 2048, 60  # for optimizers that need gradients of lit
 
 @dataclass
 class Args:
-    """What to train, on what data, for how many steps."""
+    """The options of `jdl train`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """mlp, cnn, rnn (of an image's rows), autoencoder, denoising, rbm, dbn, recursive, gan"""

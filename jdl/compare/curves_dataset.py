@@ -21,7 +21,7 @@ def curves(n: int, seed: int = 0) -> np.ndarray:
 
     Args:
       n: the number of images.
-      seed: of the curves; a larger n has the same first images.
+      seed: for the curves; a larger n has the same first images.
 
     >>> images = curves(3)
     >>> images.shape, bool((images.max(axis=(1, 2, 3)) > 100).all())

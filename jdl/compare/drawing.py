@@ -199,7 +199,7 @@ def inline_svg(figure: Any, prefix: str, description: str) -> str:
 
     Args:
       figure: the matplotlib figure.
-      prefix: of every id, so that several pictures can share a page.
+      prefix: put before every id, so that several pictures can share a page.
       description: for screen readers.
     """
     import matplotlib

@@ -48,7 +48,7 @@ def commit() -> str:
         return run.stdout.strip()
 
     try:
-        # Fails where the package is installed inside a repository it is no part of.
+        # Fails where the package is installed inside a repository that does not track it.
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):

@@ -288,7 +288,7 @@ def _steps_of(
 
 
 def sensitivity(results: Results, problem: str) -> Any | None:
-    """The criterion at the end for each value tried, a panel a parameter; None without tuning.
+    """The criterion at the end for each value tried, one panel per parameter; None without tuning.
 
     Rings are trials that were cut; crosses, on the upper edge, ones that diverged or failed; the
     large dot is the value chosen.

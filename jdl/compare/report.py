@@ -122,7 +122,7 @@ def _problem(results: Results, problem: str, place: int) -> str:
         _picture(
             plots.panel_figure(results, problem, panel),
             f"p{place}f{i}",
-            f"{panel.title}: {panel.y_label} against {panel.x_label}, one line an optimizer. "
+            f"{panel.title}: {panel.y_label} against {panel.x_label}, one line per optimizer. "
             "The table below has the numbers.",
         )
         for i, panel in enumerate(plots.panels(results, problem))

@@ -307,7 +307,7 @@ def tunings(results: Results, problem: str) -> dict[str, Tuned]:
 
 
 def table(results: Results, problem: str) -> tuple[list[str], list[list[str]]]:
-    """The table of one problem as plain text: column names, and a row an optimizer.
+    """The table of one problem as plain text: column names, and one row per optimizer.
 
     Args:
       results: what `Study.run` or `jdl.compare.load_results` returned.

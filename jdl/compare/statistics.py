@@ -102,9 +102,9 @@ def median_interval(
 
     Args:
       values: one for each seed; ∞ where the target was missed.
-      level: of confidence, in (0, 1).
+      level: the confidence level, in (0, 1).
       draws: the number of resamples.
-      seed: of the resampling.
+      seed: for the resampling.
 
     >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     (1.0, 5.0)

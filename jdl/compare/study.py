@@ -87,7 +87,7 @@ class Study:
       seconds: each trial's budget, on the training clock; 30 if no budget is given.
       budget: a budget of another kind, in place of `seconds`.
       workdir: the study's directory; a study started there again runs the missing trials.
-      evaluations: of each trial, besides the one before the first step.
+      evaluations: number of evaluations of each trial, besides the one before the first step.
       tuning: how settings are chosen; None for no tuning.
       clock: "wall", or "cpu" for the process's CPU time divided by the number of cores, which is
         less affected by other work on the machine.

@@ -53,7 +53,7 @@ class Task(NamedTuple):
     Attributes:
       problem: what to solve.
       entry: the optimizer.
-      seed: of the initial parameters.
+      seed: for the initial parameters.
       budget: of the trial.
       evaluations: how many, besides the one at step 0.
       devices: to train on, as for `Estimator`.
@@ -174,7 +174,7 @@ class _Running:
             self.estimator.save()
         except NonFiniteError:
             raise
-        except check.TrainingError as error:  # the trial goes on, but could not be resumed
+        except check.TrainingError as error:  # the trial continues, but could not be resumed
             logger.warning("%s", error)
 
     def row(self) -> Row:
@@ -249,7 +249,7 @@ class _Running:
 def gradients_of_work(opt_state: Any, steps: int) -> float:
     """The cost of the steps so far, in gradients of their batch.
 
-    From the optimizer's own count, `Diagnostics.gradient_equivalents`; else one gradient a step.
+    From the optimizer's own count, `Diagnostics.gradient_equivalents`; else one gradient per step.
     """
     account = diagnostics.read(opt_state)
     return float(steps if account is None else account.gradient_equivalents)
