@@ -253,7 +253,7 @@ def row(number, head):
         (row(1, 0) + row(2, 0), "2 roots"),
         (row(1, 0) + row(2, 9), "the parent 8"),
         (row(1, 0) + row(3, 1), "number 2"),
-        ("1\tword\n", "10 fields"),
+        ("1\tword\n", "10 tab-separated fields"),
         (row(1, "_"), "its head a number"),
     ],
 )

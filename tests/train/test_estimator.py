@@ -239,7 +239,7 @@ def test_outputs_and_labels_that_do_not_fit_are_told(outputs, label, said):
 
 
 def test_an_argument_that_cannot_be_meant_is_refused_at_once():
-    with pytest.raises(check.ArgumentError, match=r"is a class: make one of it, MLP\(…\)"):
+    with pytest.raises(check.ArgumentError, match=r"It is a class: call it, MLP\(…\)"):
         jdl.classifier(MLP)
     with pytest.raises(check.ArgumentError, match="`compute_dtype` must be a floating type"):
         jdl.classifier(MLP(), compute_dtype="float61")

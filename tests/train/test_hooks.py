@@ -13,7 +13,7 @@ import pytest
 import jdl
 from jdl.core import check
 from jdl.data import from_arrays
-from jdl.models import MLP
+from jdl.models import GAN, MLP
 from jdl.optim import registry
 from jdl.recipes import gan_pictures
 from jdl.train import dead_units, hooks, range_test
@@ -492,7 +492,7 @@ def test_samples_of_a_gan_are_drawn_at_the_same_steps_after_a_restart(tmp_path, 
 
     def drawn(folder, *stops):
         for steps in stops:
-            hook = gan_pictures.samples_over_time(None, folder)
+            hook = gan_pictures.samples_over_time(GAN.of_shape((28, 28, 1)), folder)
             make("sgd", workdir=folder, hooks=[hook], log_every=1).train(data(), max_steps=steps)
         return sorted(int(path.stem) for path in (folder / "samples").iterdir())
 
