@@ -19,7 +19,7 @@ from jdl.optim.masking import Part, restricted
 class UpdateContext(NamedTuple):
     """The objective around the current parameters; all scalars have one type, at least float32."""
 
-    # The incoming updates: the gradient of the optimizer's model.
+    # The incoming updates, used as the gradient of the quadratic model.
     updates: PyTree
     params: Params  # θ, where the update starts
     value: jax.Array  # f(θ)

@@ -101,8 +101,8 @@ def hessian_free(
     r"""Hessian-free optimization after Martens.
 
     `update` needs `value`, `grad` and `value_fn` or `objective`; Gauss-Newton needs `objective`.
-    Within a chain the incoming update is the model's gradient, while reductions and the line search
-    use `grad`; −grad replaces a direction that does not descend.
+    Within a chain the incoming update is the gradient of the quadratic model, while reduction ratio
+    and line search use `grad`; −grad replaces a direction that does not descend.
 
     Args:
       learning_rate: the factor on CG's solution before backtracking, > 0, or a schedule.

@@ -1,4 +1,4 @@
-r"""K-FAC: the natural gradient by Kronecker factors, its length and momentum from an exact model.
+r"""K-FAC: natural gradients by Kronecker factors; step length and momentum by an exact quadratic.
 
     Δ = (F + λI)⁻¹ g  by factors,      δ = −αΔ + μδ₋,
     (α, μ) minimize  q(δ) = ⟨g, δ⟩ + ½⟨δ, (B + λI) δ⟩
@@ -88,7 +88,7 @@ def kfac(
     gradients.
 
     Args:
-      learning_rate: the factor on δ, > 0, or a schedule; 1 for the model's own length.
+      learning_rate: the factor on δ, > 0, or a schedule; 1 steps to the minimum of q.
       damping: the first λ > 0, in units of the curvature of the mean loss.
       damping_decrease: λ's factor per step when ρ > ¾, its inverse when ρ < ¼; in (0, 1).
       damping_every: λ is changed every so many steps (to that power), and after a failed step.
@@ -298,7 +298,7 @@ class _Proposal(NamedTuple):
     rows: Objective  # the examples of the exact model
     model: quadratic.Quadratic  # f there, along `natural` and the last step
     gram: jax.Array  # inner products of the two
-    slopes: jax.Array  # of the whole batch along the two
+    slopes: jax.Array  # derivatives of f on the whole batch along the two
     natural: PyTree  # (F + λI)⁻¹ g
     weights: jax.Array  # the step's components: −α and μ
 

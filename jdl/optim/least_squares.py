@@ -15,8 +15,8 @@ class Curvature(NamedTuple):
     """Jᵀ J, dense."""
 
     matrix: jax.Array  # J itself, [m, n], or the Gauss-Newton matrix, [n, n]
-    is_jacobian: bool  # which of the two
-    products: float  # what it cost, in Gauss-Newton products of the full batch
+    is_jacobian: bool  # whether it is J
+    products: float  # the cost, in Gauss-Newton products of the full batch
 
     @property
     def diagonal(self) -> jax.Array:

@@ -56,7 +56,8 @@ def levenberg_marquardt(
     - `residual_fn`: params -> a pytree of arrays r, with value ½ ‖r‖²;
     - `objective`: its generalized Gauss-Newton matrix on the curvature batch takes the place of
       Jᵀ J; for `jdl.losses.squared_error` they are the same.
-    Within a chain the incoming update is the model's gradient, while the decrease is that of f.
+    Within a chain the incoming update is the gradient of the quadratic model; steps are accepted by
+    the decrease of f.
 
     Memory beyond the gradient's, for n parameters and m residuals: J and the factors of its
     decomposition, 2 (m n + n²) numbers; with an objective 3 n². Either is computed `chunk_size`

@@ -62,7 +62,7 @@ def natural_gradient(
     r"""The natural gradient by conjugate gradients, without a line search.
 
     `update` needs `value`, `grad` and `objective`. Within a chain g is the incoming update, while
-    the reduction ratio is that of f. A step that raises f is taken, since mini-batches are noisy,
+    the reduction ratio uses f. A step that raises f is taken, since mini-batches are noisy,
     but raises λ; a step after which f is not finite is not taken.
 
     Memory: five gradients in CG, one in the state.

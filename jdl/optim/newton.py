@@ -51,8 +51,8 @@ def newton(
     r"""Saddle-free Newton with Levenberg damping or a trust region.
 
     `update` needs `value`, `grad` and `value_fn`, or `objective`, whose Hessian is then the one on
-    its curvature batch. Within a chain the incoming update is the model's gradient, while the
-    decrease is that of f itself.
+    its curvature batch. Within a chain the incoming update is the gradient of the
+    quadratic model; steps are accepted by the decrease of f.
 
     An update takes the n² numbers of the Hessian, as many of its eigenvectors, and the activations
     of `chunk_size` Hessian products, and costs n products and an eigendecomposition, about 9 n³

@@ -42,7 +42,7 @@ class Iterative:
       **refused: keywords of jaxopt that have no meaning here; the error says what to use instead.
     """
 
-    searches_lines: bool = True  # by loops that reverse mode cannot differentiate
+    searches_lines: bool = True  # in loops that reverse mode cannot differentiate
     stochastic: ClassVar[bool] = False  # `update` gets other data each time
     symmetric: ClassVar[bool] = True  # the optimality condition's derivative is a Hessian
     evaluates: ClassVar[bool] = False  # the optimizer's state has value and grad at the new point

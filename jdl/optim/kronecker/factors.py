@@ -37,7 +37,7 @@ class Kronecker(NamedTuple):
     moments: tuple[PyTree, ...]
     inverses: tuple[PyTree, ...]  # the damped inverses, or with `eigen` the eigenbases
     squares: tuple[PyTree, ...]  # with `eigen`, the curvature's diagonal in the eigenbases
-    diagonals: tuple[jax.Array, ...]  # of the leaves outside all layers
+    diagonals: tuple[jax.Array, ...]  # curvature diagonals of the leaves outside layers
     refreshes: jax.Array  # estimates in the running means so far, int32
 
 

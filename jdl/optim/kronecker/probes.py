@@ -26,9 +26,9 @@ class Probe(NamedTuple):
     # Of the side of its leading axes, [D+1, D+1], the last coordinate being the bias's 1 (zero
     # where no bias joins); or [D+1], the diagonal alone.
     first: jax.Array
-    last: jax.Array  # of the side of its last axis, [K, K] or [K]
+    last: jax.Array  # likewise of its last axis, [K, K] or [K]
     rows: jax.Array  # the number of rows, weighted by the mask
-    squares: PyTree = ()  # of the gradients in the eigenbases, [D+1, K]; () if not needed
+    squares: PyTree = ()  # second moments of the gradient in the eigenbases, [D+1, K]; ()
 
 
 class Bases(NamedTuple):
