@@ -107,7 +107,7 @@ class Checkpoints:
             options = _orbax().CheckpointManagerOptions(
                 max_to_keep=self._keep,
                 keep_period=self._keep_every,
-                cleanup_tmp_directories=True,  # of a process that was killed
+                cleanup_tmp_directories=True,  # left by a killed process
             )
             self._manager = _orbax().CheckpointManager(
                 self.directory, options=options, item_handlers=_handlers()
@@ -174,7 +174,7 @@ class Checkpoints:
                 found = read(step)
             except Exception as error:
                 if isinstance(error, check.UserError):
-                    raise  # of another model
+                    raise  # the checkpoint is of another model
                 if step not in _steps(self.directory):
                     continue  # a training process has deleted it
                 if not _is_damage(error):

@@ -20,7 +20,8 @@ class Finished(NamedTuple):
     step: int  # steps done, this one included
     seconds: float  # on the training clock
     logs: dict[str, float]
-    nonfinite: tuple[int, float] | None  # first step since the last row of such a loss, and it
+    # The first step since the last row whose loss is not finite, and that loss.
+    nonfinite: tuple[int, float] | None
 
 
 class _Dispatched(NamedTuple):
@@ -32,7 +33,7 @@ class _Dispatched(NamedTuple):
 class DeferredMetrics:
     """Waits for each step only after the next has been dispatched, so the device never idles.
 
-    Of steps shorter than a millisecond several are in flight, since waiting costs about as much.
+    Several steps shorter than a millisecond are in flight at a time: waiting costs as much as one.
 
     Args:
       clock: stopped while `on_log` runs.

@@ -19,7 +19,7 @@ from jdl.train.signals import Stopped
 
 Data = Iterable[Batch] | Callable[[], Iterable[Batch]]
 
-PROTOCOL = ("epochs", "repeat", "once", "shard")  # of `jdl.data.Dataset`, no other library's
+PROTOCOL = ("epochs", "repeat", "once", "shard")  # methods that only `jdl.data.Dataset` has
 EMPTY = "it is empty, or was used up, as a generator is by one pass"
 _ENDLESS = 2**62  # grain's length of a data set without an end is larger
 

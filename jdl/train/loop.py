@@ -187,7 +187,7 @@ class TrainLoop:
                 self._loop(call, step, feed, metrics)
             except (KeyboardInterrupt, Stopped):
                 with contextlib.suppress(StopTraining, NonFiniteError):
-                    metrics.flush()  # what has been trained is logged
+                    metrics.flush()  # log the steps that have run
                 raise
 
     def _loop(self, call: Call, step: Step, feed: Feed, metrics: DeferredMetrics) -> None:
@@ -302,7 +302,7 @@ def _warn_of_short_data(call: Call, step: int, began: int) -> None:
 
 def _nonfinite_loss(run: Run, data: Data, step: int, loss: float) -> NonFiniteError:
     """The error for a step; logs the names of the records in its batch."""
-    run.directory.close()  # what is being written counts
+    run.directory.close()  # a checkpoint being written counts
     kept = run.directory.latest_step()
     names = record_names(data, dict(run.trail).get(step - 1))
     if names:

@@ -68,16 +68,16 @@ class Run:
     ):
         self.placement, self.directory = placement, directory
         self._init, self._seed, self._now = init, seed, now
-        self._shapes: TrainState | None = None  # of the state, once a batch has been seen
-        self._rate: float | None = None  # the optimizer's own learning rate, of its state if any
-        self._rate_is_saved = False  # whether it is that of the Estimator that saved the state
+        self._shapes: TrainState | None = None  # shapes of the state, once a batch has been seen
+        self._rate: float | None = None  # the learning rate that the optimizer was made with
+        self._rate_is_saved = False  # whether `_rate` comes from a checkpoint
         self.averages = averages
         self.state: TrainState | None = None
         self._borrowed = False  # whether a caller may hold arrays of the state
         self.step = 0
         self.clock = Clock(now=now)
         self.position: Any = None
-        self._resumed = False  # whether the position is a checkpoint's
+        self._resumed = False  # whether the position comes from a checkpoint
         self.trail: deque[tuple[int, Any]] = deque(maxlen=256)
         self.classes: tuple[str, ...] | None = None
         self.restores = 0

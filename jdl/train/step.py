@@ -147,7 +147,7 @@ def build(
                 value_fn=objective.value,
                 obj_fn=objective.value,
                 objective=objective,
-                whole_params=state.params,  # for an optimizer of a part of them
+                whole_params=state.params,  # for optimizers inside optax.masked
             )
             params = optax.apply_updates(state.params, updates)
         sums, count = _sums(measured(aux.outputs, batch), batch, inputs)

@@ -78,7 +78,7 @@ class CsvWriter:
         self._log = Path(log)
         self.path = self._log.with_suffix(".csv")
         self._columns: list[str] = []
-        self._size = -1  # of the file after the last row
+        self._size = -1  # the file's size after the last row
 
     def write(self, row: Row) -> None:
         """Appends one row."""
