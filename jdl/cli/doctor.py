@@ -101,7 +101,7 @@ def look() -> dict[str, Any]:
 def _found(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent package
+    except ModuleNotFoundError:  # a parent package is missing
         return module == "backports.zstd" and _found("compression.zstd")
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jdl.recipes.run_config import RunConfig
     from jdl.train.estimator import Estimator
 
-LARGE_BATCH, LARGE_STEPS = 2048, 60  # for optimizers that need gradients of little noise
+LARGE_BATCH, LARGE_STEPS = 2048, 60  # for optimizers that are sensitive to gradient noise
 
 
 @dataclass

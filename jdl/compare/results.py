@@ -150,7 +150,7 @@ class Line(NamedTuple):
     trials: int
     reached: int  # trials that met the target
     each: tuple[float, ...]  # each trial's cost to the target, in the budget's unit; ∞ for never
-    cost: Spread  # of these
+    cost: Spread  # over these
     seconds: Spread  # to the target
     work: Spread  # to the target
     train_loss: Spread  # at the last evaluation within the budget

@@ -154,7 +154,7 @@ def tuning_table(results: Results, problem: str) -> Table | None:
 
 
 def standings(results: Results) -> Table | None:
-    """Who beat whom over problems and seeds; None for fewer than three pairs of them."""
+    """Pairwise comparisons over problems and seeds; None for fewer than three pairs of them."""
     costs = res.cost_to_target(results)
     trials = len(next(iter(costs.values())))
     if trials < 3 or len(costs) < 2:

@@ -103,7 +103,7 @@ class Batches(grain.IterDataset):
       max_skipped: the share of an epoch's records that may be skipped.
     """
 
-    num_threads = 0  # that load ahead; 0: batches are made when asked for
+    num_threads = 0  # threads that load ahead; 0: batches are made when asked for
     num_workers = 0  # processes that load ahead instead
     ahead = 0  # batches made before they are asked for
     _maps: tuple[Callable[[Any], Any], ...] = ()
@@ -234,7 +234,7 @@ class Batches(grain.IterDataset):
         return BatchIterator(self)
 
     def count_until(self, record: int) -> int:
-        """The records that `max_skipped` is a share of, `record` records into an epoch."""
+        """The number of records that the share `max_skipped` refers to, after `record` records."""
         del record
         return self.num_records
 

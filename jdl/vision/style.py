@@ -354,7 +354,7 @@ class _Compiled(NamedTuple):
     step: Callable[..., tuple[jax.Array, Any, jax.Array]]
 
 
-@functools.lru_cache(maxsize=16)  # so that a picture of a size seen before compiles nothing
+@functools.lru_cache(maxsize=16)  # a picture of a size seen before needs no compilation
 def _compiled(
     apply: Callable[..., Features],
     layers: Layers,

@@ -37,7 +37,7 @@ GNU_SPARSE = ord("S")
 META = PAX_NEXT | {PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK}
 
 MAX_NUMBER = 2**62  # room to add a few block sizes without leaving 64 bits
-_DIGITS = slice(148, 154)  # of the checksum field
+_DIGITS = slice(148, 154)  # digits of the checksum field
 _PLACES = np.array([8**5, 8**4, 8**3, 8**2, 8, 1], np.int64)
 
 

@@ -119,7 +119,7 @@ class Walk:
         self.next_name: bytes | None = None
         self.next_pax: dict[bytes, bytes] = {}
         self.globals: list[tuple[int, dict[bytes, bytes]]] = [(-1, {})]
-        self.problem = ""  # of the header that `chain` stopped at
+        self.problem = ""  # what is wrong with the header that `chain` stopped at
         self.last: Last | None = None
         self.window, self.base, self.headers_before = b"", 0, 0
         self.verified = 0
