@@ -32,16 +32,16 @@ def from_arrays(
 
     A batch is gathered at once, without threads: fast enough for thousands of steps per second. If
     an epoch's last batch is not full it is padded with zeros, and every batch has an entry
-    `"mask"`, float32[B], 1 for rows that count.
+    `"mask"`, float32[B], 1 for examples that count.
 
     Args:
       features: an array with leading axis n, or a dict of several, which keep their names.
       targets: an array with the same leading axis; None for batches of features alone.
-      batch_size: rows in every batch, B.
+      batch_size: examples in every batch, B.
       epochs: how many passes over the data; None for no end.
       shuffle: a new order each epoch; by default only with `epochs=None`.
       seed: for the orders.
-      drop_remainder: drop an epoch's last rows that fill no batch; by default only with
+      drop_remainder: drop an epoch's last examples that fill no batch; by default only with
         `epochs=None`.
       classes: the names of the classes, kept in the data set.
 

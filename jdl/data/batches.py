@@ -37,7 +37,7 @@ class Dataset(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Rows in every batch."""
+        """Examples in every batch."""
 
     @property
     def num_records(self) -> int:
@@ -137,10 +137,10 @@ class Batches(grain.IterDataset):
         return self._with(replace(self.plan, epochs=1, drop_remainder=False), self.order.plain())
 
     def shard(self, part: int, parts: int) -> "Batches":
-        """Rows [part, part + 1) · B / parts of the same batches, for one of several processes.
+        """Examples [part, part + 1) · B / parts of the same batches, for one of several processes.
 
         With `shard(jax.process_index(), jax.process_count())` every process has the same number of
-        batches of B / parts rows, and every record comes once. The position is that of whole
+        batches of B / parts examples, and every record comes once. The position is that of whole
         batches, valid for any number of processes.
         """
         return self._with(self.plan.sharded(part, parts), self.order)
@@ -150,8 +150,8 @@ class Batches(grain.IterDataset):
 
         Args:
           transform: `transform(batch) -> batch`, from dict to dict of arrays. It gets only this
-            process's rows, must keep their number and `"mask"`, and must not be random: a resumed
-            run would draw differently.
+            process's examples, must keep their number and `"mask"`, and must not be random: a
+            resumed run would draw differently.
 
         >>> from jdl.data import from_arrays
         >>> data = from_arrays(np.arange(3), batch_size=2, epochs=1)
@@ -178,7 +178,7 @@ class Batches(grain.IterDataset):
 
     @property
     def batch_size(self) -> int:
-        """Rows in every batch, over all processes."""
+        """Examples in every batch, over all processes."""
         return self.plan.batch_size
 
     @property

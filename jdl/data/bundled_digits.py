@@ -44,7 +44,7 @@ def digits(
 
     Args:
       split: `"train"` (1,438 images), `"test"` (359), or None for both.
-      batch_size: rows in every batch, B.
+      batch_size: examples in every batch, B.
       epochs: how many passes over the data; None for no end.
       shuffle: a new order each epoch; by default only with `epochs=None`.
       seed: for the orders.

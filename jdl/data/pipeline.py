@@ -67,7 +67,7 @@ def from_tar(
     """Batches `{"image": uint8[B, H, W, C], "label": int32[B]}` of the images in tar archives.
 
     If an epoch's last batch is not full it is padded, and if a record is skipped its row is zero.
-    Every batch then has an entry `"mask"`, float32[B], 1 for rows that count and 0 for others;
+    Every batch then has an entry `"mask"`, float32[B], 1 for examples that count and 0 for others;
     jdl's losses and metrics use it.
 
     Args:
@@ -77,7 +77,7 @@ def from_tar(
         function of the name, `"cls"`, `"json:FIELD"` (see `TarSource`); None for no labels.
       size: (height, width) to resize to; None if all images have one size already.
       grayscale: one channel rather than three.
-      batch_size: rows in every batch, B.
+      batch_size: examples in every batch, B.
       epochs: how many passes over the data; None for no end.
       shuffle: a new order each epoch; by default only with `epochs=None` or `weights`.
       seed: for the orders and the augmentation.

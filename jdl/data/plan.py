@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
       num_records: records in an epoch.
-      batch_size: rows in every batch.
+      batch_size: examples in every batch.
       epochs: how many epochs; None for no end.
       drop_remainder: whether an epoch's last records that fill no batch are dropped.
       part: the part of every batch that this process makes. Processes share batches, not records,
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Rows of every batch that this process makes."""
+        """Examples of every batch that this process makes."""
         return self.batch_size // self.parts
 
     def mine(self, span: "Span") -> "Span":
@@ -98,7 +98,7 @@ class Plan:
     def spec(
         self, entries: dict[str, tuple[tuple[int, ...], Any]], *, masked: bool = False
     ) -> dict[str, Any]:
-        """The jax.ShapeDtypeStructs of entries name -> (shape of a row, dtype), and of the mask."""
+        """The jax.ShapeDtypeStructs of entries name -> (example's shape, dtype), and of the mask."""
         import jax
 
         if masked or self.padded:

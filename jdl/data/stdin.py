@@ -42,7 +42,7 @@ def standard_input(
 
     Args:
       size: (height, width) to resize to.
-      batch_size: rows in every batch.
+      batch_size: examples in every batch.
       label: as in `from_tar`, but not from a member beside the image.
       classes: the class table; required with labels.
       split: as in `from_tar`; no record of it is an error at the end.
