@@ -98,7 +98,7 @@ class Plan:
     def spec(
         self, entries: dict[str, tuple[tuple[int, ...], Any]], *, masked: bool = False
     ) -> dict[str, Any]:
-        """The jax.ShapeDtypeStructs of entries name -> (example's shape, dtype), and of the mask."""
+        """The jax.ShapeDtypeStructs of entries name -> (example's shape, dtype), and the mask."""
         import jax
 
         if masked or self.padded:
