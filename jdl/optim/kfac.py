@@ -66,7 +66,7 @@ def kfac(
     factors_every: int = 5,
     inverses_every: int = 20,
     factors_decay: float = 0.95,
-    model_rows: int = 256,
+    model_examples: int = 256,
     kl_clip: float | None = None,
     l2_reg: float = 0.0,
     max_size: int = 4096,
@@ -78,7 +78,7 @@ def kfac(
     `update` needs `value`, `grad` and `objective`. Dense, convolutional and recurrent kernels, with
     their biases, have Kronecker factors; other parameters use a diagonal approximation.
     `jdl.optim.kronecker.describe` lists which is which. The reduction ratio compares f with q on
-    `model_rows` examples:
+    `model_examples` examples:
 
         ρ = 1 + (change of f there − change predicted there) / (change predicted on the whole batch)
 
@@ -102,8 +102,8 @@ def kfac(
       inverses_every: steps from one inversion to the next at most, ≥ 1; they are also inverted when
         λ has changed by more than a factor of 4.
       factors_decay: decay of the factors' running mean, in [0, 1).
-      model_rows: examples for q, ≥ 1; all of them where the batch has fewer. With too few, a step
-        fits those examples alone, which ρ does not show.
+      model_examples: examples for q, ≥ 1; all of them where the batch has fewer. With too few, a
+        step fits those examples alone, which ρ does not show.
       kl_clip: bound on ½⟨δ, B δ⟩, the predictions' change in nats per example, to which longer
         steps are shortened; > 0, or None for no bound.
       l2_reg: η ≥ 0 of ½η‖θ‖², in gradient and model.
@@ -156,7 +156,7 @@ def kfac(
         inverses_every=inverses_every,
         factors_decay=factors_decay,
         damping_every=damping_every,
-        model_rows=model_rows,
+        model_examples=model_examples,
         kl_clip=kl_clip,
         l2_reg=l2_reg,
         max_size=max_size,
@@ -181,9 +181,9 @@ def kfac(
         if l2_reg:
             gradient = tree.add_scaled(ctx.updates, l2_reg, ctx.params)
         natural = kronecker.apply(found, factors, gradient, lam)
-        rows = quadratic.subset(objective, model_rows)
+        subset = quadratic.subset(objective, model_examples)
         vectors = (natural, state.direction)
-        model = quadratic.quadratic(rows, ctx.params, vectors)
+        model = quadratic.quadratic(subset, ctx.params, vectors)
         matrix = model.curvature.astype(ctx.dtype)
         gram = quadratic.gram(vectors).astype(ctx.dtype)
         slopes = jnp.stack([tree.vdot(gradient, v) for v in vectors]).astype(ctx.dtype)
@@ -196,7 +196,7 @@ def kfac(
             refreshed=refreshed,
             inverted=inverted,
             factor_work=_factor_work(found, factors, objective, refreshed, inverted),
-            rows=rows,
+            subset=subset,
             model=model._replace(curvature=matrix),
             gram=gram,
             slopes=slopes,
@@ -253,8 +253,8 @@ def kfac(
             lam, ratio, increase=1 / factor, decrease=factor, minimum=damping_minimum
         )
         adapted = ctx.active & ((k % damping_every == damping_every - 1) | ~(ratio > 0))
-        rows = proposal.rows
-        share = rows.num_examples(rows.batch) / objective.num_examples(objective.batch)
+        subset = proposal.subset
+        share = subset.num_examples(subset.batch) / objective.num_examples(objective.batch)
         return Step(
             updates=step,
             moved=moved,
@@ -295,7 +295,7 @@ class _Proposal(NamedTuple):
     refreshed: jax.Array
     inverted: jax.Array
     factor_work: jax.Array
-    rows: Objective  # the examples of the exact model
+    subset: Objective  # of the examples of the exact model
     model: quadratic.Quadratic  # f there, along `natural` and the last step
     gram: jax.Array  # inner products of the two
     slopes: jax.Array  # derivatives of f on the whole batch along the two
@@ -309,7 +309,7 @@ def _reduction_ratio(
     """ρ of a step: 1 plus the model's error on some examples over its prediction for the batch."""
     w = scale * proposal.weights
     model = proposal.model
-    value = proposal.rows.value(tree.add_scaled(ctx.params, 1.0, step)).astype(ctx.dtype)
+    value = proposal.subset.value(tree.add_scaled(ctx.params, 1.0, step)).astype(ctx.dtype)
     curvature = 0.5 * w @ model.curvature @ w
     predicted_there = w @ model.slopes.astype(ctx.dtype) + curvature
     model_error = value - model.value.astype(ctx.dtype) - predicted_there
