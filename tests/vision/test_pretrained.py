@@ -262,7 +262,7 @@ def test_pickles_of_arrays_are_read_as_pickle_reads_them(tmp_path):
             (found["empty"], tree["empty"]),
         ):
             np.testing.assert_array_equal(mine, theirs)
-            assert mine.dtype == theirs.dtype.newbyteorder("=")
+            assert mine.dtype == theirs.dtype
     path.write_bytes(pickle.dumps(tree, 5))  # arrays out of band, by a function of NumPy's
     with pytest.raises(check.DataError, match="not a pickle of plain NumPy arrays"):
         weights.read_pickle(path)
@@ -286,14 +286,30 @@ def hostile(tmp_path):
     yield pickle.dumps({"a": np.array([{}, []], object)}, 3)
     yield pickle.dumps({"a": np.zeros(2, [("x", "f4")])}, 3)
     yield pickle.dumps(Calls(np.ones, 3), 3)
+    yield pickle.dumps({1: array}, 3)
     yield pickle.dumps({"a": "text", "b": {1, 2}}, 3)
     yield pickle.dumps(np.dtype("f4"), 3)
+    yield pickle.dumps(Calls(np.dtype, "f1"), 3)
+    yield pickle.dumps(np.ndarray, 3)
     yield whole[: len(whole) // 2]
     yield whole[:-1]
     yield b""
     yield b"\x80\x03."
     yield b"\x80\x03}q\x00."[:-1]
+    yield b"\x80\x03]r\xff\xff\xff\x7fNa."  # a memo of two thousand million
+    yield b"\x80\x03B\xff\xff\xff\x7f."  # a string of as many bytes
+    yield b"\x80\x04\x96" + struct.pack("<Q", 1 << 40) + b"."  # a bytearray of a million million
+    yield b"\x80\x03(" + b"}" * (weights.MOST + 1) + b"t."  # containers larger than their bytes
+    yield b"\x80\x03})" + b"\x85" * 60_000 + b"Ns."  # a key whose hash overflows the stack
+    yield b"\x80\x03cnumpy\ndtype\nN}X\x01\x00\x00\x00aNs\x86b."  # the state of a class
     yield b"\x80\x03" + b"]" * 1000 + b"a" * 999 + b"."  # a thousand lists in one another
+    laughs = [array]
+    for _ in range(6):
+        laughs = [laughs] * 100  # a million million arrays in a kilobyte
+    yield pickle.dumps(laughs, 3)
+    itself = []
+    itself.append(itself)
+    yield pickle.dumps(itself, 3)
     claims = whole.replace(b"K\x04\x85", b"K\xff\x85")  # an array larger than its bytes
     assert claims != whole
     yield claims
@@ -306,6 +322,24 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path):
         with pytest.raises(check.DataError):
             weights.read_pickle(path)
         assert not (tmp_path / "was-run").exists()
+        assert not hasattr(weights._Dtype, "a")
+
+
+def test_pickles_spoilt_anywhere_raise_nothing_else(tmp_path):
+    whole = bytearray(pickle.dumps({"a": {"kernel": he(2, 3)}, "b": [some(4)]}, 3))
+    path = tmp_path / "net.pkl"
+    rng = np.random.default_rng(1)
+    refused = 0
+    for _ in range(400):
+        spoilt = bytearray(whole)
+        for at in rng.integers(0, len(whole), 2):
+            spoilt[at] = rng.integers(0, 256)
+        path.write_bytes(bytes(spoilt))
+        try:
+            weights.read_pickle(path)
+        except check.DataError:
+            refused += 1
+    assert refused > 100
 
 
 # ---------------------------------------------------------------------- what is asked for
