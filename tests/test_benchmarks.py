@@ -15,7 +15,7 @@ import jdl
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 # name -> its smallest run; {data} is a folder with small files in MNIST's format
 SMALLEST = {
-    "classics": "--data {data}/mnist --share 0.0005",
+    "classics": "--data {data}/mnist --share 0.0005 --only mlp,autoencoder,adding",
     "data": "--rounds 1 --seconds 0.05",
     "kfac": "--data {data} --seconds 2 --tune 0.5 --optimizers adam",
     "optim": "--data {data}/mnist --rounds 1 --seconds 2",

@@ -73,22 +73,23 @@ def reason(error: BaseException) -> str:
 
 def in_range(
     name: str,
-    value: float,
+    value: Any,
     low: float,
     high: float = math.inf,
     *,
     open_low: bool = False,
     open_high: bool = False,
-) -> float:
-    """`value`, if low ≤ value ≤ high, both `<` where the end is open; NaN is out of range.
+) -> Any:
+    """`value`, if low ≤ value ≤ high, `<` where an end is open; not NaN, not None.
 
     >>> in_range("decay", 1.0, 0.0, 1.0, open_high=True)
     Traceback (most recent call last):
         ...
     jdl.core.check.ArgumentError: `decay` must be a number in [0.0, 1.0), got 1.0.
     """
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
+    number = math.nan if value is None or isinstance(value, str) else value
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
     ends = "(" if open_low else "[", ")" if open_high else "]"
     argument(bool(above and below), name, f"a number in {ends[0]}{low}, {high}{ends[1]}", value)
     return value

@@ -202,6 +202,11 @@ class Batches(grain.IterDataset):
         return len(self._bad)
 
     @property
+    def skipped_names(self) -> tuple[str, ...]:
+        """Which these are."""
+        return tuple(sorted(self._bad))
+
+    @property
     def element_spec(self) -> dict[str, Any]:
         """What a batch is made of: name -> jax.ShapeDtypeStruct."""
         import jax

@@ -34,7 +34,7 @@ class Decoder:
     def __post_init__(self) -> None:
         check.one_of("dtype", self.dtype, ("uint8", "float32"))
         check.positive_int("max_pixels", self.max_pixels)
-        if self.size is not None:
+        if self.size is not None and self.resize:  # otherwise it is the images' own
             ok = isinstance(self.size, tuple | list) and len(self.size) == 2
             ok = ok and all(type(x) is int and 0 < x <= 2**15 for x in self.size)
             check.argument(ok, "size", "(height, width) of positive integers, or None", self.size)

@@ -175,7 +175,7 @@ class ImageBatches(Batches):
             fingerprint=_fingerprint(source),
             max_skipped=max_skipped,
         )
-        self.source, self.size = source, decoder.size
+        self.source, self.size = source, decoder.size and tuple(decoder.size)
         fits = len(source) * int(np.prod(decoder.shape)) <= cache_bytes
         keeps = fits and not workers and not decoder.augmentation.random_crops
         cache = Cache(len(source), decoder.shape) if keeps else None

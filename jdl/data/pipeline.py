@@ -198,7 +198,7 @@ def _mixture(source: TarSource, paths: Paths, weights: Sequence[float | int], se
     """The order that draws from each entry of `paths` by its weight."""
     entries = [] if isinstance(paths, str | os.PathLike) else paths
     check.argument(
-        len(weights) == len(entries)
+        0 < len(weights) == len(entries)
         and all(isinstance(w, int | float) and 0 < w < float("inf") for w in weights),
         "weights",
         "a positive number for each entry of the list `paths`",

@@ -21,7 +21,7 @@ from jdl.optim.linesearch import LineSearchResult
 from jdl.optim.result import ResultCode
 
 ScalarOrSchedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
-# The ranges of options that several optimizers share; None, where it may be given, passes.
+# The ranges of options that several optimizers share, and those that may be None.
 RANGES = {
     "c1": "(0, 1)",
     "c2": "(0, 1)",
@@ -42,6 +42,7 @@ RANGES = {
     "trust_region": "(0, inf)",
     "warm_start": "[0, 1]",
 }
+OPTIONAL = {"kl_clip", "rcond", "restart_threshold", "trust_region"}
 State = TypeVar("State", bound=Any)
 Proposal = TypeVar("Proposal")
 
@@ -208,7 +209,7 @@ def check_options(**options: Any) -> None:
     for name, value in options.items():
         if name not in RANGES:
             check.positive_int(name, value)
-        elif value is not None:
+        elif value is not None or name not in OPTIONAL:
             low, high = map(float, RANGES[name][1:-1].split(","))
             opened = {"open_low": RANGES[name][0] == "(", "open_high": RANGES[name][-1] == ")"}
             check.in_range(name, value, low, high, **opened)

@@ -37,9 +37,14 @@ def read(workdir: Path) -> dict[str, Any] | None:
         raise check.DataError(f"{path} is not readable as TOML: {error}.") from error
 
 
-def parse(cls: type[_Config], table: Mapping[str, Any], workdir: Path) -> _Config:
-    """The settings among the file's entries."""
+def parse(cls: type[_Config], table: Mapping[str, Any], workdir: Path, *others: str) -> _Config:
+    """The settings among the file's entries; `others` are entries that are no settings."""
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    if unknown := sorted(table.keys() - {f.name for f in fields} - {"jdl", *others}):
+        raise check.DataError(
+            f"{workdir / FILE} has settings that this version of jdl does not know: "
+            f"{', '.join(unknown)}. It was written by another version."
+        )
     required = {f.name for f in fields if f.default is dataclasses.MISSING}
     if missing := sorted(required - table.keys()):
         raise check.DataError(f"{workdir / FILE} lacks {', '.join(missing)}.")

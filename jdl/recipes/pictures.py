@@ -114,7 +114,14 @@ def codes(encode: Callable[[np.ndarray], ArrayLike], data: Batches, path: Path) 
     for label in np.unique(labels):
         own = points[labels == label]
         color = f"C{label % 10}"
-        axes.plot(own[:, 0], own[:, -1], ".", markersize=4, label=names[label], color=color)
+        axes.plot(
+            own[:, 0],
+            own[:, -1],
+            ".",
+            markersize=4,
+            label=names[label] if label < len(names) else str(label),
+            color=color,
+        )
     axes.set_title("codes on their two principal axes", loc="left", fontsize=11)
     if len(np.unique(labels)) <= 12:
         axes.legend(markerscale=2.5, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -86,7 +86,7 @@ class RunConfig:
                 f"{workdir} is not a run directory of `jdl train`: it has no {config_toml.FILE}."
                 + hint
             )
-        return config_toml.parse(cls, table, workdir)
+        return config_toml.parse(cls, table, workdir, COMMAND)
 
     def build_model(self) -> Net:
         """The model of these settings."""

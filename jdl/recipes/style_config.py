@@ -52,4 +52,4 @@ class StyleConfig:
         table = config_toml.read(workdir)
         if table is None or table.get("model") != "style":
             raise check.UserError(f"{workdir} is not a run directory of `jdl style train`.")
-        return config_toml.parse(cls, table, workdir)
+        return config_toml.parse(cls, table, workdir, "model")

@@ -128,7 +128,8 @@ def read_pickle(path: str | Path) -> Any:
         return _with_arrays(tree, iter(range(MOST)))
     except Exception as error:  # unpickling raises whatever a damaged file leads to
         raise check.DataError(
-            f"{path} is not a pickle of plain NumPy arrays: {type(error).__name__}: {str(error)[:200]}."
+            f"{path} is not a pickle of plain NumPy arrays: "
+            f"{type(error).__name__}: {str(error)[:200]}."
         ) from error
 
 

@@ -297,6 +297,8 @@ def test_corrupt_images_are_skipped_counted_and_named(damaged, threads, caplog):
     assert batches[0]["mask"].tolist() == [1, 1, 1, 1, 0]
     assert flat(values(batches)) == [i for i in range(23) if i % 10 != 4] * 2
     assert (data.skipped, iterator.skipped) == (2, 4)
+    assert len(data.skipped_names) == 2
+    assert all(name in " ".join(data.skipped_names) for name in ("c/04.png", "c/14.png"))
     assert [record.args[0].split()[-1] for record in caplog.records] == ["'c/04.png'", "'c/14.png'"]
 
 
@@ -338,6 +340,13 @@ def test_images_of_different_sizes(tmp_path):
     assert len(list(from_tar(path, batch_size=2, size=(4, 4)))) == 1
 
 
+def test_images_of_their_own_size_may_be_long(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("c/0.png", png(7, (4, 40_000)))])
+    data = from_tar(path, batch_size=1)
+    assert next(iter(data))["image"].shape == (1, 4, 40_000, 3)
+    assert from_tar(path, batch_size=1, size=[6, 6]).size == (6, 6)
+
+
 def test_mistakes(tar, tmp_path):
     for options, words in [
         ({"batch_size": 0}, "batch_size"),
@@ -350,6 +359,7 @@ def test_mistakes(tar, tmp_path):
         ({"threads": -1}, "threads"),
         ({"label": "file"}, "label"),
         ({"max_skipped": 2.0}, "max_skipped"),
+        ({"weights": []}, "weights"),
     ]:
         with pytest.raises(ArgumentError, match=words):
             from_tar(tar, **{"batch_size": 4, **options})

@@ -139,6 +139,17 @@ def test_chained_and_padded_gzip(plain, tmp_path):
     assert describe(path).damage == []
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("size", [7, 100, 1 << 18])
+def test_zeros_between_chained_files_are_skipped_whatever_a_read_gives(compress, size):
+    one, two = os.urandom(3000), os.urandom(2000)
+    for zeros in (1, 7, 8, 600, 300_000 if size > 7 else 999):
+        file = io.BytesIO(compress(one) + bytes(zeros) + compress(two) + bytes(zeros))
+        found = list(inflate.pieces(file, size))
+        assert b"".join(piece.data for piece in found) == one + two, zeros
+        assert not any(piece.problem for piece in found)
+
+
 def test_a_compression_bomb_is_read_in_small_pieces(tmp_path):
     path = tmp_path / "bomb.gz"
     with gzip.open(path, "wb", compresslevel=9) as file:

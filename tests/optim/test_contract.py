@@ -18,6 +18,7 @@ from jdl.losses import softmax_cross_entropy
 from jdl.optim import by_name, diagnostics, kronecker, preconditioner
 from jdl.optim.registry import REGISTRY
 from jdl.optim.result import ResultCode
+from jdl.optim.transformation import OPTIONAL, RANGES, check_options
 
 EVERY = sorted(REGISTRY)
 SECOND = [name for name in EVERY if REGISTRY[name].second_order]
@@ -620,6 +621,13 @@ def test_work_is_counted_as_it_is_spent(name):
 def test_the_open_end_of_a_range_is_refused(name, option, value):
     with pytest.raises(ArgumentError, match=rf"`{option}` must be a number in .*\), got {value}"):
         by_name(name, **{option: value})
+
+
+def test_none_is_refused_except_where_it_has_a_meaning():
+    check_options(kl_clip=None, trust_region=None, rcond=None, restart_threshold=None)
+    for name in RANGES.keys() - OPTIONAL:
+        with pytest.raises(ArgumentError, match=f"`{name}` must be a number in .*, got None"):
+            check_options(**{name: None})
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_a_trained_run_keeps_its_settings(tmp_path):
         (None, UserError, "not a run directory of `jdl train`"),
         ("model = ", DataError, "not readable as TOML"),
         ('model = "mlp"', DataError, "lacks batch_size, classes, data"),
+        ('model = "mlp"\nprecision = "bfloat16"', DataError, "does not know: precision"),
     ],
 )
 def test_what_is_no_run(text, error, words, tmp_path):

@@ -54,6 +54,7 @@ def fail(at):
         sys.exit(3)
     if args.fail == "late":
         time.sleep(40)
+        print("40 s late", flush=True)
 
 
 def trouble(row):

@@ -172,7 +172,8 @@ def test_ctrl_c_to_all_ends_all_as_interrupted(tmp_path):
 
 
 def test_one_that_is_late_is_waited_for(tmp_path):
-    run(2, tmp_path, 8, "--fail", "late")
+    texts = run(2, tmp_path, 8, "--fail", "late")
+    assert ["40 s late" in text for text in texts].count(True) == 1, texts
     assert checkpoints(tmp_path)[-1] == 8
 
 

@@ -88,7 +88,7 @@ def _at_least(count: int, file: Readable, size: int, data: bytes | None = None) 
     If some come after compressed `data`, zeros before them are skipped.
     """
     padded = data is not None
-    data = data or b""
+    data = (data or b"").lstrip(b"\0")
     while len(data) < count:
         more = file.read(size)
         if not more:
