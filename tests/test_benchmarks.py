@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 def data(tmp_path_factory):
     """The bundled digits, enlarged to 28 × 28, as MNIST's four files."""
     folder = tmp_path_factory.mktemp("data")
-    batch = next(iter(jdl.data.digits(batch_size=700)))
+    batch = next(iter(jdl.data.digits(batch_size=700, shuffle=True, seed=0)))
     images = np.pad(
         np.kron(batch["image"][..., 0], np.ones((1, 3, 3), np.uint8)), [(0, 0), (2, 2), (2, 2)]
     )

@@ -146,8 +146,9 @@ def _searched(
 class GradientDescent(Iterative):
     """Gradient descent, accelerated by default.
 
+    Arguments that are not listed are those of `jdl.solvers.iterative.Iterative`.
+
     Args:
-      fun, value_and_grad, has_aux, maxiter, tol: see `jdl.solvers.iterative.Iterative`.
       stepsize: the length of a step in units of the gradient, > 0, or a function of the
         iteration's number; 0 for a line search.
       maxls: maximum trials of a line search.

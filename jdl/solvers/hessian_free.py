@@ -16,8 +16,9 @@ class HessianFree(Iterative):
     With a `jdl.Objective` for `fun` the products are Gauss-Newton's; for a plain function they are
     the Hessian's, in a trust region.
 
+    Arguments that are not listed are those of `jdl.solvers.iterative.Iterative`.
+
     Args:
-      fun, value_and_grad, has_aux, maxiter: see `jdl.solvers.iterative.Iterative`.
       tol: on the norm of the gradient.
       **options: `jdl.solvers.options.SolverOptions`, and the arguments of `jdl.optim.hessian_free`:
         curvature, damping, trust_region, preconditioner …

@@ -31,14 +31,15 @@ from jdl.solvers.state import OptStep, SolverState
 class Iterative:
     """The base of all solvers; each concrete class builds the optimizer that it drives.
 
+    The keywords implicit_diff, implicit_diff_solve, jit, unroll, verbose and callback are those of
+    `jdl.solvers.options.SolverOptions`.
+
     Args:
       fun: `fun(params, *args, **kwargs)`, or a `jdl.Objective`.
       value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
       has_aux: whether values come as `(value, aux)`.
       maxiter: maximum number of updates, ≥ 0.
       tol: a run has converged when `state.error` ≤ tol, ≥ 0; see `jdl.solvers` for the defaults.
-      implicit_diff, implicit_diff_solve, jit, unroll, verbose, callback: see
-        `jdl.solvers.options.SolverOptions`.
       **refused: keywords of jaxopt that have no meaning here; the error says what to use instead.
     """
 

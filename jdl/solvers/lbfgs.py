@@ -37,8 +37,9 @@ def check_line_search(linesearch: str, maxls: int, max_stepsize: float) -> None:
 class LBFGS(Iterative):
     r"""Limited-memory BFGS with a strong Wolfe line search; with bounds, by projection.
 
+    Arguments that are not listed are those of `jdl.solvers.iterative.Iterative`.
+
     Args:
-      fun, value_and_grad, has_aux, maxiter: see `jdl.solvers.iterative.Iterative`.
       tol: on the norm of the gradient, or of x − P(x − ∇f) with bounds.
       bounds: (lower, upper): numbers, or pytrees of arrays like the parameters; ±inf for none.
       linesearch: "zoom".

@@ -13,8 +13,9 @@ from jdl.solvers.options import split
 class Newton(Iterative):
     """Newton's method with the dense Hessian, damped where a step fails.
 
+    Arguments that are not listed are those of `jdl.solvers.iterative.Iterative`.
+
     Args:
-      fun, value_and_grad, has_aux, maxiter: see `jdl.solvers.iterative.Iterative`.
       tol: on the norm of the gradient.
       **options: `jdl.solvers.options.SolverOptions`, and the arguments of `jdl.optim.newton`:
         damping, saddle_free, trust_region, max_parameters …

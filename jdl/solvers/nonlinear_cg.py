@@ -14,8 +14,9 @@ from jdl.solvers.options import SolverOptions
 class NonlinearCG(Iterative):
     """Nonlinear conjugate gradients with a strong Wolfe line search.
 
+    Arguments that are not listed are those of `jdl.solvers.iterative.Iterative`.
+
     Args:
-      fun, value_and_grad, has_aux, maxiter, tol: see `jdl.solvers.iterative.Iterative`.
       method: the formula for β: "hager-zhang", "polak-ribiere", "hestenes-stiefel" or "dai-yuan",
         with hyphens or underscores.
       linesearch: "zoom".

@@ -17,8 +17,9 @@ from jdl.solvers.state import SolverState
 class OptaxSolver(Iterative):
     """Runs an optax transformation; those of `jdl.optim` are such.
 
+    Arguments that are not listed are those of `jdl.solvers.iterative.Iterative`.
+
     Args:
-      fun, value_and_grad, has_aux, maxiter, tol: see `jdl.solvers.iterative.Iterative`.
       opt: the transformation.
       pre_update: `params, state = pre_update(params, state, *args, **kwargs)` before each update,
         for a projection. Value and gradient are then evaluated after it.

@@ -221,6 +221,7 @@ def classic(path: str) -> Iterator[int]:
 
 
 def webdataset(paths: list[str]) -> Iterator[int]:
+    import torch  # noqa: F401  webdataset's loader needs it, and fails late without
     import webdataset as wds
     from PIL import Image
 

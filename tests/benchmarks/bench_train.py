@@ -167,7 +167,7 @@ def against_peers(rounds, steps):
     # In memory: a call of `train` ends with a checkpoint, whose cost is a line of its own.
     loops = {
         "jdl": our_loop(make(), images, labels, batch_size),
-        "bare": bare_loop(make(), shape, images, labels, batch_size),
+        "bare": bare_loop(jdl.from_linen(make()), images, labels, batch_size),
     }
     if importlib.util.find_spec("torch"):
         loops["torch"] = torch_loop(images, labels, batch_size, channels_last=False)
@@ -188,7 +188,7 @@ def overhead(rounds, steps):
         loops = {
             "jdl": our_loop(make(), images, labels, batch_size, folder, save_every=1000),
             "jdl_in_memory": our_loop(make(), images, labels, batch_size),
-            "bare": bare_loop(make(), shape, images, labels, batch_size),
+            "bare": bare_loop(jdl.from_linen(make()), images, labels, batch_size),
         }
         show("MLP 784-256-10, batch 128", *measure(loops, batch_size, steps, rounds), rounds)
 

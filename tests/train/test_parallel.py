@@ -43,7 +43,8 @@ def test_pmap_gives_the_numbers_of_one_device(optimizer):
     two = make(optimizer, "pmap").train(data(), steps=4)
     # Newton's system is nearly singular here, and magnifies rounding.
     assert_close(one.params, two.params, atol=5e-4 if optimizer == "newton" else 2e-5)
-    assert one.evaluate(data())["loss"] == pytest.approx(two.evaluate(data())["loss"], rel=1e-4)
+    rel = 5e-3 if optimizer == "newton" else 1e-4
+    assert one.evaluate(data())["loss"] == pytest.approx(two.evaluate(data())["loss"], rel=rel)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs", "hf"])

@@ -166,7 +166,7 @@ def test_a_run_that_may_only_be_read_is_evaluated_and_predicted(tmp_path):
             assert "Permission denied" in done.stderr
         if command == ["curvature"]:
             assert "trace " in done.stdout
-            assert "may only be read (Permission denied): no picture" in done.stderr
+            assert "is read-only (Permission denied), nothing is written" in done.stderr
     trained = subprocess.run(
         [*jdl, "train", "mlp", "--workdir", str(run), "--steps", "5"],
         env=ENVIRONMENT, capture_output=True, text=True,
