@@ -18,7 +18,7 @@ SMALLEST = {
     "classics": "--data {data}/mnist --share 0.0005 --only mlp,autoencoder,adding",
     "data": "--rounds 1 --seconds 0.05",
     "kfac": "--data {data} --seconds 2 --tune 0.5 --optimizers adam",
-    "optim": "--data {data}/mnist --rounds 1 --seconds 2",
+    "optim": "--data {data}/mnist --rounds 1 --seconds 2 --method diagonal",
     "paper": "--workdir {data}/paper --only curves --methods kfac --examples 200 "
     "--minutes 0.05 --trials 1 --evaluations 2",
     "solvers": "--rounds 1",
