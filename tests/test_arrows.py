@@ -85,7 +85,7 @@ def test_imports_flow_one_way():
 
 def test_no_files_import_each_other_in_a_circle():
     """Imports inside functions and under TYPE_CHECKING count; the error names the circle."""
-    graphlib.TopologicalSorter(GRAPH).prepare()
+    assert set(graphlib.TopologicalSorter(GRAPH).static_order()) >= GRAPH.keys()
 
 
 FLAX_ROOMS = {"models", "vision"}
