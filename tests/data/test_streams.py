@@ -1,6 +1,7 @@
 """Archives that are compressed, piped, or remote: the same records as from the plain one."""
 
 import bz2
+import collections
 import gzip
 import http.server
 import io
@@ -322,6 +323,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests, self.etag = 0, '"1"'
         self.at_once = self.most_at_once = 0
         self.counting = threading.Lock()
+        self.cut = collections.Counter()  # where a range starts -> how often it was cut
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -348,8 +350,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        server.requests += 1
         with server.counting:
+            server.requests += 1
+            number = server.requests
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
         time.sleep(server.delay)
@@ -367,7 +370,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
-        if server.drop and server.requests % server.drop == 0:
+        # A client gives up after six tries: where only some connections are cut, each range is
+        # cut no more than three times.
+        spared = server.drop > 1 and server.cut[start] == 3
+        if server.drop and number % server.drop == 0 and not spared:
+            server.cut[start] += 1
             self.wfile.write(content[start : start + (stop - start) // 2])
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
