@@ -20,7 +20,7 @@ a compilation cache that lasts as long as the run; what each took there is in tr
 A summary is printed and left as DIR/summary.md and DIR/summary.json. The exit code is 1 if a part
 failed or ran out of time, or if a comparison in `truth` is outside its tolerance.
 
-`--tiny` runs the same code with small sizes, within three minutes on two CPU cores. It needs jdl
+`--tiny` runs the same code with small sizes, in about four minutes on two CPU cores. It needs jdl
 and its own dependencies. simplejpeg and PyTorch take part where they are installed. `--data` names
 a folder with MNIST's gzipped IDX files, in it or in its `mnist/`; without, the digits bundled with
 jdl are enlarged.
