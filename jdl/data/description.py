@@ -24,7 +24,7 @@ class Description(NamedTuple):
       splits: first folder of the path -> how many images.
       kinds: kind of member -> how many.
       damage: the defects, one dict each: word ("checksum", "truncated", "damaged", "sparse",
-        "concatenated"), archive, offset, name, detail, lost.
+        "concatenated", "link", "duplicate"), archive, offset, name, detail, lost.
       bytes: the archives' size.
       indexes: where each archive's index is kept; None for one in memory.
       modes: archive -> "random", "seekable" (at random, slowly) or "stream" (in order).
@@ -50,6 +50,7 @@ _KIND_NAMES = {
     scan.DEVICE: "device or pipe",
     scan.SPARSE: "sparse file",
     scan.CUT: "truncated file",
+    scan.OLDER: "older version of an image",
 }
 
 
