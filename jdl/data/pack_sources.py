@@ -5,24 +5,29 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from jdl.core import check
 from jdl.data.idx import is_idx, read_idx
+from jdl.data.labels import sidecar_key
 from jdl.data.tar import scan
-from jdl.data.tar.archive import STDIN, is_url
+from jdl.data.tar.archive import STDIN, changed, is_url
+from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import expand, tars_in
-from jdl.data.tar.stream import MemberStream
+from jdl.data.tar.samples import samples
+from jdl.data.tar.stream import MAX_MEMBER, MemberStream
 
-Members: TypeAlias = Iterator[tuple[str, bytes]]  # (name, contents)
+Members: TypeAlias = list[tuple[str, bytes]]  # (name, contents) of an image and its sidecars
 Skip: TypeAlias = Callable[[str, str], None]  # called with what cannot be used, and why
 
-SIDECARS = ("cls", "json", "txt")
+_SIDECARS = frozenset((b"cls", b"json", b"txt"))
+_AT_ONCE = 256  # samples whose members are requested at once from an archive
+_MAX_PIPED = 64  # members of a sample on standard input
 _SPLITS = ("train", "test", "val", "valid")
 _IMAGE_KEYS = ("images", "image", "x", "data", "features")
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
@@ -30,35 +35,45 @@ _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
 def is_image(name: str) -> bool:
     """Whether a file has an image's extension."""
-    return extension(name).encode() in scan.IMAGE_EXTENSIONS
+    return _ending(name) in scan.IMAGE_EXTENSIONS
 
 
-def extension(name: str) -> str:
-    """What follows the last dot of a name, in lower case."""
-    return name.rpartition(".")[2].lower()
+def is_sidecar(name: str) -> bool:
+    """Whether a file has the extension of a label beside an image."""
+    return _ending(name) in _SIDECARS
 
 
-def read(source: str, skip: Skip) -> Members:
-    """The images that `source` holds, as (name, encoded bytes), with their labels' sidecars."""
+def _ending(name: str) -> bytes:
+    return name.rpartition(".")[2].lower().encode("utf-8", "surrogateescape")
+
+
+def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
+    """The images that `source` holds, encoded, each with its labels' sidecars.
+
+    Args:
+      source: as for `pack`.
+      skip: called with what cannot be used; it may raise.
+      note: called with what is left out on purpose.
+    """
     path = Path(source)
-    if source == STDIN or is_url(source) or not path.exists():
+    if source == STDIN:
+        yield from _from_pipe(skip)
+    elif is_url(source) or not path.exists():
         yield from _from_tars(source, skip)
     elif path.is_dir():
         idx = sorted(p for p in path.iterdir() if p.is_file() and is_idx(p))
         if idx:
             yield from _from_idx_folder(idx)
         elif tars := tars_in(path):
-            if pictures := next(_pictures(path), None):
+            if picture := next(_from_folder(path, note, note), None):
                 raise check.DataError(
                     f"The folder {source!r} holds both tars and images, such as {tars[0]!r} and "
-                    f"{str(pictures)!r}. Pack one kind at a time: from two folders, or the tars "
-                    f"by a pattern such as {str(path / '*.tar')!r}."
+                    f"{str(path / picture[0][0])!r}. Pack one kind at a time: from two folders, or "
+                    f"the tars by a pattern such as {str(path / '*.tar')!r}."
                 )
-            for tar in tars:
-                yield from _from_tars(tar, skip)
+            yield from _from_tars(source, skip)
         else:
-            for picture in _pictures(path):
-                yield picture.relative_to(path).as_posix(), picture.read_bytes()
+            yield from _from_folder(path, skip, note)
     elif source.endswith(".npz"):
         yield from _from_npz(path)
     elif is_idx(path):
@@ -67,32 +82,123 @@ def read(source: str, skip: Skip) -> Members:
         yield from _from_tars(source, skip)
 
 
-def _pictures(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders.sort()  # in place, which sets the order of os.walk
-        for file in sorted(files):
-            path = Path(folder) / file
-            if is_image(file) and not file.startswith("._") and path.is_file():
-                yield path
+def _from_folder(root: Path, skip: Skip, note: Skip) -> Iterator[Members]:
+    for folder, files in _folders(root, skip, note):
+        names = sorted(f for f in files if (is_image(f) or is_sidecar(f)) and f[:2] != "._")
+        for _, run in itertools.groupby(names, lambda name: sidecar_key(name)[0]):
+            some = list(run)
+            if not any(map(is_image, some)):
+                continue
+            for unit in _units(some, any(map(is_sidecar, some))):
+                paths = [Path(folder, name) for name in unit]
+                try:
+                    yield [(p.relative_to(root).as_posix(), p.read_bytes()) for p in paths]
+                except OSError as error:
+                    skip(repr(str(error.filename)), f"it cannot be read: {error.strerror}")
 
 
-def _from_tars(source: str, skip: Skip) -> Members:
-    """Images and their sidecars, in the order of the archives."""
+def _folders(root: Path, skip: Skip, note: Skip) -> Iterator[tuple[str, list[str]]]:
+    """Each folder and the files in it, as ImageFolder finds them, but never outside of `root`."""
+    top = os.path.realpath(root)
+    waiting = [(str(root), {top})]
+    while waiting:
+        folder, above = waiting.pop()
+        files, inside = [], []
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            skip(repr(folder), f"it cannot be read: {error.strerror}")
+            continue
+        for entry in entries:
+            real = os.path.realpath(entry.path)
+            if os.path.commonpath([top, real]) != top:
+                note(repr(entry.path), f"a link out of the folder, to {real!r}")
+            elif entry.is_file():
+                files.append(entry.name)
+            elif real in above:
+                note(repr(entry.path), "a link to a folder that it is in")
+            elif entry.is_dir():
+                inside.append((entry.path, above | {real}))
+            elif entry.is_symlink():
+                note(repr(entry.path), "a link to no file or folder")
+        yield folder, files
+        waiting += inside
+
+
+def _units(members: list[Any], whole: bool) -> Iterator[list[Any]]:
+    """What stays in one shard: a whole sample, or each image without sidecars by itself."""
+    yield from [members] if whole else ([member] for member in members)
+
+
+def _from_tars(source: str, skip: Skip) -> Iterator[Members]:
+    """The samples of these archives, in their order."""
     for path in expand(source):
+        index = open_index(path, keep=False)
+        _report(path, index.damage, skip)
         archive = open_archive(path)
-        stream = MemberStream(archive)
-        reported = 0
-        for member in itertools.chain(stream, [None]):
-            for damage in stream.damage[reported:]:
-                if damage.lost:
-                    skip(f"{path!r} at byte {damage.offset}", f"{damage.word}: {damage.detail}")
-            reported = len(stream.damage)
-            if member and (member.image or extension(member.name) in SIDECARS):
-                yield member.name, member.data
+        coming, reached = _rows(index, skip), 0
+        while some := list(itertools.islice(coming, _AT_ONCE)):
+            rows = np.array(list(itertools.chain(*some)))
+            sizes, offsets = index.columns.sizes[rows], index.columns.offsets[rows]
+            back = np.flatnonzero(offsets < np.maximum.accumulate([reached, *offsets[:-1]]))
+            if len(back) and archive.mode == "stream":
+                raise check.DataError(
+                    f"{path!r} cannot be read in its order: {index.name(rows[back[0]])!r} belongs "
+                    "to a later member. Decompress it first."
+                )
+            reached = max(reached, offsets.max())
+            contents = archive.pread_many(list(zip(sizes.tolist(), offsets.tolist(), strict=True)))
+            found = dict(zip(rows.tolist(), contents, strict=True))
+            if any(len(found[row]) != index.columns.sizes[row] for row in found):
+                raise changed(path)
+            for unit in some:
+                yield [(index.name(row), found[row]) for row in unit]
         archive.close()
 
 
-def _from_idx_folder(files: list[Path]) -> Members:
+def _rows(index: TarIndex, skip: Skip) -> Iterator[list[int]]:
+    """The rows of each sample, and of each image without sidecars."""
+    for sample in samples(index, _SIDECARS):
+        rows = sorted([*sample.images, *sample.sidecars.values()])
+        if sample.problem:
+            skip(repr(index.path), sample.problem)
+            continue
+        for unit in _units(rows, bool(sample.sidecars)):
+            size = int(index.columns.sizes[unit].sum())
+            if size > MAX_MEMBER:
+                what = f"{index.path!r}, member {index.name(unit[0])!r}"
+                skip(what, f"it has {size} bytes with its sidecars, more than {MAX_MEMBER}")
+            else:
+                yield unit
+
+
+def _report(path: str, damages: Sequence[scan.Damage], skip: Skip) -> None:
+    for damage in damages:
+        if damage.lost:
+            skip(f"{path!r} at byte {damage.offset}", f"{damage.word}: {damage.detail}")
+
+
+def _from_pipe(skip: Skip) -> Iterator[Members]:
+    """The samples on standard input, from runs of adjacent members."""
+    stream = MemberStream(open_archive(STDIN))
+    key, run, reported = "", dict[str, tuple[str, bytes]](), 0
+    for member in itertools.chain(stream, [None]):
+        _report(STDIN, stream.damage[reported:], skip)
+        reported = len(stream.damage)
+        name = member.name if member else ""
+        base = name.rpartition("/")[2]
+        if member and ("." not in base or base.startswith("._")):
+            continue
+        new, extension = sidecar_key(name)
+        if new != key or extension in run or len(run) == _MAX_PIPED:
+            wanted = [m for m in run.values() if is_image(m[0]) or is_sidecar(m[0])]
+            yield from _units(wanted, any(is_sidecar(name) for name, _ in wanted))
+            key, run = new, {}
+        if member:
+            run[extension] = name, member.data
+
+
+def _from_idx_folder(files: list[Path]) -> Iterator[Members]:
     """The images of all these IDX files, each file's in a folder of its own."""
     once = [p for p in files if not (p.suffix == ".gz" and p.with_suffix("") in files)]
     of: dict[str, Path] = {}
@@ -116,7 +222,7 @@ def _idx_split(path: Path) -> str:
     return {"t10k": "test"}.get(split, split) or "-".join(own) or "images"
 
 
-def _from_idx(path: Path) -> Members:
+def _from_idx(path: Path) -> Iterator[Members]:
     """The images of one IDX file, labelled by the file of labels beside it."""
     pixels = read_idx(path)
     label_name = path.name.replace("images", "labels").replace("idx3", "idx1")
@@ -127,7 +233,7 @@ def _from_idx(path: Path) -> Members:
     yield from _from_arrays(pixels, labels, _idx_split(path), str(path))
 
 
-def _from_npz(path: Path) -> Members:
+def _from_npz(path: Path) -> Iterator[Members]:
     """Arrays `images` and `labels`, or `x` and `y`; also `x_train`, `train_images` and the like."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -152,7 +258,9 @@ def _from_npz(path: Path) -> Members:
         yield from _from_arrays(roles["images"], roles.get("labels"), split, str(path))
 
 
-def _from_arrays(pixels: np.ndarray, labels: np.ndarray | None, split: str, where: str) -> Members:
+def _from_arrays(
+    pixels: np.ndarray, labels: np.ndarray | None, split: str, where: str
+) -> Iterator[Members]:
     """[split/][label/]number.png of each image, uint8 [n, H, W] or [n, H, W, 1 or 3]."""
     from PIL import Image
 
@@ -176,4 +284,4 @@ def _from_arrays(pixels: np.ndarray, labels: np.ndarray | None, split: str, wher
         Image.fromarray(np.ascontiguousarray(image)).save(out, "PNG")
         label = "" if labels is None else str(labels[i]).replace("/", "_")
         parts = (split, label, f"{i:0{digits}d}.png")
-        yield "/".join(part for part in parts if part), out.getvalue()
+        yield [("/".join(part for part in parts if part), out.getvalue())]

@@ -23,11 +23,13 @@ from jdl.data.tar.archive import Archive, is_url
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import Paths, expand
+from jdl.data.tar.samples import samples
 from jdl.data.tar.selection import Selection
 
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
 _GROUP = 256  # records requested at once from remote archives
 _MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
+_CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
 _MAX_OPEN = 256  # archives kept open; further ones are opened for each read
 
 
@@ -234,24 +236,23 @@ class TarSource:
     def _sidecar_classes(
         self, archive: int, rows: np.ndarray, extension: str, field: str
     ) -> list[str | None]:
-        """Each row's class, read from the member of its key and that extension, if there is one."""
-        index = self.indexes[archive]
-        others = np.flatnonzero(index.columns.kinds == scan.OTHER).tolist()
-        keys = ((row, lb.sidecar_key(index.name(row))) for row in others)
-        beside = {key: row for row, (key, ending) in keys if ending == extension}
+        """Each row's class, read from the sidecar of its sample, if there is one."""
+        index, handle = self.indexes[archive], self._handle(archive)
+        beside = np.full(len(index), -1, np.int64)
+        beside[rows] = _CHOSEN
+        for sample in samples(index, (extension.encode(),)):
+            here = [row for row in sample.images if beside[row] == _CHOSEN]
+            if here and sample.problem:
+                raise check.DataError(f"{self.archives[archive]!r}: {sample.problem}.")
+            beside[here] = sample.sidecars.get(extension.encode(), -1)
         found: dict[int, str] = {}
-        handle = self._handle(archive)
-        for row in sorted(beside.values()):  # in the archive's order
+        for row in np.unique(beside[beside >= 0]).tolist():  # in the archive's order
             size, offset = int(index.columns.sizes[row]), int(index.columns.offsets[row])
             where = f"{self.archives[archive]!r}, member {index.name(row)!r}"
             if size > _MAX_SIDECAR:
                 raise check.DataError(f"{where} names no class: it has {size} bytes.")
             found[row] = lb.read_sidecar(handle.pread(size, offset), field, where)
-        names: list[str | None] = [None] * len(index)
-        for row in rows.tolist():
-            at = beside.get(lb.sidecar_key(index.name(row))[0])
-            names[row] = None if at is None else found[at]
-        return names
+        return [found.get(row) for row in beside.tolist()]
 
     def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Archives and rows of these records, int64."""
