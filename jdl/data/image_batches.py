@@ -262,5 +262,5 @@ def _fingerprint(source: TarSource) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for index, chosen in zip(source.indexes, source.chosen, strict=True):
         digest.update(f"{index.stamp['size']} {index.stamp['digest']} {len(chosen)};".encode())
-        digest.update(np.ascontiguousarray(index.columns.offsets[chosen.all()]))
+        digest.update(index.columns.offsets[chosen.all()].tobytes())
     return digest.hexdigest()
