@@ -27,7 +27,6 @@ from jdl.data.tar.paths import expand, tars_in
 
 SHARD_BYTES = 1 << 30
 _QUALITY = 95
-_MAX_LISTED = 1000  # samples of other keys
 _WHOLE, _ALONE = "image and sidecars", "sidecars"  # kinds of samples
 _PATTERN = re.compile(r"%0(\d+)d")
 
@@ -40,16 +39,14 @@ class Packed(NamedTuple):
       members: how many they hold.
       bytes: their size.
       skipped: what was left out: (name, why).
-      renamed: how many samples have got another key, since an earlier one had theirs.
-      renames: the first 1000 of them: (old key, new key).
+      renamed: samples that have got another key, since an earlier one had theirs: (old, new).
     """
 
     shards: list[str]
     members: int
     bytes: int
     skipped: list[tuple[str, str]]
-    renamed: int
-    renames: list[tuple[str, str]]
+    renamed: list[tuple[str, str]]
 
 
 def pack(
@@ -63,7 +60,10 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda members: None,
 ) -> Packed:
-    """Writes the images of `source` to the tars `out`.
+    """Writes the images of `source`, with their `.cls`, `.json` and `.txt`, to the tars `out`.
+
+    Samples are WebDataset's: a run of members with one key. Each is written in one piece; one whose
+    key an earlier sample has gets another. Links in a folder are followed if they stay inside it.
 
     Args:
       source: a folder of images or of IDX files (MNIST's format, plain or .gz), one IDX file of
@@ -114,7 +114,7 @@ def pack(
             pictures += count
         if not pictures:
             raise check.DataError(_nothing(source, skipped))
-    return Packed(sink.shards, total, sink.total, skipped, distinct.renamed, distinct.renames)
+    return Packed(sink.shards, total, sink.total, skipped, distinct.renamed)
 
 
 def _check_apart(source: str, out: str) -> None:
@@ -141,21 +141,19 @@ def _nothing(source: str, skipped: list[tuple[str, str]]) -> str:
 
 
 class _Distinct:
-    """Gives each sample a key of its own, in about 100 bytes for each.
+    """Gives each sample a key of its own: `key-2`, `key-3`, … where an earlier one has its key.
 
-    A key that an earlier sample has becomes `key-2`, `key-3`, …; images without sidecars may share
-    a key if their names differ.
+    Images without sidecars may share a key if their names differ. Takes 100 bytes a sample.
 
     Args:
-      once: whether the source cannot tell which members apart are one sample.
+      once: whether the source cannot tell which members that are apart are of one sample.
     """
 
     def __init__(self, once: bool):
         self._once = once
         self._kinds: dict[int, str] = {}  # by a digest of the key, or of a further image's name
         self._next: dict[int, int] = {}
-        self.renames: list[tuple[str, str]] = []
-        self.renamed = 0
+        self.renamed: list[tuple[str, str]] = []
 
     def name(self, members: Members) -> Members:
         """The members of one sample under a key that no earlier one has."""
@@ -169,20 +167,19 @@ class _Distinct:
                     f"The key {key!r} comes again apart, so which members belong together is known "
                     "only at the end. Write standard input to a file first."
                 )
-            number = self._next.get(place, 2)
-            while self._taken(new := f"{key}-{number}", kind):
-                number += 1
-            self._next[place] = number + 1
-            self.renamed += 1
-            self.renames += [(key, new)] if self.renamed <= _MAX_LISTED else []
+            while self._taken(new, kind):
+                self._next[place] = self._next.get(place, 1) + 1
+                new = f"{key}-{self._next[place]}"
+            self.renamed.append((key, new))
         place = _digest(new)
         self._kinds[_digest(f"{new}\0{kind}") if place in self._kinds else place] = kind
         return [(new + name[len(key) :], data) for name, data in members]
 
     def _taken(self, key: str, kind: str) -> bool:
         before = self._kinds.get(_digest(key))
-        apart = before not in (None, _WHOLE, _ALONE) and kind not in (_WHOLE, _ALONE, before)
-        return before is not None and not (apart and _digest(f"{key}\0{kind}") not in self._kinds)
+        if before in (None, _WHOLE, _ALONE) or kind in (_WHOLE, _ALONE, before):
+            return before is not None
+        return _digest(f"{key}\0{kind}") in self._kinds
 
 
 def _digest(text: str) -> int:
@@ -283,10 +280,9 @@ def _resized(samples: Iterator[Members], size: tuple[int, int], skip: Skip) -> I
                 new, data = _resize(name, data, size) if is_image(name) else (name, data)
                 if new in found:
                     raise images.BadImage(f"resized, it has the name of another image, {new!r}")
+                found[new] = data
             except images.BadImage as error:
                 skip(repr(name), str(error))
-            else:
-                found[new] = data
         if any(map(is_image, found)) or not any(is_image(name) for name, _ in members):
             yield list(found.items())
 

@@ -19,15 +19,14 @@ from jdl.data.tar.archive import STDIN, changed, is_url
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import expand, tars_in
-from jdl.data.tar.samples import samples
-from jdl.data.tar.stream import MAX_MEMBER, MemberStream
+from jdl.data.tar.samples import runs, samples
+from jdl.data.tar.stream import MAX_MEMBER, Member, MemberStream
 
 Members: TypeAlias = list[tuple[str, bytes]]  # (name, contents) of an image and its sidecars
 Skip: TypeAlias = Callable[[str, str], None]  # called with what cannot be used, and why
 
 _SIDECARS = frozenset((b"cls", b"json", b"txt"))
 _AT_ONCE = 256  # samples whose members are requested at once from an archive
-_MAX_PIPED = 64  # members of a sample on standard input
 _SPLITS = ("train", "test", "val", "valid")
 _IMAGE_KEYS = ("images", "image", "x", "data", "features")
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
@@ -135,39 +134,38 @@ def _from_tars(source: str, skip: Skip) -> Iterator[Members]:
     for path in expand(source):
         index = open_index(path, keep=False)
         _report(path, index.damage, skip)
-        archive = open_archive(path)
-        coming, reached = _rows(index, skip), 0
+        archive, coming = open_archive(path), _rows(index, skip)
         while some := list(itertools.islice(coming, _AT_ONCE)):
-            rows = np.array(list(itertools.chain(*some)))
-            sizes, offsets = index.columns.sizes[rows], index.columns.offsets[rows]
-            back = np.flatnonzero(offsets < np.maximum.accumulate([reached, *offsets[:-1]]))
-            if len(back) and archive.mode == "stream":
+            rows = list(itertools.chain(*some))
+            places = [(int(index.columns.sizes[r]), int(index.columns.offsets[r])) for r in rows]
+            back = next((i for i in range(1, len(rows)) if places[i][1] < places[i - 1][1]), 0)
+            if back and archive.mode == "stream":
+                name = index.name(rows[back])
                 raise check.DataError(
-                    f"{path!r} cannot be read in its order: {index.name(rows[back[0]])!r} belongs "
-                    "to a later member. Decompress it first."
+                    f"{path!r} cannot be read in its order: {name!r} is apart from what it belongs "
+                    "to. Decompress it first."
                 )
-            reached = max(reached, offsets.max())
-            contents = archive.pread_many(list(zip(sizes.tolist(), offsets.tolist(), strict=True)))
-            found = dict(zip(rows.tolist(), contents, strict=True))
-            if any(len(found[row]) != index.columns.sizes[row] for row in found):
-                raise changed(path)
+            contents = archive.pread_many(places)
             for unit in some:
-                yield [(index.name(row), found[row]) for row in unit]
+                found = [(index.name(row), next(contents)) for row in unit]
+                if [len(data) for _, data in found] != index.columns.sizes[unit].tolist():
+                    raise changed(path)
+                yield found
         archive.close()
 
 
 def _rows(index: TarIndex, skip: Skip) -> Iterator[list[int]]:
     """The rows of each sample, and of each image without sidecars."""
     for sample in samples(index, _SIDECARS):
-        rows = sorted([*sample.images, *sample.sidecars.values()])
         if sample.problem:
             skip(repr(index.path), sample.problem)
             continue
+        rows = sorted([*sample.images, *sample.sidecars.values()])
         for unit in _units(rows, bool(sample.sidecars)):
             size = int(index.columns.sizes[unit].sum())
             if size > MAX_MEMBER:
                 what = f"{index.path!r}, member {index.name(unit[0])!r}"
-                skip(what, f"it has {size} bytes with its sidecars, more than {MAX_MEMBER}")
+                skip(what, f"with its sidecars it has {size} bytes, more than {MAX_MEMBER}")
             else:
                 yield unit
 
@@ -181,21 +179,19 @@ def _report(path: str, damages: Sequence[scan.Damage], skip: Skip) -> None:
 def _from_pipe(skip: Skip) -> Iterator[Members]:
     """The samples on standard input, from runs of adjacent members."""
     stream = MemberStream(open_archive(STDIN))
-    key, run, reported = "", dict[str, tuple[str, bytes]](), 0
-    for member in itertools.chain(stream, [None]):
-        _report(STDIN, stream.damage[reported:], skip)
-        reported = len(stream.damage)
-        name = member.name if member else ""
-        base = name.rpartition("/")[2]
-        if member and ("." not in base or base.startswith("._")):
-            continue
-        new, extension = sidecar_key(name)
-        if new != key or extension in run or len(run) == _MAX_PIPED:
-            wanted = [m for m in run.values() if is_image(m[0]) or is_sidecar(m[0])]
-            yield from _units(wanted, any(is_sidecar(name) for name, _ in wanted))
-            key, run = new, {}
-        if member:
-            run[extension] = name, member.data
+
+    def members() -> Iterator[tuple[str, bytes, Member]]:
+        reported = 0
+        for member in itertools.chain(stream, [None]):
+            _report(STDIN, stream.damage[reported:], skip)
+            reported = len(stream.damage)
+            if member:
+                folder, _, base = member.name.rpartition("/")
+                yield folder, base.encode(), member
+
+    for _, run in runs(members()):
+        named = [(m.name, m.data) for m in run.values() if is_image(m.name) or is_sidecar(m.name)]
+        yield from _units(named, any(is_sidecar(name) for name, _ in named))
 
 
 def _from_idx_folder(files: list[Path]) -> Iterator[Members]:
