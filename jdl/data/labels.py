@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -24,13 +25,13 @@ def folder_parts(folder: str) -> list[str]:
     return [part for part in folder.split("/") if part not in ("", ".")]
 
 
-def first_folder(name: str) -> str:
-    """The first folder in a member's path, "" if it has none: what a split by folder goes by.
+def folder_path(folder: str) -> str:
+    """A folder's path as an index has it.
 
-    >>> first_folder("./train/7/0001.png"), first_folder("0001.png")
-    ('train', '')
+    >>> folder_path("./ds//train/")
+    'ds/train'
     """
-    return next(iter(folder_parts(name.rpartition("/")[0])), "")
+    return unicodedata.normalize("NFC", "/".join(folder_parts(folder)))
 
 
 def reader(label: Label) -> Callable[[str], str | None]:
