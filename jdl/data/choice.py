@@ -2,7 +2,6 @@
 
 import functools
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -10,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from jdl.core import check
+from jdl.data.labels import composed
 from jdl.data.tar import scan
 from jdl.data.tar.index import TarIndex
 
@@ -22,6 +22,7 @@ LITTER = (
     *("*.seg.*", "*.mask.*", "/preview.*", "/thumbnail.*"),
 )
 
+_AT_ONCE = 1 << 18  # names searched at once
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[!?[^]/]+\]|.", re.DOTALL)
 _WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
@@ -85,7 +86,7 @@ def _listed(argument: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
     given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     ok = all(isinstance(p, str) and p.strip("/!") for p in given)
     check.argument(ok, argument, "patterns such as '*.png' or 'masks/'", patterns)
-    given = tuple(unicodedata.normalize("NFC", pattern) for pattern in given)
+    given = tuple(composed(pattern) for pattern in given)
     try:
         _compiled(given)
     except (re.error, OverflowError) as error:
@@ -126,32 +127,29 @@ def _match_all(patterns: tuple[str, ...], index: TarIndex, among: np.ndarray) ->
     folders = [_matching(expression, f"{f}/") if f else 0 for f in index.folders()]
     found = np.array(folders, np.intp)[columns.folder_ids]
     found[~among] = 0
-    rows = np.flatnonzero(among & (found == 0))
-    for row in _candidates(patterns, columns, rows).tolist():
+    for row in np.flatnonzero(among & (found == 0) & _candidates(patterns, columns)).tolist():
         found[row] = _matching(expression, index.name(row))
     return found
 
 
-def _candidates(patterns: tuple[str, ...], columns: scan.Columns, rows: np.ndarray) -> np.ndarray:
-    """Those of the rows whose base name may match, judged by the patterns' plain characters."""
-    bases, ends = columns.bases, columns.base_ends
-    maybe = np.zeros(len(ends), bool)
-    for pattern in patterns:
-        if pattern.endswith("/"):
-            continue
-        plain = re.split(r"\*+|\?|\[!?[^]]+\]|[^ -~]+", pattern.rpartition("/")[2])
-        longest = max(plain, key=len).encode()
-        if plain[0] or not longest:
-            some = rows
-            for k, byte in enumerate(plain[0].encode()):
-                at = np.where(some > 0, ends[some - 1], 0) + k
-                some = some[bases[np.minimum(at, len(bases) - 1)] == byte]
-            maybe[some] = True
-        else:
-            lengths = np.fromiter(map(len, bases.tobytes().split(longest)), np.int64)
-            found = np.cumsum(lengths[:-1] + len(longest)) - len(longest)
-            maybe[np.searchsorted(ends, found, "right")] = True
-    return rows[maybe[rows]]
+def _candidates(patterns: tuple[str, ...], columns: scan.Columns) -> np.ndarray:
+    """Whether a base name may match, bool [members]: it has a pattern's longest plain piece."""
+    ends = columns.base_ends
+    maybe = np.zeros(len(ends) + 1, bool)
+    for start in range(0, len(ends), _AT_ONCE):
+        first = ends[start - 1] if start else 0
+        some = ends[start : start + _AT_ONCE] - first
+        bases = columns.bases[first : first + some[-1]]
+        joined = np.insert(bases, [0, *some], ord("/")).tobytes()  # /base/base/
+        some = some + np.arange(1, len(some) + 1)
+        for pattern in patterns:
+            if not pattern.endswith("/"):
+                pieces = re.split(r"\*+|\?|\[!?[^]]+\]", f"/{pattern.rpartition('/')[2]}/")
+                piece = max(pieces, key=len).encode("utf-8", "surrogateescape")
+                lengths = np.fromiter(map(len, joined.split(piece)), np.int64)
+                found = np.cumsum(lengths[:-1] + len(piece)) - len(piece)
+                maybe[start + np.searchsorted(some, found, "right")] = True
+    return maybe[:-1]
 
 
 def folder_counts(indexes: Sequence[TarIndex], chosen: Sequence[np.ndarray]) -> Counter[str]:
@@ -167,11 +165,8 @@ def folder_counts(indexes: Sequence[TarIndex], chosen: Sequence[np.ndarray]) -> 
 def told(left_out: Mapping[str, int]) -> str:
     """What leaves out how many, and how to keep them.
 
-    >>> told({".*": 2, "label": 1})
-    "2 by the pattern '.*' and 1 by `label` (exclude='!.*' keeps them)"
+    >>> told({".*": 2, "include": 1})
+    "2 by '.*', 1 by 'include' (a pattern's are kept by exclude='!PATTERN')"
     """
-    words = {"include": "`include`", "label": "`label`"}
-    by = [f"{n} by {words.get(each) or f'the pattern {each!r}'}" for each, n in left_out.items()]
-    keep = [f"!{pattern}" for pattern in left_out if pattern in LITTER]
-    kept = keep[0] if len(keep) == 1 else keep
-    return " and ".join(by) + (f" (exclude={kept!r} keeps them)" if keep else "")
+    by = ", ".join(f"{n} by {pattern!r}" for pattern, n in left_out.items())
+    return f"{by} (a pattern's are kept by exclude='!PATTERN')"

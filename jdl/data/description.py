@@ -72,7 +72,8 @@ def describe(
     Args:
       paths: a path, a glob, a brace range, a folder, or a list of these.
       label: what the classes are read from, as in `TarSource`.
-      include, exclude: patterns of members to use or leave out, as in `TarSource`.
+      include: patterns of members to use, as in `TarSource`.
+      exclude: patterns of members to leave out, as in `TarSource`.
       keep_index: whether to store an index that had to be made.
 
     Raises:

@@ -55,7 +55,8 @@ def standard_input(
       classes: the class table; required with labels.
       split: as in `from_tar`, but a folder's path from the root on; no record of it is an error
         at the end.
-      include, exclude: as in `from_tar`.
+      include: as in `from_tar`.
+      exclude: as in `from_tar`.
       grayscale: one channel rather than three.
       on_error: at an image that cannot be decoded or damage to the archive, `"raise"` or `"skip"`.
       max_skipped: the share of the records so far that may be skipped.
@@ -72,7 +73,7 @@ def standard_input(
     )
     if label is not None:
         lb.reader(label)  # refuses invalid labels before anything is read
-    table = None if label is None else tuple(classes or ())
+    table = None if label is None else lb.check_classes(classes or (), (), "Standard input")
     chosen = _Chosen(label, parse_split(split), table, Patterns.checked(include, exclude))
     decoder = Decoder(size, grayscale, dtype)
     return PipedBatches(chosen, batch_size, decoder, on_error == "skip", max_skipped, threads)
