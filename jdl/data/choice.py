@@ -85,7 +85,8 @@ class Patterns(NamedTuple):
 def _listed(argument: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
     given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     ok = all(isinstance(p, str) and p.strip("/!") for p in given)
-    check.argument(ok, argument, "patterns such as '*.png' or 'masks/'", patterns)
+    ok = ok and all("**" not in part or part == "**" for p in given for part in p.split("/"))
+    check.argument(ok, argument, "patterns such as '*.png', 'masks/' or '**/left/*'", patterns)
     given = tuple(composed(pattern) for pattern in given)
     try:
         _compiled(given)
@@ -103,7 +104,7 @@ def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
 def _expression(pattern: str) -> str:
     def translated(token: str) -> str:
         if token[0] == "[" and len(token) > 2:
-            negated = token[1] == "!"
+            negated = token[1] in "!^"
             inside = re.escape(token[1 + negated : -1]).replace(r"\-", "-")
             return f"[{'^/' * negated}{inside}]"
         return _WILD.get(token) or re.escape(token)
@@ -125,7 +126,7 @@ def _match_all(patterns: tuple[str, ...], index: TarIndex, among: np.ndarray) ->
     """The pattern that matches each member, from 1; 0 for none. Each folder is tried once."""
     expression, columns = _compiled(patterns), index.columns
     folders = [_matching(expression, f"{f}/") if f else 0 for f in index.folders()]
-    found = np.array(folders, np.intp)[columns.folder_ids]
+    found = np.array(folders, np.int16)[columns.folder_ids]
     found[~among] = 0
     for row in np.flatnonzero(among & (found == 0) & _candidates(patterns, columns)).tolist():
         found[row] = _matching(expression, index.name(row))
@@ -135,21 +136,21 @@ def _match_all(patterns: tuple[str, ...], index: TarIndex, among: np.ndarray) ->
 def _candidates(patterns: tuple[str, ...], columns: scan.Columns) -> np.ndarray:
     """Whether a base name may match, bool [members]: it has a pattern's longest plain piece."""
     ends = columns.base_ends
-    maybe = np.zeros(len(ends) + 1, bool)
+    maybe = np.zeros(len(ends), bool)
     for start in range(0, len(ends), _AT_ONCE):
         first = ends[start - 1] if start else 0
-        some = ends[start : start + _AT_ONCE] - first
+        some = np.concatenate([[first], ends[start : start + _AT_ONCE]]) - first
         bases = columns.bases[first : first + some[-1]]
-        joined = np.insert(bases, [0, *some], ord("/")).tobytes()  # /base/base/
-        some = some + np.arange(1, len(some) + 1)
+        joined = np.insert(bases, some[:-1], ord("/")).tobytes()  # /base/base
+        some += np.arange(len(some))
         for pattern in patterns:
             if not pattern.endswith("/"):
-                pieces = re.split(r"\*+|\?|\[!?[^]]+\]", f"/{pattern.rpartition('/')[2]}/")
+                pieces = re.split(r"\*+|\?|\[!?[^]]+\]", f"/{pattern.rpartition('/')[2]}")
                 piece = max(pieces, key=len).encode("utf-8", "surrogateescape")
                 lengths = np.fromiter(map(len, joined.split(piece)), np.int64)
                 found = np.cumsum(lengths[:-1] + len(piece)) - len(piece)
-                maybe[start + np.searchsorted(some, found, "right")] = True
-    return maybe[:-1]
+                maybe[start + np.searchsorted(some, found, "right") - 1] = True
+    return maybe
 
 
 def folder_counts(indexes: Sequence[TarIndex], chosen: Sequence[np.ndarray]) -> Counter[str]:
@@ -166,7 +167,7 @@ def told(left_out: Mapping[str, int]) -> str:
     """What leaves out how many, and how to keep them.
 
     >>> told({".*": 2, "include": 1})
-    "2 by '.*', 1 by 'include' (a pattern's are kept by exclude='!PATTERN')"
+    "2 by '.*', 1 by 'include' (exclude='!PATTERN' takes a pattern back)"
     """
-    by = ", ".join(f"{n} by {pattern!r}" for pattern, n in left_out.items())
-    return f"{by} (a pattern's are kept by exclude='!PATTERN')"
+    by = ", ".join(f"{n} by {pattern!r}" for pattern, n in sorted(left_out.items()))
+    return f"{by} (exclude='!PATTERN' takes a pattern back)"

@@ -118,6 +118,12 @@ def splits(
 ) -> tuple[str, ...]:
     """Which of the splits `train` and `test` the archives have, as `TarSource` finds them.
 
+    Args:
+      paths: a path, a glob, a brace range, a folder, or a list of these.
+      include: patterns of members to use, as in `TarSource`.
+      exclude: patterns of members to leave out, as in `TarSource`.
+      keep_index: whether to store an index that had to be made.
+
     >>> from jdl.data import digits_path
     >>> splits(digits_path(), keep_index=False)
     ('train', 'test')
