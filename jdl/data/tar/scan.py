@@ -17,7 +17,9 @@ from jdl.data.tar.format import BLOCK
 # Kinds of members, as stored in an index.
 IMAGE, OTHER, FOLDER, LINK, DEVICE, SPARSE, CUT = range(7)
 
-IMAGE_EXTENSIONS = frozenset(b"jpg jpeg jpe jfif png webp bmp gif pgm ppm pbm pnm".split())
+IMAGE_EXTENSIONS = frozenset(
+    b"jpg jpeg jpe jfif png webp bmp gif pgm ppm pbm pnm tif tiff jp2 j2k avif".split()
+)
 
 # The kind of a member by its type; regular files are images only if named so.
 _KINDS = np.full(256, OTHER, np.uint8)
