@@ -62,7 +62,8 @@ def standard_input(
     )
     if label is not None:
         lb.reader(label)  # refuses invalid labels before anything is read
-    chosen = _Chosen(label, parse_split(split), None if label is None else tuple(classes or ()))
+    table = None if label is None else lb.check_classes(classes or (), (), "Standard input")
+    chosen = _Chosen(label, parse_split(split), table)
     decoder = Decoder(size, grayscale, dtype)
     return PipedBatches(chosen, batch_size, decoder, on_error == "skip", max_skipped, threads)
 
