@@ -3,7 +3,10 @@
 import importlib
 import io
 import itertools
+import json
+import logging
 import struct
+import tarfile
 import warnings
 import zlib
 
@@ -12,7 +15,8 @@ import pytest
 from PIL import Image, ImageOps, features
 from sklearn.datasets import load_sample_images
 
-from jdl.data import images
+from jdl.cli.main import main
+from jdl.data import from_tar, images
 from jdl.data.images import BadImage, decode
 
 PHOTO = Image.fromarray(load_sample_images().images[0])  # 427 × 640
@@ -340,3 +344,36 @@ def test_max_pixels_holds_alone_whatever_pillows_own_limit(format, limit, monkey
     with pytest.raises(BadImage, match="640 × 427 pixels, more than the 273279"):
         decode(data, max_pixels=427 * 640 - 1)
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+# ---------------------------------------------------------------------- members' names
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_images_of_all_formats_are_found_by_name_and_those_not_read_are_reported(
+    tmp_path, caplog, capsys
+):
+    small = PHOTO.resize((30, 20))
+    names = {"TIFF": "tif TIFF", "JPEG2000": "jp2 j2k", "AVIF": "avif", "PNG": "png"}
+    found = {k: encode(small, f) for f in {*names} & {*FORMATS} for k in names[f].split()}
+    members = [(f"a/1.{kind}", data) for kind, data in found.items()]
+    others = ["2.HEIC", "3.heic", "4.svg", "heic", "5.heic.txt", "._2.heic", "6.hei", "7.txt"]
+    path = write_tar(tmp_path / "a.tar", members + [(f"a/{name}", b"") for name in others])
+    with caplog.at_level(logging.WARNING, "jdl.data"):
+        data = from_tar(path, size=(20, 30), batch_size=len(members), exact=True)
+    assert "images of these formats are not read: 2 × .heic, 1 × .svg" in caplog.text
+    (batch,) = data
+    expected = [reference(each, (20, 30)) for each in found.values()]
+    np.testing.assert_array_equal(batch["image"], expected)
+    assert main(["index", path]) == 0
+    assert "images of a format that is not read: 2 × .heic, 1 × .svg" in capsys.readouterr().out
+    assert main(["index", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unread"] == {"heic": 2, "svg": 1}

@@ -208,11 +208,11 @@ def test_what_pzstd_writes_is_read(plain, tmp_path):
 @pytest.mark.parametrize(
     ("magic", "kind"),
     [
-        (b"\x04\x22\x4d\x18", "lz4"),
-        (b"\x1f\x9d\x90", "compress"),
-        (b"LZIP\x01", "lzip"),
-        (b"PK\x03\x04", "zip"),
-        (b"7z\xbc\xaf\x27\x1c", "7z"),
+        (b"\x04\x22\x4d\x18", "lz4 file"),
+        (b"\x1f\x9d\x90", "compress file"),
+        (b"LZIP\x01", "lzip file"),
+        (b"PK\x03\x04", "zip archive"),
+        (b"7z\xbc\xaf\x27\x1c", "7z archive"),
     ],
 )
 def test_other_compression_is_named_and_its_bytes_are_never_read_as_a_tar(
@@ -221,7 +221,7 @@ def test_other_compression_is_named_and_its_bytes_are_never_read_as_a_tar(
     path = tmp_path / "a.tar.lz4"
     with open(plain, "rb") as file:  # a stored block holds the tar's bytes as they are
         path.write_bytes(magic.ljust(512, b"x") + file.read())
-    with pytest.raises(DataError, match=f"{kind} file, not a tar that is plain or compressed"):
+    with pytest.raises(DataError, match=f"it is a {kind}, not a tar that is plain or compressed"):
         from_tar(path, batch_size=2, keep_index=False)
     with pytest.raises(DataError, match="no images"):
         from_tar(path, batch_size=2, on_error="skip", keep_index=False)
