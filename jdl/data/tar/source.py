@@ -291,6 +291,11 @@ class TarSource:
         return next(mode for mode in ("stream", "seekable", "random") if mode in modes)
 
     @property
+    def chosen(self) -> tuple[Selection, ...]:
+        """The rows of each archive's index that are its records."""
+        return tuple(self._rows)
+
+    @property
     def counts(self) -> np.ndarray:
         """The number of records in each archive, int64 [archives]."""
         return np.diff(self._ends, prepend=0)
