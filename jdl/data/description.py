@@ -10,7 +10,7 @@ from jdl.data.tar import scan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.paths import Paths, expand
-from jdl.data.tar.source import TarSource
+from jdl.data.tar.source import TarSource, unread
 
 
 class Description(NamedTuple):
@@ -23,6 +23,7 @@ class Description(NamedTuple):
       classes: class -> how many images; "" for images without a label.
       splits: first folder of the path -> how many images.
       kinds: kind of member -> how many.
+      unread: extension -> how many members are images of a format that is not read, such as HEIC.
       damage: the defects, one dict each: word ("checksum", "truncated", "damaged", "sparse",
         "concatenated"), archive, offset, name, detail, lost.
       bytes: the archives' size.
@@ -36,6 +37,7 @@ class Description(NamedTuple):
     classes: dict[str, int]
     splits: dict[str, int]
     kinds: dict[str, int]
+    unread: dict[str, int]
     damage: list[dict[str, object]]
     bytes: int
     indexes: list[str | None]
@@ -72,11 +74,13 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
     archives = expand(paths)
     indexes = [open_index(path, keep=keep_index) for path in archives]
     kinds: Counter[str] = Counter()
+    unreads: Counter[str] = Counter()
     of_splits: Counter[str] = Counter()
     for index in indexes:
         counts = np.bincount(index.columns.kinds, minlength=len(_KIND_NAMES))
         kinds.update({name: int(counts[kind]) for kind, name in _KIND_NAMES.items()})
         of_splits.update(_splits(index))
+        unreads.update(unread(index))
     images = kinds["image"]
     classes: dict[str, int] = {}
     if images:
@@ -90,6 +94,7 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
         classes=classes,
         splits=dict(sorted(of_splits.items())),
         kinds=dict(+kinds),
+        unread=dict(unreads),
         damage=[{"archive": i.path, **each._asdict()} for i in indexes for each in i.damage],
         bytes=sum(index.stamp.get("size", index.size) for index in indexes),
         indexes=[index.file for index in indexes],

@@ -92,7 +92,7 @@ class Holdout(NamedTuple):
 def parse_split(split: str | Holdout | None) -> str | Holdout | None:
     """`split` with a holdout's short form replaced by the `Holdout`, checked."""
     if isinstance(split, str):
-        return Holdout.parse(split) or split
+        return Holdout.parse(split) or lb.composed(split)
     return None if split is None else split.checked()
 
 

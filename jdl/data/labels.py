@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -76,7 +77,7 @@ def _by_function(function: Callable[[str], Name]) -> Callable[[str], str | None]
     def by_function(name: str) -> str | None:
         found: object = function(name)
         if found is None or isinstance(found, str):
-            return found
+            return found and composed(found)
         ok = isinstance(found, int | np.integer) and not isinstance(found, bool)
         must = f"a function that returns a name, a number or None; for {name!r} one"
         check.argument(ok, "label", must, found)
@@ -124,7 +125,16 @@ def read_sidecar(data: bytes, field: str, where: str) -> str:
     ok = isinstance(value, str | int) and not isinstance(value, bool) and str(value)
     if not ok:
         raise check.DataError(f"{where} names no class, but {value!r}.")
-    return str(value)
+    return composed(str(value))
+
+
+def composed(name: str) -> str:
+    r"""`name` in Unicode's composed form (NFC), which members' names are in.
+
+    >>> composed("cafe\u0301") == "caf\xe9"
+    True
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def class_table(names: Iterable[str]) -> tuple[str, ...]:
@@ -144,13 +154,13 @@ def check_classes(classes: Sequence[str], seen: Iterable[str], where: str) -> tu
     Raises:
       DataError: naming those that are missing.
     """
-    table = tuple(classes)
     check.argument(
-        not isinstance(classes, str) and all(isinstance(c, str) for c in table),
+        not isinstance(classes, str) and all(isinstance(c, str) for c in classes),
         "classes",
         "a sequence of names",
         classes,
     )
+    table = tuple(map(composed, classes))
     check.argument(len(set(table)) == len(table), "classes", "names that differ", table[:20])
     unknown = class_table(set(seen) - set(table))
     if unknown:

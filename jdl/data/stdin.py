@@ -48,11 +48,13 @@ def standard_input(
       split: as in `from_tar`; no record of it is an error at the end.
       grayscale: one channel rather than three.
       on_error: at an image that cannot be decoded or damage to the archive, `"raise"` or `"skip"`.
-      max_skipped: the share of the records so far that may be skipped.
+      max_skipped: the share of the records so far that may be skipped; one always may unless it
+        is 0.
       dtype: `"uint8"`, or `"float32"` for values in [0, 1].
       threads: how many decode.
     """
     check.one_of("on_error", on_error, ("raise", "skip"))
+    check.in_range("max_skipped", max_skipped, 0.0, 1.0)
     check.argument(lb.sidecar(label) is None, "label", "something read from the name", label)
     check.argument(
         label is None or classes is not None,
@@ -62,7 +64,8 @@ def standard_input(
     )
     if label is not None:
         lb.reader(label)  # refuses invalid labels before anything is read
-    chosen = _Chosen(label, parse_split(split), None if label is None else tuple(classes or ()))
+    table = None if label is None else lb.check_classes(classes or (), (), "Standard input")
+    chosen = _Chosen(label, parse_split(split), table)
     decoder = Decoder(size, grayscale, dtype)
     return PipedBatches(chosen, batch_size, decoder, on_error == "skip", max_skipped, threads)
 

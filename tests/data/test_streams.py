@@ -11,6 +11,7 @@ import logging
 import lzma
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -151,6 +152,81 @@ def test_zeros_between_chained_files_are_skipped_whatever_a_read_gives(compress,
         found = list(inflate.pieces(file, size))
         assert b"".join(piece.data for piece in found) == one + two, zeros
         assert not any(piece.problem for piece in found)
+
+
+def skippable(size, kind=0):
+    """A frame of zstd's that decompressors pass over."""
+    return (0x184D2A50 + kind).to_bytes(4, "little") + size.to_bytes(4, "little") + bytes(size)
+
+
+def zstd_frames(rng, data):
+    """`data` in several zstd frames, some of them empty, with skippable frames anywhere."""
+    ends = np.sort(rng.integers(0, len(data) + 1, rng.integers(0, 5)))
+    out = b""
+    for start, stop in itertools.pairwise([0, *ends.tolist(), len(data)]):
+        for _ in range(rng.integers(0, 3)):
+            out += skippable(int(rng.integers(0, 40)), int(rng.integers(16)))
+        out += zstd.compress(data[start:stop])
+    return out + skippable(17) * int(rng.integers(2))
+
+
+@pytest.mark.parametrize("kind", range(16))
+def test_zstd_begins_with_a_skippable_frame(kind, plain, tmp_path):
+    path = tmp_path / "a.tar.zst"
+    with open(plain, "rb") as file:
+        path.write_bytes(skippable(4, kind) + zstd.compress(file.read()))
+    source = TarSource(path, keep_index=False)
+    assert source.mode == "stream"
+    assert [*source] == [*TarSource(plain)]
+    assert describe(path, keep_index=False).damage == []
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1 << 18])
+def test_zstd_frames_are_read_as_the_zstd_command_reads_them(size):
+    rng = np.random.default_rng(size)
+    for n in (0, 1, 5, 3000):
+        data = rng.bytes(n)
+        for _ in range(5):
+            frames = skippable(3) + zstd_frames(rng, data)
+            found = list(inflate.pieces(io.BytesIO(frames), size))
+            assert b"".join(piece.data for piece in found) == data
+            assert not any(piece.problem for piece in found)
+            if shutil.which("zstd"):
+                done = subprocess.run(["zstd", "-dc"], input=frames, capture_output=True)
+                assert (done.returncode, done.stdout) == (0, data)
+            for cut in (frames[: rng.integers(5, 11)], frames[:-1]):  # 11 bytes: the first frame
+                *_, last = inflate.pieces(io.BytesIO(cut), size)
+                assert last.problem == "its zstd data are cut short"
+
+
+@pytest.mark.skipif(not shutil.which("pzstd"), reason="needs pzstd")
+def test_what_pzstd_writes_is_read(plain, tmp_path):
+    path = tmp_path / "a.tar.zst"
+    subprocess.run(["pzstd", "-q", "-p", "2", plain, "-o", str(path)], check=True)
+    assert path.read_bytes()[1:4] == b"\x2a\x4d\x18"
+    assert [*TarSource(path, keep_index=False)] == [*TarSource(plain)]
+
+
+@pytest.mark.parametrize(
+    ("magic", "kind"),
+    [
+        (b"\x04\x22\x4d\x18", "lz4 file"),
+        (b"\x1f\x9d\x90", "compress file"),
+        (b"LZIP\x01", "lzip file"),
+        (b"PK\x03\x04", "zip archive"),
+        (b"7z\xbc\xaf\x27\x1c", "7z archive"),
+    ],
+)
+def test_other_compression_is_named_and_its_bytes_are_never_read_as_a_tar(
+    magic, kind, plain, tmp_path
+):
+    path = tmp_path / "a.tar.lz4"
+    with open(plain, "rb") as file:  # a stored block holds the tar's bytes as they are
+        path.write_bytes(magic.ljust(512, b"x") + file.read())
+    with pytest.raises(DataError, match=f"it is a {kind}, not a tar that is plain or compressed"):
+        from_tar(path, batch_size=2, keep_index=False)
+    with pytest.raises(DataError, match="no images"):
+        from_tar(path, batch_size=2, on_error="skip", keep_index=False)
 
 
 def test_a_compression_bomb_is_read_in_small_pieces(tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import tarfile
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,13 +48,19 @@ def listing(path):
     return found, index
 
 
+def plain(name):
+    """A name as `posixpath.normpath` has it, but for "..", in composed letters."""
+    parts = unicodedata.normalize("NFC", name).split("/")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
 def tarfile_listing(path):
     found = []
     with tarfile.open(path) as tar:
         for info in tar:
             data = tar.extractfile(info).read() if info.isreg() else b""
             name = info.name.encode("utf-8", "surrogateescape")
-            found.append((name.decode("utf-8", "backslashreplace"), data))
+            found.append((plain(name.decode("utf-8", "backslashreplace")), data))
     return found
 
 
@@ -275,6 +282,80 @@ def test_no_tars(tmp_path):
         TarSource(tmp_path / "b.tar")
 
 
+# ---------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("split", ["test:0.3", "test:0.3:folder", "test:0.3:0", "café"])
+def test_the_same_names_are_on_the_same_side_whatever_wrote_them(split, tmp_path):
+    names = [f"{c}/{i % 7}/ñ{i}.png" for c in ("café", *"abcdef") for i in range(30)]
+    ways = [
+        lambda name: name,
+        lambda name: "./" + name,
+        lambda name: "/" + name.replace("/", "//"),
+        lambda name: unicodedata.normalize("NFD", name).replace("/", "/./"),
+    ]
+    found = []
+    for i, way in enumerate(ways):
+        members = [(way(name), name.encode()) for name in names]
+        path = write_tar(tmp_path / f"{i}.tar", members, tarfile.PAX_FORMAT)
+        source = TarSource(path, split=split)
+        found.append([(source[k].name, source[k].data.decode()) for k in range(len(source))])
+        assert all(name == data for name, data in found[-1])
+    assert 0 < len(found[0]) < len(names)
+    assert found == [found[0]] * len(ways)
+
+
+def test_an_archive_made_again_from_inside_the_folder_has_the_same_split(tmp_path):
+    for i in range(60):
+        file = tmp_path / "d" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"%d" % i)
+    subprocess.run(["tar", "-cf", tmp_path / "1.tar", "-C", tmp_path / "d", "a", "b"], check=True)
+    subprocess.run(["tar", "-cf", tmp_path / "2.tar", "-C", tmp_path / "d", "."], check=True)
+    sides = [
+        {
+            part: {r.name for r in TarSource(tmp_path / tar, split=f"{part}:0.3")}
+            for part in ("train", "test")
+        }
+        for tar in ("1.tar", "2.tar")
+    ]
+    assert sides[0] == sides[1]
+    assert len(sides[0]["test"]) > 5
+    assert not sides[0]["test"] & sides[1]["train"]
+
+
+def test_composed_and_decomposed_names_are_one_class(tmp_path):
+    composed, decomposed = "caf\xe9", "cafe\u0301"
+    both = [(f"{composed}/1.png", b"1"), (f"{decomposed}/2.png", b"2"), ("x/3.png", b"3")]
+    one = write_tar(tmp_path / "one.tar", both, tarfile.PAX_FORMAT)
+    assert TarSource(one).count_classes() == {composed: 2, "x": 1}
+    apart = [write_tar(tmp_path / f"{i}.tar", [m], tarfile.PAX_FORMAT) for i, m in enumerate(both)]
+    several = TarSource(apart)
+    assert several.classes == (composed, "x")
+    assert several.labels([0, 1, 2]).tolist() == [0, 0, 1]
+    given = TarSource(apart, classes=("x", decomposed))
+    assert given.labels([0, 1, 2]).tolist() == [1, 1, 0]
+    assert len(TarSource(apart, split=decomposed)) == 2
+    assert TarSource(one, label=lambda name: decomposed).classes == (composed,)
+    assert describe(apart).splits == {composed: 2, "x": 1}
+
+
+@given(st.lists(st.sampled_from(["a", "..", ".", "", "\xe9", "e\u0301", "\u212b"]), min_size=1))
+def test_plain_names_do_not_change_again(parts):
+    name = fmt.plain("/".join(parts).encode())
+    assert name.decode() == plain("/".join(parts))
+    assert fmt.plain(name) == name
+
+
+def test_bytes_that_are_no_text_keep_names_apart(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("./\udcff.png", "\udcfe.png", "\\xff.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert [r.name for r in TarSource(path)] == ["\\xff.png", "\\xfe.png", "\\xff.png"]
+    assert describe(path).damage == []
+
+
 # ---------------------------------------------------------------------- headers
 
 
@@ -328,7 +409,7 @@ def test_an_invalid_index_is_not_used(ten):
     good = Path(tar_index.open_index(ten).file)
     whole = good.read_bytes()
     rng = np.random.default_rng(0)
-    start = len(b"JDLINDEX2\n") + 8
+    start = len(b"JDLINDEX3\n") + 8
     length = int.from_bytes(whole[start - 8 : start], "little")
     outside = bytearray(whole)
     at = -(-(start + length) // 64) * 64

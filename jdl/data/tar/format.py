@@ -9,6 +9,8 @@ References: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Extended Head
 manual, "Basic Tar Format".
 """
 
+import unicodedata
+
 import numpy as np
 
 BLOCK = 512
@@ -125,6 +127,21 @@ def names(blocks: np.ndarray) -> list[bytes]:
     for i in np.flatnonzero((fields["magic"] == b"ustar") & (blocks[:, 345] != 0)).tolist():
         found[i] = fields["prefix"][i].split(b"\0", 1)[0] + b"/" + found[i]
     return found
+
+
+def plain(path: bytes) -> bytes:
+    r"""A member's name in the one form that all writers' names are compared in.
+
+    It has no leading or double "/" and no "." in it, and its letters are composed (Unicode NFC).
+    ".." stays.
+
+    >>> plain(b"./train//7/"), plain("cafe\u0301/1.png".encode()) == "caf\xe9/1.png".encode()
+    (b'train/7', True)
+    """
+    if not path.isascii():
+        text = path.decode("utf-8", "surrogateescape")
+        path = unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")
+    return b"/".join([part for part in path.split(b"/") if part not in (b"", b".")])
 
 
 def pax_records(data: bytes) -> dict[bytes, bytes]:

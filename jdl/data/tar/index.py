@@ -25,7 +25,7 @@ from jdl.data.tar.scan import Columns, Damage
 logger = logging.getLogger("jdl.data")
 
 SUFFIX = ".jdlidx"
-_MAGIC = b"JDLINDEX2\n"
+_MAGIC = b"JDLINDEX3\n"
 _MAX_HEADER = 1 << 24
 _ALIGN = 64
 _ROWS = 1 << 16  # rows checked at once, to bound a worker's memory

@@ -17,7 +17,9 @@ from jdl.data.tar.format import BLOCK
 # Kinds of members, as stored in an index.
 IMAGE, OTHER, FOLDER, LINK, DEVICE, SPARSE, CUT = range(7)
 
-IMAGE_EXTENSIONS = frozenset(b"jpg jpeg jpe jfif png webp bmp gif pgm ppm pbm pnm".split())
+IMAGE_EXTENSIONS = frozenset(
+    b"jpg jpeg jpe jfif png webp bmp gif pgm ppm pbm pnm tif tiff jp2 j2k avif".split()
+)
 
 # The kind of a member by its type; regular files are images only if named so.
 _KINDS = np.full(256, OTHER, np.uint8)
@@ -55,7 +57,7 @@ class Damage(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """An archive's n members as arrays; names are `folder/base`.
+    """An archive's n members as arrays; names are `folder/base` (see `format.plain`).
 
     Attributes:
       offsets: int64 [n], where each member's contents begin.
@@ -115,6 +117,7 @@ class Walk:
         self.parts: list[tuple[np.ndarray, ...]] = []
         self.bases: list[bytes] = []
         self.folders: dict[bytes, int] = {}
+        self.written: dict[bytes, int] = {}  # the same, by folders' names as the archive has them
         # What pax and GNU headers say about the next member, and about all later ones (from where).
         self.next_name: bytes | None = None
         self.next_pax: dict[bytes, bytes] = {}
@@ -160,8 +163,7 @@ class Walk:
             return True
         if self.find_header(0, limit=_BEGINNING) is not None:
             return True
-        zipped = " (it is a zip archive)" if head.startswith(b"PK\x03\x04") else ""
-        self.note("damaged", 0, b"", f"it is no tar archive{zipped}: it begins with {head[:16]!r}")
+        self.note("damaged", 0, b"", f"it is no tar archive: it begins with {head[:16]!r}")
         return False
 
     def read(self, size: int, at: int) -> bytes:
@@ -311,7 +313,7 @@ class Walk:
         kinds = _KINDS[types]
         for i in np.flatnonzero((types == 0) | (kinds == FOLDER)).tolist():
             if names[i].endswith(b"/"):  # old tars mark folders so
-                names[i] = names[i].rstrip(b"/")
+                names[i] = fmt.plain(names[i])
                 kinds[i] = FOLDER
         cut = kept & (offsets + sizes > self.size)
         for i in np.flatnonzero(cut).tolist():
@@ -324,6 +326,9 @@ class Walk:
             offsets, sizes, kinds = offsets[kept], sizes[kept], kinds[kept]
         split = [name.rpartition(b"/") for name in names]
         bases = [base for _, _, base in split]
+        if not b"".join(bases).isascii() or b"" in bases or b"." in bases:
+            split = [fmt.plain(name).rpartition(b"/") for name in names]
+            bases = [base for _, _, base in split]
         # macOS stores a file's attributes as a second one, `._` and the name.
         images = [
             base.rpartition(b".")[2].lower() in IMAGE_EXTENSIONS and base[:2] != b"._"
@@ -334,8 +339,11 @@ class Walk:
             place = self.places[int(np.flatnonzero(kept)[-1])]
             end = int(offsets[-1] + sizes[-1])
             self.last = Last(place, int(offsets[-1]), end, names[-1]) if images[-1] else None
-        ids, new = self.folders, self.folders.setdefault
-        folder_ids = np.array([new(folder, len(ids)) for folder, _, _ in split], np.int32)
+        for folder, _, _ in split:
+            if folder not in self.written:
+                new = self.folders.setdefault(fmt.plain(folder), len(self.folders))
+                self.written[folder] = new
+        folder_ids = np.array([self.written[folder] for folder, _, _ in split], np.int32)
         lengths = np.fromiter(map(len, bases), np.int64, len(bases))
         self.parts.append((offsets, sizes, kinds, folder_ids, lengths))
         self.bases.append(b"".join(bases))
@@ -351,7 +359,7 @@ class Walk:
     def note(self, word: str, at: int, name: bytes, detail: str, lost: bool = True) -> None:
         """Notes one defect."""
         if len(self.damage) < _MAX_DAMAGE:
-            self.damage.append(Damage(word, at, text(name[:200]), detail, lost))
+            self.damage.append(Damage(word, at, text(fmt.plain(name)[:200]), detail, lost))
         else:
             self.unlisted += 1
 

@@ -5,7 +5,9 @@ from any thread or process, without a shared file position. Compressed archives 
 way, but efficiently only in their own order (see `jdl.data.window`).
 """
 
+import logging
 import os
+import re
 import threading
 import weakref
 from collections import Counter
@@ -25,6 +27,9 @@ from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import Paths, expand
 from jdl.data.tar.selection import Selection
 
+logger = logging.getLogger("jdl.data")
+
+_UNREAD = re.compile(rb"\.(hei[cf]|jxl|svg|psd|dng|cr[23]|nef|arw|raw)")  # names of images
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
 _GROUP = 256  # records requested at once from several remote archives, at most,
 _GROUP_BYTES = 1 << 25  # and their bytes, unless one record has more
@@ -97,6 +102,10 @@ class TarSource:
     ):
         self.indexes = _open_indexes(paths, keep_index)
         self.archives = [index.path for index in self.indexes]
+        for index in self.indexes:
+            if found := unread(index):
+                listed = ", ".join(f"{n} × .{kind}" for kind, n in found.items())
+                logger.warning("%r: images of these formats are not read: %s", index.path, listed)
         self._open_files()
         self._select(split)
         self._label(label, classes)
@@ -283,6 +292,11 @@ class TarSource:
         return next(mode for mode in ("stream", "seekable", "random") if mode in modes)
 
     @property
+    def chosen(self) -> tuple[Selection, ...]:
+        """The rows of each archive's index that are its records."""
+        return tuple(self._rows)
+
+    @property
     def counts(self) -> np.ndarray:
         """The number of records in each archive, int64 [archives]."""
         return np.diff(self._ends, prepend=0)
@@ -390,6 +404,22 @@ class TarSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_files()
+
+
+def unread(index: TarIndex) -> dict[str, int]:
+    """The members named as images of a format that is not read: extension -> how many."""
+    columns = index.columns
+    others = columns.kinds == scan.OTHER
+    if not others.any():
+        return {}
+    names, ends = columns.bases.tobytes().lower(), columns.base_ends
+    found: Counter[str] = Counter()
+    for match in _UNREAD.finditer(names):
+        row = int(np.searchsorted(ends, match.end()))
+        start = int(ends[row - 1]) if row else 0
+        if ends[row] == match.end() and others[row] and names[start : start + 2] != b"._":
+            found[match[1].decode()] += 1
+    return dict(found)
 
 
 def _open_indexes(paths: Paths | Sequence[TarIndex], keep: bool) -> tuple[TarIndex, ...]:

@@ -59,3 +59,4 @@ class MemberStream:
             walk.parts.clear()
             walk.bases.clear()
             walk.folders.clear()
+            walk.written.clear()
