@@ -12,7 +12,7 @@ from jdl.data.tar import scan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.paths import Paths, expand
-from jdl.data.tar.source import TarSource
+from jdl.data.tar.source import TarSource, unread
 
 
 class Description(NamedTuple):
@@ -27,6 +27,7 @@ class Description(NamedTuple):
       splits: first folder of the path -> how many images; where all are in one folder that holds
         `train` or `test`, its folders.
       kinds: kind of member -> how many.
+      unread: extension -> how many members are images of a format that is not read, such as HEIC.
       damage: the defects, one dict each: word ("checksum", "truncated", "damaged", "sparse",
         "concatenated"), archive, offset, name, detail, lost.
       bytes: the archives' size.
@@ -41,6 +42,7 @@ class Description(NamedTuple):
     left_out: dict[str, int]
     splits: dict[str, int]
     kinds: dict[str, int]
+    unread: dict[str, int]
     damage: list[dict[str, object]]
     bytes: int
     indexes: list[str | None]
@@ -87,9 +89,11 @@ def describe(
     archives = expand(paths)
     indexes = [open_index(path, keep=keep_index) for path in archives]
     kinds: Counter[str] = Counter()
+    unreads: Counter[str] = Counter()
     for index in indexes:
         counts = np.bincount(index.columns.kinds, minlength=len(_KIND_NAMES))
         kinds.update({name: int(counts[kind]) for kind, name in _KIND_NAMES.items()})
+        unreads.update(unread(index))
     patterns = Patterns.checked(include, exclude)
     of_splits, left_out = _splits(indexes, patterns)
     classes: dict[str, int] = {}
@@ -106,6 +110,7 @@ def describe(
         left_out=dict(left_out),
         splits=dict(sorted((of_splits - Counter({"": of_splits[""]})).items())),
         kinds=dict(+kinds),
+        unread=dict(unreads),
         damage=[{"archive": i.path, **each._asdict()} for i in indexes for each in i.damage],
         bytes=sum(index.stamp.get("size", index.size) for index in indexes),
         indexes=[index.file for index in indexes],

@@ -233,7 +233,7 @@ def _resized(members: Members, size: tuple[int, int], skip: Skip) -> Members:
             yield name, data
             continue
         try:
-            pixels = images.decode(data, size=size, grayscale=_is_gray(data), exact=True)
+            pixels = images.decode(data, size=size, grayscale=images.is_gray(data), exact=True)
         except images.BadImage as error:
             skip(repr(name), str(error))
             continue
@@ -246,13 +246,3 @@ def _resized(members: Members, size: tuple[int, int], skip: Skip) -> Members:
         else:
             image.save(out, "PNG")
             yield f"{stem}.png", out.getvalue()
-
-
-def _is_gray(data: bytes) -> bool:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
-            return image.mode in ("L", "1", "LA", "I", "I;16", "I;16B", "I;16L")
-    except Exception as error:
-        raise images.BadImage(f"cannot be decoded: {error}") from error

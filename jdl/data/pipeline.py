@@ -98,7 +98,8 @@ def from_tar(
       classes: the class table of training, for an evaluation.
       on_error: at an image that cannot be decoded, `"raise"` an error or `"skip"` it; `"skip"` also
         accepts a damaged archive and reads what is left of it.
-      max_skipped: the share of an epoch's records that may be skipped before that is an error.
+      max_skipped: the share of an epoch's records that may be skipped before that is an error; one
+        always may unless it is 0.
       drop_remainder: drop an epoch's last records that fill no batch; by default only with
         `epochs=None`.
       dtype: `"uint8"`, or `"float32"` for values in [0, 1].

@@ -59,11 +59,13 @@ def standard_input(
       exclude: as in `from_tar`.
       grayscale: one channel rather than three.
       on_error: at an image that cannot be decoded or damage to the archive, `"raise"` or `"skip"`.
-      max_skipped: the share of the records so far that may be skipped.
+      max_skipped: the share of the records so far that may be skipped; one always may unless it
+        is 0.
       dtype: `"uint8"`, or `"float32"` for values in [0, 1].
       threads: how many decode.
     """
     check.one_of("on_error", on_error, ("raise", "skip"))
+    check.in_range("max_skipped", max_skipped, 0.0, 1.0)
     check.argument(lb.sidecar(label) is None, "label", "something read from the name", label)
     check.argument(
         label is None or classes is not None,

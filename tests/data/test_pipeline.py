@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,6 +25,8 @@ from PIL import Image
 from jdl.core.check import ArgumentError, DataError, UserError
 from jdl.data import Dataset, digits, digits_path, from_arrays, from_tar, resolve, splits
 from jdl.data.plan import Plan
+from jdl.data.stdin import standard_input
+from jdl.data.tar.paths import braces, expand
 
 
 def png(value, size=(6, 5)):
@@ -203,9 +207,33 @@ def test_a_position_in_other_data_is_refused(tar, tmp_path):
         with pytest.raises(DataError, match=field):
             iter(data).set_state(state)
     data = from_tar(tar, batch_size=5, epochs=None)
-    for wrong in ({}, {**state, "record": -1}, {**state, "epoch": None}, {**state, "record": 99}):
-        with pytest.raises(DataError):
+    for wrong in ({**state, "record": -1}, {**state, "epoch": None}, {**state, "record": 99}):
+        with pytest.raises(DataError, match="position in the data"):
             iter(data).set_state(wrong)
+    for wrong in (None, 3, [state], "a"):
+        with pytest.raises(DataError, match="This is no position in the data"):
+            iter(data).set_state(wrong)
+    for wrong in ({}, {**state, "version": 1}):
+        with pytest.raises(DataError, match="the version of jdl's positions differs"):
+            iter(data).set_state(wrong)
+
+
+def test_a_position_among_other_images_of_the_archives_is_refused(tmp_path):
+    """Even as many of them: of another split, or with the archives in another order."""
+    members = [(f"{s}/{i}.png", png(i)) for s in ("train", "test") for i in range(6)]
+    a = write_tar(tmp_path / "a.tar", members)
+    b = write_tar(tmp_path / "b.tar", [(name, png(7)) for name, _ in members])
+    options = {"batch_size": 2, "label": None}
+    state = iter(from_tar([a, b], split="train", **options)).get_state()
+    for paths, split in (([a, b], "test"), ([b, a], "train"), ([a, b], "train:0.5")):
+        data = from_tar(paths, split=split, **options)
+        assert data.num_records == 12
+        with pytest.raises(DataError, match=r"images chosen from them \(`split`\) differs"):
+            iter(data).set_state(state)
+    # The same images with other labels, moved, are the same data.
+    (tmp_path / "elsewhere").mkdir()
+    moved = [Path(path).rename(tmp_path / "elsewhere" / Path(path).name) for path in (a, b)]
+    iter(from_tar(moved, split="train", batch_size=3, label=0)).set_state(state)
 
 
 @given(
@@ -324,6 +352,16 @@ def test_too_much_skipping_is_an_error(damaged):
         list(data)
 
 
+def test_one_of_few_may_be_skipped_but_none_with_a_share_of_zero(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("c/0.png", png(0)), ("c/1.png", b"junk")])
+    options = {"batch_size": 2, "size": (6, 5), "on_error": "skip"}
+    assert len(list(from_tar(path, max_skipped=0.01, **options))) == 1
+    with pytest.raises(DataError, match=r"1 of 2 records cannot be read.*'c/1\.png'"):
+        list(from_tar(path, max_skipped=0.0, **options))
+    with pytest.raises(ArgumentError, match="max_skipped"):
+        standard_input(batch_size=2, size=(6, 5), label=None, max_skipped=float("nan"))
+
+
 def test_a_damaged_archive_is_refused_unless_skipping(tar):
     with open(tar, "r+b") as file:
         file.seek(3 * 1024 + 5)
@@ -370,6 +408,41 @@ def test_mistakes(tar, tmp_path):
     bad = write_tar(tmp_path / "bad.tar", [("c/0.png", b"junk")])
     with pytest.raises(DataError, match=r"None of the first images.*'c/0\.png'"):
         from_tar(bad, batch_size=1)
+
+
+# ---------------------------------------------------------------------- paths
+
+
+def test_an_archive_under_two_names_is_refused(tar, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("link.tar").symlink_to("a.tar")
+    os.link("a.tar", "hard.tar")
+    Path("d").symlink_to(tmp_path)
+    many = [shutil.copy(tar, f"{i}.tar") for i in range(1200)]
+    for other in ("./a.tar", tar, "link.tar", "hard.tar", "d/a.tar"):
+        for between in ([], many):
+            with pytest.raises(
+                ArgumentError, match=rf"named once each, got \['a.tar', '{other}'\]"
+            ):
+                expand(["a.tar", *between, other])
+    assert expand(many) == many
+    with pytest.raises(ArgumentError, match="named once each"):
+        expand(["http://a/b.tar", "http://a/b.tar"])
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash tells what is right")
+def test_braces_are_expanded_as_bash_does():
+    patterns = (
+        "{1..4..3} {4..1} {10..1..4} {01..10..4} {1..010} {-1..2} {-01..2} {1..-05} {1..3..0} "
+        "{1..5..-2} {5..1..-2} {0..00} {-0..2} {-00..1} {1..3..02} x{,a} {a} y{}z {1..2}{a,b} "
+        "{100..098} {x,y a{1..2 {1..2}} {a,b}{ {1..2..} {9..0099..30} {000..-1} {a}{1..2}"
+    )
+    out = subprocess.run(["bash", "-c", f"echo {patterns}"], capture_output=True, check=True)
+    found = itertools.chain.from_iterable(map(braces, patterns.split()))
+    assert list(found) == out.stdout.decode().split()
+    for pattern in ("{1..1000001}", "{1..1001}-{1..1000}", "{0..999999999999999999}"):
+        with pytest.raises(ArgumentError, match="at most 1000000 files"):
+            braces(pattern)
 
 
 # ---------------------------------------------------------------------- arrays

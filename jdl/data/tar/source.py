@@ -5,7 +5,9 @@ from any thread or process, without a shared file position. Compressed archives 
 way, but efficiently only in their own order (see `jdl.data.window`).
 """
 
+import logging
 import os
+import re
 import threading
 import weakref
 from collections import Counter
@@ -26,8 +28,12 @@ from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import Paths, expand
 from jdl.data.tar.selection import Selection
 
+logger = logging.getLogger("jdl.data")
+
+_UNREAD = re.compile(rb"\.(hei[cf]|jxl|svg|psd|dng|cr[23]|nef|arw|raw)")  # names of images
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
-_GROUP = 256  # records requested at once from remote archives
+_GROUP = 256  # records requested at once from several remote archives, at most,
+_GROUP_BYTES = 1 << 25  # and their bytes, unless one record has more
 _MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
 _MAX_OPEN = 256  # archives kept open; further ones are opened for each read
 
@@ -106,6 +112,10 @@ class TarSource:
     ):
         self.indexes = _open_indexes(paths, keep_index)
         self.archives = [index.path for index in self.indexes]
+        for index in self.indexes:
+            if found := unread(index):
+                listed = ", ".join(f"{n} × .{kind}" for kind, n in found.items())
+                logger.warning("%r: images of these formats are not read: %s", index.path, listed)
         self._open_files()
         self._select(split, Patterns.checked(include, exclude))
         self._label(label, classes)
@@ -311,6 +321,11 @@ class TarSource:
         return next(mode for mode in ("stream", "seekable", "random") if mode in modes)
 
     @property
+    def chosen(self) -> tuple[Selection, ...]:
+        """The rows of each archive's index that are its records."""
+        return tuple(self._rows)
+
+    @property
     def counts(self) -> np.ndarray:
         """The number of records in each archive, int64 [archives]."""
         return np.diff(self._ends, prepend=0)
@@ -333,29 +348,45 @@ class TarSource:
             yield from self._read(archive, rows[start:at])
 
     def _read_grouped(self, archives: np.ndarray, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
-        """The same, asking each archive for many at once, which a network makes worthwhile."""
-        for start in range(0, len(rows), _GROUP):
-            some = archives[start : start + _GROUP]
+        """The same, asking all archives at the same time, which a network makes worthwhile."""
+        sizes = np.zeros(len(rows), np.int64)
+        for archive in np.unique(archives).tolist():
+            here = archives == archive
+            sizes[here] = self.indexes[archive].columns.sizes[rows[here]]
+        start = 0
+        while start < len(rows):
+            total = np.cumsum(sizes[start : start + _GROUP])
+            end = start + max(int(np.searchsorted(total, _GROUP_BYTES, "right")), 1)
+            asked = []
+            for archive in np.unique(archives[start:end]).tolist():
+                places = np.flatnonzero(archives[start:end] == archive)
+                asked.append((places.tolist(), self._read(archive, rows[start + places])))
             found: dict[int, bytes | BadImage] = {}
-            for archive in np.unique(some).tolist():
-                places = np.flatnonzero(some == archive)
-                data = self._read(archive, rows[start + places])
-                found |= zip(places.tolist(), data, strict=True)
-            yield from (found[place] for place in range(len(some)))
+            for of, data in asked:
+                found |= zip(of, data, strict=True)
+            yield from (found.pop(place) for place in range(end - start))
+            start = end
 
     def _read(self, archive: int, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
+        """Records of one archive. A server is asked for them now, not when the first is taken."""
+        reader = self._reader(archive, rows)
+        next(reader)
+        return reader
+
+    def _reader(self, archive: int, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
         index = self.indexes[archive]
         sizes = index.columns.sizes[rows].tolist()
         offsets = index.columns.offsets[rows].tolist()
         handle = self._handle(archive)
         kept = archive in self._files
-        if self._last is not None and self._last is not handle:
-            self._last.release_memory()
-        self._last = handle
         try:
             handle.check_unchanged(index.stamp)
             fits = [(s, at) for s, at in zip(sizes, offsets, strict=True) if s <= _MAX_ENCODED]
             read = handle.pread_many(fits)
+            yield b""  # for `_read`
+            if self._last is not None and self._last is not handle:
+                self._last.release_memory()
+            self._last = handle
             for row, size in zip(rows.tolist(), sizes, strict=True):
                 if size > _MAX_ENCODED:
                     problem = f"it has {size} bytes, more than the {_MAX_ENCODED} an image may have"
@@ -402,6 +433,22 @@ class TarSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_files()
+
+
+def unread(index: TarIndex) -> dict[str, int]:
+    """The members named as images of a format that is not read: extension -> how many."""
+    columns = index.columns
+    others = columns.kinds == scan.OTHER
+    if not others.any():
+        return {}
+    names, ends = columns.bases.tobytes().lower(), columns.base_ends
+    found: Counter[str] = Counter()
+    for match in _UNREAD.finditer(names):
+        row = int(np.searchsorted(ends, match.end()))
+        start = int(ends[row - 1]) if row else 0
+        if ends[row] == match.end() and others[row] and names[start : start + 2] != b"._":
+            found[match[1].decode()] += 1
+    return dict(found)
 
 
 def _open_indexes(paths: Paths | Sequence[TarIndex], keep: bool) -> tuple[TarIndex, ...]:
