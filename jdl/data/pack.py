@@ -290,7 +290,7 @@ def _resized(samples: Iterator[Members], size: tuple[int, int], skip: Skip) -> I
 def _resize(name: str, data: bytes, size: tuple[int, int]) -> tuple[str, bytes]:
     from PIL import Image
 
-    pixels = images.decode(data, size=size, grayscale=_is_gray(data), exact=True)
+    pixels = images.decode(data, size=size, grayscale=images.is_gray(data), exact=True)
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     out, stem = io.BytesIO(), name.rpartition(".")[0]
     if data.startswith(b"\xff\xd8\xff"):
@@ -298,13 +298,3 @@ def _resize(name: str, data: bytes, size: tuple[int, int]) -> tuple[str, bytes]:
         return f"{stem}.jpg", out.getvalue()
     image.save(out, "PNG")
     return f"{stem}.png", out.getvalue()
-
-
-def _is_gray(data: bytes) -> bool:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
-            return image.mode in ("L", "1", "LA", "I", "I;16", "I;16B", "I;16L")
-    except Exception as error:
-        raise images.BadImage(f"cannot be decoded: {error}") from error
