@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from jdl.core import check
+from jdl.data.choice import Patterns
 from jdl.data.idx import is_idx, read_idx
-from jdl.data.labels import sidecar_key
+from jdl.data.labels import composed, sidecar_key
 from jdl.data.tar import scan
 from jdl.data.tar.archive import STDIN, changed, is_url
 from jdl.data.tar.index import TarIndex, open_index
@@ -269,15 +271,34 @@ def _from_arrays(
             f"{where!r} must hold uint8 [n, H, W] or [n, H, W, 3], got {pixels.dtype} "
             f"{list(pixels.shape)}."
         )
-    if labels is not None and (labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iuSU"):
-        raise check.DataError(
-            f"{where!r} must have a label for each of its {len(pixels)} images, got "
-            f"{labels.dtype} {list(labels.shape)}."
-        )
+    names = None if labels is None else _class_names(labels, len(pixels), where)
     digits = max(5, len(str(len(pixels) - 1)))
     for i, image in enumerate(pixels):
         out = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(image)).save(out, "PNG")
-        label = "" if labels is None else str(labels[i]).replace("/", "_")
-        parts = (split, label, f"{i:0{digits}d}.png")
+        parts = (split, names[i] if names else "", f"{i:0{digits}d}.png")
         yield [("/".join(part for part in parts if part), out.getvalue())]
+
+
+def _class_names(labels: np.ndarray, n: int, where: str) -> list[str]:
+    """The labels, [n] or [n, 1], as folders' names, from which they are read again."""
+    flat = labels[:, 0] if labels.shape == (n, 1) else labels
+    if flat.shape != (n,) or flat.dtype.kind not in "iuSU":
+        raise check.DataError(
+            f"{where!r} must have a label for each of its {n} images, a number or a text, got "
+            f"{labels.dtype} {list(labels.shape)}."
+        )
+    texts = np.char.decode(flat, "utf-8", "surrogateescape") if flat.dtype.kind == "S" else flat
+    names = [str(each) for each in texts.tolist()]
+    of: dict[str, str] = {}
+    for name in sorted({*names}):
+        odd = name in ("", ".", "..") or any(unicodedata.category(c) in ("Cc", "Cs") for c in name)
+        odd |= "/" in name or Patterns.checked(None, None).refuses(f"{name}/0.png") is not None
+        other = of.setdefault(composed(name), name)
+        if odd or other is not name:
+            also = "" if other is name else f" and {other!r}, which differs from it in form alone,"
+            raise check.DataError(
+                f"{where!r} has the label {name!r}{also} which cannot be the name of a folder, as "
+                "a class is. Use numbers, or other texts."
+            )
+    return names
