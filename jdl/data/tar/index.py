@@ -238,20 +238,16 @@ def _mapped(fd: int, size: int) -> np.ndarray:
         return np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_READ), np.uint8)
     # Python's own mmap keeps a descriptor for each file, unless trackfd=False (from 3.13 on).
     c = ctypes.CDLL(None, use_errno=True)
-    c.mmap.restype, c.mmap.argtypes = ctypes.c_void_p, _MMAP
-    c.munmap.argtypes = _MMAP[:2]
+    place, number = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
+    c.mmap.restype, c.munmap.argtypes = ctypes.c_void_p, place
+    c.mmap.argtypes = [*place, number, number, number, ctypes.c_long]
     address = c.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), "it cannot be mapped")
     whole = (ctypes.c_ubyte * size).from_address(address)
     # Not at exit, when threads may still be reading.
     weakref.finalize(whole, c.munmap, address, size).atexit = False
-    data = np.frombuffer(whole, np.uint8)
-    data.flags.writeable = False
-    return data
-
-
-_MMAP = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    return np.frombuffer(memoryview(whole).toreadonly(), np.uint8)
 
 
 def _check_columns(columns: Columns, size: int) -> None:

@@ -17,7 +17,9 @@ from jdl.data.tar.format import BLOCK
 # Kinds of members, as stored in an index.
 IMAGE, OTHER, FOLDER, LINK, DEVICE, SPARSE, CUT = range(7)
 
-IMAGE_EXTENSIONS = frozenset(b"jpg jpeg jpe jfif png webp bmp gif pgm ppm pbm pnm".split())
+IMAGE_EXTENSIONS = frozenset(
+    b"jpg jpeg jpe jfif png webp bmp gif pgm ppm pbm pnm tif tiff jp2 j2k avif".split()
+)
 
 # The kind of a member by its type; regular files are images only if named so.
 _KINDS = np.full(256, OTHER, np.uint8)
@@ -161,8 +163,7 @@ class Walk:
             return True
         if self.find_header(0, limit=_BEGINNING) is not None:
             return True
-        zipped = " (it is a zip archive)" if head.startswith(b"PK\x03\x04") else ""
-        self.note("damaged", 0, b"", f"it is no tar archive{zipped}: it begins with {head[:16]!r}")
+        self.note("damaged", 0, b"", f"it is no tar archive: it begins with {head[:16]!r}")
         return False
 
     def read(self, size: int, at: int) -> bytes:

@@ -76,7 +76,7 @@ def make_seekable(path: str) -> str:
     kind = inflate.compression(stored.pread(8, 0))
     stored.close()
     if kind != "gzip":
-        what = f"{kind}-compressed" if kind else "not compressed"
+        what = kind or "not compressed"
         hint = "It needs none." if kind is None else "Rewrite it with `jdl pack`."
         raise check.DataError(f"{path!r} is {what}; seek files are made for gzip only. {hint}")
     file = _indexed_gzip().IndexedGzipFile(path, spacing=SEEK_SPACING)
