@@ -238,9 +238,9 @@ def _mapped(fd: int, size: int) -> np.ndarray:
         return np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_READ), np.uint8)
     # Python's own mmap keeps a descriptor for each file, unless trackfd=False (from 3.13 on).
     c = ctypes.CDLL(None, use_errno=True)
-    place, number = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
-    c.mmap.restype, c.munmap.argtypes = ctypes.c_void_p, place
-    c.mmap.argtypes = [*place, number, number, number, ctypes.c_long]
+    pointer, long, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    c.mmap.restype, c.munmap.argtypes = pointer, [pointer, long]
+    c.mmap.argtypes = [pointer, long, number, number, number, ctypes.c_long]
     address = c.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), "it cannot be mapped")
