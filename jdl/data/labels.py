@@ -25,15 +25,6 @@ def folder_parts(folder: str) -> list[str]:
     return [part for part in folder.split("/") if part not in ("", ".")]
 
 
-def first_folder(name: str) -> str:
-    """The first folder in a member's path, "" if it has none: what a split by folder goes by.
-
-    >>> first_folder("./train/7/0001.png"), first_folder("0001.png")
-    ('train', '')
-    """
-    return next(iter(folder_parts(name.rpartition("/")[0])), "")
-
-
 def reader(label: Label) -> Callable[[str], str | None]:
     """The function from a member's name to its class, or to None where it has none.
 
