@@ -340,8 +340,8 @@ def test_corrupt_images_are_skipped_counted_and_named(damaged, threads, caplog):
     assert batches[0]["mask"].tolist() == [1, 1, 1, 1, 0]
     assert flat(values(batches)) == [i for i in range(23) if i % 10 != 4] * 2
     assert (data.skipped, iterator.skipped) == (2, 4)
-    assert len(data.skipped_names) == 2
-    assert all(name in " ".join(data.skipped_names) for name in ("c/04.png", "c/14.png"))
+    assert len(data.skipped_records) == 2
+    assert all(name in " ".join(data.skipped_records) for name in ("c/04.png", "c/14.png"))
     assert [record.args[0].split()[-1] for record in caplog.records] == ["'c/04.png'", "'c/14.png'"]
 
 
