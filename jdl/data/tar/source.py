@@ -37,7 +37,8 @@ _GROUP = 256  # records requested at once from several remote archives, at most,
 _GROUP_BYTES = 1 << 25  # and their bytes, unless one record has more
 _MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
 _CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
-_MAX_OPEN = 256  # archives kept open; further ones are opened for each read
+# How many more archives this process keeps open, by its limit; others are opened for each read.
+_open_left = [min(256, os.sysconf("SC_OPEN_MAX") % 2**31 // 4 if hasattr(os, "sysconf") else 256)]
 
 
 class Record(NamedTuple):
@@ -379,7 +380,7 @@ class TarSource:
         sizes = index.columns.sizes[rows].tolist()
         offsets = index.columns.offsets[rows].tolist()
         handle = self._handle(archive)
-        kept = archive in self._files
+        kept = self._files.get(archive) is handle
         try:
             handle.check_unchanged(index.stamp)
             fits = [(s, at) for s, at in zip(sizes, offsets, strict=True) if s <= _MAX_ENCODED]
@@ -407,6 +408,10 @@ class TarSource:
     _last: Archive | None = None  # the archive read last
 
     def _handle(self, archive: int) -> Archive:
+        if self._process != os.getpid():
+            # A forked child shares the places in files with its parent, and locks may be held.
+            self._finalizer.detach()
+            self._open_files()
         handle = self._files.get(archive)
         if handle is not None:
             return handle
@@ -415,20 +420,21 @@ class TarSource:
             if archive in self._files:  # another thread was faster
                 handle.close()
                 return self._files[archive]
-            if len(self._files) < _MAX_OPEN:
+            if _open_left[0] > 0:
+                _open_left[0] -= 1
                 self._files[archive] = handle
         return handle
 
     def _open_files(self) -> None:
         self._files: dict[int, Archive] = {}
-        self._last = None
+        self._last, self._process = None, os.getpid()
         self._lock = threading.Lock()
         # Only when no thread can be reading: a closed descriptor's number may be used for another
         # file.
-        weakref.finalize(self, _close_all, self._files)
+        self._finalizer = weakref.finalize(self, _close_all, self._files)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_files", "_last", "_lock")
+        own = ("_files", "_last", "_lock", "_finalizer")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -463,6 +469,7 @@ def _open_indexes(paths: Paths | Sequence[TarIndex], keep: bool) -> tuple[TarInd
 def _close_all(files: dict[int, Archive]) -> None:
     while files:
         files.popitem()[1].close()
+        _open_left[0] += 1
 
 
 def _few(archives: list[str]) -> str:
