@@ -39,7 +39,7 @@ def run(args: Args) -> None:
         _make_seekable(args.data)
     found = describe(resolve(args.data))
     if args.as_json:
-        keys = ("members", "images", "classes", "damage")
+        keys = ("members", "images", "unread", "classes", "damage")
         print(json.dumps({key: getattr(found, key) for key in keys}))
     else:
         _print(args.data, found)
@@ -72,6 +72,9 @@ def _print(data: str, found: "Description") -> None:
     others = {kind: n for kind, n in found.kinds.items() if kind != "image"}
     if others:
         print("besides images: " + ", ".join(f"{n} × {kind}" for kind, n in others.items()))
+    if found.unread:
+        listed = ", ".join(f"{n} × .{kind}" for kind, n in found.unread.items())
+        print(f"images of a format that is not read: {listed}")
     for archive, mode in found.modes.items():
         if mode in _COST:
             print(f"{archive}: {_COST[mode]}")

@@ -22,7 +22,16 @@ from jdl.data.plan import Plan, Span
 
 logger = logging.getLogger("jdl.data")
 
-_VERSION = 1
+_VERSION = 2
+# What a position must have in common with the data set that it is set on.
+_SAME = {
+    "version": "the version of jdl's positions",
+    "data": "the archives, their order, or the images chosen from them (`split`)",
+    "num_records": "the number of records",
+    "shuffle": "whether they are shuffled",
+    "seed": "the seed",
+    "order": "the weights, the window, or the order that this version of jdl makes of them",
+}
 
 
 @runtime_checkable
@@ -100,7 +109,8 @@ class Batches(grain.IterDataset):
       order: which record is at which place.
       classes: the names of the classes; None if there is no such table.
       fingerprint: of the data, so that a position in other data is refused.
-      max_skipped: the share of an epoch's records that may be skipped.
+      max_skipped: the share of an epoch's records that may be skipped; one always may unless it
+        is 0.
     """
 
     num_threads = 0  # threads that load ahead; 0: batches are made when asked for
@@ -124,7 +134,7 @@ class Batches(grain.IterDataset):
         super().__init__()
         self.plan, self.order, self.classes = plan, order, classes
         self.fingerprint, self.max_skipped = fingerprint, max_skipped
-        self._bad: set[str] = set()
+        self._bad: dict[str, str] = {}
 
     def repeat(self) -> "Batches":
         """The same data without end; the remainder is dropped if an epoch fills a batch."""
@@ -202,9 +212,9 @@ class Batches(grain.IterDataset):
         return len(self._bad)
 
     @property
-    def skipped_names(self) -> tuple[str, ...]:
-        """Which these are."""
-        return tuple(sorted(self._bad))
+    def skipped_records(self) -> dict[str, str]:
+        """Archive and member of each, and why it is unreadable."""
+        return dict(sorted(self._bad.items()))
 
     @property
     def element_spec(self) -> dict[str, Any]:
@@ -247,7 +257,7 @@ class Batches(grain.IterDataset):
         """Logs skipped records, once each."""
         for where, why in skipped:
             if where not in self._bad:
-                self._bad.add(where)
+                self._bad[where] = why
                 logger.warning("skipped %s: %s", where, why)
 
 
@@ -290,12 +300,13 @@ class BatchIterator(grain.DatasetIterator):
         self._skipped += len(skipped)
         self._skipped_in_epoch += len(skipped)
         bad, records = self._skipped_in_epoch, self.dataset.count_until(self._record)
+        share = self.dataset.max_skipped
         # One bad image among few says little about the archive.
-        if bad > max(1, self.dataset.max_skipped * records):
+        if bad > (max(1, share * records) if share else 0):
             where, why = skipped[-1]
             raise check.DataError(
                 f"{bad} of {records} records cannot be read, more than the share of "
-                f"{self.dataset.max_skipped} that `max_skipped` allows. The last: {where}: {why}."
+                f"{share} that `max_skipped` allows. The last: {where}: {why}."
             )
 
     def get_state(self) -> dict[str, Any]:
@@ -314,7 +325,7 @@ class BatchIterator(grain.DatasetIterator):
             "data": self.dataset.fingerprint,
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Any) -> None:
         """Moves to a position from `get_state`, of this process or another.
 
         Batch size and the numbers of threads, workers, hosts and epochs may differ; the data, the
@@ -324,12 +335,13 @@ class BatchIterator(grain.DatasetIterator):
           DataError: if they do.
         """
         mine = self.get_state()
-        for field in ("version", "data", "num_records", "shuffle", "seed", "order"):
-            theirs = state.get(field, "global" if field == "order" else None)
-            if theirs != mine[field]:
+        if not isinstance(state, dict):
+            raise check.DataError(f"This is no position in the data: {state!r}.")
+        for field, what in _SAME.items():
+            if state.get(field) != mine[field]:
                 raise check.DataError(
-                    f"The saved position belongs to other data: its {field!r} is "
-                    f"{theirs!r}, that of this data set {mine[field]!r}."
+                    f"The saved position belongs to other data: {what} differs. Its {field!r} is "
+                    f"{state.get(field)!r}, that of this data set {mine[field]!r}."
                 )
         fields = ("epoch", "record", "skipped", "skipped_in_epoch")
         try:

@@ -1,4 +1,4 @@
-"""Splits into training and test records: by the first folder, or by a hash of the name.
+"""Splits into training and test records: by a folder, or by a hash of the name.
 
 A hash depends only on the name, or on the group that a record belongs to. So a record stays on its
 side when others are added, and in other archives.
@@ -6,7 +6,7 @@ side when others are added, and in other archives.
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from jdl.core import check
@@ -92,15 +92,43 @@ class Holdout(NamedTuple):
 def parse_split(split: str | Holdout | None) -> str | Holdout | None:
     """`split` with a holdout's short form replaced by the `Holdout`, checked."""
     if isinstance(split, str):
-        return Holdout.parse(split) or lb.composed(split)
+        return Holdout.parse(split) or lb.composed("/".join(lb.folder_parts(split)))
     return None if split is None else split.checked()
 
 
-def no_such_split(where: str, split: str | Holdout, images: int, folders: list[str]) -> Exception:
-    """The error for a split without images; `folders` are first folders of paths there."""
+def inside(folder: str, of: str) -> bool:
+    """Whether a folder is the folder `of` or in it.
+
+    >>> inside("train/7", "train"), inside("training", "train")
+    (True, False)
+    """
+    return f"{folder}/".startswith(f"{of}/")
+
+
+def find_folder(split: str, folders: Iterable[str]) -> str:
+    """The folder that `split` names: from the root on, or else in the only top folder of all.
+
+    >>> find_folder("train", ["digits-main/train/0", "digits-main/test/0"])
+    'digits-main/train'
+    """
+    folders = list(folders)
+    tops = {folder.partition("/")[0] for folder in folders}
+    below = f"{min(tops, default='')}/{split}"
+    if len(tops) > 1 or any(inside(folder, split) for folder in folders):
+        return split
+    return below if any(inside(folder, below) for folder in folders) else split
+
+
+def no_such_split(
+    where: str, split: str | Holdout, images: int, folders: Iterable[str]
+) -> check.DataError:
+    """The error for a split without images; `folders` are those of images there."""
     detail = ""
     if isinstance(split, str):
-        there = ", ".join(repr(name) for name in folders if name) or "no folder"
+        parts = [folder.split("/") for folder in folders if folder]
+        depth = 1 if len({part[0] for part in parts}) > 1 else 2
+        first = dict.fromkeys("/".join(part[:depth]) for part in parts)
+        there = ", ".join(map(repr, [*first][:10])) or "no folder"
         detail = f" No path begins with that folder. Paths begin with: {there}."
     return check.DataError(
         f"{where} has no images of the split {split!r} among its {images}.{detail}"

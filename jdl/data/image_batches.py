@@ -258,7 +258,9 @@ def _warn_in_order(source: TarSource, window: int) -> None:
 
 
 def _fingerprint(source: TarSource) -> str:
+    """Of the archives and the images chosen from them; labels may change."""
     digest = hashlib.blake2b(digest_size=8)
-    for index in source.indexes:
-        digest.update(f"{index.stamp['size']} {index.stamp['digest']};".encode())
+    for index, chosen in zip(source.indexes, source.chosen, strict=True):
+        digest.update(f"{index.stamp['size']} {index.stamp['digest']} {len(chosen)};".encode())
+        digest.update(index.columns.offsets[chosen.all()].tobytes())
     return digest.hexdigest()

@@ -12,12 +12,14 @@ and the largest of one photograph (`make bench-data`):
     500 × 375     2.8, 8.9      1.4, 4.4        0, 0
     250 × 250     1.8, 4.7      1.8, 4.7        0, 0
 
-The bytes are untrusted: only the formats below are tried, and an image of more than `max_pixels` is
+The bytes are untrusted: only the formats below are read, and an image of more than `max_pixels` is
 refused when its header is read, before memory is allocated.
 """
 
+import importlib
 import io
 import math
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -32,13 +34,39 @@ try:
 except ImportError:  # Pillow is slower
     simplejpeg = None
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
+# The formats that are read: the name of Pillow's plugin -> how their files begin.
+_PLUGINS = {
+    "Jpeg": rb"\xff\xd8\xff",
+    "Png": rb"\x89PNG\r\n\x1a\n",
+    "WebP": rb"RIFF....WEBP",
+    "Gif": rb"GIF8[79]a",
+    "Bmp": rb"BM",
+    "Ppm": rb"P[1-6]\s",
+    "Tiff": rb"II[*+]\0|MM\0[*+]",
+    "Jpeg2K": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n",
+    "Avif": rb"....ftypavi[fs]",
+}
+# What is often found instead.
+_OTHERS = {
+    "HTML": rb"(?i)\s*<(!doctype html|html)",
+    "SVG or other XML": rb"\s*<(\?xml|svg)",
+    "HEIC": rb"....ftyp(he|mif1|msf1)",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "gzip": rb"\x1f\x8b",
+    "zip": rb"PK\x03\x04",
+    "PDF": rb"%PDF",
+    "a pointer of Git LFS": rb"version https://git-lfs",
+}
 MAX_PIXELS = 1 << 26  # 8192 × 8192
 
 # The fractions of its size that a JPEG is decoded at; 5/8 to 7/8 cost more than the whole.
 EIGHTHS = (1, 2, 3, 4, 8)
 _ENOUGH = 31 / 32
 _ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
+_BITS, _PHOTOMETRIC, _TILE_WIDTH, _SAMPLE_FORMAT = 258, 262, 322, 339  # TIFF's tags
+# A JPEG's next segment, after fill bytes and markers that stand alone (ITU-T T.81, B.1.1.2).
+_SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _DEEP = ("I;16", "I;16B", "I;16L", "I")  # Pillow's names for 16 bits a pixel
 
 
@@ -92,11 +120,11 @@ def decode(
 ) -> np.ndarray:
     """The image in `data`, upright, as uint8 [H, W, C] with C = 1 or 3.
 
-    Palettes are applied, CMYK is converted, alpha is dropped, 16-bit values are scaled to 8 bits,
-    and an animation gives its first frame.
+    Palettes are applied, CMYK is converted, alpha is dropped, 12- and 16-bit values are scaled to 8
+    bits, and an animation or a file of several pages gives the first.
 
     Args:
-      data: the bytes of a JPEG, PNG, WebP, BMP, GIF, PGM or PPM file.
+      data: the bytes of a JPEG, PNG, WebP, BMP, GIF, PPM (PBM, PGM), TIFF, JPEG 2000 or AVIF file.
       size: (height, width) to resize to; None for the image's own.
       grayscale: one channel of luma (0.299 R + 0.587 G + 0.114 B) rather than three of RGB.
       exact: decode JPEGs at full size before resizing, with Pillow.
@@ -136,20 +164,40 @@ def _with_pillow(data: bytes, how: _How) -> np.ndarray:
 
     mode = "L" if how.grayscale else "RGB"
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _opened(data) as image:
             _check_pixels(image.width, image.height, how.max_pixels)
-            turn = _pillow_orientation(image)
+            turn = _orientation(image)
             if image.format == "JPEG" and how.size is not None and not how.exact:
                 height, width = _needed(image.height, image.width, turn, how.size, how.crop)
                 image.draft(mode, (width, height))
+            if image.format == "TIFF":
+                _check_tiff(image, how.max_pixels)
+                turn = 1  # Pillow turns it
             image.load()
             return finish(np.asarray(_eight_bits(image, mode)), turn, how.size, how.crop)
     except BadImage:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(str(error)) from error
+    except Image.DecompressionBombError as error:  # of the parts of a WebP, GIF or TIFF
+        raise BadImage(f"Pillow refuses it by its MAX_IMAGE_PIXELS: {error}") from error
     except Exception as error:  # Pillow's parsers raise anything on hostile bytes
         raise BadImage(f"cannot be decoded: {error}" if str(error) else repr(error)) from error
+
+
+def _opened(data: bytes) -> "PIL.Image.Image":
+    """The image, its header read. `PIL.Image.open` would apply a limit of its own to its size."""
+    for plugin, begins in _PLUGINS.items():
+        if re.match(begins, data, re.DOTALL):
+            try:
+                module = importlib.import_module(f"PIL.{plugin}ImagePlugin")
+            except ImportError as error:
+                raise BadImage(f"the Pillow installed reads no {plugin}") from error
+            opened: PIL.Image.Image = getattr(module, f"{plugin}ImageFile")(io.BytesIO(data))
+            return opened
+    if not data:
+        raise BadImage("it is empty (0 bytes)")
+    known = (kind for kind, begins in _OTHERS.items() if re.match(begins, data, re.DOTALL))
+    kind = next(known, "of an unknown kind")
+    raise BadImage(f"it is no image that can be read, but {kind}: it begins with {data[:16]!r}")
 
 
 def _eight_bits(image: "PIL.Image.Image", mode: str) -> "PIL.Image.Image":
@@ -157,15 +205,44 @@ def _eight_bits(image: "PIL.Image.Image", mode: str) -> "PIL.Image.Image":
     from PIL import Image
 
     if image.mode in _DEEP:  # Pillow's own conversion would clip at 255
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
+        top = 2 ** tags.get(_BITS, (16,))[0] - 1
         values = np.asarray(image).astype(np.int64)
-        eight = np.clip((values + 128) // 257, 0, 255).astype(np.uint8)
+        if tags.get(_PHOTOMETRIC) == 0:  # white is 0
+            values = top - values
+        eight = np.clip((values * 255 + top // 2) // top, 0, 255).astype(np.uint8)
         image = Image.fromarray(eight)
     elif image.mode in ("P", "PA") or "transparency" in image.info:
         image = image.convert("RGBA").convert("RGB")
     return image if image.mode == mode else image.convert(mode)
 
 
-def _pillow_orientation(image: "PIL.Image.Image") -> int:
+def is_gray(data: bytes) -> bool:
+    """Whether the image in `data` is stored in shades of gray; may raise `BadImage`."""
+    try:
+        with _opened(data) as image:
+            return image.mode in ("L", "1", "LA", *_DEEP)
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(f"cannot be decoded: {error}") from error
+
+
+def _check_tiff(image: "PIL.Image.Image", max_pixels: int) -> None:
+    """Refuses tiles larger than images may be, and numbers whose range the file does not tell."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    _check_pixels(tags.get(_TILE_WIDTH, 1), tags.get(_TILE_WIDTH + 1, 1), max_pixels, "tiles of ")
+    kinds, bits = {*tags.get(_SAMPLE_FORMAT, (1,))}, max(tags.get(_BITS, (1,)))
+    if kinds != {1} or bits > 16:
+        names = {1: "unsigned", 2: "signed", 3: "floating-point"}
+        kind = ", ".join(sorted(names.get(kind, "unknown") for kind in kinds))
+        raise BadImage(
+            f"it holds {bits}-bit {kind} numbers, whose range is not known; "
+            "write it with 8 or 16 unsigned bits"
+        )
+
+
+def _orientation(image: "PIL.Image.Image") -> int:
     try:
         turn = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # an image with invalid EXIF data is still an image
@@ -258,38 +335,29 @@ def finish(
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """EXIF's orientation in a JPEG, 1 if it has none; opening it with Pillow takes far longer."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xDA or length < 2:  # the picture begins
-            return 1
-        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            return _tiff_orientation(data[at + 10 : at + 2 + length])
-        at += 2 + length
-    return 1
-
-
-def _tiff_orientation(tiff: bytes) -> int:
-    order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
-    if order is None:
+    """EXIF's orientation in a JPEG as Pillow reads it, 1 if it has none; opening takes longer."""
+    exif, xmp, at = b"", b"", 2
+    while (marker := _SEGMENT.search(data, at)) and marker[1] not in (b"\xda", b"\xd9"):
+        start = marker.end()
+        at = start + max(int.from_bytes(data[start : start + 2], "big"), 2)
+        if marker[1] == b"\xe1":
+            if data.startswith(b"Exif\0\0", start + 2):
+                exif += data[start + 8 : at]
+            elif data.startswith(_XMP, start + 2):
+                xmp = data[start + 2 + len(_XMP) : at]
+    if not exif and b"Orientation" not in xmp:
         return 1
+    from PIL import Image
 
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(tiff[at : at + size], order)  # type: ignore[arg-type]
-
-    start = number(4, 4)
-    for entry in range(start + 2, min(start + 2 + 12 * number(start, 2), len(tiff) - 11), 12):
-        if number(entry, 2) == _ORIENTATION:
-            turn = number(entry + 8, 2)
-            return turn if 1 <= turn <= 8 else 1
-    return 1
+    image = Image.Image()
+    image.info = {"exif": b"Exif\0\0" + exif, "xmp": xmp}
+    return _orientation(image)
 
 
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+def _check_pixels(width: int, height: int, max_pixels: int, what: str = "") -> None:
     if width * height > max_pixels:
         side = math.isqrt(max_pixels)
         raise BadImage(
-            f"it has {width} × {height} pixels, more than the {max_pixels} (such as {side} × "
+            f"it has {what}{width} × {height} pixels, more than the {max_pixels} (such as {side} × "
             f"{side}) allowed"
         )

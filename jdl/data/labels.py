@@ -25,15 +25,6 @@ def folder_parts(folder: str) -> list[str]:
     return [part for part in folder.split("/") if part not in ("", ".")]
 
 
-def first_folder(name: str) -> str:
-    """The first folder in a member's path, "" if it has none: what a split by folder goes by.
-
-    >>> first_folder("./train/7/0001.png"), first_folder("0001.png")
-    ('train', '')
-    """
-    return next(iter(folder_parts(name.rpartition("/")[0])), "")
-
-
 def reader(label: Label) -> Callable[[str], str | None]:
     """The function from a member's name to its class, or to None where it has none.
 
@@ -118,7 +109,7 @@ def read_sidecar(data: bytes, field: str, where: str) -> str:
       DataError: if there is none.
     """
     try:
-        text = data.decode("utf-8").strip()
+        text = data.decode("utf-8-sig").strip()  # without a byte order mark
         value = json.loads(text)[field] if field else text
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise check.DataError(f"{where} names no class: {error!r}.") from error

@@ -15,8 +15,10 @@ Feistel, cycle walking); Steele, Lea and Flood, "Fast Splittable Pseudorandom Nu
 OOPSLA 2014 (the mixing function).
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -27,6 +29,7 @@ _MIN_SIDE = 8  # over fewer numbers the network does not reach all orders evenly
 _BLOCK = 8192
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_TINY = 1e-300  # shares below it count as this where divided by
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -36,35 +39,54 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def keys(*numbers: int | np.ndarray) -> np.ndarray:
+    """64-bit keys of several integers, uint64; their order matters. Any may be an int64 array."""
+    state = np.zeros(1, np.uint64)
+    for number in numbers:
+        word = np.asarray(number & _MASK if isinstance(number, int) else number).astype(np.uint64)
+        state = mix(state + word * np.uint64(_GOLDEN) + np.uint64(_GOLDEN))
+    return state
+
+
 def key(*numbers: int) -> int:
     """One 64-bit key of several integers; their order matters.
 
     >>> key(0, 1) == key(0, 1), key(0, 1) == key(1, 0)
     (True, False)
     """
-    state = np.zeros(1, np.uint64)
-    for number in numbers:
-        state = mix(state + np.uint64((number * _GOLDEN + _GOLDEN) & _MASK))
-    return int(state[0])
+    return int(keys(*numbers)[0])
 
 
-def permuted(positions: np.ndarray, n: int, key: int) -> np.ndarray:
+def permuted(positions: np.ndarray, n: int | np.ndarray, key: int | np.ndarray) -> np.ndarray:
     """π(positions), int64, for the permutation π of {0 … n−1} of this key.
+
+    Args:
+      positions: in {0 … n−1}, int64 [m].
+      n: less than 2⁵², one for all or int64 [m], one for each position.
+      key: the same, uint64.
 
     >>> sorted(permuted(np.arange(5), 5, key(0, 0)).tolist())
     [0, 1, 2, 3, 4]
     """
-    check.argument(n > 0 or not len(positions), "n", "at least 1 where there are positions", n)
-    side = np.uint64(max(math.isqrt(max(n - 1, 0)) + 1, _MIN_SIDE))
-    keys = mix(np.uint64(key) + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
     x = positions.astype(np.uint64)
+    ok = bool(np.all(np.asarray(n) > 0)) or not len(x)
+    check.argument(ok, "n", "at least 1 where there are positions", n)
+    below, word = (np.atleast_1d(np.asarray(a).astype(np.uint64)) for a in (n, key))
+    side = np.sqrt(np.maximum(below, 1) - np.uint64(1)).astype(np.uint64) + np.uint64(1)
+    side = np.maximum(side, np.uint64(_MIN_SIDE))
+    rounds = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_GOLDEN)
+    words = mix(word + rounds)
     beyond = np.arange(len(x))
     while len(beyond):
         left, right = np.divmod(x[beyond], side)
-        for k in keys:
-            left, right = right, (left + mix(right ^ k) % side) % side
+        for round_words in words:
+            left, right = right, (left + mix(right ^ round_words) % side) % side
         x[beyond] = left * side + right
-        beyond = beyond[x[beyond] >= n]
+        again = x[beyond] >= below
+        beyond = beyond[again]
+        below, side, words = (
+            a if a.shape[-1] == 1 else a[..., again] for a in (below, side, words)
+        )
     return x.astype(np.int64)
 
 
@@ -109,53 +131,91 @@ class Order:
 class Mixture(Order):
     """Several sources in proportion to their weights, each repeated without end.
 
-    In every `BLOCK` places each source has its share, rounded and at least one, at pseudo-random
-    places. No record of a source comes a second time before all others of that source have come; an
-    epoch has as many places as there are records in all.
+    Draw j of source k, with share w of all weights, falls due at (j + φ) / w, where φ in [0, 1)
+    depends on the source and the seed. Each block of places holds the draws that fall due next, at
+    pseudo-random places. So after any number p of whole blocks, however large, a source has come
+    p·w times, up to a constant. No record of a source comes a second time before all others of that
+    source have come; an epoch has as many places as there are records in all.
 
     Args:
       counts: the number of records in each source; they are numbered source by source.
-      weights: of each, positive.
+      weights: of each, positive; their exact values count, as fractions.
       seed: for the order.
+
+    Attributes:
+      block: the number of places in a block.
 
     >>> order = Mixture([10, 1000], [3.0, 1.0], seed=0)
     >>> float(np.mean(order.records(0, 0, 1000) < 10))
     0.75
     """
 
-    BLOCK = 1000
-
     def __init__(self, counts: Sequence[int], weights: Sequence[float | int], *, seed: int):
         super().__init__(sum(counts), shuffle=True, seed=seed)
-        self._counts, self._weights = list(counts), [float(w) for w in weights]
-        exact = np.array(self._weights) / sum(self._weights) * self.BLOCK
-        quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
-        for k in np.argsort(np.floor(exact) - exact, kind="stable").tolist():
-            quotas[k] += quotas.sum() < self.BLOCK
-        quotas[np.argmax(quotas)] -= quotas.sum() - self.BLOCK
-        self._quotas, self._starts = quotas, np.cumsum([0, *counts])
+        exact = [Fraction(weight) for weight in weights]
+        unit = math.lcm(*(weight.denominator for weight in exact))
+        whole = [int(weight * unit) for weight in exact]
+        self._weights = [weight // math.gcd(*whole) for weight in whole]
+        self._total = sum(self._weights)
+        self._shares = np.array([max(weight / self._total, _TINY) for weight in self._weights])
+        self._counts, self._starts = np.array(counts), np.cumsum([0, *counts])[:-1]
+        sources = np.arange(len(counts), dtype=np.uint64)
+        steps = np.uint64(key(seed, -1)) + sources * np.uint64(_GOLDEN)
+        self._phases = steps.astype(np.float64) / 2**64  # φ of each source, evenly spread
+        self.block = max(1000, 4 * len(counts))
+        self._kept = [(-1, np.empty(0, np.int64))] * 8  # blocks in use, by their last digit
 
     @property
     def name(self) -> str:
         """See `Order`."""
-        return f"mixture of {self._counts} by {self._weights}"
+        of = hashlib.blake2b(repr((self._counts.tolist(), self._weights)).encode(), digest_size=8)
+        return f"mixture of {len(self._counts)} sources in blocks of {self.block}, {of.hexdigest()}"
 
     def records(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """See `Order`."""
         places = epoch * self.num_records + np.arange(start, min(stop, self.num_records))
-        blocks, inside = np.divmod(places, self.BLOCK)
-        for block in np.unique(blocks).tolist():
-            here = blocks == block
-            inside[here] = permuted(inside[here], self.BLOCK, key(self.seed, block, -1))
-        ends = np.cumsum(self._quotas)
-        sources = np.searchsorted(ends, inside, "right")
+        blocks, inside = np.divmod(places, self.block)
         found = np.empty(len(places), np.int64)
-        for k in np.unique(sources).tolist():
-            here, quota, n = sources == k, int(self._quotas[k]), self._counts[k]
-            number = blocks[here] * quota + inside[here] - (int(ends[k]) - quota)
-            rounds, number = np.divmod(number, n)
-            for r in np.unique(rounds).tolist():
-                those = rounds == r
-                number[those] = permuted(number[those], n, key(self.seed, k, r))
-            found[here] = self._starts[k] + number
+        for block in np.unique(blocks).tolist():
+            of, records = self._kept[block % 8]
+            if of != block:
+                records = self._records_of(block)
+                self._kept[block % 8] = (block, records)
+            here = blocks == block
+            found[here] = records[inside[here]]
         return found
+
+    def _records_of(self, block: int) -> np.ndarray:
+        """The records of a block, int64 [block]."""
+        before = self._drawn(block)
+        quotas = self._drawn(block + 1) - before
+        places = np.arange(self.block)
+        sources = np.repeat(np.arange(len(quotas)), quotas)
+        sources = sources[permuted(places, self.block, key(self.seed, block, -1))]
+        draws = np.empty(self.block, np.int64)  # of the source, numbered in the order of the places
+        first = np.repeat(before - np.cumsum(quotas) + quotas, quotas)
+        draws[np.argsort(sources, kind="stable")] = first + places
+        counts = self._counts[sources]
+        rounds, numbers = np.divmod(draws, counts)
+        numbers = permuted(numbers, counts, keys(self.seed, sources, rounds))
+        return self._starts[sources] + numbers
+
+    def _drawn(self, block: int) -> np.ndarray:
+        """How often each source is drawn before a block, int64 [sources]."""
+        n = len(self._counts)
+        if block == 0:
+            return np.zeros(n, np.int64)
+        # At place p, p ± n draws are due. So start n places early, by exact fractions, and add what
+        # falls due next. Rounding there decides between draws near this place only, the same way
+        # whenever it is asked; those near the next block's place are more than n places away.
+        start = block * self.block - n
+        due = [divmod(start * weight, self._total) for weight in self._weights]
+        late = self._phases - np.array([rest / self._total for _, rest in due])
+        drawn = np.array([times for times, _ in due]) + (late < 0)
+        late += late < 0
+        more = (self._shares * (2 * n)).astype(np.int64) + 2
+        source = np.repeat(np.arange(n), more)
+        following = np.arange(len(source)) - np.repeat(np.cumsum(more) - more, more)
+        when = (following + late[source]) / self._shares[source]
+        missing = block * self.block - int(drawn.sum())
+        return drawn + np.bincount(source[np.argsort(when, kind="stable")[:missing]], minlength=n)

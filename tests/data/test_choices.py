@@ -20,7 +20,6 @@ from sklearn.datasets import load_sample_images
 from jdl.core.check import ArgumentError, DataError, UserError
 from jdl.data import Holdout, TarSource, decode, from_tar
 from jdl.data.images import CENTER, Crop
-from jdl.data.order import Mixture
 from jdl.data.plan import Plan
 from jdl.data.tar import index as tar_index
 from jdl.data.tar import scan as tar_scan
@@ -139,31 +138,6 @@ def test_a_split_by_name_does_not_change_with_other_records(tmp_path):
 
 
 # ---------------------------------------------------------------------- mixtures
-
-
-@given(
-    counts=st.lists(st.integers(20, 90), min_size=1, max_size=3),
-    seed=st.integers(0, 100),
-    data=st.data(),
-)
-@settings(max_examples=6, deadline=None)
-def test_a_mixture_uses_each_source_evenly(counts, seed, data):
-    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(counts), max_size=len(counts)))
-    order = Mixture(counts, weights, seed=seed)
-    n = sum(counts)
-    epochs = -(-2000 // n)
-    found = np.concatenate([order.records(e, 0, n) for e in range(epochs)])
-    ends = np.cumsum(counts)
-    sources = np.searchsorted(ends, found, "right")
-    whole = len(found) // Mixture.BLOCK * Mixture.BLOCK
-    for k, (count, weight) in enumerate(zip(counts, weights, strict=True)):
-        share = np.mean(sources[:whole] == k)
-        assert abs(share - weight / sum(weights)) <= 0.003
-        mine = found[sources == k] - (ends[k] - count)
-        # Places of a block are shuffled, so rounds of a source may overlap within a block only.
-        counts_of = np.bincount(mine, minlength=count)
-        assert counts_of.max() - counts_of.min() <= 2 + Mixture.BLOCK // count
-    np.testing.assert_array_equal(order.records(1, n // 2, n), order.records(1, 0, n)[n // 2 :])
 
 
 def test_mixing_archives(tmp_path):

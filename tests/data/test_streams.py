@@ -11,6 +11,7 @@ import logging
 import lzma
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from jdl.core.check import DataError, UserError
@@ -151,6 +154,81 @@ def test_zeros_between_chained_files_are_skipped_whatever_a_read_gives(compress,
         found = list(inflate.pieces(file, size))
         assert b"".join(piece.data for piece in found) == one + two, zeros
         assert not any(piece.problem for piece in found)
+
+
+def skippable(size, kind=0):
+    """A frame of zstd's that decompressors pass over."""
+    return (0x184D2A50 + kind).to_bytes(4, "little") + size.to_bytes(4, "little") + bytes(size)
+
+
+def zstd_frames(rng, data):
+    """`data` in several zstd frames, some of them empty, with skippable frames anywhere."""
+    ends = np.sort(rng.integers(0, len(data) + 1, rng.integers(0, 5)))
+    out = b""
+    for start, stop in itertools.pairwise([0, *ends.tolist(), len(data)]):
+        for _ in range(rng.integers(0, 3)):
+            out += skippable(int(rng.integers(0, 40)), int(rng.integers(16)))
+        out += zstd.compress(data[start:stop])
+    return out + skippable(17) * int(rng.integers(2))
+
+
+@pytest.mark.parametrize("kind", range(16))
+def test_zstd_begins_with_a_skippable_frame(kind, plain, tmp_path):
+    path = tmp_path / "a.tar.zst"
+    with open(plain, "rb") as file:
+        path.write_bytes(skippable(4, kind) + zstd.compress(file.read()))
+    source = TarSource(path, keep_index=False)
+    assert source.mode == "stream"
+    assert [*source] == [*TarSource(plain)]
+    assert describe(path, keep_index=False).damage == []
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1 << 18])
+def test_zstd_frames_are_read_as_the_zstd_command_reads_them(size):
+    rng = np.random.default_rng(size)
+    for n in (0, 1, 5, 3000):
+        data = rng.bytes(n)
+        for _ in range(5):
+            frames = skippable(3) + zstd_frames(rng, data)
+            found = list(inflate.pieces(io.BytesIO(frames), size))
+            assert b"".join(piece.data for piece in found) == data
+            assert not any(piece.problem for piece in found)
+            if shutil.which("zstd"):
+                done = subprocess.run(["zstd", "-dc"], input=frames, capture_output=True)
+                assert (done.returncode, done.stdout) == (0, data)
+            for cut in (frames[: rng.integers(5, 11)], frames[:-1]):  # 11 bytes: the first frame
+                *_, last = inflate.pieces(io.BytesIO(cut), size)
+                assert last.problem == "its zstd data are cut short"
+
+
+@pytest.mark.skipif(not shutil.which("pzstd"), reason="needs pzstd")
+def test_what_pzstd_writes_is_read(plain, tmp_path):
+    path = tmp_path / "a.tar.zst"
+    subprocess.run(["pzstd", "-q", "-p", "2", plain, "-o", str(path)], check=True)
+    assert path.read_bytes()[1:4] == b"\x2a\x4d\x18"
+    assert [*TarSource(path, keep_index=False)] == [*TarSource(plain)]
+
+
+@pytest.mark.parametrize(
+    ("magic", "kind"),
+    [
+        (b"\x04\x22\x4d\x18", "lz4 file"),
+        (b"\x1f\x9d\x90", "compress file"),
+        (b"LZIP\x01", "lzip file"),
+        (b"PK\x03\x04", "zip archive"),
+        (b"7z\xbc\xaf\x27\x1c", "7z archive"),
+    ],
+)
+def test_other_compression_is_named_and_its_bytes_are_never_read_as_a_tar(
+    magic, kind, plain, tmp_path
+):
+    path = tmp_path / "a.tar.lz4"
+    with open(plain, "rb") as file:  # a stored block holds the tar's bytes as they are
+        path.write_bytes(magic.ljust(512, b"x") + file.read())
+    with pytest.raises(DataError, match=f"it is a {kind}, not a tar that is plain or compressed"):
+        from_tar(path, batch_size=2, keep_index=False)
+    with pytest.raises(DataError, match="no images"):
+        from_tar(path, batch_size=2, on_error="skip", keep_index=False)
 
 
 def test_a_compression_bomb_is_read_in_small_pieces(tmp_path):
@@ -339,6 +417,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a short answer would come 40 ms late
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -485,14 +564,108 @@ def test_object_stores_through_fsspec(plain, tmp_path, monkeypatch):
     assert list(source.read_many(shuffled)) == list(expected.read_many(shuffled % N))
 
 
-def test_a_slow_server_is_asked_for_many_records_at_once(serve):
-    """One record at a time would take as many round trips as there are records."""
-    server = serve(delay=0.05)
+@pytest.fixture(scope="module")
+def large():
+    """An archive of 200 members of about 40 kB, of random bytes that are no images."""
+    rng, out = np.random.default_rng(0), io.BytesIO()
+    members = [rng.bytes(40_000 + i) for i in range(200)]
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for i, data in enumerate(members):
+            info = tarfile.TarInfo(f"{i}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue(), members
+
+
+def test_records_side_by_side_come_in_one_request(serve, large):
+    content, members = large
+    server = serve(content)
     source = TarSource(server.url)
-    assert source[0].name == "0/00.png"
-    server.most_at_once = 0
-    assert len(list(source.read_many(np.arange(32)))) == 32
-    assert server.most_at_once >= 8
+    source[0]
+    for records, most in ((np.arange(40), 1), (np.arange(40)[::-1], 1), (np.arange(200), 5)):
+        server.requests = 0
+        assert list(source.read_many(records)) == [members[i] for i in records]
+        assert 1 <= server.requests <= most
+
+
+def test_scattered_records_come_at_the_same_time(serve, large):
+    """One at a time would take as many round trips as there are records."""
+    content, members = large
+    server = serve(content)
+    source = TarSource(server.url)
+    source[0]
+    server.delay = 0.05
+    records = np.arange(0, 200, 5)
+    np.random.default_rng(0).shuffle(records)
+    server.requests = server.most_at_once = 0
+    assert list(source.read_many(records)) == [members[i] for i in records]
+    assert server.requests == len(records)
+    assert server.most_at_once >= 20
+
+
+def test_archives_are_asked_at_the_same_time(serve, plain):
+    server = serve()
+    source = TarSource([server.url.replace("a.tar", f"{k}.tar") for k in range(8)])
+    every = np.arange(8) * N + np.arange(8)
+    read = list(source.read_many(every))
+    server.requests, server.most_at_once, server.delay = 0, 0, 0.05
+    assert list(source.read_many(every)) == read == list(TarSource(plain).read_many(np.arange(8)))
+    assert server.requests == 8
+    assert server.most_at_once >= 6
+
+
+def test_a_broken_request_for_many_records_is_repeated(serve, large):
+    content, members = large
+    server = serve(content)
+    source = TarSource(server.url)
+    source[0]
+    server.drop, server.requests = 2, 1
+    assert list(source.read_many(np.arange(200))) == members
+    assert sum(server.cut.values()) >= 1
+    server.drop = 1
+    with pytest.raises(DataError, match="tried 6 times"):
+        list(source.read_many(np.arange(200)))
+
+
+def test_bytes_waiting_to_be_used_are_bounded(serve, large, monkeypatch):
+    content, members = large
+    source = TarSource(serve(content).url)
+    source[0]
+    monkeypatch.setattr(remote, "_WAITING", 1 << 20)
+    tracemalloc.start()
+    for data, expected in zip(source.read_many(np.arange(200)), members, strict=True):
+        assert data == expected
+    assert tracemalloc.get_traced_memory()[1] < 5 << 20
+    tracemalloc.stop()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 1100)), max_size=30),
+    limits=st.tuples(st.integers(0, 100), st.integers(1, 400), st.integers(1, 600)),
+)
+def test_any_places_give_their_bytes(places, limits):
+    """Overlapping, empty, repeated, up to the end and beyond, whatever the limits."""
+    fsspec = pytest.importorskip("fsspec")
+    content = np.random.default_rng(0).bytes(1000)
+    fsspec.filesystem("memory").pipe("/bucket/bytes", content)
+    file = remote.RemoteFile("memory://bucket/bytes")
+    asked, cat_file = [], file._fs.cat_file
+
+    def recorded(name, start, end):
+        asked.append((start, end))
+        return cat_file(name, start=start, end=end)
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name, limit in zip(("_GAP", "_LONGEST", "_WAITING"), limits, strict=True):
+            patched.setattr(remote, name, limit)
+        patched.setattr(file._fs, "cat_file", recorded)
+        read = list(file.pread_many(places))
+    assert read == [content[at : at + size] for size, at in places]
+    gap, longest, _ = limits
+    assert all(end - start <= max(longest, 300) for start, end in asked)
+    wanted = sum(map(len, read))
+    assert sum(end - start for start, end in asked) <= wanted + gap * len(places)
 
 
 def test_streaming_many_shards_keeps_one_in_memory(tmp_path):

@@ -713,7 +713,8 @@ def test_labels(tmp_path):
     assert TarSource(path, label=0).classes == ("test", "train")
     assert TarSource(path, label=re.compile(r"_(\d)")).labels([0, 1, 2]).tolist() == [0, 1, 0]
     by_function = TarSource(path, label=lambda name: None if "1_" in name else "all")
-    assert by_function.labels([0, 1, 2]).tolist() == [-1, 0, 0]
+    assert [by_function.name(i) for i in range(2)] == ["test/y/2_8.png", "train/x/3_7.png"]
+    assert (len(by_function), by_function.labels([0, 1]).tolist()) == (2, [0, 0])
     for number in (int, np.int64):
         by_number = TarSource(path, label=lambda name, number=number: number(name[-5]))
         assert (by_number.classes, by_number.labels([0, 1, 2]).tolist()) == (("7", "8"), [0, 1, 0])

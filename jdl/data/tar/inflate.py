@@ -17,6 +17,14 @@ MAGIC = {
     b"BZh": "bzip2",
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
+    # zstd's skippable frames, which pzstd and seekable zstd begin with
+    **{bytes([0x50 + n]) + b"\x2a\x4d\x18": "zstd" for n in range(16)},
+    # not read, but named
+    b"\x04\x22\x4d\x18": "lz4 file",
+    b"\x1f\x9d": "compress file",
+    b"LZIP\x01": "lzip file",
+    b"PK\x03\x04": "zip archive",
+    b"7z\xbc\xaf\x27\x1c": "7z archive",
 }
 _MAX_MEMORY = 1 << 28  # bytes that an xz file may make its reader keep
 
@@ -56,6 +64,10 @@ def pieces(file: Readable, size: int) -> Iterator[Piece]:
         while data:
             yield Piece(data)
             data = file.read(size)
+        return
+    if kind not in _STARTS:
+        readable = "a tar that is plain or compressed with gzip, bzip2, xz or zstd"
+        yield Piece(b"", f"it is a {kind}, not {readable}")
         return
     decompressor = _STARTS[kind]()
     while True:

@@ -5,7 +5,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,16 +20,16 @@ _MAX_FILES = 1_000_000
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BESIDE = (SUFFIX, SEEK_SUFFIX)
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?")
 
 
 def expand(paths: Paths) -> list[str]:
     """The files that `paths` stands for, in a stable order.
 
     A path that exists is used as it is, whatever characters it has; URLs are not looked up; a
-    folder stands for the `*.tar` in it, or the compressed ones if there is no plain one; `{0..3}`
-    and `{a,b}` are expanded, with leading zeros; `*`, `?` and `[…]` match, except the files that
-    jdl itself keeps beside archives.
+    folder stands for the `*.tar` in it, or the compressed ones if there is no plain one;
+    `{00..30}`, `{0..30..2}` and `{a,b}` are expanded; `*`, `?` and `[…]` match, except the files
+    that jdl itself keeps beside archives. One file under two names is refused.
 
     Raises:
       DataError: if a file does not exist, or a pattern matches none.
@@ -38,9 +38,21 @@ def expand(paths: Paths) -> list[str]:
         paths = [paths]
     found = list(itertools.chain.from_iterable(_expand_one(os.fspath(path)) for path in paths))
     check.argument(bool(found), "paths", "at least one archive", list(paths))
-    twice = sorted({path for path in found if found.count(path) > 1}) if len(found) < 1000 else []
-    check.argument(not twice, "paths", "archives named once each", twice)
+    named: dict[tuple[int, int] | str, str] = {}
+    for path in found:
+        file = _identity(path)
+        if file in named:
+            check.argument(False, "paths", "archives named once each", [named[file], path])
+        named[file] = path
     return found
+
+
+def _identity(path: str) -> tuple[int, int] | str:
+    """What all names of one file have in common."""
+    if path == STDIN or is_url(path):
+        return path
+    stat = os.stat(path)
+    return (stat.st_dev, stat.st_ino) if stat.st_ino else os.path.realpath(path)
 
 
 def _expand_one(path: str) -> list[str]:
@@ -73,30 +85,33 @@ def tars_in(folder: Path) -> list[str]:
 
 
 def braces(pattern: str) -> list[str]:
-    """`pattern` with its braces expanded.
+    """`pattern` with its braces expanded, as bash does; at most a million.
 
     >>> braces("faces-{008..010}.tar")
     ['faces-008.tar', 'faces-009.tar', 'faces-010.tar']
-    >>> braces("{a,b}.tar")
-    ['a.tar', 'b.tar']
+    >>> braces("{a,b}-{4..1..3}.tar")
+    ['a-4.tar', 'a-1.tar', 'b-4.tar', 'b-1.tar']
     """
-    match = _BRACES.search(pattern)
-    if not match:
-        return [pattern]
-    body = match[1]
-    options: Iterable[str] = body.split(",")
-    if numbers := _RANGE.fullmatch(body):
-        first, last = int(numbers[1]), int(numbers[2])
-        check.argument(
-            first <= last < first + _MAX_FILES,
-            "paths",
-            f"an increasing brace range of at most {_MAX_FILES} files",
-            pattern,
-        )
-        width = len(numbers[1]) if numbers[1].startswith("0") else 0
-        options = (str(i).zfill(width) for i in range(first, last + 1))
-    head, tail = pattern[: match.start()], braces(pattern[match.end() :])
-    return [head + option + rest for option in options for rest in tail]
+    for match in _BRACES.finditer(pattern):
+        numbers, options = _RANGE.fullmatch(match[1]), match[1].split(",")
+        if not numbers and len(options) == 1:
+            continue
+        tails = braces(pattern[match.end() :])
+        values = _range(*numbers.groups()) if numbers else range(len(options))
+        ok = len(values) * len(tails) <= _MAX_FILES
+        check.argument(ok, "paths", f"braces of at most {_MAX_FILES} files", pattern)
+        if numbers:  # padded to a common width, as bash does
+            padded = any(re.match(r"-?0\d", end) for end in numbers.groups()[:2])
+            width = max(map(len, numbers.groups()[:2])) if padded else 0
+            options = [str(value).zfill(width) for value in values]
+        return [pattern[: match.start()] + option + tail for option in options for tail in tails]
+    return [pattern]
+
+
+def _range(first: str, last: str, step: str | None) -> range:
+    """From the first to the last, up or down, whatever the sign of the step."""
+    a, b, by = int(first), int(last), abs(int(step or 1)) or 1
+    return range(a, b + 1, by) if a <= b else range(a, b - 1, -by)
 
 
 def _missing(path: str) -> str:

@@ -7,7 +7,9 @@ import numpy as np
 # Kinds of members, as stored in an index. OLDER is an image that a later member replaces.
 IMAGE, OTHER, FOLDER, LINK, DEVICE, SPARSE, CUT, OLDER = range(8)
 
-IMAGE_EXTENSIONS = frozenset(b"jpg jpeg jpe jfif png webp bmp gif pgm ppm pbm pnm".split())
+IMAGE_EXTENSIONS = frozenset(
+    b"jpg jpeg jpe jfif png webp bmp gif pgm ppm pbm pnm tif tiff jp2 j2k avif".split()
+)
 
 
 class Damage(NamedTuple):

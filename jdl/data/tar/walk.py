@@ -113,8 +113,7 @@ class Walk:
             return True
         if self.find_header(0, limit=_BEGINNING) is not None:
             return True
-        zipped = " (it is a zip archive)" if head.startswith(b"PK\x03\x04") else ""
-        self.note("damaged", 0, b"", f"it is no tar archive{zipped}: it begins with {head[:16]!r}")
+        self.note("damaged", 0, b"", f"it is no tar archive: it begins with {head[:16]!r}")
         return False
 
     def read(self, size: int, at: int) -> bytes:
