@@ -14,7 +14,13 @@ _WARM = 2  # batches before the clock starts
 
 
 def measure(
-    target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
+    target: str,
+    *,
+    size: str | None,
+    channels: int,
+    batch_size: int,
+    seconds: float,
+    **which: Any,
 ) -> output.Report:
     """Images per second by reading alone, in threads, and in worker processes."""
     target = target or "digits"
@@ -28,6 +34,7 @@ def measure(
         "epochs": None,
         "on_error": "skip",
         "cache_bytes": 0,
+        **which,
     }
     probe = from_tar(resolve(target), **how_read)
     source = probe.source

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jdl.cli import options
+from jdl.cli import options, output
 
 
 @dataclass
@@ -67,6 +67,6 @@ def run(args: Args) -> None:
         f"{done.members} members, {done.bytes / 1e6:.1f} MB in {len(done.shards)} tar(s): {where}"
     )
     for name, why in done.skipped[:20]:
-        print(f"skipped {name}: {why}")
+        output.say(f"skipped {name}: {why}")
     if len(done.skipped) > 20:
         print(f"and {len(done.skipped) - 20} more")
