@@ -126,7 +126,7 @@ def read_sidecar(data: bytes, field: str, where: str) -> str:
       DataError: if there is none.
     """
     try:
-        text = data.decode("utf-8").strip()
+        text = data.decode("utf-8-sig").strip()  # without a byte order mark
         value = json.loads(text)[field] if field else text
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise check.DataError(f"{where} names no class: {error!r}.") from error

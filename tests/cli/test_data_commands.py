@@ -121,8 +121,41 @@ def test_bench_data(tar, capsys):
     rates = found["images_per_second"]
     assert {"reading alone", "decoded on demand", "2 threads", "2 worker processes"} <= {*rates}
     assert all(np.isfinite(rate) and rate > 0 for rate in rates.values())
+    assert found["decoded"] >= 30
+    assert (found["skipped"], found["damage"]) == ({}, [])
     assert main(["bench", "dta"]) == 2
     assert "Did you mean 'data'" in capsys.readouterr().err
+
+
+def test_bench_data_says_what_was_skipped_and_lost(tar, capsys, monkeypatch):
+    """A speed over a damaged archive would pass for that of a whole one."""
+    monkeypatch.setattr("jdl.cli.options.cores", lambda: 1)
+    whole = bytearray(tar.read_bytes())
+    for i in range(8):  # more than the tenth that training lets pass
+        whole[i * 1024 + 512 : i * 1024 + 560] = b"x" * 48
+    tar.write_bytes(whole[: 29 * 1024 + 520])
+    arguments = [
+        "bench",
+        "data",
+        str(tar),
+        "--seconds",
+        "0.05",
+        "--size",
+        "8",
+        "--batch-size",
+        "29",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 29
+    assert {where.split("/")[-1] for where in found["skipped"]} == {f"0{i}.png'" for i in range(8)}
+    assert found["decoded"] % 21 == 0
+    assert {each["word"] for each in found["damage"]} == {"truncated"}
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "0/00.png" in printed
+    assert "and 3 more, which --json lists" in printed
+    assert "damaged: truncated at byte 29696" in printed
 
 
 @pytest.mark.slow

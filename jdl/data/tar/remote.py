@@ -23,7 +23,7 @@ _FIRST_PAUSE = 0.1  # seconds; doubled after each failure
 _RECHECK = 30.0  # seconds between checks that a remote archive is unchanged
 _PIECE = 1 << 22
 _TIMEOUT = 60.0  # seconds without a byte after which a read is retried
-_CONNECTIONS = 100  # at most, to all buckets of an object store; aiohttp's own limit for http
+_CONNECTIONS = 100  # at most, to an object store; to web servers that is aiohttp's own limit
 _GAP = 1 << 15  # unwanted bytes between two places that cost no more than another request
 _LONGEST = 1 << 21  # bytes of a request for several places
 _WAITING = 1 << 23  # bytes asked for at once, unless one place has more
@@ -268,6 +268,9 @@ def _file_system(path: str) -> tuple[Any, str]:
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_TIMEOUT)
             options = {"client_kwargs": {"timeout": timeout}}
+        elif path.startswith("s3://"):  # botocore's default is 10; users' own settings stay
+            own = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            options = {"config_kwargs": {"max_pool_connections": _CONNECTIONS} | own}
         return fsspec.core.url_to_fs(path, **options)
     except ImportError as error:
         package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(path.split(":")[0], "aiohttp")

@@ -26,6 +26,7 @@ from jdl.data.tar.archive import Archive, is_url
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import Paths, expand
+from jdl.data.tar.samples import samples
 from jdl.data.tar.selection import Selection
 
 logger = logging.getLogger("jdl.data")
@@ -35,7 +36,9 @@ _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
 _GROUP = 256  # records requested at once from several remote archives, at most,
 _GROUP_BYTES = 1 << 25  # and their bytes, unless one record has more
 _MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
-_MAX_OPEN = 256  # archives kept open; further ones are opened for each read
+_CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
+# How many more archives this process keeps open, by its limit; others are opened for each read.
+_open_left = [min(256, os.sysconf("SC_OPEN_MAX") % 2**31 // 4 if hasattr(os, "sysconf") else 256)]
 
 
 class Record(NamedTuple):
@@ -273,24 +276,23 @@ class TarSource:
     def _sidecar_classes(
         self, archive: int, rows: np.ndarray, extension: str, field: str
     ) -> list[str | None]:
-        """Each row's class, read from the member of its key and that extension, if there is one."""
-        index = self.indexes[archive]
-        others = np.flatnonzero(index.columns.kinds == scan.OTHER).tolist()
-        keys = ((row, lb.sidecar_key(index.name(row))) for row in others)
-        beside = {key: row for row, (key, ending) in keys if ending == extension}
+        """Each row's class, read from the sidecar of its sample, if there is one."""
+        index, handle = self.indexes[archive], self._handle(archive)
+        beside = np.full(len(index), -1, np.int64)
+        beside[rows] = _CHOSEN
+        for sample in samples(index, (extension.encode(),)):
+            here = [row for row in sample.images if beside[row] == _CHOSEN]
+            if here and sample.problem:
+                raise check.DataError(f"{self.archives[archive]!r}: {sample.problem}.")
+            beside[here] = sample.sidecars.get(extension.encode(), -1)
         found: dict[int, str] = {}
-        handle = self._handle(archive)
-        for row in sorted(beside.values()):  # in the archive's order
+        for row in np.unique(beside[beside >= 0]).tolist():  # in the archive's order
             size, offset = int(index.columns.sizes[row]), int(index.columns.offsets[row])
             where = f"{self.archives[archive]!r}, member {index.name(row)!r}"
             if size > _MAX_SIDECAR:
                 raise check.DataError(f"{where} names no class: it has {size} bytes.")
             found[row] = lb.read_sidecar(handle.pread(size, offset), field, where)
-        names: list[str | None] = [None] * len(index)
-        for row in rows.tolist():
-            at = beside.get(lb.sidecar_key(index.name(row))[0])
-            names[row] = None if at is None else found[at]
-        return names
+        return [found.get(row) for row in beside.tolist()]
 
     def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Archives and rows of these records, int64."""
@@ -378,7 +380,7 @@ class TarSource:
         sizes = index.columns.sizes[rows].tolist()
         offsets = index.columns.offsets[rows].tolist()
         handle = self._handle(archive)
-        kept = archive in self._files
+        kept = self._files.get(archive) is handle
         try:
             handle.check_unchanged(index.stamp)
             fits = [(s, at) for s, at in zip(sizes, offsets, strict=True) if s <= _MAX_ENCODED]
@@ -406,6 +408,10 @@ class TarSource:
     _last: Archive | None = None  # the archive read last
 
     def _handle(self, archive: int) -> Archive:
+        if self._process != os.getpid():
+            # A forked child shares the places in files with its parent, and locks may be held.
+            self._finalizer.detach()
+            self._open_files()
         handle = self._files.get(archive)
         if handle is not None:
             return handle
@@ -414,20 +420,21 @@ class TarSource:
             if archive in self._files:  # another thread was faster
                 handle.close()
                 return self._files[archive]
-            if len(self._files) < _MAX_OPEN:
+            if _open_left[0] > 0:
+                _open_left[0] -= 1
                 self._files[archive] = handle
         return handle
 
     def _open_files(self) -> None:
         self._files: dict[int, Archive] = {}
-        self._last = None
+        self._last, self._process = None, os.getpid()
         self._lock = threading.Lock()
         # Only when no thread can be reading: a closed descriptor's number may be used for another
         # file.
-        weakref.finalize(self, _close_all, self._files)
+        self._finalizer = weakref.finalize(self, _close_all, self._files)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_files", "_last", "_lock")
+        own = ("_files", "_last", "_lock", "_finalizer")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -462,6 +469,7 @@ def _open_indexes(paths: Paths | Sequence[TarIndex], keep: bool) -> tuple[TarInd
 def _close_all(files: dict[int, Archive]) -> None:
     while files:
         files.popitem()[1].close()
+        _open_left[0] += 1
 
 
 def _few(archives: list[str]) -> str:
