@@ -19,7 +19,7 @@ import numpy as np
 from jdl.core import check
 from jdl.data import labels as lb
 from jdl.data.choice import Patterns, Some, folder_counts, told
-from jdl.data.holdout import Holdout, find_folder, inside, no_such_split, parse_split
+from jdl.data.holdout import Holdout, find_folder, inside, no_such_split, parse_split, split_folder
 from jdl.data.images import BadImage
 from jdl.data.tar import scan
 from jdl.data.tar.archive import Archive, is_url
@@ -209,17 +209,17 @@ class TarSource:
         if not (images := sum(int(wanted.sum()) for wanted in chosen)):
             raise self._no_images()
         folders: dict[str, int] = {}
+        if (folder := split_folder(split)) is not None:
+            folders = folder_counts(self.indexes, chosen)
+            folder = find_folder(folder, folders)
+            for index, wanted in zip(self.indexes, chosen, strict=True):
+                here = [inside(each, folder) for each in index.folders()]
+                wanted &= np.array(here, bool)[index.columns.folder_ids]
         if isinstance(split, Holdout):
             in_split = split.chooser()
             for index, wanted in zip(self.indexes, chosen, strict=True):
                 for row in np.flatnonzero(wanted).tolist():
                     wanted[row] = in_split(index.name(row))
-        elif split is not None:
-            folders = folder_counts(self.indexes, chosen)
-            folder = find_folder(split, folders)
-            for index, wanted in zip(self.indexes, chosen, strict=True):
-                here = [inside(each, folder) for each in index.folders()]
-                wanted &= np.array(here, bool)[index.columns.folder_ids]
         self._set_rows(chosen)
         if split is not None and not len(self):
             raise no_such_split(_few(self.archives), split, images, folders)
