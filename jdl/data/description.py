@@ -7,7 +7,7 @@ import numpy as np
 
 from jdl.data import labels as lb
 from jdl.data.choice import Patterns, Some, folder_counts
-from jdl.data.holdout import find_folder
+from jdl.data.holdout import Holdout, find_folder
 from jdl.data.tar import scan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.index import TarIndex, open_index
@@ -66,6 +66,7 @@ def describe(
     paths: Paths,
     *,
     label: lb.Label = "folder",
+    split: str | Holdout | None = None,
     include: Some = None,
     exclude: Some = None,
     keep_index: bool = True,
@@ -75,6 +76,7 @@ def describe(
     Args:
       paths: a path, a glob, a brace range, a folder, or a list of these.
       label: what the classes are read from, as in `TarSource`.
+      split: of which members the classes are counted, as in `TarSource`.
       include: patterns of members to use, as in `TarSource`.
       exclude: patterns of members to leave out, as in `TarSource`.
       keep_index: whether to store an index that had to be made.
@@ -99,7 +101,7 @@ def describe(
     of_splits, left_out = _splits(indexes, patterns)
     classes: dict[str, int] = {}
     if of_splits:
-        source = TarSource(indexes, label=label, include=include, exclude=exclude)
+        source = TarSource(indexes, label=label, split=split, include=include, exclude=exclude)
         classes, left_out = source.count_classes(), source.left_out
         if rest := len(source) - sum(classes.values()):
             classes[""] = rest
