@@ -8,15 +8,24 @@ import numpy as np
 
 from jdl.cli import options, output
 from jdl.data import from_tar, resolve
+from jdl.data.image_batches import ImageBatches
+from jdl.data.tar.scan import Damage
 from jdl.recipes.datasets import parse_size
 
 _WARM = 2  # batches before the clock starts
+_FEW = 5  # lines about problems
 
 
 def measure(
-    target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
+    target: str,
+    *,
+    size: str | None,
+    channels: int,
+    batch_size: int,
+    seconds: float,
+    **which: Any,
 ) -> output.Report:
-    """Images per second by reading alone, in threads, and in worker processes."""
+    """Images per second by reading alone, in threads, and in worker processes; what was lost."""
     target = target or "digits"
     cores = options.cores()
     several = sorted({1, 2, cores})
@@ -27,46 +36,78 @@ def measure(
         "label": None,
         "epochs": None,
         "on_error": "skip",
+        "max_skipped": 1.0,  # reported below
         "cache_bytes": 0,
+        **which,
     }
-    probe = from_tar(resolve(target), **how_read)
-    source = probe.source
+    source = (probe := from_tar(resolve(target), **how_read)).source
     rates: dict[str, float] = {}
-
-    def reading() -> Iterator[int]:
-        for i in range(1 << 40):
-            epoch, at = divmod(i, max(len(source) // batch_size, 1))
-            records = probe.order.records(epoch, at * batch_size, (at + 1) * batch_size)
-            yield sum(1 for _ in source.read_many(records))
+    decoded, skipped = 0, dict[str, str]()
 
     def batches(**how: Any) -> Callable[[], Iterator[int]]:
         def make() -> Iterator[int]:
-            iterator = iter(from_tar(resolve(target), **how_read, **how))
+            nonlocal decoded
+            data = from_tar(resolve(target), **how_read, **how)
+            iterator = iter(data)
             try:
                 for batch in iterator:
-                    yield int(np.sum(batch["mask"]))
+                    decoded += (images := int(np.sum(batch["mask"])))
+                    yield images
             finally:
                 iterator.close()
+                skipped.update(data.skipped_records)
 
         return make
 
     if source.mode == "random":
-        rates["reading alone"] = _rate(reading, seconds)
+        rates["reading alone"] = _rate(lambda: _reading(probe, batch_size), seconds)
     rates["decoded on demand"] = _rate(batches(threads=0), seconds)
     for n in several:
         rates[f"{n} thread{'s' * (n > 1)}"] = _rate(batches(threads=n), seconds)
     if source.mode != "stream":
         for n in (n for n in several if n > 1):
             rates[f"{n} worker processes"] = _rate(batches(workers=n), seconds)
-    best = max((how for how in rates if how != "reading alone"), key=lambda how: rates[how])
     shape = "×".join(map(str, probe.element_spec["image"].shape))
+    problems = [{"archive": path, **each._asdict()} for path, each in source.damage]
     return output.Report(
-        {"images": len(source), "cores": cores, "images_per_second": rates},
+        {
+            "images": len(source),
+            "decoded": decoded,
+            "skipped": skipped,
+            "damage": problems,
+            "cores": cores,
+            "images_per_second": rates,
+        },
         ["", "images/s"],
         [[how, f"{rate:.0f}"] for how, rate in rates.items()],
         f"{target}: {len(source)} images, batches of {shape}, {cores} cores",
-        f"fastest: {best}. By default from_tar uses one thread for each core.",
+        "\n".join(_notes(rates, decoded, skipped, source.damage)),
     )
+
+
+def _reading(data: ImageBatches, batch_size: int) -> Iterator[int]:
+    """The numbers of images in batches whose bytes are only read."""
+    for i in range(1 << 40):
+        epoch, at = divmod(i, max(len(data.source) // batch_size, 1))
+        records = data.order.records(epoch, at * batch_size, (at + 1) * batch_size)
+        yield sum(isinstance(each, bytes) for each in data.source.read_many(records))
+
+
+def _notes(
+    rates: dict[str, float], decoded: int, skipped: dict[str, str], damage: list[tuple[str, Damage]]
+) -> Iterator[str]:
+    best = max((how for how in rates if how != "reading alone"), key=lambda how: rates[how])
+    yield f"fastest: {best}. By default from_tar uses one thread for each core."
+    yield f"images decoded in these runs: {decoded}, many of them several times"
+    if not skipped and not damage:
+        yield "no image skipped, no damage"
+    yield from _few([f"skipped {where}: {why}" for where, why in skipped.items()])
+    yield from _few([f"damaged: {d.word} at byte {d.offset} of {a}: {d.detail}" for a, d in damage])
+
+
+def _few(lines: list[str]) -> list[str]:
+    more = [f"and {len(lines) - _FEW} more, which --json lists"] if len(lines) > _FEW else []
+    return lines[:_FEW] + more
 
 
 def _rate(make: Callable[[], Iterator[int]], seconds: float) -> float:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jdl.cli import options
+from jdl.cli import options, output
 
 
 @dataclass
@@ -66,7 +66,9 @@ def run(args: Args) -> None:
     print(
         f"{done.members} members, {done.bytes / 1e6:.1f} MB in {len(done.shards)} tar(s): {where}"
     )
-    for name, why in done.skipped[:20]:
-        print(f"skipped {name}: {why}")
-    if len(done.skipped) > 20:
-        print(f"and {len(done.skipped) - 20} more")
+    told = [f"left out {name}: {why}" for name, why in done.skipped]
+    told += [f"another key than {old!r}, which is taken: {new!r}" for old, new in done.renamed]
+    for line in told[:20]:
+        output.say(line)
+    if len(told) > 20:
+        print(f"and {len(told) - 20} more")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jdl.data.bundled_digits import digits as digits
     from jdl.data.bundled_digits import digits_path as digits_path
     from jdl.data.bundled_digits import resolve as resolve
+    from jdl.data.choice import LITTER as LITTER
     from jdl.data.description import Description as Description
     from jdl.data.description import describe as describe
     from jdl.data.description import splits as splits
@@ -36,6 +37,7 @@ _NAMES = {
     "Dataset": "batches",
     "Description": "description",
     "Holdout": "holdout",
+    "LITTER": "choice",
     "Record": "tar.source",
     "TarSource": "tar.source",
     "color_jitter": "operations",

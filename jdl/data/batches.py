@@ -134,7 +134,7 @@ class Batches(grain.IterDataset):
         super().__init__()
         self.plan, self.order, self.classes = plan, order, classes
         self.fingerprint, self.max_skipped = fingerprint, max_skipped
-        self._bad: set[str] = set()
+        self._bad: dict[str, str] = {}
 
     def repeat(self) -> "Batches":
         """The same data without end; the remainder is dropped if an epoch fills a batch."""
@@ -212,9 +212,9 @@ class Batches(grain.IterDataset):
         return len(self._bad)
 
     @property
-    def skipped_names(self) -> tuple[str, ...]:
-        """Which these are."""
-        return tuple(sorted(self._bad))
+    def skipped_records(self) -> dict[str, str]:
+        """Archive and member of each, and why it is unreadable."""
+        return dict(sorted(self._bad.items()))
 
     @property
     def element_spec(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class Batches(grain.IterDataset):
         """Logs skipped records, once each."""
         for where, why in skipped:
             if where not in self._bad:
-                self._bad.add(where)
+                self._bad[where] = why
                 logger.warning("skipped %s: %s", where, why)
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jdl.data import labels as lb
+from jdl.data.choice import Patterns, Some, folder_counts
+from jdl.data.holdout import Holdout, find_folder
 from jdl.data.tar import scan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.index import TarIndex, open_index
@@ -20,12 +22,14 @@ class Description(NamedTuple):
       archives: their paths.
       members: how many members they have, of any kind.
       images: how many of these are readable images.
-      classes: class -> how many images; "" for images without a label.
-      splits: first folder of the path -> how many images.
+      classes: class -> how many images; "" for images without a label; without those left out.
+      left_out: pattern -> how many images it leaves out, as `TarSource.left_out`.
+      splits: first folder of the path -> how many images; where all are in one folder that holds
+        `train` or `test`, its folders.
       kinds: kind of member -> how many.
       unread: extension -> how many members are images of a format that is not read, such as HEIC.
       damage: the defects, one dict each: word ("checksum", "truncated", "damaged", "sparse",
-        "concatenated"), archive, offset, name, detail, lost.
+        "concatenated", "link", "duplicate"), archive, offset, name, detail, lost.
       bytes: the archives' size.
       indexes: where each archive's index is kept; None for one in memory.
       modes: archive -> "random", "seekable" (at random, slowly) or "stream" (in order).
@@ -35,6 +39,7 @@ class Description(NamedTuple):
     members: int
     images: int
     classes: dict[str, int]
+    left_out: dict[str, int]
     splits: dict[str, int]
     kinds: dict[str, int]
     unread: dict[str, int]
@@ -44,6 +49,7 @@ class Description(NamedTuple):
     modes: dict[str, str]
 
 
+_NAMES = ("train", "test")
 _KIND_NAMES = {
     scan.IMAGE: "image",
     scan.OTHER: "other file",
@@ -52,15 +58,27 @@ _KIND_NAMES = {
     scan.DEVICE: "device or pipe",
     scan.SPARSE: "sparse file",
     scan.CUT: "truncated file",
+    scan.OLDER: "older version of an image",
 }
 
 
-def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = True) -> Description:
+def describe(
+    paths: Paths,
+    *,
+    label: lb.Label = "folder",
+    split: str | Holdout | None = None,
+    include: Some = None,
+    exclude: Some = None,
+    keep_index: bool = True,
+) -> Description:
     """The contents of archives; damage is reported, not raised.
 
     Args:
       paths: a path, a glob, a brace range, a folder, or a list of these.
       label: what the classes are read from, as in `TarSource`.
+      split: of which members the classes are counted, as in `TarSource`.
+      include: patterns of members to use, as in `TarSource`.
+      exclude: patterns of members to leave out, as in `TarSource`.
       keep_index: whether to store an index that had to be made.
 
     Raises:
@@ -75,24 +93,25 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
     indexes = [open_index(path, keep=keep_index) for path in archives]
     kinds: Counter[str] = Counter()
     unreads: Counter[str] = Counter()
-    of_splits: Counter[str] = Counter()
     for index in indexes:
         counts = np.bincount(index.columns.kinds, minlength=len(_KIND_NAMES))
         kinds.update({name: int(counts[kind]) for kind, name in _KIND_NAMES.items()})
-        of_splits.update(_splits(index))
         unreads.update(unread(index))
-    images = kinds["image"]
+    patterns = Patterns.checked(include, exclude)
+    of_splits, left_out = _splits(indexes, patterns)
     classes: dict[str, int] = {}
-    if images:
-        classes = TarSource(indexes, label=label).count_classes()
-        if rest := images - sum(classes.values()):
+    if of_splits:
+        source = TarSource(indexes, label=label, split=split, include=include, exclude=exclude)
+        classes, left_out = source.count_classes(), source.left_out
+        if rest := len(source) - sum(classes.values()):
             classes[""] = rest
     return Description(
         archives=archives,
         members=sum(map(len, indexes)),
-        images=images,
+        images=kinds["image"],
         classes=classes,
-        splits=dict(sorted(of_splits.items())),
+        left_out=dict(left_out),
+        splits=dict(sorted((of_splits - Counter({"": of_splits[""]})).items())),
         kinds=dict(+kinds),
         unread=dict(unreads),
         damage=[{"archive": i.path, **each._asdict()} for i in indexes for each in i.damage],
@@ -102,27 +121,33 @@ def describe(paths: Paths, *, label: lb.Label = "folder", keep_index: bool = Tru
     )
 
 
-def splits(paths: Paths, *, keep_index: bool = True) -> tuple[str, ...]:
-    """Which of `train` and `test` the archives' paths begin with.
+def splits(
+    paths: Paths, *, include: Some = None, exclude: Some = None, keep_index: bool = True
+) -> tuple[str, ...]:
+    """Which of the splits `train` and `test` the archives have, as `TarSource` finds them.
+
+    Args:
+      paths: a path, a glob, a brace range, a folder, or a list of these.
+      include: patterns of members to use, as in `TarSource`.
+      exclude: patterns of members to leave out, as in `TarSource`.
+      keep_index: whether to store an index that had to be made.
 
     >>> from jdl.data import digits_path
     >>> splits(digits_path(), keep_index=False)
     ('train', 'test')
     """
-    there = {
-        first
-        for path in expand(paths)
-        if path != STDIN  # it can be read only once
-        for first in _splits(open_index(path, keep=keep_index))
-    }
-    return tuple(name for name in ("train", "test") if name in there)
+    # Standard input can be read only once.
+    indexes = [open_index(path, keep=keep_index) for path in expand(paths) if path != STDIN]
+    there, _ = _splits(indexes, Patterns.checked(include, exclude))
+    return tuple(name for name in _NAMES if find_folder(name, there) in there)
 
 
-def _splits(index: TarIndex) -> Counter[str]:
-    ids = index.columns.folder_ids[index.columns.kinds == scan.IMAGE]
-    counts = np.bincount(ids, minlength=len(index.columns.folder_ends))
+def _splits(indexes: list[TarIndex], patterns: Patterns) -> tuple[Counter[str], Counter[str]]:
+    """How many images each split has, "" for those in no folder; how many are left out."""
+    chosen, out = zip(*map(patterns.images, indexes), strict=True) if indexes else ((), ())
+    folders = folder_counts(indexes, chosen)
+    below = any("/" in find_folder(name, folders) for name in _NAMES)
     found: Counter[str] = Counter()
-    for folder, count in zip(index.folders(), counts.tolist(), strict=True):
-        if count and (first := lb.first_folder(folder + "/")):
-            found[first] += count
-    return found
+    for folder, count in folders.items():
+        found["/".join(folder.split("/")[: 1 + below])] += count
+    return found, sum(out, Counter())

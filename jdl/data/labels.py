@@ -25,13 +25,21 @@ def folder_parts(folder: str) -> list[str]:
     return [part for part in folder.split("/") if part not in ("", ".")]
 
 
-def first_folder(name: str) -> str:
-    """The first folder in a member's path, "" if it has none: what a split by folder goes by.
+def parse(text: str) -> Label:
+    """The label that the words of a command line mean; `re:PATTERN` is a regular expression.
 
-    >>> first_folder("./train/7/0001.png"), first_folder("0001.png")
-    ('train', '')
+    >>> parse("none"), parse("-2"), parse("json:person"), parse("re:_(.)").pattern
+    (None, -2, 'json:person', '_(.)')
     """
-    return next(iter(folder_parts(name.rpartition("/")[0])), "")
+    if text.startswith("re:"):
+        try:
+            return re.compile(text[3:])
+        except re.error as error:
+            must = f"re: and a regular expression ({error})"
+            raise check.ArgumentError(f"`label` must be {must}, got {text!r}.") from error
+    if re.fullmatch(r"[+-]?\d{1,9}", text):
+        return int(text)
+    return None if text == "none" else text
 
 
 def reader(label: Label) -> Callable[[str], str | None]:
@@ -118,7 +126,7 @@ def read_sidecar(data: bytes, field: str, where: str) -> str:
       DataError: if there is none.
     """
     try:
-        text = data.decode("utf-8").strip()
+        text = data.decode("utf-8-sig").strip()  # without a byte order mark
         value = json.loads(text)[field] if field else text
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise check.DataError(f"{where} names no class: {error!r}.") from error

@@ -7,8 +7,8 @@ unless they are resized; arrays become PNGs.
 
 import contextlib
 import glob
+import hashlib
 import io
-import itertools
 import os
 import re
 import tarfile
@@ -19,14 +19,15 @@ from typing import IO, Any, NamedTuple
 from jdl.core import check
 from jdl.data import images
 from jdl.data.labels import sidecar_key
-from jdl.data.pack_sources import SIDECARS, Members, Skip, is_image, read
+from jdl.data.pack_sources import Members, Skip, is_image, is_sidecar, read
+from jdl.data.tar import format as fmt
 from jdl.data.tar.archive import STDIN, is_url
 from jdl.data.tar.index import SUFFIX
 from jdl.data.tar.paths import expand, tars_in
 
 SHARD_BYTES = 1 << 30
 _QUALITY = 95
-_MAX_SAMPLE = 64  # members
+_WHOLE, _ALONE = "image and sidecars", "sidecars"  # kinds of samples
 _PATTERN = re.compile(r"%0(\d+)d")
 
 
@@ -37,13 +38,15 @@ class Packed(NamedTuple):
       shards: the tars.
       members: how many they hold.
       bytes: their size.
-      skipped: what could not be used: (name, why).
+      skipped: what was left out: (name, why).
+      renamed: samples that have got another key, since an earlier one had theirs: (old, new).
     """
 
     shards: list[str]
     members: int
     bytes: int
     skipped: list[tuple[str, str]]
+    renamed: list[tuple[str, str]]
 
 
 def pack(
@@ -57,7 +60,10 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda members: None,
 ) -> Packed:
-    """Writes the images of `source` to the tars `out`.
+    """Writes the images of `source`, with their `.cls`, `.json` and `.txt`, to the tars `out`.
+
+    Samples are WebDataset's: a run of members with one key. Each is written in one piece; one whose
+    key an earlier sample has gets another. Links in a folder are followed if they stay inside it.
 
     Args:
       source: a folder of images or of IDX files (MNIST's format, plain or .gz), one IDX file of
@@ -87,12 +93,13 @@ def pack(
         skipped.append((name, why))
 
     _check_apart(source, out)
-    members = read(source, skip)
+    samples = read(source, skip, lambda *left_out: skipped.append(left_out))
     if size is not None:
-        members = _resized(members, size, skip)
+        samples = _resized(samples, size, skip)
+    distinct = _Distinct(source == STDIN)
     total = pictures = 0
     with _Shards(out, overwrite) as sink:
-        for sample in _samples(members):
+        for sample in map(distinct.name, samples):
             blocks = [header(n, len(data)) + data + bytes(-len(data) % 512) for n, data in sample]
             count = sum(is_image(name) for name, _ in sample)
             full = sink.bytes + sum(map(len, blocks)) + 1024 > shard_bytes
@@ -107,7 +114,7 @@ def pack(
             pictures += count
         if not pictures:
             raise check.DataError(_nothing(source, skipped))
-    return Packed(sink.shards, total, sink.total, skipped)
+    return Packed(sink.shards, total, sink.total, skipped, distinct.renamed)
 
 
 def _check_apart(source: str, out: str) -> None:
@@ -133,12 +140,51 @@ def _nothing(source: str, skipped: list[tuple[str, str]]) -> str:
     return f"{source!r}: none of the {len(skipped)} images could be used. The first: {name}: {why}."
 
 
-def _samples(members: Members) -> Iterator[list[tuple[str, bytes]]]:
-    """Members that stay together: an image and its sidecars."""
-    for _, run in itertools.groupby(members, lambda member: sidecar_key(member[0])[0]):
-        while some := list(itertools.islice(run, _MAX_SAMPLE)):
-            whole = any(sidecar_key(name)[1] in SIDECARS for name, _ in some)
-            yield from [some] if whole else ([member] for member in some)
+class _Distinct:
+    """Gives each sample a key of its own: `key-2`, `key-3`, … where an earlier one has its key.
+
+    Images without sidecars may share a key if their names differ. Takes 100 bytes a sample.
+
+    Args:
+      once: whether the source cannot tell which members that are apart are of one sample.
+    """
+
+    def __init__(self, once: bool):
+        self._once = once
+        self._kinds: dict[int, str] = {}  # by a digest of the key, or of a further image's name
+        self._next: dict[int, int] = {}
+        self.renamed: list[tuple[str, str]] = []
+
+    def name(self, members: Members) -> Members:
+        """The members of one sample under a key that no earlier one has."""
+        key, kind = sidecar_key(members[0][0])
+        if any(is_sidecar(name) for name, _ in members):
+            kind = _WHOLE if any(is_image(name) for name, _ in members) else _ALONE
+        new, place = key, _digest(key)
+        if self._taken(key, kind):
+            if self._once and not kind == self._kinds[place] == _WHOLE:
+                raise check.DataError(
+                    f"The key {key!r} comes again apart, so which members belong together is known "
+                    "only at the end. Write standard input to a file first."
+                )
+            while self._taken(new, kind):
+                self._next[place] = self._next.get(place, 1) + 1
+                new = f"{key}-{self._next[place]}"
+            self.renamed.append((key, new))
+        place = _digest(new)
+        self._kinds[_digest(f"{new}\0{kind}") if place in self._kinds else place] = kind
+        return [(new + name[len(key) :], data) for name, data in members]
+
+    def _taken(self, key: str, kind: str) -> bool:
+        before = self._kinds.get(_digest(key))
+        if before in (None, _WHOLE, _ALONE) or kind in (_WHOLE, _ALONE, before):
+            return before is not None
+        return _digest(f"{key}\0{kind}") in self._kinds
+
+
+def _digest(text: str) -> int:
+    data = fmt.plain(text.encode("utf-8", "surrogateescape"))
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def header(name: str, size: int) -> bytes:
@@ -179,7 +225,7 @@ class _Shards:
     def _open(self) -> IO[bytes]:
         path = self._out % len(self.shards) if self._numbered else self._out
         if os.path.exists(path) and not self._overwrite:
-            raise check.DataError(f"{path!r} is there already. Pass overwrite to replace it.")
+            raise check.DataError(f"{path!r} is there already. Pass `overwrite` to replace it.")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         self._path = path
         return open(f"{path}.{os.getpid()}.tmp", "wb")
@@ -225,24 +271,30 @@ class _Shards:
                     os.unlink(path + SUFFIX)
 
 
-def _resized(members: Members, size: tuple[int, int], skip: Skip) -> Members:
+def _resized(samples: Iterator[Members], size: tuple[int, int], skip: Skip) -> Iterator[Members]:
+    """The samples with their images resized, without those of which none can be."""
+    for members in samples:
+        found: dict[str, bytes] = {}
+        for name, data in members:
+            try:
+                new, data = _resize(name, data, size) if is_image(name) else (name, data)
+                if new in found:
+                    raise images.BadImage(f"resized, it has the name of another image, {new!r}")
+                found[new] = data
+            except images.BadImage as error:
+                skip(repr(name), str(error))
+        if any(map(is_image, found)) or not any(is_image(name) for name, _ in members):
+            yield list(found.items())
+
+
+def _resize(name: str, data: bytes, size: tuple[int, int]) -> tuple[str, bytes]:
     from PIL import Image
 
-    for name, data in members:
-        if not is_image(name):
-            yield name, data
-            continue
-        try:
-            pixels = images.decode(data, size=size, grayscale=images.is_gray(data), exact=True)
-        except images.BadImage as error:
-            skip(repr(name), str(error))
-            continue
-        out = io.BytesIO()
-        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        stem = name.rpartition(".")[0]
-        if data.startswith(b"\xff\xd8\xff"):
-            image.save(out, "JPEG", quality=_QUALITY)
-            yield f"{stem}.jpg", out.getvalue()
-        else:
-            image.save(out, "PNG")
-            yield f"{stem}.png", out.getvalue()
+    pixels = images.decode(data, size=size, grayscale=images.is_gray(data), exact=True)
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    out, stem = io.BytesIO(), name.rpartition(".")[0]
+    if data.startswith(b"\xff\xd8\xff"):
+        image.save(out, "JPEG", quality=_QUALITY)
+        return f"{stem}.jpg", out.getvalue()
+    image.save(out, "PNG")
+    return f"{stem}.png", out.getvalue()

@@ -4,25 +4,31 @@ import io
 import itertools
 import os
 import re
+import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from jdl.core import check
+from jdl.data.choice import Patterns
 from jdl.data.idx import is_idx, read_idx
+from jdl.data.labels import composed, sidecar_key
 from jdl.data.tar import scan
-from jdl.data.tar.archive import STDIN, is_url
+from jdl.data.tar.archive import STDIN, changed, is_url
+from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import expand, tars_in
-from jdl.data.tar.stream import MemberStream
+from jdl.data.tar.samples import runs, samples
+from jdl.data.tar.stream import MAX_MEMBER, Member, MemberStream
 
-Members: TypeAlias = Iterator[tuple[str, bytes]]  # (name, contents)
+Members: TypeAlias = list[tuple[str, bytes]]  # (name, contents) of an image and its sidecars
 Skip: TypeAlias = Callable[[str, str], None]  # called with what cannot be used, and why
 
-SIDECARS = ("cls", "json", "txt")
+_SIDECARS = frozenset((b"cls", b"json", b"txt"))
+_AT_ONCE = 256  # samples whose members are requested at once from an archive
 _SPLITS = ("train", "test", "val", "valid")
 _IMAGE_KEYS = ("images", "image", "x", "data", "features")
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
@@ -30,35 +36,45 @@ _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
 def is_image(name: str) -> bool:
     """Whether a file has an image's extension."""
-    return extension(name).encode() in scan.IMAGE_EXTENSIONS
+    return _ending(name) in scan.IMAGE_EXTENSIONS
 
 
-def extension(name: str) -> str:
-    """What follows the last dot of a name, in lower case."""
-    return name.rpartition(".")[2].lower()
+def is_sidecar(name: str) -> bool:
+    """Whether a file has the extension of a label beside an image."""
+    return _ending(name) in _SIDECARS
 
 
-def read(source: str, skip: Skip) -> Members:
-    """The images that `source` holds, as (name, encoded bytes), with their labels' sidecars."""
+def _ending(name: str) -> bytes:
+    return name.rpartition(".")[2].lower().encode("utf-8", "surrogateescape")
+
+
+def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
+    """The images that `source` holds, encoded, each with its labels' sidecars.
+
+    Args:
+      source: as for `pack`.
+      skip: called with what cannot be used; it may raise.
+      note: called with what is left out on purpose.
+    """
     path = Path(source)
-    if source == STDIN or is_url(source) or not path.exists():
+    if source == STDIN:
+        yield from _from_pipe(skip)
+    elif is_url(source) or not path.exists():
         yield from _from_tars(source, skip)
     elif path.is_dir():
         idx = sorted(p for p in path.iterdir() if p.is_file() and is_idx(p))
         if idx:
             yield from _from_idx_folder(idx)
         elif tars := tars_in(path):
-            if pictures := next(_pictures(path), None):
+            if picture := next(_from_folder(path, note, note), None):
                 raise check.DataError(
                     f"The folder {source!r} holds both tars and images, such as {tars[0]!r} and "
-                    f"{str(pictures)!r}. Pack one kind at a time: from two folders, or the tars "
-                    f"by a pattern such as {str(path / '*.tar')!r}."
+                    f"{str(path / picture[0][0])!r}. Pack one kind at a time: from two folders, or "
+                    f"the tars by a pattern such as {str(path / '*.tar')!r}."
                 )
-            for tar in tars:
-                yield from _from_tars(tar, skip)
+            yield from _from_tars(source, skip)
         else:
-            for picture in _pictures(path):
-                yield picture.relative_to(path).as_posix(), picture.read_bytes()
+            yield from _from_folder(path, skip, note)
     elif source.endswith(".npz"):
         yield from _from_npz(path)
     elif is_idx(path):
@@ -67,32 +83,120 @@ def read(source: str, skip: Skip) -> Members:
         yield from _from_tars(source, skip)
 
 
-def _pictures(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders.sort()  # in place, which sets the order of os.walk
-        for file in sorted(files):
-            path = Path(folder) / file
-            if is_image(file) and not file.startswith("._") and path.is_file():
-                yield path
+def _from_folder(root: Path, skip: Skip, note: Skip) -> Iterator[Members]:
+    for folder, files in _folders(root, skip, note):
+        names = sorted(f for f in files if (is_image(f) or is_sidecar(f)) and f[:2] != "._")
+        for _, run in itertools.groupby(names, lambda name: sidecar_key(name)[0]):
+            some = list(run)
+            if not any(map(is_image, some)):
+                continue
+            for unit in _units(some, any(map(is_sidecar, some))):
+                paths = [Path(folder, name) for name in unit]
+                try:
+                    yield [(p.relative_to(root).as_posix(), p.read_bytes()) for p in paths]
+                except OSError as error:
+                    skip(repr(str(error.filename)), f"it cannot be read: {error.strerror}")
 
 
-def _from_tars(source: str, skip: Skip) -> Members:
-    """Images and their sidecars, in the order of the archives."""
+def _folders(root: Path, skip: Skip, note: Skip) -> Iterator[tuple[str, list[str]]]:
+    """Each folder and the files in it, as ImageFolder finds them, but never outside of `root`."""
+    top = os.path.realpath(root)
+    waiting = [(str(root), {top})]
+    while waiting:
+        folder, above = waiting.pop()
+        files, inside = [], []
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            skip(repr(folder), f"it cannot be read: {error.strerror}")
+            continue
+        for entry in entries:
+            real = os.path.realpath(entry.path)
+            if os.path.commonpath([top, real]) != top:
+                note(repr(entry.path), f"a link out of the folder, to {real!r}")
+            elif entry.is_file():
+                files.append(entry.name)
+            elif real in above:
+                note(repr(entry.path), "a link to a folder that it is in")
+            elif entry.is_dir():
+                inside.append((entry.path, above | {real}))
+            elif entry.is_symlink():
+                note(repr(entry.path), "a link to no file or folder")
+        yield folder, files
+        waiting += inside
+
+
+def _units(members: list[Any], whole: bool) -> Iterator[list[Any]]:
+    """What stays in one shard: a whole sample, or each image without sidecars by itself."""
+    yield from [members] if whole else ([member] for member in members)
+
+
+def _from_tars(source: str, skip: Skip) -> Iterator[Members]:
+    """The samples of these archives, in their order."""
     for path in expand(source):
-        archive = open_archive(path)
-        stream = MemberStream(archive)
-        reported = 0
-        for member in itertools.chain(stream, [None]):
-            for damage in stream.damage[reported:]:
-                if damage.lost:
-                    skip(f"{path!r} at byte {damage.offset}", f"{damage.word}: {damage.detail}")
-            reported = len(stream.damage)
-            if member and (member.image or extension(member.name) in SIDECARS):
-                yield member.name, member.data
+        index = open_index(path, keep=False)
+        _report(path, index.damage, skip)
+        archive, coming = open_archive(path), _rows(index, skip)
+        while some := list(itertools.islice(coming, _AT_ONCE)):
+            rows = list(itertools.chain(*some))
+            places = [(int(index.columns.sizes[r]), int(index.columns.offsets[r])) for r in rows]
+            back = next((i for i in range(1, len(rows)) if places[i][1] < places[i - 1][1]), 0)
+            if back and archive.mode == "stream":
+                name = index.name(rows[back])
+                raise check.DataError(
+                    f"{path!r} cannot be read in its order: {name!r} is apart from what it belongs "
+                    "to. Decompress it first."
+                )
+            contents = archive.pread_many(places)
+            for unit in some:
+                found = [(index.name(row), next(contents)) for row in unit]
+                if [len(data) for _, data in found] != index.columns.sizes[unit].tolist():
+                    raise changed(path)
+                yield found
         archive.close()
 
 
-def _from_idx_folder(files: list[Path]) -> Members:
+def _rows(index: TarIndex, skip: Skip) -> Iterator[list[int]]:
+    """The rows of each sample, and of each image without sidecars."""
+    for sample in samples(index, _SIDECARS):
+        if sample.problem:
+            skip(repr(index.path), sample.problem)
+            continue
+        rows = sorted([*sample.images, *sample.sidecars.values()])
+        for unit in _units(rows, bool(sample.sidecars)):
+            size = int(index.columns.sizes[unit].sum())
+            if size > MAX_MEMBER:
+                what = f"{index.path!r}, member {index.name(unit[0])!r}"
+                skip(what, f"with its sidecars it has {size} bytes, more than {MAX_MEMBER}")
+            else:
+                yield unit
+
+
+def _report(path: str, damages: Sequence[scan.Damage], skip: Skip) -> None:
+    for damage in damages:
+        if damage.lost:
+            skip(f"{path!r} at byte {damage.offset}", f"{damage.word}: {damage.detail}")
+
+
+def _from_pipe(skip: Skip) -> Iterator[Members]:
+    """The samples on standard input, from runs of adjacent members."""
+    stream = MemberStream(open_archive(STDIN))
+
+    def members() -> Iterator[tuple[str, bytes, Member]]:
+        reported = 0
+        for member in itertools.chain(stream, [None]):
+            _report(STDIN, stream.damage[reported:], skip)
+            reported = len(stream.damage)
+            if member:
+                folder, _, base = member.name.rpartition("/")
+                yield folder, base.encode(), member
+
+    for _, run in runs(members()):
+        named = [(m.name, m.data) for m in run.values() if is_image(m.name) or is_sidecar(m.name)]
+        yield from _units(named, any(is_sidecar(name) for name, _ in named))
+
+
+def _from_idx_folder(files: list[Path]) -> Iterator[Members]:
     """The images of all these IDX files, each file's in a folder of its own."""
     once = [p for p in files if not (p.suffix == ".gz" and p.with_suffix("") in files)]
     of: dict[str, Path] = {}
@@ -116,7 +220,7 @@ def _idx_split(path: Path) -> str:
     return {"t10k": "test"}.get(split, split) or "-".join(own) or "images"
 
 
-def _from_idx(path: Path) -> Members:
+def _from_idx(path: Path) -> Iterator[Members]:
     """The images of one IDX file, labelled by the file of labels beside it."""
     pixels = read_idx(path)
     label_name = path.name.replace("images", "labels").replace("idx3", "idx1")
@@ -127,7 +231,7 @@ def _from_idx(path: Path) -> Members:
     yield from _from_arrays(pixels, labels, _idx_split(path), str(path))
 
 
-def _from_npz(path: Path) -> Members:
+def _from_npz(path: Path) -> Iterator[Members]:
     """Arrays `images` and `labels`, or `x` and `y`; also `x_train`, `train_images` and the like."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -152,7 +256,9 @@ def _from_npz(path: Path) -> Members:
         yield from _from_arrays(roles["images"], roles.get("labels"), split, str(path))
 
 
-def _from_arrays(pixels: np.ndarray, labels: np.ndarray | None, split: str, where: str) -> Members:
+def _from_arrays(
+    pixels: np.ndarray, labels: np.ndarray | None, split: str, where: str
+) -> Iterator[Members]:
     """[split/][label/]number.png of each image, uint8 [n, H, W] or [n, H, W, 1 or 3]."""
     from PIL import Image
 
@@ -165,15 +271,34 @@ def _from_arrays(pixels: np.ndarray, labels: np.ndarray | None, split: str, wher
             f"{where!r} must hold uint8 [n, H, W] or [n, H, W, 3], got {pixels.dtype} "
             f"{list(pixels.shape)}."
         )
-    if labels is not None and (labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iuSU"):
-        raise check.DataError(
-            f"{where!r} must have a label for each of its {len(pixels)} images, got "
-            f"{labels.dtype} {list(labels.shape)}."
-        )
+    names = None if labels is None else _class_names(labels, len(pixels), where)
     digits = max(5, len(str(len(pixels) - 1)))
     for i, image in enumerate(pixels):
         out = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(image)).save(out, "PNG")
-        label = "" if labels is None else str(labels[i]).replace("/", "_")
-        parts = (split, label, f"{i:0{digits}d}.png")
-        yield "/".join(part for part in parts if part), out.getvalue()
+        parts = (split, names[i] if names else "", f"{i:0{digits}d}.png")
+        yield [("/".join(part for part in parts if part), out.getvalue())]
+
+
+def _class_names(labels: np.ndarray, n: int, where: str) -> list[str]:
+    """The labels, [n] or [n, 1], as folders' names, from which they are read again."""
+    flat = labels[:, 0] if labels.shape == (n, 1) else labels
+    if flat.shape != (n,) or flat.dtype.kind not in "iuSU":
+        raise check.DataError(
+            f"{where!r} must have a label for each of its {n} images, a number or a text, got "
+            f"{labels.dtype} {list(labels.shape)}."
+        )
+    texts = np.char.decode(flat, "utf-8", "surrogateescape") if flat.dtype.kind == "S" else flat
+    names = [str(each) for each in texts.tolist()]
+    of: dict[str, str] = {}
+    for name in sorted({*names}):
+        odd = name in ("", ".", "..") or any(unicodedata.category(c) in ("Cc", "Cs") for c in name)
+        odd |= "/" in name or Patterns.checked(None, None).refuses(f"{name}/0.png") is not None
+        other = of.setdefault(composed(name), name)
+        if odd or other is not name:
+            also = "" if other is name else f" and {other!r}, which differs from it in form alone,"
+            raise check.DataError(
+                f"{where!r} has the label {name!r}{also} which cannot be the name of a folder, as "
+                "a class is. Use numbers, or other texts."
+            )
+    return names

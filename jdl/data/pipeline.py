@@ -17,6 +17,7 @@ from jdl.core import check
 from jdl.data import images
 from jdl.data import labels as lb
 from jdl.data.augment import Augmentation, Augments, functions
+from jdl.data.choice import Some, told
 from jdl.data.decoding import Decoder
 from jdl.data.holdout import Holdout
 from jdl.data.image_batches import ImageBatches
@@ -31,6 +32,7 @@ from jdl.data.window import WINDOW, WindowOrder
 logger = logging.getLogger("jdl.data")
 
 _CACHE_BYTES = 1 << 25
+_told: set[str] = set()
 
 
 def from_tar(
@@ -44,6 +46,8 @@ def from_tar(
     shuffle: bool | None = None,
     seed: int = 0,
     split: str | Holdout | None = None,
+    include: Some = None,
+    exclude: Some = None,
     weights: Sequence[float | int] | None = None,
     window: int | None = None,
     classes: Sequence[str] | None = None,
@@ -75,22 +79,26 @@ def from_tar(
       paths: a path, a URL, a glob, a brace range, a folder, or a list of these. For standard input
         see `standard_input`.
       label: what the class is read from: `"folder"`, an integer, a compiled regular expression, a
-        function of the name, `"cls"`, `"json:FIELD"` (see `TarSource`); None for no labels.
+        function of the name, which returns None to leave a record out, `"cls"`, `"json:FIELD"`
+        (see `TarSource`); None for no labels. Any other record without a label is an error.
       size: (height, width) to resize to; None if all images have one size already.
       grayscale: one channel rather than three.
       batch_size: examples in every batch, B.
       epochs: how many passes over the data; None for no end.
       shuffle: a new order each epoch; by default only with `epochs=None` or `weights`.
       seed: for the orders and the augmentation.
-      split: only members whose path begins with this folder, or one side of a split by hash, such
-        as `"train:0.1:folder"` (see `TarSource`).
+      split: only members in this folder, such as `"train"` or `"ds/train"`, or one side of a split
+        by hash, such as `"train:0.1:folder"` (see `TarSource`).
+      include: only members that match one of these patterns, such as `"left/*.png"`.
+      exclude: patterns of members to leave out besides those of `jdl.data.LITTER`; `()` for none
+        (see `TarSource`).
       weights: for each entry of the list `paths`, how often it is drawn from. Each is passed over
         without repetition, again and again; an epoch is as many records as there are in all.
       window: how many records are shuffled among each other in archives that are read in order.
         Archives that can be read at random are shuffled as a whole unless a window is given.
       classes: the class table of training, for an evaluation.
-      on_error: at an image that cannot be decoded, `"raise"` an error or `"skip"` it; `"skip"` also
-        accepts a damaged archive and reads what is left of it.
+      on_error: at an image that cannot be decoded, or whose sidecar names no class, `"raise"` an
+        error or `"skip"` it; `"skip"` also accepts a damaged archive and reads what is left of it.
       max_skipped: the share of an epoch's records that may be skipped before that is an error; one
         always may unless it is 0.
       drop_remainder: drop an epoch's last records that fill no batch; by default only with
@@ -142,7 +150,17 @@ def from_tar(
             "`paths` must be archives that can be read again, got standard input. Use "
             "jdl.data.standard_input, or write it to a file with `jdl pack - OUT-%05d.tar`."
         )
-    source = TarSource(paths, label=label, split=split, classes=classes, keep_index=keep_index)
+    source = TarSource(
+        paths,
+        label=label,
+        split=split,
+        include=include,
+        exclude=exclude,
+        classes=classes,
+        on_error=on_error,
+        keep_index=keep_index,
+    )
+    _tell_left_out(source)
     if on_error == "raise":
         _refuse_damage(source)
     if label is not None and (where := source.unlabelled()):
@@ -245,6 +263,16 @@ def _refuse_damage(source: TarSource) -> None:
             f"{damage.detail}{more}. `jdl index` lists all damage; to use what can be read, pass "
             'on_error="skip".'
         )
+
+
+def _tell_left_out(source: TarSource) -> None:
+    """Logs, once for each archive and choice, how many images are left out."""
+    if (
+        source.left_out
+        and (about := f"{source.archives[0]!r}: {told(source.left_out)}") not in _told
+    ):
+        _told.add(about)
+        logger.warning("some images are left out of %s", about)
 
 
 def _cores() -> int:

@@ -1,6 +1,8 @@
 """Batches of a tar on standard input: read once, in its order, in constant memory."""
 
 import itertools
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +11,9 @@ import numpy as np
 from jdl.core import check
 from jdl.data import labels as lb
 from jdl.data.batches import Batches
+from jdl.data.choice import Patterns, Some, told
 from jdl.data.decoding import Decoder
-from jdl.data.holdout import Holdout, no_such_split, parse_split
+from jdl.data.holdout import Holdout, inside, no_such_split, parse_split, split_folder
 from jdl.data.image_batches import Assembler
 from jdl.data.loading import InOrder, Loaded
 from jdl.data.order import Order
@@ -19,6 +22,9 @@ from jdl.data.tar.archive import STDIN
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.stream import Member, MemberStream
 
+logger = logging.getLogger("jdl.data")
+
+_MAX_FOLDERS = 1000  # remembered for messages
 _MANY = 1 << 40  # in place of the number of records, which is known only at the end
 
 
@@ -29,6 +35,8 @@ def standard_input(
     label: lb.Label = "folder",
     classes: Sequence[str] | None = None,
     split: str | Holdout | None = None,
+    include: Some = None,
+    exclude: Some = None,
     grayscale: bool = False,
     on_error: str = "raise",
     max_skipped: float = 0.1,
@@ -45,7 +53,10 @@ def standard_input(
       batch_size: examples in every batch.
       label: as in `from_tar`, but not from a member beside the image.
       classes: the class table; required with labels.
-      split: as in `from_tar`; no record of it is an error at the end.
+      split: as in `from_tar`, but a folder's path from the root on; no record of it is an error
+        at the end.
+      include: as in `from_tar`.
+      exclude: as in `from_tar`.
       grayscale: one channel rather than three.
       on_error: at an image that cannot be decoded or damage to the archive, `"raise"` or `"skip"`.
       max_skipped: the share of the records so far that may be skipped; one always may unless it
@@ -65,7 +76,7 @@ def standard_input(
     if label is not None:
         lb.reader(label)  # refuses invalid labels before anything is read
     table = None if label is None else lb.check_classes(classes or (), (), "Standard input")
-    chosen = _Chosen(label, parse_split(split), table)
+    chosen = _Chosen(label, parse_split(split), table, Patterns.checked(include, exclude))
     decoder = Decoder(size, grayscale, dtype)
     return PipedBatches(chosen, batch_size, decoder, on_error == "skip", max_skipped, threads)
 
@@ -76,6 +87,7 @@ class _Chosen(NamedTuple):
     label: lb.Label
     split: str | Holdout | None
     classes: tuple[str, ...] | None
+    patterns: Patterns
 
     def images(self, members: Iterable[Member]) -> Iterator[Member]:
         """The images of the split.
@@ -83,24 +95,35 @@ class _Chosen(NamedTuple):
         Raises:
           DataError: at the end, if there was none.
         """
-        split = self.split
+        split, within = self.split, split_folder(self.split)
         in_split = split.chooser() if isinstance(split, Holdout) else None
-        folders: set[str] = set()
+        class_of = lb.reader(self.label) if callable(self.label) else None
+        folders: dict[str, None] = {}
+        left_out: Counter[str] = Counter()
         images = found = 0
-        for member in members:
-            if not member.image:
-                continue
+        for member in (member for member in members if member.image):
             images += 1
-            folder = lb.first_folder(member.name)
-            if len(folders) < 10:
-                folders.add(folder)
-            if split is None or (in_split(member.name) if in_split else folder == split):
-                found += 1
-                yield member
-        if not images:
-            raise check.DataError("Standard input holds no images.")
+            folder = member.name.rpartition("/")[0]
+            pattern = self.patterns.refuses(member.name)
+            if pattern is None:
+                if len(folders) < _MAX_FOLDERS:
+                    folders[folder] = None
+                if in_split and not in_split(member.name):
+                    continue
+                if within is not None and not inside(folder, within):
+                    continue
+                if class_of is None or class_of(member.name) is not None:
+                    found += 1
+                    yield member
+                    continue
+            left_out[pattern or "label"] += 1
+        if left_out:
+            logger.warning("some images are left out of standard input: %s", told(left_out))
+        if images == left_out.total():
+            why = f": all are left out, {told(left_out)}" if images else ""
+            raise check.DataError(f"Standard input holds no images{why}.")
         if split is not None and not found:
-            raise no_such_split("Standard input", split, images, sorted(folders))
+            raise no_such_split("Standard input", split, images, folders)
 
 
 class _Batch:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -146,6 +147,7 @@ def test_npz(tmp_path):
     for arrays, words in [
         ({"images": PIXELS.astype(np.float32)}, "uint8"),
         ({"images": PIXELS, "labels": LABELS[:3]}, "a label for each"),
+        ({"images": PIXELS, "labels": LABELS[None]}, "a label for each"),
         ({"weights": PIXELS}, "holds no images: it has weights"),
         ({"images": np.array([{}, {}], object)}, "cannot be read"),
     ]:
@@ -154,6 +156,48 @@ def test_npz(tmp_path):
             pack(str(path), str(tmp_path / "b.tar"))
     assert not (tmp_path / "b.tar").exists()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_labels_of_npz_are_the_classes_that_are_read_again(tmp_path):
+    path = tmp_path / "a.npz"
+    for labels, classes in [
+        (LABELS[:, None], list("0123")),
+        (np.array([b"cat", b"caf\xc3\xa9"] * 2), ["caf\xe9", "cat"]),
+        (np.array(["a_b", "a b", "a..", "cafe\u0301"]), ["a b", "a..", "a_b", "caf\xe9"]),
+        (np.array([3, -1, 0, 1 << 40]), ["-1", "0", "1099511627776", "3"]),
+    ]:
+        np.savez(path, images=PIXELS[: len(labels)], labels=labels)
+        done = pack(str(path), str(tmp_path / "a.tar"), overwrite=True)
+        source = TarSource(done.shards, keep_index=False)
+        assert list(source.classes) == classes
+        texts = [t.decode() if isinstance(t, bytes) else str(t) for t in np.ravel(labels).tolist()]
+        found = {
+            int(source.name(i)[-9:-4]): source.classes[source[i].label] for i in range(len(source))
+        }
+        assert [found[i] for i in range(len(texts))] == [
+            unicodedata.normalize("NFC", t) for t in texts
+        ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [
+        ("", "a"),
+        ("a/b", "a_b"),
+        ("..", "a"),
+        (".", "a"),
+        (".a", "a"),
+        ("a\nb", "a"),
+        ("a\0b", "a"),
+        ("e\u0301", "\xe9"),
+        (b"\xff", b"a"),
+    ],
+)
+def test_labels_that_no_folder_can_have_are_refused_by_name(tmp_path, bad, good):
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:2], y_train=np.array([bad, good]))
+    with pytest.raises(DataError, match=r"has the label '.*cannot be the name of a folder"):
+        pack(str(tmp_path / "a.npz"), str(tmp_path / "a.tar"))
+    assert not (tmp_path / "a.tar").exists()
 
 
 def test_another_tar(folder, tmp_path):
@@ -367,7 +411,7 @@ def test_a_split_of_standard_input(folder, tmp_path, pipe):
         for i, row in enumerate(found):
             np.testing.assert_array_equal(row, pixels(source[i].data))
     pipe(whole)
-    with pytest.raises(DataError, match=r"no images of the split 'val' among its 23.*'train'"):
+    with pytest.raises(DataError, match=r"no images of the split 'val' among its 23.*'train/0'"):
         list(standard_input(split="val", **options))
     pipe(bytes(1024))
     with pytest.raises(DataError, match="Standard input holds no images"):

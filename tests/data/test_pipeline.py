@@ -1,11 +1,15 @@
 """Batches from tars and arrays: their contents, their order, and resuming at a position."""
 
+import bz2
 import gc
+import gzip
 import io
 import itertools
 import json
 import logging
 import os
+import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,10 +27,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jdl.core.check import ArgumentError, DataError, UserError
-from jdl.data import Dataset, digits, digits_path, from_arrays, from_tar, resolve, splits
+from jdl.data import (
+    Dataset,
+    TarSource,
+    digits,
+    digits_path,
+    from_arrays,
+    from_tar,
+    resolve,
+    splits,
+)
 from jdl.data.plan import Plan
 from jdl.data.stdin import standard_input
+from jdl.data.tar import index as tar_index
 from jdl.data.tar.paths import braces, expand
+from jdl.data.tar.seekable import make_seekable
 
 
 def png(value, size=(6, 5)):
@@ -325,8 +340,8 @@ def test_corrupt_images_are_skipped_counted_and_named(damaged, threads, caplog):
     assert batches[0]["mask"].tolist() == [1, 1, 1, 1, 0]
     assert flat(values(batches)) == [i for i in range(23) if i % 10 != 4] * 2
     assert (data.skipped, iterator.skipped) == (2, 4)
-    assert len(data.skipped_names) == 2
-    assert all(name in " ".join(data.skipped_names) for name in ("c/04.png", "c/14.png"))
+    assert len(data.skipped_records) == 2
+    assert all(name in " ".join(data.skipped_records) for name in ("c/04.png", "c/14.png"))
     assert [record.args[0].split()[-1] for record in caplog.records] == ["'c/04.png'", "'c/14.png'"]
 
 
@@ -443,6 +458,151 @@ def test_braces_are_expanded_as_bash_does():
     for pattern in ("{1..1000001}", "{1..1001}-{1..1000}", "{0..999999999999999999}"):
         with pytest.raises(ArgumentError, match="at most 1000000 files"):
             braces(pattern)
+
+
+# ---------------------------------------------------------------------- the operating system
+
+
+def run_python(code, **options):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+    assert not done.returncode, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="the limit is POSIX's")
+@pytest.mark.parametrize("mapped", [False, True])
+def test_three_thousand_archives_need_few_descriptors(tar, tmp_path, mapped):
+    folder, data = tmp_path / "shards", Path(tar).read_bytes()
+    folder.mkdir()
+    for i in range(3000):
+        (folder / f"{i}.tar").write_bytes(data)
+    out = run_python(
+        f"""
+import os, resource, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+import numpy as np
+from jdl.data import TarSource
+from jdl.data.tar import index
+if {mapped}:
+    index._memory_left[0] = 0
+sources = [TarSource({str(folder)!r}) for _ in range(2)]
+begin = time.monotonic()
+sources.append(TarSource({str(folder)!r}))
+print(time.monotonic() - begin)
+records = np.random.default_rng(0).integers(3000 * 23, size=4000)
+for source in sources:
+    assert len(source) == 3000 * 23
+    for record, data in zip(records.tolist(), source.read_many(records), strict=True):
+        assert data == source[record % 23].data
+print(index._memory_left[0])
+"""
+    )
+    assert float(out[0]) < 30
+    assert (int(out[1]) == 0) == mapped
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_an_index_may_be_replaced_and_a_read_one_overwritten_while_in_use(tar, tmp_path, mapped):
+    index, other = Path(tar + ".jdlidx"), tmp_path / "other"
+    source = TarSource(tar)
+    expected = list(source.read_many(range(23)))
+    write_tar(tmp_path / "b.tar", [("c/0.png", png(0))])
+    TarSource(str(tmp_path / "b.tar"))
+    (tmp_path / "b.tar.jdlidx").rename(other)
+    out = run_python(
+        f"""
+import os, shutil
+from jdl.data import TarSource
+from jdl.data.tar import index
+if {mapped}:
+    index._memory_left[0] = 0
+source = TarSource({tar!r})
+(os.replace if {mapped} else shutil.copyfile)({str(other)!r}, {str(index)!r})
+for i, data in enumerate(source.read_many(range(23))):
+    print(source.name(i), data.hex())
+"""
+    )
+    assert out[1::2] == [data.hex() for data in expected]
+    assert out[::2] == [source.name(i) for i in range(23)]
+
+
+def test_mapped_indexes_are_read_only_and_unmapped(tar, monkeypatch):
+    TarSource(tar)
+    monkeypatch.setattr(tar_index, "_memory_left", [0])
+    source = TarSource(tar)
+    with pytest.raises(ValueError, match="read-only"):
+        source.indexes[0].columns.offsets[0] = 1
+    mapped = lambda: tar + ".jdlidx" in Path("/proc/self/maps").read_text()  # noqa: E731
+    if Path("/proc/self/maps").exists():
+        assert mapped()
+        del source
+        gc.collect()
+        assert not mapped()
+
+
+def test_a_worker_refuses_an_archive_that_has_changed(tmp_path):
+    """Its rows would be those of the old one."""
+    path = write_tar(tmp_path / "a.tar", [(f"{i}/0.png", png(i)) for i in range(9)])
+    pickled = pickle.dumps(TarSource(path, split="3"))
+    os.utime(path, (0, 0))
+    TarSource(path)  # rebuilds the index
+    assert pickle.loads(pickled).name(0) == "3/0.png"
+    write_tar(path, [(f"{i}/0.png", png(i)) for i in range(1, 9)])
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_forked_children_read_a_compressed_archive_by_themselves(tmp_path):
+    noise = np.random.default_rng(0)
+    members = [(f"c/{i}.png", noise.bytes(10_000)) for i in range(300)]
+    plain = Path(write_tar(tmp_path / "a.tar", members))
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(plain.read_bytes(), 1))
+    run_python(
+        f"""
+import os, tarfile
+from jdl.data import TarSource
+with tarfile.open({str(plain)!r}) as tar:
+    expected = [tar.extractfile(member).read() for member in tar]
+source = TarSource({str(path)!r})
+assert list(source.read_many(range(100))) == expected[:100]
+children = []
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        right = list(source.read_many(range(100, 300))) == expected[100:]
+        os._exit(0 if right else 1)
+    children.append(child)
+assert list(source.read_many(range(100, 300))) == expected[100:]
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+"""
+    )
+
+
+def test_a_seek_file_of_an_earlier_state_is_renewed_by_the_command_in_the_error(tmp_path, capsys):
+    pytest.importorskip("indexed_gzip")
+    from jdl.cli.main import main
+
+    path = tmp_path / "a b.tar.gz"
+
+    def write(n, compress):
+        plain = Path(write_tar(tmp_path / "plain", [(f"c/{i}.png", png(i)) for i in range(n)]))
+        path.write_bytes(compress(plain.read_bytes()))
+
+    write(9, gzip.compress)
+    make_seekable(str(path))
+    assert TarSource(path).mode == "seekable"
+    write(20, gzip.compress)
+    with pytest.raises(DataError, match="seek file") as error:
+        TarSource(path)
+    command = str(error.value).split("`")[1]
+    assert main(shlex.split(command)[1:]) == 0
+    assert "20 images" in capsys.readouterr().out
+    assert (TarSource(path).mode, len(TarSource(path))) == ("seekable", 20)
+    write(7, bz2.compress)  # no longer gzip: it has nothing to seek
+    assert (TarSource(path).mode, len(TarSource(path))) == ("stream", 7)
 
 
 # ---------------------------------------------------------------------- arrays

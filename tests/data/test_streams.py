@@ -22,12 +22,16 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from jdl.core.check import DataError, UserError
 from jdl.data import TarSource, describe, from_tar
 from jdl.data.loading import InOrder
-from jdl.data.tar import inflate, remote, seekable
+from jdl.data.tar import archive, inflate, remote, seekable
+from jdl.data.tar.open import open_archive
+from jdl.data.tar.stream import MemberStream
 from jdl.data.window import WindowOrder
 
 zstd = pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
@@ -413,6 +417,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a short answer would come 40 ms late
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -559,14 +564,108 @@ def test_object_stores_through_fsspec(plain, tmp_path, monkeypatch):
     assert list(source.read_many(shuffled)) == list(expected.read_many(shuffled % N))
 
 
-def test_a_slow_server_is_asked_for_many_records_at_once(serve):
-    """One record at a time would take as many round trips as there are records."""
-    server = serve(delay=0.05)
+@pytest.fixture(scope="module")
+def large():
+    """An archive of 200 members of about 40 kB, of random bytes that are no images."""
+    rng, out = np.random.default_rng(0), io.BytesIO()
+    members = [rng.bytes(40_000 + i) for i in range(200)]
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for i, data in enumerate(members):
+            info = tarfile.TarInfo(f"{i}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue(), members
+
+
+def test_records_side_by_side_come_in_one_request(serve, large):
+    content, members = large
+    server = serve(content)
     source = TarSource(server.url)
-    assert source[0].name == "0/00.png"
-    server.most_at_once = 0
-    assert len(list(source.read_many(np.arange(32)))) == 32
-    assert server.most_at_once >= 8
+    source[0]
+    for records, most in ((np.arange(40), 1), (np.arange(40)[::-1], 1), (np.arange(200), 5)):
+        server.requests = 0
+        assert list(source.read_many(records)) == [members[i] for i in records]
+        assert 1 <= server.requests <= most
+
+
+def test_scattered_records_come_at_the_same_time(serve, large):
+    """One at a time would take as many round trips as there are records."""
+    content, members = large
+    server = serve(content)
+    source = TarSource(server.url)
+    source[0]
+    server.delay = 0.05
+    records = np.arange(0, 200, 5)
+    np.random.default_rng(0).shuffle(records)
+    server.requests = server.most_at_once = 0
+    assert list(source.read_many(records)) == [members[i] for i in records]
+    assert server.requests == len(records)
+    assert server.most_at_once >= 20
+
+
+def test_archives_are_asked_at_the_same_time(serve, plain):
+    server = serve()
+    source = TarSource([server.url.replace("a.tar", f"{k}.tar") for k in range(8)])
+    every = np.arange(8) * N + np.arange(8)
+    read = list(source.read_many(every))
+    server.requests, server.most_at_once, server.delay = 0, 0, 0.05
+    assert list(source.read_many(every)) == read == list(TarSource(plain).read_many(np.arange(8)))
+    assert server.requests == 8
+    assert server.most_at_once >= 6
+
+
+def test_a_broken_request_for_many_records_is_repeated(serve, large):
+    content, members = large
+    server = serve(content)
+    source = TarSource(server.url)
+    source[0]
+    server.drop, server.requests = 2, 1
+    assert list(source.read_many(np.arange(200))) == members
+    assert sum(server.cut.values()) >= 1
+    server.drop = 1
+    with pytest.raises(DataError, match="tried 6 times"):
+        list(source.read_many(np.arange(200)))
+
+
+def test_bytes_waiting_to_be_used_are_bounded(serve, large, monkeypatch):
+    content, members = large
+    source = TarSource(serve(content).url)
+    source[0]
+    monkeypatch.setattr(remote, "_WAITING", 1 << 20)
+    tracemalloc.start()
+    for data, expected in zip(source.read_many(np.arange(200)), members, strict=True):
+        assert data == expected
+    assert tracemalloc.get_traced_memory()[1] < 5 << 20
+    tracemalloc.stop()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 1100)), max_size=30),
+    limits=st.tuples(st.integers(0, 100), st.integers(1, 400), st.integers(1, 600)),
+)
+def test_any_places_give_their_bytes(places, limits):
+    """Overlapping, empty, repeated, up to the end and beyond, whatever the limits."""
+    fsspec = pytest.importorskip("fsspec")
+    content = np.random.default_rng(0).bytes(1000)
+    fsspec.filesystem("memory").pipe("/bucket/bytes", content)
+    file = remote.RemoteFile("memory://bucket/bytes")
+    asked, cat_file = [], file._fs.cat_file
+
+    def recorded(name, start, end):
+        asked.append((start, end))
+        return cat_file(name, start=start, end=end)
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name, limit in zip(("_GAP", "_LONGEST", "_WAITING"), limits, strict=True):
+            patched.setattr(remote, name, limit)
+        patched.setattr(file._fs, "cat_file", recorded)
+        read = list(file.pread_many(places))
+    assert read == [content[at : at + size] for size, at in places]
+    gap, longest, _ = limits
+    assert all(end - start <= max(longest, 300) for start, end in asked)
+    wanted = sum(map(len, read))
+    assert sum(end - start for start, end in asked) <= wanted + gap * len(places)
 
 
 def test_streaming_many_shards_keeps_one_in_memory(tmp_path):
@@ -583,3 +682,46 @@ def test_streaming_many_shards_keeps_one_in_memory(tmp_path):
     assert len(list(source.read_many(np.arange(12)))) == 12
     assert tracemalloc.get_traced_memory()[1] < 6 << 20
     tracemalloc.stop()
+
+
+def linked_tar(path):
+    """Images with links to the first and the last of them, and one to nothing."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(N):
+            for name, kind, target in (
+                (f"a/{i:02d}.png", tarfile.REGTYPE, ""),
+                (f"b/{i:02d}.png", tarfile.SYMTYPE, f"../a/{N - 1 - i:02d}.png"),
+                (f"c/{i:02d}.png", tarfile.LNKTYPE, "a/00.png"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = kind, target
+                data = png(i) + bytes(50_000) if kind == tarfile.REGTYPE else b""
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_links_in_a_compressed_archive_are_followed_without_going_back(tmp_path, monkeypatch):
+    plain = linked_tar(tmp_path / "a.tar")
+    with open(plain, "rb") as file:
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress(file.read(), 1))
+    source = TarSource(tmp_path / "a.tar.gz")
+    passes = []
+    real = archive.Stream._end
+    monkeypatch.setattr(archive.Stream, "_end", lambda self: (passes.append(1), real(self)))
+    found = {record.name: record.data for record in source}
+    assert not passes
+    with tarfile.open(plain) as tar:
+        expected = {info.name: tar.extractfile(info).read() for info in tar}
+    assert found == expected
+    assert len(found) == 3 * N
+
+
+def test_a_tar_that_is_read_once_names_the_links_that_it_leaves_out(tmp_path):
+    opened = open_archive(linked_tar(tmp_path / "a.tar"))
+    stream = MemberStream(opened)
+    assert [member.name for member in stream] == [f"a/{i:02d}.png" for i in range(N)]
+    opened.close()
+    assert {(d.word, d.lost) for d in stream.damage} == {("link", True)}
+    assert [d.name for d in stream.damage[:2]] == ["b/00.png", "c/00.png"]
+    assert len(stream.damage) == 2 * N

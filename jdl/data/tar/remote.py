@@ -3,12 +3,13 @@
 All that fsspec reads: http and https (with aiohttp), s3:// (with s3fs), gs:// (with gcsfs).
 """
 
+import asyncio
 import hashlib
 import importlib.util
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jdl.core import check
@@ -22,7 +23,10 @@ _FIRST_PAUSE = 0.1  # seconds; doubled after each failure
 _RECHECK = 30.0  # seconds between checks that a remote archive is unchanged
 _PIECE = 1 << 22
 _TIMEOUT = 60.0  # seconds without a byte after which a read is retried
-_AT_ONCE = 16  # concurrent requests
+_CONNECTIONS = 100  # at most, to an object store; to web servers that is aiohttp's own limit
+_GAP = 1 << 15  # unwanted bytes between two places that cost no more than another request
+_LONGEST = 1 << 21  # bytes of a request for several places
+_WAITING = 1 << 23  # bytes asked for at once, unless one place has more
 
 
 class RemoteFile(StoredFile):
@@ -56,26 +60,65 @@ class RemoteFile(StoredFile):
 
     def pread(self, size: int, offset: int) -> bytes:
         """See `Archive`."""
-        end = min(offset + size, self.size)
-        if offset >= end:
-            return b""
-
-        def read() -> bytes:
-            if self._http:
-                data = self._file._fetch_range(offset, end)
-            else:
-                data = self._fs.cat_file(self._name, start=offset, end=end)
-            if len(data) != end - offset:
-                raise OSError(f"{len(data)} of {end - offset} bytes came")
-            return data
-
-        return self._retried("read", read)
+        (data,) = self._ask([(size, offset)])()
+        return data
 
     def pread_many(self, places: list[tuple[int, int]]) -> Iterator[bytes]:
-        """See `Archive`."""
-        # Waiting for one answer at a time would cost more than the bytes.
-        with ThreadPoolExecutor(min(_AT_ONCE, len(places)) or 1) as pool:
-            yield from pool.map(lambda place: self.pread(*place), places)
+        """See `Archive`. The first places are asked for at once, the next while these are used."""
+        asked = map(self._ask, _grouped(places))
+        first = next(asked, None)
+
+        def answers() -> Iterator[bytes]:
+            now = first
+            while now is not None:
+                following = next(asked, None)
+                yield from now()
+                now = following
+
+        return answers()
+
+    def _ask(self, places: list[tuple[int, int]]) -> Callable[[], Iterator[bytes]]:
+        """Asks for all these places at the same time; the result waits for them and gives them."""
+        from fsspec.asyn import get_loop  # type: ignore[import-untyped]
+
+        spans = [(min(at, self.size), min(at + size, self.size)) for size, at in places]
+        requests, within = _merged(spans)
+
+        async def fetch() -> list[bytes]:
+            return await asyncio.gather(*(self._fetch_retried(*each) for each in requests))
+
+        # One task for all: a thread's turn in the event loop costs as much as a request.
+        loop = self._fs.loop if self._fs.async_impl else get_loop()
+        asking = asyncio.run_coroutine_threadsafe(fetch(), loop)
+
+        def answers() -> Iterator[bytes]:
+            data = asking.result()
+            for (start, end), of in zip(spans, within, strict=True):
+                first = requests[of][0]
+                yield data[of][start - first : end - first]
+
+        return answers
+
+    async def _fetch_retried(self, start: int, end: int) -> bytes:
+        for number in itertools.count(1):
+            try:
+                data = await self._fetch(start, end)
+                if len(data) != end - start:
+                    raise OSError(f"{len(data)} of {end - start} bytes came")
+                return data
+            except Exception as error:
+                pause = _pause(f"read {self.path!r}", error, number)
+            await asyncio.sleep(pause)
+        raise AssertionError
+
+    async def _fetch(self, start: int, end: int) -> bytes:
+        if start == end:
+            return b""
+        if self._http:
+            return await self._file.async_fetch_range(start, end)
+        if self._fs.async_impl:
+            return await self._fs._cat_file(self._name, start=start, end=end)
+        return await asyncio.to_thread(self._fs.cat_file, self._name, start=start, end=end)
 
     def reader(self) -> inflate.Readable:
         """See `StoredFile`."""
@@ -146,30 +189,63 @@ class _RemoteStream:
             self._connection = None
 
 
+def _grouped(places: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """The places, (size, offset), in groups that bound the bytes that are asked for at once."""
+    start = total = 0
+    for at, (size, _) in enumerate(places):
+        total += size + _GAP
+        if total > _WAITING and at > start:
+            yield places[start:at]
+            start, total = at, size + _GAP
+    if places:
+        yield places[start:]
+
+
+def _merged(spans: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[int]]:
+    """The requests, [start, end), that cover these spans, and which of them holds each span."""
+    requests: list[tuple[int, int]] = []
+    within = [0] * len(spans)
+    for at in sorted(range(len(spans)), key=spans.__getitem__):
+        start, end = spans[at]
+        first, last = requests[-1] if requests else (start, start)
+        near = start - last <= _GAP and end - first <= _LONGEST
+        if requests and (near or end <= last):
+            requests[-1] = first, max(last, end)
+        else:
+            requests.append((start, end))
+        within[at] = len(requests) - 1
+    return requests, within
+
+
 def retried(what: str, action: Callable[[], Any]) -> Any:
     """The result of `action`, retried a few times with growing pauses.
 
     Raises:
       DataError: with the last failure; at once if the file does not exist or may not be read.
     """
-    pause = _FIRST_PAUSE
-    for number in range(1, _TRIES + 1):
+    for number in itertools.count(1):
         try:
             return action()
-        except ValueError:
-            raise
-        except Exception as error:  # each file system has errors of its own
-            if _final(error):
-                raise check.DataError(
-                    f"Cannot {what}: no such file, or no permission ({error})."
-                ) from error
-            if number == _TRIES:
-                reason = str(error) or type(error).__name__
-                raise check.DataError(f"Cannot {what}, tried {_TRIES} times: {reason}.") from error
-            logger.info("%s failed (%r); trying again in %.1f s", what, error, pause)
-            time.sleep(pause)
-            pause *= 2
+        except Exception as error:
+            pause = _pause(what, error, number)
+        time.sleep(pause)
     raise AssertionError
+
+
+def _pause(what: str, error: Exception, number: int) -> float:
+    """Seconds to wait after failure `number` of a try; raises if there is no other."""
+    if isinstance(error, ValueError):
+        raise error
+    if _final(error):
+        raise check.DataError(
+            f"Cannot {what}: no such file, or no permission ({error})."
+        ) from error
+    if number == _TRIES:
+        reason = str(error) or type(error).__name__
+        raise check.DataError(f"Cannot {what}, tried {_TRIES} times: {reason}.") from error
+    pause = _FIRST_PAUSE * 2 ** (number - 1)
+    logger.info("%s failed (%r); trying again in %.1f s", what, error, pause)
+    return pause
 
 
 def _final(error: Exception) -> bool:
@@ -192,6 +268,9 @@ def _file_system(path: str) -> tuple[Any, str]:
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_TIMEOUT)
             options = {"client_kwargs": {"timeout": timeout}}
+        elif path.startswith("s3://"):  # botocore's default is 10; users' own settings stay
+            own = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            options = {"config_kwargs": {"max_pool_connections": _CONNECTIONS} | own}
         return fsspec.core.url_to_fs(path, **options)
     except ImportError as error:
         package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(path.split(":")[0], "aiohttp")

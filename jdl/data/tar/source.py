@@ -18,22 +18,27 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data import labels as lb
-from jdl.data.holdout import Holdout, no_such_split, parse_split
+from jdl.data.choice import Patterns, Some, folder_counts, told
+from jdl.data.holdout import Holdout, find_folder, inside, no_such_split, parse_split, split_folder
 from jdl.data.images import BadImage
 from jdl.data.tar import scan
 from jdl.data.tar.archive import Archive, is_url
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import Paths, expand
+from jdl.data.tar.samples import samples
 from jdl.data.tar.selection import Selection
 
 logger = logging.getLogger("jdl.data")
 
 _UNREAD = re.compile(rb"\.(hei[cf]|jxl|svg|psd|dng|cr[23]|nef|arw|raw)")  # names of images
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
-_GROUP = 256  # records requested at once from remote archives
+_GROUP = 256  # records requested at once from several remote archives, at most,
+_GROUP_BYTES = 1 << 25  # and their bytes, unless one record has more
 _MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
-_MAX_OPEN = 256  # archives kept open; further ones are opened for each read
+_CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
+# How many more archives this process keeps open, by its limit; others are opened for each read.
+_open_left = [min(256, os.sysconf("SC_OPEN_MAX") % 2**31 // 4 if hasattr(os, "sysconf") else 256)]
 
 
 class Record(NamedTuple):
@@ -59,26 +64,35 @@ class TarSource:
     """The images in one tar archive or several, as a grain `RandomAccessDataSource`.
 
     Its records are the regular members that have an image's extension and are complete, without
-    macOS's `._` companions, in the order of the paths and of each archive.
+    those that `exclude` leaves out, in the order of the paths and of each archive.
 
     Args:
       paths: a path, a URL, a glob, a brace range (`faces-{000..015}.tar`), a folder, or a list of
         these; or a list of open indexes.
       label: what a record's class is read from: `"folder"`, the folder it is in; an integer, the
         folder at that place of its path; a compiled regular expression, its (only) group; a
-        function of the record's name; `"cls"`, the text of the member `key.cls` beside `key.jpg`,
-        as in WebDataset; `"json:person"`, the field `person` of `key.json`; or None, no labels.
-      split: only members whose path begins with this folder; or one side of a split by hash, a
-        `Holdout` or its short form: `"train:0.1"` and `"test:0.1"` hold out a tenth by name,
-        `"test:0.1:folder"` whole folders, `"test:0.1:1"` whole groups that share the second folder
-        of the path.
+        function of the record's name, which returns None to leave the record out; `"cls"`, the
+        text of the member `key.cls` beside `key.jpg`, as in WebDataset; `"json:person"`, the field
+        `person` of `key.json`; or None, no labels.
+      split: only members in this folder, such as `"train"` or `"ds/train"`, from the root on or
+        in the only top folder of all; or one side of a split by hash, a `Holdout` or its short
+        form: `"train:0.1"` and `"test:0.1"` hold out a tenth by name, `"test:0.1:folder"` whole
+        folders, `"test:0.1:1"` whole groups that share the second folder of the path.
+      include: only members that match one of these patterns, such as `"left/*.png"` (see
+        `jdl.data.choice.Patterns`).
+      exclude: patterns of members to leave out besides those of `jdl.data.LITTER`, such as hidden
+        files and `*.seg.*`; `"!*.seg.*"` takes one of these back, and `()` leaves out none.
       classes: the class table of training, for an evaluation; by default all classes found.
+      on_error: at a sidecar of an image that names no class, `"raise"` an error, or `"skip"` the
+        image: it has no label, and reading it is an error.
       keep_index: whether to store an index that had to be made.
 
     Attributes:
       archives: the archives' paths.
       indexes: the archives' indexes.
       classes: the names of the classes; a label is a number in this table.
+      left_out: how many images each pattern leaves out; under "include" those that no pattern of
+        `include` matches, under "label" those whose label function returns None.
 
     Raises:
       DataError: if an archive is missing or not a tar, holds no images, has no such split, or has
@@ -96,9 +110,14 @@ class TarSource:
         *,
         label: lb.Label = "folder",
         split: str | Holdout | None = None,
+        include: Some = None,
+        exclude: Some = None,
         classes: Sequence[str] | None = None,
+        on_error: str = "raise",
         keep_index: bool = True,
     ):
+        check.one_of("on_error", on_error, ("raise", "skip"))
+        self._skip, self._bad = on_error == "skip", dict[tuple[int, int], str]()
         self.indexes = _open_indexes(paths, keep_index)
         self.archives = [index.path for index in self.indexes]
         for index in self.indexes:
@@ -106,7 +125,7 @@ class TarSource:
                 listed = ", ".join(f"{n} × .{kind}" for kind, n in found.items())
                 logger.warning("%r: images of these formats are not read: %s", index.path, listed)
         self._open_files()
-        self._select(split)
+        self._select(split, Patterns.checked(include, exclude))
         self._label(label, classes)
 
     def __len__(self) -> int:
@@ -166,41 +185,48 @@ class TarSource:
         return {name: int(n) for name, n in zip(self.classes, counts[1:], strict=True)}
 
     def unlabelled(self) -> str | None:
-        """Archive and member of a record that has no label; None if all have one."""
+        """Archive and member of a record that has no label and is not skipped, if there is one."""
         before = 0
         for archive, chosen in enumerate(self._rows):
-            without = np.flatnonzero(self._labels_of(archive, chosen.all()) == lb.NO_LABEL)
-            if len(without):
-                return self.where(before + int(without[0]))
+            rows = chosen.all()
+            for i in np.flatnonzero(self._labels_of(archive, rows) == lb.NO_LABEL).tolist():
+                if (archive, int(rows[i])) not in self._bad:
+                    return self.where(before + i)
             before += len(chosen)
         return None
 
     # ------------------------------------------------------------------ selection and labels
 
-    def _select(self, split: str | Holdout | None) -> None:
+    def _select(self, split: str | Holdout | None, patterns: Patterns) -> None:
         """Sets `_rows`, each archive's images, and `_ends`, the number of images up to each."""
-        self._rows: list[Selection] = []
-        folders: Counter[str] = Counter()
-        images = 0
         split = parse_split(split)
-        in_split = split.chooser() if isinstance(split, Holdout) else None
+        self.left_out: Counter[str] = Counter()
+        chosen = []
         for index in self.indexes:
-            wanted = index.columns.kinds == scan.IMAGE
-            images += int(wanted.sum())
-            if in_split is not None:
+            wanted, out = patterns.images(index)
+            chosen.append(wanted)
+            self.left_out += out
+        if not (images := sum(int(wanted.sum()) for wanted in chosen)):
+            raise self._no_images()
+        folders: dict[str, int] = {}
+        if (folder := split_folder(split)) is not None:
+            folders = folder_counts(self.indexes, chosen)
+            folder = find_folder(folder, folders)
+            for index, wanted in zip(self.indexes, chosen, strict=True):
+                here = [inside(each, folder) for each in index.folders()]
+                wanted &= np.array(here, bool)[index.columns.folder_ids]
+        if isinstance(split, Holdout):
+            in_split = split.chooser()
+            for index, wanted in zip(self.indexes, chosen, strict=True):
                 for row in np.flatnonzero(wanted).tolist():
                     wanted[row] = in_split(index.name(row))
-            elif split is not None:
-                first = [lb.first_folder(f + "/") for f in index.folders()]
-                folders.update(first)
-                wanted &= np.array([f == split for f in first], bool)[index.columns.folder_ids]
-            self._rows.append(Selection(wanted))
-        self._ends = np.cumsum([len(rows) for rows in self._rows])
-        if not images:
-            raise self._no_images()
+        self._set_rows(chosen)
         if split is not None and not len(self):
-            there = [name for name, _ in folders.most_common(10)]
-            raise no_such_split(_few(self.archives), split, images, there)
+            raise no_such_split(_few(self.archives), split, images, folders)
+
+    def _set_rows(self, chosen: list[np.ndarray]) -> None:
+        self._rows = [Selection(wanted) for wanted in chosen]
+        self._ends = np.cumsum([len(rows) for rows in self._rows])
 
     def _no_images(self) -> check.DataError:
         members = sum(map(len, self.indexes))
@@ -208,6 +234,8 @@ class TarSource:
         why = f"none readable with an extension of {known}"
         for path, damage in self.damage[:1]:
             why = f"{path!r} is damaged ({damage.word}): {damage.detail}"
+        if self.left_out:
+            why = f"all its images are left out, {told(self.left_out)}"
         return check.DataError(f"{_few(self.archives)} holds no images: {members} members; {why}.")
 
     def _label(self, label: lb.Label, classes: Sequence[str] | None) -> None:
@@ -230,6 +258,8 @@ class TarSource:
                 for row in rows.tolist():
                     names[row] = class_of(index.name(row))
                 named.append(names)
+        if callable(label):
+            self._leave_out_unnamed(named)
         seen = {name for names in named for name in names if name is not None}
         self.classes = (
             lb.class_table(seen)
@@ -240,27 +270,49 @@ class TarSource:
         if label is None:
             self._labels = [None] * len(self.indexes)
 
+    def _leave_out_unnamed(self, named: list[list[str | None]]) -> None:
+        """Leaves out the records whose label function returned None."""
+        before = len(self)
+        self._set_rows([np.array([name is not None for name in names]) for names in named])
+        if out := before - len(self):
+            self.left_out["label"] = out
+        if not len(self):
+            raise self._no_images()
+
     def _sidecar_classes(
         self, archive: int, rows: np.ndarray, extension: str, field: str
     ) -> list[str | None]:
-        """Each row's class, read from the member of its key and that extension, if there is one."""
-        index = self.indexes[archive]
-        others = np.flatnonzero(index.columns.kinds == scan.OTHER).tolist()
-        keys = ((row, lb.sidecar_key(index.name(row))) for row in others)
-        beside = {key: row for row, (key, ending) in keys if ending == extension}
+        """Each row's class, read from the sidecar of its sample, if there is one."""
+        index, path, ending = self.indexes[archive], self.archives[archive], extension.encode()
+        beside = np.full(len(index), -1, np.int64)
+        beside[rows] = _CHOSEN
+        bad: dict[int, str] = {}  # images' and sidecars' rows -> why
+        for sample in samples(index, (ending,)):
+            here = [row for row in sample.images if beside[row] == _CHOSEN]
+            beside[here] = -1 if sample.problem else sample.sidecars.get(ending, -1)
+            bad |= dict.fromkeys(here if sample.problem else (), f"{path!r}: {sample.problem}.")
         found: dict[int, str] = {}
+        at = np.unique(beside[beside >= 0])  # in the archive's order
+        sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
+        least = [min(size, _MAX_SIDECAR) for size in sizes]
         handle = self._handle(archive)
-        for row in sorted(beside.values()):  # in the archive's order
-            size, offset = int(index.columns.sizes[row]), int(index.columns.offsets[row])
-            where = f"{self.archives[archive]!r}, member {index.name(row)!r}"
-            if size > _MAX_SIDECAR:
-                raise check.DataError(f"{where} names no class: it has {size} bytes.")
-            found[row] = lb.read_sidecar(handle.pread(size, offset), field, where)
-        names: list[str | None] = [None] * len(index)
-        for row in rows.tolist():
-            at = beside.get(lb.sidecar_key(index.name(row))[0])
-            names[row] = None if at is None else found[at]
-        return names
+        contents = handle.pread_many(list(zip(least, offsets, strict=True)))
+        for row, size, data in zip(at.tolist(), sizes, contents, strict=True):
+            where = f"{path!r}, member {index.name(row)!r}"
+            try:
+                if size > _MAX_SIDECAR:
+                    raise check.DataError(f"{where} names no class: it has {size} bytes.")
+                found[row] = lb.read_sidecar(data, field, where)
+            except check.DataError as error:
+                bad[row] = str(error)
+        if self._files.get(archive) is not handle:
+            handle.close()
+        if bad and not self._skip:
+            hint = 'To leave such images out, pass on_error="skip".'
+            raise check.DataError(f"{next(iter(bad.values()))} {hint}")
+        pairs = ((row, bad.get(row) or bad.get(beside[row])) for row in rows.tolist())
+        self._bad |= {(archive, row): why for row, why in pairs if bad and why}
+        return [found.get(row) for row in beside.tolist()]
 
     def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Archives and rows of these records, int64."""
@@ -318,29 +370,45 @@ class TarSource:
             yield from self._read(archive, rows[start:at])
 
     def _read_grouped(self, archives: np.ndarray, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
-        """The same, asking each archive for many at once, which a network makes worthwhile."""
-        for start in range(0, len(rows), _GROUP):
-            some = archives[start : start + _GROUP]
+        """The same, asking all archives at the same time, which a network makes worthwhile."""
+        sizes = np.zeros(len(rows), np.int64)
+        for archive in np.unique(archives).tolist():
+            here = archives == archive
+            sizes[here] = self.indexes[archive].columns.sizes[rows[here]]
+        start = 0
+        while start < len(rows):
+            total = np.cumsum(sizes[start : start + _GROUP])
+            end = start + max(int(np.searchsorted(total, _GROUP_BYTES, "right")), 1)
+            asked = []
+            for archive in np.unique(archives[start:end]).tolist():
+                places = np.flatnonzero(archives[start:end] == archive)
+                asked.append((places.tolist(), self._read(archive, rows[start + places])))
             found: dict[int, bytes | BadImage] = {}
-            for archive in np.unique(some).tolist():
-                places = np.flatnonzero(some == archive)
-                data = self._read(archive, rows[start + places])
-                found |= zip(places.tolist(), data, strict=True)
-            yield from (found[place] for place in range(len(some)))
+            for of, data in asked:
+                found |= zip(of, data, strict=True)
+            yield from (found.pop(place) for place in range(end - start))
+            start = end
 
     def _read(self, archive: int, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
+        """Records of one archive. A server is asked for them now, not when the first is taken."""
+        reader = self._reader(archive, rows)
+        next(reader)
+        return reader
+
+    def _reader(self, archive: int, rows: np.ndarray) -> "Iterator[bytes | BadImage]":
         index = self.indexes[archive]
         sizes = index.columns.sizes[rows].tolist()
         offsets = index.columns.offsets[rows].tolist()
         handle = self._handle(archive)
-        kept = archive in self._files
-        if self._last is not None and self._last is not handle:
-            self._last.release_memory()
-        self._last = handle
+        kept = self._files.get(archive) is handle
         try:
             handle.check_unchanged(index.stamp)
             fits = [(s, at) for s, at in zip(sizes, offsets, strict=True) if s <= _MAX_ENCODED]
             read = handle.pread_many(fits)
+            yield b""  # for `_read`
+            if self._last is not None and self._last is not handle:
+                self._last.release_memory()
+            self._last = handle
             for row, size in zip(rows.tolist(), sizes, strict=True):
                 if size > _MAX_ENCODED:
                     problem = f"it has {size} bytes, more than the {_MAX_ENCODED} an image may have"
@@ -352,7 +420,7 @@ class TarSource:
                         f"{index.path!r} ends inside the member {index.name(row)!r}; it has become "
                         "shorter since it was indexed."
                     )
-                yield data
+                yield BadImage(bad) if (bad := self._bad.get((archive, row))) else data
         finally:
             if not kept:
                 handle.close()
@@ -360,6 +428,10 @@ class TarSource:
     _last: Archive | None = None  # the archive read last
 
     def _handle(self, archive: int) -> Archive:
+        if self._process != os.getpid():
+            # A forked child shares the places in files with its parent, and locks may be held.
+            self._finalizer.detach()
+            self._open_files()
         handle = self._files.get(archive)
         if handle is not None:
             return handle
@@ -368,20 +440,21 @@ class TarSource:
             if archive in self._files:  # another thread was faster
                 handle.close()
                 return self._files[archive]
-            if len(self._files) < _MAX_OPEN:
+            if _open_left[0] > 0:
+                _open_left[0] -= 1
                 self._files[archive] = handle
         return handle
 
     def _open_files(self) -> None:
         self._files: dict[int, Archive] = {}
-        self._last = None
+        self._last, self._process = None, os.getpid()
         self._lock = threading.Lock()
         # Only when no thread can be reading: a closed descriptor's number may be used for another
         # file.
-        weakref.finalize(self, _close_all, self._files)
+        self._finalizer = weakref.finalize(self, _close_all, self._files)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_files", "_last", "_lock")
+        own = ("_files", "_last", "_lock", "_finalizer")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -416,6 +489,7 @@ def _open_indexes(paths: Paths | Sequence[TarIndex], keep: bool) -> tuple[TarInd
 def _close_all(files: dict[int, Archive]) -> None:
     while files:
         files.popitem()[1].close()
+        _open_left[0] += 1
 
 
 def _few(archives: list[str]) -> str:

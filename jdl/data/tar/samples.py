@@ -1,0 +1,110 @@
+"""WebDataset samples: images, and the sidecars beside them that hold their labels.
+
+As for the webdataset library, a sample is a run of adjacent members with one key (the name up to
+the first dot of its last part), in which no extension comes twice; equal keys apart are different
+samples. But where at most one run of a key has both images and sidecars, all are one sample, of
+which the newest of each name counts, unless it is unclear to which images the sidecars belong.
+"""
+
+from collections.abc import Collection, Hashable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from jdl.data.tar import scan
+from jdl.data.tar.index import TarIndex
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Member = TypeVar("_Member")
+
+_ROWS = 1 << 16  # rows taken from the index at once
+_MAX_RUN = 256  # members
+
+
+class Sample(NamedTuple):
+    """The rows of images, and of sidecars by extension; `problem`: why these may not be theirs."""
+
+    images: list[int]
+    sidecars: dict[bytes, int]
+    problem: str = ""
+
+
+def samples(index: TarIndex, endings: Collection[bytes]) -> Iterator[Sample]:
+    """The samples of an archive in its order; `endings` are sidecars' last extensions."""
+
+    def split(run: dict[bytes, int]) -> Sample:
+        last = {extension: extension.rpartition(b".")[2] for extension in run}
+        images = [run[each] for each in run if last[each] in scan.IMAGE_EXTENSIONS]
+        return Sample(images, {each: run[each] for each in run if last[each] in endings})
+
+    keys = np.fromiter((hash(key) for key, _ in runs(_files(index))), np.int64)  # 8 bytes each
+    values, counts = np.unique(keys, return_counts=True)
+    again = set(values[counts > 1].tolist())
+    if again:  # only those that have sidecars
+        named = ((hash(key), run) for key, run in runs(_files(index)))
+        again = {key for key, run in named if key in again and split(run).sidecars}
+    apart: dict[tuple[int, bytes], list[Sample]] = {}
+    for key, run in runs(_files(index)) if again else ():
+        if hash(key) in again:
+            apart.setdefault(key, []).append(split(run))
+    joined = {key: iter(_join(index, found)) for key, found in apart.items()}
+    for key, run in runs(_files(index)):
+        yield next(joined[key]) if key in joined else split(run)
+
+
+def runs(
+    members: Iterable[tuple[_Key, bytes, _Member]],
+) -> Iterator[tuple[tuple[_Key, bytes], dict[bytes, _Member]]]:
+    """Adjacent members of one key, by extension; without macOS's `._` and names without a dot.
+
+    Args:
+      members: (folder, base name, what is to be returned).
+    """
+    key, run = None, dict[bytes, _Member]()
+    for folder, base, member in members:
+        stem, dot, extension = base.partition(b".")
+        extension = extension.lower()
+        if not dot or (not stem and extension.startswith(b"_")):
+            continue
+        if (folder, stem) != key or extension in run or len(run) == _MAX_RUN:
+            if key is not None:
+                yield key, run
+            key, run = (folder, stem), {}
+        run[extension] = member
+    if key is not None:
+        yield key, run
+
+
+def _files(index: TarIndex) -> Iterator[tuple[int, bytes, int]]:
+    """The folder's number, the base name and the row of each regular file."""
+    columns = index.columns
+    for start in range(0, len(index), _ROWS):
+        begin = int(columns.base_ends[start - 1]) if start else 0
+        kinds, folders, ends = (
+            column[start : start + _ROWS]
+            for column in (columns.kinds, columns.folder_ids, columns.base_ends)
+        )
+        text, stops = columns.bases[begin : ends[-1]].tobytes(), [0, *(ends - begin).tolist()]
+        folders = folders.tolist()
+        for i in np.flatnonzero(np.isin(kinds, (scan.IMAGE, scan.OTHER))).tolist():
+            yield folders[i], text[stops[i] : stops[i + 1]], start + i
+
+
+def _join(index: TarIndex, found: list[Sample]) -> list[Sample]:
+    """The runs of one key, with sidecars that are apart moved to their images."""
+    rows = (row for run in found for row in (*run.images, *run.sidecars.values()))
+    newest = set({index.name(row): row for row in rows}.values())
+    several = sum(bool(run.images and run.sidecars) for run in found) > 1
+    for n, (images, sidecars, _) in enumerate(found):
+        if not (several and images and sidecars):
+            mine = {extension: row for extension, row in sidecars.items() if row in newest}
+            found[n] = Sample([row for row in images if row in newest], mine)
+    holding = [run.images[0] for run in found if run.images]
+    if len(holding) == 1:
+        every = {extension: row for run in found for extension, row in run.sidecars.items()}
+        return [Sample(run.images, every if run.images else {}) for run in found]
+    if not holding or all(bool(run.images) == bool(run.sidecars) for run in found):
+        return found
+    two = [f"{index.name(row)!r} at byte {index.columns.offsets[row]}" for row in holding[:2]]
+    problem = f"it is unclear which sidecars are those of {two[0]}: {two[1]} has the same key"
+    return [run._replace(problem=problem) for run in found]
