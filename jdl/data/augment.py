@@ -1,6 +1,6 @@
 """Random crops, flips and changes of images: a function of (seed, epoch, record) alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -10,7 +10,6 @@ from jdl.data.images import CENTER, Crop, ResizedCrop
 from jdl.data.order import key, mix
 
 Augment: TypeAlias = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-Augments: TypeAlias = str | Augment | Sequence[str | Augment]
 
 _DRAWS = 4  # numbers drawn for each record: scale, down, across, flip
 _ATTEMPTS = 10  # at a crop of random area and aspect ratio, with four numbers each
@@ -91,21 +90,6 @@ class Augmentation(NamedTuple):
 
 
 NONE = Augmentation()
-
-
-def functions(augment: Augments | None) -> tuple[Augment, ...]:
-    """The functions that `from_tar(augment=)` stands for: names, functions, or a list of them."""
-    given: Any = augment if isinstance(augment, list | tuple) else (augment,)
-    return tuple(each if callable(each) else _named(each) for each in given if each is not None)
-
-
-def _named(name: Any) -> Augment:
-    from jdl.data.operations import NAMED
-
-    must = f"a function of pixels and a generator, or one of {', '.join(NAMED)}"
-    hint = "Mixup and cutmix are given to the Estimator: batch_transform=jdl.data.mixup(…)."
-    check.argument(name in NAMED, "augment", must, name, hint)
-    return NAMED[name]()
 
 
 def check_range(name: str, given: Any, low: float, high: float) -> tuple[float, float]:

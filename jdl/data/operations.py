@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from jdl.core import check
 from jdl.data.augment import Augment, check_range
 
+Augments: TypeAlias = str | Augment | Sequence[str | Augment]
 _Operation = Callable[[Image.Image, float], Image.Image]
 
 
@@ -58,6 +59,19 @@ NAMED: dict[Any, Callable[[], Augment]] = {
     "color_jitter": color_jitter,
     "rand_augment": rand_augment,
 }
+
+
+def functions(augment: Augments | None) -> tuple[Augment, ...]:
+    """The functions that `from_tar(augment=)` stands for: names, functions, or a list of them."""
+    given: Any = augment if isinstance(augment, list | tuple) else (augment,)
+    return tuple(each if callable(each) else _named(each) for each in given if each is not None)
+
+
+def _named(name: Any) -> Augment:
+    must = f"a function of pixels and a generator, or one of {', '.join(NAMED)}"
+    hint = "Mixup and cutmix are given to the Estimator: batch_transform=jdl.data.mixup(…)."
+    check.argument(name in NAMED, "augment", must, name, hint)
+    return NAMED[name]()
 
 
 def _jitter(ranges: Any, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
