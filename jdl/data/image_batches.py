@@ -125,6 +125,7 @@ class Assembler:
         if self.labelled:
             batch["label"] = np.zeros(rows, np.int32)
             batch["label"][:n] = source.labels(records)
+            batch["label"][mask == 0.0] = 0
         if self._masked or plan.padded:
             batch["mask"] = mask
         return Loaded(batch, tuple(skipped))

@@ -25,6 +25,23 @@ def folder_parts(folder: str) -> list[str]:
     return [part for part in folder.split("/") if part not in ("", ".")]
 
 
+def parse(text: str) -> Label:
+    """The label that the words of a command line mean; `re:PATTERN` is a regular expression.
+
+    >>> parse("none"), parse("-2"), parse("json:person"), parse("re:_(.)").pattern
+    (None, -2, 'json:person', '_(.)')
+    """
+    if text.startswith("re:"):
+        try:
+            return re.compile(text[3:])
+        except re.error as error:
+            must = f"re: and a regular expression ({error})"
+            raise check.ArgumentError(f"`label` must be {must}, got {text!r}.") from error
+    if re.fullmatch(r"[+-]?\d{1,9}", text):
+        return int(text)
+    return None if text == "none" else text
+
+
 def reader(label: Label) -> Callable[[str], str | None]:
     """The function from a member's name to its class, or to None where it has none.
 
@@ -109,7 +126,7 @@ def read_sidecar(data: bytes, field: str, where: str) -> str:
       DataError: if there is none.
     """
     try:
-        text = data.decode("utf-8").strip()
+        text = data.decode("utf-8-sig").strip()  # without a byte order mark
         value = json.loads(text)[field] if field else text
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise check.DataError(f"{where} names no class: {error!r}.") from error

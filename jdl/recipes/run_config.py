@@ -35,6 +35,7 @@ class RunConfig:
       classes: names, in the order of the labels.
       on_error: "raise" or "skip", for an image that cannot be read.
       crop, flip: augmentation in training, as `jdl.data.from_tar`.
+      label, include, exclude: what classes are read from and which members are used, as the flags.
     """
 
     model: str
@@ -54,6 +55,9 @@ class RunConfig:
     ema: float | None = None
     crop: str | None = None
     flip: bool = False
+    label: str | None = None
+    include: str | None = None
+    exclude: str | None = None
 
     def save(self, workdir: Path, command: Mapping[str, Any]) -> None:
         """Writes the settings; raises where the directory holds a run with other settings.
@@ -135,7 +139,8 @@ class RunConfig:
           labelled: whether batches have labels, of the run's classes.
           **options: further ones of `jdl.data.from_tar`.
         """
-        options |= {"classes": self.classes} if labelled else {"label": None}
+        labelled = labelled and self.label != "none"
+        options |= {"classes": self.classes, "label": self.label} if labelled else {"label": "none"}
         if self.crop is not None:
             options["crop"] = "center"
         return open_images(
@@ -144,5 +149,7 @@ class RunConfig:
             size=self.image_shape[:2],
             grayscale=self.grayscale,
             on_error=self.on_error,
+            include=self.include,
+            exclude=self.exclude,
             **options,
         )

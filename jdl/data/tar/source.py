@@ -19,7 +19,7 @@ import numpy as np
 from jdl.core import check
 from jdl.data import labels as lb
 from jdl.data.choice import Patterns, Some, folder_counts, told
-from jdl.data.holdout import Holdout, find_folder, inside, no_such_split, parse_split
+from jdl.data.holdout import Holdout, find_folder, inside, no_such_split, parse_split, split_folder
 from jdl.data.images import BadImage
 from jdl.data.tar import scan
 from jdl.data.tar.archive import Archive, is_url
@@ -83,6 +83,8 @@ class TarSource:
       exclude: patterns of members to leave out besides those of `jdl.data.LITTER`, such as hidden
         files and `*.seg.*`; `"!*.seg.*"` takes one of these back, and `()` leaves out none.
       classes: the class table of training, for an evaluation; by default all classes found.
+      on_error: at a sidecar of an image that names no class, `"raise"` an error, or `"skip"` the
+        image: it has no label, and reading it is an error.
       keep_index: whether to store an index that had to be made.
 
     Attributes:
@@ -111,8 +113,11 @@ class TarSource:
         include: Some = None,
         exclude: Some = None,
         classes: Sequence[str] | None = None,
+        on_error: str = "raise",
         keep_index: bool = True,
     ):
+        check.one_of("on_error", on_error, ("raise", "skip"))
+        self._skip, self._bad = on_error == "skip", dict[tuple[int, int], str]()
         self.indexes = _open_indexes(paths, keep_index)
         self.archives = [index.path for index in self.indexes]
         for index in self.indexes:
@@ -180,12 +185,13 @@ class TarSource:
         return {name: int(n) for name, n in zip(self.classes, counts[1:], strict=True)}
 
     def unlabelled(self) -> str | None:
-        """Archive and member of a record that has no label; None if all have one."""
+        """Archive and member of a record that has no label and is not skipped, if there is one."""
         before = 0
         for archive, chosen in enumerate(self._rows):
-            without = np.flatnonzero(self._labels_of(archive, chosen.all()) == lb.NO_LABEL)
-            if len(without):
-                return self.where(before + int(without[0]))
+            rows = chosen.all()
+            for i in np.flatnonzero(self._labels_of(archive, rows) == lb.NO_LABEL).tolist():
+                if (archive, int(rows[i])) not in self._bad:
+                    return self.where(before + i)
             before += len(chosen)
         return None
 
@@ -203,17 +209,17 @@ class TarSource:
         if not (images := sum(int(wanted.sum()) for wanted in chosen)):
             raise self._no_images()
         folders: dict[str, int] = {}
+        if (folder := split_folder(split)) is not None:
+            folders = folder_counts(self.indexes, chosen)
+            folder = find_folder(folder, folders)
+            for index, wanted in zip(self.indexes, chosen, strict=True):
+                here = [inside(each, folder) for each in index.folders()]
+                wanted &= np.array(here, bool)[index.columns.folder_ids]
         if isinstance(split, Holdout):
             in_split = split.chooser()
             for index, wanted in zip(self.indexes, chosen, strict=True):
                 for row in np.flatnonzero(wanted).tolist():
                     wanted[row] = in_split(index.name(row))
-        elif split is not None:
-            folders = folder_counts(self.indexes, chosen)
-            folder = find_folder(split, folders)
-            for index, wanted in zip(self.indexes, chosen, strict=True):
-                here = [inside(each, folder) for each in index.folders()]
-                wanted &= np.array(here, bool)[index.columns.folder_ids]
         self._set_rows(chosen)
         if split is not None and not len(self):
             raise no_such_split(_few(self.archives), split, images, folders)
@@ -277,21 +283,40 @@ class TarSource:
         self, archive: int, rows: np.ndarray, extension: str, field: str
     ) -> list[str | None]:
         """Each row's class, read from the sidecar of its sample, if there is one."""
-        index, handle = self.indexes[archive], self._handle(archive)
+        index, path, ending = self.indexes[archive], self.archives[archive], extension.encode()
         beside = np.full(len(index), -1, np.int64)
         beside[rows] = _CHOSEN
-        for sample in samples(index, (extension.encode(),)):
+        bad: dict[int, str] = {}  # images' and sidecars' rows -> why
+        older, kinds = set[str](), index.columns.kinds
+        for sample in samples(index, (ending,)):
             here = [row for row in sample.images if beside[row] == _CHOSEN]
-            if here and sample.problem:
-                raise check.DataError(f"{self.archives[archive]!r}: {sample.problem}.")
-            beside[here] = sample.sidecars.get(extension.encode(), -1)
+            problem = sample.problem
+            older |= {index.name(row) for row in sample.images if kinds[row] == scan.OLDER}
+            if twice := older and [name for row in here if (name := index.name(row)) in older]:
+                problem = f"{twice[0]!r} comes again, each time with sidecars. Pack it to use both"
+            beside[here] = -1 if problem else sample.sidecars.get(ending, -1)
+            bad |= dict.fromkeys(here if problem else (), f"{path!r}: {problem}.")
         found: dict[int, str] = {}
-        for row in np.unique(beside[beside >= 0]).tolist():  # in the archive's order
-            size, offset = int(index.columns.sizes[row]), int(index.columns.offsets[row])
-            where = f"{self.archives[archive]!r}, member {index.name(row)!r}"
-            if size > _MAX_SIDECAR:
-                raise check.DataError(f"{where} names no class: it has {size} bytes.")
-            found[row] = lb.read_sidecar(handle.pread(size, offset), field, where)
+        at = np.unique(beside[beside >= 0])  # in the archive's order
+        sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
+        least = [min(size, _MAX_SIDECAR) for size in sizes]
+        handle = self._handle(archive)
+        contents = handle.pread_many(list(zip(least, offsets, strict=True)))
+        for row, size, data in zip(at.tolist(), sizes, contents, strict=True):
+            where = f"{path!r}, member {index.name(row)!r}"
+            try:
+                if size > _MAX_SIDECAR:
+                    raise check.DataError(f"{where} names no class: it has {size} bytes.")
+                found[row] = lb.read_sidecar(data, field, where)
+            except check.DataError as error:
+                bad[row] = str(error)
+        if self._files.get(archive) is not handle:
+            handle.close()
+        if bad and not self._skip:
+            hint = 'To leave such images out, pass on_error="skip".'
+            raise check.DataError(f"{next(iter(bad.values()))} {hint}")
+        pairs = ((row, bad.get(row) or bad.get(beside[row])) for row in rows.tolist())
+        self._bad |= {(archive, row): why for row, why in pairs if bad and why}
         return [found.get(row) for row in beside.tolist()]
 
     def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -400,7 +425,7 @@ class TarSource:
                         f"{index.path!r} ends inside the member {index.name(row)!r}; it has become "
                         "shorter since it was indexed."
                     )
-                yield data
+                yield BadImage(bad) if (bad := self._bad.get((archive, row))) else data
         finally:
             if not kept:
                 handle.close()
