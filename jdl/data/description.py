@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from jdl.data import labels as lb
-from jdl.data.choice import Patterns, Some, folder_counts
+from jdl.data.choice import Patterns, Some, folder_counts, unread
 from jdl.data.holdout import Holdout, find_folder
 from jdl.data.tar import scan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.paths import Paths, expand
-from jdl.data.tar.source import TarSource, unread
+from jdl.data.tar.source import TarSource
 
 
 class Description(NamedTuple):
@@ -29,7 +29,7 @@ class Description(NamedTuple):
       kinds: kind of member -> how many.
       unread: extension -> how many members are images of a format that is not read, such as HEIC.
       damage: the defects, one dict each: word ("checksum", "truncated", "damaged", "sparse",
-        "concatenated"), archive, offset, name, detail, lost.
+        "concatenated", "link", "duplicate"), archive, offset, name, detail, lost.
       bytes: the archives' size.
       indexes: where each archive's index is kept; None for one in memory.
       modes: archive -> "random", "seekable" (at random, slowly) or "stream" (in order).
@@ -58,6 +58,7 @@ _KIND_NAMES = {
     scan.DEVICE: "device or pipe",
     scan.SPARSE: "sparse file",
     scan.CUT: "truncated file",
+    scan.OLDER: "older version of an image",
 }
 
 

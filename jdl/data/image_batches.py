@@ -126,6 +126,7 @@ class Assembler:
             shape, dtype = self.label
             batch["label"] = np.zeros((rows, *shape), dtype)
             batch["label"][:n] = source.labels(records)
+            batch["label"][mask == 0.0] = 0
         if self._masked or plan.padded:
             batch["mask"] = mask
         return Loaded(batch, tuple(skipped))

@@ -103,8 +103,8 @@ def from_tar(
       window: how many records are shuffled among each other in archives that are read in order.
         Archives that can be read at random are shuffled as a whole unless a window is given.
       classes: the class table of training, for an evaluation.
-      on_error: at an image that cannot be decoded, `"raise"` an error or `"skip"` it; `"skip"` also
-        accepts a damaged archive and reads what is left of it.
+      on_error: at an image that cannot be decoded, or whose sidecar names no class, `"raise"` an
+        error or `"skip"` it; `"skip"` also accepts a damaged archive and reads what is left of it.
       max_skipped: the share of an epoch's records that may be skipped before that is an error; one
         always may unless it is 0.
       drop_remainder: drop an epoch's last records that fill no batch; by default only with
@@ -161,6 +161,7 @@ def from_tar(
         include=include,
         exclude=exclude,
         classes=classes,
+        on_error=on_error,
         keep_index=keep_index,
     )
     _tell_left_out(source)

@@ -14,18 +14,23 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data import labels as lb
+from jdl.data.tar.archive import Archive
 from jdl.data.tar.index import TarIndex
+from jdl.data.tar.samples import samples
 
 logger = logging.getLogger("jdl.data")
 
 Table: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | None
 
 ClassOf: TypeAlias = Callable[[str], str | None]
+SKIPPED = object()  # the value of a record that is skipped
 TARGETS = ("class", "number", "multilabel")
 
 _FILE = re.compile(r"(.*\.(csv|tsv|jsonl?))(?::(.+))?", re.IGNORECASE | re.DOTALL)
 _NAMES = ("name", "file", "filename", "file_name", "path", "image")  # of the column with names
 _MAX_BYTES = 1 << 28  # of a table
+_MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
+_CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
 _MAX_CLASSES = 1 << 16  # of which a record may have several
 
 
@@ -140,6 +145,41 @@ def by_member(index: TarIndex, rows: np.ndarray, class_of: ClassOf) -> list[str 
     return found
 
 
+def by_sidecar(
+    index: TarIndex, handle: Archive, rows: np.ndarray, extension: str, field: str, as_class: bool
+) -> tuple[list[Any], dict[int, str]]:
+    """Each chosen row's class or value in the sidecar of its sample, None without one.
+
+    Returns:
+      The values of all rows, and what is wrong with the sidecars of some of the chosen.
+    """
+    path, ending = index.path, extension.encode()
+    beside = np.full(len(index), -1, np.int64)
+    beside[rows] = _CHOSEN
+    bad: dict[int, str] = {}  # images' and sidecars' rows -> why
+    for sample in samples(index, (ending,)):
+        here = [row for row in sample.images if beside[row] == _CHOSEN]
+        beside[here] = -1 if sample.problem else sample.sidecars.get(ending, -1)
+        bad |= dict.fromkeys(here if sample.problem else (), f"{path!r}: {sample.problem}.")
+    found: dict[int, Any] = {}
+    at = np.unique(beside[beside >= 0])  # in the archive's order
+    sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
+    least = [min(size, _MAX_SIDECAR) for size in sizes]
+    contents = handle.pread_many(list(zip(least, offsets, strict=True)))
+    for row, size, data in zip(at.tolist(), sizes, contents, strict=True):
+        where = f"{path!r}, member {index.name(row)!r}"
+        try:
+            if size > _MAX_SIDECAR:
+                raise check.DataError(f"{where} names no class: it has {size} bytes.")
+            value = lb.read_sidecar(data, field, where)
+            found[row] = lb.class_name(value, where) if as_class else value
+        except check.DataError as error:
+            bad[row] = str(error)
+    pairs = [(row, bad.get(row) or bad.get(beside[row])) for row in rows.tolist()] if bad else []
+    pairs.sort(key=lambda pair: pair[0] not in bad)  # what is wrong with the archive comes first
+    return [found.get(row) for row in beside.tolist()], {row: why for row, why in pairs if why}
+
+
 def look_up(labels: Table, names: Sequence[str], as_classes: bool) -> list[Any]:
     """Each record's value, by one rule for all: by path, else by last part, else without extension.
 
@@ -220,9 +260,10 @@ def encode(
             for i in {place[name] for name in names}:
                 row[i // 8] |= 128 >> i % 8
         return bits, table
-    shape = (len(values[0]),) if isinstance(values[0], list) else ()
+    given = [(i, value) for i, value in enumerate(values) if value is not SKIPPED]
+    shape = (len(given[0][1]),) if given and isinstance(given[0][1], list) else ()
     numbers = np.zeros((len(values), *shape), np.float32)
-    for i, value in enumerate(values):
+    for i, value in given:
         try:
             numbers[i] = [float(x) for x in value] if shape else float(value)
             ok = (not shape or len(value) == shape[0]) and np.isfinite(numbers[i]).all()
@@ -242,6 +283,8 @@ def decode(targets: np.ndarray, target: str, classes: int) -> np.ndarray:
 
 
 def _several(value: Any, i: int, where: Callable[[int], str]) -> list[str]:
+    if value is SKIPPED:
+        return []
     names = [name for name in value.split("|") if name] if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
         raise check.DataError(

@@ -1,5 +1,6 @@
 """WebDataset samples, compared with the webdataset library's own reading."""
 
+import codecs
 import io
 import tarfile
 import time
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from jdl.core.check import DataError
-from jdl.data import TarSource
+from jdl.data import TarSource, from_tar
 from jdl.data.pack import pack
 from jdl.data.tar import index as tar_index
 from jdl.data.tar.samples import samples
@@ -177,3 +178,44 @@ def test_many_samples_are_found_in_little_time(tmp_path):
     assert time.process_time() - start < 2
     assert len(found) == 20_000
     assert all(list(s.sidecars) == [b"cls"] for s in found)
+
+
+def test_only_the_sidecars_of_chosen_images_are_read(tmp_path):
+    members = [("dataset.json", b"junk"), ("test/0.png", 0), ("test/0.json", b"junk")]
+    for i, bom in enumerate([b"", codecs.BOM_UTF8]):
+        members += [(f"train/{i}.png", i), (f"train/{i}.json", bom + b'{"label": "cat"}')]
+        members += [(f"train/{i}.cls", bom + b"cat\n")]
+    path = tar(tmp_path / "a.tar", members)
+    for label in ("json", "cls"):
+        source = TarSource(path, label=label, split="train")
+        assert source.count_classes() == {"cat": 2}
+    with pytest.raises(DataError, match=r"member 'test/0\.json' names no class.*on_error"):
+        TarSource(path, label="json")
+
+
+def test_images_of_bad_sidecars_are_skipped_and_counted(tmp_path):
+    members = [
+        m for i in range(20) for m in ((f"{i:02d}.png", i), (f"{i:02d}.cls", b"%d" % (i % 2)))
+    ]
+    members[5] = ("02.cls", b"\xff")
+    members[9] = ("04.cls", bytes(2 << 20))
+    members += [("05.jpg", 5)]
+    path = tar(tmp_path / "a.tar", members)
+    options = {"label": "cls", "batch_size": 21, "epochs": 1, "shuffle": False, "grayscale": True}
+    with pytest.raises(DataError, match=r"'05\.png' at byte .*on_error=\"skip\""):
+        from_tar(path, **options)
+    data = from_tar(path, on_error="skip", max_skipped=0.3, **options)
+    (batch,) = data
+    assert data.num_records == 21
+    assert [*data.skipped_records] == [
+        f"'{path}', member '{n}'" for n in ("02.png", "04.png", "05.jpg", "05.png")
+    ]
+    assert (
+        "names no class: UnicodeDecodeError" in data.skipped_records[f"'{path}', member '02.png'"]
+    )
+    used = batch["mask"] > 0
+    assert batch["image"][used][:, 0, 0, 0].tolist() == [i for i in range(20) if i not in (2, 4, 5)]
+    assert batch["label"][used].tolist() == [i % 2 for i in range(20) if i not in (2, 4, 5)]
+    assert not batch["label"][~used].any()
+    with pytest.raises(DataError, match="max_skipped"):
+        list(from_tar(path, on_error="skip", **options))

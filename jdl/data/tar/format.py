@@ -29,6 +29,7 @@ HEADER = np.dtype(
 # Types of members, by the header's byte 156.
 REGULAR = frozenset(b"\x0007")  # '\0' of old tars, '0', and '7' (contiguous)
 LINKS = frozenset(b"12")
+HARD_LINK = ord("1")  # to an earlier member by its full name; else from the link's folder
 DEVICES = frozenset(b"346")  # character and block devices, pipes
 DIRECTORY = ord("5")
 PAX_NEXT = frozenset(b"xX")  # records for the next member ('X': Solaris)
@@ -94,7 +95,7 @@ def checksums_ok(blocks: np.ndarray) -> np.ndarray:
     summed signed bytes; readers accept both.
     """
     field = blocks[:, 148:156]
-    sums = blocks.sum(axis=1, dtype=np.int64) - field.sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    sums = _sums(blocks) - field.sum(axis=1, dtype=np.int64) + 8 * ord(" ")
     digits = blocks[:, _DIGITS].astype(np.int64) - ord("0")
     plain = ((digits >= 0) & (digits < 8)).all(axis=1) & np.isin(field[:, 6], (0, ord(" ")))
     ok = plain & (digits @ _PLACES == sums)
@@ -109,6 +110,13 @@ def checksums_ok(blocks: np.ndarray) -> np.ndarray:
     return ok
 
 
+def _sums(blocks: np.ndarray) -> np.ndarray:
+    """The sum of each block's bytes, int64 [n]: eight bytes at once, in lanes of 16 bits."""
+    words, low = blocks.view(np.uint64), np.uint64(0x00FF00FF00FF00FF)
+    lanes = (words & low).sum(axis=1) + ((words >> np.uint64(8)) & low).sum(axis=1)
+    return lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64)
+
+
 def is_header(block: bytes) -> bool:
     """Whether one block is a header with the right checksum."""
     if len(block) != BLOCK or block[148:156] == bytes(8):
@@ -120,9 +128,8 @@ def names(blocks: np.ndarray) -> list[bytes]:
     """The names in `blocks`, uint8 [n, 512], with ustar's prefix where there is one."""
     fields = blocks.view(HEADER)[:, 0]
     found: list[bytes] = fields["name"].tolist()  # NumPy drops the trailing zeros
-    for i, name in enumerate(found):
-        if b"\0" in name:  # the rest is left over from another member
-            found[i] = name.split(b"\0", 1)[0]
+    if b"\0" in b"".join(found):  # the rest is left over from another member
+        found = [name.split(b"\0", 1)[0] for name in found]
     # GNU's old magic is "ustar ", and its prefix field holds other things.
     for i in np.flatnonzero((fields["magic"] == b"ustar") & (blocks[:, 345] != 0)).tolist():
         found[i] = fields["prefix"][i].split(b"\0", 1)[0] + b"/" + found[i]
@@ -144,19 +151,29 @@ def plain(path: bytes) -> bytes:
     return b"/".join([part for part in path.split(b"/") if part not in (b"", b".")])
 
 
-def pax_records(data: bytes) -> dict[bytes, bytes]:
-    r"""The records of a pax header, each `length key=value\n` with the length counting itself.
+def last_record(data: bytes) -> int:
+    """Where the last key of a pax header is that tells a member's name, size or link; -1 if none.
 
-    >>> pax_records(b"16 path=a/b.png\n12 size=345\n")
+    It may be found inside another record's value, which costs time only.
+    """
+    return max(data.rfind(b"path="), data.rfind(b"size="), data.rfind(b"GNU.sparse."))
+
+
+def pax_records(data: bytes) -> dict[bytes, bytes]:
+    r"""The records of a pax header that tell a member's name, size or link.
+
+    Each record is `length key=value\n` with the length counting itself. Those after the last one
+    that counts are not looked at.
+
+    >>> pax_records(b"13 gname=uni\n16 path=a/b.png\n12 size=345\n13 mtime=1.5\n")
     {b'path': b'a/b.png', b'size': b'345'}
 
     Raises:
       ValueError: if a record does not have that form.
     """
     records = {}
-    at = 0
-    data = data.rstrip(b"\0")
-    while at < len(data):
+    at, last = 0, last_record(data)
+    while at <= last:
         space = data.find(b" ", at, at + 20)
         digits = data[at:space] if space > at else b""
         if not digits.isdigit():
@@ -165,6 +182,7 @@ def pax_records(data: bytes) -> dict[bytes, bytes]:
         key, equals, value = data[space + 1 : end - 1].partition(b"=")
         if end <= space + 1 or end > len(data) or data[end - 1] != ord("\n") or not equals:
             raise ValueError(f"a record of wrong length at byte {at} of a pax header")
-        records[key] = value
+        if key in (b"path", b"size", b"linkpath") or key.startswith(b"GNU.sparse."):
+            records[key] = value
         at = end
     return records

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jdl.core import check
-from jdl.data.tar import scan
+from jdl.data.tar import resolve, scan
 from jdl.data.tar.archive import STDIN, changed, is_url
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.scan import Columns, Damage
@@ -71,15 +71,11 @@ class TarIndex:
 
     def name(self, i: int) -> str:
         """The full name of member `i`."""
-        folder = _piece(self.columns.folders, self.columns.folder_ends, self.columns.folder_ids[i])
-        base = _piece(self.columns.bases, self.columns.base_ends, i)
-        return scan.text(folder + b"/" + base if folder else base)
+        return scan.text(self.columns.name(i))
 
     def folders(self) -> list[str]:
         """All folders' names, in the order of the columns' `folder_ids`."""
-        whole, ends = self.columns.folders.tobytes(), self.columns.folder_ends.tolist()
-        starts = [0, *ends[:-1]] if ends else []
-        return [scan.text(whole[a:b]) for a, b in zip(starts, ends, strict=True)]
+        return [scan.text(folder) for folder in self.columns.folder_names()]
 
     def __reduce__(self) -> Any:
         """Worker processes open the file anew; an index without a file is pickled whole."""
@@ -122,7 +118,7 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
                 "to index it.",
                 path,
             )
-        columns, damage = scan.scan(archive)
+        columns, damage = resolve.scan(archive)
         if archive.stamp() != stamp:
             raise check.DataError(f"{path!r} changed while it was being indexed. Try again.")
         size = archive.size
@@ -279,10 +275,6 @@ def _rising(ends: np.ndarray, total: int) -> bool:
 def _require(ok: bool | np.bool_, problem: str) -> None:
     if not ok:
         raise ValueError(problem)
-
-
-def _piece(whole: np.ndarray, ends: np.ndarray, i: int | np.integer) -> bytes:
-    return whole[ends[i - 1] if i else 0 : ends[i]].tobytes()
 
 
 def _reopen(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:

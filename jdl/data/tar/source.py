@@ -7,7 +7,6 @@ way, but efficiently only in their own order (see `jdl.data.window`).
 
 import logging
 import os
-import re
 import threading
 import weakref
 from collections import Counter
@@ -18,7 +17,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data import labels as lb
-from jdl.data.choice import Patterns, Some, folder_counts, told
+from jdl.data.choice import Patterns, Some, folder_counts, told, unread
 from jdl.data.holdout import Holdout, find_folder, inside, no_such_split, parse_split, split_folder
 from jdl.data.images import BadImage
 from jdl.data.tar import scan
@@ -26,18 +25,24 @@ from jdl.data.tar.archive import Archive, is_url
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import Paths, expand
-from jdl.data.tar.samples import samples
 from jdl.data.tar.selection import Selection
-from jdl.data.targets import TARGETS, Table, by_folder, by_member, by_table, decode, encode
+from jdl.data.targets import (
+    SKIPPED,
+    TARGETS,
+    Table,
+    by_folder,
+    by_member,
+    by_sidecar,
+    by_table,
+    decode,
+    encode,
+)
 
 logger = logging.getLogger("jdl.data")
 
-_UNREAD = re.compile(rb"\.(hei[cf]|jxl|svg|psd|dng|cr[23]|nef|arw|raw)")  # names of images
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
 _GROUP = 256  # records requested at once from several remote archives, at most,
 _GROUP_BYTES = 1 << 25  # and their bytes, unless one record has more
-_MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
-_CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
 # How many more archives this process keeps open, by its limit; others are opened for each read.
 _open_left = [min(256, os.sysconf("SC_OPEN_MAX") % 2**31 // 4 if hasattr(os, "sysconf") else 256)]
 
@@ -89,6 +94,8 @@ class TarSource:
       exclude: patterns of members to leave out besides those of `jdl.data.LITTER`, such as hidden
         files and `*.seg.*`; `"!*.seg.*"` takes one of these back, and `()` leaves out none.
       classes: the class table of training, for an evaluation; by default all classes found.
+      on_error: at a sidecar of an image that names no class, `"raise"` an error, or `"skip"` the
+        image: it has no label, and reading it is an error.
       keep_index: whether to store an index that had to be made.
 
     Attributes:
@@ -120,8 +127,11 @@ class TarSource:
         include: Some = None,
         exclude: Some = None,
         classes: Sequence[str] | None = None,
+        on_error: str = "raise",
         keep_index: bool = True,
     ):
+        check.one_of("on_error", on_error, ("raise", "skip"))
+        self._skip, self._bad = on_error == "skip", dict[tuple[int, int], str]()
         self.indexes = _open_indexes(paths, keep_index)
         self.archives = [index.path for index in self.indexes]
         for index in self.indexes:
@@ -203,14 +213,15 @@ class TarSource:
         return {name: int(n) for name, n in zip(self.classes, counts[1:], strict=True)}
 
     def unlabelled(self) -> str | None:
-        """Archive and member of a record that has no label; None if all have one."""
+        """Archive and member of a record that has no label and is not skipped, if there is one."""
         before = 0
         if self._targets is not None:
             return None
         for archive, chosen in enumerate(self._rows):
-            without = np.flatnonzero(self._labels_of(archive, chosen.all()) == lb.NO_LABEL)
-            if len(without):
-                return self.where(before + int(without[0]))
+            rows = chosen.all()
+            for i in np.flatnonzero(self._labels_of(archive, rows) == lb.NO_LABEL).tolist():
+                if (archive, int(rows[i])) not in self._bad:
+                    return self.where(before + i)
             before += len(chosen)
         return None
 
@@ -270,9 +281,12 @@ class TarSource:
         if target != "class":
             check.argument(label is not None, "label", "given with this target", label)
             values: list[Any] = []
-            for index, chosen, column in zip(self.indexes, self._rows, named, strict=True):
-                at = index.columns.folder_ids if self._label_is_by_folder else np.arange(len(index))
-                values += [column[place] for place in at[chosen.all()].tolist()]
+            for archive, column in enumerate(named):
+                rows = self._rows[archive].all()
+                ids = self.indexes[archive].columns.folder_ids
+                at = (ids[rows] if self._label_is_by_folder else rows).tolist()
+                for row, place in zip(rows.tolist(), at, strict=True):
+                    values.append(SKIPPED if (archive, row) in self._bad else column[place])
             self._targets, self.classes = encode(values, target, classes, self.where)
             return
         seen = {name for names in named for name in names if name is not None}
@@ -289,7 +303,7 @@ class TarSource:
         if table is not None:
             return by_table(table, self.indexes, rows, as_class)
         if sidecar:
-            return [self._sidecar_classes(i, some, *sidecar) for i, some in enumerate(rows)]
+            return [self._by_sidecar(i, some, *sidecar) for i, some in enumerate(rows)]
         if label is None:
             return []
         by = by_folder if self._label_is_by_folder else by_member
@@ -305,27 +319,17 @@ class TarSource:
         if not len(self):
             raise self._no_images()
 
-    def _sidecar_classes(
-        self, archive: int, rows: np.ndarray, extension: str, field: str
-    ) -> list[Any]:
-        """Each row's class or value, read from the sidecar of its sample, if there is one."""
-        index, handle = self.indexes[archive], self._handle(archive)
-        beside = np.full(len(index), -1, np.int64)
-        beside[rows] = _CHOSEN
-        for sample in samples(index, (extension.encode(),)):
-            here = [row for row in sample.images if beside[row] == _CHOSEN]
-            if here and sample.problem:
-                raise check.DataError(f"{self.archives[archive]!r}: {sample.problem}.")
-            beside[here] = sample.sidecars.get(extension.encode(), -1)
-        found: dict[int, Any] = {}
-        for row in np.unique(beside[beside >= 0]).tolist():  # in the archive's order
-            size, offset = int(index.columns.sizes[row]), int(index.columns.offsets[row])
-            where = f"{self.archives[archive]!r}, member {index.name(row)!r}"
-            if size > _MAX_SIDECAR:
-                raise check.DataError(f"{where} names no class: it has {size} bytes.")
-            value = lb.read_sidecar(handle.pread(size, offset), field, where)
-            found[row] = lb.class_name(value, where) if self.target == "class" else value
-        return [found.get(row) for row in beside.tolist()]
+    def _by_sidecar(self, archive: int, rows: np.ndarray, extension: str, field: str) -> list[Any]:
+        handle = self._handle(archive)
+        index, as_class = self.indexes[archive], self.target == "class"
+        found, bad = by_sidecar(index, handle, rows, extension, field, as_class)
+        if self._files.get(archive) is not handle:
+            handle.close()
+        if bad and not self._skip:
+            hint = 'To leave such images out, pass on_error="skip".'
+            raise check.DataError(f"{next(iter(bad.values()))} {hint}")
+        self._bad |= {(archive, row): why for row, why in bad.items()}
+        return found
 
     def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Archives and rows of these records, int64."""
@@ -433,7 +437,7 @@ class TarSource:
                         f"{index.path!r} ends inside the member {index.name(row)!r}; it has become "
                         "shorter since it was indexed."
                     )
-                yield data
+                yield BadImage(bad) if (bad := self._bad.get((archive, row))) else data
         finally:
             if not kept:
                 handle.close()
@@ -474,22 +478,6 @@ class TarSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_files()
-
-
-def unread(index: TarIndex) -> dict[str, int]:
-    """The members named as images of a format that is not read: extension -> how many."""
-    columns = index.columns
-    others = columns.kinds == scan.OTHER
-    if not others.any():
-        return {}
-    names, ends = columns.bases.tobytes().lower(), columns.base_ends
-    found: Counter[str] = Counter()
-    for match in _UNREAD.finditer(names):
-        row = int(np.searchsorted(ends, match.end()))
-        start = int(ends[row - 1]) if row else 0
-        if ends[row] == match.end() and others[row] and names[start : start + 2] != b"._":
-            found[match[1].decode()] += 1
-    return dict(found)
 
 
 def _open_indexes(paths: Paths | Sequence[TarIndex], keep: bool) -> tuple[TarIndex, ...]:
