@@ -101,7 +101,7 @@ def _from_folder(root: Path, skip: Skip, note: Skip) -> Iterator[Members]:
 def _folders(root: Path, skip: Skip, note: Skip) -> Iterator[tuple[str, list[str]]]:
     """Each folder and the files in it, as ImageFolder finds them, but never outside of `root`."""
     top = os.path.realpath(root)
-    waiting = [(str(root), {top})]
+    waiting: list[tuple[str, tuple[str, ...]]] = [(str(root), (top,))]
     while waiting:
         folder, above = waiting.pop()
         files, inside = [], []
@@ -111,16 +111,16 @@ def _folders(root: Path, skip: Skip, note: Skip) -> Iterator[tuple[str, list[str
             skip(repr(folder), f"it cannot be read: {error.strerror}")
             continue
         for entry in entries:
-            real = os.path.realpath(entry.path)
-            if os.path.commonpath([top, real]) != top:
+            link, real = entry.is_symlink(), os.path.join(above[-1], entry.name)
+            if link and not Path(real := os.path.realpath(entry.path)).is_relative_to(top):
                 note(repr(entry.path), f"a link out of the folder, to {real!r}")
-            elif entry.is_file():
+            elif os.path.isfile(real) if link else entry.is_file():
                 files.append(entry.name)
             elif real in above:
                 note(repr(entry.path), "a link to a folder that it is in")
-            elif entry.is_dir():
-                inside.append((entry.path, above | {real}))
-            elif entry.is_symlink():
+            elif os.path.isdir(real):
+                inside.append((entry.path, (*above, real)))
+            elif link:
                 note(repr(entry.path), "a link to no file or folder")
         yield folder, files
         waiting += inside

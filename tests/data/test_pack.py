@@ -216,6 +216,57 @@ def test_another_tar(folder, tmp_path):
     assert (done.members, len(done.skipped)) == (22, 1)
 
 
+def test_links_inside_a_folder_are_followed_and_others_told(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "root-2"
+    for i, file in enumerate((root / "a/0.png", root / "a/sub/1.png", outside / "2.png")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(PIXELS[i]))
+    for name, target in {"b": "a", "c": str(root / "a/sub"), "a/l.png": "0.png"}.items():
+        (root / name).symlink_to(target)
+    expected = {
+        os.path.relpath(os.path.join(folder, file), root)
+        for folder, _, files in os.walk(root, followlinks=True)
+        for file in files
+    }
+    assert len(expected) == 7
+    out = {"d": "../root-2", "a/x.png": str(outside / "2.png"), "a/gone.png": "nothing", "e": "e"}
+    for name, target in (out | {"a/loop": "..", "self": "."}).items():
+        (root / name).symlink_to(target)
+    done = pack(str(root), str(tmp_path / "a.tar"))
+    assert {name for name, _ in members(done.shards[0])} == expected
+    told = {os.path.relpath(eval(name), root): why for name, why in done.skipped}
+    assert {"d", "a/x.png", "a/gone.png", "e", "a/loop", "self"} <= {*told}
+    assert str(outside) in told["d"]
+    assert told["a/x.png"].startswith("a link out of")
+    assert told["a/loop"] == told["self"] == "a link to a folder that it is in"
+    assert told["e"] == told["a/gone.png"] == "a link to no file or folder"
+    (root / "a").rename(outside / "a")
+    with pytest.raises(DataError, match=r"none of .* could be used.*a link"):
+        pack(str(root), str(tmp_path / "b.tar"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows have no such names")
+def test_names_that_are_no_utf8_have_the_same_class_as_in_a_tar_of_them(tmp_path):
+    root = os.fsencode(tmp_path / "root")
+    for name in (
+        b"caf\xe9/1.png",
+        b"caf\xe9/\xff.png",
+        b"caf\xe9/README\xff",
+        b"b/\xff" + b"x" * 200 + b".png",
+    ):
+        os.makedirs(os.path.join(root, os.path.dirname(name)), exist_ok=True)
+        with open(os.path.join(root, name), "wb") as file:
+            file.write(encode(PIXELS[0]))
+    done = pack(str(tmp_path / "root"), str(tmp_path / "a.tar"))
+    subprocess.run(["tar", "-cf", tmp_path / "b.tar", "-C", root, "b", b"caf\xe9"], check=True)
+    ours, theirs = TarSource(done.shards), TarSource(tmp_path / "b.tar")
+    assert sorted(ours.name(i) for i in range(3)) == sorted(theirs.name(i) for i in range(3))
+    assert ours.count_classes() == theirs.count_classes() == {"b": 1, "caf\\xe9": 2}
+    again = pack(str(tmp_path / "b.tar"), str(tmp_path / "c.tar"))
+    assert TarSource(again.shards).count_classes() == ours.count_classes()
+    assert digest(pack(str(tmp_path / "root"), str(tmp_path / "d.tar"), size=(4, 4)).shards)
+
+
 def test_overwriting_leaves_no_further_shards(folder, tmp_path):
     out = str(tmp_path / "a-%03d.tar")
     before = pack(str(folder), out, shard_images=5).shards
