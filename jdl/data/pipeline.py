@@ -16,12 +16,13 @@ import numpy as np
 from jdl.core import check
 from jdl.data import images
 from jdl.data import labels as lb
-from jdl.data.augment import Augment, Augmentation
+from jdl.data.augment import Augmentation
 from jdl.data.choice import Some, told
 from jdl.data.decoding import Decoder
 from jdl.data.holdout import Holdout
 from jdl.data.image_batches import ImageBatches
 from jdl.data.images import BadImage
+from jdl.data.operations import Augments, functions
 from jdl.data.order import Mixture, Order
 from jdl.data.plan import Plan
 from jdl.data.tar.archive import STDIN
@@ -60,9 +61,10 @@ def from_tar(
     dtype: str = "uint8",
     normalize: tuple[Any, Any] | None = None,
     crop: str | None = None,
-    crop_area: float = 0.35,
+    crop_area: float | None = None,
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = False,
-    augment: Augment | None = None,
+    augment: Augments | None = None,
     exact: bool = False,
     max_pixels: int = images.MAX_PIXELS,
     shard: tuple[int, int] = (0, 1),
@@ -113,11 +115,15 @@ def from_tar(
       normalize: (mean, std), each a number or one number for each channel: values x in [0, 1]
         become (x − mean) / std.
       crop: `"center"` for the largest window with the aspect ratio of `size`, `"random"` for a
-        random one; None for the whole image, stretched.
-      crop_area: the least area of a random window, relative to the largest window.
+        random one, `"random_resized"` for one of random aspect ratio too, as torchvision's
+        RandomResizedCrop; None for the whole image, stretched.
+      crop_area: the least area of a random window, relative to the largest window, by default 0.35;
+        with `"random_resized"` relative to the image, by default 0.08.
+      crop_ratio: the least and the largest width / height with `"random_resized"`.
       flip: flip half of the images left to right.
-      augment: `augment(pixels, rng) -> pixels`, uint8 [H, W, C] to the same, after crop and flip.
-        Randomness depends on the seed, the epoch and the record alone.
+      augment: `"color_jitter"`, `"rand_augment"`, `augment(pixels, rng) -> pixels`, uint8 [H, W, C]
+        to the same, or a list of these, applied in order after crop and flip. Randomness depends on
+        the seed, the epoch and the record alone. Mixup and cutmix: `Estimator(batch_transform=)`.
       exact: decode JPEGs at full size (see `images.decode`).
       max_pixels: the most pixels an image may have.
       shard: (part, parts): this process makes one part of every batch (see `Batches.shard`).
@@ -145,7 +151,7 @@ def from_tar(
         check.argument(ok, name, "an integer of 0 to 1024", count)
     if window is not None:
         check.positive_int("window", window)
-    augmentation = Augmentation(crop, crop_area, flip, augment, seed)
+    augmentation = Augmentation(crop, crop_area, crop_ratio, flip, functions(augment), seed)
     decoder = Decoder(size, grayscale, dtype, normalize, exact, max_pixels, augmentation)
     if STDIN in ([paths] if isinstance(paths, str | os.PathLike) else paths):
         raise check.ArgumentError(
