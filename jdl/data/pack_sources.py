@@ -58,9 +58,9 @@ def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
     """
     path = Path(source)
     if source == STDIN:
-        yield from _from_pipe(skip)
+        yield from _from_pipe(skip, note)
     elif is_url(source) or not path.exists():
-        yield from _from_tars(source, skip)
+        yield from _from_tars(source, skip, note)
     elif path.is_dir():
         idx = sorted(p for p in path.iterdir() if p.is_file() and is_idx(p))
         if idx:
@@ -72,7 +72,7 @@ def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
                     f"{str(path / picture[0][0])!r}. Pack one kind at a time: from two folders, or "
                     f"the tars by a pattern such as {str(path / '*.tar')!r}."
                 )
-            yield from _from_tars(source, skip)
+            yield from _from_tars(source, skip, note)
         else:
             yield from _from_folder(path, skip, note)
     elif source.endswith(".npz"):
@@ -80,7 +80,7 @@ def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
     elif is_idx(path):
         yield from _from_idx(path)
     else:
-        yield from _from_tars(source, skip)
+        yield from _from_tars(source, skip, note)
 
 
 def _from_folder(root: Path, skip: Skip, note: Skip) -> Iterator[Members]:
@@ -131,12 +131,12 @@ def _units(members: list[Any], whole: bool) -> Iterator[list[Any]]:
     yield from [members] if whole else ([member] for member in members)
 
 
-def _from_tars(source: str, skip: Skip) -> Iterator[Members]:
+def _from_tars(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
     """The samples of these archives, in their order."""
     for path in expand(source):
         index = open_index(path, keep=False)
-        _report(path, index.damage, skip)
-        archive, coming = open_archive(path), _rows(index, skip)
+        _report(path, index.damage, skip, note)
+        archive, coming = open_archive(path), _rows(index, skip, note)
         while some := list(itertools.islice(coming, _AT_ONCE)):
             rows = list(itertools.chain(*some))
             places = [(int(index.columns.sizes[r]), int(index.columns.offsets[r])) for r in rows]
@@ -156,8 +156,9 @@ def _from_tars(source: str, skip: Skip) -> Iterator[Members]:
         archive.close()
 
 
-def _rows(index: TarIndex, skip: Skip) -> Iterator[list[int]]:
+def _rows(index: TarIndex, skip: Skip, note: Skip) -> Iterator[list[int]]:
     """The rows of each sample, and of each image without sidecars."""
+    older = set(np.flatnonzero(index.columns.kinds == scan.OLDER).tolist())
     for sample in samples(index, _SIDECARS):
         if sample.problem:
             skip(repr(index.path), sample.problem)
@@ -170,22 +171,28 @@ def _rows(index: TarIndex, skip: Skip) -> Iterator[list[int]]:
                 skip(what, f"with its sidecars it has {size} bytes, more than {MAX_MEMBER}")
             else:
                 yield unit
+            older.difference_update(unit)
+    for row in sorted(older):
+        where = f"{index.path!r}, member {index.name(row)!r}"
+        note(where, "a later member of the same name replaces it")
 
 
-def _report(path: str, damages: Sequence[scan.Damage], skip: Skip) -> None:
+def _report(path: str, damages: Sequence[scan.Damage], skip: Skip, note: Skip) -> None:
     for damage in damages:
         if damage.lost:
             skip(f"{path!r} at byte {damage.offset}", f"{damage.word}: {damage.detail}")
+        elif damage.word == "link":
+            note(f"{path!r}, member {damage.name!r}", damage.detail)
 
 
-def _from_pipe(skip: Skip) -> Iterator[Members]:
+def _from_pipe(skip: Skip, note: Skip) -> Iterator[Members]:
     """The samples on standard input, from runs of adjacent members."""
     stream = MemberStream(open_archive(STDIN))
 
     def members() -> Iterator[tuple[str, bytes, Member]]:
         reported = 0
         for member in itertools.chain(stream, [None]):
-            _report(STDIN, stream.damage[reported:], skip)
+            _report(STDIN, stream.damage[reported:], skip, note)
             reported = len(stream.damage)
             if member:
                 folder, _, base = member.name.rpartition("/")

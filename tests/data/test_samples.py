@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import subprocess
 import tarfile
 import time
 
@@ -153,6 +154,53 @@ def test_samples_on_standard_input_are_distinct_or_an_error(tmp_path, monkeypatc
             with pytest.raises(DataError, match=r"'[01]' comes again.*to a file"):
                 pack("-", str(tmp_path / "c.tar"))
         assert not (tmp_path / "c.tar").exists()
+
+
+def test_only_the_last_of_a_name_is_packed_where_no_sidecars_make_it_another_sample(tmp_path):
+    path = tar(tmp_path / "a.tar", [("cat/0.png", 1), ("cat/1.png", 2)])
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/0.png").write_bytes(png(3))
+    subprocess.run(["tar", "-rf", path, "-C", tmp_path, "cat/0.png"], check=True)
+    done = pack(path, str(tmp_path / "b.tar"))
+    with tarfile.open(path) as whole:  # tarfile gives the last of a name
+        newest = {name: whole.extractfile(name).read() for name in set(whole.getnames())}
+    with tarfile.open(done.shards[0]) as packed:
+        assert {i.name: packed.extractfile(i).read() for i in packed} == newest
+        assert len(packed.getnames()) == 2
+    assert done.skipped == [
+        (f"'{path}', member 'cat/0.png'", "a later member of the same name replaces it")
+    ]
+
+
+def test_a_sample_that_comes_twice_is_packed_twice_and_not_read_once(tmp_path):
+    path = tar(tmp_path / "a.tar", [*RUNS, ("0.png", 2), ("0.cls", b"dog")])
+    with pytest.raises(DataError, match=r"'0\.png' comes again, each time with sidecars"):
+        TarSource(path, label="cls")
+    assert len(TarSource(path, label=None)) == 2
+    done = pack(path, str(tmp_path / "b.tar"))
+    assert done.renamed == [("0", "0-2")]
+    assert done.skipped == []
+    expected = [("cat", 0), ("x", 1), ("dog", 2)]
+    assert [(label, color) for color, label, _ in by_us(done.shards)] == expected
+
+
+def test_sidecars_and_images_that_are_links_are_packed(tmp_path):
+    root = tmp_path / "w"
+    root.mkdir()
+    (root / "0.png").write_bytes(png(0))
+    (root / "0.cls").write_text("cat")
+    (root / "1.png").hardlink_to(root / "0.png")
+    (root / "1.cls").symlink_to("0.cls")
+    (root / "2.png").symlink_to("/etc/passwd")
+    subprocess.run(
+        ["tar", "-cf", tmp_path / "w.tar", "-C", root, "0.png", "0.cls", "1.png", "1.cls", "2.png"],
+        check=True,
+    )
+    done = pack(str(tmp_path / "w.tar"), str(tmp_path / "x.tar"))
+    assert by_webdataset(done.shards) == [(0, "cat", "0"), (0, "cat", "1")]
+    ((where, why),) = done.skipped
+    assert "2.png" in where
+    assert "outside the archive" in why
 
 
 def test_sidecars_beside_the_images_of_a_folder_are_packed(tmp_path):

@@ -287,10 +287,15 @@ class TarSource:
         beside = np.full(len(index), -1, np.int64)
         beside[rows] = _CHOSEN
         bad: dict[int, str] = {}  # images' and sidecars' rows -> why
+        older, kinds = set[str](), index.columns.kinds
         for sample in samples(index, (ending,)):
             here = [row for row in sample.images if beside[row] == _CHOSEN]
-            beside[here] = -1 if sample.problem else sample.sidecars.get(ending, -1)
-            bad |= dict.fromkeys(here if sample.problem else (), f"{path!r}: {sample.problem}.")
+            problem = sample.problem
+            older |= {index.name(row) for row in sample.images if kinds[row] == scan.OLDER}
+            if twice := older and [name for row in here if (name := index.name(row)) in older]:
+                problem = f"{twice[0]!r} comes again, each time with sidecars. Pack it to use both"
+            beside[here] = -1 if problem else sample.sidecars.get(ending, -1)
+            bad |= dict.fromkeys(here if problem else (), f"{path!r}: {problem}.")
         found: dict[int, str] = {}
         at = np.unique(beside[beside >= 0])  # in the archive's order
         sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
