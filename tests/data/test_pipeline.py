@@ -1,20 +1,24 @@
 """Batches from tars and arrays: their contents, their order, and resuming at a position."""
 
 import bz2
+import contextlib
 import gc
 import gzip
 import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import grain
@@ -194,6 +198,71 @@ def test_resuming_at_any_position(kind, tar):
         iterator.close()
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Makes data of three archives by weights; image i of archive k has the value 80 k + i."""
+    folder = tmp_path_factory.mktemp("mixed")
+    paths = [
+        write_tar(folder / f"{k}.tar", [(f"{k}/{i}.png", png(80 * k + i)) for i in range(n)])
+        for k, n in enumerate((7, 80, 13))
+    ]
+
+    def make(**options):
+        options = {"batch_size": 12, "epochs": None, "seed": 5, "grayscale": True, **options}
+        return from_tar(paths, weights=[3, 1, 0.2], cache_bytes=0, **options)
+
+    return make
+
+
+def whole(parts):
+    """The values in each batch, of which each host has a part."""
+    parts = [[batch["image"][:, 0, 0, 0] for batch in part] for part in parts]
+    return [np.concatenate(each).tolist() for each in zip(*parts, strict=True)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 15), st.integers(0, 2), st.integers(1, 3)),
+        min_size=1,
+        max_size=3,
+    )
+)
+@settings(max_examples=6, deadline=None)
+def test_a_mixture_resumes_with_any_number_of_threads_and_hosts(mixed, runs):
+    iterator = iter(mixed(threads=0))
+    expected = whole([take(iterator, sum(steps for steps, _, _ in runs))])
+    found, state = [], None
+    for steps, threads, hosts in runs:
+        iterators = [iter(mixed(threads=threads, shard=(p, hosts))) for p in range(hosts)]
+        for each in iterators:
+            if state is not None:
+                each.set_state(json.loads(json.dumps(state)))
+        found += whole([take(each, steps) for each in iterators])
+        states = [each.get_state() for each in iterators]
+        assert all(each == states[0] for each in states)
+        state = states[0]
+        for each in iterators:
+            each.close()
+    assert found == expected
+
+
+def test_a_mixture_resumes_in_worker_processes(mixed):
+    iterator = iter(mixed(threads=0))
+    expected = whole([take(iterator, 40)])
+    assert len({tuple(batch) for batch in expected}) == 40
+    before = iter(mixed(threads=2))
+    found = whole([take(before, 9)])
+    state = before.get_state()
+    before.close()
+    for steps, workers in ((20, 2), (11, 1)):
+        resumed = iter(mixed(workers=workers))
+        resumed.set_state(state)
+        found += whole([take(resumed, steps)])
+        state = resumed.get_state()
+        resumed.close()
+    assert found == expected
+
+
 def test_resuming_with_another_batch_size(tar):
     iterator = iter(from_tar(tar, grayscale=True, batch_size=5, epochs=2, shuffle=True))
     before = flat(values(take(iterator, 2)))
@@ -229,7 +298,7 @@ def test_a_position_in_other_data_is_refused(tar, tmp_path):
         with pytest.raises(DataError, match="This is no position in the data"):
             iter(data).set_state(wrong)
     for wrong in ({}, {**state, "version": 1}):
-        with pytest.raises(DataError, match="the version of jdl's positions differs"):
+        with pytest.raises(DataError, match="its 'version' is"):
             iter(data).set_state(wrong)
 
 
@@ -243,7 +312,9 @@ def test_a_position_among_other_images_of_the_archives_is_refused(tmp_path):
     for paths, split in (([a, b], "test"), ([b, a], "train"), ([a, b], "train:0.5")):
         data = from_tar(paths, split=split, **options)
         assert data.num_records == 12
-        with pytest.raises(DataError, match=r"images chosen from them \(`split`\) differs"):
+        with pytest.raises(
+            DataError, match=r"other data: its 'data' .*chosen from them by `split`"
+        ):
             iter(data).set_state(state)
     # The same images with other labels, moved, are the same data.
     (tmp_path / "elsewhere").mkdir()
@@ -307,7 +378,7 @@ def test_every_thread_may_hold_a_batch_however_large(tar):
 def test_threads_end_with_their_iterator(tar):
     iterator = iter(from_tar(tar, batch_size=5, epochs=None, threads=2))
     next(iterator)
-    ours = [t for t in threading.enumerate() if "grain" in t.name]
+    ours = [t for t in threading.enumerate() if "jdl" in t.name]
     assert ours
     iterator.close()
     del iterator
@@ -603,6 +674,65 @@ def test_a_seek_file_of_an_earlier_state_is_renewed_by_the_command_in_the_error(
     assert (TarSource(path).mode, len(TarSource(path))) == ("seekable", 20)
     write(7, bz2.compress)  # no longer gzip: it has nothing to seek
     assert (TarSource(path).mode, len(TarSource(path))) == ("stream", 7)
+
+
+WITH_WORKERS = """
+import multiprocessing, os, sys, time
+from jdl.data import from_tar
+if __name__ == "__main__":
+    iterator = iter(from_tar({tar!r}, batch_size=5, epochs={epochs}, workers=2))
+    batch = next(iterator)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    {then}
+"""
+
+
+def running(pid):
+    with contextlib.suppress(OSError):
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_workers_end_with_a_killed_parent(tar, tmp_path, name):
+    script = tmp_path / "script.py"
+    script.write_text(WITH_WORKERS.format(tar=tar, epochs=None, then="time.sleep(100)"))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(running, workers))
+        parent.send_signal(getattr(signal, name))
+    end = time.monotonic() + 3
+    while any(map(running, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(running, workers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["iterator.close()", "list(iterator)", "pass", "sys.exit(0)"])
+def test_workers_leave_nothing_and_say_nothing_at_a_normal_end(tar, tmp_path, then):
+    script = tmp_path / "script.py"
+    epochs = 1 if then.startswith("list") else None
+    script.write_text(WITH_WORKERS.format(tar=tar, epochs=epochs, then=then))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert not any(running(int(pid)) for pid in done.stdout.split())
+
+
+def test_a_killed_worker_is_named_and_a_function_of_the_script_reaches_it(tar):
+    options = {"batch_size": 5, "epochs": None, "shuffle": False, "label": lambda name: name[0]}
+    iterator = iter(from_tar(tar, workers=1, **options))
+    assert next(iterator)["label"].tolist() == [0, 1, 2, 0, 1]
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(DataError, match=r"worker process has ended \(exit code -9\)"):
+        take(iterator, 100)
+    iterator.close()
+    assert not multiprocessing.active_children()
 
 
 # ---------------------------------------------------------------------- arrays
