@@ -33,7 +33,8 @@ Label = Annotated[
     str | None,
     tyro.conf.arg(
         help="what the class is read from: folder, a place in the path such as 0 or -2, cls, "
-        "json:FIELD, re:PATTERN such as 're:_(cat|dog)', or none; by default folder"
+        "json:FIELD, re:PATTERN such as 're:_(cat|dog)', a table of names and classes such as "
+        "labels.csv or labels.csv:COLUMN (also .tsv, .json, .jsonl), or none; by default folder"
     ),
 ]
 Include = Annotated[

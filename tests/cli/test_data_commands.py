@@ -244,6 +244,23 @@ def test_index_counts_what_the_options_choose(tarball, capsys):
         assert (code, words in capsys.readouterr().err) == (2, True), arguments
 
 
+def test_labels_of_a_table_beside_the_archive(tmp_path, capsys):
+    flat = write(tmp_path / "flat.tar", [f"{i}.png" for i in range(12)])
+    (tmp_path / "t.csv").write_text(
+        "id,age,breed\n" + "".join(f"{i},{i},b{i % 2}\n" for i in range(12))
+    )
+    table = f"{tmp_path / 't.csv'}:breed"
+    assert indexed(capsys, flat, "--label", table)["classes"] == {"b0": 6, "b1": 6}
+    workdir = ["--workdir", str(tmp_path / "run")]
+    given = ["train", "mlp", "--data", flat, "--size", "8", "--max-steps", "1", *workdir]
+    assert main([*given, "--label", table]) == 0
+    assert RunConfig.load(tmp_path / "run").classes == ("b0", "b1")
+    assert main(["evaluate", *workdir, "--per-class"]) == 0
+    assert "b1" in capsys.readouterr().out
+    assert main(["index", flat, "--label", f"{tmp_path / 't.csv'}:bred"]) == 2
+    assert "no column 'bred', but 'id', 'age', 'breed'" in capsys.readouterr().err
+
+
 def test_names_that_a_terminal_obeys_are_shown_as_escapes(tarball, tmp_path, capsys):
     workdir = ["--workdir", str(tmp_path / "run")]
     out = str(tmp_path / "out.jsonl")
