@@ -294,6 +294,12 @@ def test_models_that_learn_no_labels_ask_for_none(model, tmp_path, tarball):
     assert "label" not in job(flat).data.element_spec
     assert job(tarball).config.classes == (ESCAPE, MARKUP)  # for pictures by class
     assert job(tarball, "--label", "none").config.classes == ()
+    if model == "autoencoder":
+        run = str(tmp_path / "run")
+        given = ["train", model, "--data", flat, "--size", "8", "--max-steps", "1"]
+        assert main([*given, "--workdir", run]) == 0
+        assert main(["evaluate", "--workdir", run, "--data", tarball]) == 0
+        assert main(["evaluate", "--workdir", run, "--label", "0"]) == 2
     differ = write(tmp_path / "differ.tar", ["train/a/1.png", "train/b/2.png", "test/c/3.png"])
     config = job(differ).config
     assert (config.label, config.split) == ("none", "train")
@@ -335,6 +341,13 @@ def test_other_commands_choose_members_too(tarball, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["images"] == 4
     assert main(["bench", "train", "--split", "test"]) == 2
     assert "--split" in capsys.readouterr().err
+    for arguments, flag in [
+        (["activations", "vgg16", "a.png", "--include", "x"], "`--include`"),
+        (["compare", "--problem", "quadratic", "--label", "0"], "`--label`"),
+        (["train", "recursive", "--exclude", "x"], "`--exclude`"),
+    ]:
+        assert main(arguments) == 2
+        assert flag in capsys.readouterr().err
     given = ["--data", tarball, "--size", "8", "--include", "s0_*", "--label", "re:_(.)"]
     problem = compare._problem(parse("compare", compare, given))
     assert (problem.size, problem.about["classes"], problem.about["held out"]) == (4, 2, "test/")
