@@ -74,7 +74,10 @@ def top_k_accuracy(k: int) -> Callable[..., Float[Array, " B"]]:
     @direction("max")
     def metric(outputs: jax.Array, batch: Batch, target: str = "label") -> jax.Array:
         largest = jax.lax.top_k(outputs, min(k, outputs.shape[-1]))[1]
-        hit = largest == batch[target][:, None].astype(largest.dtype)
+        labels = batch[target]
+        if labels.ndim == 2:
+            labels = jnp.argmax(labels, axis=-1)
+        hit = largest == labels[:, None].astype(largest.dtype)
         return jnp.any(hit, axis=-1).astype(jnp.float32)
 
     return metric

@@ -52,6 +52,8 @@ class Args:
     data: str | None = None
     """for exciting: a tar, a glob, a brace range, or digits"""
     split: options.TestSplit = None
+    include: options.Include = None
+    exclude: options.Exclude = None
     longest: options.Longest = 512
     size: int = 96
     """height and width of preferred pictures in pixels"""
@@ -110,7 +112,7 @@ def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> 
     from jdl.vision import activations, images
 
     for name, share in activations.classify(trunk, photograph, count=3):
-        print(f"{share:6.1%}  {name}")
+        output.say(f"{share:6.1%}  {name}")
     if args.what == "grad-cam":
         found = activations.grad_cam(trunk, photograph, layer, wanted=args.wanted)
         right = activations.overlaid(photograph, found.heat)
@@ -149,8 +151,10 @@ def _exciting(args: Args, trunk: "Trunk", layer: str) -> "np.ndarray":
     pictures = open_images(
         data,
         size=trunk.size or (224, 224),
-        split=default_split(data, args.split, "test"),
-        label=None,
+        split=default_split(data, args.split, "test", args.include, args.exclude),
+        label="none",
+        include=args.include,
+        exclude=args.exclude,
         batch_size=32,
     )
     found = activations.exciting(trunk, pictures, layer, channels, count=8)

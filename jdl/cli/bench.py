@@ -17,7 +17,7 @@ from jdl.cli import options
 from jdl.core import check
 
 # what -> the module that measures it, by `measure(target, *, size, channels, batch_size, seconds)`
-# with the values of the options below
+# with the values of the options below; for data also with those of `from_tar` that choose members
 BENCHES = {
     "data": "jdl.cli.bench_data",
     "train": "jdl.cli.bench_train",
@@ -39,19 +39,31 @@ class Args:
     """HEIGHT or HEIGHTxWIDTH of images; by default 128, and 8 for the digits and optim"""
     color: options.Color = False
     batch_size: options.BatchSize = 64
+    split: Annotated[str | None, tyro.conf.arg(help="for data: only this folder, as ds/train")] = (
+        None
+    )
+    include: options.Include = None
+    exclude: options.Exclude = None
     as_json: options.Json = False
 
 
 def run(args: Args) -> None:
     """Measures, and prints a table or JSON."""
+    from jdl.recipes.datasets import choice
+
     what = check.one_of("WHAT", args.what, BENCHES)
     options.check_positive(args, "batch_size")
     check.in_range("--seconds", args.seconds, 0.0, 3600.0, open_low=True)
+    which = choice(None, args.include, args.exclude)
+    which |= {} if args.split is None else {"split": args.split}
+    flags = ", ".join(f"--{name}" for name in which)
+    check.argument(what == "data" or not which, flags, "left out: it chooses data", which)
     report = importlib.import_module(BENCHES[what]).measure(
         args.target,
         size=args.size,
         channels=3 if args.color else 1,
         batch_size=args.batch_size,
         seconds=args.seconds,
+        **which,
     )
     report.show(as_json=args.as_json)

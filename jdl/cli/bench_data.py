@@ -17,7 +17,13 @@ _FEW = 5  # lines about problems
 
 
 def measure(
-    target: str, *, size: str | None, channels: int, batch_size: int, seconds: float
+    target: str,
+    *,
+    size: str | None,
+    channels: int,
+    batch_size: int,
+    seconds: float,
+    **which: Any,
 ) -> output.Report:
     """Images per second by reading alone, in threads, and in worker processes; what was lost."""
     target = target or "digits"
@@ -32,6 +38,7 @@ def measure(
         "on_error": "skip",
         "max_skipped": 1.0,  # reported below
         "cache_bytes": 0,
+        **which,
     }
     source = (probe := from_tar(resolve(target), **how_read)).source
     rates: dict[str, float] = {}

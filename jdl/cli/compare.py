@@ -65,6 +65,9 @@ class Args:
     """write the report of the trials in --workdir, and run nothing"""
     size: options.Size = None
     color: options.Color = False
+    label: options.Label = None
+    include: options.Include = None
+    exclude: options.Exclude = None
     workdir: Path = Path("runs/compare")
     """the directory for trials and report; started again, finished trials are skipped"""
 
@@ -141,15 +144,18 @@ def _problem(args: Args) -> "Problem":
     """The problem of `--model` and `--data`."""
     from jdl.compare import digits_cnn, tar_problem
     from jdl.data import resolve
-    from jdl.recipes.datasets import parse_size
+    from jdl.recipes.datasets import choice, parse_size
     from jdl.recipes.registry import RECIPES, recipe
 
     classifiers = [name for name, r in RECIPES.items() if r.kind == "classifier"]
     chosen = recipe(check.one_of("--model", args.model, classifiers))
-    if args.data == "digits" and args.model == "cnn" and args.size is None:
+    which = choice(args.label, args.include, args.exclude)
+    if args.data == "digits" and args.model == "cnn" and args.size is None and not which:
         return digits_cnn()
     size = parse_size(args.size, args.data)
-    return tar_problem(resolve(args.data), chosen.build, size=size, grayscale=not args.color)
+    return tar_problem(
+        resolve(args.data), chosen.build, size=size, grayscale=not args.color, **which
+    )
 
 
 def study(

@@ -37,8 +37,10 @@ class Args:
 
     workdir: options.Workdir
     data: options.RunData = None
-    split: str | None = None
-    """first folder of the members to use; by default train if there is one; all for all"""
+    split: options.TrainSplit = None
+    label: options.Label = None
+    include: options.Include = None
+    exclude: options.Exclude = None
     matrix: Literal["hessian", "gauss_newton", "empirical_fisher"] = "hessian"
     """the matrix whose spectrum is computed"""
     images: int = 1024

@@ -105,7 +105,7 @@ def _class(args: Args, wanted: str) -> "np.ndarray":
     search = PictureSearch(size=args.size, steps=256 if args.steps is None else args.steps)
     found = of_class(trunk, wanted, search, seed=args.seed, on_step=output.print_tenths)
     name, share = activations.classify(trunk, found, count=1)[0]
-    print(f"classified as {name} ({share:.1%})")
+    output.say(f"classified as {name} ({share:.1%})")
     return found
 
 

@@ -29,6 +29,9 @@ class Args:
     workdir: options.Workdir
     data: options.RunData = None
     split: options.TestSplit = None
+    label: options.Label = None
+    include: options.Include = None
+    exclude: options.Exclude = None
     batch_size: options.BatchSize = 256
     top_k: int | None = None
     """also the share of images whose class is among the K most likely"""

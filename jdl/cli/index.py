@@ -26,6 +26,12 @@ class Args:
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.tar")]
     """a tar, a URL, a glob, a brace range such as a-{00..07}.tar, -, or the bundled digits"""
+    split: Annotated[str | None, tyro.conf.arg(help="count only this folder, such as ds/train")] = (
+        None
+    )
+    label: options.Label = None
+    include: options.Include = None
+    exclude: options.Exclude = None
     as_json: options.Json = False
     seekable: bool = False
     """also write a seek file, which lets a .tar.gz be read in any order, slowly; see `jdl pack`"""
@@ -34,12 +40,14 @@ class Args:
 def run(args: Args) -> None:
     """Prints the contents."""
     from jdl.data import describe, resolve
+    from jdl.recipes.datasets import choice
 
     if args.seekable:
         _make_seekable(args.data)
-    found = describe(resolve(args.data))
+    which = choice(args.label, args.include, args.exclude)
+    found = describe(resolve(args.data), split=args.split, **which)
     if args.as_json:
-        keys = ("members", "images", "unread", "classes", "damage")
+        keys = ("members", "images", "unread", "left_out", "classes", "damage")
         print(json.dumps({key: getattr(found, key) for key in keys}))
     else:
         _print(args.data, found)
@@ -68,16 +76,20 @@ _COST = {
 
 
 def _print(data: str, found: "Description") -> None:
-    print(f"{data}: {found.members} members, {found.images} images, {len(found.classes)} classes")
+    about = f"{found.members} members, {found.images} images, {len(found.classes)} classes"
+    output.say(f"{data}: {about}")
     others = {kind: n for kind, n in found.kinds.items() if kind != "image"}
     if others:
-        print("besides images: " + ", ".join(f"{n} × {kind}" for kind, n in others.items()))
+        output.say("besides images: " + ", ".join(f"{n} × {kind}" for kind, n in others.items()))
     if found.unread:
         listed = ", ".join(f"{n} × .{kind}" for kind, n in found.unread.items())
-        print(f"images of a format that is not read: {listed}")
+        output.say(f"images of a format that is not read: {listed}")
+    if found.left_out:
+        by = ", ".join(f"{n} by {pattern!r}" for pattern, n in sorted(found.left_out.items()))
+        print(f"left out: {by}; --exclude '!PATTERN' takes a pattern back, --exclude none all")
     for archive, mode in found.modes.items():
         if mode in _COST:
-            print(f"{archive}: {_COST[mode]}")
+            output.say(f"{archive}: {_COST[mode]}")
     if found.classes:
         output.table(["class", "images"], [[k, str(n)] for k, n in found.classes.items()])
     lost = sum(bool(each["lost"]) for each in found.damage)
@@ -86,6 +98,6 @@ def _print(data: str, found: "Description") -> None:
     for each in found.damage:
         name = f" {each['name']}" if each["name"] else ""
         where = f" of {each['archive']}" if len(found.archives) > 1 else ""
-        print(f"{each['word']}:{name} at byte {each['offset']}{where}: {each['detail']}")
+        output.say(f"{each['word']}:{name} at byte {each['offset']}{where}: {each['detail']}")
     if not found.damage:
         print("no damage")

@@ -9,6 +9,8 @@ import errno
 import functools
 import importlib
 import os
+import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -17,6 +19,7 @@ from types import ModuleType
 from typing import Annotated, Any, get_args
 
 from jdl.cli.commands import COMMANDS
+from jdl.cli.output import visible
 
 USAGE = """usage: jdl COMMAND [OPTIONS]
 
@@ -104,7 +107,7 @@ def _run(name: str, arguments: list[str]) -> int:
             print(f"jdl {name}: {end}", file=sys.stderr)
         return int(end.code or 0)
     except (UserError, OSError, KeyboardInterrupt) as error:
-        code, message = _outcome(error, name)
+        code, message = _outcome(error, name, parsed)
         if getattr(parsed, "distributed", False):
             from jdl.train import distributed
 
@@ -113,7 +116,7 @@ def _run(name: str, arguments: list[str]) -> int:
         return code
 
 
-def _outcome(error: BaseException, name: str) -> tuple[int, str]:
+def _outcome(error: BaseException, name: str, args: Any) -> tuple[int, str]:
     """The exit code and the message; raises the error again if it is a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, f"jdl {name}: {str(error) or 'interrupted; what was written stays'}."
@@ -121,7 +124,27 @@ def _outcome(error: BaseException, name: str) -> tuple[int, str]:
         if error.errno not in UNWRITABLE:
             raise error
         return 2, f"jdl {name}: error: {error.filename}: {error.strerror}."
-    return 2, f"jdl {name}: error: {error}"
+    text = "\n".join(map(visible, str(error).split("\n")))
+    return 2, f"jdl {name}: error: {in_flags(text, [*getattr(args, '__dict__', {})])}"
+
+
+def in_flags(message: str, names: Sequence[str]) -> str:
+    """A message about arguments of Python functions, with those of these names as flags.
+
+    >>> in_flags("`on_error` must be … To skip it pass on_error='skip'.", ["on_error"])
+    '`--on-error` must be … To skip it pass --on-error skip.'
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        return "--" + found[1].replace("_", "-")
+
+    def given(found: re.Match[str]) -> str:
+        return f"{flag(found)} {'none' if found[2] is None else shlex.quote(found[2])}"
+
+    known = "|".join(map(re.escape, names)) or "(?!)"
+    value = r"(?:None|\(\)|[\"']?((?<=[\"'])[^\"']*(?=[\"'])|-?[0-9.]*[0-9])[\"']?)"
+    message = re.sub(rf"\b({known})={value}", given, message)
+    return re.sub(rf"(?<=`)({known})(?=`)", flag, message)
 
 
 def parse(name: str, module: ModuleType, arguments: list[str]) -> Any:

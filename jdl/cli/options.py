@@ -1,5 +1,6 @@
 """Options that several commands share, and what is made of them."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -19,10 +20,31 @@ RunData = Annotated[
         help="a tar, a glob, a brace range, or digits; by default the data that the run trained on"
     ),
 ]
+_SPLIT = "such as {0} or ds/{0}, or a part by hash such as {0}:0.1; by default {0} if there is one"
+TrainSplit = Annotated[
+    str | None,
+    tyro.conf.arg(help=f"the folder of members to use, {_SPLIT.format('train')}; all for all"),
+]
 TestSplit = Annotated[
     str | None,
+    tyro.conf.arg(help=f"the folder of members to use, {_SPLIT.format('test')}; all for all"),
+]
+Label = Annotated[
+    str | None,
     tyro.conf.arg(
-        help="first folder of the members to use; by default test if there is one; all for all"
+        help="what the class is read from: folder, a place in the path such as 0 or -2, cls, "
+        "json:FIELD, re:PATTERN such as 're:_(cat|dog)', or none; by default folder"
+    ),
+]
+Include = Annotated[
+    str | None,
+    tyro.conf.arg(help="use only members that match one of these patterns, such as 'left/,*.png'"),
+]
+Exclude = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="leave out members that match, such as 'masks/,*.depth.png', besides hidden ones and "
+        "other litter that `jdl index` shows; '!*.seg.*' takes a pattern back, none leaves out none"
     ),
 ]
 BatchSize = Annotated[int, tyro.conf.arg(help="images in a batch")]
@@ -77,12 +99,17 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
       **options: further ones of `RunConfig.images`.
     """
     from jdl.recipes.datasets import default_split
+    from jdl.recipes.registry import LABELLED, recipe
     from jdl.recipes.run_config import RunConfig
 
     check_positive(args, "batch_size")
-    config = RunConfig.load(args.workdir)
+    given = {name: getattr(args, name, None) for name in ("label", "include", "exclude")}
+    config = dataclasses.replace(
+        RunConfig.load(args.workdir), **{k: v for k, v in given.items() if v is not None}
+    )
     data = args.data or config.data
-    chosen = default_split(data, args.split, split)
+    chosen = default_split(data, args.split, split, config.include, config.exclude)
+    options = {"labelled": recipe(config.model).kind in LABELLED} | options
     images = config.images(data, chosen, batch_size=args.batch_size, **options)
     return RunOnData(config, data, chosen, images)
 

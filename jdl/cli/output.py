@@ -30,12 +30,27 @@ class Report(NamedTuple):
         print(self.note)
 
 
+def visible(text: str) -> str:
+    r"""`text` with escapes in place of what a terminal would obey or cannot show.
+
+    >>> print(visible("\x1b[2Jcat\u202e"))
+    \x1b[2Jcat\u202e
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """Prints a line that may hold names from an archive."""
+    print(visible(text))
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Prints a table; the first column is aligned to the left, the others to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    columns, rows = [*map(visible, columns)], [[visible(cell) for cell in row] for row in rows]
     drawn = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for i, column in enumerate(columns):
         # Words may wrap; numbers with their units and ranges may not.
@@ -45,9 +60,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
         drawn.add_column(column, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
         drawn.add_row(*row)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if title:
-        console.print(title, markup=False)
+        console.print(visible(title))
     console.print(drawn)
 
 

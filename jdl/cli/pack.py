@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jdl.cli import options
+from jdl.cli import options, output
 
 
 @dataclass
@@ -69,6 +69,6 @@ def run(args: Args) -> None:
     told = [f"left out {name}: {why}" for name, why in done.skipped]
     told += [f"another key than {old!r}, which is taken: {new!r}" for old, new in done.renamed]
     for line in told[:20]:
-        print(line)
+        output.say(line)
     if len(told) > 20:
         print(f"and {len(told) - 20} more")

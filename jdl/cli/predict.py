@@ -32,6 +32,8 @@ class Args:
     """the file to write; its suffix .npz, .jsonl or .csv chooses the format"""
     data: options.RunData = None
     split: options.TestSplit = None
+    include: options.Include = None
+    exclude: options.Exclude = None
     batch_size: options.BatchSize = 256
     probabilities: bool = False
     """also the probability of every class, in the order of the run's classes"""

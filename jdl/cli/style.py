@@ -85,6 +85,11 @@ class Train:
     """the run directory; by default runs/style-NAMES, the paintings' file names"""
     max_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 4000
     """steps in total; started again, a run continues to there"""
+    split: Annotated[str | None, tyro.conf.arg(help="use only this folder, such as ds/train")] = (
+        None
+    )
+    include: options.Include = None
+    exclude: options.Exclude = None
     batch_size: options.BatchSize = 4
     size: int = 256
     """height and width of the training crops in pixels, a multiple of 4"""
@@ -204,6 +209,7 @@ def _transfer(args: Transfer) -> None:
 def _train(args: Train) -> None:
     from jdl.cli.progress import StepProgress
     from jdl.data import from_tar, resolve
+    from jdl.recipes.datasets import choice
     from jdl.train.plot import draw
     from jdl.vision import images, painter, pretrained
     from jdl.vision.style_training import build_estimator
@@ -225,6 +231,8 @@ def _train(args: Train) -> None:
     photographs = from_tar(
         resolve(args.data),
         label=None,
+        split=args.split,
+        **choice(None, args.include, args.exclude),
         size=(args.size, args.size),
         crop="random",
         flip=True,

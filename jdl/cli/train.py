@@ -53,14 +53,18 @@ class Args:
     """parts in which a batch is computed, one after the other, to save memory"""
     seed: int = 0
     """random seed for the initial parameters, the order of the data, and the model"""
-    split: str | None = None
-    """first folder of the members to train on; by default train if there is one; all for all"""
+    split: options.TrainSplit = None
+    label: options.Label = None
+    include: options.Include = None
+    exclude: options.Exclude = None
     size: options.Size = None
     color: options.Color = False
-    crop: Literal["center", "random"] | None = None
+    crop: Literal["center", "random", "random_resized"] | None = None
     """crop images to the right shape, in the center or at random, instead of stretching them"""
     flip: bool = False
     """mirror half of the training images left to right"""
+    augment: tuple[Literal["color_jitter", "rand_augment", "mixup", "cutmix"], ...] = ()
+    """change training images, in this order; of mixup and cutmix together, one at each step"""
     workers: int = 0
     """processes that decode images, instead of threads; `jdl bench data` shows which is faster"""
     on_error: options.OnError = "raise"
@@ -133,9 +137,15 @@ def run(args: Args) -> None:
 def _job(args: Args) -> _Job:
     """Opens the data and fills in the defaults."""
     from jdl.optim import registry
-    from jdl.recipes.datasets import default_split, input_shape, open_images, parse_size
-    from jdl.recipes.registry import recipe
-    from jdl.recipes.run_config import RunConfig
+    from jdl.recipes.datasets import (
+        default_split,
+        input_shape,
+        label_if_any,
+        open_images,
+        parse_size,
+    )
+    from jdl.recipes.registry import LABELLED, recipe
+    from jdl.recipes.run_config import MIXED, RunConfig
 
     chosen = recipe(args.model)
     source = args.data or chosen.data
@@ -147,11 +157,18 @@ def _job(args: Args) -> _Job:
     )
     optimizer = registry.short_name(args.optimizer or chosen.optimizer)
     spec = registry.REGISTRY[optimizer]
-    size, split = parse_size(args.size, source), default_split(source, args.split, "train")
-    augmentation = {"crop": args.crop, "flip": args.flip, "workers": args.workers}
+    which = {"include": args.include, "exclude": args.exclude}
+    size, split = parse_size(args.size, source), default_split(source, args.split, "train", **which)
+    augmentation = {name: getattr(args, name) for name in ("crop", "flip", "augment", "workers")}
     given = {name: value for name, value in augmentation.items() if value}
-    must = "left out for trees"
-    check.argument(source != "trees" or not given, f"--{''.join(list(given)[:1])}", must, given)
+    mixed = [name for name in args.augment if name in MIXED]
+    must = "without mixup and cutmix for a model that does not learn classes"
+    check.argument(not mixed or chosen.kind == "classifier", "--augment", must, mixed)
+    for name, value in {**given, **which, "label": args.label}.items():
+        check.argument(source != "trees" or not value, f"--{name}", "left out for trees", value)
+    label = args.label
+    if label is None and chosen.kind not in LABELLED:
+        label = label_if_any(source, **which)
 
     def images(batch_size: int, **more: Any) -> "Batches":
         return open_images(
@@ -161,11 +178,15 @@ def _job(args: Args) -> _Job:
             grayscale=not args.color,
             on_error=args.on_error,
             batch_size=batch_size,
+            label=label,
+            **which,
             **more,
         )
 
     probe = images(1)
     number, classes = probe.num_records, tuple(probe.classes or ())
+    must = "given: a classifier needs classes"
+    check.argument(bool(classes) or chosen.kind not in LABELLED, "--label", must, label)
     is_mini = spec.batches == "mini"
     batch_size = args.batch_size or min(chosen.batch_size if is_mini else LARGE_BATCH, number)
     check.argument(
@@ -189,12 +210,21 @@ def _job(args: Args) -> _Job:
         ema=args.ema,
         crop=args.crop,
         flip=args.flip,
+        augment=args.augment,
+        label=label,
+        **which,
     )
     return _Job(
         config=config,
         recipe=chosen,
         workdir=args.workdir or Path("runs") / f"{args.model}-{_stem(source)}-{optimizer}",
-        data=images(batch_size, shuffle=True, seed=args.seed, classes=classes, **given),
+        data=images(
+            batch_size,
+            shuffle=True,
+            seed=args.seed,
+            classes=classes,
+            **given | {"augment": [name for name in args.augment if name not in MIXED]},
+        ),
         max_steps=args.max_steps or (chosen.steps if is_mini else LARGE_STEPS),
     )
 
@@ -211,7 +241,9 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
         f"to step {job.max_steps}; writing to {workdir}"
     )
     splits = [config.split]
-    if config.split == "train" and default_split(config.data, None, "test"):
+    if config.split == "train" and default_split(
+        config.data, None, "test", config.include, config.exclude
+    ):
         splits.append("test")
     # Opened before any training, so that an error in them is raised first.
     evaluated = {

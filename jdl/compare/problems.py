@@ -149,16 +149,6 @@ def plain_cnn(image_shape: tuple[int, ...], num_classes: int) -> Any:
     return CNN(num_classes=num_classes, units=units, dropout=0.0)
 
 
-class _OfTraining(Holdout):
-    """A split by hash of the members under `train/`."""
-
-    __slots__ = ()
-
-    def chooser(self) -> Callable[[str], bool]:
-        holds = super().chooser()
-        return lambda name: name.removeprefix("./").startswith("train/") and holds(name)
-
-
 def tar_problem(
     paths: Paths,
     model: Build = plain_cnn,
@@ -195,7 +185,8 @@ def tar_problem(
     (1438, 'test accuracy ≥ 90 %')
     """
     keep_index = bool(options.get("keep_index", True))
-    held_out = set(splits(paths, keep_index=keep_index)) == {"train", "test"}
+    which = {name: options[name] for name in ("include", "exclude") if name in options}
+    held_out = set(splits(paths, keep_index=keep_index, **which)) == {"train", "test"}
     train_split, test_split = ("train", "test") if held_out else (None, None)
     first = from_tar(paths, split=train_split, batch_size=1, epochs=1, **options)
     classes = first.classes
@@ -209,7 +200,7 @@ def tar_problem(
         return _batches(from_tar, paths, split=split, classes=classes, **options)
 
     def side(part: str) -> Holdout:
-        return (_OfTraining if held_out else Holdout)(part, VALIDATION)
+        return Holdout(part, VALIDATION, folder=train_split)
 
     split = None
     if first.num_records >= 60:  # of fewer records, a random sixth may be empty

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from jdl.data.holdout import Holdout as Holdout
     from jdl.data.images import BadImage as BadImage
     from jdl.data.images import decode as decode
+    from jdl.data.mixing import cutmix as cutmix
+    from jdl.data.mixing import mixup as mixup
+    from jdl.data.mixing import one_of as one_of
+    from jdl.data.operations import color_jitter as color_jitter
+    from jdl.data.operations import rand_augment as rand_augment
     from jdl.data.pipeline import from_tar as from_tar
     from jdl.data.stdin import standard_input as standard_input
     from jdl.data.tar.source import Record as Record
@@ -35,12 +40,17 @@ _NAMES = {
     "LITTER": "choice",
     "Record": "tar.source",
     "TarSource": "tar.source",
+    "color_jitter": "operations",
     "decode": "images",
     "describe": "description",
     "digits": "bundled_digits",
     "digits_path": "bundled_digits",
     "from_arrays": "arrays",
     "from_tar": "pipeline",
+    "cutmix": "mixing",
+    "mixup": "mixing",
+    "one_of": "mixing",
+    "rand_augment": "operations",
     "resolve": "bundled_digits",
     "splits": "description",
     "standard_input": "stdin",

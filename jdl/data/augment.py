@@ -1,4 +1,4 @@
-"""Random crops, flips and user functions of images: a function of (seed, epoch, record) alone."""
+"""Random crops, flips and changes of images: a function of (seed, epoch, record) alone."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -6,55 +6,64 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from jdl.core import check
-from jdl.data.images import CENTER, Crop
+from jdl.data.images import CENTER, Crop, ResizedCrop
 from jdl.data.order import key, mix
 
 Augment: TypeAlias = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 _DRAWS = 4  # numbers drawn for each record: scale, down, across, flip
+_ATTEMPTS = 10  # at a crop of random area and aspect ratio, with four numbers each
 
 
 class Augmentation(NamedTuple):
     """How images are cropped, flipped and changed; the fields are `from_tar`'s arguments.
 
     Attributes:
-      crop: None, "center" or "random".
-      crop_area: the least area of a random crop, relative to the largest crop.
+      crop: None, "center", "random" or "random_resized".
+      crop_area: the least area of a random crop, relative to the largest crop; None for 0.35, and
+        for 0.08 of the image with "random_resized".
+      crop_ratio: the least and the largest width / height of a crop with "random_resized".
       flip: whether half of the images are flipped left to right.
-      function: `function(pixels, rng) -> pixels`, uint8 [H, W, C] to the same; or None.
+      functions: `function(pixels, rng) -> pixels`, uint8 [H, W, C] to the same, applied in order.
       seed: for the random draws.
     """
 
     crop: str | None = None
-    crop_area: float = 0.35
+    crop_area: float | None = None
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
-    function: Augment | None = None
+    functions: tuple[Augment, ...] = ()
     seed: int = 0
 
     def check(self, resize: bool) -> None:
         """Refuses invalid values; `resize` says whether images are resized."""
-        check.one_of("crop", self.crop, (None, "center", "random"))
+        check.one_of("crop", self.crop, (None, "center", "random", "random_resized"))
         check.argument(self.crop is None or resize, "size", "(height, width) with `crop`", None)
-        check.in_range("crop_area", self.crop_area, 0.0, 1.0, open_low=True)
-        ok = self.function is None or callable(self.function)
-        check.argument(ok, "augment", "a function of pixels and a generator", self.function)
+        if self.crop_area is not None:
+            check.in_range("crop_area", self.crop_area, 0.0, 1.0, open_low=True)
+        check_range("crop_ratio", self.crop_ratio, 1e-3, 1e3)
 
     @property
     def random_crops(self) -> bool:
         """Whether an image is decoded differently each epoch."""
-        return self.crop == "random"
+        return self.crop in ("random", "random_resized")
 
     def draws(self, epoch: int, records: np.ndarray) -> np.ndarray:
-        """Random numbers in [0, 1) for each record, float64 [n, 4]."""
+        """Random numbers in [0, 1) for each record, float64 [n, 4 or more]."""
+        count = _DRAWS + (4 * _ATTEMPTS if self.crop == "random_resized" else 0)
         base = mix(records.astype(np.uint64) + np.uint64(key(self.seed, epoch, -4)))
-        steps = np.arange(1, _DRAWS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         return (mix(base[:, None] + steps) >> np.uint64(11)) * 2.0**-53
 
-    def crop_of(self, draws: np.ndarray) -> Crop | None:
+    def crop_of(self, draws: np.ndarray) -> Crop | ResizedCrop | None:
         """The crop of one image; None for the whole image."""
+        if self.crop == "random_resized":
+            least = 0.08 if self.crop_area is None else self.crop_area
+            return ResizedCrop(least, self.crop_ratio, draws[_DRAWS:].reshape(_ATTEMPTS, 4))
         if self.crop != "random":
             return CENTER if self.crop == "center" else None
-        area = self.crop_area + (1.0 - self.crop_area) * float(draws[0])
+        least = 0.35 if self.crop_area is None else self.crop_area
+        area = least + (1.0 - least) * float(draws[0])
         return Crop(area**0.5, float(draws[1]), float(draws[2]))
 
     def apply(self, pixels: np.ndarray, epoch: int, records: np.ndarray, draws: np.ndarray) -> None:
@@ -62,21 +71,31 @@ class Augmentation(NamedTuple):
         if self.flip:
             flipped = draws[:, 3] < 0.5
             pixels[flipped] = pixels[flipped, :, ::-1]
-        if self.function is not None:
+        if self.functions:
             for row, record in enumerate(records.tolist()):
                 rng = np.random.Generator(np.random.Philox(key=key(self.seed, epoch, record, -5)))
                 pixels[row] = self._changed(pixels[row], rng)
 
     def _changed(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        assert self.function is not None
-        changed: Any = np.asarray(self.function(pixels.copy(), rng))
-        check.argument(
-            changed.shape == pixels.shape and changed.dtype == np.uint8,
-            "augment",
-            f"a function that returns uint8 {list(pixels.shape)}, as it gets",
-            f"{changed.dtype} {list(changed.shape)}",
-        )
-        return changed
+        for function in self.functions:
+            changed: Any = np.asarray(function(pixels.copy(), rng))
+            check.argument(
+                changed.shape == pixels.shape and changed.dtype == np.uint8,
+                "augment",
+                f"a function that returns uint8 {list(pixels.shape)}, as it gets",
+                f"{changed.dtype} {list(changed.shape)}",
+            )
+            pixels = changed
+        return pixels
 
 
 NONE = Augmentation()
+
+
+def check_range(name: str, given: Any, low: float, high: float) -> tuple[float, float]:
+    """`given` as (least, largest) within these bounds, or an error."""
+    ok = isinstance(given, list | tuple) and len(given) == 2
+    ok = ok and all(isinstance(x, int | float) for x in given)
+    ok = ok and low <= given[0] <= given[1] <= high
+    check.argument(ok, name, f"(least, largest) within {low} and {high}", given)
+    return float(given[0]), float(given[1])

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from jdl.data import labels as lb
-from jdl.data.choice import Patterns, Some, folder_counts
-from jdl.data.holdout import find_folder
+from jdl.data.choice import Patterns, Some, folder_counts, unread
+from jdl.data.holdout import Holdout, find_folder
 from jdl.data.tar import scan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.paths import Paths, expand
-from jdl.data.tar.source import TarSource, unread
+from jdl.data.tar.source import TarSource
 
 
 class Description(NamedTuple):
@@ -29,7 +29,7 @@ class Description(NamedTuple):
       kinds: kind of member -> how many.
       unread: extension -> how many members are images of a format that is not read, such as HEIC.
       damage: the defects, one dict each: word ("checksum", "truncated", "damaged", "sparse",
-        "concatenated"), archive, offset, name, detail, lost.
+        "concatenated", "link", "duplicate"), archive, offset, name, detail, lost.
       bytes: the archives' size.
       indexes: where each archive's index is kept; None for one in memory.
       modes: archive -> "random", "seekable" (at random, slowly) or "stream" (in order).
@@ -58,6 +58,7 @@ _KIND_NAMES = {
     scan.DEVICE: "device or pipe",
     scan.SPARSE: "sparse file",
     scan.CUT: "truncated file",
+    scan.OLDER: "older version of an image",
 }
 
 
@@ -65,6 +66,7 @@ def describe(
     paths: Paths,
     *,
     label: lb.Label = "folder",
+    split: str | Holdout | None = None,
     include: Some = None,
     exclude: Some = None,
     keep_index: bool = True,
@@ -74,6 +76,7 @@ def describe(
     Args:
       paths: a path, a glob, a brace range, a folder, or a list of these.
       label: what the classes are read from, as in `TarSource`.
+      split: of which members the classes are counted, as in `TarSource`.
       include: patterns of members to use, as in `TarSource`.
       exclude: patterns of members to leave out, as in `TarSource`.
       keep_index: whether to store an index that had to be made.
@@ -98,7 +101,7 @@ def describe(
     of_splits, left_out = _splits(indexes, patterns)
     classes: dict[str, int] = {}
     if of_splits:
-        source = TarSource(indexes, label=label, include=include, exclude=exclude)
+        source = TarSource(indexes, label=label, split=split, include=include, exclude=exclude)
         classes, left_out = source.count_classes(), source.left_out
         if rest := len(source) - sum(classes.values()):
             classes[""] = rest

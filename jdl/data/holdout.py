@@ -22,6 +22,7 @@ class Holdout(NamedTuple):
       group: what stays on one side: None, each record for itself; "folder", an integer, a regular
         expression or a function, read from the name as labels are (see `TarSource`).
       seed: names the split.
+      folder: split only the members of this folder, found as `split="train"` is; None for all.
 
     >>> test = Holdout("test", 0.5, group=1)
     >>> people = ["faces/ann/1.jpg", "faces/ann/2.jpg", "faces/bob/1.jpg", "faces/eve/1.jpg"]
@@ -33,13 +34,14 @@ class Holdout(NamedTuple):
     share: float
     group: lb.Label = None
     seed: int = 0
+    folder: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Holdout | None":
         """The holdout that `part:share[:group]` means; None if `text` is a folder's name.
 
         >>> Holdout.parse("test:0.1:folder")
-        Holdout(part='test', share=0.1, group='folder', seed=0)
+        Holdout(part='test', share=0.1, group='folder', seed=0, folder=None)
         """
         match = re.fullmatch(r"(train|test):([0-9.]+)(?::(folder|-?\d+))?", text)
         if match is None:
@@ -92,8 +94,14 @@ class Holdout(NamedTuple):
 def parse_split(split: str | Holdout | None) -> str | Holdout | None:
     """`split` with a holdout's short form replaced by the `Holdout`, checked."""
     if isinstance(split, str):
-        return Holdout.parse(split) or lb.composed("/".join(lb.folder_parts(split)))
+        return Holdout.parse(split) or split
     return None if split is None else split.checked()
+
+
+def split_folder(split: str | Holdout | None) -> str | None:
+    """The folder that a split is in, or None."""
+    folder = split.folder if isinstance(split, Holdout) else split
+    return None if folder is None else lb.composed("/".join(lb.folder_parts(folder)))
 
 
 def inside(folder: str, of: str) -> bool:

@@ -225,7 +225,7 @@ class _Shards:
     def _open(self) -> IO[bytes]:
         path = self._out % len(self.shards) if self._numbered else self._out
         if os.path.exists(path) and not self._overwrite:
-            raise check.DataError(f"{path!r} is there already. Pass overwrite to replace it.")
+            raise check.DataError(f"{path!r} is there already. Pass `overwrite` to replace it.")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         self._path = path
         return open(f"{path}.{os.getpid()}.tmp", "wb")

@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from jdl.core import check
+from jdl.data.choice import Patterns
 from jdl.data.idx import is_idx, read_idx
-from jdl.data.labels import sidecar_key
+from jdl.data.labels import composed, sidecar_key
 from jdl.data.tar import scan
 from jdl.data.tar.archive import STDIN, changed, is_url
 from jdl.data.tar.index import TarIndex, open_index
@@ -56,9 +58,9 @@ def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
     """
     path = Path(source)
     if source == STDIN:
-        yield from _from_pipe(skip)
+        yield from _from_pipe(skip, note)
     elif is_url(source) or not path.exists():
-        yield from _from_tars(source, skip)
+        yield from _from_tars(source, skip, note)
     elif path.is_dir():
         idx = sorted(p for p in path.iterdir() if p.is_file() and is_idx(p))
         if idx:
@@ -70,7 +72,7 @@ def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
                     f"{str(path / picture[0][0])!r}. Pack one kind at a time: from two folders, or "
                     f"the tars by a pattern such as {str(path / '*.tar')!r}."
                 )
-            yield from _from_tars(source, skip)
+            yield from _from_tars(source, skip, note)
         else:
             yield from _from_folder(path, skip, note)
     elif source.endswith(".npz"):
@@ -78,7 +80,7 @@ def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
     elif is_idx(path):
         yield from _from_idx(path)
     else:
-        yield from _from_tars(source, skip)
+        yield from _from_tars(source, skip, note)
 
 
 def _from_folder(root: Path, skip: Skip, note: Skip) -> Iterator[Members]:
@@ -99,7 +101,7 @@ def _from_folder(root: Path, skip: Skip, note: Skip) -> Iterator[Members]:
 def _folders(root: Path, skip: Skip, note: Skip) -> Iterator[tuple[str, list[str]]]:
     """Each folder and the files in it, as ImageFolder finds them, but never outside of `root`."""
     top = os.path.realpath(root)
-    waiting = [(str(root), {top})]
+    waiting: list[tuple[str, tuple[str, ...]]] = [(str(root), (top,))]
     while waiting:
         folder, above = waiting.pop()
         files, inside = [], []
@@ -109,16 +111,16 @@ def _folders(root: Path, skip: Skip, note: Skip) -> Iterator[tuple[str, list[str
             skip(repr(folder), f"it cannot be read: {error.strerror}")
             continue
         for entry in entries:
-            real = os.path.realpath(entry.path)
-            if os.path.commonpath([top, real]) != top:
+            link, real = entry.is_symlink(), os.path.join(above[-1], entry.name)
+            if link and not Path(real := os.path.realpath(entry.path)).is_relative_to(top):
                 note(repr(entry.path), f"a link out of the folder, to {real!r}")
-            elif entry.is_file():
+            elif os.path.isfile(real) if link else entry.is_file():
                 files.append(entry.name)
             elif real in above:
                 note(repr(entry.path), "a link to a folder that it is in")
-            elif entry.is_dir():
-                inside.append((entry.path, above | {real}))
-            elif entry.is_symlink():
+            elif os.path.isdir(real):
+                inside.append((entry.path, (*above, real)))
+            elif link:
                 note(repr(entry.path), "a link to no file or folder")
         yield folder, files
         waiting += inside
@@ -129,12 +131,12 @@ def _units(members: list[Any], whole: bool) -> Iterator[list[Any]]:
     yield from [members] if whole else ([member] for member in members)
 
 
-def _from_tars(source: str, skip: Skip) -> Iterator[Members]:
+def _from_tars(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
     """The samples of these archives, in their order."""
     for path in expand(source):
         index = open_index(path, keep=False)
-        _report(path, index.damage, skip)
-        archive, coming = open_archive(path), _rows(index, skip)
+        _report(path, index.damage, skip, note)
+        archive, coming = open_archive(path), _rows(index, skip, note)
         while some := list(itertools.islice(coming, _AT_ONCE)):
             rows = list(itertools.chain(*some))
             places = [(int(index.columns.sizes[r]), int(index.columns.offsets[r])) for r in rows]
@@ -154,8 +156,9 @@ def _from_tars(source: str, skip: Skip) -> Iterator[Members]:
         archive.close()
 
 
-def _rows(index: TarIndex, skip: Skip) -> Iterator[list[int]]:
+def _rows(index: TarIndex, skip: Skip, note: Skip) -> Iterator[list[int]]:
     """The rows of each sample, and of each image without sidecars."""
+    older = set(np.flatnonzero(index.columns.kinds == scan.OLDER).tolist())
     for sample in samples(index, _SIDECARS):
         if sample.problem:
             skip(repr(index.path), sample.problem)
@@ -168,22 +171,28 @@ def _rows(index: TarIndex, skip: Skip) -> Iterator[list[int]]:
                 skip(what, f"with its sidecars it has {size} bytes, more than {MAX_MEMBER}")
             else:
                 yield unit
+            older.difference_update(unit)
+    for row in sorted(older):
+        where = f"{index.path!r}, member {index.name(row)!r}"
+        note(where, "a later member of the same name replaces it")
 
 
-def _report(path: str, damages: Sequence[scan.Damage], skip: Skip) -> None:
+def _report(path: str, damages: Sequence[scan.Damage], skip: Skip, note: Skip) -> None:
     for damage in damages:
         if damage.lost:
             skip(f"{path!r} at byte {damage.offset}", f"{damage.word}: {damage.detail}")
+        elif damage.word == "link":
+            note(f"{path!r}, member {damage.name!r}", damage.detail)
 
 
-def _from_pipe(skip: Skip) -> Iterator[Members]:
+def _from_pipe(skip: Skip, note: Skip) -> Iterator[Members]:
     """The samples on standard input, from runs of adjacent members."""
     stream = MemberStream(open_archive(STDIN))
 
     def members() -> Iterator[tuple[str, bytes, Member]]:
         reported = 0
         for member in itertools.chain(stream, [None]):
-            _report(STDIN, stream.damage[reported:], skip)
+            _report(STDIN, stream.damage[reported:], skip, note)
             reported = len(stream.damage)
             if member:
                 folder, _, base = member.name.rpartition("/")
@@ -269,15 +278,34 @@ def _from_arrays(
             f"{where!r} must hold uint8 [n, H, W] or [n, H, W, 3], got {pixels.dtype} "
             f"{list(pixels.shape)}."
         )
-    if labels is not None and (labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iuSU"):
-        raise check.DataError(
-            f"{where!r} must have a label for each of its {len(pixels)} images, got "
-            f"{labels.dtype} {list(labels.shape)}."
-        )
+    names = None if labels is None else _class_names(labels, len(pixels), where)
     digits = max(5, len(str(len(pixels) - 1)))
     for i, image in enumerate(pixels):
         out = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(image)).save(out, "PNG")
-        label = "" if labels is None else str(labels[i]).replace("/", "_")
-        parts = (split, label, f"{i:0{digits}d}.png")
+        parts = (split, names[i] if names else "", f"{i:0{digits}d}.png")
         yield [("/".join(part for part in parts if part), out.getvalue())]
+
+
+def _class_names(labels: np.ndarray, n: int, where: str) -> list[str]:
+    """The labels, [n] or [n, 1], as folders' names, from which they are read again."""
+    flat = labels[:, 0] if labels.shape == (n, 1) else labels
+    if flat.shape != (n,) or flat.dtype.kind not in "iuSU":
+        raise check.DataError(
+            f"{where!r} must have a label for each of its {n} images, a number or a text, got "
+            f"{labels.dtype} {list(labels.shape)}."
+        )
+    texts = np.char.decode(flat, "utf-8", "surrogateescape") if flat.dtype.kind == "S" else flat
+    names = [str(each) for each in texts.tolist()]
+    of: dict[str, str] = {}
+    for name in sorted({*names}):
+        odd = name in ("", ".", "..") or any(unicodedata.category(c) in ("Cc", "Cs") for c in name)
+        odd |= "/" in name or Patterns.checked(None, None).refuses(f"{name}/0.png") is not None
+        other = of.setdefault(composed(name), name)
+        if odd or other is not name:
+            also = "" if other is name else f" and {other!r}, which differs from it in form alone,"
+            raise check.DataError(
+                f"{where!r} has the label {name!r}{also} which cannot be the name of a folder, as "
+                "a class is. Use numbers, or other texts."
+            )
+    return names

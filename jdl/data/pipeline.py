@@ -16,17 +16,19 @@ import numpy as np
 from jdl.core import check
 from jdl.data import images
 from jdl.data import labels as lb
-from jdl.data.augment import Augment, Augmentation
+from jdl.data.augment import Augmentation
 from jdl.data.choice import Some, told
 from jdl.data.decoding import Decoder
 from jdl.data.holdout import Holdout
 from jdl.data.image_batches import ImageBatches
 from jdl.data.images import BadImage
+from jdl.data.operations import Augments, functions
 from jdl.data.order import Mixture, Order
 from jdl.data.plan import Plan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.paths import Paths, expand
 from jdl.data.tar.source import TarSource
+from jdl.data.targets import Table
 from jdl.data.window import WINDOW, WindowOrder
 
 logger = logging.getLogger("jdl.data")
@@ -39,6 +41,8 @@ def from_tar(
     paths: Paths,
     *,
     label: lb.Label = "folder",
+    labels: Table = None,
+    target: str = "class",
     size: Sequence[int] | None = None,
     grayscale: bool = False,
     batch_size: int,
@@ -57,9 +61,10 @@ def from_tar(
     dtype: str = "uint8",
     normalize: tuple[Any, Any] | None = None,
     crop: str | None = None,
-    crop_area: float = 0.35,
+    crop_area: float | None = None,
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = False,
-    augment: Augment | None = None,
+    augment: Augments | None = None,
     exact: bool = False,
     max_pixels: int = images.MAX_PIXELS,
     shard: tuple[int, int] = (0, 1),
@@ -80,6 +85,10 @@ def from_tar(
       label: what the class is read from: `"folder"`, an integer, a compiled regular expression, a
         function of the name, which returns None to leave a record out, `"cls"`, `"json:FIELD"`
         (see `TarSource`); None for no labels. Any other record without a label is an error.
+      labels: in place of `label`, a table of names and values: a mapping, or the path of a .csv,
+        .tsv, .json or .jsonl file, as `"labels.csv:COLUMN"` (see `TarSource`).
+      target: `"class"`; `"number"` for labels float32[B], or [B, k] of k numbers each; or
+        `"multilabel"` for float32[B, C], 1 for each of a record's classes.
       size: (height, width) to resize to; None if all images have one size already.
       grayscale: one channel rather than three.
       batch_size: examples in every batch, B.
@@ -96,8 +105,8 @@ def from_tar(
       window: how many records are shuffled among each other in archives that are read in order.
         Archives that can be read at random are shuffled as a whole unless a window is given.
       classes: the class table of training, for an evaluation.
-      on_error: at an image that cannot be decoded, `"raise"` an error or `"skip"` it; `"skip"` also
-        accepts a damaged archive and reads what is left of it.
+      on_error: at an image that cannot be decoded, or whose sidecar names no class, `"raise"` an
+        error or `"skip"` it; `"skip"` also accepts a damaged archive and reads what is left of it.
       max_skipped: the share of an epoch's records that may be skipped before that is an error; one
         always may unless it is 0.
       drop_remainder: drop an epoch's last records that fill no batch; by default only with
@@ -106,11 +115,15 @@ def from_tar(
       normalize: (mean, std), each a number or one number for each channel: values x in [0, 1]
         become (x − mean) / std.
       crop: `"center"` for the largest window with the aspect ratio of `size`, `"random"` for a
-        random one; None for the whole image, stretched.
-      crop_area: the least area of a random window, relative to the largest window.
+        random one, `"random_resized"` for one of random aspect ratio too, as torchvision's
+        RandomResizedCrop; None for the whole image, stretched.
+      crop_area: the least area of a random window, relative to the largest window, by default 0.35;
+        with `"random_resized"` relative to the image, by default 0.08.
+      crop_ratio: the least and the largest width / height with `"random_resized"`.
       flip: flip half of the images left to right.
-      augment: `augment(pixels, rng) -> pixels`, uint8 [H, W, C] to the same, after crop and flip.
-        Randomness depends on the seed, the epoch and the record alone.
+      augment: `"color_jitter"`, `"rand_augment"`, `augment(pixels, rng) -> pixels`, uint8 [H, W, C]
+        to the same, or a list of these, applied in order after crop and flip. Randomness depends on
+        the seed, the epoch and the record alone. Mixup and cutmix: `Estimator(batch_transform=)`.
       exact: decode JPEGs at full size (see `images.decode`).
       max_pixels: the most pixels an image may have.
       shard: (part, parts): this process makes one part of every batch (see `Batches.shard`).
@@ -138,7 +151,7 @@ def from_tar(
         check.argument(ok, name, "an integer of 0 to 1024", count)
     if window is not None:
         check.positive_int("window", window)
-    augmentation = Augmentation(crop, crop_area, flip, augment, seed)
+    augmentation = Augmentation(crop, crop_area, crop_ratio, flip, functions(augment), seed)
     decoder = Decoder(size, grayscale, dtype, normalize, exact, max_pixels, augmentation)
     if STDIN in ([paths] if isinstance(paths, str | os.PathLike) else paths):
         raise check.ArgumentError(
@@ -148,10 +161,13 @@ def from_tar(
     source = TarSource(
         paths,
         label=label,
+        labels=labels,
+        target=target,
         split=split,
         include=include,
         exclude=exclude,
         classes=classes,
+        on_error=on_error,
         keep_index=keep_index,
     )
     _tell_left_out(source)
@@ -177,7 +193,7 @@ def from_tar(
         Plan.checked(len(source), batch_size, epochs, drop_remainder).sharded(*shard),
         order,
         decoder,
-        labelled=label is not None,
+        label=None if label is None else source.label_spec,
         skip=on_error == "skip",
         max_skipped=max_skipped,
         threads=threads,

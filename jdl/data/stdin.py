@@ -13,7 +13,7 @@ from jdl.data import labels as lb
 from jdl.data.batches import Batches
 from jdl.data.choice import Patterns, Some, told
 from jdl.data.decoding import Decoder
-from jdl.data.holdout import Holdout, inside, no_such_split, parse_split
+from jdl.data.holdout import Holdout, inside, no_such_split, parse_split, split_folder
 from jdl.data.image_batches import Assembler
 from jdl.data.loading import InOrder, Loaded
 from jdl.data.order import Order
@@ -95,7 +95,7 @@ class _Chosen(NamedTuple):
         Raises:
           DataError: at the end, if there was none.
         """
-        split = self.split
+        split, within = self.split, split_folder(self.split)
         in_split = split.chooser() if isinstance(split, Holdout) else None
         class_of = lb.reader(self.label) if callable(self.label) else None
         folders: dict[str, None] = {}
@@ -110,7 +110,7 @@ class _Chosen(NamedTuple):
                     folders[folder] = None
                 if in_split and not in_split(member.name):
                     continue
-                if isinstance(split, str) and not inside(folder, split):
+                if within is not None and not inside(folder, within):
                     continue
                 if class_of is None or class_of(member.name) is not None:
                     found += 1
@@ -173,9 +173,9 @@ class PipedBatches(Batches):
             fingerprint=STDIN,
             max_skipped=max_skipped,
         )
-        labelled = chosen.label is not None
+        label = None if chosen.label is None else ((), np.int32)
         self._chosen = chosen
-        self._assembler = Assembler(decoder, labelled=labelled, skip=skip, masked=True)
+        self._assembler = Assembler(decoder, label=label, skip=skip, masked=True)
         self.num_threads = max(threads, 1)
         self.ahead = self._assembler.ahead(batch_size, self.num_threads)
 

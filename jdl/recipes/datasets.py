@@ -8,12 +8,40 @@ if TYPE_CHECKING:
     from jdl.data import Batches
 
 
-def open_images(data: str, *, size: tuple[int, ...], **options: Any) -> "Batches":
+def choice(
+    label: str | None = None, include: str | None = None, exclude: str | None = None
+) -> dict[str, Any]:
+    """The options of `jdl.data.from_tar` that `--label`, `--include` and `--exclude` mean.
+
+    >>> choice("0", exclude="*.depth.png,old/"), choice(exclude="none")
+    ({'label': 0, 'exclude': ['*.depth.png', 'old/']}, {'exclude': []})
+    """
+    from jdl.data.labels import parse
+
+    found: dict[str, Any] = {} if label is None else {"label": parse(label)}
+    for name, text in (("include", include), ("exclude", exclude)):
+        if text is not None and (name, text) != ("include", "none"):
+            found[name] = [] if text == "none" else text.split(",")
+    return found
+
+
+def open_images(
+    data: str,
+    *,
+    size: tuple[int, ...],
+    label: str | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    **options: Any,
+) -> "Batches":
     """The data set of a `--data` argument.
 
     Args:
       data: paths, or the words `digits` and `trees`.
       size: (height, width) of the images.
+      label: as `--label`.
+      include: as `--include`.
+      exclude: as `--exclude`.
       **options: further ones of `jdl.data.from_tar`.
     """
     if data == "trees":
@@ -23,7 +51,8 @@ def open_images(data: str, *, size: tuple[int, ...], **options: Any) -> "Batches
 
     from jdl.data import from_tar, resolve
 
-    return from_tar(resolve(data), size=(size[0], size[1]), **options)
+    chosen = choice(label, include, exclude)
+    return from_tar(resolve(data), size=(size[0], size[1]), **chosen, **options)
 
 
 def input_shape(data: str, size: tuple[int, int], channels: int) -> tuple[int, ...]:
@@ -35,7 +64,13 @@ def input_shape(data: str, size: tuple[int, int], channels: int) -> tuple[int, .
     return (*size, channels)
 
 
-def default_split(data: str, wanted: str | None, default: str) -> str | None:
+def default_split(
+    data: str,
+    wanted: str | None,
+    default: str,
+    include: str | None = None,
+    exclude: str | None = None,
+) -> str | None:
     """The split asked for, None for "all"; else `default` if the data have it; else None."""
     if wanted is not None:
         return None if wanted == "all" else wanted
@@ -43,7 +78,19 @@ def default_split(data: str, wanted: str | None, default: str) -> str | None:
         return default
     from jdl.data import resolve, splits
 
-    return default if default in splits(resolve(data)) else None
+    there = splits(resolve(data), **choice(None, include, exclude))
+    return default if default in there else None
+
+
+def label_if_any(data: str, include: str | None, exclude: str | None) -> str | None:
+    """None, for classes by folder; "none" if images have none, or `train` and `test` differ."""
+    from jdl.data import TarSource, resolve, splits
+
+    chosen, archives = choice(None, include, exclude), resolve(data)
+    parts = splits(archives, **chosen) or (None,)
+    sources = [TarSource(archives, split=part, **chosen) for part in parts]
+    same = all(s.unlabelled() is None and s.classes == sources[0].classes for s in sources)
+    return None if same else "none"
 
 
 def parse_size(size: str | None, data: str) -> tuple[int, int]:

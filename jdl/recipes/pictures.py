@@ -55,12 +55,12 @@ def filters(kernel: ArrayLike, shape: tuple[int, ...], path: Path) -> Path:
 
 
 def some_images(data: Batches, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Evenly spaced among the first 2,000: images, float32 in [0, 1], and their labels."""
+    """Evenly spaced among the first 2,000: images, float32 in [0, 1], and their labels or 0."""
     images, labels, number = [], [], 0
     for batch in data.once():
         kept = np.asarray(batch.get("mask", np.ones(len(batch["image"])))) > 0
         images.append(np.asarray(batch["image"])[kept])
-        labels.append(np.asarray(batch["label"])[kept])
+        labels.append(np.asarray(batch.get("label", np.zeros(len(kept), np.int32)))[kept])
         number += len(images[-1])
         if number >= 2000:
             break
@@ -123,7 +123,7 @@ def codes(encode: Callable[[np.ndarray], ArrayLike], data: Batches, path: Path) 
             color=color,
         )
     axes.set_title("codes on their two principal axes", loc="left", fontsize=11)
-    if len(np.unique(labels)) <= 12:
+    if 1 < len(np.unique(labels)) <= 12:
         axes.legend(markerscale=2.5, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
     return path

@@ -33,6 +33,7 @@ from jdl.train.estimator import Estimator
 Net = MLP | CNN | RNN | Autoencoder | RBM | TreeLSTM | GAN | Model
 
 Shape = tuple[int, ...]
+LABELLED = ("classifier", "trees")  # kinds of models that learn labels
 
 
 class Finished(NamedTuple):

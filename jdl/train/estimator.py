@@ -18,7 +18,7 @@ import optax
 
 from jdl.core import check
 from jdl.core.model import Model, ModelLike, as_model, with_compute_dtype, with_remat
-from jdl.core.types import Batch, Loss, Metric, Mode, ModelState, Outputs, Params
+from jdl.core.types import Batch, Key, Loss, Metric, Mode, ModelState, Outputs, Params
 from jdl.optim import registry
 from jdl.train.compiled import CompiledSteps, Step
 from jdl.train.ema import average, averaging
@@ -56,6 +56,8 @@ class Estimator:
         batch. Images, uint8 [B, H, W, C] with C of 1, 3 or 4, reach it as float32 in [0, 1]; other
         uint8 arrays reach it as they are.
       regularizer: a scalar function of the parameters, added to the loss in training.
+      batch_transform: `transform(batch, key) -> batch`, pure, for training batches on the device,
+        such as `jdl.data.mixup(num_classes=10)`; the key depends on the seed and the step.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples of the batch that curvature products use; None for all.
       compute_dtype: a type such as "bfloat16" for the model to compute in; parameters, losses,
@@ -108,6 +110,7 @@ class Estimator:
         seed: int = 0,
         inputs: str | Sequence[str] = "image",
         regularizer: Callable[[Params], jax.Array] | None = None,
+        batch_transform: Callable[[Batch, Key], Batch] | None = None,
         microbatches: int = 1,
         curvature_batch_size: int | None = None,
         compute_dtype: str | None = None,
@@ -143,6 +146,7 @@ class Estimator:
             metrics=metrics,
             inputs=inputs,
             regularizer=regularizer,
+            batch_transform=batch_transform,
             microbatches=microbatches,
             curvature_batch_size=_curvature_share(curvature_batch_size, placed),
             axis_name=placed.axis_name,

@@ -28,6 +28,8 @@ logger = logging.getLogger("jdl.train")
 Logs = dict[str, jax.Array]
 Metrics = Callable[[Outputs, Batch], Mapping[str, jax.Array]]  # several, float[B] each
 
+_OF_BATCHES = 1 << 30  # folded into a step's key; the objective folds in devices and microbatches
+
 Names = str | tuple[str, ...]
 
 ROW_FIELDS = ("step", "seconds", "epoch", "split")  # of every row of the log
@@ -85,6 +87,7 @@ def build(
     metrics: Mapping[str, Metric] | Metrics | None = None,
     inputs: Names = "image",
     regularizer: Callable[[Params], jax.Array] | None = None,
+    batch_transform: Callable[[Batch, Key], Batch] | None = None,
     microbatches: int = 1,
     curvature_batch_size: int | None = None,
     axis_name: str | None = None,
@@ -101,6 +104,7 @@ def build(
         that gives a dict of them.
       inputs: the batch's entry that the model takes, or a tuple of several; () for the batch.
       regularizer: a scalar function of the parameters, added to the loss in training.
+      batch_transform: `transform(batch, key) -> batch`, applied to each training batch.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples for curvature products, spread evenly over the batch; None for
         all of them.
@@ -121,15 +125,17 @@ def build(
         return TrainState(zero, params, model_state, opt_state, step_key)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
-        batch = scale_images(batch, inputs)
+        batch, key = scale_images(batch, inputs), jax.random.fold_in(state.key, state.step)
         model_inputs(batch)
+        if batch_transform is not None:
+            batch = _transformed(batch_transform, batch, key)
         objective = Objective(
             model,
             loss,
             state.model_state,
             batch,
             curvature_batch=_subsample(batch, curvature_batch_size, inputs),
-            key=jax.random.fold_in(state.key, state.step),
+            key=key,
             inputs=inputs,
             regularizer=regularizer,
             microbatches=microbatches,
@@ -178,6 +184,16 @@ def build(
         return forward(params, model_state, scale_images(batch, inputs))
 
     return Program(init, train, evaluate, predict)
+
+
+def _transformed(transform: Any, batch: Batch, key: Key) -> Batch:
+    """The batch after `batch_transform`, which must keep its entries, the mask among them."""
+    check.argument(callable(transform), "batch_transform", "a function of (batch, key)", transform)
+    new: Batch = transform(batch, jax.random.fold_in(key, _OF_BATCHES))
+    ok = isinstance(new, Mapping) and {*batch} <= {*new}
+    must = f"a function that returns a batch with the entries {sorted(batch)}"
+    check.argument(ok, "batch_transform", must, new)
+    return new
 
 
 def _measures(metrics: Any) -> Metrics:

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jdl.cli.main import main
+from jdl.cli import compare, train
+from jdl.cli.main import in_flags, main, parse
+from jdl.compare import tar_problem
+from jdl.compare.problems import VALIDATION
+from jdl.data import Holdout, TarSource
+from jdl.recipes.run_config import RunConfig
 
 
 def png(value):
@@ -176,3 +181,161 @@ def test_bench_optim_tells_costs_in_gradients(capsys):
     assert all(row["seconds"] > 0 for row in costs.values())
     assert main(arguments) == 0
     assert "Gauss-Newton product" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- choosing members, labels
+
+
+def write(path, names):
+    with tarfile.open(path, "w") as out:
+        for i, name in enumerate(names):
+            data = png(i * 5 % 256)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+ESCAPE, MARKUP = "\x1b[2Jcat", "[red]dog:cat:"
+
+
+@pytest.fixture
+def tarball(tmp_path):
+    """As GitHub makes them: all in one folder; with litter, and names that a terminal obeys."""
+    parts = [(s, c, i) for s in ("train", "test") for c in (ESCAPE, MARKUP) for i in range(4)]
+    names = [f"repo-main/{s}/{c}/s{i % 2}_{i}.png" for s, c, i in parts]
+    return write(tmp_path / "repo.tar", [*names, "repo-main/train/.cache/1.png", "preview.png"])
+
+
+def indexed(capsys, *arguments):
+    assert main(["index", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_index_counts_what_the_options_choose(tarball, capsys):
+    whole = indexed(capsys, tarball)
+    assert whole["classes"] == {ESCAPE: 8, MARKUP: 8}
+    assert whole["left_out"] == {".*": 1, "/preview.*": 1}
+    assert whole["images"] == 18
+    for arguments, classes in [
+        (("--label", "1"), {"train": 8, "test": 8}),
+        (("--label", "-2"), {"train": 8, "test": 8}),
+        (("--label", "re:(s.)_"), {"s0": 8, "s1": 8}),
+        (("--label", "none"), {"": 16}),
+        (("--split", "test"), {ESCAPE: 4, MARKUP: 4}),
+        (("--split", f"repo-main/test/{MARKUP}"), {MARKUP: 4}),
+        (("--include", "train/,nowhere", "--label", "1"), {"train": 8}),
+        (("--exclude", "s0_*", "--label", "re:(s.)_"), {"s1": 8}),
+        (("--exclude", "!.*,!/preview.*", "--label", "re:(....)$"), {".png": 18}),
+        (("--exclude", "none", "--label", "re:(....)$"), {".png": 18}),
+    ]:
+        assert indexed(capsys, tarball, *arguments)["classes"] == classes, arguments
+    nothing = indexed(capsys, tarball, "--include", "nowhere")
+    assert (nothing["classes"], nothing["left_out"]["include"]) == ({}, 16)
+    assert main(["index", tarball]) == 0
+    assert "left out: 1 by '.*', 1 by '/preview.*'; --exclude '!" in capsys.readouterr().out
+    for arguments, words in [
+        (("--label", "re:("), "`--label` must be re: and a regular expression"),
+        (("--label", "foo"), "`--label` must be"),
+        (("--exclude", "!*.sge.*"), r"Did you mean '*.seg.*'"),
+        (("--split", "trian"), "Paths begin with: 'repo-main/train', 'repo-main/test'"),
+    ]:
+        code = main(["index", tarball, *arguments])
+        assert (code, words in capsys.readouterr().err) == (2, True), arguments
+
+
+def test_names_that_a_terminal_obeys_are_shown_as_escapes(tarball, tmp_path, capsys):
+    workdir = ["--workdir", str(tmp_path / "run")]
+    out = str(tmp_path / "out.jsonl")
+    for arguments in [
+        ["index", tarball],
+        ["train", "mlp", "--data", tarball, "--size", "8", "--max-steps", "2", *workdir],
+        ["evaluate", *workdir, "--per-class", "--confusion"],
+        ["predict", *workdir, "--out", out],
+        ["evaluate", *workdir, "--label", "re:_(.)"],
+    ]:
+        code = main(arguments)
+        said = capsys.readouterr()
+        assert code == (2 if "re:_(.)" in arguments else 0), said.err
+        shown = said.out + said.err.replace("\r", "").replace("\x1b[K", "")
+        assert "\x1b" not in shown
+        if arguments[0] in ("index", "evaluate"):
+            assert r"\x1b[2Jcat" in shown  # spelled out
+            assert MARKUP in shown
+    classes = {json.loads(line)["class"] for line in Path(out).read_text().splitlines()}
+    assert classes <= {ESCAPE, MARKUP}
+
+
+@pytest.mark.parametrize("model", ["autoencoder", "denoising", "rbm", "gan"])
+def test_models_that_learn_no_labels_ask_for_none(model, tmp_path, tarball):
+    def job(path, *more):
+        given = [model, "--data", path, "--size", "8", *more]
+        return train._job(parse("train", train, given))
+
+    flat = write(tmp_path / "flat.tar", [f"{i}.png" for i in range(8)])
+    assert job(flat).config.label == "none"
+    assert "label" not in job(flat).data.element_spec
+    assert job(tarball).config.classes == (ESCAPE, MARKUP)  # for pictures by class
+    assert job(tarball, "--label", "none").config.classes == ()
+    differ = write(tmp_path / "differ.tar", ["train/a/1.png", "train/b/2.png", "test/c/3.png"])
+    config = job(differ).config
+    assert (config.label, config.split) == ("none", "train")
+    assert "label" not in config.images(differ, "test", batch_size=1).element_spec
+
+
+def test_a_classifier_without_classes_is_refused(tmp_path, capsys):
+    flat = write(tmp_path / "flat.tar", [f"{i}.png" for i in range(8)])
+    given = ["train", "mlp", "--data", flat, "--size", "8", "--workdir", str(tmp_path / "run")]
+    assert main(given) == 2
+    assert "has no label: `--label folder` finds none" in capsys.readouterr().err
+    assert main([*given, "--label", "none"]) == 2
+    assert "`--label` must be given: a classifier needs classes" in capsys.readouterr().err
+
+
+def test_a_runs_members_and_labels_are_those_of_later_commands(tarball, tmp_path, capsys):
+    workdir = ["--workdir", str(tmp_path / "run")]
+    chosen = ["--label", "re:_(.)", "--include", "s0_*", "--exclude", "none"]
+    given = ["train", "mlp", "--data", tarball, "--size", "8", "--max-steps", "1"]
+    assert main([*given, *chosen, *workdir]) == 0
+    config = RunConfig.load(tmp_path / "run")
+    assert (config.label, config.include, config.exclude) == ("re:_(.)", "s0_*", "none")
+    assert (config.split, config.classes) == ("train", ("0", "2"))
+    again = ["--config", str(tmp_path / "run/config.toml"), "--workdir", str(tmp_path / "again")]
+    assert main(["train", *again]) == 0
+    assert RunConfig.load(tmp_path / "again") == config
+    out = str(tmp_path / "out.jsonl")
+    for more, n in [((), 4), (("--split", "all", "--include", "none", "--exclude", "s1_*"), 8)]:
+        assert main(["predict", *workdir, "--out", out, *more]) == 0
+        assert len(Path(out).read_text().splitlines()) == n
+    capsys.readouterr()
+    assert main(["evaluate", *workdir, "--include", "s1_*"]) == 2  # labels 1 and 3
+    assert "not there in training: '1', '3'" in capsys.readouterr().err
+
+
+def test_other_commands_choose_members_too(tarball, tmp_path, capsys):
+    bench = ["bench", "data", tarball, "--seconds", "0.01", "--size", "8", "--batch-size", "2"]
+    assert main([*bench, "--json", "--split", "test", "--include", "s0_*"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 4
+    assert main(["bench", "train", "--split", "test"]) == 2
+    assert "--split" in capsys.readouterr().err
+    given = ["--data", tarball, "--size", "8", "--include", "s0_*", "--label", "re:_(.)"]
+    problem = compare._problem(parse("compare", compare, given))
+    assert (problem.size, problem.about["classes"], problem.about["held out"]) == (4, 2, "test/")
+
+
+def test_a_held_out_part_of_the_training_images_is_of_the_training_folder(tmp_path):
+    names = [f"repo/{s}/{c}/{i}.png" for s in ("train", "test") for c in "ab" for i in range(60)]
+    problem = tar_problem(write(tmp_path / "a.tar", names), size=(8, 8))
+    assert problem.size == 120
+    assert problem.split is not None
+    held_out = TarSource(str(tmp_path / "a.tar"), split=Holdout("test", VALIDATION, folder="train"))
+    assert problem.split.size + len(held_out) == 120
+    assert {held_out.name(i)[:11] for i in range(len(held_out))} == {"repo/train/"}
+
+
+def test_an_error_names_flags():
+    message = "pass label=None, on_error=\"skip\", exclude='!*.a', split=-1; `size` or size=(1, 2)"
+    names = ["label", "on_error", "exclude", "split", "size"]
+    assert in_flags(message, names) == (
+        "pass --label none, --on-error skip, --exclude '!*.a', --split -1; `--size` or size=(1, 2)"
+    )

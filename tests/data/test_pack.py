@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -146,6 +147,7 @@ def test_npz(tmp_path):
     for arrays, words in [
         ({"images": PIXELS.astype(np.float32)}, "uint8"),
         ({"images": PIXELS, "labels": LABELS[:3]}, "a label for each"),
+        ({"images": PIXELS, "labels": LABELS[None]}, "a label for each"),
         ({"weights": PIXELS}, "holds no images: it has weights"),
         ({"images": np.array([{}, {}], object)}, "cannot be read"),
     ]:
@@ -154,6 +156,48 @@ def test_npz(tmp_path):
             pack(str(path), str(tmp_path / "b.tar"))
     assert not (tmp_path / "b.tar").exists()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_labels_of_npz_are_the_classes_that_are_read_again(tmp_path):
+    path = tmp_path / "a.npz"
+    for labels, classes in [
+        (LABELS[:, None], list("0123")),
+        (np.array([b"cat", b"caf\xc3\xa9"] * 2), ["caf\xe9", "cat"]),
+        (np.array(["a_b", "a b", "a..", "cafe\u0301"]), ["a b", "a..", "a_b", "caf\xe9"]),
+        (np.array([3, -1, 0, 1 << 40]), ["-1", "0", "1099511627776", "3"]),
+    ]:
+        np.savez(path, images=PIXELS[: len(labels)], labels=labels)
+        done = pack(str(path), str(tmp_path / "a.tar"), overwrite=True)
+        source = TarSource(done.shards, keep_index=False)
+        assert list(source.classes) == classes
+        texts = [t.decode() if isinstance(t, bytes) else str(t) for t in np.ravel(labels).tolist()]
+        found = {
+            int(source.name(i)[-9:-4]): source.classes[source[i].label] for i in range(len(source))
+        }
+        assert [found[i] for i in range(len(texts))] == [
+            unicodedata.normalize("NFC", t) for t in texts
+        ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [
+        ("", "a"),
+        ("a/b", "a_b"),
+        ("..", "a"),
+        (".", "a"),
+        (".a", "a"),
+        ("a\nb", "a"),
+        ("a\0b", "a"),
+        ("e\u0301", "\xe9"),
+        (b"\xff", b"a"),
+    ],
+)
+def test_labels_that_no_folder_can_have_are_refused_by_name(tmp_path, bad, good):
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:2], y_train=np.array([bad, good]))
+    with pytest.raises(DataError, match=r"has the label '.*cannot be the name of a folder"):
+        pack(str(tmp_path / "a.npz"), str(tmp_path / "a.tar"))
+    assert not (tmp_path / "a.tar").exists()
 
 
 def test_another_tar(folder, tmp_path):
@@ -170,6 +214,57 @@ def test_another_tar(folder, tmp_path):
         pack(str(tmp_path / "d.tar"), str(tmp_path / "c.tar"))
     done = pack(str(tmp_path / "d.tar"), str(tmp_path / "c.tar"), on_error="skip")
     assert (done.members, len(done.skipped)) == (22, 1)
+
+
+def test_links_inside_a_folder_are_followed_and_others_told(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "root-2"
+    for i, file in enumerate((root / "a/0.png", root / "a/sub/1.png", outside / "2.png")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(PIXELS[i]))
+    for name, target in {"b": "a", "c": str(root / "a/sub"), "a/l.png": "0.png"}.items():
+        (root / name).symlink_to(target)
+    expected = {
+        os.path.relpath(os.path.join(folder, file), root)
+        for folder, _, files in os.walk(root, followlinks=True)
+        for file in files
+    }
+    assert len(expected) == 7
+    out = {"d": "../root-2", "a/x.png": str(outside / "2.png"), "a/gone.png": "nothing", "e": "e"}
+    for name, target in (out | {"a/loop": "..", "self": "."}).items():
+        (root / name).symlink_to(target)
+    done = pack(str(root), str(tmp_path / "a.tar"))
+    assert {name for name, _ in members(done.shards[0])} == expected
+    told = {os.path.relpath(eval(name), root): why for name, why in done.skipped}
+    assert {"d", "a/x.png", "a/gone.png", "e", "a/loop", "self"} <= {*told}
+    assert str(outside) in told["d"]
+    assert told["a/x.png"].startswith("a link out of")
+    assert told["a/loop"] == told["self"] == "a link to a folder that it is in"
+    assert told["e"] == told["a/gone.png"] == "a link to no file or folder"
+    (root / "a").rename(outside / "a")
+    with pytest.raises(DataError, match=r"none of .* could be used.*a link"):
+        pack(str(root), str(tmp_path / "b.tar"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows have no such names")
+def test_names_that_are_no_utf8_have_the_same_class_as_in_a_tar_of_them(tmp_path):
+    root = os.fsencode(tmp_path / "root")
+    for name in (
+        b"caf\xe9/1.png",
+        b"caf\xe9/\xff.png",
+        b"caf\xe9/README\xff",
+        b"b/\xff" + b"x" * 200 + b".png",
+    ):
+        os.makedirs(os.path.join(root, os.path.dirname(name)), exist_ok=True)
+        with open(os.path.join(root, name), "wb") as file:
+            file.write(encode(PIXELS[0]))
+    done = pack(str(tmp_path / "root"), str(tmp_path / "a.tar"))
+    subprocess.run(["tar", "-cf", tmp_path / "b.tar", "-C", root, "b", b"caf\xe9"], check=True)
+    ours, theirs = TarSource(done.shards), TarSource(tmp_path / "b.tar")
+    assert sorted(ours.name(i) for i in range(3)) == sorted(theirs.name(i) for i in range(3))
+    assert ours.count_classes() == theirs.count_classes() == {"b": 1, "caf\\xe9": 2}
+    again = pack(str(tmp_path / "b.tar"), str(tmp_path / "c.tar"))
+    assert TarSource(again.shards).count_classes() == ours.count_classes()
+    assert digest(pack(str(tmp_path / "root"), str(tmp_path / "d.tar"), size=(4, 4)).shards)
 
 
 def test_overwriting_leaves_no_further_shards(folder, tmp_path):
@@ -367,7 +462,7 @@ def test_a_split_of_standard_input(folder, tmp_path, pipe):
         for i, row in enumerate(found):
             np.testing.assert_array_equal(row, pixels(source[i].data))
     pipe(whole)
-    with pytest.raises(DataError, match=r"no images of the split 'val' among its 23.*'train'"):
+    with pytest.raises(DataError, match=r"no images of the split 'val' among its 23.*'train/0'"):
         list(standard_input(split="val", **options))
     pipe(bytes(1024))
     with pytest.raises(DataError, match="Standard input holds no images"):

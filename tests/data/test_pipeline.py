@@ -1,16 +1,24 @@
 """Batches from tars and arrays: their contents, their order, and resuming at a position."""
 
+import bz2
+import contextlib
 import gc
+import gzip
 import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
+import pickle
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import grain
@@ -23,10 +31,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jdl.core.check import ArgumentError, DataError, UserError
-from jdl.data import Dataset, digits, digits_path, from_arrays, from_tar, resolve, splits
+from jdl.data import (
+    Dataset,
+    TarSource,
+    digits,
+    digits_path,
+    from_arrays,
+    from_tar,
+    resolve,
+    splits,
+)
 from jdl.data.plan import Plan
 from jdl.data.stdin import standard_input
+from jdl.data.tar import index as tar_index
 from jdl.data.tar.paths import braces, expand
+from jdl.data.tar.seekable import make_seekable
 
 
 def png(value, size=(6, 5)):
@@ -179,6 +198,71 @@ def test_resuming_at_any_position(kind, tar):
         iterator.close()
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Makes data of three archives by weights; image i of archive k has the value 80 k + i."""
+    folder = tmp_path_factory.mktemp("mixed")
+    paths = [
+        write_tar(folder / f"{k}.tar", [(f"{k}/{i}.png", png(80 * k + i)) for i in range(n)])
+        for k, n in enumerate((7, 80, 13))
+    ]
+
+    def make(**options):
+        options = {"batch_size": 12, "epochs": None, "seed": 5, "grayscale": True, **options}
+        return from_tar(paths, weights=[3, 1, 0.2], cache_bytes=0, **options)
+
+    return make
+
+
+def whole(parts):
+    """The values in each batch, of which each host has a part."""
+    parts = [[batch["image"][:, 0, 0, 0] for batch in part] for part in parts]
+    return [np.concatenate(each).tolist() for each in zip(*parts, strict=True)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 15), st.integers(0, 2), st.integers(1, 3)),
+        min_size=1,
+        max_size=3,
+    )
+)
+@settings(max_examples=6, deadline=None)
+def test_a_mixture_resumes_with_any_number_of_threads_and_hosts(mixed, runs):
+    iterator = iter(mixed(threads=0))
+    expected = whole([take(iterator, sum(steps for steps, _, _ in runs))])
+    found, state = [], None
+    for steps, threads, hosts in runs:
+        iterators = [iter(mixed(threads=threads, shard=(p, hosts))) for p in range(hosts)]
+        for each in iterators:
+            if state is not None:
+                each.set_state(json.loads(json.dumps(state)))
+        found += whole([take(each, steps) for each in iterators])
+        states = [each.get_state() for each in iterators]
+        assert all(each == states[0] for each in states)
+        state = states[0]
+        for each in iterators:
+            each.close()
+    assert found == expected
+
+
+def test_a_mixture_resumes_in_worker_processes(mixed):
+    iterator = iter(mixed(threads=0))
+    expected = whole([take(iterator, 40)])
+    assert len({tuple(batch) for batch in expected}) == 40
+    before = iter(mixed(threads=2))
+    found = whole([take(before, 9)])
+    state = before.get_state()
+    before.close()
+    for steps, workers in ((20, 2), (11, 1)):
+        resumed = iter(mixed(workers=workers))
+        resumed.set_state(state)
+        found += whole([take(resumed, steps)])
+        state = resumed.get_state()
+        resumed.close()
+    assert found == expected
+
+
 def test_resuming_with_another_batch_size(tar):
     iterator = iter(from_tar(tar, grayscale=True, batch_size=5, epochs=2, shuffle=True))
     before = flat(values(take(iterator, 2)))
@@ -214,7 +298,7 @@ def test_a_position_in_other_data_is_refused(tar, tmp_path):
         with pytest.raises(DataError, match="This is no position in the data"):
             iter(data).set_state(wrong)
     for wrong in ({}, {**state, "version": 1}):
-        with pytest.raises(DataError, match="the version of jdl's positions differs"):
+        with pytest.raises(DataError, match="its 'version' is"):
             iter(data).set_state(wrong)
 
 
@@ -228,7 +312,9 @@ def test_a_position_among_other_images_of_the_archives_is_refused(tmp_path):
     for paths, split in (([a, b], "test"), ([b, a], "train"), ([a, b], "train:0.5")):
         data = from_tar(paths, split=split, **options)
         assert data.num_records == 12
-        with pytest.raises(DataError, match=r"images chosen from them \(`split`\) differs"):
+        with pytest.raises(
+            DataError, match=r"other data: its 'data' .*chosen from them by `split`"
+        ):
             iter(data).set_state(state)
     # The same images with other labels, moved, are the same data.
     (tmp_path / "elsewhere").mkdir()
@@ -292,7 +378,7 @@ def test_every_thread_may_hold_a_batch_however_large(tar):
 def test_threads_end_with_their_iterator(tar):
     iterator = iter(from_tar(tar, batch_size=5, epochs=None, threads=2))
     next(iterator)
-    ours = [t for t in threading.enumerate() if "grain" in t.name]
+    ours = [t for t in threading.enumerate() if "jdl" in t.name]
     assert ours
     iterator.close()
     del iterator
@@ -443,6 +529,210 @@ def test_braces_are_expanded_as_bash_does():
     for pattern in ("{1..1000001}", "{1..1001}-{1..1000}", "{0..999999999999999999}"):
         with pytest.raises(ArgumentError, match="at most 1000000 files"):
             braces(pattern)
+
+
+# ---------------------------------------------------------------------- the operating system
+
+
+def run_python(code, **options):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+    assert not done.returncode, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="the limit is POSIX's")
+@pytest.mark.parametrize("mapped", [False, True])
+def test_three_thousand_archives_need_few_descriptors(tar, tmp_path, mapped):
+    folder, data = tmp_path / "shards", Path(tar).read_bytes()
+    folder.mkdir()
+    for i in range(3000):
+        (folder / f"{i}.tar").write_bytes(data)
+    out = run_python(
+        f"""
+import os, resource, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+import numpy as np
+from jdl.data import TarSource
+from jdl.data.tar import index
+if {mapped}:
+    index._memory_left[0] = 0
+sources = [TarSource({str(folder)!r}) for _ in range(2)]
+begin = time.monotonic()
+sources.append(TarSource({str(folder)!r}))
+print(time.monotonic() - begin)
+records = np.random.default_rng(0).integers(3000 * 23, size=4000)
+for source in sources:
+    assert len(source) == 3000 * 23
+    for record, data in zip(records.tolist(), source.read_many(records), strict=True):
+        assert data == source[record % 23].data
+print(index._memory_left[0])
+"""
+    )
+    assert float(out[0]) < 30
+    assert (int(out[1]) == 0) == mapped
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_an_index_may_be_replaced_and_a_read_one_overwritten_while_in_use(tar, tmp_path, mapped):
+    index, other = Path(tar + ".jdlidx"), tmp_path / "other"
+    source = TarSource(tar)
+    expected = list(source.read_many(range(23)))
+    write_tar(tmp_path / "b.tar", [("c/0.png", png(0))])
+    TarSource(str(tmp_path / "b.tar"))
+    (tmp_path / "b.tar.jdlidx").rename(other)
+    out = run_python(
+        f"""
+import os, shutil
+from jdl.data import TarSource
+from jdl.data.tar import index
+if {mapped}:
+    index._memory_left[0] = 0
+source = TarSource({tar!r})
+(os.replace if {mapped} else shutil.copyfile)({str(other)!r}, {str(index)!r})
+for i, data in enumerate(source.read_many(range(23))):
+    print(source.name(i), data.hex())
+"""
+    )
+    assert out[1::2] == [data.hex() for data in expected]
+    assert out[::2] == [source.name(i) for i in range(23)]
+
+
+def test_mapped_indexes_are_read_only_and_unmapped(tar, monkeypatch):
+    TarSource(tar)
+    monkeypatch.setattr(tar_index, "_memory_left", [0])
+    source = TarSource(tar)
+    with pytest.raises(ValueError, match="read-only"):
+        source.indexes[0].columns.offsets[0] = 1
+    mapped = lambda: tar + ".jdlidx" in Path("/proc/self/maps").read_text()  # noqa: E731
+    if Path("/proc/self/maps").exists():
+        assert mapped()
+        del source
+        gc.collect()
+        assert not mapped()
+
+
+def test_a_worker_refuses_an_archive_that_has_changed(tmp_path):
+    """Its rows would be those of the old one."""
+    path = write_tar(tmp_path / "a.tar", [(f"{i}/0.png", png(i)) for i in range(9)])
+    pickled = pickle.dumps(TarSource(path, split="3"))
+    os.utime(path, (0, 0))
+    TarSource(path)  # rebuilds the index
+    assert pickle.loads(pickled).name(0) == "3/0.png"
+    write_tar(path, [(f"{i}/0.png", png(i)) for i in range(1, 9)])
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_forked_children_read_a_compressed_archive_by_themselves(tmp_path):
+    noise = np.random.default_rng(0)
+    members = [(f"c/{i}.png", noise.bytes(10_000)) for i in range(300)]
+    plain = Path(write_tar(tmp_path / "a.tar", members))
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(plain.read_bytes(), 1))
+    run_python(
+        f"""
+import os, tarfile
+from jdl.data import TarSource
+with tarfile.open({str(plain)!r}) as tar:
+    expected = [tar.extractfile(member).read() for member in tar]
+source = TarSource({str(path)!r})
+assert list(source.read_many(range(100))) == expected[:100]
+children = []
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        right = list(source.read_many(range(100, 300))) == expected[100:]
+        os._exit(0 if right else 1)
+    children.append(child)
+assert list(source.read_many(range(100, 300))) == expected[100:]
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+"""
+    )
+
+
+def test_a_seek_file_of_an_earlier_state_is_renewed_by_the_command_in_the_error(tmp_path, capsys):
+    pytest.importorskip("indexed_gzip")
+    from jdl.cli.main import main
+
+    path = tmp_path / "a b.tar.gz"
+
+    def write(n, compress):
+        plain = Path(write_tar(tmp_path / "plain", [(f"c/{i}.png", png(i)) for i in range(n)]))
+        path.write_bytes(compress(plain.read_bytes()))
+
+    write(9, gzip.compress)
+    make_seekable(str(path))
+    assert TarSource(path).mode == "seekable"
+    write(20, gzip.compress)
+    with pytest.raises(DataError, match="seek file") as error:
+        TarSource(path)
+    command = str(error.value).split("`")[1]
+    assert main(shlex.split(command)[1:]) == 0
+    assert "20 images" in capsys.readouterr().out
+    assert (TarSource(path).mode, len(TarSource(path))) == ("seekable", 20)
+    write(7, bz2.compress)  # no longer gzip: it has nothing to seek
+    assert (TarSource(path).mode, len(TarSource(path))) == ("stream", 7)
+
+
+WITH_WORKERS = """
+import multiprocessing, os, sys, time
+from jdl.data import from_tar
+if __name__ == "__main__":
+    iterator = iter(from_tar({tar!r}, batch_size=5, epochs={epochs}, workers=2))
+    batch = next(iterator)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    {then}
+"""
+
+
+def running(pid):
+    with contextlib.suppress(OSError):
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_workers_end_with_a_killed_parent(tar, tmp_path, name):
+    script = tmp_path / "script.py"
+    script.write_text(WITH_WORKERS.format(tar=tar, epochs=None, then="time.sleep(100)"))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(running, workers))
+        parent.send_signal(getattr(signal, name))
+    end = time.monotonic() + 3
+    while any(map(running, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(running, workers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["iterator.close()", "list(iterator)", "pass", "sys.exit(0)"])
+def test_workers_leave_nothing_and_say_nothing_at_a_normal_end(tar, tmp_path, then):
+    script = tmp_path / "script.py"
+    epochs = 1 if then.startswith("list") else None
+    script.write_text(WITH_WORKERS.format(tar=tar, epochs=epochs, then=then))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert not any(running(int(pid)) for pid in done.stdout.split())
+
+
+def test_a_killed_worker_is_named_and_a_function_of_the_script_reaches_it(tar):
+    options = {"batch_size": 5, "epochs": None, "shuffle": False, "label": lambda name: name[0]}
+    iterator = iter(from_tar(tar, workers=1, **options))
+    assert next(iterator)["label"].tolist() == [0, 1, 2, 0, 1]
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(DataError, match=r"worker process has ended \(exit code -9\)"):
+        take(iterator, 100)
+    iterator.close()
+    assert not multiprocessing.active_children()
 
 
 # ---------------------------------------------------------------------- arrays

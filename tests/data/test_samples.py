@@ -1,6 +1,8 @@
 """WebDataset samples, compared with the webdataset library's own reading."""
 
+import codecs
 import io
+import subprocess
 import tarfile
 import time
 
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jdl.core.check import DataError
-from jdl.data import TarSource
+from jdl.data import TarSource, from_tar
 from jdl.data.pack import pack
 from jdl.data.tar import index as tar_index
 from jdl.data.tar.samples import samples
@@ -154,6 +156,53 @@ def test_samples_on_standard_input_are_distinct_or_an_error(tmp_path, monkeypatc
         assert not (tmp_path / "c.tar").exists()
 
 
+def test_only_the_last_of_a_name_is_packed_where_no_sidecars_make_it_another_sample(tmp_path):
+    path = tar(tmp_path / "a.tar", [("cat/0.png", 1), ("cat/1.png", 2)])
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/0.png").write_bytes(png(3))
+    subprocess.run(["tar", "-rf", path, "-C", tmp_path, "cat/0.png"], check=True)
+    done = pack(path, str(tmp_path / "b.tar"))
+    with tarfile.open(path) as whole:  # tarfile gives the last of a name
+        newest = {name: whole.extractfile(name).read() for name in set(whole.getnames())}
+    with tarfile.open(done.shards[0]) as packed:
+        assert {i.name: packed.extractfile(i).read() for i in packed} == newest
+        assert len(packed.getnames()) == 2
+    assert done.skipped == [
+        (f"'{path}', member 'cat/0.png'", "a later member of the same name replaces it")
+    ]
+
+
+def test_a_sample_that_comes_twice_is_packed_twice_and_not_read_once(tmp_path):
+    path = tar(tmp_path / "a.tar", [*RUNS, ("0.png", 2), ("0.cls", b"dog")])
+    with pytest.raises(DataError, match=r"'0\.png' comes again, each time with sidecars"):
+        TarSource(path, label="cls")
+    assert len(TarSource(path, label=None)) == 2
+    done = pack(path, str(tmp_path / "b.tar"))
+    assert done.renamed == [("0", "0-2")]
+    assert done.skipped == []
+    expected = [("cat", 0), ("x", 1), ("dog", 2)]
+    assert [(label, color) for color, label, _ in by_us(done.shards)] == expected
+
+
+def test_sidecars_and_images_that_are_links_are_packed(tmp_path):
+    root = tmp_path / "w"
+    root.mkdir()
+    (root / "0.png").write_bytes(png(0))
+    (root / "0.cls").write_text("cat")
+    (root / "1.png").hardlink_to(root / "0.png")
+    (root / "1.cls").symlink_to("0.cls")
+    (root / "2.png").symlink_to("/etc/passwd")
+    subprocess.run(
+        ["tar", "-cf", tmp_path / "w.tar", "-C", root, "0.png", "0.cls", "1.png", "1.cls", "2.png"],
+        check=True,
+    )
+    done = pack(str(tmp_path / "w.tar"), str(tmp_path / "x.tar"))
+    assert by_webdataset(done.shards) == [(0, "cat", "0"), (0, "cat", "1")]
+    ((where, why),) = done.skipped
+    assert "2.png" in where
+    assert "outside the archive" in why
+
+
 def test_sidecars_beside_the_images_of_a_folder_are_packed(tmp_path):
     root = tmp_path / "w"
     root.mkdir()
@@ -177,3 +226,44 @@ def test_many_samples_are_found_in_little_time(tmp_path):
     assert time.process_time() - start < 2
     assert len(found) == 20_000
     assert all(list(s.sidecars) == [b"cls"] for s in found)
+
+
+def test_only_the_sidecars_of_chosen_images_are_read(tmp_path):
+    members = [("dataset.json", b"junk"), ("test/0.png", 0), ("test/0.json", b"junk")]
+    for i, bom in enumerate([b"", codecs.BOM_UTF8]):
+        members += [(f"train/{i}.png", i), (f"train/{i}.json", bom + b'{"label": "cat"}')]
+        members += [(f"train/{i}.cls", bom + b"cat\n")]
+    path = tar(tmp_path / "a.tar", members)
+    for label in ("json", "cls"):
+        source = TarSource(path, label=label, split="train")
+        assert source.count_classes() == {"cat": 2}
+    with pytest.raises(DataError, match=r"member 'test/0\.json' names no class.*on_error"):
+        TarSource(path, label="json")
+
+
+def test_images_of_bad_sidecars_are_skipped_and_counted(tmp_path):
+    members = [
+        m for i in range(20) for m in ((f"{i:02d}.png", i), (f"{i:02d}.cls", b"%d" % (i % 2)))
+    ]
+    members[5] = ("02.cls", b"\xff")
+    members[9] = ("04.cls", bytes(2 << 20))
+    members += [("05.jpg", 5)]
+    path = tar(tmp_path / "a.tar", members)
+    options = {"label": "cls", "batch_size": 21, "epochs": 1, "shuffle": False, "grayscale": True}
+    with pytest.raises(DataError, match=r"'05\.png' at byte .*on_error=\"skip\""):
+        from_tar(path, **options)
+    data = from_tar(path, on_error="skip", max_skipped=0.3, **options)
+    (batch,) = data
+    assert data.num_records == 21
+    assert [*data.skipped_records] == [
+        f"'{path}', member '{n}'" for n in ("02.png", "04.png", "05.jpg", "05.png")
+    ]
+    assert (
+        "names no class: UnicodeDecodeError" in data.skipped_records[f"'{path}', member '02.png'"]
+    )
+    used = batch["mask"] > 0
+    assert batch["image"][used][:, 0, 0, 0].tolist() == [i for i in range(20) if i not in (2, 4, 5)]
+    assert batch["label"][used].tolist() == [i % 2 for i in range(20) if i not in (2, 4, 5)]
+    assert not batch["label"][~used].any()
+    with pytest.raises(DataError, match="max_skipped"):
+        list(from_tar(path, on_error="skip", **options))

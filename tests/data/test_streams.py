@@ -29,7 +29,9 @@ from PIL import Image
 from jdl.core.check import DataError, UserError
 from jdl.data import TarSource, describe, from_tar
 from jdl.data.loading import InOrder
-from jdl.data.tar import inflate, remote, seekable
+from jdl.data.tar import archive, inflate, remote, seekable
+from jdl.data.tar.open import open_archive
+from jdl.data.tar.stream import MemberStream
 from jdl.data.window import WindowOrder
 
 zstd = pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
@@ -713,3 +715,46 @@ def test_streaming_many_shards_keeps_one_in_memory(tmp_path):
     assert len(list(source.read_many(np.arange(12)))) == 12
     assert tracemalloc.get_traced_memory()[1] < 6 << 20
     tracemalloc.stop()
+
+
+def linked_tar(path):
+    """Images with links to the first and the last of them, and one to nothing."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(N):
+            for name, kind, target in (
+                (f"a/{i:02d}.png", tarfile.REGTYPE, ""),
+                (f"b/{i:02d}.png", tarfile.SYMTYPE, f"../a/{N - 1 - i:02d}.png"),
+                (f"c/{i:02d}.png", tarfile.LNKTYPE, "a/00.png"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = kind, target
+                data = png(i) + bytes(50_000) if kind == tarfile.REGTYPE else b""
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_links_in_a_compressed_archive_are_followed_without_going_back(tmp_path, monkeypatch):
+    plain = linked_tar(tmp_path / "a.tar")
+    with open(plain, "rb") as file:
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress(file.read(), 1))
+    source = TarSource(tmp_path / "a.tar.gz")
+    passes = []
+    real = archive.Stream._end
+    monkeypatch.setattr(archive.Stream, "_end", lambda self: (passes.append(1), real(self)))
+    found = {record.name: record.data for record in source}
+    assert not passes
+    with tarfile.open(plain) as tar:
+        expected = {info.name: tar.extractfile(info).read() for info in tar}
+    assert found == expected
+    assert len(found) == 3 * N
+
+
+def test_a_tar_that_is_read_once_names_the_links_that_it_leaves_out(tmp_path):
+    opened = open_archive(linked_tar(tmp_path / "a.tar"))
+    stream = MemberStream(opened)
+    assert [member.name for member in stream] == [f"a/{i:02d}.png" for i in range(N)]
+    opened.close()
+    assert {(d.word, d.lost) for d in stream.damage} == {("link", True)}
+    assert [d.name for d in stream.damage[:2]] == ["b/00.png", "c/00.png"]
+    assert len(stream.damage) == 2 * N

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import tarfile
+import tempfile
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdl.core.check import DataError, UserError
-from jdl.data import TarSource, describe
-from jdl.data.tar import archive
+from jdl.data import TarSource, describe, from_tar
+from jdl.data.tar import archive, resolve
 from jdl.data.tar import format as fmt
 from jdl.data.tar import index as tar_index
-from jdl.data.tar import scan as tar_scan
 from jdl.data.tar.paths import expand
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -58,7 +58,8 @@ def tarfile_listing(path):
     found = []
     with tarfile.open(path) as tar:
         for info in tar:
-            data = tar.extractfile(info).read() if info.isreg() else b""
+            linked = info.isreg() or info.islnk() or info.issym()
+            data = tar.extractfile(info).read() if linked else b""
             name = info.name.encode("utf-8", "surrogateescape")
             found.append((plain(name.decode("utf-8", "backslashreplace")), data))
     return found
@@ -66,7 +67,7 @@ def tarfile_listing(path):
 
 def assert_like_tarfile(path):
     found, index = listing(path)
-    assert [(name, data) for name, _, data in found] == tarfile_listing(path)
+    assert sorted((name, data) for name, _, data in found) == sorted(tarfile_listing(path))
     return index
 
 
@@ -116,7 +117,10 @@ def test_gnu_tar_archives(tmp_path, format):
     assert index.damage == ()
     listed = subprocess.run(["tar", "-tf", str(path)], capture_output=True, check=True).stdout
     assert len(listed.splitlines()) == len(index)
-    assert len(TarSource(path)) == len(names) - 1  # but for `._`, hard and soft links, the pipe
+    source = TarSource(path)
+    assert len(source) == len(names) - 1 + 2  # without `._` and the pipe, with both links
+    found = {record.name: record.data for record in source}
+    assert found["hard.png"] == found["soft.png"] == found["train/a/1.png"]
 
 
 def test_pax_globals_and_sizes_in_pax(tmp_path):
@@ -130,6 +134,67 @@ def test_pax_globals_and_sizes_in_pax(tmp_path):
         tar.addfile(info, io.BytesIO(b"y" * 600))
         tar.addfile(tarfile.TarInfo("c.png"))
     assert_like_tarfile(path)
+
+
+@pytest.mark.parametrize("length", [1_500_000, 12_000_000])
+def test_a_large_pax_header_is_read_as_gnu_tar_reads_it(length, tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(2):
+            info = tarfile.TarInfo(f"{'n' * 120}{i}.png")
+            info.pax_headers = {"comment": "path=" * (length // 5)}
+            tar.addfile(info)
+    listed = subprocess.run(["tar", "-tf", path], capture_output=True, text=True, check=True)
+    found, index = listing(path)
+    assert [name for name, _, _ in found] == listed.stdout.splitlines()
+    assert index.damage == ()
+
+
+def test_a_pax_header_beyond_the_bound_is_damage(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(3):
+            info = tarfile.TarInfo(f"{i}.png")
+            info.pax_headers = {"comment": "x" * (17 << 20)} if i == 1 else {}
+            tar.addfile(info)
+    (only,) = describe(path).damage
+    assert (only["word"], only["lost"]) == ("damaged", True)
+    assert "more than 16777216" in only["detail"]
+
+
+RECORDS = st.dictionaries(
+    st.sampled_from(["path", "size", "mtime", "comment", "uname", "zpath"]),
+    st.sampled_from(["3", "700"]),
+    max_size=3,
+)
+VALUES = ["a/1.png", "x\n13 path=b.png\n", "zip", "\u00fc.png", "n" * 300]
+MEMBERS_WITH_RECORDS = st.lists(
+    st.tuples(RECORDS, st.sampled_from(VALUES), st.sampled_from("xgL")), min_size=1, max_size=5
+)
+
+
+@given(MEMBERS_WITH_RECORDS)
+@settings(max_examples=150, deadline=None)
+def test_pax_records_mean_what_they_mean_to_tarfile(members):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "a.tar")
+        with open(path, "wb") as file:
+            for i, (records, text, kind) in enumerate(members):
+                info = tarfile.TarInfo(f"{i}.png")
+                size = int(records.get("size", "5"))
+                info.size = 5 if kind == "x" else size
+                given = {k: v if k in ("size", "mtime") else text for k, v in records.items()}
+                if kind == "g":  # for all members from here on
+                    given = {"comment": text}
+                if kind == "L":
+                    info.name = f"{'m' * 120}{i}.png"
+                    given = {}
+                make = info._create_pax_generic_header
+                file.write(make(given, kind.encode(), "utf-8") if given else b"")
+                file.write(info.tobuf(tarfile.GNU_FORMAT) + bytes([i]) * size + bytes(-size % 512))
+            file.write(bytes(1024))
+        index = assert_like_tarfile(path)
+        assert {d.word for d in index.damage} <= {"duplicate"}
 
 
 def test_members_beyond_8_gib(tmp_path):
@@ -356,6 +421,201 @@ def test_bytes_that_are_no_text_keep_names_apart(tmp_path):
     assert describe(path).damage == []
 
 
+# ---------------------------------------------------------------------- links and equal names
+
+
+def images_of(path):
+    """What is read of an archive: name -> bytes."""
+    try:
+        source = TarSource(path, keep_index=False)
+    except DataError:  # it holds none
+        return {}
+    assert len({source.name(i) for i in range(len(source))}) == len(source)
+    return {record.name: record.data for record in source}
+
+
+def images_below(root):
+    """What the operating system reads in a folder, through links but not out of it."""
+    found = {}
+    for folder, _, files in os.walk(root):
+        for file in files:
+            real = os.path.realpath(os.path.join(folder, file))
+            if file.endswith(".png") and real.startswith(f"{root}/") and os.path.isfile(real):
+                found[os.path.relpath(os.path.join(folder, file), root)] = Path(real).read_bytes()
+    return found
+
+
+FOLDERS = ("", "a", "a/b", "c")
+LINK_TARGETS = st.lists(
+    st.sampled_from(["..", ".", "a", "b", "c", "d", "1.png", "2.png", "3.png", "store"]),
+    min_size=1,
+    max_size=4,
+).map("/".join)
+
+
+@given(data=st.data(), format=st.sampled_from(["gnu", "pax", "ustar", "v7"]))
+@settings(max_examples=80, deadline=None)
+def test_links_lead_where_the_operating_system_says(data, format, tmp_path_factory):
+    root = tmp_path_factory.mktemp("tree")
+    for folder in FOLDERS:
+        (root / folder).mkdir(exist_ok=True)
+        (root / folder / data.draw(st.sampled_from(["1.png", "store"]))).write_bytes(os.urandom(9))
+    for i, folder in enumerate(FOLDERS * 2):
+        name = data.draw(st.sampled_from(["2.png", "3.png", "d"]))
+        if not os.path.lexists(root / folder / name):
+            if i % 3:
+                os.symlink(data.draw(LINK_TARGETS), root / folder / name)
+            else:  # a hard link, perhaps to a symbolic one
+                others = [p for p in root.rglob("*") if not p.is_dir() or p.is_symlink()]
+                os.link(
+                    data.draw(st.sampled_from(sorted(others))),
+                    root / folder / name,
+                    follow_symlinks=False,
+                )
+    path = root.with_suffix(".tar")
+    command = ["tar", f"--format={format}", "-cf", str(path), "-C", str(root), "--sort=name", "."]
+    subprocess.run(command, check=True)
+    expected = images_below(str(root))
+    assert images_of(path) == expected
+    links = [p for p in root.rglob("*.png") if p.is_symlink()]
+    missing = {str(p.relative_to(root)) for p in links} - expected.keys()
+    listed = {d["name"]: d for d in describe(path, keep_index=False).damage}
+    assert missing <= listed.keys()
+    assert not listed.keys() & expected.keys()
+    assert all((d["word"], d["lost"]) == ("link", False) for d in listed.values())
+
+
+def read_by_tarfile(path):
+    """What tarfile reads of each name, its last member and its links: name -> bytes."""
+    found = {}
+    with tarfile.open(path) as tar:
+        for info in tar:
+            try:
+                found[info.name] = tar.extractfile(tar.getmember(info.name)).read()
+            except (KeyError, RecursionError, AttributeError):  # a folder, or a link to nothing
+                found.pop(info.name, None)
+    return found
+
+
+def member(name, kind, content):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, content if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE) else ""
+    data = content.encode() if kind == tarfile.REGTYPE else b""
+    info.size = len(data)
+    if kind == tarfile.LNKTYPE:
+        info.linkname = f"f/{content}"
+    return info, io.BytesIO(data)
+
+
+KINDS = (tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE)
+BASES = st.sampled_from(["1.png", "2.png", "3.png", "4.txt"])
+
+
+@given(st.lists(st.tuples(BASES, st.sampled_from(KINDS), BASES), max_size=9))
+@settings(max_examples=150, deadline=None)
+def test_the_last_member_of_a_name_and_its_links_count_as_for_tarfile(members):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "a.tar")
+        with tarfile.open(path, "w") as tar:
+            for i, (name, kind, content) in enumerate(members):
+                content = content if kind != tarfile.REGTYPE else f"{i}"
+                tar.addfile(*member(f"f/{name}", kind, content))
+        expected = {n: data for n, data in read_by_tarfile(path).items() if n.endswith(".png")}
+        assert images_of(path) == expected
+
+
+def test_a_newer_version_replaces_an_older_one_and_both_are_told(tmp_path):
+    (tmp_path / "d").mkdir()
+    tar = ["tar", "-C", str(tmp_path), "-f", str(tmp_path / "a.tar")]
+    for i in range(3):
+        (tmp_path / "d" / f"{i}.png").write_bytes(b"old %d" % i)
+    subprocess.run([*tar, "-c", "d"], check=True)
+    (tmp_path / "d" / "1.png").write_bytes(b"new 1")
+    subprocess.run([*tar, "-r", "./d/1.png", "d"], check=True)
+    assert images_of(tmp_path / "a.tar") == images_below(str(tmp_path))
+    about = describe(tmp_path / "a.tar")
+    assert (about.images, about.kinds["older version of an image"]) == (3, 4)
+    duplicates = [(d["word"], d["name"], d["lost"]) for d in about.damage]
+    assert sorted(set(duplicates)) == [("duplicate", f"d/{i}.png", False) for i in range(3)]
+    with open(tmp_path / "a.tar", "rb") as file:
+        for each in about.damage:
+            file.seek(each["offset"])
+            assert plain(tarfile.TarInfo.frombuf(file.read(512), "utf-8", "").name) == each["name"]
+
+
+LONG = "n" * 150
+
+
+@pytest.mark.parametrize("format", ["gnu", "pax"])
+def test_long_link_targets(format, tmp_path):
+    members = [
+        (f"{LONG}/{LONG}.png", tarfile.REGTYPE, "x"),
+        ("h.png", tarfile.LNKTYPE, "x"),
+        ("s.png", tarfile.SYMTYPE, f"./{LONG}/{LONG}.png"),
+        ("t.png", tarfile.REGTYPE, "t"),
+    ]
+    with tarfile.open(tmp_path / "a.tar", "w", format=FORMATS[format]) as tar:
+        for name, kind, content in members:
+            info, data = member(name, kind, content)
+            if kind == tarfile.LNKTYPE:
+                info.linkname = f"{LONG}/{LONG}.png"
+            tar.addfile(info, data)
+    assert images_of(tmp_path / "a.tar") == {
+        f"{LONG}/{LONG}.png": b"x",
+        "h.png": b"x",
+        "s.png": b"x",
+        "t.png": b"t",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "why"),
+    [
+        (tarfile.SYMTYPE, "/etc/hostname", "outside the archive"),
+        (tarfile.SYMTYPE, "../../x.png", "outside the archive"),
+        (tarfile.SYMTYPE, "../d/none.png", "not in the archive"),
+        (tarfile.SYMTYPE, "link.png", "circle"),
+        (tarfile.SYMTYPE, "up/../x.png", "outside the archive"),
+        (tarfile.SYMTYPE, "a/" * 300, "too many"),
+        (tarfile.SYMTYPE, "../e", "a folder"),
+        (tarfile.SYMTYPE, "../e/deep", "a folder"),
+        (tarfile.SYMTYPE, "..", "a folder"),
+        (tarfile.SYMTYPE, "pipe", "no complete file"),
+        (tarfile.SYMTYPE, "cut.png", "no complete file"),
+        (tarfile.LNKTYPE, "d/cut.png", "no earlier member"),
+        (tarfile.LNKTYPE, "../x.png", "no earlier member"),
+    ],
+)
+def test_a_link_that_is_not_followed_is_listed_with_the_reason(kind, target, why, tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(*member("d/x.png", tarfile.REGTYPE, "x"))
+        tar.addfile(*member("d/up", tarfile.SYMTYPE, "../d/.."))
+        tar.addfile(*member("d/pipe", tarfile.FIFOTYPE, ""))
+        tar.addfile(*member("e/deep/er/x.txt", tarfile.REGTYPE, "x"))
+        info, _ = member("d/link.png", kind, target)
+        info.linkname = target
+        tar.addfile(info)
+        tar.addfile(*member("d/cut.png", tarfile.REGTYPE, "x" * 9000))
+    os.truncate(path, os.path.getsize(path) - os.path.getsize(path) % 10240 // 512 * 512 - 8192)
+    assert [*images_of(path)] == ["d/x.png"]
+    (found,) = (d for d in describe(path).damage if d["name"] == "d/link.png")
+    assert (found["word"], found["lost"], why in found["detail"]) == ("link", False, True), found
+    with tarfile.open(path) as tar:
+        assert next(i.offset_data for i in tar if i.name == "d/link.png") - 512 == found["offset"]
+
+
+def test_many_links_to_nothing_are_counted_and_nothing_is_said_to_be_lost(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(*member("x.png", tarfile.REGTYPE, "x"))
+        for i in range(1500):
+            tar.addfile(*member(f"{i}.png", tarfile.SYMTYPE, "none"))
+    damage = describe(tmp_path / "a.tar").damage
+    assert {(d["word"], d["lost"]) for d in damage} == {("link", False)}
+    assert (len(damage), damage[-1]["detail"]) == (1001, "and 500 more")
+    assert from_tar(tmp_path / "a.tar", label=None, size=(2, 2), batch_size=1).num_records == 1
+
+
 # ---------------------------------------------------------------------- headers
 
 
@@ -397,7 +657,7 @@ def test_the_index_is_kept_and_used_and_renewed(ten, monkeypatch):
         raise AssertionError("scanned again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tar_scan, "scan", never)
+        patched.setattr(resolve, "scan", never)
         again = tar_index.open_index(ten)
     for a, b in zip(first.columns, again.columns, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ class LocalFile(StoredFile):
             os.close(self.fd)
             raise check.DataError(f"{path!r} is not a regular file; a tar archive was expected.")
         self.size = os.fstat(self.fd).st_size
+        self._close = weakref.finalize(self, os.close, self.fd)
+        self._close.atexit = False
 
     def pread(self, size: int, offset: int) -> bytes:
         """See `Archive`."""
@@ -165,7 +168,7 @@ class LocalFile(StoredFile):
 
     def close(self) -> None:
         """See `Archive`."""
-        os.close(self.fd)
+        self._close()
 
 
 class Stream(Archive):

@@ -1,24 +1,30 @@
 """The index of one archive: where every member is, kept in a file beside the archive.
 
-The file is raw arrays after a JSON header. Nothing in it is executed; it is memory-mapped, so that
-many processes share one copy; and all of it is checked before use. It is used only for the archive
-it was made from (size, modification time, and a digest of about twenty pieces of the contents), and
-rebuilt otherwise.
+The file is raw arrays after a JSON header. Nothing in it is executed, and all of it is checked
+before use. It is used only for the archive it was made from (size, modification time, and a digest
+of about twenty pieces of the contents), and rebuilt otherwise.
+
+A process reads its first 64 MiB of indexes, about 1.6 million members, into memory. It maps further
+ones, so that any number of processes share one copy. A mapped file must be replaced (`mv`) and not
+overwritten (`cp`) while it is in use; jdl itself only replaces.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
+import mmap
 import os
 import secrets
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jdl.core import check
-from jdl.data.tar import scan
-from jdl.data.tar.archive import STDIN, is_url
+from jdl.data.tar import resolve, scan
+from jdl.data.tar.archive import STDIN, changed, is_url
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.scan import Columns, Damage
 
@@ -48,7 +54,7 @@ class TarIndex:
       damage: the archive's defects.
       stamp: what distinguishes the archive (see `Archive.stamp`).
       size: the tar's bytes, decompressed.
-      file: the file that the columns are mapped from, or None if they are in memory.
+      file: the file that holds it, or None if there is none.
       mode: how the archive can be read (see `archive`).
     """
 
@@ -65,18 +71,14 @@ class TarIndex:
 
     def name(self, i: int) -> str:
         """The full name of member `i`."""
-        folder = _piece(self.columns.folders, self.columns.folder_ends, self.columns.folder_ids[i])
-        base = _piece(self.columns.bases, self.columns.base_ends, i)
-        return scan.text(folder + b"/" + base if folder else base)
+        return scan.text(self.columns.name(i))
 
     def folders(self) -> list[str]:
         """All folders' names, in the order of the columns' `folder_ids`."""
-        whole, ends = self.columns.folders.tobytes(), self.columns.folder_ends.tolist()
-        starts = [0, *ends[:-1]] if ends else []
-        return [scan.text(whole[a:b]) for a, b in zip(starts, ends, strict=True)]
+        return [scan.text(folder) for folder in self.columns.folder_names()]
 
     def __reduce__(self) -> Any:
-        """Worker processes map the index file anew; an index without a file is pickled whole."""
+        """Worker processes open the file anew; an index without a file is pickled whole."""
         if self.file is not None:
             return _reopen, (self.path, self.file, self.stamp, self.mode)
         own = (self.path, self.columns, self.damage, self.stamp, self.size, None, self.mode)
@@ -116,7 +118,7 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
                 "to index it.",
                 path,
             )
-        columns, damage = scan.scan(archive)
+        columns, damage = resolve.scan(archive)
         if archive.stamp() != stamp:
             raise check.DataError(f"{path!r} changed while it was being indexed. Try again.")
         size = archive.size
@@ -178,7 +180,7 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(file)
-    data = np.memmap(file, np.uint8, "r")
+    data = _contents(file)
     prefix = len(_MAGIC) + 8
     _require(data[: len(_MAGIC)].tobytes() == _MAGIC, "it is of another kind or version")
     length = int.from_bytes(data[len(_MAGIC) : prefix].tobytes(), "little")
@@ -205,6 +207,43 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
     columns = Columns(*map(np.asarray, arrays))
     _check_columns(columns, size)
     return TarIndex(path, columns, damage, stamp, size, file, mode)
+
+
+_memory_left = [1 << 26]  # bytes of indexes that this process may still read into memory
+
+
+def _contents(file: str) -> np.ndarray:
+    """The bytes of an index file: read, or mapped where that would take too much memory."""
+    with open(file, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > _memory_left[0]:
+            return _mapped(opened.fileno(), size)
+        data = np.fromfile(opened, np.uint8)
+    _take_memory(len(data))
+    weakref.finalize(data, _take_memory, -len(data))
+    return data
+
+
+def _take_memory(size: int) -> None:
+    _memory_left[0] -= size
+
+
+def _mapped(fd: int, size: int) -> np.ndarray:
+    """A file's bytes, mapped."""
+    if os.name == "nt":
+        return np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_READ), np.uint8)
+    # Python's own mmap keeps a descriptor for each file, unless trackfd=False (from 3.13 on).
+    c = ctypes.CDLL(None, use_errno=True)
+    pointer, long, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    c.mmap.restype, c.munmap.argtypes = pointer, [pointer, long]
+    c.mmap.argtypes = [pointer, long, number, number, number, ctypes.c_long]
+    address = c.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "it cannot be mapped")
+    whole = (ctypes.c_ubyte * size).from_address(address)
+    # Not at exit, when threads may still be reading.
+    weakref.finalize(whole, c.munmap, address, size).atexit = False
+    return np.frombuffer(memoryview(whole).toreadonly(), np.uint8)
 
 
 def _check_columns(columns: Columns, size: int) -> None:
@@ -238,12 +277,11 @@ def _require(ok: bool | np.bool_, problem: str) -> None:
         raise ValueError(problem)
 
 
-def _piece(whole: np.ndarray, ends: np.ndarray, i: int | np.integer) -> bytes:
-    return whole[ends[i - 1] if i else 0 : ends[i]].tobytes()
-
-
 def _reopen(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
     try:
         return _load(path, file, stamp, mode)
     except (ValueError, OSError):
-        return open_index(path, keep=False)
+        index = open_index(path, keep=False)
+    if any(index.stamp[key] != stamp[key] for key in stamp if key != "mtime_ns"):
+        raise changed(path)  # the rows chosen before are those of another archive
+    return index

@@ -18,8 +18,9 @@ def open_archive(path: str) -> Archive:
     if path == STDIN:
         return Stream(path, lambda: sys.stdin.buffer, None)
     file: StoredFile = RemoteFile(path) if is_url(path) else LocalFile(path)
-    if file.ranges and inflate.compression(file.pread(8, 0)) is None:
+    kind = inflate.compression(file.pread(8, 0)) if file.ranges else "unknown"
+    if kind is None:
         return file
-    if isinstance(file, LocalFile) and os.path.isfile(path + SEEK_SUFFIX):
+    if isinstance(file, LocalFile) and kind == "gzip" and os.path.isfile(path + SEEK_SUFFIX):
         return Seekable(file)
     return Stream(path, file.reader, file)

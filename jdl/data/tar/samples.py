@@ -19,6 +19,7 @@ _Member = TypeVar("_Member")
 
 _ROWS = 1 << 16  # rows taken from the index at once
 _MAX_RUN = 256  # members
+_FILES = (scan.IMAGE, scan.OTHER, scan.OLDER)
 
 
 class Sample(NamedTuple):
@@ -48,8 +49,12 @@ def samples(index: TarIndex, endings: Collection[bytes]) -> Iterator[Sample]:
         if hash(key) in again:
             apart.setdefault(key, []).append(split(run))
     joined = {key: iter(_join(index, found)) for key, found in apart.items()}
+    older = set(np.flatnonzero(index.columns.kinds == scan.OLDER).tolist())
     for key, run in runs(_files(index)):
-        yield next(joined[key]) if key in joined else split(run)
+        sample = next(joined[key]) if key in joined else split(run)
+        if older and key not in joined:
+            sample = Sample([row for row in sample.images if row not in older], sample.sidecars)
+        yield sample
 
 
 def runs(
@@ -86,7 +91,7 @@ def _files(index: TarIndex) -> Iterator[tuple[int, bytes, int]]:
         )
         text, stops = columns.bases[begin : ends[-1]].tobytes(), [0, *(ends - begin).tolist()]
         folders = folders.tolist()
-        for i in np.flatnonzero(np.isin(kinds, (scan.IMAGE, scan.OTHER))).tolist():
+        for i in np.flatnonzero(np.isin(kinds, _FILES)).tolist():
             yield folders[i], text[stops[i] : stops[i + 1]], start + i
 
 

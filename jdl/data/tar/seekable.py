@@ -9,6 +9,7 @@ up, not for training: rewrite with `jdl pack`, or read in order.
 
 import importlib.util
 import os
+import shlex
 import threading
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Seekable(Archive):
         except Exception as error:  # indexed_gzip's own, for whatever the seek file holds
             raise check.DataError(
                 f"The seek file {file.path + SEEK_SUFFIX!r} cannot be used: {error}. Remove it, or "
-                "make it anew with `jdl index --seekable`."
+                f"make it anew with `jdl index --seekable {shlex.quote(file.path)}`."
             ) from error
 
     def pread(self, size: int, offset: int) -> bytes:
@@ -50,8 +51,9 @@ class Seekable(Archive):
                 data = self._input.read(size)
             except Exception as error:  # zlib's and indexed_gzip's own, and EOFError
                 raise check.DataError(
-                    f"Cannot read {self.path!r} at byte {offset}: {error}. If its seek file does "
-                    f"not belong to it, remove {self.path + SEEK_SUFFIX!r}."
+                    f"Cannot read {self.path!r} at byte {offset}: {error}. If its seek file is of "
+                    f"an earlier state, remove {self.path + SEEK_SUFFIX!r}, or make it anew with "
+                    f"`jdl index --seekable {shlex.quote(self.path)}`."
                 ) from error
         if len(data) < size:
             self.size = offset + len(data)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from jdl.data.tar import scan
 from jdl.data.tar.archive import Archive
+from jdl.data.tar.walk import Walk
 
 MAX_MEMBER = 1 << 28  # bytes; larger members are skipped
 
@@ -26,24 +27,30 @@ class Member(NamedTuple):
 class MemberStream:
     """The regular files of an archive, in its order; damage is noted and skipped.
 
+    Links cannot be followed, nor can it be known that a later member of the same name replaces one:
+    each link that is named as an image is noted, and members of equal names all come.
+
     Attributes:
       damage: the defects found so far.
     """
 
     def __init__(self, archive: Archive):
-        self._archive, self._walk = archive, scan.Walk(archive)
+        self._archive, self._walk = archive, Walk(archive)
         self._walk.many = 1  # yields each member before reading what follows it
         self.damage = self._walk.damage
 
     def __iter__(self) -> Iterator[Member]:
         walk = self._walk
         for _ in walk.steps():
-            for (offsets, sizes, kinds, ids, _), base in zip(walk.parts, walk.bases, strict=True):
+            for (offsets, sizes, kinds, ids, *_), base in zip(walk.parts, walk.bases, strict=True):
                 if not len(offsets):
                     continue
                 folder = [*walk.folders][ids[0]]
                 name = scan.text(folder + b"/" + base if folder else base)
                 size, kind = int(sizes[0]), kinds[0]
+                for _, target in walk.links.values() if scan.image_name(base) else ():
+                    detail = f"a link to {scan.text(target[:200])!r}, which a stream cannot follow"
+                    walk.note("link", int(offsets[0]) - 512, name.encode(), detail)
                 if kind not in (scan.IMAGE, scan.OTHER):
                     continue
                 if size > MAX_MEMBER:
@@ -60,3 +67,5 @@ class MemberStream:
             walk.bases.clear()
             walk.folders.clear()
             walk.written.clear()
+            walk.links.clear()
+        walk.note_unlisted()
