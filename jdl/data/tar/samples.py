@@ -6,12 +6,16 @@ samples. But where at most one run of a key has both images and sidecars, all ar
 which the newest of each name counts, unless it is unclear to which images the sidecars belong.
 """
 
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from jdl.core import check
+from jdl.data.labels import read_sidecar
 from jdl.data.tar import scan
+from jdl.data.tar.archive import Archive
 from jdl.data.tar.index import TarIndex
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -19,15 +23,23 @@ _Member = TypeVar("_Member")
 
 _ROWS = 1 << 16  # rows taken from the index at once
 _MAX_RUN = 256  # members
+_MAX_SIDECAR = 1 << 20  # bytes
+_WANTED = -2  # in a column of sidecars' rows: an image that is to get one
 _FILES = (scan.IMAGE, scan.OTHER, scan.OLDER)
 
 
 class Sample(NamedTuple):
-    """The rows of images, and of sidecars by extension; `problem`: why these may not be theirs."""
+    """The rows of images and, by extension, of their sidecars.
+
+    Attributes:
+      problem: why it is unclear whether these are their sidecars.
+      twice: why it is unclear whether the sample, which comes again, is meant to.
+    """
 
     images: list[int]
     sidecars: dict[bytes, int]
     problem: str = ""
+    twice: str = ""
 
 
 def samples(index: TarIndex, endings: Collection[bytes]) -> Iterator[Sample]:
@@ -55,6 +67,41 @@ def samples(index: TarIndex, endings: Collection[bytes]) -> Iterator[Sample]:
         if older and key not in joined:
             sample = Sample([row for row in sample.images if row not in older], sample.sidecars)
         yield sample
+
+
+def sidecar_classes(
+    index: TarIndex, archive: Archive, rows: np.ndarray, extension: str, field: str
+) -> tuple[list[str | None], dict[int, str]]:
+    """The class of each image among `rows`, by row; and why, by row, the others of these have none.
+
+    It is read from a sidecar of this extension, or a field of it (see `labels.sidecar`).
+    """
+    beside = np.full(len(index), -1, np.int64)  # an image's sidecar
+    beside[rows] = _WANTED
+    bad: dict[int, str] = {}
+    for sample in samples(index, (ending := extension.encode(),)):
+        here = [row for row in sample.images if beside[row] == _WANTED]
+        beside[here] = sample.sidecars.get(ending, -1)
+        if here and (problem := sample.problem or sample.twice):
+            beside[here] = -1
+            bad |= dict.fromkeys(here, f"{index.path!r}: {problem}.")
+    at = np.unique(beside[beside >= 0])  # in the archive's order
+    sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
+    least = [min(size, _MAX_SIDECAR) for size in sizes]
+    contents = archive.pread_many(list(zip(least, offsets, strict=True)))
+    found: dict[int, str] = {}
+    unread: dict[int, str] = {}
+    for row, size, data in zip(at.tolist(), sizes, contents, strict=True):
+        where = f"{index.path!r}, member {index.name(row)!r}"
+        try:
+            if size > _MAX_SIDECAR:
+                raise check.DataError(f"{where} names no class: it has {size} bytes.")
+            found[row] = read_sidecar(data, field, where)
+        except check.DataError as error:
+            unread[row] = str(error)
+    if unread:
+        bad |= {row: unread[beside[row]] for row in rows.tolist() if beside[row] in unread}
+    return [found.get(row) for row in beside.tolist()], bad
 
 
 def runs(
@@ -100,7 +147,7 @@ def _join(index: TarIndex, found: list[Sample]) -> list[Sample]:
     rows = (row for run in found for row in (*run.images, *run.sidecars.values()))
     newest = set({index.name(row): row for row in rows}.values())
     several = sum(bool(run.images and run.sidecars) for run in found) > 1
-    for n, (images, sidecars, _) in enumerate(found):
+    for n, (images, sidecars, *_) in enumerate(found):
         if not (several and images and sidecars):
             mine = {extension: row for extension, row in sidecars.items() if row in newest}
             found[n] = Sample([row for row in images if row in newest], mine)
@@ -109,7 +156,10 @@ def _join(index: TarIndex, found: list[Sample]) -> list[Sample]:
         every = {extension: row for run in found for extension, row in run.sidecars.items()}
         return [Sample(run.images, every if run.images else {}) for run in found]
     if not holding or all(bool(run.images) == bool(run.sidecars) for run in found):
-        return found
+        names = Counter(index.name(row) for run in found for row in run.images)
+        again = [name for name, times in names.items() if times > 1]
+        twice = f"{again[0]!r} comes again, each time with sidecars" if again else ""
+        return [run._replace(twice=twice) for run in found]
     two = [f"{index.name(row)!r} at byte {index.columns.offsets[row]}" for row in holding[:2]]
     problem = f"it is unclear which sidecars are those of {two[0]}: {two[1]} has the same key"
     return [run._replace(problem=problem) for run in found]

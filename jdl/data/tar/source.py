@@ -26,7 +26,7 @@ from jdl.data.tar.archive import Archive, is_url
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import Paths, expand
-from jdl.data.tar.samples import samples
+from jdl.data.tar.samples import sidecar_classes
 from jdl.data.tar.selection import Selection
 
 logger = logging.getLogger("jdl.data")
@@ -35,8 +35,6 @@ _UNREAD = re.compile(rb"\.(hei[cf]|jxl|svg|psd|dng|cr[23]|nef|arw|raw)")  # name
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
 _GROUP = 256  # records requested at once from several remote archives, at most,
 _GROUP_BYTES = 1 << 25  # and their bytes, unless one record has more
-_MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
-_CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
 # How many more archives this process keeps open, by its limit; others are opened for each read.
 _open_left = [min(256, os.sysconf("SC_OPEN_MAX") % 2**31 // 4 if hasattr(os, "sysconf") else 256)]
 
@@ -283,41 +281,15 @@ class TarSource:
         self, archive: int, rows: np.ndarray, extension: str, field: str
     ) -> list[str | None]:
         """Each row's class, read from the sidecar of its sample, if there is one."""
-        index, path, ending = self.indexes[archive], self.archives[archive], extension.encode()
-        beside = np.full(len(index), -1, np.int64)
-        beside[rows] = _CHOSEN
-        bad: dict[int, str] = {}  # images' and sidecars' rows -> why
-        older, kinds = set[str](), index.columns.kinds
-        for sample in samples(index, (ending,)):
-            here = [row for row in sample.images if beside[row] == _CHOSEN]
-            problem = sample.problem
-            older |= {index.name(row) for row in sample.images if kinds[row] == scan.OLDER}
-            if twice := older and [name for row in here if (name := index.name(row)) in older]:
-                problem = f"{twice[0]!r} comes again, each time with sidecars. Pack it to use both"
-            beside[here] = -1 if problem else sample.sidecars.get(ending, -1)
-            bad |= dict.fromkeys(here if problem else (), f"{path!r}: {problem}.")
-        found: dict[int, str] = {}
-        at = np.unique(beside[beside >= 0])  # in the archive's order
-        sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
-        least = [min(size, _MAX_SIDECAR) for size in sizes]
         handle = self._handle(archive)
-        contents = handle.pread_many(list(zip(least, offsets, strict=True)))
-        for row, size, data in zip(at.tolist(), sizes, contents, strict=True):
-            where = f"{path!r}, member {index.name(row)!r}"
-            try:
-                if size > _MAX_SIDECAR:
-                    raise check.DataError(f"{where} names no class: it has {size} bytes.")
-                found[row] = lb.read_sidecar(data, field, where)
-            except check.DataError as error:
-                bad[row] = str(error)
+        named, bad = sidecar_classes(self.indexes[archive], handle, rows, extension, field)
         if self._files.get(archive) is not handle:
             handle.close()
         if bad and not self._skip:
             hint = 'To leave such images out, pass on_error="skip".'
             raise check.DataError(f"{next(iter(bad.values()))} {hint}")
-        pairs = ((row, bad.get(row) or bad.get(beside[row])) for row in rows.tolist())
-        self._bad |= {(archive, row): why for row, why in pairs if bad and why}
-        return [found.get(row) for row in beside.tolist()]
+        self._bad |= {(archive, row): why for row, why in bad.items()}
+        return named
 
     def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Archives and rows of these records, int64."""
