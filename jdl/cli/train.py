@@ -59,10 +59,12 @@ class Args:
     exclude: options.Exclude = None
     size: options.Size = None
     color: options.Color = False
-    crop: Literal["center", "random"] | None = None
+    crop: Literal["center", "random", "random_resized"] | None = None
     """crop images to the right shape, in the center or at random, instead of stretching them"""
     flip: bool = False
     """mirror half of the training images left to right"""
+    augment: tuple[Literal["color_jitter", "rand_augment", "mixup", "cutmix"], ...] = ()
+    """change training images, in this order; of mixup and cutmix together, one at each step"""
     workers: int = 0
     """processes that decode images, instead of threads; `jdl bench data` shows which is faster"""
     on_error: options.OnError = "raise"
@@ -143,7 +145,7 @@ def _job(args: Args) -> _Job:
         parse_size,
     )
     from jdl.recipes.registry import LABELLED, recipe
-    from jdl.recipes.run_config import RunConfig
+    from jdl.recipes.run_config import MIXED, RunConfig
 
     chosen = recipe(args.model)
     source = args.data or chosen.data
@@ -157,8 +159,11 @@ def _job(args: Args) -> _Job:
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
     size, split = parse_size(args.size, source), default_split(source, args.split, "train", **which)
-    augmentation = {"crop": args.crop, "flip": args.flip, "workers": args.workers}
+    augmentation = {name: getattr(args, name) for name in ("crop", "flip", "augment", "workers")}
     given = {name: value for name, value in augmentation.items() if value}
+    mixed = [name for name in args.augment if name in MIXED]
+    must = "without mixup and cutmix for a model that does not learn classes"
+    check.argument(not mixed or chosen.kind == "classifier", "--augment", must, mixed)
     for name, value in {**given, **which, "label": args.label}.items():
         check.argument(source != "trees" or not value, f"--{name}", "left out for trees", value)
     label = args.label
@@ -205,6 +210,7 @@ def _job(args: Args) -> _Job:
         ema=args.ema,
         crop=args.crop,
         flip=args.flip,
+        augment=args.augment,
         label=label,
         **which,
     )
@@ -212,7 +218,13 @@ def _job(args: Args) -> _Job:
         config=config,
         recipe=chosen,
         workdir=args.workdir or Path("runs") / f"{args.model}-{_stem(source)}-{optimizer}",
-        data=images(batch_size, shuffle=True, seed=args.seed, classes=classes, **given),
+        data=images(
+            batch_size,
+            shuffle=True,
+            seed=args.seed,
+            classes=classes,
+            **given | {"augment": [name for name in args.augment if name not in MIXED]},
+        ),
         max_steps=args.max_steps or (chosen.steps if is_mini else LARGE_STEPS),
     )
 

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from jdl.core import check
-from jdl.data.loading import FromPosition, Loaded, load_ahead
+from jdl.data.loading import Loaded, load_ahead
 from jdl.data.order import Order
 from jdl.data.plan import Plan, Span
 
@@ -242,8 +242,15 @@ class Batches(grain.IterDataset):
 
     def start_loading(self, epoch: int, record: int) -> Any:
         """An iterator over the batches from a position on, made ahead; it has `close`."""
-        batches = FromPosition(self.load, self.plan, epoch, record)
-        return load_ahead(batches, self.num_threads, self.num_workers, self.ahead)
+        plan = self.plan
+        return load_ahead(
+            lambda number: self.load(plan.span(epoch, record, number)),
+            lambda: self.loaded_spec,
+            plan.count(epoch, record),
+            threads=self.num_threads,
+            workers=self.num_workers,
+            ahead=self.ahead,
+        )
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)

@@ -23,6 +23,7 @@ LITTER = (
 )
 
 _AT_ONCE = 1 << 18  # names searched at once
+_UNREAD = re.compile(rb"\.(hei[cf]|jxl|svg|psd|dng|cr[23]|nef|arw|raw)")  # names of images
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[!?[^]/]+\]|.", re.DOTALL)
 _WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
@@ -161,6 +162,22 @@ def folder_counts(indexes: Sequence[TarIndex], chosen: Sequence[np.ndarray]) -> 
         counts = np.bincount(ids, minlength=len(index.columns.folder_ends)).tolist()
         found.update(dict(zip(index.folders(), counts, strict=True)))
     return +found
+
+
+def unread(index: TarIndex) -> dict[str, int]:
+    """The members named as images of a format that is not read: extension -> how many."""
+    columns = index.columns
+    others = columns.kinds == scan.OTHER
+    if not others.any():
+        return {}
+    names, ends = columns.bases.tobytes().lower(), columns.base_ends
+    found: Counter[str] = Counter()
+    for match in _UNREAD.finditer(names):
+        row = int(np.searchsorted(ends, match.end()))
+        start = int(ends[row - 1]) if row else 0
+        if ends[row] == match.end() and others[row] and names[start : start + 2] != b"._":
+            found[match[1].decode()] += 1
+    return dict(found)
 
 
 def told(left_out: Mapping[str, int]) -> str:

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from jdl.data import labels as lb
-from jdl.data.choice import Patterns, Some, folder_counts
+from jdl.data.choice import Patterns, Some, folder_counts, unread
 from jdl.data.holdout import Holdout, find_folder
 from jdl.data.tar import scan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.paths import Paths, expand
-from jdl.data.tar.source import TarSource, unread
+from jdl.data.tar.source import TarSource
 
 
 class Description(NamedTuple):

@@ -37,7 +37,7 @@ class Records(Protocol):
         """The archive and member of record `i`, for messages."""
 
     def labels(self, records: np.ndarray) -> np.ndarray:
-        """The labels of these records, int32 [n]."""
+        """The labels of these records, [n, …]."""
 
 
 class Assembler:
@@ -45,7 +45,7 @@ class Assembler:
 
     Args:
       decoder: how an image is decoded.
-      labelled: whether batches have an entry "label".
+      label: shape and type of a record's entry "label"; None for batches without.
       skip: whether to skip images that cannot be decoded; otherwise they are an error.
       masked: whether every batch has a mask, not only padded ones.
       cache: images decoded before, or None.
@@ -55,12 +55,12 @@ class Assembler:
         self,
         decoder: Decoder,
         *,
-        labelled: bool,
+        label: tuple[tuple[int, ...], Any] | None,
         skip: bool,
         masked: bool,
         cache: "Cache | None" = None,
     ):
-        self.decoder, self.labelled, self.skip = decoder, labelled, skip
+        self.decoder, self.label, self.skip = decoder, label, skip
         self._masked, self._cache = masked, cache
 
     def spec(self, plan: Plan) -> dict[str, Any]:
@@ -68,8 +68,8 @@ class Assembler:
         entries: dict[str, tuple[tuple[int, ...], Any]] = {
             "image": (self.decoder.shape, self.decoder.dtype)
         }
-        if self.labelled:
-            entries["label"] = ((), np.int32)
+        if self.label is not None:
+            entries["label"] = self.label
         return plan.spec(entries, masked=self._masked)
 
     def ahead(self, rows: int, loaders: int) -> int:
@@ -122,8 +122,9 @@ class Assembler:
         image = self.decoder.scale(pixels)
         image[mask == 0.0] = 0
         batch: dict[str, np.ndarray] = {"image": image}
-        if self.labelled:
-            batch["label"] = np.zeros(rows, np.int32)
+        if self.label is not None:
+            shape, dtype = self.label
+            batch["label"] = np.zeros((rows, *shape), dtype)
             batch["label"][:n] = source.labels(records)
             batch["label"][mask == 0.0] = 0
         if self._masked or plan.padded:
@@ -162,7 +163,7 @@ class ImageBatches(Batches):
         order: Order,
         decoder: Decoder,
         *,
-        labelled: bool,
+        label: tuple[tuple[int, ...], Any] | None,
         skip: bool,
         max_skipped: float,
         threads: int,
@@ -172,7 +173,7 @@ class ImageBatches(Batches):
         super().__init__(
             plan,
             order,
-            classes=source.classes if labelled else None,
+            classes=None if label is None or source.target == "number" else source.classes,
             fingerprint=_fingerprint(source),
             max_skipped=max_skipped,
         )
@@ -180,7 +181,7 @@ class ImageBatches(Batches):
         fits = len(source) * int(np.prod(decoder.shape)) <= cache_bytes
         keeps = fits and not workers and not decoder.augmentation.random_crops
         cache = Cache(len(source), decoder.shape) if keeps else None
-        self._assembler = Assembler(decoder, labelled=labelled, skip=skip, masked=skip, cache=cache)
+        self._assembler = Assembler(decoder, label=label, skip=skip, masked=skip, cache=cache)
         self.num_threads, self.num_workers = threads, workers
         self.ahead = self._assembler.ahead(plan.rows, max(threads, workers))
 

@@ -119,18 +119,22 @@ def sidecar_key(name: str) -> tuple[str, str]:
     return folder + slash + key, extension.lower()
 
 
-def read_sidecar(data: bytes, field: str, where: str) -> str:
-    """The class in a sidecar's bytes: all of its text, or a field of its JSON.
+def read_sidecar(data: bytes, field: str, where: str) -> Any:
+    """The value in a sidecar's bytes: all of its text, or a field of its JSON.
 
     Raises:
       DataError: if there is none.
     """
     try:
         text = data.decode("utf-8-sig").strip()  # without a byte order mark
-        value = json.loads(text)[field] if field else text
+        return json.loads(text)[field] if field else text
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise check.DataError(f"{where} names no class: {error!r}.") from error
-    ok = isinstance(value, str | int) and not isinstance(value, bool) and str(value)
+
+
+def class_name(value: object, where: str) -> str:
+    """`value` as a class, if it is a text or an integer."""
+    ok = isinstance(value, str | int | np.integer) and not isinstance(value, bool) and str(value)
     if not ok:
         raise check.DataError(f"{where} names no class, but {value!r}.")
     return composed(str(value))
@@ -154,6 +158,11 @@ def class_table(names: Iterable[str]) -> tuple[str, ...]:
     names = set(names)
     numbers = all(name.isascii() and name.isdigit() and len(name) < 19 for name in names)
     return tuple(sorted(names, key=lambda name: (int(name), name) if numbers else (0, name)))
+
+
+def table_of(classes: Sequence[str] | None, seen: Iterable[str], where: str) -> tuple[str, ...]:
+    """`classes` as a table, if it contains all of `seen`; by default the table of these."""
+    return class_table(seen) if classes is None else check_classes(classes, seen, where)
 
 
 def check_classes(classes: Sequence[str], seen: Iterable[str], where: str) -> tuple[str, ...]:

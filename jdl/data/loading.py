@@ -1,16 +1,23 @@
 """Batches made before they are asked for: in threads, in processes, or by one reader in order."""
 
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import grain
+import cloudpickle
 import numpy as np
 
-from jdl.data.plan import Plan, Span
+from jdl.core import check
 
 _READ, _DECODE = "jdl-read", "jdl-decode"  # threads' names
 
@@ -23,66 +30,154 @@ class Loaded(NamedTuple):
     error: Exception | None = None
 
 
-class FromPosition:
-    """The batches from a position on, as a grain data source for its threads to read from.
+def load_ahead(
+    make: Callable[[int], Loaded],
+    spec: Callable[[], dict[str, Any]],
+    count: int,
+    *,
+    threads: int,
+    workers: int,
+    ahead: int,
+) -> Any:
+    """An iterator over batches 0 … `count` − 1, which has `close`.
 
     Args:
-      load: makes the batch of a span; called by several threads or, pickled, in processes.
-      plan: which places each batch holds.
-      epoch: with `record`, the position.
-      record: how many records of the epoch have been used.
-    """
-
-    def __init__(self, load: Callable[[Span], Loaded], plan: Plan, epoch: int, record: int):
-        self._load, self._plan, self._epoch, self._record = load, plan, epoch, record
-
-    def __len__(self) -> int:
-        return self._plan.count(self._epoch, self._record)
-
-    def __getitem__(self, number: int) -> Loaded:
-        # grain would change the type of an exception raised in one of its threads.
-        try:
-            return self._load(self._plan.span(self._epoch, self._record, number))
-        except Exception as error:
-            return Loaded(None, error=error)
-
-    def __repr__(self) -> str:
-        return f"Batches(epoch={self._epoch}, record={self._record})"
-
-
-def load_ahead(batches: FromPosition, threads: int, workers: int, ahead: int) -> Any:
-    """An iterator over batches, which has `close`.
-
-    Args:
-      batches: the batches.
+      make: makes the batch of a number; called by several threads or, pickled, in processes.
+      spec: gives what a batch is made of: name -> jax.ShapeDtypeStruct.
+      count: how many batches there are.
       threads: how many make them; 0 for none, batches are made when asked for.
       workers: processes that make them instead.
       ahead: batches made before they are asked for.
     """
     if workers:
-        return _in_workers(batches, workers, ahead)
-    if not (threads and ahead):
-        return (batches[number] for number in range(len(batches)))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    loader = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+        made = Workers(make, spec(), count, workers, ahead)
+        loader = InOrder(made.take, lambda loaded: loaded, count, 1, 1, made.close)
+    elif threads and ahead:
+        loader = InOrder(lambda number: number, make, count, threads, ahead)
+    else:
+        return (_made(make, number) for number in range(count))
     loader.start_prefetch()
     return loader
 
 
-def _in_workers(batches: FromPosition, workers: int, ahead: int) -> Any:
-    """An iterator over batches that spawned processes make in turns."""
-    from absl import flags
+def _made(make: Callable[[int], Loaded], number: int) -> Loaded:
+    """A batch, or the error in making it."""
+    try:
+        return make(number)
+    except Exception as error:
+        return Loaded(None, error=error)
 
-    if not flags.FLAGS.is_parsed():  # grain asks for it, and plain scripts never do it
-        flags.FLAGS.mark_as_parsed()
-    one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    options = grain.multiprocessing.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=max(1, ahead // workers)
-    )
-    made = grain.MapDataset.source(batches).to_iter_dataset(one_thread)
-    loader = iter(made.mp_prefetch(options))
-    loader.start_prefetch()
-    return loader
+
+class Workers:
+    """Spawned processes that make batches in turns, in memory that they share with this one.
+
+    They end when they are closed, and when this process ends, however it does. The shared memory
+    has no name, so nothing is left of it then.
+
+    Args:
+      make: makes the batch of a number.
+      spec: what a batch is made of: name -> jax.ShapeDtypeStruct.
+      count: how many batches there are.
+      workers: the number of processes.
+      ahead: batches made before they are asked for, at least one in each process.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Loaded],
+        spec: dict[str, Any],
+        count: int,
+        workers: int,
+        ahead: int,
+    ):
+        self._count, self._slots = count, max(1, ahead // workers) * workers
+        entries = {name: (entry.shape, entry.dtype.str) for name, entry in spec.items()}
+        sizes = [entry.size * entry.dtype.itemsize for entry in spec.values()]
+        context = multiprocessing.get_context("spawn")
+        memory = context.RawArray(ctypes.c_ubyte, self._slots * sum(map(_aligned, sizes)))
+        self._memory = _arrays(memory, entries, self._slots)
+        pickled = cloudpickle.dumps((make, entries, self._slots))
+        self._workers = []
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            args = (theirs, pickled, memory, os.getpid())
+            process = context.Process(target=_work, args=args, daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+        for number in range(self._slots):
+            self._ask(number)
+
+    def _ask(self, number: int) -> None:
+        if number < self._count:
+            with contextlib.suppress(OSError):  # it has ended: `take` says so
+                self._workers[number % len(self._workers)][1].send(number)
+
+    def take(self, number: int) -> Loaded:
+        """The batch of a number; called for 0, 1, … in this order."""
+        process, pipe = self._workers[number % len(self._workers)]
+        try:
+            made, loaded = pipe.recv()
+        except (EOFError, OSError):
+            process.join(5)
+            raise check.DataError(
+                f"A worker process has ended (exit code {process.exitcode}). If it was killed, "
+                "memory may be too small for so many `workers`. A script must start them under "
+                '`if __name__ == "__main__":`.'
+            ) from None
+        if made:
+            slot = self._memory[number % self._slots]
+            loaded = loaded._replace(batch={name: array.copy() for name, array in slot.items()})
+        self._ask(number + self._slots)
+        return loaded
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process, _ in self._workers:
+            process.terminate()
+        for process, _ in self._workers:
+            process.join()
+
+
+def _aligned(size: int) -> int:
+    return size + -size % 64
+
+
+def _arrays(memory: Any, entries: dict[str, Any], slots: int) -> list[dict[str, np.ndarray]]:
+    """The arrays in each slot of the shared memory."""
+    found: list[dict[str, np.ndarray]] = [{} for _ in range(slots)]
+    at = 0
+    for arrays in found:
+        for name, (shape, dtype) in entries.items():
+            arrays[name] = np.ndarray(shape, dtype, memory, at)
+            at += _aligned(arrays[name].nbytes)
+    return found
+
+
+def _work(pipe: Any, pickled: bytes, memory: Any, parent: int) -> None:
+    """Makes the batches that are asked for; runs in a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        make, entries, slots = pickle.loads(pickled)
+    except Exception as error:
+        failure = Loaded(None, error=error)
+        make, entries, slots = lambda _: failure, {}, 1
+    arrays = _arrays(memory, entries, slots)
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
+        while True:
+            number = pipe.recv()
+            loaded = _made(make, number)
+            for name, array in (loaded.batch or {}).items():
+                arrays[number % slots][name][...] = array
+            pipe.send((loaded.batch is not None, loaded._replace(batch=None)))
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 class InOrder:
@@ -92,6 +187,7 @@ class InOrder:
       read: `read(i)` gives the records of batch i; called for 0, 1, … in this order by one thread.
         None says that there are no more.
       decode: makes a batch of them, in any thread.
+      close: ends what `read` waits for.
       count: how many batches there are at most.
       threads: how many decode.
       ahead: batches made before they are asked for.
@@ -104,7 +200,9 @@ class InOrder:
         count: int,
         threads: int,
         ahead: int,
+        close: Callable[[], None] = lambda: None,
     ):
+        self._stop_reading = close
         self._reader = ThreadPoolExecutor(1, _READ)
         self._decoders = ThreadPoolExecutor(max(threads, 1), _DECODE)
         self._read, self._decode, self._count = read, decode, count
@@ -148,6 +246,7 @@ class InOrder:
         """
         if self._interpreter_ends():
             return
+        self._stop_reading()
         wait = not threading.current_thread().name.startswith((_READ, _DECODE))
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._reader.shutdown(wait=wait, cancel_futures=True)

@@ -28,6 +28,7 @@ from jdl.data.plan import Plan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.paths import Paths, expand
 from jdl.data.tar.source import TarSource
+from jdl.data.targets import Table
 from jdl.data.window import WINDOW, WindowOrder
 
 logger = logging.getLogger("jdl.data")
@@ -40,6 +41,8 @@ def from_tar(
     paths: Paths,
     *,
     label: lb.Label = "folder",
+    labels: Table = None,
+    target: str = "class",
     size: Sequence[int] | None = None,
     grayscale: bool = False,
     batch_size: int,
@@ -82,6 +85,10 @@ def from_tar(
       label: what the class is read from: `"folder"`, an integer, a compiled regular expression, a
         function of the name, which returns None to leave a record out, `"cls"`, `"json:FIELD"`
         (see `TarSource`); None for no labels. Any other record without a label is an error.
+      labels: in place of `label`, a table of names and values: a mapping, or the path of a .csv,
+        .tsv, .json or .jsonl file, as `"labels.csv:COLUMN"` (see `TarSource`).
+      target: `"class"`; `"number"` for labels float32[B], or [B, k] of k numbers each; or
+        `"multilabel"` for float32[B, C], 1 for each of a record's classes.
       size: (height, width) to resize to; None if all images have one size already.
       grayscale: one channel rather than three.
       batch_size: examples in every batch, B.
@@ -154,6 +161,8 @@ def from_tar(
     source = TarSource(
         paths,
         label=label,
+        labels=labels,
+        target=target,
         split=split,
         include=include,
         exclude=exclude,
@@ -184,7 +193,7 @@ def from_tar(
         Plan.checked(len(source), batch_size, epochs, drop_remainder).sharded(*shard),
         order,
         decoder,
-        labelled=label is not None,
+        label=None if label is None else source.label_spec,
         skip=on_error == "skip",
         max_skipped=max_skipped,
         threads=threads,

@@ -173,9 +173,9 @@ class PipedBatches(Batches):
             fingerprint=STDIN,
             max_skipped=max_skipped,
         )
-        labelled = chosen.label is not None
+        label = None if chosen.label is None else ((), np.int32)
         self._chosen = chosen
-        self._assembler = Assembler(decoder, labelled=labelled, skip=skip, masked=True)
+        self._assembler = Assembler(decoder, label=label, skip=skip, masked=True)
         self.num_threads = max(threads, 1)
         self.ahead = self._assembler.ahead(batch_size, self.num_threads)
 

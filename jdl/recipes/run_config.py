@@ -7,7 +7,7 @@ from typing import Any
 
 from jdl.core import check
 from jdl.core.model import Model
-from jdl.data import Batches
+from jdl.data import Batches, cutmix, mixup, one_of
 from jdl.optim import registry
 from jdl.recipes import config_toml
 from jdl.recipes.datasets import open_images
@@ -17,6 +17,7 @@ from jdl.train.checkpoint import begun
 from jdl.train.estimator import Estimator
 
 COMMAND = "command"  # the file's table of resolved flags, which `jdl train --config` reads
+MIXED = {"mixup": mixup, "cutmix": cutmix}  # of `--augment`, inside the training step
 MAY_CHANGE = ("on_error",)  # when a run is continued
 
 
@@ -35,6 +36,7 @@ class RunConfig:
       classes: names, in the order of the labels.
       on_error: "raise" or "skip", for an image that cannot be read.
       crop, flip: augmentation in training, as `jdl.data.from_tar`.
+      augment: likewise, by name, and "mixup" and "cutmix".
       label, include, exclude: what classes are read from and which members are used, as the flags.
     """
 
@@ -55,6 +57,7 @@ class RunConfig:
     ema: float | None = None
     crop: str | None = None
     flip: bool = False
+    augment: tuple[str, ...] = ()
     label: str | None = None
     include: str | None = None
     exclude: str | None = None
@@ -114,6 +117,10 @@ class RunConfig:
         chosen = recipe(self.model)
         premades = {"classifier": premade.classifier, "autoencoder": premade.autoencoder}
         make: Callable[..., Estimator] = chosen.estimator or premades[chosen.kind]
+        if mixed := [
+            MIXED[name](num_classes=len(self.classes)) for name in self.augment if name in MIXED
+        ]:
+            options["batch_transform"] = one_of(*mixed)
         tuned = chosen.options if self.optimizer == chosen.optimizer else {}
         return make(
             self.build_model() if model is None else model,

@@ -237,6 +237,7 @@ def test_a_file_that_says_nothing_sensible_is_refused(name, text, word, tmp_path
 def test_a_runs_own_settings_make_it_anew(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     arguments = ["--steps", "3", "--crop", "random", "--flip", "--size", "6", "--batch-size", "16"]
+    arguments += ["--augment", "rand_augment", "mixup", "cutmix"]
     assert main(["train", "mlp", *arguments, "--workdir", str(first)]) == 0
     config = str(first / "config.toml")
     assert main(["train", "--config", config, "--workdir", str(second)]) == 0
@@ -249,8 +250,19 @@ def test_a_runs_own_settings_make_it_anew(tmp_path, capsys):
     assert len(losses[0]) >= 3
     settings = tomllib.loads((second / "config.toml").read_text())
     assert settings["crop"] == "random"
+    assert settings["augment"] == ["rand_augment", "mixup", "cutmix"]
     assert settings["command"]["max_steps"] == 3
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("autoencoder", "mixup"), ("rbm", "cutmix"), ("recursive", "rand_augment")]
+)
+def test_augmentations_that_a_model_cannot_learn_from_are_refused(model, name, tmp_path, capsys):
+    arguments = ["--augment", name, "--workdir", str(tmp_path / "run")]
+    assert main(["train", model, *arguments]) == 2
+    assert "--augment" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,24 @@
 """Batches from tars and arrays: their contents, their order, and resuming at a position."""
 
 import bz2
+import contextlib
 import gc
 import gzip
 import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import grain
@@ -307,7 +311,7 @@ def test_every_thread_may_hold_a_batch_however_large(tar):
 def test_threads_end_with_their_iterator(tar):
     iterator = iter(from_tar(tar, batch_size=5, epochs=None, threads=2))
     next(iterator)
-    ours = [t for t in threading.enumerate() if "grain" in t.name]
+    ours = [t for t in threading.enumerate() if "jdl" in t.name]
     assert ours
     iterator.close()
     del iterator
@@ -603,6 +607,65 @@ def test_a_seek_file_of_an_earlier_state_is_renewed_by_the_command_in_the_error(
     assert (TarSource(path).mode, len(TarSource(path))) == ("seekable", 20)
     write(7, bz2.compress)  # no longer gzip: it has nothing to seek
     assert (TarSource(path).mode, len(TarSource(path))) == ("stream", 7)
+
+
+WITH_WORKERS = """
+import multiprocessing, os, sys, time
+from jdl.data import from_tar
+if __name__ == "__main__":
+    iterator = iter(from_tar({tar!r}, batch_size=5, epochs={epochs}, workers=2))
+    batch = next(iterator)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    {then}
+"""
+
+
+def running(pid):
+    with contextlib.suppress(OSError):
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_workers_end_with_a_killed_parent(tar, tmp_path, name):
+    script = tmp_path / "script.py"
+    script.write_text(WITH_WORKERS.format(tar=tar, epochs=None, then="time.sleep(100)"))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(running, workers))
+        parent.send_signal(getattr(signal, name))
+    end = time.monotonic() + 3
+    while any(map(running, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(running, workers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["iterator.close()", "list(iterator)", "pass", "sys.exit(0)"])
+def test_workers_leave_nothing_and_say_nothing_at_a_normal_end(tar, tmp_path, then):
+    script = tmp_path / "script.py"
+    epochs = 1 if then.startswith("list") else None
+    script.write_text(WITH_WORKERS.format(tar=tar, epochs=epochs, then=then))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert not any(running(int(pid)) for pid in done.stdout.split())
+
+
+def test_a_killed_worker_is_named_and_a_function_of_the_script_reaches_it(tar):
+    options = {"batch_size": 5, "epochs": None, "shuffle": False, "label": lambda name: name[0]}
+    iterator = iter(from_tar(tar, workers=1, **options))
+    assert next(iterator)["label"].tolist() == [0, 1, 2, 0, 1]
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(DataError, match=r"worker process has ended \(exit code -9\)"):
+        take(iterator, 100)
+    iterator.close()
+    assert not multiprocessing.active_children()
 
 
 # ---------------------------------------------------------------------- arrays

@@ -40,8 +40,8 @@ GNU_SPARSE = ord("S")
 META = PAX_NEXT | {PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK}
 
 MAX_NUMBER = 2**62  # room to add a few block sizes without leaving 64 bits
-_DIGITS = slice(148, 154)  # digits of the checksum field
-_PLACES = np.array([8**5, 8**4, 8**3, 8**2, 8, 1], np.int64)
+# What each digit of a checksum counts in it, and once more in the sum that it is compared with.
+_PLACES_AND_ONE = np.array([8**5, 8**4, 8**3, 8**2, 8, 1], np.int64) + 1
 
 
 def padded(size: int) -> int:
@@ -94,26 +94,32 @@ def checksums_ok(blocks: np.ndarray) -> np.ndarray:
     The sum of all bytes, the checksum field itself counted as eight spaces. Some old writers
     summed signed bytes; readers accept both.
     """
-    field = blocks[:, 148:156]
-    sums = _sums(blocks) - field.sum(axis=1, dtype=np.int64) + 8 * ord(" ")
-    digits = blocks[:, _DIGITS].astype(np.int64) - ord("0")
-    plain = ((digits >= 0) & (digits < 8)).all(axis=1) & np.isin(field[:, 6], (0, ord(" ")))
-    ok = plain & (digits @ _PLACES == sums)
+    digits = blocks[:, 148:154] - np.uint8(ord("0"))  # what is no digit becomes a large number
+    end = blocks[:, 154].astype(np.int64)
+    others = _sums(blocks) - end - blocks[:, 155]
+    # The digits are among the bytes summed up, and eight spaces are instead of the field.
+    plain = (digits < 8).all(axis=1) & ((end == 0) | (end == ord(" ")))
+    ok = plain & (digits @ _PLACES_AND_ONE == others + 8 * ord(" ") - 6 * ord("0"))
     for i in np.flatnonzero(~ok).tolist():
+        field = blocks[i, 148:156]
         try:
-            stated = number(field[i].tobytes())
+            stated = number(field.tobytes())
         except ValueError:
             continue
-        high = int((blocks[i] > 127).sum()) - int((field[i] > 127).sum())
+        total = int(blocks[i].sum()) - int(field.sum()) + 8 * ord(" ")
+        high = int((blocks[i] > 127).sum()) - int((field > 127).sum())
         # A block of zeros says 0, which no header's bytes add up to.
-        ok[i] = stated in (int(sums[i]), int(sums[i]) - 256 * high)
+        ok[i] = stated in (total, total - 256 * high)
     return ok
 
 
 def _sums(blocks: np.ndarray) -> np.ndarray:
     """The sum of each block's bytes, int64 [n]: eight bytes at once, in lanes of 16 bits."""
     words, low = blocks.view(np.uint64), np.uint64(0x00FF00FF00FF00FF)
-    lanes = (words & low).sum(axis=1) + ((words >> np.uint64(8)) & low).sum(axis=1)
+    some = words >> np.uint64(8)
+    some &= low
+    lanes = some.sum(axis=1)
+    lanes += np.bitwise_and(words, low, out=some).sum(axis=1)
     return lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64)
 
 
@@ -124,15 +130,16 @@ def is_header(block: bytes) -> bool:
     return bool(checksums_ok(np.frombuffer(block, np.uint8).reshape(1, BLOCK))[0])
 
 
-def names(blocks: np.ndarray) -> list[bytes]:
-    """The names in `blocks`, uint8 [n, 512], with ustar's prefix where there is one."""
+def names(blocks: np.ndarray, rows: np.ndarray | slice = slice(None)) -> list[bytes]:
+    """The names in these rows of `blocks`, uint8 [n, 512], with ustar's prefix if there is one."""
     fields = blocks.view(HEADER)[:, 0]
-    found: list[bytes] = fields["name"].tolist()  # NumPy drops the trailing zeros
+    found: list[bytes] = fields["name"][rows].tolist()  # NumPy drops the trailing zeros
     if b"\0" in b"".join(found):  # the rest is left over from another member
         found = [name.split(b"\0", 1)[0] for name in found]
     # GNU's old magic is "ustar ", and its prefix field holds other things.
-    for i in np.flatnonzero((fields["magic"] == b"ustar") & (blocks[:, 345] != 0)).tolist():
-        found[i] = fields["prefix"][i].split(b"\0", 1)[0] + b"/" + found[i]
+    prefixed = (fields["magic"][rows] == b"ustar") & (blocks[rows, 345] != 0)
+    for i in np.flatnonzero(prefixed).tolist():
+        found[i] = fields["prefix"][rows][i].split(b"\0", 1)[0] + b"/" + found[i]
     return found
 
 
@@ -157,6 +164,19 @@ def last_record(data: bytes) -> int:
     It may be found inside another record's value, which costs time only.
     """
     return max(data.rfind(b"path="), data.rfind(b"size="), data.rfind(b"GNU.sparse."))
+
+
+def path_alone(data: bytes) -> bytes | None:
+    r"""The path that a pax header begins with; None if it tells more of its member, or none.
+
+    >>> path_alone(b"9 path=a\n13 mtime=1.5\n"), path_alone(b"9 path=a\n9 size=1\n")
+    (b'a', None)
+    """
+    record, _, rest = data.partition(b"\n")
+    digits, _, path = record.partition(b" path=")
+    alone = 112 not in rest and 122 not in rest  # p and z, of which each such key has one
+    right = digits == b"%d" % (len(record) + 1)
+    return path if path and right and (alone or last_record(rest) < 0) else None
 
 
 def pax_records(data: bytes) -> dict[bytes, bytes]:

@@ -12,10 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from jdl.core import check
-from jdl.data.labels import read_sidecar
 from jdl.data.tar import scan
-from jdl.data.tar.archive import Archive
 from jdl.data.tar.index import TarIndex
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -23,8 +20,6 @@ _Member = TypeVar("_Member")
 
 _ROWS = 1 << 16  # rows taken from the index at once
 _MAX_RUN = 256  # members
-_MAX_SIDECAR = 1 << 20  # bytes
-_WANTED = -2  # in a column of sidecars' rows: an image that is to get one
 _FILES = (scan.IMAGE, scan.OTHER, scan.OLDER)
 
 
@@ -67,41 +62,6 @@ def samples(index: TarIndex, endings: Collection[bytes]) -> Iterator[Sample]:
         if older and key not in joined:
             sample = Sample([row for row in sample.images if row not in older], sample.sidecars)
         yield sample
-
-
-def sidecar_classes(
-    index: TarIndex, archive: Archive, rows: np.ndarray, extension: str, field: str
-) -> tuple[list[str | None], dict[int, str]]:
-    """The class of each image among `rows`, by row; and why, by row, the others of these have none.
-
-    It is read from a sidecar of this extension, or a field of it (see `labels.sidecar`).
-    """
-    beside = np.full(len(index), -1, np.int64)  # an image's sidecar
-    beside[rows] = _WANTED
-    bad: dict[int, str] = {}
-    for sample in samples(index, (ending := extension.encode(),)):
-        here = [row for row in sample.images if beside[row] == _WANTED]
-        beside[here] = sample.sidecars.get(ending, -1)
-        if here and (problem := sample.problem or sample.twice):
-            beside[here] = -1
-            bad |= dict.fromkeys(here, f"{index.path!r}: {problem}.")
-    at = np.unique(beside[beside >= 0])  # in the archive's order
-    sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
-    least = [min(size, _MAX_SIDECAR) for size in sizes]
-    contents = archive.pread_many(list(zip(least, offsets, strict=True)))
-    found: dict[int, str] = {}
-    unread: dict[int, str] = {}
-    for row, size, data in zip(at.tolist(), sizes, contents, strict=True):
-        where = f"{index.path!r}, member {index.name(row)!r}"
-        try:
-            if size > _MAX_SIDECAR:
-                raise check.DataError(f"{where} names no class: it has {size} bytes.")
-            found[row] = read_sidecar(data, field, where)
-        except check.DataError as error:
-            unread[row] = str(error)
-    if unread:
-        bad |= {row: unread[beside[row]] for row in rows.tolist() if beside[row] in unread}
-    return [found.get(row) for row in beside.tolist()], bad
 
 
 def runs(

@@ -7,7 +7,6 @@ way, but efficiently only in their own order (see `jdl.data.window`).
 
 import logging
 import os
-import re
 import threading
 import weakref
 from collections import Counter
@@ -18,7 +17,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data import labels as lb
-from jdl.data.choice import Patterns, Some, folder_counts, told
+from jdl.data.choice import Patterns, Some, folder_counts, told, unread
 from jdl.data.holdout import Holdout, find_folder, inside, no_such_split, parse_split, split_folder
 from jdl.data.images import BadImage
 from jdl.data.tar import scan
@@ -26,12 +25,21 @@ from jdl.data.tar.archive import Archive, is_url
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import Paths, expand
-from jdl.data.tar.samples import sidecar_classes
 from jdl.data.tar.selection import Selection
+from jdl.data.targets import (
+    SKIPPED,
+    TARGETS,
+    Table,
+    by_folder,
+    by_member,
+    by_sidecar,
+    by_table,
+    decode,
+    encode,
+)
 
 logger = logging.getLogger("jdl.data")
 
-_UNREAD = re.compile(rb"\.(hei[cf]|jxl|svg|psd|dng|cr[23]|nef|arw|raw)")  # names of images
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
 _GROUP = 256  # records requested at once from several remote archives, at most,
 _GROUP_BYTES = 1 << 25  # and their bytes, unless one record has more
@@ -45,7 +53,7 @@ class Record(NamedTuple):
     Attributes:
       name: its full name in the archive.
       data: its bytes.
-      label: its number in the source's `classes`, or -1.
+      label: its number in the source's `classes`, or -1; another target is an array.
 
     >>> from jdl.data import digits_path
     >>> record = TarSource(digits_path(), keep_index=False)[0]
@@ -55,7 +63,7 @@ class Record(NamedTuple):
 
     name: str
     data: bytes
-    label: int
+    label: int | np.ndarray | np.floating
 
 
 class TarSource:
@@ -72,6 +80,11 @@ class TarSource:
         function of the record's name, which returns None to leave the record out; `"cls"`, the
         text of the member `key.cls` beside `key.jpg`, as in WebDataset; `"json:person"`, the field
         `person` of `key.json`; or None, no labels.
+      labels: in place of `label`, a table of names and values: a mapping; or a .csv, .tsv, .json or
+        .jsonl file, as `"labels.csv"`, or `"labels.csv:age"` for one of several columns. A name is
+        a member's path, or its last part or either without extension if that is unique.
+      target: `"class"`; `"number"`, float32 targets of a number, or k numbers, for each record; or
+        `"multilabel"`, float32 [classes] of 0 and 1, from a list of classes or a text `"cat|dog"`.
       split: only members in this folder, such as `"train"` or `"ds/train"`, from the root on or
         in the only top folder of all; or one side of a split by hash, a `Holdout` or its short
         form: `"train:0.1"` and `"test:0.1"` hold out a tenth by name, `"test:0.1:folder"` whole
@@ -89,6 +102,7 @@ class TarSource:
       archives: the archives' paths.
       indexes: the archives' indexes.
       classes: the names of the classes; a label is a number in this table.
+      label_spec: shape and type of a record's label: (), int32, unless `target` says otherwise.
       left_out: how many images each pattern leaves out; under "include" those that no pattern of
         `include` matches, under "label" those whose label function returns None.
 
@@ -107,6 +121,8 @@ class TarSource:
         paths: Paths | Sequence[TarIndex],
         *,
         label: lb.Label = "folder",
+        labels: Table = None,
+        target: str = "class",
         split: str | Holdout | None = None,
         include: Some = None,
         exclude: Some = None,
@@ -124,7 +140,7 @@ class TarSource:
                 logger.warning("%r: images of these formats are not read: %s", index.path, listed)
         self._open_files()
         self._select(split, Patterns.checked(include, exclude))
-        self._label(label, classes)
+        self._label(label, labels, target, classes)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -135,7 +151,9 @@ class TarSource:
         (data,) = self.read_many([i])
         if isinstance(data, BadImage):
             raise data
-        return Record(self.indexes[archive].name(row), data, int(self.labels([i])[0]))
+        label = self.labels([i % len(self)])[0]
+        label = int(label) if self._targets is None else label
+        return Record(self.indexes[archive].name(row), data, label)
 
     def __repr__(self) -> str:
         more = f" and {len(self.archives) - 1} more" if len(self.archives) > 1 else ""
@@ -159,13 +177,22 @@ class TarSource:
         return f"{self.archives[archive]!r}, member {self.indexes[archive].name(row)!r}"
 
     def labels(self, records: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The labels of these records, int32 [n]; -1 where there is none."""
+        """The labels of these records, int32 [n], -1 where there is none; or as `target` says."""
+        records = np.asarray(records, np.int64)
+        if self._targets is not None:
+            return decode(self._targets[records], self.target, len(self.classes))
         found = np.full(len(records), lb.NO_LABEL, np.int32)
-        archives, rows = self._locate(np.asarray(records, np.int64))
+        archives, rows = self._locate(records)
         for archive in np.unique(archives).tolist():
             here = archives == archive
             found[here] = self._labels_of(archive, rows[here])
         return found
+
+    @property
+    def label_spec(self) -> tuple[tuple[int, ...], Any]:
+        """Shape and type of a record's label."""
+        one = self.labels([0])
+        return one.shape[1:], one.dtype
 
     def _labels_of(self, archive: int, rows: np.ndarray) -> np.ndarray:
         of = self._labels[archive]
@@ -176,6 +203,9 @@ class TarSource:
 
     def count_classes(self) -> dict[str, int]:
         """The number of records in each class."""
+        if self._targets is not None:
+            sums = decode(self._targets, self.target, len(self.classes)).sum(axis=0).tolist()
+            return dict(zip(self.classes, map(int, sums), strict=True)) if self.classes else {}
         counts = np.zeros(len(self.classes) + 1, np.int64)
         for archive, rows in enumerate(self._rows):
             labels = self._labels_of(archive, rows.all()).astype(np.int64)
@@ -185,6 +215,8 @@ class TarSource:
     def unlabelled(self) -> str | None:
         """Archive and member of a record that has no label and is not skipped, if there is one."""
         before = 0
+        if self._targets is not None:
+            return None
         for archive, chosen in enumerate(self._rows):
             rows = chosen.all()
             for i in np.flatnonzero(self._labels_of(archive, rows) == lb.NO_LABEL).tolist():
@@ -236,37 +268,47 @@ class TarSource:
             why = f"all its images are left out, {told(self.left_out)}"
         return check.DataError(f"{_few(self.archives)} holds no images: {members} members; {why}.")
 
-    def _label(self, label: lb.Label, classes: Sequence[str] | None) -> None:
-        """Sets `classes`, and `_labels`: each archive's labels by folder, or by row."""
-        sidecar = lb.sidecar(label)
-        self._label_is_by_folder = sidecar is None and isinstance(label, str | int)
-        class_of = lb.reader(label) if label is not None and sidecar is None else None
-        named: list[list[str | None]] = []
-        for archive, (index, chosen) in enumerate(zip(self.indexes, self._rows, strict=True)):
-            rows = chosen.all()
-            if sidecar is not None:
-                named.append(self._sidecar_classes(archive, rows, *sidecar))
-            elif class_of is not None and self._label_is_by_folder:
-                used = np.zeros(len(index.columns.folder_ends), bool)
-                used[index.columns.folder_ids[rows]] = True
-                every = zip(index.folders(), used.tolist(), strict=True)
-                named.append([class_of(folder + "/") if use else None for folder, use in every])
-            elif class_of is not None:
-                names: list[str | None] = [None] * len(index)
-                for row in rows.tolist():
-                    names[row] = class_of(index.name(row))
-                named.append(names)
+    def _label(
+        self, label: lb.Label, table: Table, target: str, classes: Sequence[str] | None
+    ) -> None:
+        """Sets `classes` and the labels: by folder, by row, or the targets of records."""
+        check.one_of("target", target, TARGETS)
+        check.argument(table is None or label == "folder", "label", "left out with `labels`", label)
+        self.target, self._targets = target, None
+        named = self._named(label, table)
         if callable(label):
             self._leave_out_unnamed(named)
+        if target != "class":
+            check.argument(label is not None, "label", "given with this target", label)
+            values: list[Any] = []
+            for archive, column in enumerate(named):
+                rows = self._rows[archive].all()
+                ids = self.indexes[archive].columns.folder_ids
+                at = (ids[rows] if self._label_is_by_folder else rows).tolist()
+                for row, place in zip(rows.tolist(), at, strict=True):
+                    values.append(SKIPPED if (archive, row) in self._bad else column[place])
+            self._targets, self.classes = encode(values, target, classes, self.where)
+            return
         seen = {name for names in named for name in names if name is not None}
-        self.classes = (
-            lb.class_table(seen)
-            if classes is None
-            else lb.check_classes(classes, seen, _few(self.archives))
-        )
+        self.classes = lb.table_of(classes, seen, _few(self.archives))
         self._labels: list[np.ndarray | None] = [lb.number(n, self.classes) for n in named]
         if label is None:
             self._labels = [None] * len(self.indexes)
+
+    def _named(self, label: lb.Label, table: Table) -> list[list[Any]]:
+        """For each archive, each folder's or row's class or value; None where there is none."""
+        sidecar, as_class = lb.sidecar(label), self.target == "class"
+        self._label_is_by_folder = table is None and not sidecar and isinstance(label, str | int)
+        rows = [chosen.all() for chosen in self._rows]
+        if table is not None:
+            return by_table(table, self.indexes, rows, as_class)
+        if sidecar:
+            return [self._by_sidecar(i, some, *sidecar) for i, some in enumerate(rows)]
+        if label is None:
+            return []
+        by = by_folder if self._label_is_by_folder else by_member
+        class_of = lb.reader(label)
+        return [by(index, some, class_of) for index, some in zip(self.indexes, rows, strict=True)]
 
     def _leave_out_unnamed(self, named: list[list[str | None]]) -> None:
         """Leaves out the records whose label function returned None."""
@@ -277,19 +319,17 @@ class TarSource:
         if not len(self):
             raise self._no_images()
 
-    def _sidecar_classes(
-        self, archive: int, rows: np.ndarray, extension: str, field: str
-    ) -> list[str | None]:
-        """Each row's class, read from the sidecar of its sample, if there is one."""
+    def _by_sidecar(self, archive: int, rows: np.ndarray, extension: str, field: str) -> list[Any]:
         handle = self._handle(archive)
-        named, bad = sidecar_classes(self.indexes[archive], handle, rows, extension, field)
+        index, as_class = self.indexes[archive], self.target == "class"
+        found, bad = by_sidecar(index, handle, rows, extension, field, as_class)
         if self._files.get(archive) is not handle:
             handle.close()
         if bad and not self._skip:
             hint = 'To leave such images out, pass on_error="skip".'
             raise check.DataError(f"{next(iter(bad.values()))} {hint}")
         self._bad |= {(archive, row): why for row, why in bad.items()}
-        return named
+        return found
 
     def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Archives and rows of these records, int64."""
@@ -402,6 +442,7 @@ class TarSource:
             if not kept:
                 handle.close()
 
+    _targets: np.ndarray | None = None  # of all records, where they are no class numbers
     _last: Archive | None = None  # the archive read last
 
     def _handle(self, archive: int) -> Archive:
@@ -437,22 +478,6 @@ class TarSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_files()
-
-
-def unread(index: TarIndex) -> dict[str, int]:
-    """The members named as images of a format that is not read: extension -> how many."""
-    columns = index.columns
-    others = columns.kinds == scan.OTHER
-    if not others.any():
-        return {}
-    names, ends = columns.bases.tobytes().lower(), columns.base_ends
-    found: Counter[str] = Counter()
-    for match in _UNREAD.finditer(names):
-        row = int(np.searchsorted(ends, match.end()))
-        start = int(ends[row - 1]) if row else 0
-        if ends[row] == match.end() and others[row] and names[start : start + 2] != b"._":
-            found[match[1].decode()] += 1
-    return dict(found)
 
 
 def _open_indexes(paths: Paths | Sequence[TarIndex], keep: bool) -> tuple[TarIndex, ...]:

@@ -26,7 +26,7 @@ _KINDS[fmt.GNU_SPARSE] = scan.SPARSE
 _DTYPES = (np.int64, np.int64, np.uint8, np.int32, np.int64, np.int64)
 
 _USUAL_ENDINGS = (b".jpg", b".png", b".jpeg", b".JPEG")
-_MANY = 4096  # headers verified at once: 2 MiB
+_MANY = 1024  # headers verified at once, in memory that the allocator keeps for the next
 _CHUNK = 1 << 20  # bytes that a search for a header reads at once
 _BEGINNING = 1 << 20  # a file without a header in its first bytes, so many, is not a tar
 _MAX_META = 1 << 24  # bytes of a pax header or a long name
@@ -57,6 +57,7 @@ class Walk:
         self.places: list[int] = []
         self.sizes: list[int] = []
         self.metas: list[int] = []  # which of them describe other members
+        self.renamed: dict[int, bytes] = {}  # names that other headers gave to usual members
         # For members of an unusual sort: where the contents begin, the type, the name if another
         # header gave it, and a link's target.
         self.special: dict[int, tuple[int, int, bytes | None, bytes]] = {}
@@ -129,34 +130,45 @@ class Walk:
         where enough headers wait to be verified.
         """
         blocks, places, sizes, metas = self.blocks, self.places, self.sizes, self.metas
-        window, base, alone = self.window, self.base, self.alone()
-        while at + BLOCK <= self.size and len(blocks) < self.many:
+        window, base, alone, name = self.window, self.base, self.alone(), self.next_name
+        window = window if at >= base else b""
+        for number in range(len(blocks), self.many):
             start = at - base
-            block = window[start : start + BLOCK] if start >= 0 else b""
+            block = window[start : start + BLOCK]
             if len(block) < BLOCK:
+                if at + BLOCK > self.size:
+                    break
                 block = self.block(at)
-                window, base = self.window, self.base
-            kind = block[156]
+                window, base, start = self.window, self.base, at - self.base
             digits = block[124:135]
-            if alone and digits.isdigit() and block[135] in b"\0 ":
+            usual = alone and digits.isdigit() and block[135] in b"\0 "
+            if usual:
+                kind = block[156]
                 try:
                     size = int(digits, 8)
                 except ValueError:
                     self.problem = f"its size {digits!r} is not an octal number"
                     break
-                # The most common header, with a member's size in octal.
-                usual = kind == 48 or kind == 0
-                if not usual and kind == 120:  # a pax header about times and owners alone
-                    data = window[at + BLOCK - base : at + BLOCK + size - base]
-                    usual = len(data) == size and fmt.last_record(data) < 0
+                if kind == 48 or kind == 0:  # the most common header, with a size in octal
+                    if name is not None:
+                        self.renamed[number] = name
+                        name = self.next_name = None
+                elif kind == 120 and name is None:
+                    data = window[start + BLOCK : start + BLOCK + size]
+                    usual = len(data) == size <= _MAX_NAME
+                    if 112 in data or 122 in data:  # p or z: path, linkpath, GNU.sparse, size
+                        name = self.next_name = fmt.path_alone(data) if usual else None
+                        usual = name is not None
                     if usual:
-                        metas.append(len(blocks))
-                if usual:
-                    blocks.append(block)
-                    places.append(at)
-                    sizes.append(size)
-                    at += BLOCK + ((size + BLOCK - 1) & -BLOCK)
-                    continue
+                        metas.append(number)
+                else:
+                    usual = False
+            if usual:
+                blocks.append(block)
+                places.append(at)
+                sizes.append(size)
+                at += BLOCK + ((size + BLOCK - 1) & -BLOCK)
+                continue
             if block == fmt.ZEROS:
                 break
             try:
@@ -164,13 +176,13 @@ class Walk:
             except ValueError as error:
                 self.problem = str(error)
                 break
-            window, base, alone = self.window, self.base, self.alone()
+            window, base, alone, name = self.window, self.base, self.alone(), self.next_name
         return at
 
     def alone(self) -> bool:
-        """Whether no earlier header says anything about the next member."""
-        about_next = self.next_pax or self.globals[-1][1]
-        return self.next_name is None and self.next_link is None and not about_next
+        """Whether earlier headers say no more about the next member than a name of usual length."""
+        about_next = self.next_pax or self.globals[-1][1] or self.next_link
+        return not about_next and len(self.next_name or b"") <= _MAX_NAME
 
     def forget(self) -> None:
         """Drops what earlier headers say about the next member."""
@@ -205,8 +217,9 @@ class Walk:
         name = pax.get(b"path") or self.next_name
         link = pax.get(b"linkpath") or self.next_link
         self.forget()
-        if name is not None and len(name) > _MAX_NAME:
-            raise ValueError(f"its name has {len(name)} bytes, more than {_MAX_NAME}")
+        for what, given in (("name", name), ("link's target", link)):
+            if given is not None and len(given) > _MAX_NAME:
+                raise ValueError(f"its {what} has {len(given)} bytes, more than {_MAX_NAME}")
         if b"size" in pax:
             size = fmt.decimal(pax[b"size"])
         if kind in fmt.LINKS or kind in fmt.DEVICES or kind == fmt.DIRECTORY:
@@ -258,24 +271,30 @@ class Walk:
                 self.globals.pop()
         self.take(blocks, len(blocks) if bad is None else bad)
         self.verified += len(self.blocks)
-        for waiting in (self.blocks, self.places, self.sizes, self.metas, self.special):
+        for waiting in (self.blocks, self.places, self.sizes, self.metas):
             waiting.clear()
+        self.renamed.clear()
+        self.special.clear()
         return place
 
     def take(self, blocks: np.ndarray, count: int) -> None:
         """Adds the members of the first `count` waiting headers, which are valid."""
-        kept = np.ones(count, bool)
-        kept[[i for i in self.metas if i < count]] = False
-        blocks = blocks[:count] if kept.all() else blocks[:count][kept]
-        types = blocks[:, 156].copy()
-        places = np.array(self.places[:count], np.int64)[kept]
-        sizes = np.array(self.sizes[:count], np.int64)[kept]
-        offsets, names = places + BLOCK, fmt.names(blocks)
-        if self.special:
-            numbers = np.cumsum(kept) - 1
+        kept = np.ones(len(blocks), bool)
+        kept[self.metas] = False
+        kept[count:] = False
+        rows = np.flatnonzero(kept)
+        types, names = blocks[rows, 156], fmt.names(blocks, rows)
+        places = np.array(self.places, np.int64)[rows]
+        sizes = np.array(self.sizes, np.int64)[rows]
+        offsets = places + BLOCK
+        if self.special or self.renamed:
+            numbers = (np.cumsum(kept) - 1).tolist()
+            for i, given in self.renamed.items():
+                if i < count:
+                    names[numbers[i]] = given
             for i, (offset, kind, name, link) in self.special.items():
                 if i < count:
-                    n = int(numbers[i])
+                    n = numbers[i]
                     offsets[n], types[n] = offset, kind
                     names[n] = names[n] if name is None else name
                     if kind in fmt.LINKS:

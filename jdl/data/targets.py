@@ -1,0 +1,295 @@
+"""Where records' labels come from; and targets other than a class: numbers, several classes."""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from jdl.core import check
+from jdl.data import labels as lb
+from jdl.data.tar.archive import Archive
+from jdl.data.tar.index import TarIndex
+from jdl.data.tar.samples import samples
+
+logger = logging.getLogger("jdl.data")
+
+Table: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | None
+
+ClassOf: TypeAlias = Callable[[str], str | None]
+SKIPPED = object()  # the value of a record that is skipped
+TARGETS = ("class", "number", "multilabel")
+
+_FILE = re.compile(r"(.*\.(csv|tsv|jsonl?))(?::(.+))?", re.IGNORECASE | re.DOTALL)
+_NAMES = ("name", "file", "filename", "file_name", "path", "image")  # of the column with names
+_MAX_BYTES = 1 << 28  # of a table
+_MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
+_CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
+_MAX_CLASSES = 1 << 16  # of which a record may have several
+
+
+def read_table(labels: Table) -> dict[str, Any]:
+    """Name -> value, with names as an index has them.
+
+    Raises:
+      DataError: if the file is no table, or holds two values for one name.
+
+    >>> read_table({"./a/1.png": "cat"})
+    {'a/1.png': 'cat'}
+    """
+    if isinstance(labels, Mapping):
+        return _as_table(labels.items(), "labels")
+    found = _FILE.fullmatch(os.fspath(labels or ""))
+    must = "a mapping, or the path of a .csv, .tsv, .json or .jsonl file, also with :COLUMN"
+    if found is None:
+        raise check.ArgumentError(f"`labels` must be {must}, got {labels!r}.")
+    path, kind, column = found[1], found[2].lower(), found[3]
+    try:
+        if (size := os.path.getsize(path)) > _MAX_BYTES:
+            raise ValueError(f"it has {size} bytes, more than the {_MAX_BYTES} a table may have")
+        text = Path(path).read_text("utf-8-sig")
+        if kind in ("csv", "tsv"):
+            return _as_table(_csv(text, "," if kind == "csv" else "\t", column), path)
+        lines = text.split("\n") if kind == "jsonl" else [text]
+        rows = [json.loads(line, object_pairs_hook=_object) for line in lines if line.strip()]
+        pairs = rows[0] if kind == "json" and rows else rows
+        return _as_table(_json(pairs, column), path)
+    except (OSError, ValueError, csv.Error, RecursionError, LookupError, TypeError) as error:
+        if isinstance(error, check.UserError):
+            raise
+        raise check.DataError(f"{path!r} cannot be read as a table of labels: {error}.") from error
+
+
+def _as_table(pairs: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        key = lb.composed("/".join(lb.folder_parts(str(name).strip())))
+        if table.setdefault(key, value) != value:
+            raise check.DataError(f"{where!r} has two values for {key!r}.")
+    return table
+
+
+def _csv(text: str, delimiter: str, column: str | None) -> Iterable[tuple[str, Any]]:
+    """Pairs of a table with or without a header; several further columns make a list."""
+    rows = [row for row in csv.reader(io.StringIO(text, ""), delimiter=delimiter) if row]
+    head = [cell.strip() for cell in rows[0]] if rows else []
+    at = next((i for i, cell in enumerate(head) if cell.lower() in _NAMES), None)
+    body = rows if at is None and column is None else rows[1:]
+    name = at or 0
+    if column is not None and column not in head:
+        raise ValueError(f"it has no column {column!r}, but {', '.join(map(repr, head))}")
+    others = [i for i in range(len(head)) if i != name] if column is None else [head.index(column)]
+    for row in body:
+        if len(row) != len(head):
+            raise ValueError(
+                f"{row[name : name + 1]} has {len(row)} columns instead of {len(head)}"
+            )
+        values = [row[i].strip() for i in others]
+        yield row[name], values[0] if len(values) == 1 else values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a name comes twice in an object that begins with {pairs[0][0]!r}")
+    return found
+
+
+def _json(value: Any, column: str | None) -> Iterable[tuple[str, Any]]:
+    """Pairs of an object name -> value, or of a list of objects that hold a name each."""
+    if isinstance(value, dict):
+        yield from (
+            (name, each if column is None else each[column]) for name, each in value.items()
+        )
+        return
+    for row in value:
+        key = next((key for key in row if key.lower() in _NAMES), None)
+        if key is None:
+            raise ValueError(f"one of its entries has none of {', '.join(_NAMES)}")
+        values = [row[each] for each in row if each != key] if column is None else [row[column]]
+        yield row[key], values[0] if len(values) == 1 else values
+
+
+def by_table(
+    labels: Table, indexes: Sequence[TarIndex], rows: Sequence[np.ndarray], as_classes: bool
+) -> list[list[Any]]:
+    """For each archive, each chosen row's value in a table; None for other rows."""
+    names = [i.name(row) for i, some in zip(indexes, rows, strict=True) for row in some.tolist()]
+    values = iter(look_up(labels, names, as_classes))
+    found: list[list[Any]] = [[None] * len(index) for index in indexes]
+    for column, some in zip(found, rows, strict=True):
+        for row in some.tolist():
+            column[row] = next(values)
+    return found
+
+
+def by_folder(index: TarIndex, rows: np.ndarray, class_of: ClassOf) -> list[str | None]:
+    """Each folder's class; None for those without chosen rows."""
+    used = np.zeros(len(index.columns.folder_ends), bool)
+    used[index.columns.folder_ids[rows]] = True
+    every = zip(index.folders(), used.tolist(), strict=True)
+    return [class_of(folder + "/") if use else None for folder, use in every]
+
+
+def by_member(index: TarIndex, rows: np.ndarray, class_of: ClassOf) -> list[str | None]:
+    """Each chosen row's class by its name; None for other rows."""
+    found: list[str | None] = [None] * len(index)
+    for row in rows.tolist():
+        found[row] = class_of(index.name(row))
+    return found
+
+
+def by_sidecar(
+    index: TarIndex, handle: Archive, rows: np.ndarray, extension: str, field: str, as_class: bool
+) -> tuple[list[Any], dict[int, str]]:
+    """Each chosen row's class or value in the sidecar of its sample, None without one.
+
+    Returns:
+      The values of all rows, and what is wrong with the sidecars of some of the chosen.
+    """
+    beside = np.full(len(index), -1, np.int64)  # an image's sidecar
+    beside[rows] = _CHOSEN
+    bad: dict[int, str] = {}
+    for sample in samples(index, (ending := extension.encode(),)):
+        here = [row for row in sample.images if beside[row] == _CHOSEN]
+        beside[here] = sample.sidecars.get(ending, -1)
+        if here and (problem := sample.problem or sample.twice):
+            beside[here] = -1
+            bad |= dict.fromkeys(here, f"{index.path!r}: {problem}.")
+    found: dict[int, Any] = {}
+    unread: dict[int, str] = {}
+    at = np.unique(beside[beside >= 0])  # in the archive's order
+    sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
+    least = [min(size, _MAX_SIDECAR) for size in sizes]
+    contents = handle.pread_many(list(zip(least, offsets, strict=True)))
+    for row, size, data in zip(at.tolist(), sizes, contents, strict=True):
+        where = f"{index.path!r}, member {index.name(row)!r}"
+        try:
+            if size > _MAX_SIDECAR:
+                raise check.DataError(f"{where} names no class: it has {size} bytes.")
+            value = lb.read_sidecar(data, field, where)
+            found[row] = lb.class_name(value, where) if as_class else value
+        except check.DataError as error:
+            unread[row] = str(error)
+    if unread:
+        bad |= {row: unread[beside[row]] for row in rows.tolist() if beside[row] in unread}
+    return [found.get(row) for row in beside.tolist()], bad
+
+
+def look_up(labels: Table, names: Sequence[str], as_classes: bool) -> list[Any]:
+    """Each record's value, by one rule for all: by path, else by last part, else without extension.
+
+    Raises:
+      DataError: if a record has none, or it is unclear which is whose.
+
+    >>> look_up({"1": "cat", "2": "dog"}, ["a/2.png", "a/1.png"], True)
+    ['dog', 'cat']
+    """
+    where = "`labels`" if isinstance(labels, Mapping) else repr(labels and os.fspath(labels))
+    table = read_table(labels)
+
+    def same(name: str) -> str:
+        return name
+
+    def last(name: str) -> str:
+        return name.rpartition("/")[2]
+
+    def stem(name: str) -> str:
+        return re.sub(r"\.[^./]*\Z", "", name)
+
+    fewest: Sequence[str] = names
+    rules = ((same, same), (last, last), (stem, same), (lambda name: stem(last(name)), last))
+    for of_record, of_entry in rules:
+        keys = [of_record(name) for name in names]
+        known: dict[str, list[Any]] = {key: [] for key in keys}
+        unused = 0
+        for name, value in table.items():
+            values = known.get(of_entry(name))
+            if values is None:
+                unused += 1
+            elif value not in values:
+                values.append(value)
+        if len(known) < len(keys) or max(map(len, known.values())) > 1:
+            continue
+        missing = [name for name, key in zip(names, keys, strict=True) if not known[key]]
+        if not missing:
+            logger.info("%s: %d of %d entries are of no record", where, unused, len(table))
+            if not as_classes:
+                return [known[key][0] for key in keys]
+            return [lb.class_name(known[key][0], f"{where}, {key!r},") for key in keys]
+        fewest = min(fewest, missing, key=len)
+    raise check.DataError(
+        f"{where} has no entry for {len(fewest)} of {len(names)} records, such as {fewest[0]!r}. "
+        "Names are compared as paths, or by their last part or without extension if that is unique."
+    )
+
+
+def encode(
+    values: Sequence[Any],
+    target: str,
+    classes: Sequence[str] | None,
+    where: Callable[[int], str],
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The targets, float32 [n] or [n, k], or a bit for each class, and the classes.
+
+    Args:
+      values: for "number" a number each, or k; for "multilabel" the names of classes, in a list or
+        with `|` between them.
+      target: which of them.
+      classes: the table of classes, or None for those found.
+      where: what record i is called in messages.
+
+    >>> decode(*encode(["cat|dog", ["dog"], ""], "multilabel", None, str)[:1], "multilabel", 2)
+    array([[1., 1.],
+           [0., 1.],
+           [0., 0.]], dtype=float32)
+    """
+    if target == "multilabel":
+        named = [_several(value, i, where) for i, value in enumerate(values)]
+        seen = {name for names in named for name in names}
+        table = lb.table_of(classes, seen, where(0))
+        must = f"one of at most {_MAX_CLASSES} classes"
+        check.argument(len(table) <= _MAX_CLASSES, "target", must, target, f"{len(table)} found.")
+        place = {name: i for i, name in enumerate(table)}
+        bits = np.zeros((len(values), -(-len(table) // 8)), np.uint8)
+        for row, names in zip(bits, named, strict=True):
+            for i in {place[name] for name in names}:
+                row[i // 8] |= 128 >> i % 8
+        return bits, table
+    given = [(i, value) for i, value in enumerate(values) if value is not SKIPPED]
+    shape = (len(given[0][1]),) if given and isinstance(given[0][1], list) else ()
+    numbers = np.zeros((len(values), *shape), np.float32)
+    for i, value in given:
+        try:
+            numbers[i] = [float(x) for x in value] if shape else float(value)
+            ok = (not shape or len(value) == shape[0]) and np.isfinite(numbers[i]).all()
+        except (TypeError, ValueError, OverflowError):
+            ok = False
+        if not ok:
+            must = f"{shape[0]} finite numbers" if shape else "a finite number"
+            raise check.DataError(f"{where(i)} must have {must} as its target, got {value!r}.")
+    return numbers, ()
+
+
+def decode(targets: np.ndarray, target: str, classes: int) -> np.ndarray:
+    """The targets of some records, float32, as batches hold them."""
+    if target != "multilabel":
+        return targets
+    return np.unpackbits(targets, axis=1, count=classes).astype(np.float32)
+
+
+def _several(value: Any, i: int, where: Callable[[int], str]) -> list[str]:
+    if value is SKIPPED:
+        return []
+    names = [name for name in value.split("|") if name] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple):
+        raise check.DataError(
+            f"{where(i)} must have a list of classes as its target, got {value!r}."
+        )
+    return [lb.class_name(name, where(i)) for name in names]
