@@ -23,14 +23,10 @@ from jdl.data.plan import Plan, Span
 logger = logging.getLogger("jdl.data")
 
 _VERSION = 2
-# What a position must have in common with the data set that it is set on.
-_SAME = {
-    "version": "the version of jdl's positions",
-    "data": "the archives, their order, or the images chosen from them (`split`)",
-    "num_records": "the number of records",
-    "shuffle": "whether they are shuffled",
-    "seed": "the seed",
-    "order": "the weights, the window, or the order that this version of jdl makes of them",
+_SAME = {  # what a position must have in common with its data, and what differs if it has not
+    **dict.fromkeys(("version", "num_records", "shuffle", "seed"), ""),
+    "data": " (of the archives and the images chosen from them by `split`)",
+    "order": " (of the weights or the window)",
 }
 
 
@@ -347,7 +343,7 @@ class BatchIterator(grain.DatasetIterator):
         for field, what in _SAME.items():
             if state.get(field) != mine[field]:
                 raise check.DataError(
-                    f"The saved position belongs to other data: {what} differs. Its {field!r} is "
+                    f"The saved position belongs to other data: its {field!r}{what} is "
                     f"{state.get(field)!r}, that of this data set {mine[field]!r}."
                 )
         fields = ("epoch", "record", "skipped", "skipped_in_epoch")

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import functools
+import math
 import multiprocessing
 import os
 import pickle
@@ -72,14 +74,7 @@ class Workers:
     """Spawned processes that make batches in turns, in memory that they share with this one.
 
     They end when they are closed, and when this process ends, however it does. The shared memory
-    has no name, so nothing is left of it then.
-
-    Args:
-      make: makes the batch of a number.
-      spec: what a batch is made of: name -> jax.ShapeDtypeStruct.
-      count: how many batches there are.
-      workers: the number of processes.
-      ahead: batches made before they are asked for, at least one in each process.
+    has no name, so nothing is left of it then. The arguments are those of `load_ahead`.
     """
 
     def __init__(
@@ -91,12 +86,12 @@ class Workers:
         ahead: int,
     ):
         self._count, self._slots = count, max(1, ahead // workers) * workers
-        entries = {name: (entry.shape, entry.dtype.str) for name, entry in spec.items()}
-        sizes = [entry.size * entry.dtype.itemsize for entry in spec.values()]
-        context = multiprocessing.get_context("spawn")
-        memory = context.RawArray(ctypes.c_ubyte, self._slots * sum(map(_aligned, sizes)))
-        self._memory = _arrays(memory, entries, self._slots)
-        pickled = cloudpickle.dumps((make, entries, self._slots))
+        context, memory = multiprocessing.get_context("spawn"), {}
+        for name, entry in spec.items():
+            shape = (self._slots, *entry.shape)
+            raw = context.RawArray(ctypes.c_ubyte, math.prod(shape) * entry.dtype.itemsize)
+            memory[name] = raw, entry.dtype.str, shape
+        self._arrays, pickled = _arrays(memory), cloudpickle.dumps(make)
         self._workers = []
         for _ in range(workers):
             ours, theirs = context.Pipe()
@@ -111,13 +106,13 @@ class Workers:
     def _ask(self, number: int) -> None:
         if number < self._count:
             with contextlib.suppress(OSError):  # it has ended: `take` says so
-                self._workers[number % len(self._workers)][1].send(number)
+                self._workers[number % len(self._workers)][1].send((number, number % self._slots))
 
     def take(self, number: int) -> Loaded:
         """The batch of a number; called for 0, 1, … in this order."""
         process, pipe = self._workers[number % len(self._workers)]
         try:
-            made, loaded = pipe.recv()
+            names, loaded = pipe.recv()
         except (EOFError, OSError):
             process.join(5)
             raise check.DataError(
@@ -125,9 +120,13 @@ class Workers:
                 "memory may be too small for so many `workers`. A script must start them under "
                 '`if __name__ == "__main__":`.'
             ) from None
-        if made:
-            slot = self._memory[number % self._slots]
-            loaded = loaded._replace(batch={name: array.copy() for name, array in slot.items()})
+        except Exception as error:  # what it raised cannot be unpickled
+            names, loaded = [], Loaded(None, error=error)
+        if names:
+            slot = number % self._slots
+            loaded = loaded._replace(
+                batch={name: self._arrays[name][slot].copy() for name in names}
+            )
         self._ask(number + self._slots)
         return loaded
 
@@ -139,38 +138,24 @@ class Workers:
             process.join()
 
 
-def _aligned(size: int) -> int:
-    return size + -size % 64
+def _arrays(memory: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Each entry's arrays in the shared memory, [slots, …]."""
+    return {name: np.ndarray(shape, dtype, raw) for name, (raw, dtype, shape) in memory.items()}
 
 
-def _arrays(memory: Any, entries: dict[str, Any], slots: int) -> list[dict[str, np.ndarray]]:
-    """The arrays in each slot of the shared memory."""
-    found: list[dict[str, np.ndarray]] = [{} for _ in range(slots)]
-    at = 0
-    for arrays in found:
-        for name, (shape, dtype) in entries.items():
-            arrays[name] = np.ndarray(shape, dtype, memory, at)
-            at += _aligned(arrays[name].nbytes)
-    return found
-
-
-def _work(pipe: Any, pickled: bytes, memory: Any, parent: int) -> None:
+def _work(pipe: Any, pickled: bytes, memory: dict[str, Any], parent: int) -> None:
     """Makes the batches that are asked for; runs in a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    try:
-        make, entries, slots = pickle.loads(pickled)
-    except Exception as error:
-        failure = Loaded(None, error=error)
-        make, entries, slots = lambda _: failure, {}, 1
-    arrays = _arrays(memory, entries, slots)
+    arrays, load = _arrays(memory), functools.cache(pickle.loads)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
         while True:
-            number = pipe.recv()
-            loaded = _made(make, number)
-            for name, array in (loaded.batch or {}).items():
-                arrays[number % slots][name][...] = array
-            pipe.send((loaded.batch is not None, loaded._replace(batch=None)))
+            number, slot = pipe.recv()
+            loaded = _made(lambda number: load(pickled)(number), number)
+            batch = loaded.batch or {}
+            for name, array in batch.items():
+                arrays[name][slot] = array
+            pipe.send((list(batch), loaded._replace(batch=None)))
 
 
 def _end_with(parent: int) -> None:

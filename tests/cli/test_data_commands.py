@@ -154,7 +154,7 @@ def test_bench_data_says_what_was_skipped_and_lost(tar, capsys, monkeypatch):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "0/00.png" in printed
-    assert "and 3 more, which --json lists" in printed
+    assert "and 5 more, which --json lists" in printed
     assert "damaged: truncated at byte 29696" in printed
 
 

@@ -198,6 +198,71 @@ def test_resuming_at_any_position(kind, tar):
         iterator.close()
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Makes data of three archives by weights; image i of archive k has the value 80 k + i."""
+    folder = tmp_path_factory.mktemp("mixed")
+    paths = [
+        write_tar(folder / f"{k}.tar", [(f"{k}/{i}.png", png(80 * k + i)) for i in range(n)])
+        for k, n in enumerate((7, 80, 13))
+    ]
+
+    def make(**options):
+        options = {"batch_size": 12, "epochs": None, "seed": 5, "grayscale": True, **options}
+        return from_tar(paths, weights=[3, 1, 0.2], cache_bytes=0, **options)
+
+    return make
+
+
+def whole(parts):
+    """The values in each batch, of which each host has a part."""
+    parts = [[batch["image"][:, 0, 0, 0] for batch in part] for part in parts]
+    return [np.concatenate(each).tolist() for each in zip(*parts, strict=True)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 15), st.integers(0, 2), st.integers(1, 3)),
+        min_size=1,
+        max_size=3,
+    )
+)
+@settings(max_examples=6, deadline=None)
+def test_a_mixture_resumes_with_any_number_of_threads_and_hosts(mixed, runs):
+    iterator = iter(mixed(threads=0))
+    expected = whole([take(iterator, sum(steps for steps, _, _ in runs))])
+    found, state = [], None
+    for steps, threads, hosts in runs:
+        iterators = [iter(mixed(threads=threads, shard=(p, hosts))) for p in range(hosts)]
+        for each in iterators:
+            if state is not None:
+                each.set_state(json.loads(json.dumps(state)))
+        found += whole([take(each, steps) for each in iterators])
+        states = [each.get_state() for each in iterators]
+        assert all(each == states[0] for each in states)
+        state = states[0]
+        for each in iterators:
+            each.close()
+    assert found == expected
+
+
+def test_a_mixture_resumes_in_worker_processes(mixed):
+    iterator = iter(mixed(threads=0))
+    expected = whole([take(iterator, 40)])
+    assert len({tuple(batch) for batch in expected}) == 40
+    before = iter(mixed(threads=2))
+    found = whole([take(before, 9)])
+    state = before.get_state()
+    before.close()
+    for steps, workers in ((20, 2), (11, 1)):
+        resumed = iter(mixed(workers=workers))
+        resumed.set_state(state)
+        found += whole([take(resumed, steps)])
+        state = resumed.get_state()
+        resumed.close()
+    assert found == expected
+
+
 def test_resuming_with_another_batch_size(tar):
     iterator = iter(from_tar(tar, grayscale=True, batch_size=5, epochs=2, shuffle=True))
     before = flat(values(take(iterator, 2)))
@@ -233,7 +298,7 @@ def test_a_position_in_other_data_is_refused(tar, tmp_path):
         with pytest.raises(DataError, match="This is no position in the data"):
             iter(data).set_state(wrong)
     for wrong in ({}, {**state, "version": 1}):
-        with pytest.raises(DataError, match="the version of jdl's positions differs"):
+        with pytest.raises(DataError, match="its 'version' is"):
             iter(data).set_state(wrong)
 
 
@@ -247,7 +312,9 @@ def test_a_position_among_other_images_of_the_archives_is_refused(tmp_path):
     for paths, split in (([a, b], "test"), ([b, a], "train"), ([a, b], "train:0.5")):
         data = from_tar(paths, split=split, **options)
         assert data.num_records == 12
-        with pytest.raises(DataError, match=r"images chosen from them \(`split`\) differs"):
+        with pytest.raises(
+            DataError, match=r"other data: its 'data' .*chosen from them by `split`"
+        ):
             iter(data).set_state(state)
     # The same images with other labels, moved, are the same data.
     (tmp_path / "elsewhere").mkdir()

@@ -136,6 +136,67 @@ def test_pax_globals_and_sizes_in_pax(tmp_path):
     assert_like_tarfile(path)
 
 
+@pytest.mark.parametrize("length", [1_500_000, 12_000_000])
+def test_a_large_pax_header_is_read_as_gnu_tar_reads_it(length, tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(2):
+            info = tarfile.TarInfo(f"{'n' * 120}{i}.png")
+            info.pax_headers = {"comment": "path=" * (length // 5)}
+            tar.addfile(info)
+    listed = subprocess.run(["tar", "-tf", path], capture_output=True, text=True, check=True)
+    found, index = listing(path)
+    assert [name for name, _, _ in found] == listed.stdout.splitlines()
+    assert index.damage == ()
+
+
+def test_a_pax_header_beyond_the_bound_is_damage(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(3):
+            info = tarfile.TarInfo(f"{i}.png")
+            info.pax_headers = {"comment": "x" * (17 << 20)} if i == 1 else {}
+            tar.addfile(info)
+    (only,) = describe(path).damage
+    assert (only["word"], only["lost"]) == ("damaged", True)
+    assert "more than 16777216" in only["detail"]
+
+
+RECORDS = st.dictionaries(
+    st.sampled_from(["path", "size", "mtime", "comment", "uname", "zpath"]),
+    st.sampled_from(["3", "700"]),
+    max_size=3,
+)
+VALUES = ["a/1.png", "x\n13 path=b.png\n", "zip", "\u00fc.png", "n" * 300]
+MEMBERS_WITH_RECORDS = st.lists(
+    st.tuples(RECORDS, st.sampled_from(VALUES), st.sampled_from("xgL")), min_size=1, max_size=5
+)
+
+
+@given(MEMBERS_WITH_RECORDS)
+@settings(max_examples=150, deadline=None)
+def test_pax_records_mean_what_they_mean_to_tarfile(members):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "a.tar")
+        with open(path, "wb") as file:
+            for i, (records, text, kind) in enumerate(members):
+                info = tarfile.TarInfo(f"{i}.png")
+                size = int(records.get("size", "5"))
+                info.size = 5 if kind == "x" else size
+                given = {k: v if k in ("size", "mtime") else text for k, v in records.items()}
+                if kind == "g":  # for all members from here on
+                    given = {"comment": text}
+                if kind == "L":
+                    info.name = f"{'m' * 120}{i}.png"
+                    given = {}
+                make = info._create_pax_generic_header
+                file.write(make(given, kind.encode(), "utf-8") if given else b"")
+                file.write(info.tobuf(tarfile.GNU_FORMAT) + bytes([i]) * size + bytes(-size % 512))
+            file.write(bytes(1024))
+        index = assert_like_tarfile(path)
+        assert {d.word for d in index.damage} <= {"duplicate"}
+
+
 def test_members_beyond_8_gib(tmp_path):
     path = tmp_path / "big.tar"
     size = 9 << 30
