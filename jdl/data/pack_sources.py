@@ -17,7 +17,7 @@ from jdl.data.choice import Patterns
 from jdl.data.idx import is_idx, read_idx
 from jdl.data.labels import composed, sidecar_key
 from jdl.data.tar import scan
-from jdl.data.tar.archive import STDIN, changed, is_url
+from jdl.data.tar.archive import STDIN, changed
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.paths import expand, tars_in
@@ -57,27 +57,22 @@ def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
       note: called with what is left out on purpose.
     """
     path = Path(source)
-    if source == STDIN:
+    folder = source != STDIN and path.is_dir()
+    if folder and (idx := sorted(p for p in path.iterdir() if p.is_file() and is_idx(p))):
+        yield from _from_idx_folder(idx)
+    elif folder and not (tars := tars_in(path)):
+        yield from _from_folder(path, skip, note)
+    elif folder and (picture := next(_from_folder(path, note, note), None)):
+        raise check.DataError(
+            f"The folder {source!r} holds both tars and images, such as {tars[0]!r} and "
+            f"{str(path / picture[0][0])!r}. Pack one kind at a time: from two folders, or "
+            f"the tars by a pattern such as {str(path / '*.tar')!r}."
+        )
+    elif source == STDIN:
         yield from _from_pipe(skip, note)
-    elif is_url(source) or not path.exists():
-        yield from _from_tars(source, skip, note)
-    elif path.is_dir():
-        idx = sorted(p for p in path.iterdir() if p.is_file() and is_idx(p))
-        if idx:
-            yield from _from_idx_folder(idx)
-        elif tars := tars_in(path):
-            if picture := next(_from_folder(path, note, note), None):
-                raise check.DataError(
-                    f"The folder {source!r} holds both tars and images, such as {tars[0]!r} and "
-                    f"{str(path / picture[0][0])!r}. Pack one kind at a time: from two folders, or "
-                    f"the tars by a pattern such as {str(path / '*.tar')!r}."
-                )
-            yield from _from_tars(source, skip, note)
-        else:
-            yield from _from_folder(path, skip, note)
-    elif source.endswith(".npz"):
+    elif path.is_file() and source.endswith(".npz"):
         yield from _from_npz(path)
-    elif is_idx(path):
+    elif path.is_file() and is_idx(path):
         yield from _from_idx(path)
     else:
         yield from _from_tars(source, skip, note)
@@ -140,12 +135,9 @@ def _from_tars(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
         while some := list(itertools.islice(coming, _AT_ONCE)):
             rows = list(itertools.chain(*some))
             places = [(int(index.columns.sizes[r]), int(index.columns.offsets[r])) for r in rows]
-            back = next((i for i in range(1, len(rows)) if places[i][1] < places[i - 1][1]), 0)
-            if back and archive.mode == "stream":
-                name = index.name(rows[back])
+            if archive.mode == "stream" and places != sorted(places, key=lambda place: place[1]):
                 raise check.DataError(
-                    f"{path!r} cannot be read in its order: {name!r} is apart from what it belongs "
-                    "to. Decompress it first."
+                    f"{path!r} holds samples whose members are apart. Decompress it first."
                 )
             contents = archive.pread_many(places)
             for unit in some:

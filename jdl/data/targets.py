@@ -17,7 +17,6 @@ from jdl.data import labels as lb
 from jdl.data.tar.archive import Archive
 from jdl.data.tar.index import TarIndex
 from jdl.data.tar.samples import samples
-from jdl.data.tar.scan import OLDER
 
 logger = logging.getLogger("jdl.data")
 
@@ -33,6 +32,11 @@ _MAX_BYTES = 1 << 28  # of a table
 _MAX_SIDECAR = 1 << 20  # bytes of a member that names a class
 _CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
 _MAX_CLASSES = 1 << 16  # of which a record may have several
+
+
+def is_table(text: str) -> bool:
+    """Whether a text names a table, such as `labels.csv` or `labels.csv:COLUMN`."""
+    return _FILE.fullmatch(text) is not None
 
 
 def read_table(labels: Table) -> dict[str, Any]:
@@ -154,36 +158,33 @@ def by_sidecar(
     Returns:
       The values of all rows, and what is wrong with the sidecars of some of the chosen.
     """
-    path, ending = index.path, extension.encode()
-    beside = np.full(len(index), -1, np.int64)
+    beside = np.full(len(index), -1, np.int64)  # an image's sidecar
     beside[rows] = _CHOSEN
-    bad: dict[int, str] = {}  # images' and sidecars' rows -> why
-    older, kinds = set[str](), index.columns.kinds
-    for sample in samples(index, (ending,)):
+    bad: dict[int, str] = {}
+    for sample in samples(index, (ending := extension.encode(),)):
         here = [row for row in sample.images if beside[row] == _CHOSEN]
-        problem = sample.problem
-        older |= {index.name(row) for row in sample.images if kinds[row] == OLDER}
-        if twice := older and [name for row in here if (name := index.name(row)) in older]:
-            problem = f"{twice[0]!r} comes again, each time with sidecars. Pack it to use both"
-        beside[here] = -1 if problem else sample.sidecars.get(ending, -1)
-        bad |= dict.fromkeys(here if problem else (), f"{path!r}: {problem}.")
+        beside[here] = sample.sidecars.get(ending, -1)
+        if here and (problem := sample.problem or sample.twice):
+            beside[here] = -1
+            bad |= dict.fromkeys(here, f"{index.path!r}: {problem}.")
     found: dict[int, Any] = {}
+    unread: dict[int, str] = {}
     at = np.unique(beside[beside >= 0])  # in the archive's order
     sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
     least = [min(size, _MAX_SIDECAR) for size in sizes]
     contents = handle.pread_many(list(zip(least, offsets, strict=True)))
     for row, size, data in zip(at.tolist(), sizes, contents, strict=True):
-        where = f"{path!r}, member {index.name(row)!r}"
+        where = f"{index.path!r}, member {index.name(row)!r}"
         try:
             if size > _MAX_SIDECAR:
                 raise check.DataError(f"{where} names no class: it has {size} bytes.")
             value = lb.read_sidecar(data, field, where)
             found[row] = lb.class_name(value, where) if as_class else value
         except check.DataError as error:
-            bad[row] = str(error)
-    pairs = [(row, bad.get(row) or bad.get(beside[row])) for row in rows.tolist()] if bad else []
-    pairs.sort(key=lambda pair: pair[0] not in bad)  # what is wrong with the archive comes first
-    return [found.get(row) for row in beside.tolist()], {row: why for row, why in pairs if why}
+            unread[row] = str(error)
+    if unread:
+        bad |= {row: unread[beside[row]] for row in rows.tolist() if beside[row] in unread}
+    return [found.get(row) for row in beside.tolist()], bad
 
 
 def look_up(labels: Table, names: Sequence[str], as_classes: bool) -> list[Any]:

@@ -1,6 +1,7 @@
 """Images per second from a tar, compared with other readers and with the decoder alone.
 
-    python tests/benchmarks/bench_data.py [--rounds N] [--only speed,index,start,memory,deviation]
+    python tests/benchmarks/bench_data.py [--rounds N]
+        [--only speed,remote,index,start,memory,deviation]
 
 Sets: JPEGs of about 500 × 375 and of 250 × 250, cut out of the photographs that scikit-image and
 scikit-learn ship, quality 90, in batches of 64 at 128 × 128 grayscale. Every contestant runs in a
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import data_remote
 import numpy as np
 
 SIZE, BATCH, CORES = 128, 64, 2
@@ -463,14 +465,24 @@ def deviation() -> None:
     images.simplejpeg = simplejpeg
 
 
-RUN = {"contest": None, "index": run_index, "start": run_start, "memory": run_memory}
+def run_remote(*arguments: str) -> Any:
+    return data_remote.measure(ours, *arguments)
+
+
+RUN = {
+    "contest": None,
+    "index": run_index,
+    "start": run_start,
+    "memory": run_memory,
+    "remote": run_remote,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="each, on two cores")
-    parser.add_argument("--only", default="speed,index,start,memory,deviation")
+    parser.add_argument("--only", default="speed,remote,index,start,memory,deviation")
     parser.add_argument("--contestants", default="", help="only those with this in their name")
     parser.add_argument("--run", nargs="+")
     options = parser.parse_args()
@@ -486,6 +498,9 @@ def main() -> None:
     chosen = options.only.split(",")
     if "speed" in chosen:
         speed(options.rounds, options.seconds, options.contestants)
+    if "remote" in chosen:  # two rounds, for they take long
+        rounds = min(options.rounds, 2)
+        data_remote.remote(elsewhere, ROOT / "250x250.tar", rounds, options.seconds)
     if "index" in chosen:
         index(options.rounds)
     if "start" in chosen:

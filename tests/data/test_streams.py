@@ -564,6 +564,39 @@ def test_object_stores_through_fsspec(plain, tmp_path, monkeypatch):
     assert list(source.read_many(shuffled)) == list(expected.read_many(shuffled % N))
 
 
+def test_s3(plain, tmp_path, monkeypatch):
+    s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    keys = {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        keys |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "JDL_CACHE": str(tmp_path / "cache")}
+        for name, value in keys.items():
+            monkeypatch.setenv(name, value)
+        s3 = s3fs.S3FileSystem(skip_instance_cache=True)
+        s3.mkdir("bucket")
+        s3.put(plain, "bucket/a.tar")
+        source, expected = TarSource("s3://bucket/a.tar"), TarSource(plain)
+        assert source.mode == "random"
+        shuffled = np.random.default_rng(0).permutation(N)
+        assert list(source.read_many(shuffled)) == list(expected.read_many(shuffled))
+        assert [source[i] for i in (0, N - 1)] == [expected[i] for i in (0, N - 1)]
+        with pytest.raises(DataError, match="no such file"):
+            TarSource("s3://bucket/b.tar")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(remote, "_RECHECK", 0.0)
+            s3.pipe("bucket/a.tar", b"other")
+            with pytest.raises(DataError, match="has changed"):
+                source[0]
+    finally:
+        server.stop()
+
+
 @pytest.fixture(scope="module")
 def large():
     """An archive of 200 members of about 40 kB, of random bytes that are no images."""
@@ -629,9 +662,16 @@ def test_a_broken_request_for_many_records_is_repeated(serve, large):
 
 def test_bytes_waiting_to_be_used_are_bounded(serve, large, monkeypatch):
     content, members = large
-    source = TarSource(serve(content).url)
+    server = serve(content)
+    source = TarSource(server.url)
     source[0]
     monkeypatch.setattr(remote, "_WAITING", 1 << 20)
+    server.requests = 0
+    reading = source.read_many(np.arange(200))
+    assert next(reading) == members[0]
+    time.sleep(0.2)
+    assert server.requests == 2  # those of the first megabyte, and the next ones
+    reading.close()
     tracemalloc.start()
     for data, expected in zip(source.read_many(np.arange(200)), members, strict=True):
         assert data == expected

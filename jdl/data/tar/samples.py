@@ -6,6 +6,7 @@ samples. But where at most one run of a key has both images and sidecars, all ar
 which the newest of each name counts, unless it is unclear to which images the sidecars belong.
 """
 
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -23,11 +24,17 @@ _FILES = (scan.IMAGE, scan.OTHER, scan.OLDER)
 
 
 class Sample(NamedTuple):
-    """The rows of images, and of sidecars by extension; `problem`: why these may not be theirs."""
+    """The rows of images and, by extension, of their sidecars.
+
+    Attributes:
+      problem: why it is unclear whether these are their sidecars.
+      twice: why it is unclear whether the sample, which comes again, is meant to.
+    """
 
     images: list[int]
     sidecars: dict[bytes, int]
     problem: str = ""
+    twice: str = ""
 
 
 def samples(index: TarIndex, endings: Collection[bytes]) -> Iterator[Sample]:
@@ -100,7 +107,7 @@ def _join(index: TarIndex, found: list[Sample]) -> list[Sample]:
     rows = (row for run in found for row in (*run.images, *run.sidecars.values()))
     newest = set({index.name(row): row for row in rows}.values())
     several = sum(bool(run.images and run.sidecars) for run in found) > 1
-    for n, (images, sidecars, _) in enumerate(found):
+    for n, (images, sidecars, *_) in enumerate(found):
         if not (several and images and sidecars):
             mine = {extension: row for extension, row in sidecars.items() if row in newest}
             found[n] = Sample([row for row in images if row in newest], mine)
@@ -109,7 +116,10 @@ def _join(index: TarIndex, found: list[Sample]) -> list[Sample]:
         every = {extension: row for run in found for extension, row in run.sidecars.items()}
         return [Sample(run.images, every if run.images else {}) for run in found]
     if not holding or all(bool(run.images) == bool(run.sidecars) for run in found):
-        return found
+        names = Counter(index.name(row) for run in found for row in run.images)
+        again = [name for name, times in names.items() if times > 1]
+        twice = f"{again[0]!r} comes again, each time with sidecars" if again else ""
+        return [run._replace(twice=twice) for run in found]
     two = [f"{index.name(row)!r} at byte {index.columns.offsets[row]}" for row in holding[:2]]
     problem = f"it is unclear which sidecars are those of {two[0]}: {two[1]} has the same key"
     return [run._replace(problem=problem) for run in found]
