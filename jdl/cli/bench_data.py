@@ -81,7 +81,7 @@ def measure(
         ["", "images/s"],
         [[how, f"{rate:.0f}"] for how, rate in rates.items()],
         f"{target}: {len(source)} images, batches of {shape}, {cores} cores",
-        "\n".join(_notes(rates, decoded, skipped, source.damage)),
+        _notes(rates, decoded, skipped, source.damage),
     )
 
 
@@ -95,19 +95,18 @@ def _reading(data: ImageBatches, batch_size: int) -> Iterator[int]:
 
 def _notes(
     rates: dict[str, float], decoded: int, skipped: dict[str, str], damage: list[tuple[str, Damage]]
-) -> Iterator[str]:
+) -> str:
     best = max((how for how in rates if how != "reading alone"), key=lambda how: rates[how])
-    yield f"fastest: {best}. By default from_tar uses one thread for each core."
-    yield f"images decoded in these runs: {decoded}, many of them several times"
-    if not skipped and not damage:
-        yield "no image skipped, no damage"
-    yield from _few([f"skipped {where}: {why}" for where, why in skipped.items()])
-    yield from _few([f"damaged: {d.word} at byte {d.offset} of {a}: {d.detail}" for a, d in damage])
-
-
-def _few(lines: list[str]) -> list[str]:
-    more = [f"and {len(lines) - _FEW} more, which --json lists"] if len(lines) > _FEW else []
-    return lines[:_FEW] + more
+    lost = [f"damaged: {d.word} at byte {d.offset} of {path}: {d.detail}" for path, d in damage]
+    lost += [f"skipped {where}: {why}" for where, why in skipped.items()]
+    few = lost[:_FEW] + [f"and {len(lost) - _FEW} more, which --json lists"] * (len(lost) > _FEW)
+    return "\n".join(
+        [
+            f"fastest: {best}. By default from_tar uses one thread for each core.",
+            f"images decoded in these runs: {decoded}, many of them several times",
+            *(few or ["no image skipped, no damage"]),
+        ]
+    )
 
 
 def _rate(make: Callable[[], Iterator[int]], seconds: float) -> float:

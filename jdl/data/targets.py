@@ -34,6 +34,11 @@ _CHOSEN = -2  # in a column of sidecars' rows: an image that is to get one
 _MAX_CLASSES = 1 << 16  # of which a record may have several
 
 
+def is_table(text: str) -> bool:
+    """Whether a text names a table, such as `labels.csv` or `labels.csv:COLUMN`."""
+    return _FILE.fullmatch(text) is not None
+
+
 def read_table(labels: Table) -> dict[str, Any]:
     """Name -> value, with names as an index has them.
 

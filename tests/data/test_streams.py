@@ -662,9 +662,16 @@ def test_a_broken_request_for_many_records_is_repeated(serve, large):
 
 def test_bytes_waiting_to_be_used_are_bounded(serve, large, monkeypatch):
     content, members = large
-    source = TarSource(serve(content).url)
+    server = serve(content)
+    source = TarSource(server.url)
     source[0]
     monkeypatch.setattr(remote, "_WAITING", 1 << 20)
+    server.requests = 0
+    reading = source.read_many(np.arange(200))
+    assert next(reading) == members[0]
+    time.sleep(0.2)
+    assert server.requests == 2  # those of the first megabyte, and the next ones
+    reading.close()
     tracemalloc.start()
     for data, expected in zip(source.read_many(np.arange(200)), members, strict=True):
         assert data == expected

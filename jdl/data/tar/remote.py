@@ -60,24 +60,17 @@ class RemoteFile(StoredFile):
 
     def pread(self, size: int, offset: int) -> bytes:
         """See `Archive`."""
-        (data,) = self._ask([(size, offset)])()
+        (data,) = self._ask([(size, offset)])
         return data
 
     def pread_many(self, places: list[tuple[int, int]]) -> Iterator[bytes]:
         """See `Archive`. The first places are asked for at once, the next while these are used."""
         asked = map(self._ask, _grouped(places))
-        first = next(asked, None)
+        first = next(asked, iter(()))
+        one_ahead = itertools.pairwise(itertools.chain([first], asked, [None]))
+        return (data for answers, _ in one_ahead for data in answers or ())
 
-        def answers() -> Iterator[bytes]:
-            now = first
-            while now is not None:
-                following = next(asked, None)
-                yield from now()
-                now = following
-
-        return answers()
-
-    def _ask(self, places: list[tuple[int, int]]) -> Callable[[], Iterator[bytes]]:
+    def _ask(self, places: list[tuple[int, int]]) -> Iterator[bytes]:
         """Asks for all these places at the same time; the result waits for them and gives them."""
         from fsspec.asyn import get_loop  # type: ignore[import-untyped]
 
@@ -97,7 +90,7 @@ class RemoteFile(StoredFile):
                 first = requests[of][0]
                 yield data[of][start - first : end - first]
 
-        return answers
+        return answers()
 
     async def _fetch_retried(self, start: int, end: int) -> bytes:
         for number in itertools.count(1):

@@ -391,7 +391,8 @@ class TarSource:
         sizes = np.zeros(len(rows), np.int64)
         for archive in np.unique(archives).tolist():
             here = archives == archive
-            sizes[here] = self.indexes[archive].columns.sizes[rows[here]]
+            of_members = self.indexes[archive].columns.sizes[rows[here]]
+            sizes[here] = np.minimum(of_members, _MAX_ENCODED)
         start = 0
         while start < len(rows):
             total = np.cumsum(sizes[start : start + _GROUP])
