@@ -33,7 +33,8 @@ Label = Annotated[
     str | None,
     tyro.conf.arg(
         help="what the class is read from: folder, a place in the path such as 0 or -2, cls, "
-        "json:FIELD, re:PATTERN such as 're:_(cat|dog)', or none; by default folder"
+        "json:FIELD, re:PATTERN such as 're:_(cat|dog)', a table of names and classes such as "
+        "labels.csv or labels.csv:COLUMN (also .tsv, .json, .jsonl), or none; by default folder"
     ),
 ]
 Include = Annotated[
@@ -107,9 +108,13 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
     config = dataclasses.replace(
         RunConfig.load(args.workdir), **{k: v for k, v in given.items() if v is not None}
     )
+    learns = recipe(config.model).kind in LABELLED
+    check.argument(
+        learns or not given["label"], "--label", "left out: no labels are used", config.label
+    )
     data = args.data or config.data
     chosen = default_split(data, args.split, split, config.include, config.exclude)
-    options = {"labelled": recipe(config.model).kind in LABELLED} | options
+    options = {"labelled": learns} | options
     images = config.images(data, chosen, batch_size=args.batch_size, **options)
     return RunOnData(config, data, chosen, images)
 

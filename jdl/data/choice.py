@@ -138,19 +138,20 @@ def _candidates(patterns: tuple[str, ...], columns: scan.Columns) -> np.ndarray:
     """Whether a base name may match, bool [members]: it has a pattern's longest plain piece."""
     ends = columns.base_ends
     maybe = np.zeros(len(ends), bool)
-    for start in range(0, len(ends), _AT_ONCE):
+    last = [pattern.rpartition("/")[2] for pattern in patterns]  # "" for folders alone
+    pieces = [max(re.split(r"\*+|\?|\[!?[^]]+\]", f"/{part}"), key=len) for part in last if part]
+    for start in range(0, len(ends) if pieces else 0, _AT_ONCE):
         first = ends[start - 1] if start else 0
         some = np.concatenate([[first], ends[start : start + _AT_ONCE]]) - first
         bases = columns.bases[first : first + some[-1]]
-        joined = np.insert(bases, some[:-1], ord("/")).tobytes()  # /base/base
+        joined = np.insert(bases, some[:-1], ord("/"))  # /base/base
         some += np.arange(len(some))
-        for pattern in patterns:
-            if not pattern.endswith("/"):
-                pieces = re.split(r"\*+|\?|\[!?[^]]+\]", f"/{pattern.rpartition('/')[2]}")
-                piece = max(pieces, key=len).encode("utf-8", "surrogateescape")
-                lengths = np.fromiter(map(len, joined.split(piece)), np.int64)
-                found = np.cumsum(lengths[:-1] + len(piece)) - len(piece)
-                maybe[start + np.searchsorted(some, found, "right") - 1] = True
+        for piece in pieces:
+            plain = piece.encode("utf-8", "surrogateescape")[:4]
+            hits = np.ones(max(len(joined) - len(plain) + 1, 0), bool)
+            for k, byte in enumerate(plain):
+                hits &= joined[k : k + len(hits)] == byte
+            maybe[start + np.searchsorted(some, np.flatnonzero(hits), "right") - 1] = True
     return maybe
 
 

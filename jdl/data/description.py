@@ -1,7 +1,7 @@
 """A description of archives: members, classes, damage. `jdl index` shows it."""
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from jdl.data.tar.archive import STDIN
 from jdl.data.tar.index import TarIndex, open_index
 from jdl.data.tar.paths import Paths, expand
 from jdl.data.tar.source import TarSource
+from jdl.data.targets import Table
 
 
 class Description(NamedTuple):
@@ -66,6 +67,7 @@ def describe(
     paths: Paths,
     *,
     label: lb.Label = "folder",
+    labels: Table = None,
     split: str | Holdout | None = None,
     include: Some = None,
     exclude: Some = None,
@@ -76,6 +78,7 @@ def describe(
     Args:
       paths: a path, a glob, a brace range, a folder, or a list of these.
       label: what the classes are read from, as in `TarSource`.
+      labels: a table of them in place of `label`, as in `TarSource`.
       split: of which members the classes are counted, as in `TarSource`.
       include: patterns of members to use, as in `TarSource`.
       exclude: patterns of members to leave out, as in `TarSource`.
@@ -101,7 +104,8 @@ def describe(
     of_splits, left_out = _splits(indexes, patterns)
     classes: dict[str, int] = {}
     if of_splits:
-        source = TarSource(indexes, label=label, split=split, include=include, exclude=exclude)
+        which: dict[str, Any] = {"split": split, "include": include, "exclude": exclude}
+        source = TarSource(indexes, label=label, labels=labels, **which)
         classes, left_out = source.count_classes(), source.left_out
         if rest := len(source) - sum(classes.values()):
             classes[""] = rest

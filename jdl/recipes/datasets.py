@@ -17,8 +17,11 @@ def choice(
     ({'label': 0, 'exclude': ['*.depth.png', 'old/']}, {'exclude': []})
     """
     from jdl.data.labels import parse
+    from jdl.data.targets import is_table
 
-    found: dict[str, Any] = {} if label is None else {"label": parse(label)}
+    found: dict[str, Any] = {}
+    if label is not None:
+        found = {"labels": label} if is_table(label) else {"label": parse(label)}
     for name, text in (("include", include), ("exclude", exclude)):
         if text is not None and (name, text) != ("include", "none"):
             found[name] = [] if text == "none" else text.split(",")

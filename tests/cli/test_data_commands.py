@@ -108,6 +108,22 @@ def test_pack(tar, tmp_path, capsys):
     assert main(["pack", str(tar), out, "--overwrite", "--size", "4x6"]) == 0
     with tarfile.open(tmp_path / "out-00000.tar") as packed:
         assert Image.open(packed.extractfile(packed.next())).size == (6, 4)
+    capsys.readouterr()
+    assert main(["pack", str(tar), str(tmp_path / "out-00000.tar")]) == 2
+    assert "Pass `--overwrite` to replace it." in capsys.readouterr().err
+    tar.write_bytes(spoilt(tar.read_bytes(), "checksum"))
+    options = ["pack", str(tar), out, "--overwrite"]
+    assert main(options) == 2
+    assert "pass --on-error skip." in capsys.readouterr().err
+    assert main([*options, "--on-error", "skip"]) == 0
+    assert f"left out '{tar}' at byte 5120: checksum" in capsys.readouterr().out
+    both = tmp_path / "b.tar"
+    both.write_bytes((tmp_path / "out-00000.tar").read_bytes())
+    pattern = str(tmp_path / "{out-00000,b}.tar")
+    assert main(["pack", pattern, str(tmp_path / "both.tar")]) == 0
+    printed = capsys.readouterr().out
+    assert "another key than 'train/0/00', which is taken: 'train/0/00-2'" in printed
+    assert "and 9 more" in printed
     assert main(["pack", str(tmp_path / "nowhere"), out]) == 2
     assert main(["pack", str(tar), str(tmp_path / "x.zip")]) == 2
     assert not list(Path(tmp_path).glob("*.tmp"))
@@ -244,6 +260,23 @@ def test_index_counts_what_the_options_choose(tarball, capsys):
         assert (code, words in capsys.readouterr().err) == (2, True), arguments
 
 
+def test_labels_of_a_table_beside_the_archive(tmp_path, capsys):
+    flat = write(tmp_path / "flat.tar", [f"{i}.png" for i in range(12)])
+    (tmp_path / "t.csv").write_text(
+        "id,age,breed\n" + "".join(f"{i},{i},b{i % 2}\n" for i in range(12))
+    )
+    table = f"{tmp_path / 't.csv'}:breed"
+    assert indexed(capsys, flat, "--label", table)["classes"] == {"b0": 6, "b1": 6}
+    workdir = ["--workdir", str(tmp_path / "run")]
+    given = ["train", "mlp", "--data", flat, "--size", "8", "--max-steps", "1", *workdir]
+    assert main([*given, "--label", table]) == 0
+    assert RunConfig.load(tmp_path / "run").classes == ("b0", "b1")
+    assert main(["evaluate", *workdir, "--per-class"]) == 0
+    assert "b1" in capsys.readouterr().out
+    assert main(["index", flat, "--label", f"{tmp_path / 't.csv'}:bred"]) == 2
+    assert "no column 'bred', but 'id', 'age', 'breed'" in capsys.readouterr().err
+
+
 def test_names_that_a_terminal_obeys_are_shown_as_escapes(tarball, tmp_path, capsys):
     workdir = ["--workdir", str(tmp_path / "run")]
     out = str(tmp_path / "out.jsonl")
@@ -277,6 +310,12 @@ def test_models_that_learn_no_labels_ask_for_none(model, tmp_path, tarball):
     assert "label" not in job(flat).data.element_spec
     assert job(tarball).config.classes == (ESCAPE, MARKUP)  # for pictures by class
     assert job(tarball, "--label", "none").config.classes == ()
+    if model == "autoencoder":
+        run = str(tmp_path / "run")
+        given = ["train", model, "--data", flat, "--size", "8", "--max-steps", "1"]
+        assert main([*given, "--workdir", run]) == 0
+        assert main(["evaluate", "--workdir", run, "--data", tarball]) == 0
+        assert main(["evaluate", "--workdir", run, "--label", "0"]) == 2
     differ = write(tmp_path / "differ.tar", ["train/a/1.png", "train/b/2.png", "test/c/3.png"])
     config = job(differ).config
     assert (config.label, config.split) == ("none", "train")
@@ -318,6 +357,13 @@ def test_other_commands_choose_members_too(tarball, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["images"] == 4
     assert main(["bench", "train", "--split", "test"]) == 2
     assert "--split" in capsys.readouterr().err
+    for arguments, flag in [
+        (["activations", "vgg16", "a.png", "--include", "x"], "`--include`"),
+        (["compare", "--problem", "quadratic", "--label", "0"], "`--label`"),
+        (["train", "recursive", "--exclude", "x"], "`--exclude`"),
+    ]:
+        assert main(arguments) == 2
+        assert flag in capsys.readouterr().err
     given = ["--data", tarball, "--size", "8", "--include", "s0_*", "--label", "re:_(.)"]
     problem = compare._problem(parse("compare", compare, given))
     assert (problem.size, problem.about["classes"], problem.about["held out"]) == (4, 2, "test/")
