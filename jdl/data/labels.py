@@ -1,5 +1,6 @@
 """From a record's name to its class, and the table of classes."""
 
+import codecs
 import json
 import re
 import unicodedata
@@ -126,7 +127,7 @@ def read_sidecar(data: bytes, field: str, where: str) -> Any:
       DataError: if there is none.
     """
     try:
-        text = data.decode("utf-8-sig").strip()  # without a byte order mark
+        text = data.removeprefix(codecs.BOM_UTF8).decode().strip()
         return json.loads(text)[field] if field else text
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise check.DataError(f"{where} names no class: {error!r}.") from error

@@ -160,30 +160,30 @@ def by_sidecar(
     Returns:
       The values of all rows, and what is wrong with the sidecars of some of the chosen.
     """
-    beside = np.full(len(index), -1, np.int64)  # an image's sidecar
-    beside[rows] = _CHOSEN
-    bad: dict[int, str] = {}
+    column = np.full(len(index), -1, np.int64)  # an image's sidecar
+    column[rows] = _CHOSEN
+    beside, bad = column.data, dict[int, str]()  # which is faster for single rows
     for sample in samples(index, (ending := extension.encode(),)):
-        here = [row for row in sample.images if beside[row] == _CHOSEN]
-        beside[here] = sample.sidecars.get(ending, -1)
-        if here and (problem := sample.problem or sample.twice):
-            beside[here] = -1
-            bad |= dict.fromkeys(here, f"{index.path!r}: {problem}.")
+        problem, sidecar = sample.problem or sample.twice, sample.sidecars.get(ending, -1)
+        for row in sample.images:
+            if beside[row] == _CHOSEN:
+                beside[row] = -1 if problem else sidecar
+                if problem:
+                    bad[row] = f"{index.path!r}: {problem}."
     found: dict[int, Any] = {}
     unread: dict[int, str] = {}
-    at = np.unique(beside[beside >= 0])  # in the archive's order
+    at = np.unique(column[column >= 0])  # in the archive's order
     sizes, offsets = index.columns.sizes[at].tolist(), index.columns.offsets[at].tolist()
     least = [min(size, _MAX_SIDECAR) for size in sizes]
     contents = handle.pread_many(list(zip(least, offsets, strict=True)))
     for row, size, data in zip(at.tolist(), sizes, contents, strict=True):
-        where = f"{index.path!r}, member {index.name(row)!r}"
-        try:
+        try:  # where it is is looked up only for an error
             if size > _MAX_SIDECAR:
-                raise check.DataError(f"{where} names no class: it has {size} bytes.")
-            value = lb.read_sidecar(data, field, where)
-            found[row] = lb.class_name(value, where) if as_class else value
+                raise check.DataError(f" names no class: it has {size} bytes.")
+            value = lb.read_sidecar(data, field, "")
+            found[row] = lb.class_name(value, "") if as_class else value
         except check.DataError as error:
-            unread[row] = str(error)
+            unread[row] = f"{index.path!r}, member {index.name(row)!r}{error}"
     if unread:
         bad |= {row: unread[beside[row]] for row in rows.tolist() if beside[row] in unread}
     return [found.get(row) for row in beside.tolist()], bad

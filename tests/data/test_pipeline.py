@@ -246,6 +246,7 @@ def test_a_mixture_resumes_with_any_number_of_threads_and_hosts(mixed, runs):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_mixture_resumes_in_worker_processes(mixed):
     iterator = iter(mixed(threads=0))
     expected = whole([take(iterator, 40)])

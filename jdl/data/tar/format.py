@@ -146,8 +146,7 @@ def names(blocks: np.ndarray, rows: np.ndarray | slice = slice(None)) -> list[by
 def plain(path: bytes) -> bytes:
     r"""A member's name in the one form that all writers' names are compared in.
 
-    It has no leading or double "/" and no "." in it, and its letters are composed (Unicode NFC).
-    ".." stays.
+    Without leading and double "/" and ".", with ".."; its letters are composed (Unicode NFC).
 
     >>> plain(b"./train//7/"), plain("cafe\u0301/1.png".encode()) == "caf\xe9/1.png".encode()
     (b'train/7', True)
@@ -158,32 +157,23 @@ def plain(path: bytes) -> bytes:
     return b"/".join([part for part in path.split(b"/") if part not in (b"", b".")])
 
 
-def last_record(data: bytes) -> int:
-    """Where the last key of a pax header is that tells a member's name, size or link; -1 if none.
-
-    It may be found inside another record's value, which costs time only.
-    """
-    return max(data.rfind(b"path="), data.rfind(b"size="), data.rfind(b"GNU.sparse."))
-
-
 def path_alone(data: bytes) -> bytes | None:
-    r"""The path that a pax header begins with; None if it tells more of its member, or none.
+    r"""The path that a pax header begins with; None without one, or if more of it may matter.
 
     >>> path_alone(b"9 path=a\n13 mtime=1.5\n"), path_alone(b"9 path=a\n9 size=1\n")
     (b'a', None)
     """
     record, _, rest = data.partition(b"\n")
     digits, _, path = record.partition(b" path=")
-    alone = 112 not in rest and 122 not in rest  # p and z, of which each such key has one
-    right = digits == b"%d" % (len(record) + 1)
-    return path if path and right and (alone or last_record(rest) < 0) else None
+    more = 112 in rest or 122 in rest  # p or z, of which each key that matters has one
+    return None if more or digits != b"%d" % (len(record) + 1) else path or None
 
 
 def pax_records(data: bytes) -> dict[bytes, bytes]:
     r"""The records of a pax header that tell a member's name, size or link.
 
-    Each record is `length key=value\n` with the length counting itself. Those after the last one
-    that counts are not looked at.
+    Each is `length key=value\n`, the length counting itself. Those after the last that matters are
+    not looked at.
 
     >>> pax_records(b"13 gname=uni\n16 path=a/b.png\n12 size=345\n13 mtime=1.5\n")
     {b'path': b'a/b.png', b'size': b'345'}
@@ -192,7 +182,7 @@ def pax_records(data: bytes) -> dict[bytes, bytes]:
       ValueError: if a record does not have that form.
     """
     records = {}
-    at, last = 0, last_record(data)
+    at, last = 0, max(map(data.rfind, (b"path=", b"size=", b"GNU.sparse.")))
     while at <= last:
         space = data.find(b" ", at, at + 20)
         digits = data[at:space] if space > at else b""

@@ -41,9 +41,14 @@ def samples(index: TarIndex, endings: Collection[bytes]) -> Iterator[Sample]:
     """The samples of an archive in its order; `endings` are sidecars' last extensions."""
 
     def split(run: dict[bytes, int]) -> Sample:
-        last = {extension: extension.rpartition(b".")[2] for extension in run}
-        images = [run[each] for each in run if last[each] in scan.IMAGE_EXTENSIONS]
-        return Sample(images, {each: run[each] for each in run if last[each] in endings})
+        images, sidecars = [], {}
+        for extension, row in run.items():
+            ending = extension.rpartition(b".")[2]
+            if ending in scan.IMAGE_EXTENSIONS:
+                images.append(row)
+            elif ending in endings:
+                sidecars[extension] = row
+        return Sample(images, sidecars)
 
     keys = np.fromiter((hash(key) for key, _ in runs(_files(index))), np.int64)  # 8 bytes each
     values, counts = np.unique(keys, return_counts=True)

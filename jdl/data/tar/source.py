@@ -459,7 +459,7 @@ class TarSource:
             if archive in self._files:  # another thread was faster
                 handle.close()
                 return self._files[archive]
-            if _open_left[0] > 0:
+            if _open_left[0] > 0 or is_url(self.archives[archive]):  # a URL needs no descriptor
                 _open_left[0] -= 1
                 self._files[archive] = handle
         return handle

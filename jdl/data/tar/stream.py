@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from jdl.data.tar import format as fmt
 from jdl.data.tar import scan
 from jdl.data.tar.archive import Archive
 from jdl.data.tar.walk import Walk
@@ -45,12 +46,12 @@ class MemberStream:
             for (offsets, sizes, kinds, ids, *_), base in zip(walk.parts, walk.bases, strict=True):
                 if not len(offsets):
                     continue
-                folder = [*walk.folders][ids[0]]
+                folder = fmt.plain([*walk.folders][ids[0]])
                 name = scan.text(folder + b"/" + base if folder else base)
                 size, kind = int(sizes[0]), kinds[0]
                 for _, target in walk.links.values() if scan.image_name(base) else ():
                     detail = f"a link to {scan.text(target[:200])!r}, which a stream cannot follow"
-                    walk.note("link", int(offsets[0]) - 512, name.encode(), detail)
+                    walk.note("link", int(offsets[0]) - fmt.BLOCK, name.encode(), detail)
                 if kind not in (scan.IMAGE, scan.OTHER):
                     continue
                 if size > MAX_MEMBER:
@@ -66,6 +67,5 @@ class MemberStream:
             walk.parts.clear()
             walk.bases.clear()
             walk.folders.clear()
-            walk.written.clear()
             walk.links.clear()
         walk.note_unlisted()

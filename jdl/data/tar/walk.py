@@ -57,9 +57,8 @@ class Walk:
         self.places: list[int] = []
         self.sizes: list[int] = []
         self.metas: list[int] = []  # which of them describe other members
-        self.renamed: dict[int, bytes] = {}  # names that other headers gave to usual members
-        # For members of an unusual sort: where the contents begin, the type, the name if another
-        # header gave it, and a link's target.
+        # For members that other headers name, or of an unusual sort: where the contents begin, the
+        # type, the name if another header gave it, and a link's target.
         self.special: dict[int, tuple[int, int, bytes | None, bytes]] = {}
         # Verified members, thousands in each entry, in the order of `Columns`, with hashes of the
         # base names.
@@ -68,8 +67,7 @@ class Walk:
         self.members = 0
         # Links, by number of the member: whether it is a hard one, and its target.
         self.links: dict[int, tuple[bool, bytes]] = {}
-        self.folders: dict[bytes, int] = {}
-        self.written: dict[bytes, int] = {}  # the same, by folders' names as the archive has them
+        self.folders: dict[bytes, int] = {}  # by name, as written
         # What pax and GNU headers say about the next member, and about all later ones (from where).
         self.next_name: bytes | None = None
         self.next_link: bytes | None = None
@@ -151,7 +149,7 @@ class Walk:
                     break
                 if kind == 48 or kind == 0:  # the most common header, with a size in octal
                     if name is not None:
-                        self.renamed[number] = name
+                        self.special[number] = at + BLOCK, kind, name, b""
                         name = self.next_name = None
                 elif kind == 120 and name is None:
                     data = window[start + BLOCK : start + BLOCK + size]
@@ -271,10 +269,8 @@ class Walk:
                 self.globals.pop()
         self.take(blocks, len(blocks) if bad is None else bad)
         self.verified += len(self.blocks)
-        for waiting in (self.blocks, self.places, self.sizes, self.metas):
+        for waiting in (self.blocks, self.places, self.sizes, self.metas, self.special):
             waiting.clear()
-        self.renamed.clear()
-        self.special.clear()
         return place
 
     def take(self, blocks: np.ndarray, count: int) -> None:
@@ -287,11 +283,8 @@ class Walk:
         places = np.array(self.places, np.int64)[rows]
         sizes = np.array(self.sizes, np.int64)[rows]
         offsets = places + BLOCK
-        if self.special or self.renamed:
+        if self.special:
             numbers = (np.cumsum(kept) - 1).tolist()
-            for i, given in self.renamed.items():
-                if i < count:
-                    names[numbers[i]] = given
             for i, (offset, kind, name, link) in self.special.items():
                 if i < count:
                     n = numbers[i]
@@ -332,11 +325,8 @@ class Walk:
         if b"._" in whole:
             images &= [base[:2] != b"._" for base in bases]
         kinds[(kinds == scan.IMAGE) & ~images] = scan.OTHER
-        for folder, _, _ in split:
-            if folder not in self.written:
-                new = self.folders.setdefault(fmt.plain(folder), len(self.folders))
-                self.written[folder] = new
-        folder_ids = np.array([self.written[folder] for folder, _, _ in split], np.int32)
+        ids, new = self.folders, self.folders.setdefault
+        folder_ids = np.array([new(folder, len(ids)) for folder, _, _ in split], np.int32)
         lengths = np.fromiter(map(len, bases), np.int64, len(bases))
         hashes = np.fromiter(map(hash, bases), np.int64, len(bases))
         self.parts.append((offsets, sizes, kinds, folder_ids, lengths, hashes))
@@ -462,27 +452,26 @@ class Walk:
 
     def columns(self) -> tuple[scan.Columns, np.ndarray]:
         """The members found, as arrays, and hashes of their base names, int64 [n]."""
-        folders = list(self.folders)
         parts = zip(*self.parts, strict=True) if self.parts else [()] * len(_DTYPES)
         offsets, sizes, kinds, folder_ids, lengths, hashes = (
             np.concatenate([np.empty(0, dtype), *column])
             for dtype, column in zip(_DTYPES, parts, strict=True)
         )
-        # A stream's size is known only at the end: the last member may exceed it.
-        for i in np.flatnonzero((offsets + sizes > self.size) & (kinds != scan.CUT)).tolist():
-            name = folders[folder_ids[i]] + b"/" if folders[folder_ids[i]] else b""
-            ends = np.cumsum(lengths)
-            name += b"".join(self.bases)[ends[i] - lengths[i] : ends[i]]
-            self.note_cut(int(offsets[i]) - BLOCK, name, int(offsets[i]), int(sizes[i]))
-            kinds[i] = scan.CUT
+        ids: dict[bytes, int] = {}  # by the folders' plain names
+        plain = [ids.setdefault(fmt.plain(folder), len(ids)) for folder in self.folders]
         columns = scan.Columns(
             offsets,
             sizes,
             kinds,
-            folder_ids,
+            np.array(plain, np.int32)[folder_ids],
             np.cumsum(lengths),
             np.frombuffer(b"".join(self.bases), np.uint8),
-            np.cumsum(np.fromiter(map(len, folders), np.int64, len(folders))),
-            np.frombuffer(b"".join(folders), np.uint8),
+            np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids))),
+            np.frombuffer(b"".join(ids), np.uint8),
         )
+        # A stream's size is known only at the end: the last member may exceed it.
+        for i in np.flatnonzero((offsets + sizes > self.size) & (kinds != scan.CUT)).tolist():
+            place, size = int(offsets[i]), int(sizes[i])
+            self.note_cut(place - BLOCK, columns.name(i), place, size)
+            kinds[i] = scan.CUT
         return columns, hashes
