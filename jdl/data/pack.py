@@ -137,7 +137,7 @@ def _nothing(source: str, skipped: list[tuple[str, str]]) -> str:
     if not skipped:
         return f"{source!r} holds no images."
     name, why = skipped[0]
-    return f"{source!r}: none of the {len(skipped)} images could be used. The first: {name}: {why}."
+    return f"{source!r}: no image is left, {len(skipped)} left out. The first: {name}: {why}."
 
 
 class _Distinct:

@@ -108,6 +108,22 @@ def test_pack(tar, tmp_path, capsys):
     assert main(["pack", str(tar), out, "--overwrite", "--size", "4x6"]) == 0
     with tarfile.open(tmp_path / "out-00000.tar") as packed:
         assert Image.open(packed.extractfile(packed.next())).size == (6, 4)
+    capsys.readouterr()
+    assert main(["pack", str(tar), str(tmp_path / "out-00000.tar")]) == 2
+    assert "Pass `--overwrite` to replace it." in capsys.readouterr().err
+    tar.write_bytes(spoilt(tar.read_bytes(), "checksum"))
+    options = ["pack", str(tar), out, "--overwrite"]
+    assert main(options) == 2
+    assert "pass --on-error skip." in capsys.readouterr().err
+    assert main([*options, "--on-error", "skip"]) == 0
+    assert f"left out '{tar}' at byte 5120: checksum" in capsys.readouterr().out
+    both = tmp_path / "b.tar"
+    both.write_bytes((tmp_path / "out-00000.tar").read_bytes())
+    pattern = str(tmp_path / "{out-00000,b}.tar")
+    assert main(["pack", pattern, str(tmp_path / "both.tar")]) == 0
+    printed = capsys.readouterr().out
+    assert "another key than 'train/0/00', which is taken: 'train/0/00-2'" in printed
+    assert "and 9 more" in printed
     assert main(["pack", str(tmp_path / "nowhere"), out]) == 2
     assert main(["pack", str(tar), str(tmp_path / "x.zip")]) == 2
     assert not list(Path(tmp_path).glob("*.tmp"))
