@@ -632,6 +632,14 @@ def test_many_links_to_nothing_are_counted_and_nothing_is_said_to_be_lost(tmp_pa
     assert from_tar(tmp_path / "a.tar", label=None, size=(2, 2), batch_size=1).num_records == 1
 
 
+def test_a_link_back_from_below_a_hard_link_finds_it(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(*member("f/a.png", tarfile.REGTYPE, "a"))
+        tar.addfile(*member("f/b.png", tarfile.LNKTYPE, "a.png"))
+        tar.addfile(*member("f/c.png", tarfile.SYMTYPE, "b.png/none/.."))
+    assert images_of(tmp_path / "a.tar") == {f"f/{name}.png": b"a" for name in "abc"}
+
+
 # ---------------------------------------------------------------------- headers
 
 
