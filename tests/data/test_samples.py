@@ -1,12 +1,14 @@
 """WebDataset samples, compared with the webdataset library's own reading."""
 
 import codecs
+import gzip
 import io
 import re
 import subprocess
 import tarfile
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +112,16 @@ def test_a_sample_is_never_torn_over_shards(tmp_path):
     for reading in (by_webdataset, by_us):
         assert reading(done.shards) == [(0, "a", "0"), (1, "b", "1")]
     assert done.members == 6
+    zipped = tmp_path / "a.tar.gz"
+    zipped.write_bytes(gzip.compress(Path(path).read_bytes()))
+    assert by_us([zipped]) == [(0, "a", "0"), (1, "b", "1")]
+    with pytest.raises(DataError, match=r"a\.tar\.gz'.*are apart\. Decompress it first"):
+        pack(str(zipped), str(tmp_path / "c.tar"))
+    whole = Path(tar(tmp_path / "d.tar", [*RUNS, ("0.jpg", 2), ("0.cls", b"dog")]))
+    zipped.write_bytes(gzip.compress(whole.read_bytes()))
+    for source, out in ((zipped, "e.tar"), (whole, "f.tar")):
+        pack(str(source), str(tmp_path / out))
+    assert (tmp_path / "e.tar").read_bytes() == (tmp_path / "f.tar").read_bytes()
 
 
 RUNS = [("0.png", 0), ("0.cls", b"cat"), ("1.png", 1), ("1.cls", b"x")]
