@@ -16,11 +16,13 @@ The bytes are untrusted: only the formats below are read, and an image of more t
 refused when its header is read, before memory is allocated.
 """
 
+import contextlib
 import importlib
 import io
 import math
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -198,22 +200,29 @@ class _How(NamedTuple):
 
 
 def _with_pillow(data: bytes, how: _How) -> np.ndarray:
+    mode = "L" if how.grayscale else "RGB"
+    with _opened(data) as image:
+        _check_pixels(image.width, image.height, how.max_pixels)
+        turn = _orientation(image)
+        window = how.window(image.height, image.width, turn)
+        if image.format == "JPEG" and how.size is not None and not how.exact:
+            height, width = _needed(turn, how.size, window)
+            image.draft(mode, (width, height))
+        if image.format == "TIFF":
+            _check_tiff(image, how.max_pixels)
+            turn = 1  # Pillow turns it
+        image.load()
+        return _finished(np.asarray(_eight_bits(image, mode)), turn, how.size, window)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator["PIL.Image.Image"]:
+    """The image, its header read, without the limit that `PIL.Image.open` has of its own."""
     from PIL import Image
 
-    mode = "L" if how.grayscale else "RGB"
     try:
-        with _opened(data) as image:
-            _check_pixels(image.width, image.height, how.max_pixels)
-            turn = _orientation(image)
-            window = how.window(image.height, image.width, turn)
-            if image.format == "JPEG" and how.size is not None and not how.exact:
-                height, width = _needed(turn, how.size, window)
-                image.draft(mode, (width, height))
-            if image.format == "TIFF":
-                _check_tiff(image, how.max_pixels)
-                turn = 1  # Pillow turns it
-            image.load()
-            return _finished(np.asarray(_eight_bits(image, mode)), turn, how.size, window)
+        with _plugin(data)(io.BytesIO(data)) as image:
+            yield image
     except BadImage:
         raise
     except Image.DecompressionBombError as error:  # of the parts of a WebP, GIF or TIFF
@@ -222,16 +231,15 @@ def _with_pillow(data: bytes, how: _How) -> np.ndarray:
         raise BadImage(f"cannot be decoded: {error}" if str(error) else repr(error)) from error
 
 
-def _opened(data: bytes) -> "PIL.Image.Image":
-    """The image, its header read. `PIL.Image.open` would apply a limit of its own to its size."""
+def _plugin(data: bytes) -> Any:
+    """Pillow's class for such a file."""
     for plugin, begins in _PLUGINS.items():
         if re.match(begins, data, re.DOTALL):
             try:
                 module = importlib.import_module(f"PIL.{plugin}ImagePlugin")
             except ImportError as error:
                 raise BadImage(f"the Pillow installed reads no {plugin}") from error
-            opened: PIL.Image.Image = getattr(module, f"{plugin}ImageFile")(io.BytesIO(data))
-            return opened
+            return getattr(module, f"{plugin}ImageFile")
     if not data:
         raise BadImage("it is empty (0 bytes)")
     known = (kind for kind, begins in _OTHERS.items() if re.match(begins, data, re.DOTALL))
@@ -258,13 +266,8 @@ def _eight_bits(image: "PIL.Image.Image", mode: str) -> "PIL.Image.Image":
 
 def is_gray(data: bytes) -> bool:
     """Whether the image in `data` is stored in shades of gray; may raise `BadImage`."""
-    try:
-        with _opened(data) as image:
-            return image.mode in ("L", "1", "LA", *_DEEP)
-    except BadImage:
-        raise
-    except Exception as error:
-        raise BadImage(f"cannot be decoded: {error}") from error
+    with _opened(data) as image:
+        return image.mode in ("L", "1", "LA", *_DEEP)
 
 
 def _check_tiff(image: "PIL.Image.Image", max_pixels: int) -> None:

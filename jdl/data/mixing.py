@@ -6,7 +6,6 @@ are. With `parallel="pmap"` each device mixes its own part of the batch, with th
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -31,13 +30,18 @@ def mixup(alpha: float = 0.2, *, num_classes: int) -> Transform:
     >>> mixup(num_classes=3)(batch, jax.random.key(0))["label"].sum(1).tolist()
     [1.0, 1.0]
     """
-    return partial(_transform, _mixup, *_checked(alpha, num_classes))
+
+    def blend(image: jax.Array, other: jax.Array, share: jax.Array, key: Key) -> Any:
+        of_image = share.astype(image.dtype)
+        return of_image * image + (1.0 - of_image) * other, share
+
+    return _mixing(blend, alpha, num_classes)
 
 
 def cutmix(alpha: float = 1.0, *, num_classes: int) -> Transform:
-    """A box of another image's in each, and the label by its area: 1 − λ, cut at the edges.
+    """A box of another image's in each, of area 1 − λ until cut at the edges (Yun 2019).
 
-    λ is from Beta(α, α), the center uniform (Yun 2019); otherwise as `mixup`.
+    λ is from Beta(α, α), the center uniform; labels are mixed by the area, as by `mixup`.
 
     Args:
       alpha: α > 0.
@@ -47,63 +51,61 @@ def cutmix(alpha: float = 1.0, *, num_classes: int) -> Transform:
     >>> cutmix(num_classes=3)(batch, jax.random.key(0))["label"].sum(1).tolist()
     [1.0, 1.0]
     """
-    return partial(_transform, _cutmix, *_checked(alpha, num_classes))
+
+    def paste(image: jax.Array, other: jax.Array, share: jax.Array, key: Key) -> Any:
+        inside = []
+        for own_key, length in zip(jax.random.split(key), image.shape[1:3], strict=True):
+            center = jax.random.randint(own_key, (), 0, length)
+            half = (0.5 * jnp.sqrt(1.0 - share) * length).astype(jnp.int32)
+            places = jnp.arange(length)
+            inside.append((places >= center - half) & (places < center + half))
+        box = inside[0][:, None] & inside[1][None, :]
+        return jnp.where(box[None, :, :, None], other, image), 1.0 - jnp.mean(box)
+
+    return _mixing(paste, alpha, num_classes)
 
 
 def one_of(*transforms: Transform) -> Transform:
     """One of these transforms at each step, all equally likely.
-
-    Args:
-      *transforms: such as `mixup(num_classes=10), cutmix(num_classes=10)`.
 
     >>> batch = {"image": jnp.ones((2, 4, 4, 1)), "label": jnp.array([0, 1])}
     >>> both = one_of(mixup(num_classes=3), cutmix(num_classes=3))
     >>> both(batch, jax.random.key(0))["image"].shape
     (2, 4, 4, 1)
     """
-    ok = len(transforms) > 0 and all(map(callable, transforms))
-    check.argument(ok, "transforms", "functions of (batch, key)", transforms)
-    return partial(_one_of, transforms)
+    check.argument(bool(transforms), "transforms", "functions of (batch, key)", transforms)
+
+    def transform(batch: Batch, key: Key) -> Batch:
+        chosen, key = jax.random.split(key)
+        which = jax.random.randint(chosen, (), 0, len(transforms))
+        mixed: Batch = jax.lax.switch(which, transforms, dict(batch), key)
+        return mixed
+
+    return transform
 
 
-def _one_of(transforms: tuple[Transform, ...], batch: Batch, key: Key) -> Batch:
-    chosen, key = jax.random.split(key)
-    which = jax.random.randint(chosen, (), 0, len(transforms))
-    mixed: Batch = jax.lax.switch(which, transforms, dict(batch), key)
-    return mixed
-
-
-def _checked(alpha: float, num_classes: int) -> tuple[float, int]:
+def _mixing(mix: Callable[..., Any], alpha: float, num_classes: int) -> Transform:
     check.in_range("alpha", alpha, 0.0, 1e3, open_low=True)
     check.positive_int("num_classes", num_classes)
-    return alpha, num_classes
 
+    def transform(batch: Batch, key: Key) -> Batch:
+        found = {name: f"{x.dtype}{list(x.shape)}" for name, x in batch.items()}
+        image, label = (jnp.asarray(batch.get(name, 0)) for name in ("image", "label"))
+        ok = image.ndim == 4 and jnp.issubdtype(image.dtype, jnp.floating)
+        ok = ok and label.shape == image.shape[:1] and jnp.issubdtype(label.dtype, jnp.integer)
+        must = "left out unless image is float [B, H, W, C] and label int [B]"
+        check.argument(ok, "batch_transform", must, found, "uint8 is scaled if it is an input.")
+        # Other class numbers make the loss NaN, as without mixing.
+        known = (label >= 0) & (label < num_classes)
+        labels = jnp.where(known[:, None], jax.nn.one_hot(label, num_classes), jnp.nan)
+        of_share, of_mix = jax.random.split(key)
+        share = jax.random.beta(of_share, alpha, alpha)
+        before = _before(batch.get("mask"))
+        image, share = mix(image, before(image), share, of_mix)
+        labels = share * labels + (1.0 - share) * before(labels)
+        return {**batch, "image": image, "label": labels}
 
-def _transform(mix: Any, alpha: float, num_classes: int, batch: Batch, key: Key) -> Batch:
-    for name in ("image", "label"):
-        must = "left out for batches without an image and a label"
-        check.argument(name in batch, "batch_transform", must, sorted(batch))
-    image, label = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
-    check.argument(
-        image.ndim == 4 and jnp.issubdtype(image.dtype, jnp.floating),
-        "batch['image']",
-        "floating-point [B, H, W, C] for mixup and cutmix",
-        f"{image.dtype} {list(image.shape)}",
-        "Name it as `inputs`: uint8 images are scaled then.",
-    )
-    check.argument(
-        label.shape == image.shape[:1] and jnp.issubdtype(label.dtype, jnp.integer),
-        "batch['label']",
-        "int [B] for mixup and cutmix",
-        f"{label.dtype} {list(label.shape)}",
-    )
-    known = (label >= 0) & (label < num_classes)  # others make the loss NaN, as without mixing
-    shares = jnp.where(known[:, None], jax.nn.one_hot(label, num_classes), jnp.nan)
-    first, second = jax.random.split(key)
-    share = jax.random.beta(first, alpha, alpha)
-    before = _before(batch.get("mask"))
-    image, share = mix(image, before(image), share, second)
-    return {**batch, "image": image, "label": share * shares + (1.0 - share) * before(shares)}
+    return transform
 
 
 def _before(mask: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
@@ -115,25 +117,3 @@ def _before(mask: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
     previous = jnp.roll(last, 1).at[0].set(-1)
     previous = jnp.where(previous < 0, last[-1], previous)
     return lambda x: x[jnp.where(mask > 0, previous, rows)]
-
-
-def _mixup(
-    image: jax.Array, other: jax.Array, share: jax.Array, key: Key
-) -> tuple[jax.Array, jax.Array]:
-    del key
-    return share.astype(image.dtype) * image + (1.0 - share).astype(image.dtype) * other, share
-
-
-def _cutmix(
-    image: jax.Array, other: jax.Array, share: jax.Array, key: Key
-) -> tuple[jax.Array, jax.Array]:
-    keys, inside, area = jax.random.split(key), jnp.ones((), bool), jnp.ones(())
-    for axis, own_key in zip((1, 2), keys, strict=True):
-        length = image.shape[axis]
-        center = jax.random.randint(own_key, (), 0, length)
-        half = (0.5 * jnp.sqrt(1.0 - share) * length).astype(jnp.int32)
-        start, stop = jnp.maximum(center - half, 0), jnp.minimum(center + half, length)
-        places = jnp.expand_dims(jnp.arange(length), [i for i in range(4) if i != axis])
-        inside = inside & (places >= start) & (places < stop)
-        area = area * ((stop - start) / length)
-    return jnp.where(inside, other, image), 1.0 - area

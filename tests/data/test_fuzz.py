@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from jdl.core.check import UserError
-from jdl.data import TarSource, decode, describe, from_tar, images
+from jdl.data import TarSource, decode, describe, from_tar
 from jdl.data.images import BadImage
 from jdl.data.tar import index as tar_index
 from jdl.data.tar import scan
@@ -34,9 +34,14 @@ MEMORY = 1 << 30  # bytes that all mutations together may need beyond what impor
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 
-def encode(image, format):
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"]
+IMAGE_FORMATS += ["JPEG2000"] if features.check("jpg_2000") else []
+IMAGE_FORMATS += ["AVIF"] if "avif" in features.modules and features.check("avif") else []
+
+
+def encode(image, format, **options):
     out = io.BytesIO()
-    image.save(out, format)
+    image.save(out, format, **options)
     return out.getvalue()
 
 
@@ -144,7 +149,7 @@ def read_by_tarfile(data):
 def read_by_pillow(data, size):
     """Pillow's own decoding, upright and resized; None if it has none."""
     try:
-        with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.mode not in ("RGB", "L") or "transparency" in image.info:
                 return None
             upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -163,7 +168,9 @@ class Mutations:
         self.path = str(folder / "a.tar")
         self.tars = [archive(format) for format in FORMATS]
         self.places = [header_places(tar) for tar in self.tars]
-        self.images = [encode(photo(), f) for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")]
+        self.images = [encode(photo(), format) for format in IMAGE_FORMATS]
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"):
+            self.images.append(encode(photo(), "TIFF", compression=compression))
         Path(self.path).write_bytes(self.tars[0])
         self.index = self.path + tar_index.SUFFIX
         tar_index.open_index(self.path)

@@ -107,20 +107,24 @@ def test_names_are_matched_by_one_rule_for_all():
     for entries in (
         ["train/a.b/1.png", "./train//2.png"],
         ["1.png", "2.png"],
-        ["elsewhere/1.png", "else/2.png"],
+        ["ds/train/a.b/1.png", "ds/train/2.png"],
+        ["a.b/1", "2"],
         ["train/a.b/1", "train/2"],
         ["1", "2"],
     ):
         table = dict(zip(entries, "xy", strict=True)) | {"other.png": "z"}
         assert look_up(table, records, True) == ["x", "y"]
-    for entries in (["1.png", "train/2.png", "test/2.png"], ["train/1.png", "2"]):
+    for entries in (["1.png", "test/2.png"], ["train/a.b/1.png", "2"], ["train/1.png", "2.png"]):
         with pytest.raises(DataError, match="no entry for 1 of 2 records"):
             look_up(dict(zip(entries, "xyz", strict=False)), records, True)
     # Two records of one last part, and of one path in two archives.
-    for twice in (["a/1.png", "b/1.png"], ["1.png", "1.png"]):
-        with pytest.raises(DataError, match="no entry for 2 of 2 records"):
+    for twice, words in [
+        (["a/1.png", "b/1.png"], "has no entry for 2 of 2 records"),
+        (["1.png", "1.png"], "does not tell the records apart"),
+    ]:
+        with pytest.raises(DataError, match=words):
             look_up({"1.png": "x"}, twice, True)
-    assert look_up({"1.png": "x", "test/1.png": "x"}, ["train/1.png"], True) == ["x"]
+    assert look_up({"1.png": "x", "test/1.png": "y"}, ["train/1.png"], True) == ["x"]
     with pytest.raises(DataError, match=r"'1\.png', names no class, but 1.5"):
         look_up({"1.png": 1.5}, ["1.png"], True)
 
@@ -227,6 +231,14 @@ def test_a_target_that_is_no_number_is_named(wrong, tmp_path):
     path = write_tar(tmp_path / "a.tar", images("c", 3))
     with pytest.raises(DataError, match=r"'c/01\.png' must have a finite number as its target"):
         TarSource(path, labels={"00": 1, "01": wrong, "02": 2}, target="number")
+    if wrong == "x":
+        for vectors in ([[1, 2], "34"], [[1, 2], [3]], [[1, 2], 3], [(1, 2), "34"]):
+            table = dict(zip(["00", "01"], vectors, strict=True)) | {"02": np.array([1, 2])}
+            with pytest.raises(DataError, match=r"'c/01\.png' must have 2 finite numbers"):
+                TarSource(path, labels=table, target="number")
+        table |= {"01": (3, np.float32(4))}
+        labels = TarSource(path, labels=table, target="number").labels([0, 1, 2])
+        assert labels.tolist() == [[1, 2], [3, 4], [1, 2]]
     table = {"00": [1], "01": [1, 2] if wrong == [1.0] else wrong, "02": [2]}
     with pytest.raises(DataError, match=r"'c/01\.png' must have 1 finite numbers"):
         TarSource(path, labels=table, target="number")
