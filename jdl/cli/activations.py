@@ -151,14 +151,14 @@ def _exciting(args: Args, trunk: "Trunk", layer: str) -> "np.ndarray":
 
     check.argument(args.data is not None, "--data", "given for exciting", None)
     data = str(args.data)
+    which = {"include": args.include, "exclude": args.exclude}
     channels = _channels(args) or list(range(min(args.count, 8)))
     pictures = open_images(
         data,
         size=trunk.size or (224, 224),
-        split=default_split(data, args.split, "test", args.include, args.exclude),
+        split=default_split(data, args.split, "test", **which),
         label="none",
-        include=args.include,
-        exclude=args.exclude,
+        **which,
         batch_size=32,
     )
     found = activations.exciting(trunk, pictures, layer, channels, count=8)

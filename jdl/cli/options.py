@@ -113,7 +113,7 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
         learns or not given["label"], "--label", "left out: no labels are used", config.label
     )
     data = args.data or config.data
-    chosen = default_split(data, args.split, split, config.include, config.exclude)
+    chosen = default_split(data, args.split, split, **config.which)
     options = {"labelled": learns} | options
     images = config.images(data, chosen, batch_size=args.batch_size, **options)
     return RunOnData(config, data, chosen, images)

@@ -137,13 +137,7 @@ def run(args: Args) -> None:
 def _job(args: Args) -> _Job:
     """Opens the data and fills in the defaults."""
     from jdl.optim import registry
-    from jdl.recipes.datasets import (
-        default_split,
-        input_shape,
-        label_if_any,
-        open_images,
-        parse_size,
-    )
+    from jdl.recipes import datasets
     from jdl.recipes.registry import LABELLED, recipe
     from jdl.recipes.run_config import MIXED, RunConfig
 
@@ -158,7 +152,10 @@ def _job(args: Args) -> _Job:
     optimizer = registry.short_name(args.optimizer or chosen.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
-    size, split = parse_size(args.size, source), default_split(source, args.split, "train", **which)
+    size, split = (
+        datasets.parse_size(args.size, source),
+        datasets.default_split(source, args.split, "train", **which),
+    )
     augmentation = {name: getattr(args, name) for name in ("crop", "flip", "augment", "workers")}
     given = {name: value for name, value in augmentation.items() if value}
     mixed = [name for name in args.augment if name in MIXED]
@@ -168,10 +165,10 @@ def _job(args: Args) -> _Job:
         check.argument(source != "trees" or not value, f"--{name}", "left out for trees", value)
     label = args.label
     if label is None and chosen.kind not in LABELLED:
-        label = label_if_any(source, **which)
+        label = datasets.label_if_any(source, **which)
 
     def images(batch_size: int, **more: Any) -> "Batches":
-        return open_images(
+        return datasets.open_images(
             source,
             size=size,
             split=split,
@@ -202,7 +199,7 @@ def _job(args: Args) -> _Job:
         microbatches=args.microbatches,
         seed=args.seed,
         split=split,
-        image_shape=input_shape(source, size, 3 if args.color else 1),
+        image_shape=datasets.input_shape(source, size, 3 if args.color else 1),
         grayscale=not args.color,
         classes=classes,
         on_error=args.on_error,
@@ -241,9 +238,8 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
         f"to step {job.max_steps}; writing to {workdir}"
     )
     splits = [config.split]
-    if config.split == "train" and default_split(
-        config.data, None, "test", config.include, config.exclude
-    ):
+    held_out = default_split(config.data, None, "test", **config.which)
+    if config.split == "train" and held_out:
         splits.append("test")
     # Opened before any training, so that an error in them is raised first.
     evaluated = {

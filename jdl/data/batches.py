@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from jdl.core import check
-from jdl.data.loading import Loaded, load_ahead
+from jdl.data.loading import InOrder, Loaded, Workers, made
 from jdl.data.order import Order
 from jdl.data.plan import Plan, Span
 
@@ -238,15 +238,14 @@ class Batches(grain.IterDataset):
 
     def start_loading(self, epoch: int, record: int) -> Any:
         """An iterator over the batches from a position on, made ahead; it has `close`."""
-        plan = self.plan
-        return load_ahead(
-            lambda number: self.load(plan.span(epoch, record, number)),
-            lambda: self.loaded_spec,
-            plan.count(epoch, record),
-            threads=self.num_threads,
-            workers=self.num_workers,
-            ahead=self.ahead,
-        )
+        plan, count = self.plan, self.plan.count(epoch, record)
+        make = lambda number: self.load(plan.span(epoch, record, number))  # noqa: E731
+        if self.num_workers:
+            workers = Workers(make, self.loaded_spec, count, self.num_workers, self.ahead)
+            return InOrder(workers.take, lambda loaded: loaded, count, 1, 1, workers.close)
+        if self.num_threads and self.ahead:
+            return InOrder(lambda number: number, make, count, self.num_threads, self.ahead)
+        return (made(make, number) for number in range(count))
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import cloudpickle
 import numpy as np
@@ -32,37 +32,10 @@ class Loaded(NamedTuple):
     error: Exception | None = None
 
 
-def load_ahead(
-    make: Callable[[int], Loaded],
-    spec: Callable[[], dict[str, Any]],
-    count: int,
-    *,
-    threads: int,
-    workers: int,
-    ahead: int,
-) -> Any:
-    """An iterator over batches 0 … `count` − 1, which has `close`.
-
-    Args:
-      make: makes the batch of a number; called by several threads or, pickled, in processes.
-      spec: gives what a batch is made of: name -> jax.ShapeDtypeStruct.
-      count: how many batches there are.
-      threads: how many make them; 0 for none, batches are made when asked for.
-      workers: processes that make them instead.
-      ahead: batches made before they are asked for.
-    """
-    if workers:
-        made = Workers(make, spec(), count, workers, ahead)
-        loader = InOrder(made.take, lambda loaded: loaded, count, 1, 1, made.close)
-    elif threads and ahead:
-        loader = InOrder(lambda number: number, make, count, threads, ahead)
-    else:
-        return (_made(make, number) for number in range(count))
-    loader.start_prefetch()
-    return loader
+Make: TypeAlias = Callable[[int], Loaded]
 
 
-def _made(make: Callable[[int], Loaded], number: int) -> Loaded:
+def made(make: Make, number: int) -> Loaded:
     """A batch, or the error in making it."""
     try:
         return make(number)
@@ -74,17 +47,17 @@ class Workers:
     """Spawned processes that make batches in turns, in memory that they share with this one.
 
     They end when they are closed, and when this process ends, however it does. The shared memory
-    has no name, so nothing is left of it then. The arguments are those of `load_ahead`.
+    has no name, so nothing is left of it then.
+
+    Args:
+      make: makes the batch of a number; it is pickled.
+      spec: what a batch is made of: name -> jax.ShapeDtypeStruct.
+      count: how many batches there are.
+      workers: the number of processes.
+      ahead: batches made before they are taken, at least one in each process.
     """
 
-    def __init__(
-        self,
-        make: Callable[[int], Loaded],
-        spec: dict[str, Any],
-        count: int,
-        workers: int,
-        ahead: int,
-    ):
+    def __init__(self, make: Make, spec: dict[str, Any], count: int, workers: int, ahead: int):
         self._count, self._slots = count, max(1, ahead // workers) * workers
         context, memory = multiprocessing.get_context("spawn"), {}
         for name, entry in spec.items():
@@ -151,7 +124,7 @@ def _work(pipe: Any, pickled: bytes, memory: dict[str, Any], parent: int) -> Non
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
         while True:
             number, slot = pipe.recv()
-            loaded = _made(lambda number: load(pickled)(number), number)
+            loaded = made(lambda number: load(pickled)(number), number)
             batch = loaded.batch or {}
             for name, array in batch.items():
                 arrays[name][slot] = array
@@ -194,9 +167,9 @@ class InOrder:
         self._ahead = max(ahead, 1)
         self._waiting: deque[Future[Loaded | None]] = deque()
         self._next = 0
+        self._start()
 
-    def start_prefetch(self) -> None:
-        """Starts as many batches as there may be ahead."""
+    def _start(self) -> None:
         while len(self._waiting) < self._ahead and self._next < self._count:
             read = self._reader.submit(self._read, self._next)
             self._waiting.append(self._decoders.submit(self._finish, read))
@@ -213,11 +186,11 @@ class InOrder:
         return self
 
     def __next__(self) -> Loaded:
-        self.start_prefetch()
+        self._start()
         loaded = self._waiting.popleft().result() if self._waiting else None
         if loaded is None:
             raise StopIteration
-        self.start_prefetch()
+        self._start()
         return loaded
 
     # Kept here: when the interpreter ends, a module's own names may be gone before its objects.

@@ -75,6 +75,8 @@ def _as_table(pairs: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, value in pairs:
         key = lb.composed("/".join(lb.folder_parts(str(name).strip())))
+        value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+        value = list(value) if isinstance(value, tuple) else value
         if table.setdefault(key, value) != value:
             raise check.DataError(f"{where!r} has two values for {key!r}.")
     return table
@@ -188,7 +190,9 @@ def by_sidecar(
 
 
 def look_up(labels: Table, names: Sequence[str], as_classes: bool) -> list[Any]:
-    """Each record's value, by one rule for all: by path, else by last part, else without extension.
+    """Each record's value, by one rule for all: by path, else by the last parts of paths.
+
+    An entry may lack a record's first folders or extension, or have more folders before them.
 
     Raises:
       DataError: if a record has none, or it is unclear which is whose.
@@ -199,40 +203,42 @@ def look_up(labels: Table, names: Sequence[str], as_classes: bool) -> list[Any]:
     where = "`labels`" if isinstance(labels, Mapping) else repr(labels and os.fspath(labels))
     table = read_table(labels)
 
-    def same(name: str) -> str:
-        return name
-
-    def last(name: str) -> str:
-        return name.rpartition("/")[2]
-
-    def stem(name: str) -> str:
-        return re.sub(r"\.[^./]*\Z", "", name)
-
-    fewest: Sequence[str] = names
-    rules = ((same, same), (last, last), (stem, same), (lambda name: stem(last(name)), last))
-    for of_record, of_entry in rules:
-        keys = [of_record(name) for name in names]
-        known: dict[str, list[Any]] = {key: [] for key in keys}
+    stems = [re.sub(r"\.[^./]*\Z", "", name) for name in names]
+    fewest, why = len(names) + 1, "does not tell the records apart"
+    for records, by_last in ((names, False), (names, True), (stems, False), (stems, True)):
+        of = {_last(record) if by_last else record: record for record in records}
+        found: dict[str, list[Any]] = {record: [] for record in records}
         unused = 0
         for name, value in table.items():
-            values = known.get(of_entry(name))
-            if values is None:
+            record = of.get(_last(name) if by_last else name)
+            if record is None or not (_ends(record, name) or _ends(name, record)):
                 unused += 1
-            elif value not in values:
-                values.append(value)
-        if len(known) < len(keys) or max(map(len, known.values())) > 1:
+            elif value not in found[record]:
+                found[record].append(value)
+        if len(of) < len(names) or max(map(len, found.values())) > 1:
             continue
-        missing = [name for name, key in zip(names, keys, strict=True) if not known[key]]
+        missing = [names[i] for i, record in enumerate(records) if not found[record]]
         if not missing:
             logger.info("%s: %d of %d entries are of no record", where, unused, len(table))
+            values = [found[record][0] for record in records]
             if not as_classes:
-                return [known[key][0] for key in keys]
-            return [lb.class_name(known[key][0], f"{where}, {key!r},") for key in keys]
-        fewest = min(fewest, missing, key=len)
+                return values
+            return [lb.class_name(values[i], f"{where}, {n!r},") for i, n in enumerate(names)]
+        if len(missing) < fewest:
+            fewest = len(missing)
+            why = f"has no entry for {fewest} of {len(names)} records, such as {missing[0]!r}"
     raise check.DataError(
-        f"{where} has no entry for {len(fewest)} of {len(names)} records, such as {fewest[0]!r}. "
-        "Names are compared as paths, or by their last part or without extension if that is unique."
+        f"{where} {why}. An entry may lack a path's first folders, or its extension, if that "
+        "leaves no doubt."
     )
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _ends(path: str, part: str) -> bool:
+    return f"/{path}".endswith(f"/{part}")
 
 
 def encode(
@@ -273,7 +279,8 @@ def encode(
     for i, value in given:
         try:
             numbers[i] = [float(x) for x in value] if shape else float(value)
-            ok = (not shape or len(value) == shape[0]) and np.isfinite(numbers[i]).all()
+            ok = not shape or (isinstance(value, list) and len(value) == shape[0])
+            ok = ok and bool(np.isfinite(numbers[i]).all())
         except (TypeError, ValueError, OverflowError):
             ok = False
         if not ok:
@@ -292,8 +299,12 @@ def decode(targets: np.ndarray, target: str, classes: int) -> np.ndarray:
 def _several(value: Any, i: int, where: Callable[[int], str]) -> list[str]:
     if value is SKIPPED:
         return []
-    names = [name for name in value.split("|") if name] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple):
+    names = (
+        [name.strip() for name in value.split("|") if name.strip()]
+        if isinstance(value, str)
+        else value
+    )
+    if not isinstance(names, list):
         raise check.DataError(
             f"{where(i)} must have a list of classes as its target, got {value!r}."
         )

@@ -28,24 +28,13 @@ def choice(
     return found
 
 
-def open_images(
-    data: str,
-    *,
-    size: tuple[int, ...],
-    label: str | None = None,
-    include: str | None = None,
-    exclude: str | None = None,
-    **options: Any,
-) -> "Batches":
+def open_images(data: str, *, size: tuple[int, ...], **options: Any) -> "Batches":
     """The data set of a `--data` argument.
 
     Args:
       data: paths, or the words `digits` and `trees`.
       size: (height, width) of the images.
-      label: as `--label`.
-      include: as `--include`.
-      exclude: as `--exclude`.
-      **options: further ones of `jdl.data.from_tar`.
+      **options: further ones of `jdl.data.from_tar`; label, include and exclude as the flags.
     """
     if data == "trees":
         from jdl.recipes.formulas import trees_of
@@ -54,8 +43,8 @@ def open_images(
 
     from jdl.data import from_tar, resolve
 
-    chosen = choice(label, include, exclude)
-    return from_tar(resolve(data), size=(size[0], size[1]), **chosen, **options)
+    words = {name: options.pop(name, None) for name in ("label", "include", "exclude")}
+    return from_tar(resolve(data), size=(size[0], size[1]), **choice(**words), **options)
 
 
 def input_shape(data: str, size: tuple[int, int], channels: int) -> tuple[int, ...]:
@@ -67,29 +56,25 @@ def input_shape(data: str, size: tuple[int, int], channels: int) -> tuple[int, .
     return (*size, channels)
 
 
-def default_split(
-    data: str,
-    wanted: str | None,
-    default: str,
-    include: str | None = None,
-    exclude: str | None = None,
-) -> str | None:
-    """The split asked for, None for "all"; else `default` if the data have it; else None."""
+def default_split(data: str, wanted: str | None, default: str, **which: str | None) -> str | None:
+    """The split asked for, None for "all"; else `default` if the data have it; else None.
+
+    `which` are the words of `--include` and `--exclude`.
+    """
     if wanted is not None:
         return None if wanted == "all" else wanted
     if data == "trees":
         return default
     from jdl.data import resolve, splits
 
-    there = splits(resolve(data), **choice(None, include, exclude))
-    return default if default in there else None
+    return default if default in splits(resolve(data), **choice(**which)) else None
 
 
-def label_if_any(data: str, include: str | None, exclude: str | None) -> str | None:
+def label_if_any(data: str, **which: str | None) -> str | None:
     """None, for classes by folder; "none" if images have none, or `train` and `test` differ."""
     from jdl.data import TarSource, resolve, splits
 
-    chosen, archives = choice(None, include, exclude), resolve(data)
+    chosen, archives = choice(**which), resolve(data)
     parts = splits(archives, **chosen) or (None,)
     sources = [TarSource(archives, split=part, **chosen) for part in parts]
     same = all(s.unlabelled() is None and s.classes == sources[0].classes for s in sources)

@@ -95,6 +95,11 @@ class RunConfig:
             )
         return config_toml.parse(cls, table, workdir, COMMAND)
 
+    @property
+    def which(self) -> dict[str, str | None]:
+        """The words of `--include` and `--exclude`."""
+        return {"include": self.include, "exclude": self.exclude}
+
     def build_model(self) -> Net:
         """The model of these settings."""
         return recipe(self.model).build(self.image_shape, len(self.classes))
@@ -156,7 +161,6 @@ class RunConfig:
             size=self.image_shape[:2],
             grayscale=self.grayscale,
             on_error=self.on_error,
-            include=self.include,
-            exclude=self.exclude,
+            **self.which,
             **options,
         )

@@ -673,6 +673,10 @@ def test_a_seek_file_of_an_earlier_state_is_renewed_by_the_command_in_the_error(
     assert main(shlex.split(command)[1:]) == 0
     assert "20 images" in capsys.readouterr().out
     assert (TarSource(path).mode, len(TarSource(path))) == ("seekable", 20)
+    data = path.read_bytes()
+    path.write_bytes(data[:-8] + bytes(8))  # as large as before, with other contents
+    with pytest.raises(DataError, match="of an earlier state"):
+        TarSource(path)
     write(7, bz2.compress)  # no longer gzip: it has nothing to seek
     assert (TarSource(path).mode, len(TarSource(path))) == ("stream", 7)
 

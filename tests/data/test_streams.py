@@ -280,7 +280,6 @@ def test_batches_can_be_closed_in_their_own_thread(where):
             closed.append(name)
 
     batches = InOrder(lambda i: [step("read")], lambda read: step("decode"), 1, 1, 1)
-    batches.start_prefetch()
     begun.set()
     (waiting,) = batches._waiting
     waiting.result(timeout=10)

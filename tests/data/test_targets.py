@@ -107,20 +107,24 @@ def test_names_are_matched_by_one_rule_for_all():
     for entries in (
         ["train/a.b/1.png", "./train//2.png"],
         ["1.png", "2.png"],
-        ["elsewhere/1.png", "else/2.png"],
+        ["ds/train/a.b/1.png", "ds/train/2.png"],
+        ["a.b/1", "2"],
         ["train/a.b/1", "train/2"],
         ["1", "2"],
     ):
         table = dict(zip(entries, "xy", strict=True)) | {"other.png": "z"}
         assert look_up(table, records, True) == ["x", "y"]
-    for entries in (["1.png", "train/2.png", "test/2.png"], ["train/1.png", "2"]):
+    for entries in (["1.png", "test/2.png"], ["train/a.b/1.png", "2"], ["train/1.png", "2.png"]):
         with pytest.raises(DataError, match="no entry for 1 of 2 records"):
             look_up(dict(zip(entries, "xyz", strict=False)), records, True)
     # Two records of one last part, and of one path in two archives.
-    for twice in (["a/1.png", "b/1.png"], ["1.png", "1.png"]):
-        with pytest.raises(DataError, match="no entry for 2 of 2 records"):
+    for twice, words in [
+        (["a/1.png", "b/1.png"], "has no entry for 2 of 2 records"),
+        (["1.png", "1.png"], "does not tell the records apart"),
+    ]:
+        with pytest.raises(DataError, match=words):
             look_up({"1.png": "x"}, twice, True)
-    assert look_up({"1.png": "x", "test/1.png": "x"}, ["train/1.png"], True) == ["x"]
+    assert look_up({"1.png": "x", "test/1.png": "y"}, ["train/1.png"], True) == ["x"]
     with pytest.raises(DataError, match=r"'1\.png', names no class, but 1.5"):
         look_up({"1.png": 1.5}, ["1.png"], True)
 
@@ -227,6 +231,14 @@ def test_a_target_that_is_no_number_is_named(wrong, tmp_path):
     path = write_tar(tmp_path / "a.tar", images("c", 3))
     with pytest.raises(DataError, match=r"'c/01\.png' must have a finite number as its target"):
         TarSource(path, labels={"00": 1, "01": wrong, "02": 2}, target="number")
+    if wrong == "x":
+        for vectors in ([[1, 2], "34"], [[1, 2], [3]], [[1, 2], 3], [(1, 2), "34"]):
+            table = dict(zip(["00", "01"], vectors, strict=True)) | {"02": np.array([1, 2])}
+            with pytest.raises(DataError, match=r"'c/01\.png' must have 2 finite numbers"):
+                TarSource(path, labels=table, target="number")
+        table |= {"01": (3, np.float32(4))}
+        labels = TarSource(path, labels=table, target="number").labels([0, 1, 2])
+        assert labels.tolist() == [[1, 2], [3, 4], [1, 2]]
     table = {"00": [1], "01": [1, 2] if wrong == [1.0] else wrong, "02": [2]}
     with pytest.raises(DataError, match=r"'c/01\.png' must have 1 finite numbers"):
         TarSource(path, labels=table, target="number")
@@ -264,3 +276,25 @@ def test_several_classes_for_an_image(tmp_path):
     for wrong in (3, {"a": 1}, [1.5], None):
         with pytest.raises(DataError, match=r"'c/00\.png'"):
             TarSource(path, labels={f"{i:02d}": wrong for i in range(24)}, target="multilabel")
+
+
+def test_an_image_whose_target_cannot_be_read_is_skipped_in_several_archives(tmp_path):
+    paths = []
+    for archive, bad in (("a", b"{"), ("b", b"[]")):
+        members = {}
+        for i in range(5):
+            members[f"c/{i}.png"] = png(i)
+            members[f"c/{i}.json"] = b'{"at": [%d, 0.5], "tags": ["t%d"]}' % (i, i % 2)
+        paths.append(write_tar(tmp_path / f"{archive}.tar", members | {"c/3.json": bad}))
+    options = {"batch_size": 10, "max_skipped": 0.5, "grayscale": True}
+    with pytest.raises(DataError, match=r"a\.tar', member 'c/3\.json'"):
+        from_tar(paths, label="json:at", target="number", **options)
+    for label, target, expected in [
+        ("json:at", "number", [[i, 0.5] for i in (0, 1, 2, 4)]),
+        ("json:tags", "multilabel", [[1 - i % 2, i % 2] for i in (0, 1, 2, 4)]),
+    ]:
+        data = from_tar(paths, label=label, target=target, on_error="skip", **options)
+        (batch,) = data
+        assert batch["mask"].tolist() == [1, 1, 1, 0, 1] * 2
+        assert batch["image"][:, 0, 0, 0].tolist() == [0, 1, 2, 0, 4] * 2
+        assert batch["label"][batch["mask"] > 0].tolist() == expected * 2

@@ -20,6 +20,9 @@ from jdl.data.tar.archive import UNKNOWN, Archive, LocalFile
 
 SEEK_SUFFIX = ".jdlseek"
 SEEK_SPACING = 1 << 18
+_FOOTER = (
+    8  # bytes with the contents' checksum at a gzip file's end; a seek file ends with the same
+)
 
 
 class Seekable(Archive):
@@ -32,6 +35,10 @@ class Seekable(Archive):
         self.path, self.size, self.file = file.path, UNKNOWN, file
         self._lock = threading.Lock()
         try:
+            with open(file.path + SEEK_SUFFIX, "rb") as kept:
+                kept.seek(-_FOOTER, os.SEEK_END)
+                if kept.read() != file.pread(_FOOTER, file.size - _FOOTER):
+                    raise ValueError("it is of an earlier state of the archive")
             self._input = _indexed_gzip().IndexedGzipFile(
                 file.path, spacing=SEEK_SPACING, index_file=file.path + SEEK_SUFFIX
             )
@@ -74,6 +81,7 @@ def make_seekable(path: str) -> str:
     """
     stored = LocalFile(path)
     kind = inflate.compression(stored.pread(8, 0))
+    footer = stored.pread(_FOOTER, max(stored.size - _FOOTER, 0))
     stored.close()
     if kind != "gzip":
         what = kind or "not compressed"
@@ -84,6 +92,8 @@ def make_seekable(path: str) -> str:
     try:
         file.build_full_index()
         file.export_index(temporary)
+        with open(temporary, "ab") as out:
+            out.write(footer)
         os.replace(temporary, path + SEEK_SUFFIX)
     except Exception as error:
         raise check.DataError(f"No seek file could be made for {path!r}: {error}.") from error

@@ -82,7 +82,7 @@ class TarSource:
         `person` of `key.json`; or None, no labels.
       labels: in place of `label`, a table of names and values: a mapping; or a .csv, .tsv, .json or
         .jsonl file, as `"labels.csv"`, or `"labels.csv:age"` for one of several columns. A name is
-        a member's path, or its last part or either without extension if that is unique.
+        a member's path, or its last parts, with or without extension, if that leaves no doubt.
       target: `"class"`; `"number"`, float32 targets of a number, or k numbers, for each record; or
         `"multilabel"`, float32 [classes] of 0 and 1, from a list of classes or a text `"cat|dog"`.
       split: only members in this folder, such as `"train"` or `"ds/train"`, from the root on or
