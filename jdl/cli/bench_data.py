@@ -1,7 +1,7 @@
 """Images per second from a tar: reading alone, decoding in threads, in worker processes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,6 @@ import numpy as np
 from jdl.cli import options, output
 from jdl.data import from_tar, resolve
 from jdl.data.image_batches import ImageBatches
-from jdl.data.tar.scan import Damage
 from jdl.recipes.datasets import parse_size
 
 _WARM = 2  # batches before the clock starts
@@ -44,23 +43,20 @@ def measure(
     rates: dict[str, float] = {}
     decoded, skipped = 0, dict[str, str]()
 
-    def batches(**how: Any) -> Callable[[], Iterator[int]]:
-        def make() -> Iterator[int]:
-            nonlocal decoded
-            data = from_tar(resolve(target), **how_read, **how)
-            iterator = iter(data)
-            try:
-                for batch in iterator:
-                    decoded += (images := int(np.sum(batch["mask"])))
-                    yield images
-            finally:
-                iterator.close()
-                skipped.update(data.skipped_records)
-
-        return make
+    def batches(**how: Any) -> Generator[int, None, None]:
+        nonlocal decoded
+        data = from_tar(resolve(target), **how_read, **how)
+        iterator = iter(data)
+        try:
+            for batch in iterator:
+                decoded += (images := int(np.sum(batch["mask"])))
+                yield images
+        finally:
+            iterator.close()
+            skipped.update(data.skipped_records)
 
     if source.mode == "random":
-        rates["reading alone"] = _rate(lambda: _reading(probe, batch_size), seconds)
+        rates["reading alone"] = _rate(_reading(probe, batch_size), seconds)
     rates["decoded on demand"] = _rate(batches(threads=0), seconds)
     for n in several:
         rates[f"{n} thread{'s' * (n > 1)}"] = _rate(batches(threads=n), seconds)
@@ -68,24 +64,18 @@ def measure(
         for n in (n for n in several if n > 1):
             rates[f"{n} worker processes"] = _rate(batches(workers=n), seconds)
     shape = "×".join(map(str, probe.element_spec["image"].shape))
-    problems = [{"archive": path, **each._asdict()} for path, each in source.damage]
-    return output.Report(
-        {
-            "images": len(source),
-            "decoded": decoded,
-            "skipped": skipped,
-            "damage": problems,
-            "cores": cores,
-            "images_per_second": rates,
-        },
-        ["", "images/s"],
-        [[how, f"{rate:.0f}"] for how, rate in rates.items()],
-        f"{target}: {len(source)} images, batches of {shape}, {cores} cores",
-        _notes(rates, decoded, skipped, source.damage),
-    )
+    found = {
+        "images": len(source),
+        "decoded": decoded,
+        "skipped": skipped,
+        "damage": [{"archive": path, **each._asdict()} for path, each in source.damage],
+        "cores": cores,
+        "images_per_second": rates,
+    }
+    return _report(f"{target}: {len(source)} images, batches of {shape}, {cores} cores", found)
 
 
-def _reading(data: ImageBatches, batch_size: int) -> Iterator[int]:
+def _reading(data: ImageBatches, batch_size: int) -> Generator[int, None, None]:
     """The numbers of images in batches whose bytes are only read."""
     for i in range(1 << 40):
         epoch, at = divmod(i, max(len(data.source) // batch_size, 1))
@@ -93,30 +83,31 @@ def _reading(data: ImageBatches, batch_size: int) -> Iterator[int]:
         yield sum(isinstance(each, bytes) for each in data.source.read_many(records))
 
 
-def _notes(
-    rates: dict[str, float], decoded: int, skipped: dict[str, str], damage: list[tuple[str, Damage]]
-) -> str:
+def _report(title: str, found: dict[str, Any]) -> output.Report:
+    rates, skipped = found["images_per_second"], found["skipped"]
     best = max((how for how in rates if how != "reading alone"), key=lambda how: rates[how])
-    lost = [f"damaged: {d.word} at byte {d.offset} of {path}: {d.detail}" for path, d in damage]
+    lost = [
+        "damaged: {word} at byte {offset} of {archive}: {detail}".format(**each)
+        for each in found["damage"]
+    ]
     lost += [f"skipped {where}: {why}" for where, why in skipped.items()]
     few = lost[:_FEW] + [f"and {len(lost) - _FEW} more, which --json lists"] * (len(lost) > _FEW)
-    return "\n".join(
-        [
-            f"fastest: {best}. By default from_tar uses one thread for each core.",
-            f"images decoded in these runs: {decoded}, many of them several times",
-            *(few or ["no image skipped, no damage"]),
-        ]
-    )
+    notes = [
+        f"fastest: {best}. By default from_tar uses one thread for each core.",
+        f"images decoded in these runs: {found['decoded']}, many of them several times",
+        *(few or ["no image skipped, no damage"]),
+    ]
+    rows = [[how, f"{rate:.0f}"] for how, rate in rates.items()]
+    return output.Report(found, ["", "images/s"], rows, title, "\n".join(notes))
 
 
-def _rate(make: Callable[[], Iterator[int]], seconds: float) -> float:
+def _rate(numbers: Generator[int, None, None], seconds: float) -> float:
     """Images per second after the first batches."""
-    numbers = make()
     for _ in range(_WARM):
         next(numbers)
     images, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         images += next(numbers)
     rate = images / (time.perf_counter() - start)
-    numbers.close()  # type: ignore[attr-defined]
+    numbers.close()
     return rate

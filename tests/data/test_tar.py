@@ -605,6 +605,22 @@ def test_a_link_that_is_not_followed_is_listed_with_the_reason(kind, target, why
         assert next(i.offset_data for i in tar if i.name == "d/link.png") - 512 == found["offset"]
 
 
+def test_contents_after_a_hard_link_do_not_hide_what_follows(tmp_path):
+    """As POSIX allows; GNU tar takes the size as 0 too."""
+    path = tmp_path / "a.tar"
+    info, _ = member("b.png", tarfile.LNKTYPE, "")
+    info.linkname, info.size = "a.png", 600
+    with open(path, "wb") as file:
+        for name in ("a.png", "c.png"):
+            one, data = member(name, tarfile.REGTYPE, name)
+            file.write(one.tobuf() + data.read().ljust(512, b"\0"))
+            if name == "a.png":
+                file.write(info.tobuf() + b"x" * 1024)
+        file.write(bytes(1024))
+    assert images_of(path) == {"a.png": b"a.png", "b.png": b"a.png", "c.png": b"c.png"}
+    assert [(d["word"], d["lost"]) for d in describe(path).damage] == [("checksum", True)]
+
+
 def test_many_links_to_nothing_are_counted_and_nothing_is_said_to_be_lost(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.addfile(*member("x.png", tarfile.REGTYPE, "x"))

@@ -93,16 +93,16 @@ class RemoteFile(StoredFile):
         return answers()
 
     async def _fetch_retried(self, start: int, end: int) -> bytes:
-        for number in itertools.count(1):
+        failures = 0
+        while True:
             try:
                 data = await self._fetch(start, end)
                 if len(data) != end - start:
                     raise OSError(f"{len(data)} of {end - start} bytes came")
                 return data
             except Exception as error:
-                pause = _pause(f"read {self.path!r}", error, number)
+                pause = _pause(f"read {self.path!r}", error, failures := failures + 1)
             await asyncio.sleep(pause)
-        raise AssertionError
 
     async def _fetch(self, start: int, end: int) -> bytes:
         if start == end:
@@ -216,27 +216,26 @@ def retried(what: str, action: Callable[[], Any]) -> Any:
     Raises:
       DataError: with the last failure; at once if the file does not exist or may not be read.
     """
-    for number in itertools.count(1):
+    failures = 0
+    while True:
         try:
             return action()
         except Exception as error:
-            pause = _pause(what, error, number)
+            pause = _pause(what, error, failures := failures + 1)
         time.sleep(pause)
-    raise AssertionError
 
 
-def _pause(what: str, error: Exception, number: int) -> float:
-    """Seconds to wait after failure `number` of a try; raises if there is no other."""
+def _pause(what: str, error: Exception, failures: int) -> float:
+    """Seconds to wait after so many failures; raises if a retry is useless or none is left."""
     if isinstance(error, ValueError):
         raise error
     if _final(error):
-        raise check.DataError(
-            f"Cannot {what}: no such file, or no permission ({error})."
-        ) from error
-    if number == _TRIES:
+        why = f"no such file, or no permission ({error})"
+        raise check.DataError(f"Cannot {what}: {why}.") from error
+    if failures == _TRIES:
         reason = str(error) or type(error).__name__
         raise check.DataError(f"Cannot {what}, tried {_TRIES} times: {reason}.") from error
-    pause = _FIRST_PAUSE * 2 ** (number - 1)
+    pause = _FIRST_PAUSE * 2 ** (failures - 1)
     logger.info("%s failed (%r); trying again in %.1f s", what, error, pause)
     return pause
 

@@ -31,7 +31,7 @@ def scan(archive: Archive) -> tuple[sc.Columns, tuple[sc.Damage, ...]]:
     for _ in walk.steps():
         pass
     columns, hashes = walk.columns()
-    keys = hashes + columns.folder_ids * np.int64(0x1E3779B97F4A7C15)  # wraps around
+    keys = hashes + columns.folder_ids * np.int32(0x1E3779B1)  # wraps around
     ordered = np.sort(keys)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if walk.links:

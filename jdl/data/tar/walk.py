@@ -23,7 +23,7 @@ _KINDS[[*fmt.LINKS]] = scan.LINK
 _KINDS[[*fmt.DEVICES]] = scan.DEVICE
 _KINDS[fmt.DIRECTORY] = scan.FOLDER
 _KINDS[fmt.GNU_SPARSE] = scan.SPARSE
-_DTYPES = (np.int64, np.int64, np.uint8, np.int32, np.int64, np.int64)
+_DTYPES = (np.int64, np.int64, np.uint8, np.int32, np.int64, np.int32)
 
 _USUAL_ENDINGS = (b".jpg", b".png", b".jpeg", b".JPEG")
 _MANY = 1024  # headers verified at once, in memory that the allocator keeps for the next
@@ -328,7 +328,7 @@ class Walk:
         ids, new = self.folders, self.folders.setdefault
         folder_ids = np.array([new(folder, len(ids)) for folder, _, _ in split], np.int32)
         lengths = np.fromiter(map(len, bases), np.int64, len(bases))
-        hashes = np.fromiter(map(hash, bases), np.int64, len(bases))
+        hashes = np.fromiter(map(hash, bases), np.int64, len(bases)).astype(np.int32)
         self.parts.append((offsets, sizes, kinds, folder_ids, lengths, hashes))
         self.bases.append(whole)
         self.members += len(names)
@@ -451,7 +451,7 @@ class Walk:
         return resume
 
     def columns(self) -> tuple[scan.Columns, np.ndarray]:
-        """The members found, as arrays, and hashes of their base names, int64 [n]."""
+        """The members found, as arrays, and hashes of their base names, int32 [n]."""
         parts = zip(*self.parts, strict=True) if self.parts else [()] * len(_DTYPES)
         offsets, sizes, kinds, folder_ids, lengths, hashes = (
             np.concatenate([np.empty(0, dtype), *column])
