@@ -371,8 +371,8 @@ def jpeg_orientation(data: bytes) -> int:
                 exif += data[start + 8 : at]
             elif data.startswith(_XMP, start + 2):
                 xmp = data[start + 2 + len(_XMP) : at]
-    if not exif and b"Orientation" not in xmp:
-        return 1
+    if b"\x01\x12" not in exif and b"\x12\x01" not in exif and b"Orientation" not in xmp:
+        return 1  # the tag is nowhere
     from PIL import Image
 
     image = Image.Image()

@@ -190,7 +190,7 @@ def _from_pipe(skip: Skip, note: Skip) -> Iterator[Members]:
                 folder, _, base = member.name.rpartition("/")
                 yield folder, base.encode(), member
 
-    for _, run in runs(members()):
+    for _, run in runs(members(), most=64):  # held in memory
         named = [(m.name, m.data) for m in run.values() if is_image(m.name) or is_sidecar(m.name)]
         yield from _units(named, any(is_sidecar(name) for name, _ in named))
 

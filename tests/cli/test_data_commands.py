@@ -331,6 +331,7 @@ def test_a_classifier_without_classes_is_refused(tmp_path, capsys):
     assert "`--label` must be given: a classifier needs classes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_runs_members_and_labels_are_those_of_later_commands(tarball, tmp_path, capsys):
     workdir = ["--workdir", str(tmp_path / "run")]
     chosen = ["--label", "re:_(.)", "--include", "s0_*", "--exclude", "none"]

@@ -182,7 +182,7 @@ def test_the_orientation_is_pillows_in_unusual_and_damaged_exif_data():
     found = [images.jpeg_orientation(jpeg[:2] + case + jpeg[2:]) for case in cases]
     assert found == [pillows_orientation(jpeg[:2] + case + jpeg[2:]) for case in cases]
     assert {*found} == {*range(1, 9)}
-    assert found[-7] == 3  # from XMP
+    assert found[-7] in (1, 3)  # from XMP, which not all versions of Pillow read
     rng = np.random.default_rng(0)
     compared = 0
     for case in itertools.islice(itertools.cycle(cases), 4000):

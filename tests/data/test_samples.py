@@ -1,13 +1,19 @@
 """WebDataset samples, compared with the webdataset library's own reading."""
 
 import codecs
+import gzip
 import io
+import re
 import subprocess
 import tarfile
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from jdl.core.check import DataError
@@ -42,6 +48,8 @@ def by_webdataset(paths, extension="cls"):
         with open(path, "rb") as file:
             members = wds.tariterators.tar_file_expander([{"url": str(path), "stream": file}])
             for sample in wds.tariterators.group_by_keys(members):
+                if not {"png", "jpg"} & {*sample}:
+                    continue
                 (image,) = [sample[e] for e in ("png", "jpg") if e in sample]
                 color = int(np.asarray(Image.open(io.BytesIO(image)))[0, 0])
                 label = sample[extension].decode() if extension in sample else None
@@ -104,6 +112,16 @@ def test_a_sample_is_never_torn_over_shards(tmp_path):
     for reading in (by_webdataset, by_us):
         assert reading(done.shards) == [(0, "a", "0"), (1, "b", "1")]
     assert done.members == 6
+    zipped = tmp_path / "a.tar.gz"
+    zipped.write_bytes(gzip.compress(Path(path).read_bytes()))
+    assert by_us([zipped]) == [(0, "a", "0"), (1, "b", "1")]
+    with pytest.raises(DataError, match=r"a\.tar\.gz'.*are apart\. Decompress it first"):
+        pack(str(zipped), str(tmp_path / "c.tar"))
+    whole = Path(tar(tmp_path / "d.tar", [*RUNS, ("0.jpg", 2), ("0.cls", b"dog")]))
+    zipped.write_bytes(gzip.compress(whole.read_bytes()))
+    for source, out in ((zipped, "e.tar"), (whole, "f.tar")):
+        pack(str(source), str(tmp_path / out))
+    assert (tmp_path / "e.tar").read_bytes() == (tmp_path / "f.tar").read_bytes()
 
 
 RUNS = [("0.png", 0), ("0.cls", b"cat"), ("1.png", 1), ("1.cls", b"x")]
@@ -139,6 +157,41 @@ def test_a_key_that_comes_again_is_another_sample_or_an_error_that_names_it(
     done = pack(path, str(tmp_path / "b.tar"))
     found = [label for *_, label, _ in by_webdataset(done.shards)]
     assert found == expected
+
+
+NAMES = [f"{key}.{ending}" for key in ("0", "1", "0-2") for ending in ("png", "cls", "json", "npy")]
+
+
+@given(archives=st.lists(st.lists(st.sampled_from(NAMES), max_size=9), min_size=1, max_size=2))
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_packed_is_read_alike_by_webdataset_and_has_no_other_image_s_label(archives):
+    with tempfile.TemporaryDirectory() as folder:
+        labels, paths = {}, []  # of each image, every label that its key has in its archive
+        for a, names in enumerate(archives):
+            members = []
+            for i, name in enumerate(names):
+                color, ending = 100 * a + i, name.rpartition(".")[2]
+                members.append((name, color if ending == "png" else b"%d" % color))
+                same = [100 * a + k for k, n in enumerate(names) if n == name[:-3] + "cls"]
+                if ending == "png":
+                    several = names.count(name) > 1  # then one may have no label
+                    labels[color] = [*map(str, same)] + [None] * (several or not same)
+            paths.append(tar(f"{folder}/{a}.tar", members))
+        try:
+            done = pack(f"{folder}/*.tar", f"{folder}/out/%05d.tar", shard_images=1)
+        except DataError as error:
+            assert re.search("unclear|no image", str(error))  # noqa: PT017
+            return
+        found = by_webdataset(done.shards)
+        assert [len({key for *_, key in found}), len({color for color, *_ in found})] == [
+            len(found)
+        ] * 2
+        assert all(label in labels[color] for color, label, _ in found)
+        left_out = sum("replaces it" in why for _, why in done.skipped)
+        assert len(found) == len(labels) - left_out
+        source = TarSource(done.shards, label="cls")
+        ours = [None if n < 0 else source.classes[n] for n in source.labels(range(len(source)))]
+        assert ours == [label for _, label, _ in found]
 
 
 def test_samples_on_standard_input_are_distinct_or_an_error(tmp_path, monkeypatch):

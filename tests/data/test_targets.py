@@ -276,3 +276,25 @@ def test_several_classes_for_an_image(tmp_path):
     for wrong in (3, {"a": 1}, [1.5], None):
         with pytest.raises(DataError, match=r"'c/00\.png'"):
             TarSource(path, labels={f"{i:02d}": wrong for i in range(24)}, target="multilabel")
+
+
+def test_an_image_whose_target_cannot_be_read_is_skipped_in_several_archives(tmp_path):
+    paths = []
+    for archive, bad in (("a", b"{"), ("b", b"[]")):
+        members = {}
+        for i in range(5):
+            members[f"c/{i}.png"] = png(i)
+            members[f"c/{i}.json"] = b'{"at": [%d, 0.5], "tags": ["t%d"]}' % (i, i % 2)
+        paths.append(write_tar(tmp_path / f"{archive}.tar", members | {"c/3.json": bad}))
+    options = {"batch_size": 10, "max_skipped": 0.5, "grayscale": True}
+    with pytest.raises(DataError, match=r"a\.tar', member 'c/3\.json'"):
+        from_tar(paths, label="json:at", target="number", **options)
+    for label, target, expected in [
+        ("json:at", "number", [[i, 0.5] for i in (0, 1, 2, 4)]),
+        ("json:tags", "multilabel", [[1 - i % 2, i % 2] for i in (0, 1, 2, 4)]),
+    ]:
+        data = from_tar(paths, label=label, target=target, on_error="skip", **options)
+        (batch,) = data
+        assert batch["mask"].tolist() == [1, 1, 1, 0, 1] * 2
+        assert batch["image"][:, 0, 0, 0].tolist() == [0, 1, 2, 0, 4] * 2
+        assert batch["label"][batch["mask"] > 0].tolist() == expected * 2

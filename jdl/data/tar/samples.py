@@ -19,7 +19,6 @@ _Key = TypeVar("_Key", bound=Hashable)
 _Member = TypeVar("_Member")
 
 _ROWS = 1 << 16  # rows taken from the index at once
-_MAX_RUN = 256  # members
 _FILES = (scan.IMAGE, scan.OTHER, scan.OLDER)
 
 
@@ -70,12 +69,13 @@ def samples(index: TarIndex, endings: Collection[bytes]) -> Iterator[Sample]:
 
 
 def runs(
-    members: Iterable[tuple[_Key, bytes, _Member]],
+    members: Iterable[tuple[_Key, bytes, _Member]], most: int = 4096
 ) -> Iterator[tuple[tuple[_Key, bytes], dict[bytes, _Member]]]:
     """Adjacent members of one key, by extension; without macOS's `._` and names without a dot.
 
     Args:
       members: (folder, base name, what is to be returned).
+      most: members in a run.
     """
     key, run = None, dict[bytes, _Member]()
     for folder, base, member in members:
@@ -83,7 +83,7 @@ def runs(
         extension = extension.lower()
         if not dot or (not stem and extension.startswith(b"_")):
             continue
-        if (folder, stem) != key or extension in run or len(run) == _MAX_RUN:
+        if (folder, stem) != key or extension in run or len(run) == most:
             if key is not None:
                 yield key, run
             key, run = (folder, stem), {}
