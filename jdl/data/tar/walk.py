@@ -457,6 +457,7 @@ class Walk:
             np.concatenate([np.empty(0, dtype), *column])
             for dtype, column in zip(_DTYPES, parts, strict=True)
         )
+        self.parts.clear()
         ids: dict[bytes, int] = {}  # by the folders' plain names
         plain = [ids.setdefault(fmt.plain(folder), len(ids)) for folder in self.folders]
         columns = scan.Columns(
