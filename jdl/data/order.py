@@ -154,8 +154,8 @@ class Mixture(Order):
         super().__init__(sum(counts), shuffle=True, seed=seed)
         exact = [Fraction(weight) for weight in weights]
         unit = math.lcm(*(weight.denominator for weight in exact))
-        whole = [int(weight * unit) for weight in exact]
-        self._weights = [weight // math.gcd(*whole) for weight in whole]
+        common = math.gcd(*(int(weight * unit) for weight in exact))
+        self._weights = [int(weight * unit) // common for weight in exact]
         self._total = sum(self._weights)
         self._shares = np.array([max(weight / self._total, _TINY) for weight in self._weights])
         self._counts, self._starts = np.array(counts), np.cumsum([0, *counts])[:-1]

@@ -110,8 +110,8 @@ def _follow(
             return _OUTSIDE
     if waiting or isinstance(end, bytes):
         return "which leads through too many folders and links, perhaps in a circle"
-    end = last.get(path) if end is None else end
-    if end is None:
+    end = ends.get(last.get(path, -1), last.get(path))
+    if end is None or isinstance(end, bytes):
         at = bisect.bisect_left(folders, path + b"/")
         inside = not path or (at < len(folders) and folders[at].startswith(path + b"/"))
         return _FOLDER if inside else "which is not in the archive"
