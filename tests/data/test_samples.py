@@ -256,6 +256,19 @@ def test_sidecars_and_images_that_are_links_are_packed(tmp_path):
     assert "outside the archive" in why
 
 
+def test_an_archive_behind_a_url_is_packed_to_the_same_bytes(tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("JDL_CACHE", str(tmp_path / "cache"))
+    members = [(f"{i}.cls", b"%d" % i) for i in range(40)] + [(f"{i}.png", i) for i in range(40)]
+    path = tar(tmp_path / "a.tar", [*RUNS, ("0.jpg", 2), ("0.cls", b"dog"), *members[2:]])
+    fsspec.filesystem("memory").pipe("/packed/a.tar", Path(path).read_bytes())
+    here, there = tmp_path / "here.tar", tmp_path / "there.tar"
+    pack(path, str(here), on_error="skip")
+    pack("memory://packed/a.tar", str(there), on_error="skip")
+    assert here.read_bytes() == there.read_bytes()
+    assert len(by_us([there])) > 30
+
+
 def test_sidecars_beside_the_images_of_a_folder_are_packed(tmp_path):
     root = tmp_path / "w"
     root.mkdir()
