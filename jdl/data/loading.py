@@ -10,7 +10,7 @@ import pickle
 import signal
 import sys
 import threading
-import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,8 +68,7 @@ class Workers:
         self._workers = []
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            args = (theirs, pickled, memory, os.getpid())
-            process = context.Process(target=_work, args=args, daemon=True)
+            process = context.Process(target=_work, args=(theirs, pickled, memory), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -93,8 +92,6 @@ class Workers:
                 "memory may be too small for so many `workers`. A script must start them under "
                 '`if __name__ == "__main__":`.'
             ) from None
-        except Exception as error:  # what it raised cannot be unpickled
-            names, loaded = [], Loaded(None, error=error)
         if names:
             slot = number % self._slots
             loaded = loaded._replace(
@@ -116,10 +113,10 @@ def _arrays(memory: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.ndarray(shape, dtype, raw) for name, (raw, dtype, shape) in memory.items()}
 
 
-def _work(pipe: Any, pickled: bytes, memory: dict[str, Any], parent: int) -> None:
+def _work(pipe: Any, pickled: bytes, memory: dict[str, Any]) -> None:
     """Makes the batches that are asked for; runs in a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     arrays, load = _arrays(memory), functools.cache(pickle.loads)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
         while True:
@@ -128,13 +125,22 @@ def _work(pipe: Any, pickled: bytes, memory: dict[str, Any], parent: int) -> Non
             batch = loaded.batch or {}
             for name, array in batch.items():
                 arrays[name][slot] = array
-            pipe.send((list(batch), loaded._replace(batch=None)))
+            pipe.send((list(batch), loaded._replace(batch=None, error=_sendable(loaded.error))))
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process when its parent has ended."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error, or one that says the same where the parent could not unpickle it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
