@@ -35,10 +35,10 @@ class Loaded(NamedTuple):
 Make: TypeAlias = Callable[[int], Loaded]
 
 
-def made(make: Make, number: int) -> Loaded:
-    """A batch, or the error in making it."""
+def made(make: Callable[[Any], Any], of: Any) -> Any:
+    """What `make` makes, or the error in making it."""
     try:
-        return make(number)
+        return make(of)
     except Exception as error:
         return Loaded(None, error=error)
 
@@ -103,7 +103,7 @@ class Workers:
     def close(self) -> None:
         """Ends the processes."""
         for process, _ in self._workers:
-            process.terminate()
+            process.kill()  # not by a signal that it may have inherited to ignore
         for process, _ in self._workers:
             process.join()
 
@@ -178,21 +178,17 @@ class InOrder:
     def _start(self) -> None:
         while len(self._waiting) < self._ahead and self._next < self._count:
             read = self._reader.submit(self._read, self._next)
-            self._waiting.append(self._decoders.submit(self._finish, read))
+            self._waiting.append(self._decoders.submit(made, self._finish, read))
             self._next += 1
 
     def _finish(self, read: "Future[Any]") -> Loaded | None:
-        try:
-            records = read.result()
-            return None if records is None else self._decode(records)
-        except Exception as error:
-            return Loaded(None, error=error)
+        records = read.result()
+        return None if records is None else self._decode(records)
 
     def __iter__(self) -> Iterator[Loaded]:
         return self
 
     def __next__(self) -> Loaded:
-        self._start()
         loaded = self._waiting.popleft().result() if self._waiting else None
         if loaded is None:
             raise StopIteration

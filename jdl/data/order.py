@@ -155,7 +155,8 @@ class Mixture(Order):
         common = math.gcd(*(int(weight * unit) for weight in exact))
         self._weights = [int(weight * unit) // common for weight in exact]
         self._total = sum(self._weights)
-        self._heaviest_first = np.argsort(self._weights)[::-1].tolist()
+        numbers = range(len(counts))
+        self._heaviest_first = sorted(numbers, key=self._weights.__getitem__, reverse=True)
         self._counts, self._starts = np.array(counts), np.cumsum([0, *counts])[:-1]
         self._phases = keys(seed, -1, np.arange(len(counts))).tolist()
         self.block = max(1000, 4 * len(counts))

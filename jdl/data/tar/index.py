@@ -4,9 +4,9 @@ The file is raw arrays after a JSON header. Nothing in it is executed, and all o
 before use. It is used only for the archive it was made from (size, modification time, and a digest
 of about twenty pieces of the contents), and rebuilt otherwise.
 
-An index of up to 16 MiB, about 400,000 members, is read into memory. A larger one is mapped, so that
-processes share one copy: it takes a descriptor, and must be replaced (`mv`) and not overwritten
-(`cp`) while it is in use; jdl itself only replaces.
+An index of up to 16 MiB, about 400,000 members, is read into memory. A larger one is mapped, so
+that processes share one copy: it takes a descriptor, and must be replaced (`mv`) and not
+overwritten (`cp`) while it is in use; jdl itself only replaces.
 """
 
 import hashlib
