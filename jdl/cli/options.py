@@ -109,9 +109,9 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
         RunConfig.load(args.workdir), **{k: v for k, v in given.items() if v is not None}
     )
     learns = recipe(config.model).kind in LABELLED
-    check.argument(
-        learns or not given["label"], "--label", "left out: no labels are used", config.label
-    )
+    must = "other than none for a classifier" if learns else "left out: no labels are used"
+    ok = given["label"] != "none" if learns else given["label"] is None
+    check.argument(ok, "--label", must, config.label)
     data = args.data or config.data
     chosen = default_split(data, args.split, split, **config.which)
     options = {"labelled": learns} | options
