@@ -146,7 +146,7 @@ def test_bench_data(tar, capsys):
 
 def test_bench_data_says_what_was_skipped_and_lost(tar, capsys, monkeypatch):
     """A speed over a damaged archive would pass for that of a whole one."""
-    monkeypatch.setattr("jdl.cli.options.cores", lambda: 1)
+    monkeypatch.setattr("jdl.cli.bench_data.cores", lambda: 1)
     whole = bytearray(tar.read_bytes())
     for i in range(8):  # more than the tenth that training lets pass
         whole[i * 1024 + 512 : i * 1024 + 560] = b"x" * 48
