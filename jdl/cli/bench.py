@@ -39,9 +39,7 @@ class Args:
     """HEIGHT or HEIGHTxWIDTH of images; by default 128, and 8 for the digits and optim"""
     color: options.Color = False
     batch_size: options.BatchSize = 64
-    split: Annotated[str | None, tyro.conf.arg(help="for data: only this folder, as ds/train")] = (
-        None
-    )
+    split: options.Split = None
     include: options.Include = None
     exclude: options.Exclude = None
     as_json: options.Json = False

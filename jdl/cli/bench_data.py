@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from jdl.cli import options, output
+from jdl.cli import output
 from jdl.data import from_tar, resolve
 from jdl.data.image_batches import ImageBatches
+from jdl.data.pipeline import cores
 from jdl.recipes.datasets import parse_size
 
 _WARM = 2  # batches before the clock starts
@@ -26,8 +27,7 @@ def measure(
 ) -> output.Report:
     """Images per second by reading alone, in threads, and in worker processes; what was lost."""
     target = target or "digits"
-    cores = options.cores()
-    several = sorted({1, 2, cores})
+    several = sorted({1, 2, cores()})
     how_read: dict[str, Any] = {
         "size": parse_size(size, target),
         "grayscale": channels == 1,
@@ -69,10 +69,10 @@ def measure(
         "decoded": decoded,
         "skipped": skipped,
         "damage": [{"archive": path, **each._asdict()} for path, each in source.damage],
-        "cores": cores,
+        "cores": cores(),
         "images_per_second": rates,
     }
-    return _report(f"{target}: {len(source)} images, batches of {shape}, {cores} cores", found)
+    return _report(f"{target}: {len(source)} images, batches of {shape}, {cores()} cores", found)
 
 
 def _reading(data: ImageBatches, batch_size: int) -> Generator[int, None, None]:

@@ -153,6 +153,7 @@ def _problem(args: Args) -> "Problem":
 
     classifiers = [name for name, r in RECIPES.items() if r.kind == "classifier"]
     chosen = recipe(check.one_of("--model", args.model, classifiers))
+    check.argument(args.label != "none", "--label", "given: a classifier needs classes", "none")
     which = choice(args.label, args.include, args.exclude)
     if args.data == "digits" and args.model == "cnn" and args.size is None and not which:
         return digits_cnn()

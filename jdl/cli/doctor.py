@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +68,8 @@ def look() -> dict[str, Any]:
     import jax
 
     from jdl import __version__
+    from jdl.compare.machine import memory
+    from jdl.data.pipeline import cores
 
     devices = [
         {
@@ -83,8 +84,8 @@ def look() -> dict[str, Any]:
         "machine": {
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
-            "cores": options.cores(),
-            "memory": _memory(),
+            "cores": cores(),
+            "memory": memory(),
         },
         "backend": jax.default_backend(),
         "devices": devices,
@@ -118,16 +119,6 @@ def _hint(backend: str) -> str:
     if backend == "cpu" and os.path.exists("/dev/accel0"):
         return "There is a TPU that JAX does not use: pip install 'jax-jdl[tpu]'"
     return ""
-
-
-def _memory() -> int | None:
-    """Bytes of main memory; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = re.search(r"MemTotal:\s+(\d+) kB", file.read())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def _size(count: int | None) -> str:

@@ -117,18 +117,9 @@ def _dreamt(args: Args, photograph: "np.ndarray") -> list[Path]:
     trunk, layers = open_network(args.model, args.layer)
     channels = () if args.channel is None else (args.channel,)
     goal = dream.goal(trunk, layers, channels=channels, guide=guide)
-    settings = dream.Settings(
-        octaves=args.octaves,
-        scale=args.scale,
-        steps=dream.Settings().steps if args.steps is None else args.steps,
-        step_size=args.step_size,
-        jitter=args.jitter,
-        smoothing=args.smoothing,
-        natural=not args.any_colors,
-        variation=args.variation,
-        blur=args.blur,
-        tile=args.tile,
-    ).checked()
+    steps = dream.Settings().steps if args.steps is None else args.steps
+    natural = not args.any_colors
+    settings = options.settings(dream.Settings, args, steps=steps, natural=natural).checked()
     if not args.frames:
         dreamt = dream.dream(
             trunk, photograph, goal, settings, seed=args.seed, on_step=output.print_tenths

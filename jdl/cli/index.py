@@ -26,9 +26,7 @@ class Args:
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.tar")]
     """a tar, a URL, a glob, a brace range such as a-{00..07}.tar, -, or the bundled digits"""
-    split: Annotated[str | None, tyro.conf.arg(help="count only this folder, such as ds/train")] = (
-        None
-    )
+    split: options.Split = None
     label: options.Label = None
     include: options.Include = None
     exclude: options.Exclude = None

@@ -1,9 +1,10 @@
 """Options that several commands share, and what is made of them."""
 
 import dataclasses
-import os
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
@@ -12,6 +13,8 @@ from jdl.core import check
 if TYPE_CHECKING:
     from jdl.data import Batches
     from jdl.recipes.run_config import RunConfig
+
+T = TypeVar("T")
 
 Workdir = Annotated[Path, tyro.conf.arg(help="the run directory of `jdl train`")]
 RunData = Annotated[
@@ -29,6 +32,7 @@ TestSplit = Annotated[
     str | None,
     tyro.conf.arg(help=f"the folder of members to use, {_SPLIT.format('test')}; all for all"),
 ]
+Split = Annotated[str | None, tyro.conf.arg(help="use only this folder, such as ds/train")]
 Label = Annotated[
     str | None,
     tyro.conf.arg(
@@ -109,9 +113,9 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
         RunConfig.load(args.workdir), **{k: v for k, v in given.items() if v is not None}
     )
     learns = recipe(config.model).kind in LABELLED
-    check.argument(
-        learns or not given["label"], "--label", "left out: no labels are used", config.label
-    )
+    must = "other than none for a classifier" if learns else "left out: no labels are used"
+    ok = given["label"] != "none" if learns else given["label"] is None
+    check.argument(ok, "--label", must, config.label)
     data = args.data or config.data
     chosen = default_split(data, args.split, split, **config.which)
     options = {"labelled": learns} | options
@@ -119,14 +123,13 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
     return RunOnData(config, data, chosen, images)
 
 
+def settings(kind: Callable[..., T], args: Any, **others: Any) -> T:
+    """A `kind` made of the command's arguments of the same names, and of others."""
+    names = [name for name in inspect.signature(kind).parameters if hasattr(args, name)]
+    return kind(**{name: getattr(args, name) for name in names} | others)
+
+
 def print_skipped(data: "Batches") -> None:
     """Prints how many images could not be read, if any."""
     if data.skipped:
         print(f"skipped: {data.skipped} images that could not be read")
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

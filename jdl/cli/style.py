@@ -85,9 +85,7 @@ class Train:
     """the run directory; by default runs/style-NAMES, the paintings' file names"""
     max_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 4000
     """steps in total; started again, a run continues to there"""
-    split: Annotated[str | None, tyro.conf.arg(help="use only this folder, such as ds/train")] = (
-        None
-    )
+    split: options.Split = None
     include: options.Include = None
     exclude: options.Exclude = None
     batch_size: options.BatchSize = 4
@@ -271,22 +269,8 @@ def _config(args: Train, styles: tuple[str, ...], paintings: "list[np.ndarray]")
     from jdl.recipes.style_config import StyleConfig
     from jdl.vision.style_training import digest
 
-    return StyleConfig(
-        styles=styles,
-        paintings=tuple(digest(p) for p in paintings),
-        trunk=args.model,
-        content_layers=args.content_layers,
-        style_layers=args.style_layers,
-        content=args.content,
-        style=args.style,
-        variation=args.variation,
-        filters=args.filters,
-        blocks=args.blocks,
-        learning_rate=args.learning_rate,
-        batch_size=args.batch_size,
-        size=args.size,
-        seed=args.seed,
-    )
+    digests = tuple(digest(p) for p in paintings)
+    return options.settings(StyleConfig, args, styles=styles, paintings=digests, trunk=args.model)
 
 
 def _apply(args: Apply) -> None:

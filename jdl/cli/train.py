@@ -189,27 +189,17 @@ def _job(args: Args) -> _Job:
     check.argument(
         batch_size <= number, "--batch-size", f"at most the {number} training images", batch_size
     )
-    config = RunConfig(
-        model=args.model,
+    config = options.settings(
+        RunConfig,
+        args,
         data=source,
         optimizer=optimizer,
-        learning_rate=args.learning_rate,
         batch_size=batch_size,
-        curvature_batch_size=args.curvature_batch_size,
-        microbatches=args.microbatches,
-        seed=args.seed,
         split=split,
         image_shape=datasets.input_shape(source, size, 3 if args.color else 1),
         grayscale=not args.color,
         classes=classes,
-        on_error=args.on_error,
-        compute_dtype=args.compute_dtype,
-        ema=args.ema,
-        crop=args.crop,
-        flip=args.flip,
-        augment=args.augment,
         label=label,
-        **which,
     )
     return _Job(
         config=config,

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from jdl.data.pipeline import cores
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 
 
@@ -27,8 +29,8 @@ def describe() -> dict[str, Any]:
     return {
         "platform": platform.platform(terse=True),
         "processor": _processor(),
-        "cores": _cores(),
-        "memory_gib": _memory_gib(),
+        "cores": cores(),
+        "memory_gib": round((memory() or 0) / 2**30, 1),
         "backend": jax.default_backend(),
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -79,16 +81,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cores() -> int:
-    """The cores available to this process; in a container fewer than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory_gib() -> float:
+def memory() -> int | None:
+    """Bytes of main memory; None where the system does not say."""
     try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return 0.0
-    return round(total / 2**30, 1)
+        return None

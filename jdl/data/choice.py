@@ -144,14 +144,12 @@ def _candidates(patterns: tuple[str, ...], columns: scan.Columns) -> np.ndarray:
         first = ends[start - 1] if start else 0
         some = np.concatenate([[first], ends[start : start + _AT_ONCE]]) - first
         bases = columns.bases[first : first + some[-1]]
-        joined = np.insert(bases, some[:-1], ord("/"))  # /base/base
+        joined = np.insert(bases, some[:-1], ord("/")).tobytes()  # /base/base
         some += np.arange(len(some))
         for piece in pieces:
-            plain = piece.encode("utf-8", "surrogateescape")[:4]
-            hits = np.ones(max(len(joined) - len(plain) + 1, 0), bool)
-            for k, byte in enumerate(plain):
-                hits &= joined[k : k + len(hits)] == byte
-            maybe[start + np.searchsorted(some, np.flatnonzero(hits), "right") - 1] = True
+            found = re.finditer(re.escape(piece.encode("utf-8", "surrogateescape")), joined)
+            hits = np.fromiter((match.start() for match in found), np.int64)
+            maybe[start + np.searchsorted(some, hits, "right") - 1] = True
     return maybe
 
 

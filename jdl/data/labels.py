@@ -162,16 +162,13 @@ def class_table(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def table_of(classes: Sequence[str] | None, seen: Iterable[str], where: str) -> tuple[str, ...]:
-    """`classes` as a table, if it contains all of `seen`; by default the table of these."""
-    return class_table(seen) if classes is None else check_classes(classes, seen, where)
-
-
-def check_classes(classes: Sequence[str], seen: Iterable[str], where: str) -> tuple[str, ...]:
-    """`classes` as a table, if it contains all of `seen`.
+    """`classes` as a table, by default those seen.
 
     Raises:
-      DataError: naming those that are missing.
+      DataError: naming those that are seen and missing in it.
     """
+    if classes is None:
+        return class_table(seen)
     check.argument(
         not isinstance(classes, str) and all(isinstance(c, str) for c in classes),
         "classes",

@@ -98,8 +98,7 @@ def from_tar(
       split: only members in this folder, such as `"train"` or `"ds/train"`, or one side of a split
         by hash, such as `"train:0.1:folder"` (see `TarSource`).
       include: only members that match one of these patterns, such as `"left/*.png"`.
-      exclude: patterns of members to leave out besides those of `jdl.data.LITTER`; `()` for none
-        (see `TarSource`).
+      exclude: patterns of members to leave out besides `jdl.data.LITTER` (see `TarSource`).
       weights: for each entry of the list `paths`, how often it is drawn from. Each is passed over
         without repetition, again and again; an epoch is as many records as there are in all.
       window: how many records are shuffled among each other in archives that are read in order.
@@ -145,7 +144,7 @@ def from_tar(
     """
     check.one_of("on_error", on_error, ("raise", "skip"))
     check.in_range("max_skipped", max_skipped, 0.0, 1.0)
-    threads = _cores() if threads is None else threads
+    threads = min(cores(), 16) if threads is None else threads
     for name, count in (("threads", threads), ("workers", workers)):
         ok = isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= 1024
         check.argument(ok, name, "an integer of 0 to 1024", count)
@@ -285,6 +284,7 @@ def _tell_left_out(source: TarSource) -> None:
         logger.warning("some images are left out of %s", about)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The processor cores that this process may use; in a container fewer than the machine's."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return min(len(affinity(0)) if affinity else os.cpu_count() or 1, 16)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -75,7 +75,7 @@ def standard_input(
     )
     if label is not None:
         lb.reader(label)  # refuses invalid labels before anything is read
-    table = None if label is None else lb.check_classes(classes or (), (), "Standard input")
+    table = None if label is None else lb.table_of(classes or (), (), "Standard input")
     chosen = _Chosen(label, parse_split(split), table, Patterns.checked(include, exclude))
     decoder = Decoder(size, grayscale, dtype)
     return PipedBatches(chosen, batch_size, decoder, on_error == "skip", max_skipped, threads)
@@ -145,7 +145,7 @@ class _Batch:
             label = class_of(self._members[record - self._first].name)
             if label is None:
                 raise check.DataError(f"{self.where(record)} has no label.")
-            lb.check_classes(classes, [label], self.where(record))
+            lb.table_of(classes, [label], self.where(record))
             found[row] = classes.index(label)
         return found
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -59,15 +59,18 @@ def read_table(labels: Table) -> dict[str, Any]:
         if (size := os.path.getsize(path)) > _MAX_BYTES:
             raise ValueError(f"it has {size} bytes, more than the {_MAX_BYTES} a table may have")
         text = Path(path).read_text("utf-8-sig")
+        rows: Any
         if kind in ("csv", "tsv"):
-            return _as_table(_csv(text, "," if kind == "csv" else "\t", column), path)
-        lines = text.split("\n") if kind == "jsonl" else [text]
-        rows = [json.loads(line, object_pairs_hook=_object) for line in lines if line.strip()]
-        pairs = rows[0] if kind == "json" and rows else rows
-        return _as_table(_json(pairs, column), path)
+            rows = _csv(text, "," if kind == "csv" else "\t", column)
+        elif kind == "json":
+            rows = json.loads(text, object_pairs_hook=_object)
+        else:
+            lines = filter(str.strip, text.split("\n"))
+            rows = (json.loads(line, object_pairs_hook=_object) for line in lines)
+        return _as_table(_pairs(rows, column), path)
+    except check.UserError:
+        raise
     except (OSError, ValueError, csv.Error, RecursionError, LookupError, TypeError) as error:
-        if isinstance(error, check.UserError):
-            raise
         raise check.DataError(f"{path!r} cannot be read as a table of labels: {error}.") from error
 
 
@@ -77,28 +80,28 @@ def _as_table(pairs: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
         key = lb.composed("/".join(lb.folder_parts(str(name).strip())))
         value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
         value = list(value) if isinstance(value, tuple) else value
-        if table.setdefault(key, value) != value:
+        if key in table and table[key] != value:
             raise check.DataError(f"{where!r} has two values for {key!r}.")
+        table[key] = value
     return table
 
 
-def _csv(text: str, delimiter: str, column: str | None) -> Iterable[tuple[str, Any]]:
-    """Pairs of a table with or without a header; several further columns make a list."""
+def _csv(text: str, delimiter: str, column: str | None) -> Iterator[dict[str, str]]:
+    """The rows by columns' names; where none is known, the first column is that of names."""
     rows = [row for row in csv.reader(io.StringIO(text, ""), delimiter=delimiter) if row]
     head = [cell.strip() for cell in rows[0]] if rows else []
-    at = next((i for i, cell in enumerate(head) if cell.lower() in _NAMES), None)
-    body = rows if at is None and column is None else rows[1:]
-    name = at or 0
-    if column is not None and column not in head:
+    named = any(cell.lower() in _NAMES for cell in head)
+    headed = named or column is not None
+    if column not in (None, *head):
         raise ValueError(f"it has no column {column!r}, but {', '.join(map(repr, head))}")
-    others = [i for i in range(len(head)) if i != name] if column is None else [head.index(column)]
-    for row in body:
+    if not named:
+        head = [_NAMES[0], *(head[1:] if headed else map(str, range(1, len(head))))]
+    if len({*head}) < len(head):
+        raise ValueError(f"two columns have one name: {', '.join(map(repr, head))}")
+    for row in rows[headed:]:
         if len(row) != len(head):
-            raise ValueError(
-                f"{row[name : name + 1]} has {len(row)} columns instead of {len(head)}"
-            )
-        values = [row[i].strip() for i in others]
-        yield row[name], values[0] if len(values) == 1 else values
+            raise ValueError(f"{row[:1]} has {len(row)} columns instead of {len(head)}")
+        yield dict(zip(head, map(str.strip, row), strict=True))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,18 +111,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _json(value: Any, column: str | None) -> Iterable[tuple[str, Any]]:
-    """Pairs of an object name -> value, or of a list of objects that hold a name each."""
-    if isinstance(value, dict):
-        yield from (
-            (name, each if column is None else each[column]) for name, each in value.items()
-        )
+def _pairs(rows: Any, column: str | None) -> Iterator[tuple[str, Any]]:
+    """Names and values of an object name -> value, or of rows; several further columns make a list.
+
+    Their order is the first row's.
+    """
+    if isinstance(rows, dict):
+        for name, value in rows.items():
+            yield name, value if column is None else value[column]
         return
-    for row in value:
+    others: list[str] = []
+    for row in rows:
         key = next((key for key in row if key.lower() in _NAMES), None)
         if key is None:
             raise ValueError(f"one of its entries has none of {', '.join(_NAMES)}")
-        values = [row[each] for each in row if each != key] if column is None else [row[column]]
+        others = others or [each for each in row if each != key]
+        wanted = others if column is None else [column]
+        if not {*wanted} <= {*row} or (column is None and len(row) > 1 + len(others)):
+            one, other = (", ".join(map(repr, each)) for each in (row, wanted))
+            raise ValueError(f"{row[key]!r} has the columns {one}, instead of {other}")
+        values = [row[each] for each in wanted]
         yield row[key], values[0] if len(values) == 1 else values
 
 
@@ -299,13 +310,8 @@ def decode(targets: np.ndarray, target: str, classes: int) -> np.ndarray:
 def _several(value: Any, i: int, where: Callable[[int], str]) -> list[str]:
     if value is SKIPPED:
         return []
-    names = (
-        [name.strip() for name in value.split("|") if name.strip()]
-        if isinstance(value, str)
-        else value
-    )
-    if not isinstance(names, list):
-        raise check.DataError(
-            f"{where(i)} must have a list of classes as its target, got {value!r}."
-        )
-    return [lb.class_name(name, where(i)) for name in names]
+    if isinstance(value, str):
+        value = filter(None, map(str.strip, value.split("|")))
+    elif not isinstance(value, list):
+        raise check.DataError(f"{where(i)} must have a list of classes as target, got {value!r}.")
+    return [lb.class_name(name, where(i)) for name in value]

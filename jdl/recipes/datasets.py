@@ -13,7 +13,7 @@ def choice(
 ) -> dict[str, Any]:
     """The options of `jdl.data.from_tar` that `--label`, `--include` and `--exclude` mean.
 
-    >>> choice("0", exclude="*.depth.png,old/"), choice(exclude="none")
+    >>> choice("0", exclude="*.depth.png, old/"), choice(exclude="none")
     ({'label': 0, 'exclude': ['*.depth.png', 'old/']}, {'exclude': []})
     """
     from jdl.data.labels import parse
@@ -21,10 +21,11 @@ def choice(
 
     found: dict[str, Any] = {}
     if label is not None:
-        found = {"labels": label} if is_table(label) else {"label": parse(label)}
+        pattern = label.startswith("re:")
+        found = {"label": parse(label)} if pattern or not is_table(label) else {"labels": label}
     for name, text in (("include", include), ("exclude", exclude)):
         if text is not None and (name, text) != ("include", "none"):
-            found[name] = [] if text == "none" else text.split(",")
+            found[name] = [] if text == "none" else [*map(str.strip, text.split(","))]
     return found
 
 

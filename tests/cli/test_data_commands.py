@@ -16,6 +16,7 @@ from jdl.cli.main import in_flags, main, parse
 from jdl.compare import tar_problem
 from jdl.compare.problems import VALIDATION
 from jdl.data import Holdout, TarSource
+from jdl.recipes.datasets import choice
 from jdl.recipes.run_config import RunConfig
 
 
@@ -145,7 +146,7 @@ def test_bench_data(tar, capsys):
 
 def test_bench_data_says_what_was_skipped_and_lost(tar, capsys, monkeypatch):
     """A speed over a damaged archive would pass for that of a whole one."""
-    monkeypatch.setattr("jdl.cli.options.cores", lambda: 1)
+    monkeypatch.setattr("jdl.cli.bench_data.cores", lambda: 1)
     whole = bytearray(tar.read_bytes())
     for i in range(8):  # more than the tenth that training lets pass
         whole[i * 1024 + 512 : i * 1024 + 560] = b"x" * 48
@@ -263,6 +264,7 @@ def test_labels_of_a_table_beside_the_archive(tmp_path, capsys):
     assert batch["label"].tolist() == [0, 1] * 6
     assert main(["index", flat, "--label", f"{tmp_path / 't.csv'}:bred"]) == 2
     assert "no column 'bred', but 'id', 'age', 'breed'" in capsys.readouterr().err
+    assert choice("re:(.)[.]csv")["label"].pattern == "(.)[.]csv"  # no table
 
 
 def test_index_shows_names_that_a_terminal_obeys_as_escapes(tarball, capsys):
@@ -327,8 +329,13 @@ def test_a_classifier_without_classes_is_refused(tmp_path, capsys):
     given = ["train", "mlp", "--data", flat, "--size", "8", "--workdir", str(tmp_path / "run")]
     assert main(given) == 2
     assert "has no label: `--label folder` finds none" in capsys.readouterr().err
-    assert main([*given, "--label", "none"]) == 2
-    assert "`--label` must be given: a classifier needs classes" in capsys.readouterr().err
+    compared = ["compare", "--data", flat, "--workdir", str(tmp_path / "study")]
+    for arguments in (given, compared):
+        assert main([*arguments, "--label", "none"]) == 2
+        assert "`--label` must be given: a classifier needs classes" in capsys.readouterr().err
+    assert main([*given, "--label", "re:(.)", "--max-steps", "1"]) == 0
+    assert main(["evaluate", "--workdir", str(tmp_path / "run"), "--label", "none"]) == 2
+    assert "`--label` must be other than none for a classifier" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -368,6 +375,8 @@ def test_other_commands_choose_members_too(tarball, tmp_path, capsys):
     given = ["--data", tarball, "--size", "8", "--include", "s0_*", "--label", "re:_(.)"]
     problem = compare._problem(parse("compare", compare, given))
     assert (problem.size, problem.about["classes"], problem.about["held out"]) == (4, 2, "test/")
+    # Part of a trial's settings, so that results of other data are not taken for these.
+    assert (problem.about["include"], problem.about["label"].pattern) == (["s0_*"], "_(.)")
 
 
 def test_a_held_out_part_of_the_training_images_is_of_the_training_folder(tmp_path):

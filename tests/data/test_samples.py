@@ -256,6 +256,20 @@ def test_sidecars_and_images_that_are_links_are_packed(tmp_path):
     assert "outside the archive" in why
 
 
+def test_a_link_stays_in_the_sample_that_it_stands_in(tmp_path):
+    path = tar(tmp_path / "a.tar", [("k.png", 1), ("k.cls", b"cat"), ("m.png", 2), ("m.cls", b"x")])
+    with tarfile.open(path, "a") as out:
+        link = tarfile.TarInfo("k.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "m.png"
+        out.addfile(link)
+        info = tarfile.TarInfo("k.cls")
+        info.size = 3
+        out.addfile(info, io.BytesIO(b"dog"))
+    source = TarSource(path, label="cls")
+    found = {record.name: source.classes[record.label] for record in source}
+    assert found == {"k.png": "cat", "m.png": "x", "k.jpg": "dog"}
+
+
 def test_an_archive_behind_a_url_is_packed_to_the_same_bytes(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.setenv("JDL_CACHE", str(tmp_path / "cache"))

@@ -49,6 +49,7 @@ def images(folder, n=24):
 
 SECOND = '{"path": "a/2.png", "l": "big dog"}'
 WHOLE = {"a/1.png": "cat", "a/2.png": "big dog"}
+ORDERED = {"a": [1, 2], "b": [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ WHOLE = {"a/1.png": "cat", "a/2.png": "big dog"}
         ("t.json:k", json.dumps({"a/1.png": {"k": 3, "j": 1}, "a": {"k": [1, 2]}}), None),
         ("t.json", '[{"file": "a/1.png", "l": "cat"}, {"l": "big dog", "name": "a/2.png"}]', WHOLE),
         ("t.jsonl", f'{{"file_name": "a/1.png", "l": "cat"}}\n\n{SECOND}\n', WHOLE),
+        ("t.json", '[{"name": "a", "x": 1, "y": 2}, {"y": 2, "x": 1, "name": "b"}]', ORDERED),
     ],
 )  # fmt: skip
 def test_tables_of_many_forms_are_read(file, content, expected, tmp_path):
@@ -88,6 +90,9 @@ def test_tables_of_many_forms_are_read(file, content, expected, tmp_path):
         ("t.json", b"[" * 5000, "cannot be read"),
         ("t.json", b"[1]", "cannot be read"),
         ("t.json", b'[{"x": 1}]', "has none of name, file"),
+        ("t.json", b'[{"name": "a", "x": 1}, {"name": "b", "y": 1}]', "'y', instead of 'x'"),
+        ("t.json", b'[{"name": "a", "x": 1}, {"name": "b", "x": 1, "y": 2}]', "instead of 'x'"),
+        ("t.csv", b"name,x,x\na,1,2\n", "two columns have one name"),
         ("t.json:k", b'{"a": {"j": 1}}', "cannot be read"),
         ("t.jsonl", b'{"name": 1}\n{', "cannot be read"),
         ("none.csv", None, "No such file"),
