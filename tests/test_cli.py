@@ -104,16 +104,19 @@ def run(arguments, cwd):
     return done.stdout
 
 
-def test_train_go_on_evaluate_predict(tmp_path):
+def test_train_go_on_evaluate_predict(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     train = ["train", "mlp", "--batch-size", "128", "--workdir", "run"]
     run([*train, "--steps", "40"], tmp_path)
-    run([*train, "--steps", "60"], tmp_path)
+    assert main([*train, "--steps", "60"]) == 0
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == 60
     assert (tmp_path / "run/curves.png").stat().st_size > 1000
-    found = json.loads(run(["evaluate", "--workdir", "run", "--json"], tmp_path))
+    capsys.readouterr()
+    assert main(["evaluate", "--workdir", "run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["accuracy"] > 0.8
-    run(["predict", "--workdir", "run", "--out", "p.jsonl"], tmp_path)
+    assert main(["predict", "--workdir", "run", "--out", "p.jsonl"]) == 0
     predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     right = [p["name"].split("/")[1] == p["class"] for p in predictions]
     assert len(right) == 359

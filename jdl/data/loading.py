@@ -10,7 +10,7 @@ import pickle
 import signal
 import sys
 import threading
-import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,10 +35,10 @@ class Loaded(NamedTuple):
 Make: TypeAlias = Callable[[int], Loaded]
 
 
-def made(make: Make, number: int) -> Loaded:
-    """A batch, or the error in making it."""
+def made(make: Callable[[Any], Any], of: Any) -> Any:
+    """What `make` makes, or the error in making it."""
     try:
-        return make(number)
+        return make(of)
     except Exception as error:
         return Loaded(None, error=error)
 
@@ -68,8 +68,7 @@ class Workers:
         self._workers = []
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            args = (theirs, pickled, memory, os.getpid())
-            process = context.Process(target=_work, args=args, daemon=True)
+            process = context.Process(target=_work, args=(theirs, pickled, memory), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -93,8 +92,6 @@ class Workers:
                 "memory may be too small for so many `workers`. A script must start them under "
                 '`if __name__ == "__main__":`.'
             ) from None
-        except Exception as error:  # what it raised cannot be unpickled
-            names, loaded = [], Loaded(None, error=error)
         if names:
             slot = number % self._slots
             loaded = loaded._replace(
@@ -106,7 +103,7 @@ class Workers:
     def close(self) -> None:
         """Ends the processes."""
         for process, _ in self._workers:
-            process.terminate()
+            process.kill()  # not by a signal that it may have inherited to ignore
         for process, _ in self._workers:
             process.join()
 
@@ -116,10 +113,10 @@ def _arrays(memory: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.ndarray(shape, dtype, raw) for name, (raw, dtype, shape) in memory.items()}
 
 
-def _work(pipe: Any, pickled: bytes, memory: dict[str, Any], parent: int) -> None:
+def _work(pipe: Any, pickled: bytes, memory: dict[str, Any]) -> None:
     """Makes the batches that are asked for; runs in a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     arrays, load = _arrays(memory), functools.cache(pickle.loads)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
         while True:
@@ -128,13 +125,22 @@ def _work(pipe: Any, pickled: bytes, memory: dict[str, Any], parent: int) -> Non
             batch = loaded.batch or {}
             for name, array in batch.items():
                 arrays[name][slot] = array
-            pipe.send((list(batch), loaded._replace(batch=None)))
+            pipe.send((list(batch), loaded._replace(batch=None, error=_sendable(loaded.error))))
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process when its parent has ended."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error, or one that says the same where the parent could not unpickle it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
@@ -172,21 +178,17 @@ class InOrder:
     def _start(self) -> None:
         while len(self._waiting) < self._ahead and self._next < self._count:
             read = self._reader.submit(self._read, self._next)
-            self._waiting.append(self._decoders.submit(self._finish, read))
+            self._waiting.append(self._decoders.submit(made, self._finish, read))
             self._next += 1
 
     def _finish(self, read: "Future[Any]") -> Loaded | None:
-        try:
-            records = read.result()
-            return None if records is None else self._decode(records)
-        except Exception as error:
-            return Loaded(None, error=error)
+        records = read.result()
+        return None if records is None else self._decode(records)
 
     def __iter__(self) -> Iterator[Loaded]:
         return self
 
     def __next__(self) -> Loaded:
-        self._start()
         loaded = self._waiting.popleft().result() if self._waiting else None
         if loaded is None:
             raise StopIteration

@@ -29,7 +29,6 @@ _MIN_SIDE = 8  # over fewer numbers the network does not reach all orders evenly
 _BLOCK = 8192
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_TINY = 1e-300  # shares below it count as this where divided by
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -131,11 +130,10 @@ class Order:
 class Mixture(Order):
     """Several sources in proportion to their weights, each repeated without end.
 
-    Draw j of source k, with share w of all weights, falls due at (j + φ) / w, where φ in [0, 1)
-    depends on the source and the seed. Each block of places holds the draws that fall due next, at
-    pseudo-random places. So after any number p of whole blocks, however large, a source has come
-    p·w times, up to a constant. No record of a source comes a second time before all others of that
-    source have come; an epoch has as many places as there are records in all.
+    After any number of whole blocks of places, however large, each source has come in its share,
+    rounded (see `_drawn`); within a block they come at pseudo-random places. No record of a source
+    comes a second time before all others of that source have come; an epoch has as many places as
+    there are records in all.
 
     Args:
       counts: the number of records in each source; they are numbered source by source.
@@ -157,11 +155,10 @@ class Mixture(Order):
         common = math.gcd(*(int(weight * unit) for weight in exact))
         self._weights = [int(weight * unit) // common for weight in exact]
         self._total = sum(self._weights)
-        self._shares = np.array([max(weight / self._total, _TINY) for weight in self._weights])
+        numbers = range(len(counts))
+        self._heaviest_first = sorted(numbers, key=self._weights.__getitem__, reverse=True)
         self._counts, self._starts = np.array(counts), np.cumsum([0, *counts])[:-1]
-        sources = np.arange(len(counts), dtype=np.uint64)
-        steps = np.uint64(key(seed, -1)) + sources * np.uint64(_GOLDEN)
-        self._phases = steps.astype(np.float64) / 2**64  # φ of each source, evenly spread
+        self._phases = keys(seed, -1, np.arange(len(counts))).tolist()
         self.block = max(1000, 4 * len(counts))
         self._kept = [(-1, np.empty(0, np.int64))] * 8  # blocks in use, by their last digit
 
@@ -201,21 +198,16 @@ class Mixture(Order):
         return self._starts[sources] + numbers
 
     def _drawn(self, block: int) -> np.ndarray:
-        """How often each source is drawn before a block, int64 [sources]."""
-        n = len(self._counts)
-        if block == 0:
-            return np.zeros(n, np.int64)
-        # At place p, p ± n draws are due. So start n places early, by exact fractions, and add what
-        # falls due next. Rounding there decides between draws near this place only, the same way
-        # whenever it is asked; those near the next block's place are more than n places away.
-        start = block * self.block - n
-        due = [divmod(start * weight, self._total) for weight in self._weights]
-        late = self._phases - np.array([rest / self._total for _, rest in due])
-        drawn = np.array([times for times, _ in due]) + (late < 0)
-        late += late < 0
-        more = (self._shares * (2 * n)).astype(np.int64) + 2
-        source = np.repeat(np.arange(n), more)
-        following = np.arange(len(source)) - np.repeat(np.cumsum(more) - more, more)
-        when = (following + late[source]) / self._shares[source]
-        missing = block * self.block - int(drawn.sum())
-        return drawn + np.bincount(source[np.argsort(when, kind="stable")[:missing]], minlength=n)
+        """How often each source is drawn before a block, int64 [sources].
+
+        The heaviest source gets its share of all places, the next one its share of those left, and
+        so on, each rounded by a phase of the source's own: ⌊x + φ⌋, φ in [0, 1). So the sum is
+        exact, and no number ever falls from one block to the next.
+        """
+        drawn = [0] * len(self._weights)
+        places, weights = block * self.block, self._total
+        for k in self._heaviest_first:
+            weight = self._weights[k]
+            drawn[k] = (places * weight + (weights * self._phases[k] >> 64)) // weights
+            places, weights = places - drawn[k], weights - weight
+        return np.array(drawn)

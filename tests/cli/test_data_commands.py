@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jdl.cli import compare, train
+from jdl.cli import bench_data, compare, train
 from jdl.cli.main import in_flags, main, parse
 from jdl.compare import tar_problem
 from jdl.compare.problems import VALIDATION
@@ -151,24 +151,14 @@ def test_bench_data_says_what_was_skipped_and_lost(tar, capsys, monkeypatch):
     for i in range(8):  # more than the tenth that training lets pass
         whole[i * 1024 + 512 : i * 1024 + 560] = b"x" * 48
     tar.write_bytes(whole[: 29 * 1024 + 520])
-    arguments = [
-        "bench",
-        "data",
-        str(tar),
-        "--seconds",
-        "0.05",
-        "--size",
-        "8",
-        "--batch-size",
-        "29",
-    ]
-    assert main([*arguments, "--json"]) == 0
+    report = bench_data.measure(str(tar), size="8", channels=3, batch_size=29, seconds=0.01)
+    report.show(as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == 29
     assert {where.split("/")[-1] for where in found["skipped"]} == {f"0{i}.png'" for i in range(8)}
     assert found["decoded"] % 21 == 0
     assert {each["word"] for each in found["damage"]} == {"truncated"}
-    assert main(arguments) == 0
+    report.show(as_json=False)
     printed = capsys.readouterr().out
     assert "0/00.png" in printed
     assert "and 5 more, which --json lists" in printed
@@ -268,22 +258,28 @@ def test_labels_of_a_table_beside_the_archive(tmp_path, capsys):
     )
     table = f"{tmp_path / 't.csv'}:breed"
     assert indexed(capsys, flat, "--label", table)["classes"] == {"b0": 6, "b1": 6}
-    workdir = ["--workdir", str(tmp_path / "run")]
-    given = ["train", "mlp", "--data", flat, "--size", "8", "--max-steps", "1", *workdir]
-    assert main([*given, "--label", table]) == 0
-    assert RunConfig.load(tmp_path / "run").classes == ("b0", "b1")
-    assert main(["evaluate", *workdir, "--per-class"]) == 0
-    assert "b1" in capsys.readouterr().out
+    config = job("mlp", flat, "--label", table).config
+    assert (config.label, config.classes) == (table, ("b0", "b1"))
+    (batch,) = config.images(flat, None, batch_size=12, epochs=1, shuffle=False)
+    assert batch["label"].tolist() == [0, 1] * 6
     assert main(["index", flat, "--label", f"{tmp_path / 't.csv'}:bred"]) == 2
     assert "no column 'bred', but 'id', 'age', 'breed'" in capsys.readouterr().err
     assert choice("re:(.)[.]csv")["label"].pattern == "(.)[.]csv"  # no table
 
 
+def test_index_shows_names_that_a_terminal_obeys_as_escapes(tarball, capsys):
+    assert main(["index", tarball]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert r"\x1b[2Jcat" in shown  # spelled out
+    assert MARKUP in shown
+
+
+@pytest.mark.slow
 def test_names_that_a_terminal_obeys_are_shown_as_escapes(tarball, tmp_path, capsys):
     workdir = ["--workdir", str(tmp_path / "run")]
     out = str(tmp_path / "out.jsonl")
     for arguments in [
-        ["index", tarball],
         ["train", "mlp", "--data", tarball, "--size", "8", "--max-steps", "2", *workdir],
         ["evaluate", *workdir, "--per-class", "--confusion"],
         ["predict", *workdir, "--out", out],
@@ -294,34 +290,38 @@ def test_names_that_a_terminal_obeys_are_shown_as_escapes(tarball, tmp_path, cap
         assert code == (2 if "re:_(.)" in arguments else 0), said.err
         shown = said.out + said.err.replace("\r", "").replace("\x1b[K", "")
         assert "\x1b" not in shown
-        if arguments[0] in ("index", "evaluate"):
-            assert r"\x1b[2Jcat" in shown  # spelled out
+        if arguments[0] == "evaluate":
+            assert r"\x1b[2Jcat" in shown
             assert MARKUP in shown
     classes = {json.loads(line)["class"] for line in Path(out).read_text().splitlines()}
     assert classes <= {ESCAPE, MARKUP}
 
 
+def job(model, path, *more):
+    return train._job(parse("train", train, [model, "--data", path, "--size", "8", *more]))
+
+
 @pytest.mark.parametrize("model", ["autoencoder", "denoising", "rbm", "gan"])
 def test_models_that_learn_no_labels_ask_for_none(model, tmp_path, tarball):
-    def job(path, *more):
-        given = [model, "--data", path, "--size", "8", *more]
-        return train._job(parse("train", train, given))
-
     flat = write(tmp_path / "flat.tar", [f"{i}.png" for i in range(8)])
-    assert job(flat).config.label == "none"
-    assert "label" not in job(flat).data.element_spec
-    assert job(tarball).config.classes == (ESCAPE, MARKUP)  # for pictures by class
-    assert job(tarball, "--label", "none").config.classes == ()
-    if model == "autoencoder":
-        run = str(tmp_path / "run")
-        given = ["train", model, "--data", flat, "--size", "8", "--max-steps", "1"]
-        assert main([*given, "--workdir", run]) == 0
-        assert main(["evaluate", "--workdir", run, "--data", tarball]) == 0
-        assert main(["evaluate", "--workdir", run, "--label", "0"]) == 2
+    assert job(model, flat).config.label == "none"
+    assert "label" not in job(model, flat).data.element_spec
+    assert job(model, tarball).config.classes == (ESCAPE, MARKUP)  # for pictures by class
+    assert job(model, tarball, "--label", "none").config.classes == ()
     differ = write(tmp_path / "differ.tar", ["train/a/1.png", "train/b/2.png", "test/c/3.png"])
-    config = job(differ).config
+    config = job(model, differ).config
     assert (config.label, config.split) == ("none", "train")
     assert "label" not in config.images(differ, "test", batch_size=1).element_spec
+
+
+@pytest.mark.slow
+def test_an_autoencoder_of_unlabelled_images_is_evaluated_on_labelled_ones(tmp_path, tarball):
+    flat = write(tmp_path / "flat.tar", [f"{i}.png" for i in range(8)])
+    run = ["--workdir", str(tmp_path / "run")]
+    given = ["train", "autoencoder", "--data", flat, "--size", "8", "--max-steps", "1"]
+    assert main([*given, *run]) == 0
+    assert main(["evaluate", *run, "--data", tarball]) == 0
+    assert main(["evaluate", *run, "--label", "0"]) == 2
 
 
 def test_a_classifier_without_classes_is_refused(tmp_path, capsys):

@@ -234,10 +234,11 @@ def test_a_file_that_says_nothing_sensible_is_refused(name, text, word, tmp_path
         config_file.expand(["mlp", "--config", str(path)], train.Args)
 
 
-def test_a_runs_own_settings_make_it_anew(tmp_path, capsys):
+@pytest.mark.parametrize("mixed", [(), pytest.param(("mixup", "cutmix"), marks=pytest.mark.slow)])
+def test_a_runs_own_settings_make_it_anew(mixed, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     arguments = ["--steps", "3", "--crop", "random", "--flip", "--size", "6", "--batch-size", "16"]
-    arguments += ["--augment", "rand_augment", "mixup", "cutmix"]
+    arguments += ["--augment", "rand_augment", *mixed]
     assert main(["train", "mlp", *arguments, "--workdir", str(first)]) == 0
     config = str(first / "config.toml")
     assert main(["train", "--config", config, "--workdir", str(second)]) == 0
@@ -250,7 +251,7 @@ def test_a_runs_own_settings_make_it_anew(tmp_path, capsys):
     assert len(losses[0]) >= 3
     settings = tomllib.loads((second / "config.toml").read_text())
     assert settings["crop"] == "random"
-    assert settings["augment"] == ["rand_augment", "mixup", "cutmix"]
+    assert settings["augment"] == ["rand_augment", *mixed]
     assert settings["command"]["max_steps"] == 3
     capsys.readouterr()
 

@@ -29,7 +29,7 @@ from jdl.data.tar import scan
 from jdl.data.tar.open import open_archive
 from jdl.data.tar.stream import MemberStream
 
-QUICK, MANY = 600, 10_000
+QUICK, MANY = 200, 10_000
 MEMORY = 1 << 30  # bytes that all mutations together may need beyond what imports take
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 

@@ -173,7 +173,7 @@ def test_within_a_block_sources_come_at_random(n):
 
 def test_the_order_of_a_mixture_never_changes_between_versions():
     order = Mixture([5, 100, 1000], [1, 0.5, 3.25], seed=4)
-    assert order.records(2, 100, 108).tolist() == [638, 515, 880, 2, 905, 639, 809, 211]
+    assert order.records(2, 100, 108).tolist() == [162, 638, 515, 2, 880, 905, 639, 809]
     assert order.name == "mixture of 3 sources in blocks of 1000, cb6fb204a2978222"
 
 
@@ -184,4 +184,4 @@ def test_a_heavy_source_among_many_uneven_ones_is_never_off_by_more():
     for first in (1, 10**12):
         blocks = range(first, first + 30)
         due = [b * order.block * order._weights[0] // order._total for b in blocks]
-        assert max(abs(int(order._drawn(b)[0]) - n) for b, n in zip(blocks, due, strict=True)) < 50
+        assert max(abs(int(order._drawn(b)[0]) - n) for b, n in zip(blocks, due, strict=True)) < 2

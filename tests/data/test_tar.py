@@ -518,7 +518,7 @@ BASES = st.sampled_from(["1.png", "2.png", "3.png", "4.txt"])
 
 
 @given(st.lists(st.tuples(BASES, st.sampled_from(KINDS), BASES), max_size=9))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_last_member_of_a_name_and_its_links_count_as_for_tarfile(members):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "a.tar")

@@ -1,5 +1,7 @@
 """Generators against discriminators: blind groups, every game, scores against their formulas."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,10 +69,11 @@ def test_each_group_is_blind_to_the_other(game, penalty):
         assert all(not np.any(g) for g in jax.tree.leaves(own(loss, group)))
 
 
+@pytest.mark.slow
 def test_both_players_have_slopes_to_go_by():
-    gan = GAN.of_shape(SHAPE, width=4, latent=4)
+    gan = GAN.of_shape(SHAPE, width=4, latent=4, penalty=None)
     params, f = objective(gan, {"image": images()})
-    grads = f.grad(params)
+    grads = jax.jit(f.grad)(params)
     for group in ("generator", "discriminator"):
         assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[group])) > 1e-6
 
@@ -119,8 +122,9 @@ def test_spectral_norm_bounds_every_layer():
     gan = GAN.of_shape(SHAPE, width=4, spectral_norm=True, game="hinge", penalty=None)
     params, f = objective(gan, {"image": images()})
     state = f.model_state
+    apply = jax.jit(partial(gan.model.apply, train=True))
     for _ in range(30):  # each evaluation is one step of power iteration
-        _, state = gan.model.apply(params, state, f.batch["image"], key=f.key, train=True)
+        _, state = apply(params, state, f.batch["image"], key=f.key)
     for name, layer in params["discriminator"].items():
         matrix = np.asarray(layer["kernel"]).reshape(-1, layer["kernel"].shape[-1])
         largest = np.linalg.svd(matrix, compute_uv=False)[0]
@@ -150,6 +154,7 @@ def classes_of_two(n=512):
     return x, labels
 
 
+@pytest.mark.slow
 def test_samples_come_near_the_digits():
     """Of the way that pixels' distribution is from the digits', most is gone."""
     gan = GAN.of_shape(SHAPE, width=16, latent=16)

@@ -137,6 +137,7 @@ def test_order_matters_to_nary_and_not_to_child_sum():
         assert np.allclose(outputs[0], outputs[1], atol=1e-6) == same
 
 
+@pytest.mark.slow
 def test_learns_logic_and_is_right_on_deeper_trees():
     train, deeper = expressions(2000, (1, 2, 3, 4)), expressions(200, (6, 7), seed=1)
     layout = Layout.of([*train, *deeper])

@@ -4,19 +4,16 @@ The file is raw arrays after a JSON header. Nothing in it is executed, and all o
 before use. It is used only for the archive it was made from (size, modification time, and a digest
 of about twenty pieces of the contents), and rebuilt otherwise.
 
-A process reads its first 64 MiB of indexes, about 1.6 million members, into memory. It maps further
-ones, so that any number of processes share one copy. A mapped file must be replaced (`mv`) and not
+An index of up to 16 MiB, about 400,000 members, is read into memory. A larger one is mapped, so
+that processes share one copy: it takes a descriptor, and must be replaced (`mv`) and not
 overwritten (`cp`) while it is in use; jdl itself only replaces.
 """
 
-import ctypes
 import hashlib
 import json
 import logging
-import mmap
 import os
 import secrets
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +31,9 @@ SUFFIX = ".jdlidx"
 _MAGIC = b"JDLINDEX3\n"
 _MAX_HEADER = 1 << 24
 _ALIGN = 64
+_READ = 1 << 24  # bytes of an index that is read; larger ones are mapped
 _ROWS = 1 << 16  # rows checked at once, to bound a worker's memory
-_TYPES = dict(
-    zip(
-        Columns._fields,
-        ("int64", "int64", "uint8", "int32", "int64", "uint8", "int64", "uint8"),
-        strict=True,
-    )
-)
+_TYPES = ("int64", "int64", "uint8", "int32", "int64", "uint8", "int64", "uint8")  # of the columns
 
 
 @dataclass(eq=False)
@@ -180,7 +172,8 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(file)
-    data = _contents(file)
+    large = os.path.getsize(file) > _READ
+    data = np.memmap(file, np.uint8, "r") if large else np.fromfile(file, np.uint8)
     prefix = len(_MAGIC) + 8
     _require(data[: len(_MAGIC)].tobytes() == _MAGIC, "it is of another kind or version")
     length = int.from_bytes(data[len(_MAGIC) : prefix].tobytes(), "little")
@@ -198,7 +191,7 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
         raise ValueError(f"its header is malformed ({error!r})") from error
     _require(same, "it is of another archive, or of an earlier state of this one")
     arrays, at = [], prefix + length
-    for count, dtype in zip(lengths, _TYPES.values(), strict=True):
+    for count, dtype in zip(lengths, _TYPES, strict=True):
         at += -at % _ALIGN
         nbytes = count * np.dtype(dtype).itemsize
         _require(count >= 0 and at + nbytes <= len(data), "its arrays are cut short")
@@ -207,43 +200,6 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
     columns = Columns(*map(np.asarray, arrays))
     _check_columns(columns, size)
     return TarIndex(path, columns, damage, stamp, size, file, mode)
-
-
-_memory_left = [1 << 26]  # bytes of indexes that this process may still read into memory
-
-
-def _contents(file: str) -> np.ndarray:
-    """The bytes of an index file: read, or mapped where that would take too much memory."""
-    with open(file, "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        if size > _memory_left[0]:
-            return _mapped(opened.fileno(), size)
-        data = np.fromfile(opened, np.uint8)
-    _take_memory(len(data))
-    weakref.finalize(data, _take_memory, -len(data))
-    return data
-
-
-def _take_memory(size: int) -> None:
-    _memory_left[0] -= size
-
-
-def _mapped(fd: int, size: int) -> np.ndarray:
-    """A file's bytes, mapped."""
-    if os.name == "nt":
-        return np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_READ), np.uint8)
-    # Python's own mmap keeps a descriptor for each file, unless trackfd=False (from 3.13 on).
-    c = ctypes.CDLL(None, use_errno=True)
-    pointer, long, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    c.mmap.restype, c.munmap.argtypes = pointer, [pointer, long]
-    c.mmap.argtypes = [pointer, long, number, number, number, ctypes.c_long]
-    address = c.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), "it cannot be mapped")
-    whole = (ctypes.c_ubyte * size).from_address(address)
-    # Not at exit, when threads may still be reading.
-    weakref.finalize(whole, c.munmap, address, size).atexit = False
-    return np.frombuffer(memoryview(whole).toreadonly(), np.uint8)
 
 
 def _check_columns(columns: Columns, size: int) -> None:
@@ -263,13 +219,8 @@ def _check_columns(columns: Columns, size: int) -> None:
 
 
 def _rising(ends: np.ndarray, total: int) -> bool:
-    if not len(ends):
-        return total == 0
-    rises = all(
-        (ends[i + 1 : i + _ROWS + 1] >= ends[i : i + _ROWS][: len(ends) - i - 1]).all()
-        for i in range(0, len(ends), _ROWS)
-    )
-    return bool(rises and ends[0] >= 0 and ends[-1] == total)
+    bounds = bool(ends[0] >= 0 and ends[-1] == total) if len(ends) else total == 0
+    return bounds and bool((ends[1:] >= ends[:-1]).all())
 
 
 def _require(ok: bool | np.bool_, problem: str) -> None:

@@ -79,7 +79,8 @@ def _settled(walk: Walk, columns: sc.Columns, rows: Iterable[int]) -> sc.Columns
             columns.kinds[row] = sc.OLDER
             detail = "a later member of the same name replaces it"
             walk.note("duplicate", int(places[row]), columns.name(row), detail, lost=False)
-    return _in_order(columns) if ends else columns
+    # Elsewhere the order of the archive stays: it tells which members are one WebDataset sample.
+    return _in_order(columns) if ends and walk.archive.mode != "random" else columns
 
 
 def _follow(
