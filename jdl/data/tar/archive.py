@@ -10,6 +10,7 @@
 """
 
 import abc
+import contextlib
 import hashlib
 import os
 import re
@@ -157,11 +158,8 @@ class LocalFile(StoredFile):
             ) from error
         if (stat.st_size, stat.st_mtime_ns) == (stamp["size"], stamp["mtime_ns"]):
             return
-        now = LocalFile(self.path)
-        try:
+        with contextlib.closing(LocalFile(self.path)) as now:
             found = now.stamp()
-        finally:
-            now.close()
         if (found["size"], found["digest"]) != (stamp["size"], stamp["digest"]):
             raise changed(self.path)
         stamp["mtime_ns"] = found["mtime_ns"]  # another modification time, the same contents

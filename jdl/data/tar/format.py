@@ -40,8 +40,7 @@ GNU_SPARSE = ord("S")
 META = PAX_NEXT | {PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK}
 
 MAX_NUMBER = 2**62  # room to add a few block sizes without leaving 64 bits
-# What each digit of a checksum counts in it, and once more in the sum that it is compared with.
-_PLACES_AND_ONE = np.array([8**5, 8**4, 8**3, 8**2, 8, 1], np.int64) + 1
+_PLACES = np.array([8**5, 8**4, 8**3, 8**2, 8, 1], np.int64)  # of the digits of a checksum
 
 
 def padded(size: int) -> int:
@@ -94,22 +93,19 @@ def checksums_ok(blocks: np.ndarray) -> np.ndarray:
     The sum of all bytes, the checksum field itself counted as eight spaces. Some old writers
     summed signed bytes; readers accept both.
     """
-    digits = blocks[:, 148:154] - np.uint8(ord("0"))  # what is no digit becomes a large number
-    end = blocks[:, 154].astype(np.int64)
-    others = _sums(blocks) - end - blocks[:, 155]
-    # The digits are among the bytes summed up, and eight spaces are instead of the field.
-    plain = (digits < 8).all(axis=1) & ((end == 0) | (end == ord(" ")))
-    ok = plain & (digits @ _PLACES_AND_ONE == others + 8 * ord(" ") - 6 * ord("0"))
+    fields = blocks[:, 148:156].copy()
+    sums = _sums(blocks) - _sums(fields) + 8 * ord(" ")
+    digits = fields[:, :6] - np.uint8(ord("0"))  # what is no digit becomes a large number
+    plain = (digits < 8).all(axis=1) & ((fields[:, 6] == 0) | (fields[:, 6] == ord(" ")))
+    ok = plain & (digits @ _PLACES == sums)
     for i in np.flatnonzero(~ok).tolist():
-        field = blocks[i, 148:156]
         try:
-            stated = number(field.tobytes())
+            stated = number(fields[i].tobytes())
         except ValueError:
             continue
-        total = int(blocks[i].sum()) - int(field.sum()) + 8 * ord(" ")
-        high = int((blocks[i] > 127).sum()) - int((field > 127).sum())
+        high = int((blocks[i] > 127).sum()) - int((fields[i] > 127).sum())
         # A block of zeros says 0, which no header's bytes add up to.
-        ok[i] = stated in (total, total - 256 * high)
+        ok[i] = stated in (sums[i], sums[i] - 256 * high)
     return ok
 
 

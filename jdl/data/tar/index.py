@@ -33,13 +33,7 @@ _MAX_HEADER = 1 << 24
 _ALIGN = 64
 _READ = 1 << 24  # bytes of an index that is read; larger ones are mapped
 _ROWS = 1 << 16  # rows checked at once, to bound a worker's memory
-_TYPES = dict(
-    zip(
-        Columns._fields,
-        ("int64", "int64", "uint8", "int32", "int64", "uint8", "int64", "uint8"),
-        strict=True,
-    )
-)
+_TYPES = ("int64", "int64", "uint8", "int32", "int64", "uint8", "int64", "uint8")  # of the columns
 
 
 @dataclass(eq=False)
@@ -197,7 +191,7 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
         raise ValueError(f"its header is malformed ({error!r})") from error
     _require(same, "it is of another archive, or of an earlier state of this one")
     arrays, at = [], prefix + length
-    for count, dtype in zip(lengths, _TYPES.values(), strict=True):
+    for count, dtype in zip(lengths, _TYPES, strict=True):
         at += -at % _ALIGN
         nbytes = count * np.dtype(dtype).itemsize
         _require(count >= 0 and at + nbytes <= len(data), "its arrays are cut short")

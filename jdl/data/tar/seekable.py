@@ -20,9 +20,7 @@ from jdl.data.tar.archive import UNKNOWN, Archive, LocalFile
 
 SEEK_SUFFIX = ".jdlseek"
 SEEK_SPACING = 1 << 18
-_FOOTER = (
-    8  # bytes with the contents' checksum at a gzip file's end; a seek file ends with the same
-)
+_FOOTER = 8  # bytes at a gzip file's end, with a checksum; its seek file ends with the same
 
 
 class Seekable(Archive):

@@ -156,8 +156,7 @@ class TarSource:
         return Record(self.indexes[archive].name(row), data, label)
 
     def __repr__(self) -> str:
-        more = f" and {len(self.archives) - 1} more" if len(self.archives) > 1 else ""
-        return f"TarSource({self.archives[0]!r}{more}, {len(self)} images)"
+        return f"TarSource({_few(self.archives)}, {len(self)} images)"
 
     # ------------------------------------------------------------------ what it holds
 
@@ -195,11 +194,9 @@ class TarSource:
         return one.shape[1:], one.dtype
 
     def _labels_of(self, archive: int, rows: np.ndarray) -> np.ndarray:
-        of = self._labels[archive]
-        if of is None:
-            return np.full(len(rows), lb.NO_LABEL, np.int32)
-        columns = self.indexes[archive].columns
-        return of[columns.folder_ids[rows] if self._label_is_by_folder else rows]
+        by_folder = self._label_is_by_folder
+        at = self.indexes[archive].columns.folder_ids[rows] if by_folder else rows
+        return self._labels[archive][at]
 
     def count_classes(self) -> dict[str, int]:
         """The number of records in each class."""
@@ -291,21 +288,21 @@ class TarSource:
             return
         seen = {name for names in named for name in names if name is not None}
         self.classes = lb.table_of(classes, seen, _few(self.archives))
-        self._labels: list[np.ndarray | None] = [lb.number(n, self.classes) for n in named]
-        if label is None:
-            self._labels = [None] * len(self.indexes)
+        self._labels = [lb.number(names, self.classes) for names in named]
 
     def _named(self, label: lb.Label, table: Table) -> list[list[Any]]:
         """For each archive, each folder's or row's class or value; None where there is none."""
         sidecar, as_class = lb.sidecar(label), self.target == "class"
-        self._label_is_by_folder = table is None and not sidecar and isinstance(label, str | int)
+        self._label_is_by_folder = (
+            table is None and not sidecar and isinstance(label, str | int | None)
+        )
         rows = [chosen.all() for chosen in self._rows]
         if table is not None:
             return by_table(table, self.indexes, rows, as_class)
         if sidecar:
             return [self._by_sidecar(i, some, *sidecar) for i, some in enumerate(rows)]
         if label is None:
-            return []
+            return [[None] * len(index.folders()) for index in self.indexes]
         by = by_folder if self._label_is_by_folder else by_member
         class_of = lb.reader(label)
         return [by(index, some, class_of) for index, some in zip(self.indexes, rows, strict=True)]
