@@ -72,10 +72,8 @@ def run(args: Args) -> None:
 
     images.check_out(args.out)
     options.check_positive(args, "count")
-    for name in ("data", "split", "include", "exclude"):
-        value = getattr(args, name)
-        ok = args.what == "exciting" or value is None
-        check.argument(ok, f"--{name}", "left out: it is for --what exciting", value)
+    exciting, names = args.what == "exciting", ("data", "split", "include", "exclude")
+    options.check_left_out(args, exciting, "it is for --what exciting", *names)
     takes_image = args.what in ("maps", "grad-cam", "saliency")
     must = f"given for {args.what}"
     check.argument(args.image is not None or not takes_image, "IMAGE", must, None)

@@ -54,8 +54,8 @@ def run(args: Args) -> None:
     check.in_range("--seconds", args.seconds, 0.0, 3600.0, open_low=True)
     which = choice(None, args.include, args.exclude)
     which |= {} if args.split is None else {"split": args.split}
-    flags = ", ".join(f"--{name}" for name in which)
-    check.argument(what == "data" or not which, flags, "left out: it chooses data", which)
+    names = ("split", "include", "exclude")
+    options.check_left_out(args, what == "data", "it is for data", *names)
     report = importlib.import_module(BENCHES[what]).measure(
         args.target,
         size=args.size,

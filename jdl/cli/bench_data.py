@@ -17,13 +17,7 @@ _FEW = 5  # lines about problems
 
 
 def measure(
-    target: str,
-    *,
-    size: str | None,
-    channels: int,
-    batch_size: int,
-    seconds: float,
-    **which: Any,
+    target: str, *, size: str | None, channels: int, batch_size: int, seconds: float, **which: Any
 ) -> output.Report:
     """Images per second by reading alone, in threads, and in worker processes; what was lost."""
     target = target or "digits"

@@ -90,10 +90,8 @@ def run(args: Args) -> None:
     check.argument(len(given) <= 1, "--epochs, --work", "given one at a time", given)
     kind, amount = next(iter(given.items()), ("seconds", args.seconds))
     share = _share(args.share)
-    for name in ("label", "include", "exclude"):
-        value = getattr(args, name)
-        ok = value is None or not args.problem
-        check.argument(ok, f"--{name}", "left out: --problem has data of its own", value)
+    why = "--problem has data of its own"
+    options.check_left_out(args, not args.problem, why, "label", "include", "exclude")
     problems, failures = _named_problems(args) if args.problem else ([_problem(args)], [])
     study(
         problems,

@@ -139,10 +139,11 @@ def in_flags(message: str, names: Sequence[str]) -> str:
         return "--" + found[1].replace("_", "-")
 
     def given(found: re.Match[str]) -> str:
-        return f"{flag(found)} {'none' if found[2] is None else shlex.quote(found[2])}"
+        text = next((group for group in found.groups()[1:] if group is not None), "none")
+        return f"{flag(found)} {shlex.quote(text)}"
 
     known = "|".join(map(re.escape, names)) or "(?!)"
-    value = r"(?:None|\(\)|[\"']?((?<=[\"'])[^\"']*(?=[\"'])|-?[0-9.]*[0-9])[\"']?)"
+    value = r"""(?:'([^']*)'|"([^"]*)"|(-?[0-9.]*[0-9])|None|\(\))"""
     message = re.sub(rf"\b({known})={value}", given, message)
     return re.sub(rf"(?<=`)({known})(?=`)", flag, message)
 

@@ -80,6 +80,13 @@ def check_positive(args: Any, *names: str) -> None:
         check.argument(value is None or value >= 1, flag, "at least 1", value)
 
 
+def check_left_out(args: Any, allowed: bool, why: str, *names: str) -> None:
+    """Raises if one of these options is given where it is not allowed."""
+    for name in names:
+        value = getattr(args, name)
+        check.argument(allowed or not value, f"--{name}", f"left out: {why}", value)
+
+
 class RunOnData(NamedTuple):
     """A run, and data to apply it to.
 

@@ -51,8 +51,7 @@ def run(args: Args) -> None:
     workdir = Path(args.model)
     if args.model not in RECIPES and workdir.is_dir():
         config = RunConfig.load(workdir)
-        given = [name for name in ("size", "color") if getattr(args, name)]
-        check.argument(not given, f"--{''.join(given[:1])}", "left out for a run", args.model)
+        options.check_left_out(args, False, "a run has its own", "size", "color")
         model, shape, classes = config.model, config.image_shape, len(config.classes)
         what = f"{config.model} of {workdir}"
     else:

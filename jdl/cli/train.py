@@ -161,8 +161,8 @@ def _job(args: Args) -> _Job:
     mixed = [name for name in args.augment if name in MIXED]
     must = "without mixup and cutmix for a model that does not learn classes"
     check.argument(not mixed or chosen.kind == "classifier", "--augment", must, mixed)
-    for name, value in {**given, **which, "label": args.label}.items():
-        check.argument(source != "trees" or not value, f"--{name}", "left out for trees", value)
+    names = (*augmentation, *which, "label")
+    options.check_left_out(args, source != "trees", "trees are no images", *names)
     label = args.label
     if label is None and chosen.kind not in LABELLED:
         label = datasets.label_if_any(source, **which)

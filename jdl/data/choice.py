@@ -1,6 +1,7 @@
 """Which members of an archive are records: by patterns of their names."""
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,6 @@ LITTER = (
     *("*.seg.*", "*.mask.*", "/preview.*", "/thumbnail.*"),
 )
 
-_AT_ONCE = 1 << 18  # names searched at once
 _UNREAD = re.compile(rb"\.(hei[cf]|jxl|svg|psd|dng|cr[23]|nef|arw|raw)")  # names of images
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[!?[^]/]+\]|.", re.DOTALL)
 _WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -135,22 +135,17 @@ def _match_all(patterns: tuple[str, ...], index: TarIndex, among: np.ndarray) ->
 
 
 def _candidates(patterns: tuple[str, ...], columns: scan.Columns) -> np.ndarray:
-    """Whether a base name may match, bool [members]: it has a pattern's longest plain piece."""
-    ends = columns.base_ends
-    maybe = np.zeros(len(ends), bool)
-    last = [pattern.rpartition("/")[2] for pattern in patterns]  # "" for folders alone
-    pieces = [max(re.split(r"\*+|\?|\[!?[^]]+\]", f"/{part}"), key=len) for part in last if part]
-    for start in range(0, len(ends) if pieces else 0, _AT_ONCE):
-        first = ends[start - 1] if start else 0
-        some = np.concatenate([[first], ends[start : start + _AT_ONCE]]) - first
-        bases = columns.bases[first : first + some[-1]]
-        joined = np.insert(bases, some[:-1], ord("/")).tobytes()  # /base/base
-        some += np.arange(len(some))
-        for piece in pieces:
-            found = re.finditer(re.escape(piece.encode("utf-8", "surrogateescape")), joined)
-            hits = np.fromiter((match.start() for match in found), np.int64)
-            maybe[start + np.searchsorted(some, hits, "right") - 1] = True
-    return maybe
+    """Whether a base name may match, bool [members]: if wildcards stood for anything."""
+    loose = [
+        "".join(".*" if len(t) > 1 or t in "*?" else re.escape(t) for t in _TOKEN.findall(last))
+        for pattern in patterns
+        if (last := pattern.rpartition("/")[2])  # "" for folders alone
+    ]
+    text = "|".join(loose) or "(?!)"
+    expression = re.compile(text.encode("utf-8", "surrogateescape"), re.DOTALL)
+    spans = itertools.pairwise(itertools.chain([0], columns.base_ends.data))
+    match = functools.partial(expression.fullmatch, columns.bases.data)
+    return np.fromiter((match(*span) is not None for span in spans), bool, len(columns.base_ends))
 
 
 def folder_counts(indexes: Sequence[TarIndex], chosen: Sequence[np.ndarray]) -> Counter[str]:

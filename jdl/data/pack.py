@@ -64,6 +64,7 @@ def pack(
 
     Samples are WebDataset's: a run of members with one key. Each is written in one piece; one whose
     key an earlier sample has gets another. Links in a folder are followed if they stay inside it.
+    A compressed tar is read twice, first to index it; standard input is read once.
 
     Args:
       source: a folder of images or of IDX files (MNIST's format, plain or .gz), one IDX file of

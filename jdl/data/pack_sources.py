@@ -1,5 +1,6 @@
 """What `pack` reads: folders of images, tars, IDX files and `.npz` arrays, as named image files."""
 
+import contextlib
 import io
 import itertools
 import os
@@ -131,21 +132,21 @@ def _from_tars(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
     for path in expand(source):
         index = open_index(path, keep=False)
         _report(path, index.damage, skip, note)
-        archive, coming = open_archive(path), _rows(index, skip, note)
-        while some := list(itertools.islice(coming, _AT_ONCE)):
-            rows = list(itertools.chain(*some))
-            places = [(int(index.columns.sizes[r]), int(index.columns.offsets[r])) for r in rows]
-            if archive.mode == "stream" and places != sorted(places, key=lambda place: place[1]):
-                raise check.DataError(
-                    f"{path!r} holds samples whose members are apart. Decompress it first."
-                )
-            contents = archive.pread_many(places)
-            for unit in some:
-                found = [(index.name(row), next(contents)) for row in unit]
-                if [len(data) for _, data in found] != index.columns.sizes[unit].tolist():
-                    raise changed(path)
-                yield found
-        archive.close()
+        coming = _rows(index, skip, note)
+        with contextlib.closing(open_archive(path)) as archive:
+            while some := list(itertools.islice(coming, _AT_ONCE)):
+                rows = list(itertools.chain(*some))
+                offsets, sizes = index.columns.offsets[rows], index.columns.sizes[rows].tolist()
+                if archive.mode == "stream" and (np.diff(offsets) < 0).any():
+                    raise check.DataError(
+                        f"{path!r} holds samples whose members are apart. Decompress it first."
+                    )
+                contents = archive.pread_many(list(zip(sizes, offsets.tolist(), strict=True)))
+                for unit in some:
+                    found = [(index.name(row), next(contents)) for row in unit]
+                    if [len(data) for _, data in found] != index.columns.sizes[unit].tolist():
+                        raise changed(path)
+                    yield found
 
 
 def _rows(index: TarIndex, skip: Skip, note: Skip) -> Iterator[list[int]]:

@@ -253,10 +253,7 @@ def _ends(path: str, part: str) -> bool:
 
 
 def encode(
-    values: Sequence[Any],
-    target: str,
-    classes: Sequence[str] | None,
-    where: Callable[[int], str],
+    values: Sequence[Any], target: str, classes: Sequence[str] | None, where: Callable[[int], str]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """The targets, float32 [n] or [n, k], or a bit for each class, and the classes.
 

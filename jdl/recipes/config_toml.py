@@ -52,12 +52,7 @@ def parse(cls: type[_Config], table: Mapping[str, Any], workdir: Path, *others: 
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def check_same(
-    workdir: Path,
-    now: Any,
-    before: Any,
-    may_change: Collection[str] = (),
-) -> None:
+def check_same(workdir: Path, now: Any, before: Any, may_change: Collection[str] = ()) -> None:
     """Raises unless the settings equal those of the run that the directory holds."""
     mine, theirs = dataclasses.asdict(now), dataclasses.asdict(before)
     differing = [

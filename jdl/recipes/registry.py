@@ -246,11 +246,7 @@ RECIPES = {
     "rnn": Recipe(_rnn, "classifier", 600),
     "autoencoder": Recipe(_autoencoder, "autoencoder", 1500, pictures=_autoencoder_pictures),
     "denoising": Recipe(
-        _denoising,
-        "autoencoder",
-        1500,
-        estimator=_denoising_estimator,
-        pictures=_reconstructions,
+        _denoising, "autoencoder", 1500, estimator=_denoising_estimator, pictures=_reconstructions
     ),
     "rbm": Recipe(_rbm, "rbm", 3000, "momentum", estimator=boltzmann.rbm, pictures=_rbm_pictures),
     "dbn": Recipe(_dbn, "classifier", 3000, prepare=_pretrained, pictures=_dbn_pictures),
@@ -263,11 +259,6 @@ RECIPES = {
         data="trees",
     ),
     "gan": Recipe(
-        _gan,
-        "gan",
-        3000,
-        options={"b1": 0.5},
-        estimator=_gan_estimator,
-        pictures=_gan_pictures,
+        _gan, "gan", 3000, options={"b1": 0.5}, estimator=_gan_estimator, pictures=_gan_pictures
     ),
 }

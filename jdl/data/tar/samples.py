@@ -6,6 +6,7 @@ samples. But where at most one run of a key has both images and sidecars, all ar
 which the newest of each name counts, unless it is unclear to which images the sidecars belong.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
@@ -18,7 +19,6 @@ from jdl.data.tar.index import TarIndex
 _Key = TypeVar("_Key", bound=Hashable)
 _Member = TypeVar("_Member")
 
-_ROWS = 1 << 16  # rows taken from the index at once
 _FILES = (scan.IMAGE, scan.OTHER, scan.OLDER)
 
 
@@ -94,17 +94,12 @@ def runs(
 
 def _files(index: TarIndex) -> Iterator[tuple[int, bytes, int]]:
     """The folder's number, the base name and the row of each regular file."""
-    columns = index.columns
-    for start in range(0, len(index), _ROWS):
-        begin = int(columns.base_ends[start - 1]) if start else 0
-        kinds, folders, ends = (
-            column[start : start + _ROWS]
-            for column in (columns.kinds, columns.folder_ids, columns.base_ends)
-        )
-        text, stops = columns.bases[begin : ends[-1]].tobytes(), [0, *(ends - begin).tolist()]
-        folders = folders.tolist()
-        for i in np.flatnonzero(np.isin(kinds, _FILES)).tolist():
-            yield folders[i], text[stops[i] : stops[i + 1]], start + i
+    columns, text = index.columns, index.columns.bases.tobytes()
+    wanted = np.isin(columns.kinds, _FILES).data
+    spans = itertools.pairwise(itertools.chain([0], columns.base_ends.data))
+    for row, folder, (start, end) in zip(itertools.count(), columns.folder_ids.data, spans):
+        if wanted[row]:
+            yield folder, text[start:end], row
 
 
 def _join(index: TarIndex, found: list[Sample]) -> list[Sample]:
