@@ -122,7 +122,8 @@ class ResizedCrop(NamedTuple):
             if 0 < tall <= height and 0 < wide <= width:
                 top, left = int(down * (height - tall + 1)), int(across * (width - wide + 1))
                 return float(top), float(left), float(tall), float(wide)
-        tall, wide = min(height, round(width / low)), min(width, round(height * high))
+        tall = min(height, max(round(width / low), 1))
+        wide = min(width, max(round(height * high), 1))
         return float((height - tall) // 2), float((width - wide) // 2), float(tall), float(wide)
 
 
@@ -204,13 +205,14 @@ def _with_pillow(data: bytes, how: _How) -> np.ndarray:
     with _opened(data) as image:
         _check_pixels(image.width, image.height, how.max_pixels)
         turn = _orientation(image)
+        if image.format == "TIFF":
+            _check_tiff(image, how.max_pixels)
+            image.load()
+            turn = 1  # Pillow has turned it
         window = how.window(image.height, image.width, turn)
         if image.format == "JPEG" and how.size is not None and not how.exact:
             height, width = _needed(turn, how.size, window)
             image.draft(mode, (width, height))
-        if image.format == "TIFF":
-            _check_tiff(image, how.max_pixels)
-            turn = 1  # Pillow turns it
         image.load()
         return _finished(np.asarray(_eight_bits(image, mode)), turn, how.size, window)
 
@@ -362,7 +364,7 @@ def _finished(
 
 def jpeg_orientation(data: bytes) -> int:
     """EXIF's orientation in a JPEG as Pillow reads it, 1 if it has none; opening takes longer."""
-    exif, xmp, at = b"", b"", 2
+    exif, xmp, at = bytearray(b"Exif\0\0"), b"", 2
     while (marker := _SEGMENT.search(data, at)) and marker[1] not in (b"\xda", b"\xd9"):
         start = marker.end()
         at = start + max(int.from_bytes(data[start : start + 2], "big"), 2)
@@ -376,7 +378,7 @@ def jpeg_orientation(data: bytes) -> int:
     from PIL import Image
 
     image = Image.Image()
-    image.info = {"exif": b"Exif\0\0" + exif, "xmp": xmp}
+    image.info = {"exif": bytes(exif), "xmp": xmp}
     return _orientation(image)
 
 

@@ -70,7 +70,7 @@ def functions(augment: Augments | None) -> tuple[Augment, ...]:
 def _named(name: Any) -> Augment:
     must = f"a function of pixels and a generator, or one of {', '.join(NAMED)}"
     hint = "Mixup and cutmix are given to the Estimator: batch_transform=jdl.data.mixup(…)."
-    check.argument(name in NAMED, "augment", must, name, hint)
+    check.argument(isinstance(name, str) and name in NAMED, "augment", must, name, hint)
     return NAMED[name]()
 
 

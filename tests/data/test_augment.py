@@ -413,6 +413,16 @@ def test_a_random_resized_crop_is_the_window_cut_out_and_resized(pictures, monke
     assert len(sizes) > 15
 
 
+def test_a_resized_crop_has_a_pixel_in_the_narrowest_image():
+    for width, height, ratio in ((50, 1, (0.1, 0.3)), (1, 50, (5.0, 6.0))):
+        out = io.BytesIO()
+        Image.new("RGB", (width, height), "red").save(out, "PNG")
+        crop = images.ResizedCrop(1.0, ratio, np.zeros((1, 4)))
+        assert crop.box(height, width, (8, 8))[2:] == (1.0, 1.0)
+        found = images.decode(out.getvalue(), size=(8, 8), crop=crop)
+        assert (found == (255, 0, 0)).all()
+
+
 def test_augmentations_that_cannot_be_meant_are_refused(pictures):
     options = {"size": (8, 8), "batch_size": 5}
     for wrong in ("colour_jitter", ["color_jitter", "x"], "mixup"):
@@ -420,6 +430,8 @@ def test_augmentations_that_cannot_be_meant_are_refused(pictures):
             from_tar(pictures, augment=wrong, **options)
     with pytest.raises(ArgumentError, match=r"batch_transform=jdl\.data\.mixup"):
         from_tar(pictures, augment="cutmix", **options)
+    with pytest.raises(ArgumentError, match=r"`augment` must be .*, got \{'hue': 0\.1\}"):
+        operations._named({"hue": 0.1})
     for ratio in ((4 / 3, 3 / 4), (0.0, 1.0), (1.0, 2e3)):
         with pytest.raises(ArgumentError, match="crop_ratio"):
             from_tar(pictures, crop="random_resized", crop_ratio=ratio, **options)

@@ -7,6 +7,7 @@ import json
 import logging
 import struct
 import tarfile
+import time
 import warnings
 import zlib
 
@@ -198,6 +199,13 @@ def test_the_orientation_is_pillows_in_unusual_and_damaged_exif_data():
     assert compared > 3000
 
 
+def test_many_pieces_of_exif_data_take_no_quadratic_time():
+    pieces = segment(0xE1, b"Exif\0\0x") * 400_000
+    start = time.process_time()
+    assert images.jpeg_orientation(b"\xff\xd8" + pieces + b"\xff\xd9") == 1
+    assert time.process_time() - start < 1
+
+
 # ---------------------------------------------------------------------- depths and pages
 
 
@@ -254,6 +262,17 @@ def test_compressed_tiffs_and_the_first_of_several_pages(compression):
         options = {"save_all": True, "append_images": pages[1:], "exif": exif}
         data = encode(pages[0], "TIFF", compression=compression, **options)
         assert deviation(decode(data, size=(50, 70)), reference(data, (50, 70))) == 0
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_window_of_a_tiff_is_that_of_the_picture_upright(turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    size, crop = (20, 20), images.Crop(0.7, 0.2, 0.9)
+    stored = encode(PHOTO, "TIFF", exif=exif)
+    upright = encode(ImageOps.exif_transpose(Image.open(io.BytesIO(stored))))
+    found = decode(stored, size=size, crop=crop)
+    np.testing.assert_array_equal(found, decode(upright, size=size, crop=crop))
 
 
 def test_a_hostile_tiff_spends_no_memory():
