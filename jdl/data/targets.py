@@ -88,7 +88,8 @@ def _as_table(pairs: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
 
 def _csv(text: str, delimiter: str, column: str | None) -> Iterator[dict[str, str]]:
     """The rows by columns' names; where none is known, the first column is that of names."""
-    rows = [row for row in csv.reader(io.StringIO(text, ""), delimiter=delimiter) if row]
+    cells = csv.reader(io.StringIO(text, ""), delimiter=delimiter, strict=True)
+    rows = [row for row in cells if row]
     head = [cell.strip() for cell in rows[0]] if rows else []
     named = any(cell.lower() in _NAMES for cell in head)
     headed = named or column is not None

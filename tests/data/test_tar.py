@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import tarfile
@@ -765,8 +766,19 @@ def test_many_archives_in_order(tmp_path):
     with pytest.raises(UserError, match="once each"):
         expand([str(tmp_path / "s-00.tar")] * 2)
     assert source[-1].name == expected[-1]
-    with pytest.raises(IndexError):
-        source[6]
+    assert list(source.read_many([-1, -6])) == [source[5].data, source[0].data]
+    for read in (lambda i: source[i], lambda i: [*source.read_many([i])], lambda i: source.name(i)):
+        for i in (6, -7):
+            with pytest.raises(IndexError, match=f"record {i} of 6"):
+                read(i)
+
+
+def test_labels_of_some_records_are_counted_from_the_end_where_negative(tmp_path):
+    write_tar(tmp_path / "a.tar", [(f"{side}/{i}.png", b"") for i in "abc" for side in ("l", "r")])
+    source = TarSource(str(tmp_path / "a.tar"), label=re.compile("(.).png"), split="r")
+    assert source.labels([0, -1, -3]).tolist() == [0, 2, 0]
+    with pytest.raises(IndexError, match="record 3 of 3"):
+        source.labels([3])
 
 
 @pytest.mark.parametrize("has_pread", [True, False])  # Windows has none

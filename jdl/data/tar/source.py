@@ -151,7 +151,7 @@ class TarSource:
         (data,) = self.read_many([i])
         if isinstance(data, BadImage):
             raise data
-        label = self.labels([i % len(self)])[0]
+        label = self.labels([i])[0]
         label = int(label) if self._targets is None else label
         return Record(self.indexes[archive].name(row), data, label)
 
@@ -177,8 +177,8 @@ class TarSource:
 
     def labels(self, records: Sequence[int] | np.ndarray) -> np.ndarray:
         """The labels of these records, int32 [n], -1 where there is none; or as `target` says."""
-        records = np.asarray(records, np.int64)
         if self._targets is not None:
+            records = np.asarray(records, np.int64)
             return decode(self._targets[records], self.target, len(self.classes))
         found = np.full(len(records), lb.NO_LABEL, np.int32)
         archives, rows = self._locate(records)
@@ -328,8 +328,12 @@ class TarSource:
         self._bad |= {(archive, row): why for row, why in bad.items()}
         return found
 
-    def _locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Archives and rows of these records, int64."""
+    def _locate(self, records: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Archives and rows of these records, int64; negative ones count from the end."""
+        records, n = np.asarray(records, np.int64), len(self)
+        if len(outside := records[(records < -n) | (records >= n)]):
+            raise IndexError(f"record {outside[0]} of {n}")
+        records = records % n
         if len(self._rows) == 1:
             return np.zeros(len(records), np.int64), self._rows[0].rows(records)
         archives = np.searchsorted(self._ends, records, "right")
@@ -342,10 +346,7 @@ class TarSource:
 
     def _find(self, i: int) -> tuple[int, int]:
         """Archive and row of record `i`."""
-        n = len(self)
-        if not -n <= i < n:
-            raise IndexError(f"record {i} of {n}")
-        archives, rows = self._locate(np.array([i % n]))
+        archives, rows = self._locate([i])
         return int(archives[0]), int(rows[0])
 
     # ------------------------------------------------------------------ reading
@@ -372,7 +373,7 @@ class TarSource:
         Raises:
           DataError: if an archive is not what it was when it was indexed.
         """
-        archives, rows = self._locate(np.asarray(records, np.int64) % len(self))
+        archives, rows = self._locate(records)
         if len(self.archives) > 1 and any(map(is_url, self.archives)):
             yield from self._read_grouped(archives, rows)
             return
