@@ -56,10 +56,7 @@ def accuracy(
     >>> accuracy(jnp.array([[0.1, 0.9], [0.8, 0.2]]), {"label": jnp.array([1, 1])}).tolist()
     [1.0, 0.0]
     """
-    labels = batch[target]
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = jnp.argmax(labels, axis=-1)
-    return (jnp.argmax(outputs, axis=-1) == labels).astype(jnp.float32)
+    return (jnp.argmax(outputs, axis=-1) == _classes(outputs, batch[target])).astype(jnp.float32)
 
 
 def top_k_accuracy(k: int) -> Callable[..., Float[Array, " B"]]:
@@ -74,10 +71,7 @@ def top_k_accuracy(k: int) -> Callable[..., Float[Array, " B"]]:
     @direction("max")
     def metric(outputs: jax.Array, batch: Batch, target: str = "label") -> jax.Array:
         largest = jax.lax.top_k(outputs, min(k, outputs.shape[-1]))[1]
-        labels = batch[target]
-        if labels.ndim == 2:
-            labels = jnp.argmax(labels, axis=-1)
-        hit = largest == labels[:, None].astype(largest.dtype)
+        hit = largest == _classes(outputs, batch[target])[:, None].astype(largest.dtype)
         return jnp.any(hit, axis=-1).astype(jnp.float32)
 
     return metric
@@ -118,14 +112,17 @@ def confusion_matrix(
     >>> confusion_matrix(outputs, {"label": jnp.array([1, 1, 0])}).tolist()
     [[0.0, 1.0], [1.0, 1.0]]
     """
-    labels, classes = batch[target], outputs.shape[-1]
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = jnp.argmax(labels, axis=-1)
+    labels, classes = _classes(outputs, batch[target]), outputs.shape[-1]
     weights = batch.get("mask", jnp.ones(labels.shape[0])).astype(jnp.float32)
     # A negative index would count from the end; one beyond it is dropped.
     rows = jnp.where(labels < 0, classes, labels.astype(jnp.int32))
     counts = jnp.zeros((classes, classes), jnp.float32)
     return counts.at[rows, jnp.argmax(outputs, axis=-1)].add(weights, mode="drop")
+
+
+def _classes(outputs: Any, labels: Any) -> Any:
+    """Class numbers [B]; of one-hot labels or probabilities, shaped as outputs, the largest's."""
+    return jnp.argmax(labels, axis=-1) if labels.shape == outputs.shape else labels
 
 
 class ClassScores(NamedTuple):

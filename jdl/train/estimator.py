@@ -57,7 +57,7 @@ class Estimator:
         uint8 arrays reach it as they are.
       regularizer: a scalar function of the parameters, added to the loss in training.
       batch_transform: `transform(batch, key) -> batch`, pure, for training batches on the device,
-        such as `jdl.data.mixup(num_classes=10)`; the key depends on the seed and the step.
+        such as `jdl.data.mixup(num_classes=10)`; its key depends on seed and step alone.
       microbatches: slices a batch is cut into, to bound memory.
       curvature_batch_size: examples of the batch that curvature products use; None for all.
       compute_dtype: a type such as "bfloat16" for the model to compute in; parameters, losses,

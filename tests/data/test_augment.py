@@ -545,6 +545,8 @@ def test_losses_and_metrics_take_mixed_labels():
     larger = {"label": label.argmax(1)}
     for metric in (metrics.accuracy, metrics.top_k_accuracy(2), metrics.confusion_matrix):
         np.testing.assert_array_equal(metric(outputs, batch), metric(outputs, larger))
+        one_hot = {"label": np.eye(K, dtype=np.int32)[larger["label"]]}
+        np.testing.assert_array_equal(metric(outputs, one_hot), metric(outputs, larger))
 
 
 def test_a_class_number_outside_makes_the_loss_nan():
