@@ -16,13 +16,12 @@ import numpy as np
 from jdl.core import check
 from jdl.data import images
 from jdl.data import labels as lb
-from jdl.data.augment import Augmentation
+from jdl.data.augment import Augmentation, Augments, functions
 from jdl.data.choice import Some, told
 from jdl.data.decoding import Decoder
 from jdl.data.holdout import Holdout
 from jdl.data.image_batches import ImageBatches
 from jdl.data.images import BadImage
-from jdl.data.operations import Augments, functions
 from jdl.data.order import Mixture, Order
 from jdl.data.plan import Plan
 from jdl.data.tar.archive import STDIN
