@@ -79,12 +79,8 @@ def run(args: Args) -> None:
         )
     estimator = opened.config.estimator(args.workdir)
     next(iter(estimator.predict_batches(opened.images)))  # restores the checkpoint
-    about = {
-        "workdir": str(args.workdir),
-        "step": estimator.step,
-        "data": opened.data,
-        "split": opened.split,
-    }
+    about = {"workdir": str(args.workdir), "step": estimator.step}
+    about |= {"data": opened.data, "split": opened.split}
     found, by_batch = _measure(args, estimator, opened.images)
     found = about | found | {"seconds": time.perf_counter() - started}
     _print(found)
@@ -266,14 +262,8 @@ def _draw(path: Path, found: dict[str, Any], by_batch: "np.ndarray") -> None:
         left.plot(grid, np.maximum(heights, least), color=blue)
         left.set_yscale("log")
         left.set_ylim(bottom=least)
-        left.plot(
-            found["eigenvalues"],
-            [0.02] * len(found["eigenvalues"]),
-            "|",
-            color=orange,
-            ms=9,
-            transform=left.get_xaxis_transform(),
-        )
+        ticks, below = found["eigenvalues"], left.get_xaxis_transform()
+        left.plot(ticks, [0.02] * len(ticks), "|", color=orange, ms=9, transform=below)
         left.set_title(f"Density of the {names[found['matrix']]}'s eigenvalues")
         left.set_xlabel("eigenvalue  (ticks: the largest)")
         left.set_ylabel("share of eigenvalues per unit")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jdl.data.arrays import from_arrays as from_arrays
+    from jdl.data.augment import color_jitter as color_jitter
+    from jdl.data.augment import rand_augment as rand_augment
     from jdl.data.batches import Batches as Batches
     from jdl.data.batches import Dataset as Dataset
     from jdl.data.bundled_digits import digits as digits
@@ -23,38 +25,27 @@ if TYPE_CHECKING:
     from jdl.data.mixing import cutmix as cutmix
     from jdl.data.mixing import mixup as mixup
     from jdl.data.mixing import one_of as one_of
-    from jdl.data.operations import color_jitter as color_jitter
-    from jdl.data.operations import rand_augment as rand_augment
     from jdl.data.pipeline import from_tar as from_tar
     from jdl.data.stdin import standard_input as standard_input
     from jdl.data.tar.source import Record as Record
     from jdl.data.tar.source import TarSource as TarSource
 
-# public name -> the module that defines it
-_NAMES = {
-    "Batches": "batches",
-    "BadImage": "images",
-    "Dataset": "batches",
-    "Description": "description",
-    "Holdout": "holdout",
-    "LITTER": "choice",
-    "Record": "tar.source",
-    "TarSource": "tar.source",
-    "color_jitter": "operations",
-    "decode": "images",
-    "describe": "description",
-    "digits": "bundled_digits",
-    "digits_path": "bundled_digits",
-    "from_arrays": "arrays",
-    "from_tar": "pipeline",
-    "cutmix": "mixing",
-    "mixup": "mixing",
-    "one_of": "mixing",
-    "rand_augment": "operations",
-    "resolve": "bundled_digits",
-    "splits": "description",
-    "standard_input": "stdin",
+# module -> its public names
+_MODULES = {
+    "arrays": "from_arrays",
+    "augment": "color_jitter rand_augment",
+    "batches": "Batches Dataset",
+    "bundled_digits": "digits digits_path resolve",
+    "choice": "LITTER",
+    "description": "Description describe splits",
+    "holdout": "Holdout",
+    "images": "BadImage decode",
+    "mixing": "cutmix mixup one_of",
+    "pipeline": "from_tar",
+    "stdin": "standard_input",
+    "tar.source": "Record TarSource",
 }
+_NAMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [*_NAMES]
 

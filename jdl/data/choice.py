@@ -51,6 +51,8 @@ class Patterns(NamedTuple):
     def checked(cls, include: Some, exclude: Some) -> "Patterns":
         """The patterns of the arguments `include` and `exclude` of `TarSource`."""
         taken = None if include is None else _listed("include", include)
+        negated = [pattern for pattern in taken or () if pattern.startswith("!")]
+        check.argument(not negated, "include", "without !, which only `exclude` takes", negated)
         if exclude is None:
             return cls(taken, LITTER)
         given, out = _listed("exclude", exclude), [*LITTER] if len(exclude) else []

@@ -64,9 +64,7 @@ class Decoder:
         assert self.size is not None
         return self.size[0], self.size[1], 1 if self.grayscale else 3
 
-    def decode(
-        self, data: bytes, crop: images.Crop | images.ResizedCrop | None = None
-    ) -> np.ndarray:
+    def decode(self, data: bytes, crop: images.AnyCrop | None = None) -> np.ndarray:
         """The image, uint8 [H, W, C], resized if it is to be; may raise `BadImage`."""
         return images.decode(
             data,

@@ -1,7 +1,7 @@
 """A description of archives: members, classes, damage. `jdl index` shows it."""
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -104,8 +104,9 @@ def describe(
     of_splits, left_out = _splits(indexes, patterns)
     classes: dict[str, int] = {}
     if of_splits:
-        which: dict[str, Any] = {"split": split, "include": include, "exclude": exclude}
-        source = TarSource(indexes, label=label, labels=labels, **which)
+        source = TarSource(
+            indexes, label=label, labels=labels, split=split, include=include, exclude=exclude
+        )
         classes, left_out = source.count_classes(), source.left_out
         if rest := len(source) - sum(classes.values()):
             classes[""] = rest

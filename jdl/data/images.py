@@ -66,6 +66,7 @@ _BITS, _PHOTOMETRIC, _TILE_WIDTH, _SAMPLE_FORMAT = 258, 262, 322, 339  # TIFF's 
 _SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _DEEP = ("I;16", "I;16B", "I;16L", "I")  # Pillow's names for 16 bits a pixel
+_Window = tuple[float, float, float, float]  # top, left, height and width
 
 
 class Crop(NamedTuple):
@@ -80,9 +81,7 @@ class Crop(NamedTuple):
     down: float
     across: float
 
-    def box(
-        self, height: int, width: int, size: tuple[int, int]
-    ) -> tuple[float, float, float, float]:
+    def box(self, height: int, width: int, size: tuple[int, int]) -> _Window:
         """Top, left, height and width of the window in an image of that height and width.
 
         >>> Crop(1.0, 0.5, 0.5).box(100, 200, (64, 64))
@@ -109,11 +108,8 @@ class ResizedCrop(NamedTuple):
     ratio: tuple[float, float]
     draws: np.ndarray
 
-    def box(
-        self, height: int, width: int, size: tuple[int, int]
-    ) -> tuple[float, float, float, float]:
+    def box(self, height: int, width: int, size: tuple[int, int]) -> _Window:
         """Top, left, height and width of the window; the first attempt that fits inside."""
-        del size
         low, high = self.ratio
         for area, ratio, down, across in self.draws.tolist():
             area = height * width * (self.area + (1.0 - self.area) * area)
@@ -125,6 +121,9 @@ class ResizedCrop(NamedTuple):
         tall = min(height, max(round(width / low), 1))
         wide = min(width, max(round(height * high), 1))
         return float((height - tall) // 2), float((width - wide) // 2), float(tall), float(wide)
+
+
+AnyCrop = Crop | ResizedCrop
 
 
 class BadImage(check.DataError):
@@ -145,7 +144,7 @@ def decode(
     grayscale: bool = False,
     exact: bool = False,
     max_pixels: int = MAX_PIXELS,
-    crop: Crop | ResizedCrop | None = None,
+    crop: AnyCrop | None = None,
 ) -> np.ndarray:
     """The image in `data`, upright, as uint8 [H, W, C] with C = 1 or 3.
 
@@ -178,9 +177,6 @@ def decode(
     return _with_pillow(data, how)
 
 
-_Window = tuple[float, float, float, float]  # top, left, height and width; the image's are 1
-
-
 class _How(NamedTuple):
     """The arguments of `decode`."""
 
@@ -188,10 +184,10 @@ class _How(NamedTuple):
     grayscale: bool
     exact: bool
     max_pixels: int
-    crop: Crop | ResizedCrop | None
+    crop: AnyCrop | None
 
-    def window(self, height: int, width: int, turn: int) -> "_Window | None":
-        """The crop of an image stored with this height, width and orientation."""
+    def window(self, height: int, width: int, turn: int) -> _Window | None:
+        """The crop of an image stored with this height, width and orientation; these are 1."""
         if self.size is None or self.crop is None:
             return None
         if turn >= 5:

@@ -114,6 +114,6 @@ def _before(mask: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
         return lambda x: jnp.roll(x, 1, axis=0)
     rows = jnp.arange(len(mask))
     last = jax.lax.cummax(jnp.where(mask > 0, rows, -1))
-    previous = jnp.roll(last, 1).at[0].set(-1)
+    previous = jnp.roll(last, 1)
     previous = jnp.where(previous < 0, last[-1], previous)
     return lambda x: x[jnp.where(mask > 0, previous, rows)]

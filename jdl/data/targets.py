@@ -88,7 +88,8 @@ def _as_table(pairs: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
 
 def _csv(text: str, delimiter: str, column: str | None) -> Iterator[dict[str, str]]:
     """The rows by columns' names; where none is known, the first column is that of names."""
-    rows = [row for row in csv.reader(io.StringIO(text, ""), delimiter=delimiter) if row]
+    cells = csv.reader(io.StringIO(text, ""), delimiter=delimiter, strict=True)
+    rows = [row for row in cells if row]
     head = [cell.strip() for cell in rows[0]] if rows else []
     named = any(cell.lower() in _NAMES for cell in head)
     headed = named or column is not None
@@ -149,10 +150,9 @@ def by_table(
 
 def by_folder(index: TarIndex, rows: np.ndarray, class_of: ClassOf) -> list[str | None]:
     """Each folder's class; None for those without chosen rows."""
-    used = np.zeros(len(index.columns.folder_ends), bool)
-    used[index.columns.folder_ids[rows]] = True
-    every = zip(index.folders(), used.tolist(), strict=True)
-    return [class_of(folder + "/") if use else None for folder, use in every]
+    ids, folders = index.columns.folder_ids[rows], index.folders()
+    every = zip(folders, np.bincount(ids, minlength=len(folders)).tolist(), strict=True)
+    return [class_of(f"{folder}/") if chosen else None for folder, chosen in every]
 
 
 def by_member(index: TarIndex, rows: np.ndarray, class_of: ClassOf) -> list[str | None]:

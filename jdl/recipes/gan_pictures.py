@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdl.core.types import Batch
 from jdl.data import Batches
 from jdl.models.gan import GAN, walk
 from jdl.models.scores import nearest
-from jdl.recipes.pictures import tiles
+from jdl.recipes.pictures import kept, tiles
 from jdl.train.estimator import Estimator
 from jdl.train.hooks import Hook, StatefulHook
 from jdl.train.writers import Row
@@ -59,7 +58,7 @@ def draw_samples(gan: GAN, estimator: Estimator, data: Batches, workdir: Path) -
     z = walk(jax.random.key(3), 8, COLUMNS, gan.latent)
     between = _sample(gan, estimator, z.reshape(-1, gan.latent))
     written.append(tiles(between.reshape(8, COLUMNS, *images.shape[1:]), workdir / "walk.png"))
-    table = np.concatenate([np.asarray(b["image"])[_kept(b)] for b in data.once()])
+    table = np.concatenate([np.asarray(b["image"])[kept(b)] for b in data.once()])
     table = table / np.float32(255) if table.dtype == np.uint8 else table
     some = images[:COLUMNS]
     found = nearest(some, table)
@@ -74,10 +73,6 @@ def draw_from(gan: GAN, estimator: Estimator, count: int, seed: int) -> np.ndarr
 
 def _sample(gan: GAN, estimator: Estimator, z: jax.Array) -> np.ndarray:
     return np.asarray(gan.sample(estimator.ema_params, estimator.model_state, z))
-
-
-def _kept(batch: Batch) -> np.ndarray | slice:
-    return np.asarray(batch["mask"]) > 0 if "mask" in batch else slice(None)
 
 
 def _stack(paths: list[Path], to: Path) -> Path:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jdl.core.types import Params
+from jdl.core.types import Batch, Params
 from jdl.data import Batches
 from jdl.models.autoencoder import as_reconstruction
 from jdl.models.rbm import RBM
@@ -58,9 +58,9 @@ def some_images(data: Batches, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Evenly spaced among the first 2,000: images, float32 in [0, 1], and their labels or 0."""
     images, labels, number = [], [], 0
     for batch in data.once():
-        kept = np.asarray(batch.get("mask", np.ones(len(batch["image"])))) > 0
-        images.append(np.asarray(batch["image"])[kept])
-        labels.append(np.asarray(batch.get("label", np.zeros(len(kept), np.int32)))[kept])
+        images.append(np.asarray(batch["image"])[kept(batch)])
+        label = batch.get("label", np.zeros(len(batch["image"]), np.int32))
+        labels.append(np.asarray(label)[kept(batch)])
         number += len(images[-1])
         if number >= 2000:
             break
@@ -68,6 +68,11 @@ def some_images(data: Batches, count: int) -> tuple[np.ndarray, np.ndarray]:
     x = np.concatenate(images)[chosen]
     x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x
     return x, np.concatenate(labels)[chosen]
+
+
+def kept(batch: Batch) -> np.ndarray | slice:
+    """The rows of a batch that count."""
+    return np.asarray(batch["mask"]) > 0 if "mask" in batch else slice(None)
 
 
 def of_rbm(rbm: RBM, params: Params, data: Batches, workdir: Path) -> list[Path]:
@@ -100,7 +105,6 @@ def reconstructions(estimator: Estimator, data: Batches, workdir: Path) -> Path:
 
 def codes(encode: Callable[[np.ndarray], ArrayLike], data: Batches, path: Path) -> Path:
     """Draws the codes [N, F] of up to 1,000 images on their two principal axes, by class."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     x, labels = some_images(data, 1000)
@@ -108,20 +112,12 @@ def codes(encode: Callable[[np.ndarray], ArrayLike], data: Batches, path: Path) 
     code -= code.mean(0)
     points = code @ np.linalg.svd(code, full_matrices=False)[2][:2].T
     figure = Figure(figsize=(5.6, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names = data.classes or ()
     for label in np.unique(labels):
         own = points[labels == label]
-        color = f"C{label % 10}"
-        axes.plot(
-            own[:, 0],
-            own[:, -1],
-            ".",
-            markersize=4,
-            label=names[label] if label < len(names) else str(label),
-            color=color,
-        )
+        name, color = names[label] if label < len(names) else str(label), f"C{label % 10}"
+        axes.plot(own[:, 0], own[:, -1], ".", markersize=4, label=name, color=color)
     axes.set_title("codes on their two principal axes", loc="left", fontsize=11)
     if 1 < len(np.unique(labels)) <= 12:
         axes.legend(markerscale=2.5, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

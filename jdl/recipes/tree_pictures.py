@@ -27,7 +27,6 @@ def draw_trees(
       path: the file to write.
       count: how many trees.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     some = {name: array[:count] for name, array in packed.items()}
@@ -38,7 +37,6 @@ def draw_trees(
     columns = min(count, 3)
     rows = -(-len(some["word"]) // columns)
     figure = Figure(figsize=(5.5 * columns, 3.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     for i in range(len(some["word"])):
         axes = figure.add_subplot(rows, columns, i + 1)
         places = _places(some["children"][i])
@@ -51,15 +49,8 @@ def draw_trees(
         axes.scatter(at[:, 0], at[:, 1], c=colors, cmap="coolwarm", vmin=0, vmax=1, s=150, zorder=2)
         for node, (x, y) in places.items():
             word = names[int(some["word"][i, node])]
-            axes.text(
-                x,
-                y,
-                {"true": "1", "false": "0"}.get(word, word),
-                size=6,
-                ha="center",
-                va="center",
-                zorder=3,
-            )
+            word = {"true": "1", "false": "0"}.get(word, word)
+            axes.text(x, y, word, size=6, ha="center", va="center", zorder=3)
         wrong = [n for n in places if (shares[i][n] > 0.5) != some["labels"][i, n]]
         marked = np.array([places[n] for n in wrong]).reshape(-1, 2)
         axes.scatter(marked[:, 0], marked[:, 1], marker="x", s=300, color="black", zorder=4)

@@ -19,7 +19,8 @@ import jdl
 from jdl import data as jd
 from jdl import losses, metrics
 from jdl.core.check import ArgumentError, UserError
-from jdl.data import from_arrays, from_tar, images, operations
+from jdl.data import augment as augments
+from jdl.data import from_arrays, from_tar, images
 from jdl.data.augment import Augmentation
 from jdl.models import MLP
 from jdl.optim import registry
@@ -304,7 +305,7 @@ def test_operations_are_those_of_the_torchvision_installed():
         image = Image.fromarray(PICTURE).resize(size)
         space = RandAugment()._augmentation_space(31, size[::-1])
         assert {*space} == {*names}
-        for operation, name in zip(operations._OPERATIONS, names, strict=True):
+        for operation, name in zip(augments._OPERATIONS, names, strict=True):
             magnitudes, signed = space[name]
             for number in range(31):
                 for sign in (1, -1) if signed else (1,):
@@ -431,7 +432,7 @@ def test_augmentations_that_cannot_be_meant_are_refused(pictures):
     with pytest.raises(ArgumentError, match=r"batch_transform=jdl\.data\.mixup"):
         from_tar(pictures, augment="cutmix", **options)
     with pytest.raises(ArgumentError, match=r"`augment` must be .*, got \{'hue': 0\.1\}"):
-        operations._named({"hue": 0.1})
+        augments._named({"hue": 0.1})
     for ratio in ((4 / 3, 3 / 4), (0.0, 1.0), (1.0, 2e3)):
         with pytest.raises(ArgumentError, match="crop_ratio"):
             from_tar(pictures, crop="random_resized", crop_ratio=ratio, **options)

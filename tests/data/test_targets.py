@@ -93,6 +93,8 @@ def test_tables_of_many_forms_are_read(file, content, expected, tmp_path):
         ("t.json", b'[{"name": "a", "x": 1}, {"name": "b", "y": 1}]', "'y', instead of 'x'"),
         ("t.json", b'[{"name": "a", "x": 1}, {"name": "b", "x": 1, "y": 2}]', "instead of 'x'"),
         ("t.csv", b"name,x,x\na,1,2\n", "two columns have one name"),
+        ("t.csv", b'name,x\na,"1\nb,2\n', "unexpected end of data"),
+        ("t.csv", b'name,x\na,"1\nb,"2\n', "expected after"),
         ("t.json:k", b'{"a": {"j": 1}}', "cannot be read"),
         ("t.jsonl", b'{"name": 1}\n{', "cannot be read"),
         ("none.csv", None, "No such file"),
