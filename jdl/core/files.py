@@ -10,13 +10,15 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """A file to write that replaces `path` once it is complete; an error leaves `path` as it was.
 
     It keeps the permissions of the file it replaces; a new one has those of the umask.
 
     Args:
       path: its folder is made if need be.
+      sync: whether to wait until the disk has it, which costs milliseconds; otherwise a power
+        failure may leave it incomplete.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -32,7 +34,8 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         with temporary.open("xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         if path.exists():
             shutil.copymode(path, temporary)
         os.replace(temporary, path)

@@ -7,7 +7,7 @@ Here its arguments are checked and put together; `image_batches` makes the batch
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from jdl.data.order import Mixture, Order
 from jdl.data.plan import Plan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.paths import Paths, expand
+from jdl.data.tar.scan import Damage
 from jdl.data.tar.source import TarSource
 from jdl.data.targets import Table
 from jdl.data.window import WINDOW, WindowOrder
@@ -170,7 +171,7 @@ def from_tar(
     )
     _tell_left_out(source)
     if on_error == "raise":
-        _refuse_damage(source)
+        refuse_damage((repr(path), damage) for path, damage in source.damage)
     if label is not None and (where := source.unlabelled()):
         raise check.DataError(
             f"{where} has no label: `label={label!r}` finds none in its name or beside it. For "
@@ -260,14 +261,15 @@ def _common_size(source: TarSource, decoder: Decoder) -> tuple[int, int]:
     raise check.DataError(f"None of the first images can be decoded. The first: {problem}.")
 
 
-def _refuse_damage(source: TarSource) -> None:
-    lost = [(path, damage) for path, damage in source.damage if damage.lost]
+def refuse_damage(damages: Iterable[tuple[str, Damage]]) -> None:
+    """Raises if, of these archives' damage, some has lost members."""
+    lost = [(archive, damage) for archive, damage in damages if damage.lost]
     if lost:
-        path, damage = lost[0]
+        archive, damage = lost[0]
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         member = f", member {damage.name!r}" if damage.name else ""
         raise check.DataError(
-            f"{path!r} is damaged: {damage.word} at byte {damage.offset}{member}: "
+            f"{archive} is damaged: {damage.word} at byte {damage.offset}{member}: "
             f"{damage.detail}{more}. `jdl index` lists all damage; to use what can be read, pass "
             'on_error="skip".'
         )

@@ -17,6 +17,7 @@ from jdl.data.holdout import Holdout, inside, no_such_split, parse_split, split_
 from jdl.data.image_batches import Assembler
 from jdl.data.loading import InOrder, Loaded
 from jdl.data.order import Order
+from jdl.data.pipeline import refuse_damage
 from jdl.data.plan import Plan
 from jdl.data.tar.archive import STDIN
 from jdl.data.tar.open import open_archive
@@ -225,19 +226,10 @@ class PipedBatches(Batches):
                 members = list(itertools.islice(coming, rows))
             finally:  # damage explains other errors
                 if not self._assembler.skip:
-                    _refuse_damage(stream)
+                    refuse_damage(("Standard input", each) for each in stream.damage)
             return _Batch(self._chosen, record + number * rows, members) if members else None
 
         def decode(batch: _Batch) -> Loaded:
             return self._assembler.make(self.plan, 0, batch.numbers, batch, batch.read)
 
         return InOrder(read, decode, _MANY, self.num_threads, self.ahead)
-
-
-def _refuse_damage(stream: MemberStream) -> None:
-    for damage in stream.damage:
-        if damage.lost:
-            raise check.DataError(
-                f"Standard input is damaged: {damage.word} at byte {damage.offset}: "
-                f'{damage.detail}. To use what can be read, pass on_error="skip".'
-            )

@@ -150,10 +150,9 @@ def by_table(
 
 def by_folder(index: TarIndex, rows: np.ndarray, class_of: ClassOf) -> list[str | None]:
     """Each folder's class; None for those without chosen rows."""
-    used = np.zeros(len(index.columns.folder_ends), bool)
-    used[index.columns.folder_ids[rows]] = True
-    every = zip(index.folders(), used.tolist(), strict=True)
-    return [class_of(folder + "/") if use else None for folder, use in every]
+    ids, folders = index.columns.folder_ids[rows], index.folders()
+    every = zip(folders, np.bincount(ids, minlength=len(folders)).tolist(), strict=True)
+    return [class_of(f"{folder}/") if chosen else None for folder, chosen in every]
 
 
 def by_member(index: TarIndex, rows: np.ndarray, class_of: ClassOf) -> list[str | None]:

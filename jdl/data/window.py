@@ -68,7 +68,8 @@ class Draws:
         self.place = 0
         self._draws: list[int] = []
         first, counts = order.stream(epoch)
-        self._first, self._ends = first, np.cumsum(counts)
+        self._ends = np.cumsum(counts)
+        self._shifts = first - (self._ends - counts)  # from places in the stream to records
 
     def draw(self) -> tuple[int, int | None]:
         """The stream's number taken at the next place, and the one that replaces it."""
@@ -94,9 +95,7 @@ class Draws:
     def records(self, numbers: list[int]) -> np.ndarray:
         """The records at these places of the stream."""
         at = np.array(numbers, np.int64)
-        archive = np.searchsorted(self._ends, at, "right")
-        starts = np.concatenate([[0], self._ends[:-1]])
-        return self._first[archive] + at - starts[archive]
+        return at + self._shifts[np.searchsorted(self._ends, at, "right")]
 
 
 class Window:

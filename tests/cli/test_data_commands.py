@@ -264,7 +264,7 @@ def test_labels_of_a_table_beside_the_archive(tmp_path, capsys):
     assert batch["label"].tolist() == [0, 1] * 6
     assert main(["index", flat, "--label", f"{tmp_path / 't.csv'}:bred"]) == 2
     assert "no column 'bred', but 'id', 'age', 'breed'" in capsys.readouterr().err
-    assert choice("re:(.)[.]csv")["label"].pattern == "(.)[.]csv"  # no table
+    assert choice("re:(.).csv")["label"].pattern == "(.).csv"  # no table
 
 
 def test_index_shows_names_that_a_terminal_obeys_as_escapes(tarball, capsys):

@@ -724,14 +724,14 @@ def test_an_invalid_index_is_not_used(ten):
 
 def test_a_read_only_folder_has_its_index_in_the_cache(ten, tmp_path, monkeypatch):
     monkeypatch.setenv("JDL_CACHE", str(tmp_path / "cache"))
-    real = os.open
+    real = tar_index.atomic_file
 
-    def refuse(path, flags, *rest, **named):
-        if flags & os.O_CREAT and str(path).startswith(ten):
+    def refuse(path, **named):
+        if path.startswith(ten):
             raise PermissionError(13, "Permission denied")
-        return real(path, flags, *rest, **named)
+        return real(path, **named)
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(tar_index, "atomic_file", refuse)
     index = tar_index.open_index(ten)
     assert index.file == tar_index.cached(ten)
     assert not os.path.exists(ten + tar_index.SUFFIX)

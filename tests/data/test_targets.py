@@ -109,6 +109,11 @@ def test_a_table_that_cannot_be_read_is_an_error(file, content, words, tmp_path)
         read_table("labels.txt")
 
 
+def test_a_value_that_is_not_finite_is_one_value(tmp_path):
+    (tmp_path / "t.json").write_text('{"a": NaN}')
+    assert np.isnan(read_table(tmp_path / "t.json")["a"])
+
+
 def test_names_are_matched_by_one_rule_for_all():
     records = ["train/a.b/1.png", "train/2.png"]
     for entries in (

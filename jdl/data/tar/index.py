@@ -13,13 +13,13 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jdl.core import check
+from jdl.core.files import atomic_file
 from jdl.data.tar import resolve, scan
 from jdl.data.tar.archive import STDIN, changed, is_url
 from jdl.data.tar.open import open_archive
@@ -139,7 +139,6 @@ def cached(path: str) -> str:
 
 def save(index: TarIndex, file: str) -> None:
     """Writes the index atomically: no reader sees half of it."""
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     lengths = {field: len(array) for field, array in index.columns._asdict().items()}
     header = {
         "stamp": index.stamp,
@@ -148,19 +147,11 @@ def save(index: TarIndex, file: str) -> None:
         "lengths": lengths,
     }
     start = json.dumps(header).encode()
-    temporary = f"{file}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
-    fd = os.open(temporary, flags, 0o644)
-    try:
-        with os.fdopen(fd, "wb") as out:
-            out.write(_MAGIC + len(start).to_bytes(8, "little") + start)
-            for array in index.columns:
-                out.write(bytes(-out.tell() % _ALIGN))
-                out.write(np.ascontiguousarray(array).data)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_file(file, sync=False) as out:
+        out.write(_MAGIC + len(start).to_bytes(8, "little") + start)
+        for array in index.columns:
+            out.write(bytes(-out.tell() % _ALIGN))
+            out.write(np.ascontiguousarray(array).data)
 
 
 def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:

@@ -11,10 +11,10 @@ import importlib.util
 import os
 import shlex
 import threading
-from pathlib import Path
 from typing import Any
 
 from jdl.core import check
+from jdl.core.files import atomic_file
 from jdl.data.tar import inflate
 from jdl.data.tar.archive import UNKNOWN, Archive, LocalFile
 
@@ -85,19 +85,17 @@ def make_seekable(path: str) -> str:
         what = kind or "not compressed"
         hint = "It needs none." if kind is None else "Rewrite it with `jdl pack`."
         raise check.DataError(f"{path!r} is {what}; seek files are made for gzip only. {hint}")
-    file = _indexed_gzip().IndexedGzipFile(path, spacing=SEEK_SPACING)
-    temporary = f"{path}{SEEK_SUFFIX}.{os.getpid()}.tmp"
     try:
-        file.build_full_index()
-        file.export_index(temporary)
-        with open(temporary, "ab") as out:
-            out.write(footer)
-        os.replace(temporary, path + SEEK_SUFFIX)
+        with _indexed_gzip().IndexedGzipFile(path, spacing=SEEK_SPACING) as file:
+            file.build_full_index()
+            with atomic_file(path + SEEK_SUFFIX) as out:
+                file.export_index(str(out.name))
+                out.seek(0, os.SEEK_END)
+                out.write(footer)
+    except check.MissingExtraError:
+        raise
     except Exception as error:
         raise check.DataError(f"No seek file could be made for {path!r}: {error}.") from error
-    finally:
-        file.close()
-        Path(temporary).unlink(missing_ok=True)
     return path + SEEK_SUFFIX
 
 
