@@ -17,7 +17,7 @@ from jdl.core import check
 from jdl.data import images
 from jdl.data import labels as lb
 from jdl.data.augment import Augmentation, Augments, functions
-from jdl.data.choice import Some, told
+from jdl.data.choice import Some, told, unread
 from jdl.data.decoding import Decoder
 from jdl.data.holdout import Holdout
 from jdl.data.image_batches import ImageBatches
@@ -276,13 +276,18 @@ def refuse_damage(damages: Iterable[tuple[str, Damage]]) -> None:
 
 
 def _tell_left_out(source: TarSource) -> None:
-    """Logs, once for each archive and choice, how many images are left out."""
-    if (
-        source.left_out
-        and (about := f"{source.archives[0]!r}: {told(source.left_out)}") not in _told
-    ):
-        _told.add(about)
-        logger.warning("some images are left out of %s", about)
+    """Logs, once for each archive and choice, how many images are left out or not read."""
+    lines = []
+    if source.left_out:
+        lines.append(f"some images are left out of {source.archives[0]!r}: {told(source.left_out)}")
+    for index in source.indexes:
+        if found := unread(index):
+            listed = ", ".join(f"{n} × .{kind}" for kind, n in found.items())
+            lines.append(f"{index.path!r}: images of these formats are not read: {listed}")
+    for line in lines:
+        if line not in _told:
+            _told.add(line)
+            logger.warning("%s", line)
 
 
 def cores() -> int:

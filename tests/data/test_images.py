@@ -385,7 +385,10 @@ def test_images_of_all_formats_are_found_by_name_and_those_not_read_are_reported
     path = write_tar(tmp_path / "a.tar", members + [(f"a/{name}", b"") for name in others])
     with caplog.at_level(logging.WARNING, "jdl.data"):
         data = from_tar(path, size=(20, 30), batch_size=len(members), exact=True)
-    assert "images of these formats are not read: 2 × .heic, 1 × .svg" in caplog.text
+        told = "images of these formats are not read: 2 × .heic, 1 × .svg"
+        assert caplog.text.count(told) == 1
+        from_tar(path, size=(20, 30), batch_size=1)  # opened again, it is not told again
+    assert caplog.text.count(told) == 1
     (batch,) = data
     expected = [reference(each, (20, 30)) for each in found.values()]
     np.testing.assert_array_equal(batch["image"], expected)

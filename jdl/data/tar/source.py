@@ -5,7 +5,6 @@ from any thread or process, without a shared file position. Compressed archives 
 way, but efficiently only in their own order (see `jdl.data.window`).
 """
 
-import logging
 import os
 import threading
 import weakref
@@ -17,7 +16,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data import labels as lb
-from jdl.data.choice import Patterns, Some, folder_counts, told, unread
+from jdl.data.choice import Patterns, Some, folder_counts, told
 from jdl.data.holdout import Holdout, find_folder, inside, no_such_split, parse_split, split_folder
 from jdl.data.images import BadImage
 from jdl.data.tar import scan
@@ -37,8 +36,6 @@ from jdl.data.targets import (
     decode,
     encode,
 )
-
-logger = logging.getLogger("jdl.data")
 
 _MAX_ENCODED = 1 << 28  # bytes of one image file: 256 MiB
 _GROUP = 256  # records requested at once from several remote archives, at most,
@@ -134,10 +131,6 @@ class TarSource:
         self._skip, self._bad = on_error == "skip", dict[tuple[int, int], str]()
         self.indexes = _open_indexes(paths, keep_index)
         self.archives = [index.path for index in self.indexes]
-        for index in self.indexes:
-            if found := unread(index):
-                listed = ", ".join(f"{n} × .{kind}" for kind, n in found.items())
-                logger.warning("%r: images of these formats are not read: %s", index.path, listed)
         self._open_files()
         self._select(split, Patterns.checked(include, exclude))
         self._label(label, labels, target, classes)
