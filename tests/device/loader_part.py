@@ -165,7 +165,7 @@ def decoder_alone(pictures, side, threads, seconds):
 
 
 def training(results, path, tiny):
-    """ResNet-50 from the tar, by default threads, against the same batches' shapes in memory."""
+    """ResNet-50 from the tar, in threads and in processes, against the same batches in memory."""
     case = resnet(tiny)
     side = case.shape[0]
     estimator = estimator_of(case)
@@ -173,11 +173,17 @@ def training(results, path, tiny):
     first = list(itertools.islice(iter(tar), 4))
     host = itertools.cycle(first)
     device = itertools.cycle(jax.device_put(first, jax.devices()[0]))
-    sources = {"memory of the device": device, "memory of the host": host, "tar": tar}
+    workers = open_tar(path, side, case.batch_size, workers=1 if tiny else usable_cores())
+    sources = {
+        "memory of the device": device,
+        "memory of the host": host,
+        "tar": tar,
+        "tar, worker processes": iter(workers),  # they start once
+    }
     steps = 4 if tiny else 40
     ms = {}
     for source, batches in sources.items():
-        estimator.train(batches, steps=3)
+        estimator.train(batches, steps=3 if tiny else 20)  # until nothing made ahead is left
         _, seconds = timed(lambda batches=batches: estimator.train(batches, steps=steps))
         ms[source] = 1e3 * seconds / steps
     results.add(
@@ -185,8 +191,10 @@ def training(results, path, tiny):
         ms=ms,
         images_per_second={s: 1e3 * case.batch_size / x for s, x in ms.items()},
         idle_from_tar=max(0.0, 1 - ms["memory of the device"] / ms["tar"]),
+        idle_from_workers=max(0.0, 1 - ms["memory of the device"] / ms["tar, worker processes"]),
         idle_from_host=max(0.0, 1 - ms["memory of the device"] / ms["memory of the host"]),
         compile_seconds=estimator.compile_seconds,
         threads=tar.num_threads,
+        workers=workers.num_workers,
         steps=steps,
     )
