@@ -24,9 +24,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
 
 
-@pytest.mark.parametrize(
-    "model", ["rbm", *(pytest.param(m, marks=pytest.mark.slow) for m in PICTURES if m != "rbm")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", PICTURES)
 def test_a_run_reloads_and_leaves_pictures(model, tmp_path, capsys):
     run = str(tmp_path / "run")
     assert main(["train", model, "--steps", "30", "--workdir", run]) == 0
