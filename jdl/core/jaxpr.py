@@ -39,6 +39,8 @@ class Evaluator(NamedTuple):
         is carried through branches and loops, which must keep its shapes.
       leave: turns values into plain arrays before they enter a loop, as carry or slices, or leave a
         branch or a loop's body; needed where `visit` returns pytrees that wrap an array.
+      custom: whether to look inside calls with their own derivative rule; not where outputs are
+        differentiated, for they lose the rule.
 
     >>> program = jax.make_jaxpr(lambda x: 2 * jax.jit(jax.numpy.sin)(x))(1.0)
     >>> evaluator = Evaluator(lambda site, inputs, state: print(site.name, site.place))
@@ -51,6 +53,7 @@ class Evaluator(NamedTuple):
 
     visit: Callable[[Site, list[Any], PyTree], tuple[list[Any], PyTree] | None]
     leave: Callable[[list[Any]], list[Any]] = list
+    custom: bool = False
 
     def run(
         self,
@@ -79,8 +82,7 @@ class Evaluator(NamedTuple):
         """An equation's outputs, visiting its body: calls, checkpoints, scans, branches, loops.
 
         Other equations are evaluated as they are, as is a while loop whose condition `jax.vmap`
-        made one for each example. A while loop's condition is not visited. A call with its own
-        derivative rule gets its body's derivative.
+        made one for each example. A while loop's condition is not visited.
         """
         eqn, params = site.eqn, site.eqn.params
         if site.name == "cond":
@@ -94,7 +96,7 @@ class Evaluator(NamedTuple):
             return self._scan(site, inputs, state)
         if site.name == "while" and not params["cond_jaxpr"].out_avals[0].shape:
             return self._while(site, inputs, state)
-        if site.name not in (*CALLS, *CUSTOM):
+        if site.name not in (CALLS + CUSTOM if self.custom else CALLS):
             return bind(eqn, inputs), state
 
         def call(state: PyTree, *args: Any) -> Any:
