@@ -161,13 +161,32 @@ def scan_groups(eqn: Any) -> tuple[int, int]:
     return n, n + carry
 
 
-def scans(program: Any) -> Iterator[tuple[Any, int]]:
-    """The bodies and lengths of the outermost scans of a program."""
+def equations(program: Any, closed: str = "") -> Iterator[Any]:
+    """A program's equations and those inside of them, except inside the primitive `closed`."""
     for eqn in getattr(program, "jaxpr", program).eqns:
-        if eqn.primitive.name == "scan":
-            yield eqn.params["jaxpr"], eqn.params["length"]
-            continue
-        for value in eqn.params.values():
+        yield eqn
+        for value in () if eqn.primitive.name == closed else eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                    yield from scans(inner)
+                    yield from equations(inner, closed)
+
+
+def scans(program: Any) -> Iterator[tuple[Any, int]]:
+    """The bodies and lengths of the outermost scans of a program."""
+    found = (e.params for e in equations(program, "scan") if e.primitive.name == "scan")
+    return ((params["jaxpr"], params["length"]) for params in found)
+
+
+def lacks_forward_mode(program: Any) -> bool:
+    """Whether a program pushes through a `jax.custom_vjp`; JAX raises only when it compiles it."""
+    return any(eqn.primitive.name == "custom_lin" for eqn in equations(program))
+
+
+def program_of(push: Any) -> Any:
+    """The program of a product that `jax.linearize` returned."""
+    return push.func.args[0]
+
+
+def place_of(call: Any) -> str:
+    """The name, file and line of the function in a `custom_vjp_call`."""
+    return str(call.params["call_jaxpr"].jaxpr.debug_info.func_src_info)
