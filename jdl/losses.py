@@ -119,8 +119,8 @@ def gaussian_nll(
 
     It is not convex in the outputs, so Gauss-Newton products and Kronecker factors take the Fisher
     matrix, diag(1 / variance, ½), instead of its Hessian. They find it as the Hessian of
-    `gaussian_nll.fisher`, a loss of the same value and gradient. Where your own loss calls this one,
-    give it an attribute `fisher`, too: the same function with `gaussian_nll.fisher`.
+    `gaussian_nll.fisher`, a loss of the same value and gradient. A loss of your own that calls this
+    one needs an attribute `fisher`, too: the same function with `gaussian_nll.fisher`.
 
     Args:
       outputs: {"mean": …, "log_variance": …}, both shaped as the targets.

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdl.core import tree
+from jdl.core.derivatives import hvp
+from jdl.core.objective import fisher_loss
 from jdl.core.types import Batch, Key, Loss, Outputs
 
 MOST_DENSE = 64  # outputs per example up to which the whole Hessian is computed
@@ -34,13 +36,11 @@ MOST_DENSE = 64  # outputs per example up to which the whole Hessian is computed
 _ROWS = 2  # examples of the test
 _NO_RANK = 1e-5  # b / a below which it is rounding
 
-Gradient = Callable[[jax.Array], jax.Array]  # of a head's outputs
-
 
 class _Head(NamedTuple):
     kind: str
     z: jax.Array  # the outputs, in at least float32
-    grad: Gradient  # the other heads' outputs are fixed
+    loss: Callable[[jax.Array], jax.Array]  # the sum over examples, other heads' outputs fixed
 
     @property
     def noise(self) -> tuple[int, ...]:
@@ -143,25 +143,23 @@ def _heads(
             parts = [x.reshape(z.shape) for x, z in zip(split, leaves, strict=True)]
         return jax.tree.unflatten(structure, parts)
 
-    def grad(i: int) -> Gradient:
-        def total(z: jax.Array) -> jax.Array:
-            return jnp.sum(loss(joined([*parts[:i], z, *parts[i + 1 :]]), batch))
+    def total(i: int, z: jax.Array) -> jax.Array:
+        return jnp.sum(loss(joined([*parts[:i], z, *parts[i + 1 :]]), batch))
 
-        return jax.grad(total)
-
-    heads = [_Head(k, z, grad(i)) for i, (k, z) in enumerate(zip(kinds, parts, strict=True))]
+    of = functools.partial
+    heads = [_Head(k, z, of(total, i)) for i, (k, z) in enumerate(zip(kinds, parts, strict=True))]
     return heads, joined
 
 
 def _product(head: _Head, v: jax.Array) -> jax.Array:
     """∇²ℓᵢ vᵢ for each example."""
-    return jax.jvp(head.grad, (head.z,), (v,))[1]
+    return hvp(head.loss, head.z, v)
 
 
 def _root(head: _Head, v: jax.Array) -> jax.Array:
     """S v with S Sᵀ = ∇²ℓ."""
     if head.kind == "gradient":
-        return head.grad(head.z) * v.reshape(-1, *[1] * (head.z.ndim - 1))
+        return jax.grad(head.loss)(head.z) * v.reshape(-1, *[1] * (head.z.ndim - 1))
     if head.kind == "diagonal":
         return jnp.sqrt(jnp.maximum(_product(head, jnp.ones_like(head.z)), 0.0)) * v
     if head.kind == "dense":
@@ -215,33 +213,33 @@ def _tried(loss: Loss, outputs: Outputs, batch: Batch) -> list[str] | None:
 
     @functools.partial(jax.jit, static_argnums=0)
     def verdict(kind: str, z: Outputs, targets: Batch, v: Outputs) -> jax.Array:
-        """For each head: no coupling, not all 0, and whether its routes like `kind` are right."""
+        """For each head: finite, uncoupled, not all 0, and whether routes like `kind` are right."""
         heads, _ = _heads(", ".join([kind] * len(leaves)), loss, z, targets)
-        whole = jax.jvp(jax.grad(lambda z: jnp.sum(fisher_loss(loss)(z, targets))), (z,), (v,))[1]
+        whole = hvp(lambda z: jnp.sum(fisher_loss(loss)(z, targets)), z, v)
         rows = []
         for head, u, all_of_it in zip(heads, *map(jax.tree.leaves, (v, whole)), strict=True):
-            own = _product(head, u)
+            own = all_of_it if len(leaves) == 1 else _product(head, u)
             right = [_close(own, guess) for guess in _guesses(head, u)]
-            rows.append(jnp.stack([_close(all_of_it, own), jnp.any(own != 0), *right]))
+            finite = jnp.all(jnp.isfinite(all_of_it))
+            rows.append(jnp.stack([finite, _close(all_of_it, own), jnp.any(own != 0), *right]))
         return jnp.stack(rows)
 
-    # Labels must be small, lengths of sequences large enough for the Hessian not to be 0.
-    for integers in (9, 3, 2):
-        # A dense vector may average over errors in single coordinates.
-        examples = [example(integers, share) for share in (-0.25, np.inf)]
-        found = np.stack([verdict("softmax", *each) for each in examples])
-        apart, live = found[..., 0].all(), found[..., 1].any(axis=0)
-        if apart and live.all():
-            break
-    if not apart:
+    # Integers may be labels of few classes, or lengths of sequences, of which short ones have the
+    # Hessian 0. A sparse vector shows errors in single coordinates that a dense one averages over.
+    examples = [example(*each) for each in ((9, np.inf), (3, -0.25), (2, np.inf), (2, -0.25))]
+    found = np.stack([verdict("softmax", *each) for each in examples])
+    valid = found[..., 0].all(axis=1)
+    if not (valid.any() and found[valid, :, 1].all()):
         return None
+    live = found[valid, :, 2].any(axis=0)
     kinds: dict[int, str] = {}
     for tried in (("softmax", "softmax with z-loss"), ("diagonal",)):
         if tried == ("diagonal",):
             if len(kinds) == len(leaves):
                 break
             found = np.stack([verdict("diagonal", *each) for each in examples])
-        for i, j in np.argwhere(found[..., 2:].all(axis=0) & live.reshape(-1, 1)).tolist():
+        right = found[valid, :, 3:].all(axis=0)
+        for i, j in np.argwhere(right & live.reshape(-1, 1)).tolist():
             kinds.setdefault(i, tried[j])
     return [kinds.get(i) or _fallback([z]) for i, z in enumerate(leaves)]
 
@@ -264,13 +262,14 @@ def _close(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _random(random: np.random.Generator, x: Any, integers: int | None = None) -> Any:
-    """A few random rows of the type of `x`: normal or, as targets, whole numbers < `integers`."""
+    """A few random rows of the type of `x`: normal or, as targets, positive."""
     shape = (_ROWS, *x.shape[1:])
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), shape)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        few = random.permutation(np.arange(math.prod(shape)) % (integers or 2))
-        return few.reshape(shape).astype(x.dtype)
+        below = integers or 2
+        each = below - 1 - np.arange(math.prod(shape)) % below  # the largest first
+        return random.permutation(each).reshape(shape).astype(x.dtype)
     draw = random.standard_normal if integers is None else random.random
     values = draw(shape, np.float32)
     values = values if integers is None else 0.1 + 0.8 * values
@@ -279,10 +278,3 @@ def _random(random: np.random.Generator, x: Any, integers: int | None = None) ->
 
 def _cast(u: Outputs, outputs: Outputs) -> Outputs:
     return jax.tree.map(lambda u, z: u.astype(z.dtype), u, outputs)
-
-
-def fisher_loss(loss: Loss) -> Loss:
-    """The loss whose Hessian is the Fisher matrix: `loss.fisher` if it has one, or itself."""
-    if isinstance(loss, functools.partial):
-        return functools.partial(fisher_loss(loss.func), *loss.args, **loss.keywords)
-    return getattr(loss, "fisher", loss)
