@@ -164,20 +164,21 @@ def _root(head: _Head, v: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.maximum(_product(head, jnp.ones_like(head.z)), 0.0)) * v
     if head.kind == "dense":
         return _dense_root(head, v)
-    p, a, b = _softmax(head)
+    p, a, b = _softmax(head.z, _product(head, _ramp(head.z)))
     a, b = (jnp.sqrt(jnp.maximum(x, 0.0)) for x in (a, b))
     inner = jnp.sum(jnp.sqrt(p) * v, axis=-1, keepdims=True)
     u = a * (jnp.sqrt(p) * v - p * inner)
     return u if head.kind == "softmax" else u + b * p * inner
 
 
-def _softmax(head: _Head) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """p, a and b of ∇²ℓ = a (diag p − p pᵀ) + b p pᵀ, for each row of outputs."""
-    z = head.z
-    p = jax.nn.softmax(z, axis=-1)
-    # All entries differ and are positive, so that neither its variance under p nor its mean is 0.
-    v = jnp.broadcast_to(jnp.linspace(1.0, 3.0, z.shape[-1], dtype=z.dtype), z.shape)
-    hv = _product(head, v)
+def _ramp(z: jax.Array) -> jax.Array:
+    """All different and positive, so that neither variance nor mean under a softmax is 0."""
+    return jnp.broadcast_to(jnp.linspace(1.0, 3.0, z.shape[-1], dtype=z.dtype), z.shape)
+
+
+def _softmax(z: jax.Array, hv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """p, a and b of ∇²ℓ = a (diag p − p pᵀ) + b p pᵀ for each row of outputs, hv = ∇²ℓ ramp."""
+    p, v = jax.nn.softmax(z, axis=-1), _ramp(z)
     mean = jnp.sum(p * v, axis=-1, keepdims=True)
     variance = jnp.sum(p * jnp.square(v - mean), axis=-1, keepdims=True)
     a = jnp.sum((v - mean) * hv, axis=-1, keepdims=True)
@@ -211,46 +212,61 @@ def _tried(loss: Loss, outputs: Outputs, batch: Batch) -> list[str] | None:
         v = jax.tree.map(lambda v, w: v * (w < share), v, w)
         return z, jax.tree.map(lambda x: _random(random, x, integers), dict(batch)), v
 
+    def products(z: Outputs, targets: Batch, *vs: Outputs) -> list[list[jax.Array]]:
+        total = lambda z: jnp.sum(fisher_loss(loss)(z, targets))  # noqa: E731
+        return [jax.tree.leaves(hvp(total, z, v)) for v in vs]
+
     @functools.partial(jax.jit, static_argnums=0)
     def verdict(kind: str, z: Outputs, targets: Batch, v: Outputs) -> jax.Array:
-        """For each head: finite, uncoupled, not all 0, and whether routes like `kind` are right."""
-        heads, _ = _heads(", ".join([kind] * len(leaves)), loss, z, targets)
-        whole = hvp(lambda z: jnp.sum(fisher_loss(loss)(z, targets)), z, v)
-        rows = []
-        for head, u, all_of_it in zip(heads, *map(jax.tree.leaves, (v, whole)), strict=True):
-            own = all_of_it if len(leaves) == 1 else _product(head, u)
-            right = [_close(own, guess) for guess in _guesses(head, u)]
-            finite = jnp.all(jnp.isfinite(all_of_it))
-            rows.append(jnp.stack([finite, _close(all_of_it, own), jnp.any(own != 0), *right]))
-        return jnp.stack(rows)
+        """For each head: finite, not all 0, and whether routes like `kind` are right."""
+        probe = jax.tree.map(_ramp if kind == "softmax" else jnp.ones_like, z)
+        found = zip(*map(jax.tree.leaves, (z, v)), *products(z, targets, v, probe), strict=True)
+        rows = [
+            [jnp.all(jnp.isfinite(hv)), jnp.any(hv != 0)]
+            + [_close(hv, guess) for guess in _guesses(kind, z, v, of_probe)]
+            for z, v, hv, of_probe in found
+        ]
+        return jnp.stack([jnp.stack(row) for row in rows])
+
+    @jax.jit
+    def uncoupled(z: Outputs, targets: Batch, v: Outputs) -> jax.Array:
+        heads, _ = _heads(", ".join(["dense"] * len(leaves)), loss, z, targets)
+        own = [_product(head, v) for head, v in zip(heads, jax.tree.leaves(v), strict=True)]
+        return jnp.stack(
+            [_close(*each) for each in zip(own, *products(z, targets, v), strict=True)]
+        )
 
     # Integers may be labels of few classes, or lengths of sequences, of which short ones have the
     # Hessian 0. A sparse vector shows errors in single coordinates that a dense one averages over.
     examples = [example(*each) for each in ((9, np.inf), (3, -0.25), (2, np.inf), (2, -0.25))]
     found = np.stack([verdict("softmax", *each) for each in examples])
     valid = found[..., 0].all(axis=1)
-    if not (valid.any() and found[valid, :, 1].all()):
+    if not valid.any():
         return None
-    live = found[valid, :, 2].any(axis=0)
+    live = found[valid, :, 1].any(axis=0)
     kinds: dict[int, str] = {}
     for tried in (("softmax", "softmax with z-loss"), ("diagonal",)):
         if tried == ("diagonal",):
             if len(kinds) == len(leaves):
                 break
             found = np.stack([verdict("diagonal", *each) for each in examples])
-        right = found[valid, :, 3:].all(axis=0)
+        right = found[valid, :, 2:].all(axis=0)
         for i, j in np.argwhere(right & live.reshape(-1, 1)).tolist():
             kinds.setdefault(i, tried[j])
+    if len(kinds) < len(leaves) > 1:
+        apart = np.stack([uncoupled(*each) for each in examples])
+        if not apart[valid].all():
+            return None
     return [kinds.get(i) or _fallback([z]) for i, z in enumerate(leaves)]
 
 
-def _guesses(head: _Head, v: jax.Array) -> list[jax.Array]:
-    """∇²ℓ v by the routes like the head's."""
-    if head.kind == "diagonal":
-        return [_product(head, jnp.ones_like(v)) * v]
+def _guesses(kind: str, z: jax.Array, v: jax.Array, of_probe: jax.Array) -> list[jax.Array]:
+    """∇²ℓ v by the routes like `kind`, from the product with their probe."""
+    if kind == "diagonal":
+        return [of_probe * v]
     if v.ndim == 1 or v.shape[-1] == 1:
         return [jnp.full_like(v, jnp.nan)] * 2
-    p, a, b = _softmax(head)
+    p, a, b = _softmax(z, of_probe)
     mean = jnp.sum(p * v, axis=-1, keepdims=True)
     plain = a * (p * v - p * mean)
     small = jnp.max(jnp.abs(b)) <= _NO_RANK * jnp.max(jnp.abs(a))

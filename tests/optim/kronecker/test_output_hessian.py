@@ -62,7 +62,7 @@ def mean_of_draws(kind, loss, outputs, batch, count=3000):
             u = flattened(output_hessian.draw(kind, loss, outputs, batch, keys))
             return jnp.einsum("bi,bj->bij", u, u)
 
-        return jnp.mean(jax.lax.map(gram, keys, batch_size=100), axis=0)
+        return jnp.mean(jax.lax.map(gram, keys), axis=0)
 
     return mean(jax.random.split(jax.random.key(0), count))
 
