@@ -39,6 +39,8 @@ class Evaluator(NamedTuple):
         is carried through branches and loops, which must keep its shapes.
       leave: turns values into plain arrays before they enter a loop, as carry or slices, or leave a
         branch or a loop's body; needed where `visit` returns pytrees that wrap an array.
+      custom: whether to look inside calls with their own derivative rule; not where outputs are
+        differentiated, for they lose the rule.
 
     >>> program = jax.make_jaxpr(lambda x: 2 * jax.jit(jax.numpy.sin)(x))(1.0)
     >>> evaluator = Evaluator(lambda site, inputs, state: print(site.name, site.place))
@@ -51,6 +53,7 @@ class Evaluator(NamedTuple):
 
     visit: Callable[[Site, list[Any], PyTree], tuple[list[Any], PyTree] | None]
     leave: Callable[[list[Any]], list[Any]] = list
+    custom: bool = False
 
     def run(
         self,
@@ -79,8 +82,7 @@ class Evaluator(NamedTuple):
         """An equation's outputs, visiting its body: calls, checkpoints, scans, branches, loops.
 
         Other equations are evaluated as they are, as is a while loop whose condition `jax.vmap`
-        made one for each example. A while loop's condition is not visited. A call with its own
-        derivative rule gets its body's derivative.
+        made one for each example. A while loop's condition is not visited.
         """
         eqn, params = site.eqn, site.eqn.params
         if site.name == "cond":
@@ -94,7 +96,7 @@ class Evaluator(NamedTuple):
             return self._scan(site, inputs, state)
         if site.name == "while" and not params["cond_jaxpr"].out_avals[0].shape:
             return self._while(site, inputs, state)
-        if site.name not in (*CALLS, *CUSTOM):
+        if site.name not in (CALLS + CUSTOM if self.custom else CALLS):
             return bind(eqn, inputs), state
 
         def call(state: PyTree, *args: Any) -> Any:
@@ -159,13 +161,32 @@ def scan_groups(eqn: Any) -> tuple[int, int]:
     return n, n + carry
 
 
-def scans(program: Any) -> Iterator[tuple[Any, int]]:
-    """The bodies and lengths of the outermost scans of a program."""
+def equations(program: Any, closed: str = "") -> Iterator[Any]:
+    """A program's equations and those inside of them, except inside the primitive `closed`."""
     for eqn in getattr(program, "jaxpr", program).eqns:
-        if eqn.primitive.name == "scan":
-            yield eqn.params["jaxpr"], eqn.params["length"]
-            continue
-        for value in eqn.params.values():
+        yield eqn
+        for value in () if eqn.primitive.name == closed else eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                    yield from scans(inner)
+                    yield from equations(inner, closed)
+
+
+def scans(program: Any) -> Iterator[tuple[Any, int]]:
+    """The bodies and lengths of the outermost scans of a program."""
+    found = (e.params for e in equations(program, "scan") if e.primitive.name == "scan")
+    return ((params["jaxpr"], params["length"]) for params in found)
+
+
+def lacks_forward_mode(program: Any) -> bool:
+    """Whether a program pushes through a `jax.custom_vjp`; JAX raises only when it compiles it."""
+    return any(eqn.primitive.name == "custom_lin" for eqn in equations(program))
+
+
+def program_of(push: Any) -> Any:
+    """The program of a product that `jax.linearize` returned."""
+    return push.func.args[0]
+
+
+def place_of(call: Any) -> str:
+    """The name, file and line of the function in a `custom_vjp_call`."""
+    return str(call.params["call_jaxpr"].jaxpr.debug_info.func_src_info)
