@@ -82,8 +82,8 @@ def _blaming_rules(fn: Callable[[PyTree], Any], x: PyTree) -> Iterator[None]:
             raise
         raise check.ArgumentError(
             f"Curvature products differentiate backward rules, but that of {names} has no "
-            f"derivative: {check.reason(error)} Write it with operations that have one, or use an "
-            "optimizer without curvature products: adam, lbfgs, cg."
+            f"derivative: {check.reason(error).rstrip('.')}. Write it with operations that have "
+            "one, or use an optimizer without curvature products: adam, lbfgs, cg."
         ) from error
 
 
