@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check
-from jdl.core.jaxpr import bind, equations, lacks_forward_mode, place_of, program_of
+from jdl.core.jaxpr import bind, equations, lacks_forward_mode, place_of
 from jdl.core.types import PyTree
 
 
@@ -27,7 +27,7 @@ def linearize(fn: Callable[[PyTree], Any], x: PyTree) -> tuple[Any, Any, Any]:
     ([1.0, 1.0], [1.0, 1.0])
     """
     outputs, push = jax.linearize(fn, x)
-    if not lacks_forward_mode(program_of(push)):
+    if not lacks_forward_mode(push):
         return outputs, push, lambda u: jax.linear_transpose(push, x)(u)[0]
     with _blaming_rules(fn, x):
         outputs, push, pull = _by_reverse_mode(fn, x)
@@ -82,8 +82,8 @@ def _blaming_rules(fn: Callable[[PyTree], Any], x: PyTree) -> Iterator[None]:
             raise
         raise check.ArgumentError(
             f"Curvature products differentiate backward rules, but that of {names} has no "
-            f"derivative: {check.reason(error)} Write it with operations that have one, or use an "
-            "optimizer without curvature products: adam, lbfgs, cg."
+            f"derivative: {check.reason(error).rstrip('.')}. Write it with operations that have "
+            "one, or use an optimizer without curvature products: adam, lbfgs, cg."
         ) from error
 
 

@@ -178,13 +178,12 @@ def scans(program: Any) -> Iterator[tuple[Any, int]]:
 
 
 def lacks_forward_mode(program: Any) -> bool:
-    """Whether a program pushes through a `jax.custom_vjp`; JAX raises only when it compiles it."""
+    """Whether a program, or a product from `jax.linearize`, pushes through a `jax.custom_vjp`.
+
+    JAX raises only when it compiles it.
+    """
+    program = program.func.args[0] if callable(program) else program
     return any(eqn.primitive.name == "custom_lin" for eqn in equations(program))
-
-
-def program_of(push: Any) -> Any:
-    """The program of a product that `jax.linearize` returned."""
-    return push.func.args[0]
 
 
 def place_of(call: Any) -> str:
