@@ -52,7 +52,7 @@ class Spec(NamedTuple):
         declare its `jdl.metrics.direction`.
       outputs: the first argument of a loss that is a function: floating-point arrays. Second-order
         methods by Gauss-Newton products or Kronecker factors (hf, kfac …) need such a loss, convex
-        in the outputs.
+        in the outputs or with an attribute `fisher`, as `jdl.losses.gaussian_nll` has.
 
     >>> import jax.numpy as jnp
     >>> Spec(loss=jnp.zeros(3), optimizer="adam").optimizer
