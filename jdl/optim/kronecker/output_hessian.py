@@ -108,7 +108,7 @@ def columns(kind: str, loss: Loss, outputs: Outputs, batch: Batch) -> tuple[int,
 
     def column(k: jax.Array) -> Outputs:
         def root(head: _Head, size: int, start: int) -> jax.Array:
-            v = jnp.arange(size) == k - start
+            v = jnp.arange(size, dtype=k.dtype) == k - start
             v = v.reshape(1, *head.noise).astype(head.z.dtype)
             return _root(head, jnp.broadcast_to(v, (len(head.z), *head.noise)))
 
