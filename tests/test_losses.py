@@ -54,6 +54,26 @@ def test_a_mask_of_counts_makes_the_objective_the_mean_over_all_positions():
         np.testing.assert_allclose(f.value(jnp.ones(())), each[COUNTED].mean(), rtol=1e-6)
 
 
+def test_microbatches_give_the_same_products_of_sequences():
+    with jax.enable_x64(True):
+        batch = {
+            "x": jnp.float64(numbers(4, 3, 2)),
+            "label": LABELS,
+            "mask": jnp.array([1, 1, 0, 1]),
+        }
+        loss = functools.partial(ours, ignore=-1, label_smoothing=0.1, z_loss=0.1)
+        w, v = (jnp.float64(numbers(2, K, seed=seed)) for seed in (1, 2))
+        whole, cut = (
+            Objective.from_fns(lambda w, b: b["x"] @ w, loss, batch, microbatches=n) for n in (1, 2)
+        )
+        for name in ("gnvp", "hvp"):  # the same, as the net is linear
+            found = [jax.jit(getattr(f, name))(w, v) for f in (whole, cut)]
+            h = 1e-5
+            want = (whole.grad(w + h * v) - whole.grad(w - h * v)) / (2 * h)
+            np.testing.assert_allclose(found, [want, want], rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(whole.grad(w), cut.grad(w), rtol=1e-12)
+
+
 def test_label_smoothing_is_optaxs_and_z_loss_the_square_of_log_z():
     z, labels = jnp.asarray(numbers(6, K)), jnp.arange(6) % K
     smooth = optax.smooth_labels(jax.nn.one_hot(labels, K), 0.1)

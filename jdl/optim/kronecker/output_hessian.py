@@ -10,7 +10,7 @@ these routes, for any per-example loss and for each head (each array of the outp
 - "softmax":  ∇²ℓ = a (diag p − p pᵀ) over the last axis, p = softmax(outputs)
 - "softmax with z-loss":  ∇²ℓ = a (diag p − p pᵀ) + b p pᵀ
 - "diagonal": outputs are independent, as in a sigmoid's cross-entropy or squared errors
-- "dense":    few outputs per example; the whole Hessian is computed, its positive part factored
+- "dense":    few outputs per example; the whole Hessian is computed and factored
 - "gradient": otherwise; u is the loss's own gradient (empirical Fisher) with a random sign
 
 Which of them holds, and whether heads are coupled, is tested on random outputs and targets when a
@@ -31,6 +31,7 @@ from jdl.core.derivatives import hvp
 from jdl.core.objective import fisher_loss
 from jdl.core.types import Batch, Key, Loss, Outputs
 
+NOT_CONVEX = "; not convex: its positive part"  # ends the route of such a loss
 MOST_DENSE = 64  # outputs per example up to which the whole Hessian is computed
 
 _ROWS = 2  # examples of the test
@@ -64,19 +65,17 @@ def route(loss: Loss, outputs: Outputs, batch: Batch) -> str:
     >>> route(loss, outputs, {"label": jnp.zeros(8, jnp.int32), "box": jnp.zeros((8, 4))})
     'box: diagonal, class: softmax'
     """
-    kinds = None
+    kind = _fallback(jax.tree.leaves(outputs))
     try:
         with jax.ensure_compile_time_eval():
-            kinds = _tried(loss, outputs, batch)
+            examples = _examples(outputs, batch)
+            if kinds := _tried(loss, examples):
+                kind = kinds[0] if len(kinds) == 1 else _named(outputs, kinds)
+            if not _convex(kind, loss, examples):
+                kind += NOT_CONVEX
     except (jax.errors.JAXTypeError, TypeError, ValueError, NotImplementedError):
         pass  # The loss closes over traced values, or depends on the batch's size.
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(outputs)]
-    if kinds is None:
-        return _fallback(jax.tree.leaves(outputs))
-    if len(kinds) == 1:
-        return kinds[0]
-    names = [jax.tree_util.keystr(p, simple=True, separator="/").replace(",", "") for p in paths]
-    return ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
+    return kind
 
 
 def draw(kind: str, loss: Loss, outputs: Outputs, batch: Batch, keys: Key) -> Outputs:
@@ -118,6 +117,12 @@ def columns(kind: str, loss: Loss, outputs: Outputs, batch: Batch) -> tuple[int,
     return sum(sizes), column
 
 
+def _named(outputs: Outputs, kinds: list[str]) -> str:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(outputs)]
+    names = [jax.tree_util.keystr(p, simple=True, separator="/").replace(",", "-") for p in paths]
+    return ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
+
+
 def _fallback(leaves: list[Any]) -> str:
     size = sum(math.prod(z.shape[1:]) for z in leaves)
     return "dense" if size <= MOST_DENSE else "gradient"
@@ -129,7 +134,7 @@ def _heads(
     """The heads that have a route each, and how arrays of their shapes make up the outputs."""
     loss = fisher_loss(loss)
     leaves, structure = jax.tree.flatten(outputs)
-    kinds = [part.rpartition(": ")[2] for part in kind.split(", ")]
+    kinds = [part.rpartition(": ")[2] for part in kind.removesuffix(NOT_CONVEX).split(", ")]
     parts = [z.astype(tree.accumulator(z.dtype)) for z in leaves]
     coupled = len(kinds) < len(leaves)
     if coupled:  # one head, of all elements in a row
@@ -162,8 +167,11 @@ def _root(head: _Head, v: jax.Array) -> jax.Array:
         return jax.grad(head.loss)(head.z) * v.reshape(-1, *[1] * (head.z.ndim - 1))
     if head.kind == "diagonal":
         return jnp.sqrt(jnp.maximum(_product(head, jnp.ones_like(head.z)), 0.0)) * v
-    if head.kind == "dense":
-        return _dense_root(head, v)
+    if head.kind == "dense":  # S is symmetric
+        values, vectors = jnp.linalg.eigh(_dense(head))
+        inner = jnp.einsum("bij,bi->bj", vectors, v.reshape(len(v), -1))
+        u = jnp.einsum("bij,bj->bi", vectors, jnp.sqrt(jnp.maximum(values, 0.0)) * inner)
+        return u.reshape(v.shape)
     p, a, b = _softmax(head.z, _product(head, _ramp(head.z)))
     a, b = (jnp.sqrt(jnp.maximum(x, 0.0)) for x in (a, b))
     inner = jnp.sum(jnp.sqrt(p) * v, axis=-1, keepdims=True)
@@ -186,8 +194,8 @@ def _softmax(z: jax.Array, hv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     return p, a / jnp.maximum(variance, jnp.finfo(z.dtype).tiny), b
 
 
-def _dense_root(head: _Head, v: jax.Array) -> jax.Array:
-    """S v of the symmetric root S of each example's Hessian."""
+def _dense(head: _Head) -> jax.Array:
+    """Each example's Hessian, [B, N, N]."""
     z = head.z
     size = math.prod(z.shape[1:])
 
@@ -196,21 +204,26 @@ def _dense_root(head: _Head, v: jax.Array) -> jax.Array:
         return _product(head, v).reshape(len(z), size)
 
     hessian = jax.lax.map(row, jnp.eye(size, dtype=z.dtype)).transpose(1, 0, 2)
-    values, vectors = jnp.linalg.eigh(0.5 * (hessian + hessian.transpose(0, 2, 1)))
-    inner = jnp.einsum("bij,bi->bj", vectors, v.reshape(len(z), size))
-    u = jnp.einsum("bij,bj->bi", vectors, jnp.sqrt(jnp.maximum(values, 0.0)) * inner)
-    return u.reshape(z.shape)
+    return 0.5 * (hessian + hessian.transpose(0, 2, 1))
 
 
-def _tried(loss: Loss, outputs: Outputs, batch: Batch) -> list[str] | None:
-    """Each head's route, by products with random vectors; None if heads are coupled."""
+def _examples(outputs: Outputs, batch: Batch) -> list[tuple[Outputs, Batch, Outputs]]:
+    """Random outputs, targets, and vectors to multiply by."""
     random = np.random.default_rng(0)
-    leaves = jax.tree.leaves(outputs)
 
     def example(integers: int, share: float) -> tuple[Outputs, Batch, Outputs]:
         z, v, w = (jax.tree.map(lambda z: _random(random, z), outputs) for _ in range(3))
         v = jax.tree.map(lambda v, w: v * (w < share), v, w)
         return z, jax.tree.map(lambda x: _random(random, x, integers), dict(batch)), v
+
+    # Integers may be labels of few classes, or lengths of sequences, of which short ones have the
+    # Hessian 0. A sparse vector shows errors in single coordinates that a dense one averages over.
+    return [example(*each) for each in ((9, np.inf), (3, -0.25), (2, np.inf), (2, -0.25))]
+
+
+def _tried(loss: Loss, examples: list[tuple[Outputs, Batch, Outputs]]) -> list[str] | None:
+    """Each head's route, by products with random vectors; None if heads are coupled."""
+    leaves = jax.tree.leaves(examples[0][0])
 
     def products(z: Outputs, targets: Batch, *vs: Outputs) -> list[list[jax.Array]]:
         total = lambda z: jnp.sum(fisher_loss(loss)(z, targets))  # noqa: E731
@@ -236,9 +249,6 @@ def _tried(loss: Loss, outputs: Outputs, batch: Batch) -> list[str] | None:
             [_close(*each) for each in zip(own, *products(z, targets, v), strict=True)]
         )
 
-    # Integers may be labels of few classes, or lengths of sequences, of which short ones have the
-    # Hessian 0. A sparse vector shows errors in single coordinates that a dense one averages over.
-    examples = [example(*each) for each in ((9, np.inf), (3, -0.25), (2, np.inf), (2, -0.25))]
     found = np.stack([verdict("softmax", *each) for each in examples])
     valid = found[..., 0].all(axis=1)
     if not valid.any():
@@ -258,6 +268,23 @@ def _tried(loss: Loss, outputs: Outputs, batch: Batch) -> list[str] | None:
         if not apart[valid].all():
             return None
     return [kinds.get(i) or _fallback([z]) for i, z in enumerate(leaves)]
+
+
+def _convex(kind: str, loss: Loss, examples: list[tuple[Outputs, Batch, Outputs]]) -> bool:
+    """Whether no diagonal or eigenvalue is negative."""
+
+    @jax.jit
+    def negative(z: Outputs, targets: Batch) -> list[jax.Array]:
+        values = [
+            jnp.linalg.eigvalsh(_dense(head))
+            if head.kind == "dense"
+            else _product(head, jnp.ones_like(head.z))
+            for head in _heads(kind, loss, z, targets)[0]
+            if head.kind in ("dense", "diagonal")
+        ]
+        return [jnp.min(x) < -1e-4 * jnp.max(jnp.abs(x)) for x in values]
+
+    return not any(any(negative(z, targets)) for z, targets, _ in examples)
 
 
 def _guesses(kind: str, z: jax.Array, v: jax.Array, of_probe: jax.Array) -> list[jax.Array]:

@@ -147,6 +147,30 @@ def test_a_large_coupled_loss_falls_back_on_its_gradient_and_says_so():
     np.testing.assert_allclose(jnp.abs(u), jnp.abs(g), rtol=1e-6)
 
 
+def cauchy(outputs, batch):
+    return jnp.sum(jnp.log1p(jnp.square(outputs - batch["y"])), axis=1)
+
+
+def own_gaussian(outputs, batch):
+    mean, log_variance = outputs[:, 0], outputs[:, 1]
+    return 0.5 * (jnp.square(mean - batch["y"][:, 0]) * jnp.exp(-log_variance) + log_variance)
+
+
+@pytest.mark.parametrize(("loss", "kind"), [(cauchy, "diagonal"), (own_gaussian, "dense")])
+def test_of_a_loss_that_is_not_convex_the_positive_part_is_taken_and_named(loss, kind):
+    outputs, batch = 2.0 * numbers(B, 2), {"y": numbers(B, 2, seed=1)}
+    route = output_hessian.route(loss, outputs, batch)
+    assert route == f"{kind}; not convex: its positive part"
+    values, vectors = np.linalg.eigh(dense_hessian(loss, outputs, batch))
+    assert np.min(values) < -0.1
+    truth = np.einsum("bij,bj,bkj->bik", vectors, np.maximum(values, 0.0), vectors)
+    found = gram_of_columns(route, loss, outputs, batch)
+    np.testing.assert_allclose(found, truth, atol=1e-5)
+    objective = Objective.from_fns(lambda p, b: p + 0.0 * b["y"], loss, batch)
+    account = kronecker.describe(objective, outputs)
+    assert account.endswith(f"the loss's output Hessian ({route})")
+
+
 def test_padded_sequences_take_the_softmaxs_route():
     outputs = numbers(B, 7, 30)
     batch = {"tokens": integers(B, 7, high=30), "lengths": jnp.array([2, 7, 3, 1, 5, 2])}
@@ -335,6 +359,7 @@ def test_the_fisher_is_found_through_partials_and_model_functions():
     assert fisher_loss(ours) is ours
 
 
+@pytest.mark.slow
 def test_kfac_learns_a_variance():
     x = np.asarray(numbers(256, 3))
     noise = np.asarray(numbers(256, 1, seed=1)) * np.exp(x[:, :1])
