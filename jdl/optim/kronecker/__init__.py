@@ -2,8 +2,8 @@ r"""Kronecker-factored curvature, for `kfac` and for `hessian_free(preconditione
 
 From a model to a step, in this order:
 
-- `layers`: which parameters are layers; `recognize`: by which products, `layout`: through which
-  changes of layout, `tags`: or as declared
+- `layers`: which parameters are layers; `recognize`: by which products, `views`: through which
+  changes of layout, `tags`: or as declared; `blocks`: their normal form
 - `output_hessian`: random vectors to pull back through the model; `probes`: what a layer gathers on
   the way; `moments`: both, over a batch
 - `factors`: running means of the moments, their inverses applied to a gradient; `inverses`
