@@ -295,6 +295,29 @@ def kfac(
     )
 
 
+def kfac_for(
+    objective: Objective, params: Params, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`kfac(**options)` whose `init` knows the layers of this model, and allocates what they need.
+
+    `kfac().init` sees shapes alone. Where they mislead it (embeddings, stacked layers, transposed
+    kernels), its first update sets the factors up again: a jitted step compiles twice, and a
+    `jax.lax.scan` over steps, whose state must keep its shapes, needs `kfac_for`.
+
+    Args:
+      objective: the model, the loss and a batch.
+      params: of the model; their shapes are enough.
+      **options: of `kfac`.
+    """
+    optimizer = kfac(**options)
+
+    def init(given: Params) -> Any:
+        with kronecker.told(objective, params):
+            return optimizer.init(given)
+
+    return optax.GradientTransformationExtraArgs(init, optimizer.update)
+
+
 class _Proposal(NamedTuple):
     factors: Kronecker
     refreshed: jax.Array

@@ -12,6 +12,7 @@ From a model to a step, in this order:
 """
 
 from jdl.optim.kronecker.cg_preconditioner import preconditioner as preconditioner
+from jdl.optim.kronecker.factors import told as told
 from jdl.optim.kronecker.summary import describe as describe
 from jdl.optim.kronecker.tags import tag_conv as tag_conv
 from jdl.optim.kronecker.tags import tag_dense as tag_dense

@@ -243,9 +243,9 @@ def refresh_inverses(
 ) -> tuple[Kronecker, jax.Array]:
     """The state with new inverses or eigenbases of its moments, and how much work they were.
 
-    The layers take turns, so that no step does all the work: each belongs to one of up to
-    `TURNS` groups. In a group's turn its layers are inverted if the last time was `every` steps
-    ago or λ has changed by more than a factor of 4 since.
+    Where that is much work the layers take turns, so that no step does it all: each belongs to one
+    of up to `TURNS` groups. In a group's turn its layers are inverted if the last time was `every`
+    steps ago or λ has changed by more than a factor of 4 since.
 
     Args:
       found: the layers.
@@ -263,7 +263,7 @@ def refresh_inverses(
     """
     eigen = any(not isinstance(s, tuple) for s in state.squares)
     costs = {i: inverses.cost(state.moments[i]) for i in found.known}
-    groups = min(TURNS, every, max(1, len(costs)))
+    groups = min(TURNS, every, len(costs)) if sum(costs.values()) > MUCH else 1
     turns = dict(zip(costs, inverses.assignment(list(costs.values()), groups), strict=True))
     drift = jnp.abs(jnp.log(damping.astype(jnp.float32) / state.inverted)) > math.log(4.0)
     work = jnp.zeros((), jnp.float32)
@@ -292,6 +292,7 @@ def refresh_inverses(
 
 
 TURNS = 5
+MUCH = 10**8  # multiplications, some milliseconds' worth
 
 
 def _of(state: Kronecker, i: int) -> tuple[Pair, PyTree, jax.Array]:

@@ -12,7 +12,7 @@ def inverse(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array]:
     if matrix.ndim == 2:
         return (1.0 / (matrix + shift[:, None]),)
     with jax.default_matmul_precision("highest"):
-        eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+        eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
         half = _inverse_root(matrix + shift[:, None, None] * eye)
         return (half.mT @ half,)
 
@@ -100,7 +100,7 @@ def shared(
 
 def _order(places: jax.Array, each: int, blocks: int) -> jax.Array:
     """Where each block is among the gathered parts, which start at `places`."""
-    rows = (places[:, None] + jnp.arange(each)).reshape(-1)
+    rows = (places[:, None] + jnp.arange(each)[None]).reshape(-1)
     return jnp.zeros(blocks, jnp.int32).at[rows].set(jnp.arange(rows.shape[0]))
 
 

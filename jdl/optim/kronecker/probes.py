@@ -178,20 +178,31 @@ def _moments(
     for part, mine, theirs in zip(parts, probes, bases, strict=True):
         dtype = mine[0].rows.dtype
 
+        lifted = [p for p in part.found if p.role == "b" and p.source[0] in use.outputs]
+        own = [p for p in part.found if p.role == "b" and p.source[0] >= 0]
+
         def columns(t: jax.Array, axes: tuple[int, ...], part: _Part = part) -> jax.Array:
             """[blocks..., rows, columns], in the order of the leaf."""
             t = _cut(t, part, use, axes, n + len(lead))
             t, _ = blocks.arranged(t, n + len(lead), axes, part.piece, part.found)
-            t = t.reshape(*t.shape[: n + len(lead)], -1)
+            heads = [p.full for p in lifted] if axes == use.outputs else []
+            t = t.reshape(*t.shape[: n + len(lead) + len(heads)], -1)
             t, count = blocks.arranged(t, 0, use.blocks, part.piece, part.found)
             if reduce:
                 others = tuple(count + i for i in range(len(lead)) if i != axis)
                 t = jnp.mean(t, axis=others) if axes == use.inputs else jnp.sum(t, axis=others)
-            return t.reshape(*t.shape[:count], -1, t.shape[-1])
+            t = t.reshape(*t.shape[:count], -1, *heads, t.shape[-1])
+            return jnp.moveaxis(t, count + 1, own.index(lifted[0])) if heads else spread(t)
+
+        def spread(t: jax.Array) -> jax.Array:
+            """The same for each block that is one of outputs: an ensemble with the same inputs."""
+            for p in lifted:
+                t = jnp.repeat(jnp.expand_dims(t, own.index(p)), p.full, axis=own.index(p))
+            return t
 
         b = columns(g.astype(dtype), use.outputs)
         ones = jnp.ones([part.piece.shape[k] for k in use.blocks], dtype)
-        ones, _ = blocks.arranged(ones, 0, use.blocks, part.piece, part.found)
+        ones = spread(blocks.arranged(ones, 0, use.blocks, part.piece, part.found)[0])
         w = each.astype(dtype)
         if hot:
             index = columns(x[..., None], ())[..., 0]

@@ -41,8 +41,8 @@ def describe(
     >>> print(describe(Objective.from_fns(predict, squared_error, batch), params))
     factored: ['w'] with ['b'] (dense, 4×4 and 2×2)
     diagonal: ['scale'] (used by mul)
+    memory: 0.0002 MB of factors and inverses, 5.9 times the parameters
     curvature: fisher, by draws from the loss's output Hessian (diagonal)
-    memory: 0.0002 MB of factors and inverses, 3.8 times the parameters
     """
     options = Options(curvature, max_size=max_size, dtype=factors_dtype)
     return "\n".join(_account(find_layers(objective, params), objective, params, options))
@@ -76,9 +76,9 @@ def _account(found: Layers, objective: Objective, params: Params, options: Optio
     memory = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     return [
         *lines,
-        f"curvature: {options.curvature}, by {how}",
         f"memory: {memory / 1e6:.4g} MB of factors and inverses, "
         f"{memory / size:.2g} times the parameters",
+        f"curvature: {options.curvature}, by {how}",
     ]
 
 
