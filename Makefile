@@ -63,7 +63,7 @@ bench-train: $(READY)  ## training against a bare loop, and PyTorch and Keras wh
 bench-data: $(READY)  ## images a second out of a tar, against webdataset and the decoder alone
 	$(BIN)/python tests/benchmarks/bench_data.py
 
-bench-kfac: $(READY)  ## K-FAC at its defaults against tuned Nesterov and Adam: make bench-kfac DATA=folder
+bench-kfac: $(READY)  ## K-FAC at its defaults against tuned Nesterov, Adam, AdamW and Muon: make bench-kfac DATA=folder
 	$(BIN)/python tests/benchmarks/bench_kfac.py --data $(or $(DATA),data) $(ARGS)
 
 bench-optim: $(READY)  ## second-order methods against their peers, on MNIST's first 5,000 digits

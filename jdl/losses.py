@@ -5,6 +5,8 @@ Gauss-Newton products need the convexity. The target is an entry of the batch, `
 least float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,25 +18,59 @@ from jdl.core.types import Batch
 
 
 def softmax_cross_entropy(
-    outputs: Float[Array, "B K"], batch: Batch, target: str = "label"
+    outputs: Float[Array, "B ... K"],
+    batch: Batch,
+    target: str = "label",
+    *,
+    ignore: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Float[Array, " B"]:
-    """−log softmax(outputs)[label], in nats.
+    """−log softmax(outputs)[label], in nats; of a sequence, the mean over its counted positions.
+
+    With `batch["mask"]` set to the numbers of counted positions, the objective is the mean over all
+    the batch's positions. An example without any has loss 0.
+
+    A label outside [0, K) that is not `ignore` makes its example's loss NaN; outside of `jit` it
+    raises, if the batch has no mask.
 
     Args:
       outputs: logits.
-      batch: `batch[target]` holds int[B] class numbers in [0, K) or float[B, K] probabilities.
+      batch: `batch[target]` holds int[B, ...] class numbers in [0, K) or float[B, ..., K]
+        probabilities.
       target: the entry that holds the targets.
+      ignore: the class number of positions that do not count, such as −1.
+      label_smoothing: α in [0, 1]: targets become (1 − α) target + α / K.
+      z_loss: z ≥ 0 of a further term z (log Σ exp(outputs))², which keeps logits near 0.
 
     >>> softmax_cross_entropy(jnp.zeros((1, 4)), {"label": jnp.array([2])}).round(4)
     Array([1.3863], dtype=float32)
     """
     logits, labels = _at_least_float32(outputs), batch[target]
+    check.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    check.in_range("z_loss", z_loss, 0.0)
+    counted = None
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        _check_classes(logits, target, labels)
-        log_probabilities = jax.nn.log_softmax(logits)
-        return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
-    _same_shape("outputs", logits, target, labels)
-    return optax.softmax_cross_entropy(logits, _at_least_float32(labels))
+        _check_classes(logits, target, labels, ignore, "mask" in batch)
+        labels = jnp.asarray(labels)
+        labels = labels if labels.dtype.itemsize == 8 else labels.astype(jnp.int32)
+        log_p = jax.nn.log_softmax(logits)
+        picked = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        if label_smoothing:
+            picked = (1.0 - label_smoothing) * picked + label_smoothing * jnp.mean(log_p, axis=-1)
+        each = jnp.where((labels >= 0) & (labels < logits.shape[-1]), -picked, jnp.nan)
+        counted = None if ignore is None else labels != ignore
+    else:
+        check.argument(ignore is None, "ignore", "None with probabilities as targets", ignore)
+        _same_shape("outputs", logits, target, labels)
+        smoothed = optax.smooth_labels(_at_least_float32(labels), label_smoothing)
+        each = optax.softmax_cross_entropy(logits, smoothed)
+    if z_loss:
+        each += z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    if counted is None:
+        return _per_example(each) / max(math.prod(each.shape[1:]), 1)
+    counts = jnp.maximum(_per_example(counted.astype(each.dtype)), 1.0)
+    return _per_example(jnp.where(counted, each, 0.0)) / counts
 
 
 def sigmoid_cross_entropy(
@@ -89,17 +125,31 @@ def _same_shape(name: str, a: jax.Array, other: str, b: jax.Array) -> None:
     )
 
 
-def _check_classes(logits: Array, target: str, labels: Array | np.ndarray) -> None:
+def _check_classes(
+    logits: Array, target: str, labels: Array | np.ndarray, ignore: int | None, masked: bool
+) -> None:
     check.argument(
-        logits.ndim == 2,
+        logits.ndim == 2 or logits.ndim > 2 <= labels.ndim,
         "outputs",
         "of shape [B, K], one number per class",
         logits.shape,
         "A dense model must flatten its images: image.reshape(len(image), -1).",
     )
     check.argument(
-        labels.shape == logits.shape[:1],
+        labels.shape == logits.shape[:-1],
         f"batch[{target!r}]",
-        f"of shape {logits.shape[:1]}, one class number per example",
+        f"of shape {logits.shape[:-1]}, a class number each",
         labels.shape,
     )
+    if masked or isinstance(labels, jax.core.Tracer):
+        return
+    if isinstance(labels, np.ndarray) or labels.is_fully_addressable:
+        found, classes = np.asarray(labels), logits.shape[-1]
+        strays = found[((found < 0) | (found >= classes)) & (found != ignore)]
+        check.argument(
+            strays.size == 0,
+            f"batch[{target!r}]",
+            f"class numbers in [0, {classes})",
+            strays[:1].tolist(),
+            "Positions without a class are left out by ignore=NUMBER.",
+        )

@@ -44,23 +44,32 @@ def direction(best: str | Mapping[str, str]) -> Callable[[_M], _M]:
 
 @direction("max")
 def accuracy(
-    outputs: Float[Array, "B K"], batch: Batch, target: str = "label"
+    outputs: Float[Array, "B ... K"],
+    batch: Batch,
+    target: str = "label",
+    *,
+    ignore: int | None = None,
 ) -> Float[Array, " B"]:
-    """1 where the largest output is the labelled class, else 0.
+    """1 where the largest output is the labelled class, else 0; of a sequence, the mean.
+
+    It is NaN for an example with a label outside the K classes, and for one whose positions are all
+    ignored: give that one `batch["mask"]` 0.
 
     Args:
       outputs: one number per class.
-      batch: `batch[target]` holds int[B] class numbers or float[B, K] probabilities.
+      batch: `batch[target]` holds int[B, ...] class numbers or float[B, ..., K] probabilities.
       target: the entry that holds the labels.
+      ignore: the class number of positions that do not count, such as −1.
 
     >>> accuracy(jnp.array([[0.1, 0.9], [0.8, 0.2]]), {"label": jnp.array([1, 1])}).tolist()
     [1.0, 0.0]
     """
-    return (jnp.argmax(outputs, axis=-1) == _classes(outputs, batch[target])).astype(jnp.float32)
+    classes = _classes(outputs, batch[target])
+    return _share(jnp.argmax(outputs, axis=-1) == classes, outputs, classes, ignore)
 
 
 def top_k_accuracy(k: int) -> Callable[..., Float[Array, " B"]]:
-    """1 where the labelled class is among the `k` largest outputs, else 0.
+    """As `accuracy`, for the labelled class among the `k` largest outputs.
 
     >>> outputs = jnp.array([[0.1, 0.3, 0.6]])
     >>> top_k_accuracy(2)(outputs, {"label": jnp.array([1])}).tolist()
@@ -69,10 +78,13 @@ def top_k_accuracy(k: int) -> Callable[..., Float[Array, " B"]]:
     check.positive_int("k", k)
 
     @direction("max")
-    def metric(outputs: jax.Array, batch: Batch, target: str = "label") -> jax.Array:
+    def metric(
+        outputs: jax.Array, batch: Batch, target: str = "label", *, ignore: int | None = None
+    ) -> jax.Array:
         largest = jax.lax.top_k(outputs, min(k, outputs.shape[-1]))[1]
-        hit = largest == _classes(outputs, batch[target])[:, None].astype(largest.dtype)
-        return jnp.any(hit, axis=-1).astype(jnp.float32)
+        classes = _classes(outputs, batch[target])
+        hit = jnp.any(largest == classes[..., None].astype(largest.dtype), axis=-1)
+        return _share(hit, outputs, classes, ignore)
 
     return metric
 
@@ -96,16 +108,16 @@ def sum_squared_error(
 
 
 def confusion_matrix(
-    outputs: Float[Array, "B K"], batch: Batch, target: str = "label"
+    outputs: Float[Array, "B ... K"], batch: Batch, target: str = "label"
 ) -> Float[Array, "K K"]:
-    """How many of the batch's examples of each class (rows) were predicted as each (columns).
+    """How many of the batch's labels of each class (rows) were predicted as each (columns).
 
     It is a sum over examples, for `Estimator.evaluate(data, sums=…)`, not a metric. It applies
     `batch["mask"]` and leaves out labels outside the K classes.
 
     Args:
       outputs: one number per class.
-      batch: `batch[target]` holds int[B] class numbers or float[B, K] probabilities.
+      batch: `batch[target]` holds int[B, ...] class numbers or float[B, ..., K] probabilities.
       target: the entry that holds the labels.
 
     >>> outputs = jnp.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
@@ -116,13 +128,27 @@ def confusion_matrix(
     weights = batch.get("mask", jnp.ones(labels.shape[0])).astype(jnp.float32)
     # A negative index would count from the end; one beyond it is dropped.
     rows = jnp.where(labels < 0, classes, labels.astype(jnp.int32))
+    weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
     counts = jnp.zeros((classes, classes), jnp.float32)
     return counts.at[rows, jnp.argmax(outputs, axis=-1)].add(weights, mode="drop")
 
 
 def _classes(outputs: Any, labels: Any) -> Any:
-    """Class numbers [B]; of one-hot labels or probabilities, shaped as outputs, the largest's."""
-    return jnp.argmax(labels, axis=-1) if labels.shape == outputs.shape else labels
+    """Class numbers [B, ...]; of probabilities, shaped as outputs, the largest's."""
+    found = jnp.argmax(labels, axis=-1) if labels.shape == outputs.shape else labels
+    must = f"class numbers of shape {outputs.shape[:-1]}, or shaped as the outputs"
+    check.argument(found.shape == outputs.shape[:-1], "labels", must, labels.shape)
+    whole = jnp.issubdtype(found.dtype, jnp.integer) and found.dtype.itemsize < 4
+    return found.astype(jnp.int32) if whole else found
+
+
+def _share(hits: jax.Array, outputs: jax.Array, classes: Any, ignore: int | None) -> jax.Array:
+    """The mean of `hits` over each example's counted positions."""
+    hit = jnp.where(
+        (classes >= 0) & (classes < outputs.shape[-1]), hits.astype(jnp.float32), jnp.nan
+    )
+    counted = jnp.ones_like(hits) if ignore is None else classes != ignore
+    return jnp.mean(hit.reshape(len(hit), -1), axis=1, where=counted.reshape(len(hit), -1))
 
 
 class ClassScores(NamedTuple):

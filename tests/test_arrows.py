@@ -15,7 +15,7 @@ ARROWS = {
     "core": set(),
     "losses": {"core"},
     "metrics": {"core"},
-    "models": {"core"},
+    "models": {"core", "losses"},
     "optim": {"core"},
     "curvature": {"core"},
     "data": {"core"},

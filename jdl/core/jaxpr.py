@@ -41,6 +41,8 @@ class Evaluator(NamedTuple):
         branch or a loop's body; needed where `visit` returns pytrees that wrap an array.
       slices: likewise for the arrays that a scan runs over; by default `leave`. May return pytrees
         that wrap an array, and have the structure of what wraps its slices.
+      custom: whether to look inside calls with their own derivative rule; not where outputs are
+        differentiated, for they lose the rule.
 
     >>> program = jax.make_jaxpr(lambda x: 2 * jax.jit(jax.numpy.sin)(x))(1.0)
     >>> evaluator = Evaluator(lambda site, inputs, state: print(site.name, site.place))
@@ -54,6 +56,7 @@ class Evaluator(NamedTuple):
     visit: Callable[[Site, list[Any], PyTree], tuple[list[Any], PyTree] | None]
     leave: Callable[[list[Any]], list[Any]] = list
     slices: Callable[[list[Any]], list[Any]] | None = None
+    custom: bool = False
 
     def run(
         self,
@@ -82,8 +85,7 @@ class Evaluator(NamedTuple):
         """An equation's outputs, visiting its body: calls, checkpoints, scans, branches, loops.
 
         Other equations are evaluated as they are, as is a while loop whose condition `jax.vmap`
-        made one for each example. A while loop's condition is not visited. A call with its own
-        derivative rule gets its body's derivative.
+        made one for each example. A while loop's condition is not visited.
         """
         eqn, params = site.eqn, site.eqn.params
         if site.name == "cond":
@@ -97,7 +99,7 @@ class Evaluator(NamedTuple):
             return self._scan(site, inputs, state)
         if site.name == "while" and not params["cond_jaxpr"].out_avals[0].shape:
             return self._while(site, inputs, state)
-        if site.name not in (*CALLS, *CUSTOM):
+        if site.name not in (CALLS + CUSTOM if self.custom else CALLS):
             return bind(eqn, inputs), state
 
         def call(state: PyTree, *args: Any) -> Any:
@@ -163,13 +165,31 @@ def scan_groups(eqn: Any) -> tuple[int, int]:
     return n, n + carry
 
 
-def scans(program: Any) -> Iterator[tuple[Any, int]]:
-    """The bodies and lengths of the outermost scans of a program."""
+def equations(program: Any, closed: str = "") -> Iterator[Any]:
+    """A program's equations and those inside of them, except inside the primitive `closed`."""
     for eqn in getattr(program, "jaxpr", program).eqns:
-        if eqn.primitive.name == "scan":
-            yield eqn.params["jaxpr"], eqn.params["length"]
-            continue
-        for value in eqn.params.values():
+        yield eqn
+        for value in () if eqn.primitive.name == closed else eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                    yield from scans(inner)
+                    yield from equations(inner, closed)
+
+
+def scans(program: Any) -> Iterator[tuple[Any, int]]:
+    """The bodies and lengths of the outermost scans of a program."""
+    found = (e.params for e in equations(program, "scan") if e.primitive.name == "scan")
+    return ((params["jaxpr"], params["length"]) for params in found)
+
+
+def lacks_forward_mode(program: Any) -> bool:
+    """Whether a program, or a product from `jax.linearize`, pushes through a `jax.custom_vjp`.
+
+    JAX raises only when it compiles it.
+    """
+    program = program.func.args[0] if callable(program) else program
+    return any(eqn.primitive.name == "custom_lin" for eqn in equations(program))
+
+
+def place_of(call: Any) -> str:
+    """The name, file and line of the function in a `custom_vjp_call`."""
+    return str(call.params["call_jaxpr"].jaxpr.debug_info.func_src_info)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check, tree
+from jdl.core.derivatives import hvp, linearize
 from jdl.core.model import Model
 from jdl.core.types import Batch, Key, Loss, ModelState, Outputs, Params, PyTree
 
@@ -169,7 +170,7 @@ class Objective:
             def f(params: Params) -> jax.Array:
                 return self.mean_loss(self.apply(params, batch, key)[0], batch, total)
 
-            return jax.jvp(jax.grad(f), (params,), (vector,))[1], ()
+            return hvp(f, params, vector), ()
 
         with jax.default_matmul_precision("highest"):
             return self._regularized(self.scan(part, batch)[0], params, vector)
@@ -188,11 +189,9 @@ class Objective:
             def predict(params: Params) -> Outputs:
                 return self.apply(params, batch, key)[0]
 
-            outputs, jvp = jax.linearize(predict, params)
-            loss_grad = jax.grad(lambda outputs: self.mean_loss(outputs, batch, total))
-            cotangents = jax.jvp(loss_grad, (outputs,), (jvp(vector),))[1]
-            (product,) = jax.linear_transpose(jvp, params)(cotangents)
-            return product, ()
+            outputs, push, pull = linearize(predict, params)
+            loss = lambda outputs: self.mean_loss(outputs, batch, total)  # noqa: E731
+            return pull(hvp(loss, outputs, push(vector))), ()
 
         with jax.default_matmul_precision("highest"):
             return self._regularized(self.scan(part, batch)[0], params, vector)
@@ -236,8 +235,8 @@ class Objective:
         """Σ Jᵀ J v over microbatches and devices."""
 
         def part(batch: Batch, key: Key | None) -> Any:
-            _, jvp = jax.linearize(lambda p: fn(batch, key, p), params)
-            return jax.linear_transpose(jvp, params)(jvp(vector))[0], ()
+            _, push, pull = linearize(lambda p: fn(batch, key, p), params)
+            return pull(push(vector)), ()
 
         with jax.default_matmul_precision("highest"):
             return self.scan(part, batch)[0]
@@ -381,8 +380,7 @@ class Objective:
     def _regularized(self, product: PyTree, params: Params, vector: PyTree) -> PyTree:
         if self.regularizer is None:
             return product
-        own = jax.jvp(jax.grad(self.regularizer), (params,), (vector,))[1]
-        return tree.add_scaled(product, 1.0, own)
+        return tree.add_scaled(product, 1.0, hvp(self.regularizer, params, vector))
 
     def _merge_states(self, state: ModelState) -> ModelState:
         """The mean of the new states over microbatches and devices.

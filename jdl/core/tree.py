@@ -4,7 +4,6 @@ Inner products accumulate in at least float32, whatever the leaves' type, as sec
 need under bfloat16.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -29,10 +28,8 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     >>> float(vdot({"w": jnp.ones((2, 3))}, {"w": 2.0 * jnp.ones((2, 3))}))
     12.0
     """
-    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    dtype = accumulator(*(x.dtype for pair in pairs for x in pair))
-    products = [jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in pairs]
-    return functools.reduce(jnp.add, products, jnp.zeros((), dtype))
+    dtype = accumulator(*(x.dtype for x in jax.tree.leaves((a, b))))
+    return _total([jnp.sum(x * y) for x, y in _packed(dtype, a, b)], dtype)
 
 
 def norm(a: PyTree) -> jax.Array:
@@ -57,8 +54,9 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
 
 def all_finite(a: PyTree) -> jax.Array:
     """Whether no leaf holds a NaN or an infinity."""
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(a)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+    parts = _packed(accumulator(*(x.dtype for x in jax.tree.leaves(a))), a)
+    finite = _total([jnp.all(jnp.isfinite(x)) for (x,) in parts], jnp.int32)
+    return finite == len(parts)
 
 
 def size(a: PyTree) -> int:
@@ -68,3 +66,30 @@ def size(a: PyTree) -> int:
     9
     """
     return sum(x.size for x in jax.tree.leaves(a))
+
+
+def _packed(dtype: Any, *trees: PyTree) -> list[tuple[jax.Array, ...]]:
+    """The trees' leaves, one by one in one type; small ones as a single vector.
+
+    A sum is compiled for each leaf, which takes longer than all of the model where they are many.
+    """
+    rows = list(zip(*(map(jnp.asarray, jax.tree.leaves(t)) for t in trees), strict=True))
+    rows = [tuple(x.astype(dtype) for x in row) for row in rows]
+
+    def small(row: tuple[jax.Array, ...]) -> bool:
+        return row[0].size <= 1 << 14 and not any(any(jax.typeof(x).sharding.spec) for x in row)
+
+    few = [tuple(x.ravel() for x in row) for row in rows if small(row)]
+    vectors = [tuple(map(jnp.concatenate, zip(*few, strict=True)))] if few else []
+    return vectors + [row for row in rows if not small(row)]
+
+
+def _total(parts: list[jax.Array], dtype: Any) -> jax.Array:
+    """Σ of scalars.
+
+    XLA copies a chain of additions into each kernel that uses their sum: its work would grow with
+    the square of the number of leaves. A cumulative sum is computed once.
+    """
+    if not parts:
+        return jnp.zeros((), dtype)
+    return jnp.cumsum(jnp.stack(parts).astype(dtype))[-1]

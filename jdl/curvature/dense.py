@@ -10,10 +10,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jdl.core import check
+from jdl.core.derivatives import hvp, linearize
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.curvature.landscape import Landscape, params_of
-from jdl.curvature.operators import function_hvp
 
 
 def hessian(
@@ -45,8 +45,7 @@ def hessian(
     elif isinstance(of, Objective):
         found = _of_objective(of, params, chunk_size)
     else:  # compiled anew each time: what the function closes over may change
-        hvp = functools.partial(function_hvp, of)
-        found = jax.jit(lambda p: _columns(functools.partial(hvp, p), p, chunk_size))(params)
+        found = jax.jit(lambda p: _columns(functools.partial(hvp, of, p), p, chunk_size))(params)
     matrix = np.asarray(found)
     return 0.5 * (matrix + matrix.T)
 
@@ -101,7 +100,7 @@ def jacobian(
     @jax.jit
     def columns(flat: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
-            return _on_unit_vectors(jax.linearize(flat_fn, flat)[1], flat, chunk_size)
+            return _on_unit_vectors(linearize(flat_fn, flat)[1], flat, chunk_size)
 
     outputs = jax.eval_shape(flat_fn, flat).size
     return np.asarray(rows(flat)) if outputs <= flat.size else np.asarray(columns(flat)).T

@@ -10,6 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jdl.core import check
+from jdl.core.derivatives import hvp
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.curvature.landscape import METHODS, Landscape, batch_product, params_of
@@ -64,13 +65,7 @@ def operator(
             kind == "hessian", "kind", "'hessian' for a function", kind, "Use a jdl.Objective."
         )
         # The parameters are an argument: XLA would take long to fold constants.
-        of_function = jax.jit(functools.partial(function_hvp, of))
-        product = lambda v: of_function(params, unravel(v))  # noqa: E731
+        of_function = jax.jit(functools.partial(hvp, of))
+        product = lambda v: ravel_pytree(of_function(params, unravel(v)))[0]  # noqa: E731
     dtype = np.dtype(flat.dtype)
     return Operator(lambda v: np.asarray(product(jnp.asarray(v, dtype))), flat.size, dtype, unravel)
-
-
-def function_hvp(fun: Callable[[Params], jax.Array], params: Params, vector: Params) -> jax.Array:
-    """∇²fun(params) · vector, [n]."""
-    with jax.default_matmul_precision("highest"):
-        return ravel_pytree(jax.jvp(jax.grad(fun), (params,), (vector,))[1])[0]

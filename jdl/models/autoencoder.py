@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check
+from jdl.core.derivatives import linearize
 from jdl.core.model import Model, as_model
 from jdl.core.types import Key, ModelState, Params
 from jdl.models.convolution import conv_general_dilated
@@ -311,8 +312,9 @@ def penalized(
             penalty = penalty + sparsity * jnp.sum(jnp.abs(encode(x)), axis=1)
         if contraction:
             probe_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 1)
+            _, push, _ = linearize(encode, x)
             norms = [
-                jnp.sum(jnp.square(jax.jvp(encode, (x,), (u,))[1]), axis=1)
+                jnp.sum(jnp.square(push(u)), axis=1)
                 for u in jax.random.normal(probe_key, (probes, *x.shape), x.dtype)
             ]
             penalty = penalty + contraction / probes * sum(norms[1:], norms[0])

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jdl.core import check, tree
+from jdl.core import check
 from jdl.core.types import Batch, Key, Params
+from jdl.losses import softmax_cross_entropy
 from jdl.models.layers import sparse_init
 
 CELLS = {"vanilla": nn.SimpleCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
@@ -235,18 +236,16 @@ def next_step_loss(outputs: jax.Array, batch: Batch) -> jax.Array:
     Array([1.3863], dtype=float32)
     """
     tokens = jnp.asarray(batch.get("tokens", batch.get("image")))
-    logits = outputs.astype(tree.accumulator(outputs.dtype))
     steps = tokens.shape[1] - 1
     check.argument(steps >= 1, "batch", "sequences of at least two steps", tokens.shape)
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[
-        ..., 0
-    ]
-    if "lengths" not in batch:
-        return -jnp.mean(picked, axis=1)
-    ends = jnp.asarray(batch["lengths"])[:, None] - 1
-    there = jnp.arange(steps)[None, :] < ends
-    counts = jnp.maximum(jnp.sum(there, axis=1), 1).astype(picked.dtype)
-    return -jnp.sum(jnp.where(there, picked, 0.0), axis=1) / counts
+    labels, ignore = tokens[:, 1:], None
+    if "lengths" in batch:
+        ends = jnp.asarray(batch["lengths"])[:, None] - 1
+        ignore = int(jnp.iinfo(jnp.int32).min)
+        labels = jnp.where(jnp.arange(steps)[None, :] < ends, labels.astype(jnp.int32), ignore)
+    return softmax_cross_entropy(
+        outputs[:, :-1], {**batch, "tokens": labels}, "tokens", ignore=ignore
+    )
 
 
 def generate(

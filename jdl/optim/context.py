@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check, tree
+from jdl.core.derivatives import hvp
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim.masking import Part, restricted
@@ -203,14 +204,6 @@ def scalar_dtype(params: Params) -> Any:
 
 
 def hessian_product(ctx: UpdateContext) -> Callable[[PyTree], PyTree]:
-    """The product with ∇²f(θ), forward over reverse, at the highest matmul precision.
-
-    On accelerators whose default precision is lower, CG would lose conjugacy.
-    """
-
-    def product(vector: PyTree) -> PyTree:
-        gradient = lambda params: ctx.value_and_grad(params)[1]  # noqa: E731
-        with jax.default_matmul_precision("highest"):
-            return jax.jvp(gradient, (ctx.params,), (vector,))[1]
-
-    return product
+    """The product with ∇²f(θ)."""
+    gradient = lambda params: ctx.value_and_grad(params)[1]  # noqa: E731
+    return lambda vector: hvp(ctx.value_fn, ctx.params, vector, gradient)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check, tree
+from jdl.core.derivatives import linearize
 from jdl.optim import spectral
 from jdl.optim.context import UpdateContext
 
@@ -37,7 +38,7 @@ def curvature(optimizer: str, ctx: UpdateContext, chunk_size: int) -> Curvature:
     size = tree.size(ctx.params)
     if ctx.residual_fn is not None:
         with jax.default_matmul_precision("highest"):
-            _, push = jax.linearize(ctx.residual_fn, ctx.params)
+            _, push, _ = linearize(ctx.residual_fn, ctx.params)
             # A column is one tangent pushed forward: half of a product.
             matrix = spectral.dense(push, ctx.params, chunk_size, ctx.dtype)
             return Curvature(matrix, True, size / 2)

@@ -247,7 +247,7 @@ def _resolution(params: Params, direction: Params, dtype: Any) -> jax.Array:
         return jnp.min(steps, initial=jnp.inf).astype(dtype)
 
     leaves = jax.tree.leaves(jax.tree.map(leaf, params, direction))
-    return jnp.min(jnp.stack(leaves))
+    return jax.lax.cummin(jnp.stack(leaves))[-1]  # for XLA no chain of operations: see `tree`
 
 
 def _minimizer(a: Point, b: Point, noise: jax.Array) -> jax.Array:

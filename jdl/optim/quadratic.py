@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import tree
+from jdl.core.derivatives import hvp, linearize
 from jdl.core.objective import Objective
 from jdl.core.types import Batch, Key, Outputs, Params, PyTree
 
@@ -51,11 +52,11 @@ def quadratic(objective: Objective, params: Params, vectors: Sequence[PyTree]) -
         def predict(p: Params) -> Outputs:
             return objective.apply(p, batch, key)[0]
 
-        outputs, product = jax.linearize(predict, params)
+        outputs, product, _ = linearize(predict, params)
         loss = lambda z: objective.mean_loss(z, batch, total)  # noqa: E731
         value, grad = jax.value_and_grad(loss)(outputs)
         tangents = [product(v) for v in vectors]
-        products = [jax.jvp(jax.grad(loss), (outputs,), (t,))[1] for t in tangents]
+        products = [hvp(loss, outputs, t) for t in tangents]
         slopes = jnp.stack([tree.vdot(grad, t) for t in tangents])
         curvature = jnp.stack([jnp.stack([tree.vdot(t, b) for b in products]) for t in tangents])
         return (value, slopes, curvature), ()
@@ -64,7 +65,7 @@ def quadratic(objective: Objective, params: Params, vectors: Sequence[PyTree]) -
         (value, slopes, curvature), _ = objective.scan(part, objective.batch)
     if objective.regularizer is not None:
         r, grad = jax.value_and_grad(objective.regularizer)(params)
-        products = [jax.jvp(jax.grad(objective.regularizer), (params,), (v,))[1] for v in vectors]
+        products = [hvp(objective.regularizer, params, v) for v in vectors]
         value = value + r
         slopes = slopes + jnp.stack([tree.vdot(grad, v) for v in vectors])
         curvature = curvature + jnp.stack(

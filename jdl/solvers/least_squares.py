@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
+from jdl.core.derivatives import linearize
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim.gauss_newton import gauss_newton
@@ -78,7 +79,7 @@ class LeastSquares(Iterative):
         assert problem.residual_fn is not None
         flat, unravel = ravel_pytree(params)
         with jax.default_matmul_precision("highest"):
-            _, push = jax.linearize(problem.residual_fn, params)
+            _, push, _ = linearize(problem.residual_fn, params)
             column = lambda v: ravel_pytree(push(unravel(v)))[0]  # noqa: E731
             basis = jnp.eye(flat.size, dtype=flat.dtype)
             if flat.size <= CHUNK:

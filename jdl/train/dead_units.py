@@ -53,9 +53,9 @@ def _alive(model: Model, params: Any, state: Any, *inputs: Any) -> list[jax.Arra
 
     program = jax.make_jaxpr(forward)(params, state, *inputs)
     arguments = jax.tree.leaves((params, state, *inputs))
-    jax.eval_shape(lambda *args: Evaluator(find).run(program, args)[0], *arguments)
+    jax.eval_shape(lambda *args: Evaluator(find, custom=True).run(program, args)[0], *arguments)
     alive = {place: jnp.zeros(shape, bool) for place, shape in units.items()}
-    _, alive = Evaluator(gather).run(program, arguments, alive)
+    _, alive = Evaluator(gather, custom=True).run(program, arguments, alive)
     return [x for _, x in sorted(alive.items())]
 
 

@@ -333,5 +333,5 @@ def _record(program: Any, args: Sequence[Any], edits: Edits) -> tuple[list[Any],
         y = outputs[0] + edits[layer] if layer in edits else outputs[0]
         return [y], found | {layer: y}
 
-    evaluator = Evaluator(visit)
+    evaluator = Evaluator(visit, custom=True)
     return evaluator.run(program, args, OrderedDict())  # it keeps its order through checkpoints

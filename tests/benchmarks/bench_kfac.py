@@ -3,6 +3,13 @@
     make bench-kfac DATA=folder       the deep autoencoder on MNIST, 120 s each
     make bench-kfac DATA=folder ARGS="--problems fashion,narrow,cnn,lstm --seconds 60"
 
+    make bench-kfac DATA=folder ARGS="--reach transformer,vit,resnet,autoencoder,lstm"
+
+The last form runs AdamW and Muon with their schedules (the best rate of a grid; warm-up 5 %, cosine
+decay to 1/50), then K-FAC until it has AdamW's held-out loss: steps and seconds, median and 99th
+percentile of a step, compile time. Images are Fashion-MNIST's where its folder is there, or else
+MNIST's.
+
 Time is process CPU time ÷ 2 (the cores are shared), with wall time next to it; compilation and
 evaluation are not counted. The contestants take turns of a few seconds. Nesterov and Adam are tuned
 beforehand for the autoencoder on MNIST, and for other problems with a grid of learning rates
@@ -19,16 +26,16 @@ latter is Debian's package dataset-fashion-mnist). Missing problems are reported
 
 import argparse
 import functools
-import gzip
 import importlib.util
 import json
+import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from kfac_nets import idx_images, nets
 
 import jdl
 from jdl import losses
@@ -39,22 +46,10 @@ from jdl.models.layers import sparse_init
 from jdl.optim import diagnostics, kfac, kronecker, quadratic
 from jdl.optim.kronecker import factors, moments
 
-FOLDERS = {"mnist": ("mnist",), "fashion": ("fashion", "fashion-mnist")}
 SLICE = 5.0  # seconds of a contestant's turn
 KFAC_JAX_DAMPING = 1.0  # its README's; its docstring's 150 takes half of the time to come down from
 AUTOENCODERS = ("autoencoder", "mnist", "narrow", "fashion")
 RATES = {"nesterov": (0.003, 0.01, 0.03, 0.1), "adam": (3e-4, 1e-3, 3e-3)}
-
-
-def idx_images(data, name):
-    """The training images of an IDX data set, [N, 784] in [0, 1], or None."""
-    for folder in FOLDERS[name]:
-        path = Path(data) / folder / "train-images-idx3-ubyte.gz"
-        if path.exists():
-            with gzip.open(path) as file:
-                pixels = np.frombuffer(file.read(), np.uint8, offset=16)
-            return (pixels.reshape(-1, 784) / 255.0).astype(np.float32)
-    return None
 
 
 def digit_images():
@@ -93,7 +88,10 @@ def autoencoder(images, widths=(1000, 500, 250, 30), rates=None, examples=5000):
 
 def problems(data):
     """name -> a function that makes it, or None where its data is missing."""
-    mnist, fashion = idx_images(data, "mnist"), idx_images(data, "fashion")
+    mnist, fashion = (
+        None if (found := idx_images(data, name)) is None else found[0]
+        for name in ("mnist", "fashion")
+    )
     tuned = {"nesterov": 0.01, "adam": 3e-3}
     softmax = losses.softmax_cross_entropy
     cnn = CNN(num_classes=10, units=128, dropout=0.0)
@@ -307,9 +305,95 @@ def race(name, problem, args):
     print(json.dumps({"problem": name, "ms": parts, "kfac_step_in_gradients": gradients}))
 
 
+def scheduled(name, rate, steps):
+    """An opponent's optimizer with warm-up and cosine decay."""
+    warm = max(1, steps // 20)
+    rate = optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1), rate / 50)
+    if name == "adamw":
+        return optax.adamw(rate, b2=0.99, weight_decay=0.01)
+    return optax.contrib.muon(rate, weight_decay=0.01)
+
+
+class Run:
+    """An optimizer on a net, with its held-out losses on the way."""
+
+    def __init__(self, net, optimizer, size, seed):
+        self.net, optimizer = net, optax.with_extra_args_support(optimizer)
+        self.size, self.rng = size, np.random.default_rng(seed)
+        self.times, self.curve = [], []
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(carry, rows):
+            params, state, opt_state = carry
+            objective = Objective(net.model, net.loss, state, net.batch(rows))
+            value, grad, aux = objective.value_and_grad(params)
+            updates, opt_state = optimizer.update(
+                grad, opt_state, params, value=value, grad=grad, objective=objective
+            )
+            return (optax.apply_updates(params, updates), aux.model_state, opt_state), value
+
+        params, state = net.start(seed)
+        self.carry = (params, state, jax.jit(optimizer.init)(params))
+        start = time.perf_counter()
+        lowered = step.lower(self.carry, self.rows())
+        self.trace = time.perf_counter() - start
+        self.step = lowered.compile()
+        self.compile = time.perf_counter() - start
+
+    def rows(self):
+        return jnp.asarray(self.rng.integers(0, self.net.size, self.size, np.int32))
+
+    def advance(self, steps):
+        """Makes so many steps, and then evaluates."""
+        for _ in range(steps):
+            rows, start = self.rows(), time.process_time()
+            self.carry, _ = jax.block_until_ready(self.step(self.carry, rows))
+            self.times.append((time.process_time() - start) / 2)
+        loss = float(self.net.evaluate(*self.carry[:2]))
+        self.curve.append((len(self.times), round(sum(self.times), 1), round(loss, 4)))
+        return loss
+
+    def figures(self):
+        return {
+            "steps": len(self.times),
+            "seconds": round(sum(self.times), 1),
+            "loss": self.curve[-1][2],
+            "ms_median": round(1e3 * statistics.median(self.times), 1),
+            "ms_p99": round(1e3 * float(np.percentile(self.times[1:] or self.times, 99)), 1),
+            "compile_s": round(self.compile, 1),
+            "trace_s": round(self.trace, 1),
+        }
+
+
+def reach(name, net, source, args):
+    """AdamW's and Muon's schedules, and K-FAC until it has the loss at the end of AdamW's."""
+    of = {"problem": name} if name == "transformer" else {"problem": name, "images": source}
+    ends = {}
+    for opponent in args.opponents.split(","):
+        for rate in net.rates[opponent]:
+            for seed in range(args.seeds):
+                run = Run(net, scheduled(opponent, rate, net.steps), net.batches[1], seed)
+                for _ in range(4):
+                    run.advance(max(1, net.steps // 4))
+                line = {**of, "optimizer": opponent, "rate": rate, "seed": seed, **run.figures()}
+                print(json.dumps({**line, "curve": run.curve}), flush=True)
+                ends.setdefault((opponent, rate), []).append(run.curve[-1][2])
+    ends = {key: np.mean(losses) for key, losses in ends.items()}
+    target = min(loss for (opponent, _), loss in ends.items() if opponent == "adamw")
+    for seed in range(args.seeds):
+        run = Run(net, kfac(), net.batches[0], seed)
+        every, reached = max(1, net.steps // 60), None
+        while reached is None and sum(run.times) < args.seconds:
+            if run.advance(every) <= target:
+                reached = len(run.times)
+        line = {**of, "optimizer": "kfac", "seed": seed, "target": float(target)}
+        line |= {"reached": reached is not None, **run.figures()}
+        print(json.dumps({**line, "curve": run.curve[:: max(1, len(run.curve) // 8)]}), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--problems", default="autoencoder")
+    parser.add_argument("--problems", help="for the same time; autoencoder, unless --reach")
     parser.add_argument("--optimizers", default="nesterov,adam", help="that K-FAC meets")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument(
@@ -318,9 +402,20 @@ def main():
     parser.add_argument("--target", type=float, default=1.0, help="autoencoders' error to time")
     parser.add_argument("--data", default="data", help="folder of mnist/ and fashion/")
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--reach", default="", help="nets to time to the end of AdamW's schedule")
+    parser.add_argument("--opponents", default="adamw,muon")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--share", type=float, default=1.0, help="of the schedule and the data")
     args = parser.parse_args()
+    args.problems = args.problems or ("" if args.reach else "autoencoder")
+    made, source = nets(args.data, args.share)
+    for name in filter(None, args.reach.split(",")):
+        if made.get(name) is None:
+            print(json.dumps({"problem": name, "skipped": f"no images under {args.data}"}))
+            continue
+        reach(name, made[name](), source, args)
     known = problems(args.data)
-    for name in args.problems.split(","):
+    for name in filter(None, args.problems.split(",")):
         if known.get(name) is None:
             print(json.dumps({"problem": name, "skipped": f"no data for it under {args.data}"}))
             continue

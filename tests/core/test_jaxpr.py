@@ -91,7 +91,7 @@ def seen_by_an_evaluator(f, x):
     def visit(site, inputs, state):
         met[site.place] = site
 
-    (y,) = jax.jit(lambda x: Evaluator(visit).run(program, [x])[0])(x)
+    (y,) = jax.jit(lambda x: Evaluator(visit, custom=True).run(program, [x])[0])(x)
     count = Counter()
     for site in met.values():
         count[site.name] += site.times
@@ -118,6 +118,49 @@ def test_every_kind_of_call_is_looked_into(name):
     y, met = seen_by_an_evaluator(f, x)
     np.testing.assert_array_equal(y, jax.jit(f)(x))
     assert met["atan"] == {"scan": 4, "reverse": 4, "map": 2}.get(name, 1)
+
+
+@jax.custom_jvp
+def safe_root(x):
+    return jnp.sqrt(x)
+
+
+@safe_root.defjvp
+def _safe_root_rule(primals, tangents):
+    (x,), (t,) = primals, tangents
+    return jnp.sqrt(x), jnp.where(x > 0, t / (2 * jnp.sqrt(jnp.where(x > 0, x, 1.0))), 0.0)
+
+
+@jax.custom_jvp
+def rounded(w):
+    return jnp.round(w)
+
+
+rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
+
+
+@jax.custom_vjp
+def clipped(x):
+    return x * 1.0
+
+
+clipped.defvjp(lambda x: (x * 1.0, ()), lambda _, g: (jnp.clip(g, -0.01, 0.01),))
+
+
+@pytest.mark.parametrize("rule", [rounded, safe_root, clipped, reversed_gradient])
+@pytest.mark.parametrize("name", [k for k in KINDS if k not in ("gradient", "while")])
+def test_an_evaluated_program_keeps_its_rules_for_derivatives(name, rule):
+    x = jnp.array([0.3, 0.0, 0.7])
+    f = KINDS[name](lambda x: rule(jnp.abs(x)))
+    program = jax.make_jaxpr(f)(x)
+
+    def evaluated(x):
+        return Evaluator(lambda site, inputs, state: None).run(program, [x])[0][0].sum()
+
+    found, expected = (jax.jit(jax.grad(g))(x) for g in (evaluated, lambda x: f(x).sum()))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    if rule is rounded and name == "jit":
+        np.testing.assert_array_equal(found, 1.0)
 
 
 def test_a_while_loop_with_a_condition_for_each_example_gives_what_jit_gives():

@@ -70,6 +70,20 @@ def test_the_contractive_penalty_is_the_jacobian_s_norm_on_average():
     np.testing.assert_allclose(outputs.outputs, net.apply({"params": params}, X), rtol=1e-6)
 
 
+def test_the_contractive_penalty_goes_through_an_activation_with_its_own_rule():
+    sine = jax.custom_vjp(jnp.sin)
+    sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.cos(x) * g,))
+
+    def penalty_and_slope(activation):
+        model = penalized(Autoencoder(widths=(5, 3), activation=activation), contraction=2.0)
+        params, state = model.init(KEY, X)
+        of = lambda params: model.apply(params, state, X)[0].penalty.sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(of))(params)
+
+    found, expected = map(penalty_and_slope, (sine, jnp.sin))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, expected)
+
+
 @pytest.mark.slow
 def test_the_variational_bound_holds_and_is_what_is_trained():
     net = Variational(widths=(8,), code=1)

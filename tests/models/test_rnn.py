@@ -152,6 +152,9 @@ def test_next_step_loss_leaves_padding_out():
         for i, length in enumerate([5, 3])
     ]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+    tokens[1, 2] = -1  # no token
+    found = jax.jit(next_step_loss)(logits, {"tokens": tokens, "lengths": np.array([5, 3])})
+    assert np.isnan(found).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])

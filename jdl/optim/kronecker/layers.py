@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdl.core.jaxpr import CALLS, Evaluator, Site, bind
+from jdl.core.jaxpr import CALLS, CUSTOM, Evaluator, Site, bind
 from jdl.core.types import Params
 from jdl.optim.kronecker import blocks
 from jdl.optim.kronecker.blocks import Form, Layer
@@ -32,6 +32,7 @@ from jdl.optim.kronecker.views import (
     broadcast,
     concatenated,
     matches,
+    straight_through,
     whole,
 )
 
@@ -260,6 +261,8 @@ class _Walk:
                 return done
         if name in ("add", "add_any") and not any(tags[i].scaled for i in views):
             return self.sum(site, inputs, tags, data)
+        if name in CUSTOM and views and straight_through(eqn):
+            return bind(eqn, inputs), tags, data
         if name in LAYOUT and len(tags) == 1:
             moved = self.layout(site, inputs, tags[0], data[0])
             if moved is not None:

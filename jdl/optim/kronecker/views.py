@@ -8,6 +8,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
+
+from jdl.core.jaxpr import bind
+
 Factor: TypeAlias = tuple[int, int]
 Axis: TypeAlias = tuple[Factor, ...]
 
@@ -237,6 +241,23 @@ def concatenated(views: Sequence[View], axis: int) -> View | None:
     if any(view.scaled or (len(view.pieces) > 1 and view.axis != axis) for view in views):
         return None
     return View(tuple(piece for view in views for piece in view.pieces), axis)
+
+
+def straight_through(eqn: Any) -> bool:
+    """Whether a function hands its cotangent on as it is: a rounding with the identity's derivative.
+
+    Its input's view then is its output's.
+    """
+    if len(eqn.invars) != 1 or [v.aval for v in eqn.invars] != [v.aval for v in eqn.outvars]:
+        return False
+    x = jax.ShapeDtypeStruct(eqn.invars[0].aval.shape, eqn.invars[0].aval.dtype)
+
+    def pulled(x: jax.Array, g: jax.Array) -> jax.Array:
+        (out,) = jax.vjp(lambda x: bind(eqn, [x])[0], x)[1](g)
+        return out
+
+    program = jax.make_jaxpr(pulled)(x, x).jaxpr
+    return program.outvars[0] is program.invars[1]
 
 
 # Primitives whose inputs may have axes of size 1, or be scalars, for others' axes.

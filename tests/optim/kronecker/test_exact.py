@@ -1,6 +1,5 @@
 """Kronecker factors against dense Gauss-Newton matrices in float64, layer by layer."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +82,13 @@ def conv(x, w, numbers=("NHWC", "HWIO", "NHWC"), strides=(1, 1), padding="SAME",
     )
 
 
+@jax.custom_jvp
+def rounded(w):
+    return jnp.round(w)
+
+
+rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
+
 X, IMAGE = numbers(4, 3), numbers(3, 4, 5, 2)
 HEADS, WORDS = numbers(4, 2, 3), np.array([[0, 3, 3], [1, 0, 4], [3, 3, 3], [2, 1, 0]])
 # name -> (predict of parameters and x, parameters, x, kinds of layers); linear in the parameters
@@ -119,6 +125,12 @@ CASES = {
         "w",
     ),
     "half of a kernel": (lambda p, x: x @ p["w"][1:4, ::-1], {"w": (5, 2)}, X, "w"),
+    "a rounded kernel, straight through": (
+        lambda p, x: x @ rounded(2.0 * p["v"]) @ rounded(p["w"]),
+        {"w": (3, 2), "v": (3, 3)},
+        X,
+        "w",
+    ),
     "a vector": (lambda p, x: (x @ p["w"])[:, None], {"w": (3,)}, X, "w"),
     "positions share a kernel": (
         lambda p, x: x @ p["w"] + p["b"][None, None],

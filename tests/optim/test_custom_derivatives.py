@@ -1,0 +1,121 @@
+"""Optimizers on nets with their own derivative rules, against the same nets without."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.extend import core as jex
+from jax.interpreters import mlir
+
+import jdl
+from jdl import losses
+from jdl.core.check import ArgumentError
+from jdl.optim import hessian_free, kfac, lbfgs, levenberg_marquardt, natural_gradient, newton
+
+
+@jax.custom_vjp
+def tanh(x):
+    return jnp.tanh(x)
+
+
+tanh.defvjp(lambda x: (jnp.tanh(x), jnp.tanh(x)), lambda y, g: ((1.0 - y * y) * g,))
+
+backward_p = jex.Primitive("kernel_backward")  # as a kernel of cuDNN: no derivative
+backward_p.def_abstract_eval(lambda y, g: y)
+mlir.register_lowering(
+    backward_p, mlir.lower_fun(lambda y, g: (1.0 - y * y) * g, multiple_results=False)
+)
+
+
+@jax.custom_vjp
+def fused(x):
+    return jnp.tanh(x)
+
+
+fused.defvjp(lambda x: (jnp.tanh(x), jnp.tanh(x)), lambda y, g: (backward_p.bind(y, g),))
+
+
+@jax.custom_jvp
+def rounded(w):
+    return jnp.round(w)
+
+
+rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
+
+
+@jax.custom_jvp
+def safe_root(x):
+    return jnp.sqrt(x)
+
+
+@safe_root.defjvp
+def _safe_root_rule(primals, tangents):
+    (x,), (t,) = primals, tangents
+    return jnp.sqrt(x), jnp.where(x > 0, t / (2 * jnp.sqrt(jnp.where(x > 0, x, 1.0))), 0.0)
+
+
+squares = functools.partial(losses.squared_error, target="y")
+
+
+def problem(activation, size=12, weight=lambda w: w):
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.normal(size=(size, 3)), "y": rng.normal(size=(size, 2))}
+    params = {"w": rng.normal(size=(3, 4)), "v": rng.normal(size=(4, 2))}
+    batch, params = jax.tree.map(jnp.asarray, (batch, params))
+
+    def predict(p, batch):
+        return activation(batch["x"] @ weight(p["w"])) @ weight(p["v"])
+
+    return jdl.Objective.from_fns(predict, squares, batch), params
+
+
+def trained(optimizer, objective, params, steps=4):
+    @jax.jit
+    def step(params, state):
+        value, grad, _ = objective.value_and_grad(params)
+        updates, state = optimizer.update(
+            grad, state, params, value=value, grad=grad, objective=objective
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    state, values = optimizer.init(params), []
+    for _ in range(steps):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    return values, state
+
+
+OPTIMIZERS = {  # with an activation whose rule each of them can use
+    "kfac": (kfac, lambda x: tanh(safe_root(jax.nn.relu(x)))),
+    "hessian_free": (hessian_free, tanh),
+    "natural_gradient": (natural_gradient, tanh),
+    "lbfgs": (lbfgs, fused),  # takes no derivative of it
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_net_with_its_own_rules_trains(name):
+    optimizer, activation = OPTIMIZERS[name]
+    values, state = trained(optimizer(), *problem(activation))
+    assert values[-1] < 0.95 * values[0]
+    if name == "kfac":
+        assert state.kronecker.refreshes.min() > 0  # finite at the root's zeros
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_true_rule_trains_as_the_function_itself(name):
+    optimizer = OPTIMIZERS[name][0]
+    mine, expected = (trained(optimizer(), *problem(f))[0] for f in (tanh, jnp.tanh))
+    np.testing.assert_allclose(mine, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [kfac, hessian_free, natural_gradient, newton, levenberg_marquardt]
+)
+def test_optimizers_that_need_a_rules_derivative_name_it_and_what_works(optimizer):
+    with pytest.raises(ArgumentError, match=r"that of fused at .*adam, lbfgs, cg"):
+        trained(optimizer(), *problem(fused))
