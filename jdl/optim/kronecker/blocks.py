@@ -76,7 +76,9 @@ def places(use: Use, piece: Piece, shape: Sequence[int]) -> tuple[Place, ...] | 
     found = []
     for k, axis in enumerate(piece.axes):
         found += [
-            (abs(s), n, s < 0, roles.get(k, "o"), (k, j)) for j, (n, s) in enumerate(axis) if n != 1
+            (abs(s), n, s < 0, roles.get(k, "o"), (k, j))
+            for j, (n, s) in enumerate(axis)
+            if (n, s) != (1, 0)
         ]
     found += [(abs(s), n, s < 0, "s", (-1, j)) for j, (n, s) in enumerate(piece.stacked)]
     found.sort(key=lambda x: (-x[0], x[1] == 1))

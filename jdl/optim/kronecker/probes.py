@@ -174,19 +174,24 @@ def _moments(
     if weights is not None and axis is not None:
         spread = weights.reshape([-1 if i == axis else 1 for i in range(len(lead))])
         each = weights if reduce else jnp.broadcast_to(spread, lead).reshape(-1)
-    out = []
-    for part, mine, theirs in zip(parts, probes, bases, strict=True):
-        dtype = mine[0].rows.dtype
+    rows = slice(n, n + len(lead))
 
+    def moments(part: _Part, mine: tuple[Probe, ...], bases: Any) -> tuple[Probe, ...]:
+        # A block of an ensemble with the same inputs is among the outputs.
         lifted = [p for p in part.found if p.role == "b" and p.source[0] in use.outputs]
         own = [p for p in part.found if p.role == "b" and p.source[0] >= 0]
 
-        def columns(t: jax.Array, axes: tuple[int, ...], part: _Part = part) -> jax.Array:
+        def spread(t: jax.Array) -> jax.Array:
+            for p in lifted:
+                t = jnp.repeat(jnp.expand_dims(t, own.index(p)), p.full, axis=own.index(p))
+            return t
+
+        def columns(t: jax.Array, axes: tuple[int, ...]) -> jax.Array:
             """[blocks..., rows, columns], in the order of the leaf."""
-            t = _cut(t, part, use, axes, n + len(lead))
-            t, _ = blocks.arranged(t, n + len(lead), axes, part.piece, part.found)
+            t = _cut(t, part, use, axes, rows.stop)
+            t, _ = blocks.arranged(t, rows.stop, axes, part.piece, part.found)
             heads = [p.full for p in lifted] if axes == use.outputs else []
-            t = t.reshape(*t.shape[: n + len(lead) + len(heads)], -1)
+            t = t.reshape(*t.shape[: rows.stop + len(heads)], -1)
             t, count = blocks.arranged(t, 0, use.blocks, part.piece, part.found)
             if reduce:
                 others = tuple(count + i for i in range(len(lead)) if i != axis)
@@ -194,29 +199,24 @@ def _moments(
             t = t.reshape(*t.shape[:count], -1, *heads, t.shape[-1])
             return jnp.moveaxis(t, count + 1, own.index(lifted[0])) if heads else spread(t)
 
-        def spread(t: jax.Array) -> jax.Array:
-            """The same for each block that is one of outputs: an ensemble with the same inputs."""
-            for p in lifted:
-                t = jnp.repeat(jnp.expand_dims(t, own.index(p)), p.full, axis=own.index(p))
-            return t
-
+        dtype = mine[0].rows.dtype
+        weights = each.astype(dtype)
         b = columns(g.astype(dtype), use.outputs)
-        ones = jnp.ones([part.piece.shape[k] for k in use.blocks], dtype)
-        ones = spread(blocks.arranged(ones, 0, use.blocks, part.piece, part.found)[0])
-        w = each.astype(dtype)
         if hot:
-            index = columns(x[..., None], ())[..., 0]
             start = sum(p.start for p in part.found if p.role == "i")
-            a: Any = _Index(*_within(index, w, use.site, start))
+            a: Any = _Index(*_within(columns(x[..., None], ())[..., 0], weights, use.site, start))
         else:
             a = columns(x.astype(dtype), use.inputs)
-            a = a * jnp.sqrt(w).reshape((1,) * (a.ndim - 2) + (-1, 1))
+            a = a * jnp.sqrt(weights).reshape((1,) * (a.ndim - 2) + (-1, 1))
         with jax.default_matmul_precision("highest"):
-            new = _probe(a, b, w, part, mine[part.way], theirs)
-        new = new._replace(rows=ones * jnp.sum(w))
+            new = _probe(a, b, weights, part, mine[part.way], bases)
+        ones = jnp.ones([part.piece.shape[k] for k in use.blocks], dtype)
+        ones = spread(blocks.arranged(ones, 0, use.blocks, part.piece, part.found)[0])
+        new = new._replace(rows=ones * jnp.sum(weights))
         nothing = jax.tree.map(jnp.zeros_like, mine)
-        out.append(tuple(new if i == part.way else z for i, z in enumerate(nothing)))
-    return out
+        return tuple(new if i == part.way else z for i, z in enumerate(nothing))
+
+    return [moments(*args) for args in zip(parts, probes, bases, strict=True)]
 
 
 class _Index(NamedTuple):

@@ -244,7 +244,7 @@ def concatenated(views: Sequence[View], axis: int) -> View | None:
 
 
 def straight_through(eqn: Any) -> bool:
-    """Whether a function hands its cotangent on as it is: a rounding with the identity's derivative.
+    """Whether a function hands its cotangent on as it is: a rounding, say.
 
     Its input's view then is its output's.
     """

@@ -126,10 +126,10 @@ CASES = {
     ),
     "half of a kernel": (lambda p, x: x @ p["w"][1:4, ::-1], {"w": (5, 2)}, X, "w"),
     "a rounded kernel, straight through": (
-        lambda p, x: x @ rounded(2.0 * p["v"]) @ rounded(p["w"]),
+        lambda p, x: x @ rounded(p["v"]) @ rounded(p["w"]),
         {"w": (3, 2), "v": (3, 3)},
         X,
-        "w",
+        "v w",
     ),
     "a vector": (lambda p, x: (x @ p["w"])[:, None], {"w": (3,)}, X, "w"),
     "positions share a kernel": (
