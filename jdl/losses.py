@@ -1,11 +1,13 @@
-"""Losses: `loss(outputs, batch) -> float[B]`, one value per example, convex in the outputs.
+"""Losses: `loss(outputs, batch) -> float[B]`, one value per example.
 
-Gauss-Newton products need the convexity. The target is an entry of the batch, `label` by default:
-`functools.partial(squared_error, target="image")` is an autoencoder's loss. Sums are computed in at
-least float32.
+Gauss-Newton products need one that is convex in the outputs, or that has an attribute `fisher`. The
+target is an entry of the batch, `label` by default: `functools.partial(squared_error,
+target="image")` is an autoencoder's loss. Sums are computed in at least float32.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,53 @@ def squared_error(
     predictions, targets = _at_least_float32(outputs), _at_least_float32(batch[target])
     _same_shape("outputs", predictions, target, targets)
     return _per_example(0.5 * jnp.square(predictions - targets))
+
+
+def gaussian_nll(
+    outputs: Mapping[str, Float[Array, "B ..."]], batch: Batch, target: str = "label"
+) -> Float[Array, " B"]:
+    """−log N(t; mean, exp(log_variance)), summed over an example's elements, in nats.
+
+    It is not convex in the outputs, so Gauss-Newton products and Kronecker factors take the Fisher
+    matrix, diag(1 / variance, ½), instead of its Hessian. They find it as the Hessian of
+    `gaussian_nll.fisher`, a loss of the same value and gradient. A loss of your own that calls this
+    one needs an attribute `fisher`, too: the same function with `gaussian_nll.fisher`.
+
+    Args:
+      outputs: {"mean": …, "log_variance": …}, both shaped as the targets.
+      batch: `batch[target]` holds the targets.
+      target: the entry that holds the targets.
+
+    >>> outputs = {"mean": jnp.zeros((1, 2)), "log_variance": jnp.zeros((1, 2))}
+    >>> gaussian_nll(outputs, {"label": jnp.array([[0.0, 1.0]])}).round(4)
+    Array([2.3379], dtype=float32)
+    """
+    return _per_example(_gaussian(*_gaussian_args(outputs, batch, target)))
+
+
+def _gaussian_fisher(outputs: Any, batch: Batch, target: str = "label") -> jax.Array:
+    mean, log_variance, targets = _gaussian_args(outputs, batch, target)
+    at = jax.lax.stop_gradient((mean, log_variance))
+    move = mean - at[0], log_variance - at[1]  # 0, with a derivative
+    value, slope = jax.jvp(lambda m, s: _gaussian(m, s, targets), at, move)
+    curvature = jnp.square(move[0]) * jnp.exp(-at[1]) + 0.5 * jnp.square(move[1])
+    return _per_example(value + slope + 0.5 * curvature)
+
+
+cast(Any, gaussian_nll).fisher = _gaussian_fisher
+
+
+def _gaussian_args(outputs: Any, batch: Batch, target: str) -> tuple[jax.Array, ...]:
+    targets = _at_least_float32(batch[target])
+    found = [_at_least_float32(outputs[name]) for name in ("mean", "log_variance")]
+    for name, x in zip(("mean", "log_variance"), found, strict=True):
+        _same_shape(f"outputs[{name!r}]", x, target, targets)
+    return (*found, targets)
+
+
+def _gaussian(mean: jax.Array, log_variance: jax.Array, targets: jax.Array) -> jax.Array:
+    error = jnp.square(targets - mean) * jnp.exp(-log_variance)
+    return 0.5 * (error + log_variance + math.log(2.0 * math.pi))
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ Data parallelism and memory limits are handled here, so optimizers need not hand
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ class Objective:
     Attributes:
       model: the pure functions.
       loss: `loss(outputs, batch) -> float[B]`, one value per example. For Gauss-Newton products it
-        must be convex in `outputs`.
+        must be convex in `outputs`, or have an attribute `fisher`: see `fisher_loss`.
       model_state: the state that every evaluation starts from.
       batch: name -> array[B, ...]; `batch["mask"]`, if present, weights the examples.
       curvature_batch: the examples for curvature products; None for the whole batch.
@@ -178,10 +178,11 @@ class Objective:
     def gnvp(self, params: Params, vector: PyTree) -> PyTree:
         r"""G v with G = Σᵢ mᵢ Jᵢᵀ ∇²ℓᵢ Jᵢ / Σᵢ mᵢ + ∇²r, on the curvature batch (Schraudolph 2002).
 
-        J is the outputs' Jacobian and ∇²ℓ the loss's Hessian with respect to the outputs; where
-        ℓ is convex, G is positive semi-definite.
+        J is the outputs' Jacobian and ∇²ℓ the Hessian of `fisher_loss(loss)` with respect to the
+        outputs; where that is convex, G is positive semi-definite.
         """
         require_of_outputs(self.loss)
+        convex = replace(self, loss=fisher_loss(self.loss))
         batch = self.batch_for_curvature
         total = self.total_weight(batch)
 
@@ -190,7 +191,7 @@ class Objective:
                 return self.apply(params, batch, key)[0]
 
             outputs, push, pull = linearize(predict, params)
-            loss = lambda outputs: self.mean_loss(outputs, batch, total)  # noqa: E731
+            loss = lambda outputs: convex.mean_loss(outputs, batch, total)  # noqa: E731
             return pull(hvp(loss, outputs, push(vector))), ()
 
         with jax.default_matmul_precision("highest"):
@@ -411,6 +412,16 @@ def require_of_outputs(loss: Loss) -> None:
         "its values",
         "Use Spec(outputs=…, loss=function), or another optimizer: adam, lbfgs, cg, newton.",
     )
+
+
+def fisher_loss(loss: Loss) -> Loss:
+    """What Gauss-Newton products differentiate: `loss.fisher` if there is one, or else `loss`.
+
+    `fisher` has the same value and gradient, and the Fisher matrix as its Hessian in the outputs.
+    """
+    if isinstance(loss, partial):
+        return partial(fisher_loss(loss.func), *loss.args, **loss.keywords)
+    return getattr(loss, "fisher", loss)
 
 
 def check_mask(mask: Any, size: int) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jdl.core import tree
 from jdl.core.derivatives import hvp, linearize
-from jdl.core.objective import Objective
+from jdl.core.objective import Objective, fisher_loss
 from jdl.core.types import Batch, Key, Outputs, Params, PyTree
 
 
@@ -44,16 +44,18 @@ def subset(objective: Objective, size: int) -> Objective:
 def quadratic(objective: Objective, params: Params, vectors: Sequence[PyTree]) -> Quadratic:
     """The exact model along a few directions on the objective's batch: one forward product each.
 
-    With J the outputs' Jacobian, ⟨vᵢ, G vⱼ⟩ = ⟨J vᵢ, ∇²ℓ J vⱼ⟩ + ⟨vᵢ, ∇²r vⱼ⟩.
+    With J the outputs' Jacobian and ℓ = `fisher_loss(loss)`,
+    ⟨vᵢ, G vⱼ⟩ = ⟨J vᵢ, ∇²ℓ J vⱼ⟩ + ⟨vᵢ, ∇²r vⱼ⟩.
     """
     total = objective.total_weight(objective.batch)
+    convex = dataclasses.replace(objective, loss=fisher_loss(objective.loss))
 
     def part(batch: Batch, key: Key | None) -> Any:
         def predict(p: Params) -> Outputs:
             return objective.apply(p, batch, key)[0]
 
         outputs, product, _ = linearize(predict, params)
-        loss = lambda z: objective.mean_loss(z, batch, total)  # noqa: E731
+        loss = lambda z: convex.mean_loss(z, batch, total)  # noqa: E731
         value, grad = jax.value_and_grad(loss)(outputs)
         tangents = [product(v) for v in vectors]
         products = [hvp(loss, outputs, t) for t in tangents]

@@ -18,6 +18,7 @@ table of TensorFlow's names and those here.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ import optax
 
 from jdl.core import check
 from jdl.core.model import Model, with_compute_dtype
-from jdl.core.types import Batch, Key, Mode, ModelState, Outputs, Params
+from jdl.core.objective import fisher_loss
+from jdl.core.types import Batch, Key, Loss, Mode, ModelState, Outputs, Params
 from jdl.metrics import direction
 from jdl.optim import registry
 from jdl.train.estimator import Estimator
@@ -50,7 +52,7 @@ class Spec(NamedTuple):
         declare its `jdl.metrics.direction`.
       outputs: the first argument of a loss that is a function: floating-point arrays. Second-order
         methods by Gauss-Newton products or Kronecker factors (hf, kfac …) need such a loss, convex
-        in the outputs.
+        in the outputs or with an attribute `fisher`, as `jdl.losses.gaussian_nll` has.
 
     >>> import jax.numpy as jnp
     >>> Spec(loss=jnp.zeros(3), optimizer="adam").optimizer
@@ -180,9 +182,10 @@ class _ModelFn:
 
         return self._in_dtype(call)(params, state, self._features_of(batch))[0]
 
-    def loss(self, outputs: Outputs, batch: Batch) -> jax.Array:
+    def loss(self, outputs: Outputs, batch: Batch, fisher: bool = False) -> jax.Array:
         if callable(self.spec.loss):
-            return self.spec.loss(outputs["outputs"], self._labels_of(batch))
+            of = fisher_loss(self.spec.loss) if fisher else self.spec.loss
+            return of(outputs["outputs"], self._labels_of(batch))
         loss = outputs["loss"]
         check.argument(
             loss.ndim == 1,
@@ -286,6 +289,11 @@ class _Loss:
     def of_outputs(self) -> bool:
         """Whether it is a function of the model's outputs, as Gauss-Newton products need."""
         return callable(self._model_fn.spec.loss)
+
+    @property
+    def fisher(self) -> Loss:
+        """What Gauss-Newton products differentiate."""
+        return functools.partial(self._model_fn.loss, fisher=True)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> jax.Array:
         return self._model_fn.loss(outputs, batch)

@@ -1,13 +1,9 @@
 """Layers found in jaxprs, their second moments, and draws from output Hessians."""
 
-import functools
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -17,7 +13,7 @@ from jdl.core import tree
 from jdl.core.objective import Objective
 from jdl.models import CNN, RNN
 from jdl.optim import kronecker, quadratic
-from jdl.optim.kronecker import factors, layers, moments, output_hessian
+from jdl.optim.kronecker import factors, layers, moments
 from jdl.optim.kronecker.probes import Probe, probed
 
 
@@ -329,85 +325,6 @@ def test_functions_that_hide_their_product_are_tagged():
     got, found = moments_of(tagged_conv, {"w": kernel}, g)
     assert found.known[0].kind == "conv"
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
-
-
-# ------------------------------------------------------------------ draws
-
-
-def dense_hessian(loss, outputs, batch):
-    """[B, K, K], by brute force."""
-    flat = outputs.reshape(outputs.shape[0], -1)
-
-    def one(z, row):
-        return loss(z.reshape(1, *outputs.shape[1:]), jax.tree.map(lambda x: x[None], row))[0]
-
-    return jax.vmap(jax.hessian(one))(flat, batch)
-
-
-def huber(outputs, batch):
-    return jnp.sum(optax.huber_loss(outputs, batch["y"], delta=0.7), axis=1)
-
-
-def distance(outputs, batch):
-    return jnp.sqrt(1.0 + jnp.sum(jnp.square(outputs - batch["y"]), axis=1))
-
-
-def sigmoid(outputs, batch):
-    return optax.sigmoid_binary_cross_entropy(outputs, batch["y"]).sum(axis=1)
-
-
-def weighted_softmax(outputs, batch):
-    # [B, T, K] with a weight for each position
-    each = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["label"])
-    return jnp.sum(batch["weight"] * each, axis=1)
-
-
-our_sigmoid = functools.partial(losses.sigmoid_cross_entropy, target="y")
-our_squares = functools.partial(losses.squared_error, target="y")
-CASES = {
-    "our softmax": (losses.softmax_cross_entropy, (6, 4), "softmax"),
-    "our sigmoid": (our_sigmoid, (6, 4), "diagonal"),
-    "our squares": (our_squares, (6, 4), "diagonal"),
-    "optax sigmoid": (sigmoid, (6, 4), "diagonal"),
-    "huber": (huber, (6, 4), "diagonal"),
-    "distance": (distance, (6, 4), "dense"),
-    "positions": (weighted_softmax, (6, 3, 4), "softmax"),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_roots_of_output_hessians_are_exact(name):
-    loss, shape, want = CASES[name]
-    outputs = numbers(*shape)
-    batch = {"y": jax.nn.sigmoid(numbers(*shape, seed=1)), "weight": jnp.abs(numbers(6, 3))}
-    batch["label"] = jnp.arange(math.prod(shape[:-1])).reshape(shape[:-1]) % 4
-    kind = output_hessian.route(loss, outputs, batch)
-    assert kind == want
-    count = math.prod(shape[1:])
-
-    @jax.jit
-    def all_of_it(keys):
-        _, column = output_hessian.columns(kind, loss, outputs, batch)
-        u = jax.lax.map(column, jnp.arange(count)).reshape(count, 6, -1)
-        draw = functools.partial(output_hessian.draw, kind, loss, outputs, batch)
-        draws = jax.lax.map(lambda key: draw(jax.random.split(key, 6)), keys)
-        draws = draws.reshape(len(keys), 6, -1)
-        mean = jnp.einsum("kbi,kbj->bij", draws, draws) / len(keys)
-        exact = jnp.einsum("kbi,kbj->bij", u, u)
-        return exact, mean, dense_hessian(loss, outputs, batch)
-
-    exact, mean, truth = all_of_it(jax.random.split(jax.random.key(0), 3000))
-    np.testing.assert_allclose(exact, truth, atol=2e-5)
-    np.testing.assert_allclose(mean, truth, atol=0.07 * float(jnp.max(truth)))
-
-
-def test_a_large_coupled_loss_falls_back_on_its_gradient_and_says_so():
-    outputs, batch = numbers(3, 100), {"y": numbers(3, 100, seed=1)}
-    kind = output_hessian.route(distance, outputs, batch)
-    assert kind == "gradient"
-    u = output_hessian.draw(kind, distance, outputs, batch, jax.random.split(jax.random.key(0), 3))
-    g = jax.grad(lambda z: jnp.sum(distance(z, batch)))(outputs)
-    np.testing.assert_allclose(jnp.abs(u), jnp.abs(g), rtol=1e-6)
 
 
 # ------------------------------------------------------------------ through an objective
