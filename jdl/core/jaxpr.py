@@ -39,6 +39,8 @@ class Evaluator(NamedTuple):
         is carried through branches and loops, which must keep its shapes.
       leave: turns values into plain arrays before they enter a loop, as carry or slices, or leave a
         branch or a loop's body; needed where `visit` returns pytrees that wrap an array.
+      slices: likewise for the arrays that a scan runs over; by default `leave`. May return pytrees
+        that wrap an array, and have the structure of what wraps its slices.
       custom: whether to look inside calls with their own derivative rule; not where outputs are
         differentiated, for they lose the rule.
 
@@ -53,6 +55,7 @@ class Evaluator(NamedTuple):
 
     visit: Callable[[Site, list[Any], PyTree], tuple[list[Any], PyTree] | None]
     leave: Callable[[list[Any]], list[Any]] = list
+    slices: Callable[[list[Any]], list[Any]] | None = None
     custom: bool = False
 
     def run(
@@ -126,7 +129,8 @@ class Evaluator(NamedTuple):
 
         first = self.leave(inputs[n:m]), state
         options = {k: params[k] for k in ("length", "reverse", "unroll")}
-        (last, state), ys = jax.lax.scan(step, first, self.leave(inputs[m:]), **options)
+        xs = (self.slices or self.leave)(inputs[m:])
+        (last, state), ys = jax.lax.scan(step, first, xs, **options)
         return [*last, *ys], state
 
     def _while(self, site: Site, inputs: list[Any], state: PyTree) -> tuple[list[Any], PyTree]:

@@ -8,6 +8,7 @@ importing one later would replace the function of the same name.
 from jdl.optim.gauss_newton import gauss_newton as gauss_newton
 from jdl.optim.hessian_free import hessian_free as hessian_free
 from jdl.optim.kfac import kfac as kfac
+from jdl.optim.kfac import kfac_for as kfac_for
 from jdl.optim.lbfgs import lbfgs as lbfgs
 from jdl.optim.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from jdl.optim.natural_gradient import natural_gradient as natural_gradient
@@ -20,6 +21,7 @@ __all__ = [
     "gauss_newton",
     "hessian_free",
     "kfac",
+    "kfac_for",
     "lbfgs",
     "levenberg_marquardt",
     "natural_gradient",

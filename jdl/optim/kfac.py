@@ -7,6 +7,7 @@ Factors are averaged over steps and inverted every few. B, the exact Gauss-Newto
 only in the 2×2 form of q, on some examples of the batch; λ follows the reduction ratio on those.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from jdl.optim.kronecker import factors as kronecker
 from jdl.optim.kronecker import inverses, moments, summary
 from jdl.optim.kronecker.factors import Kronecker
 from jdl.optim.kronecker.layers import Layers
+from jdl.optim.kronecker.probes import SHARING
 from jdl.optim.transformation import (
     ScalarOrSchedule,
     Step,
@@ -40,7 +42,6 @@ class KfacState(NamedTuple):
     Attributes:
       learning_rate: the factor on δ, float32; change it with `optax.tree.set`.
       damping: λ for the next step, float32; likewise.
-      inverted_damping: λ of the last inverses, float32.
       kronecker: factors, inverses, diagonals.
       direction: δ₋, the last step.
       diagnostics: see `jdl.optim.diagnostics`.
@@ -48,7 +49,6 @@ class KfacState(NamedTuple):
 
     learning_rate: jax.Array
     damping: jax.Array
-    inverted_damping: jax.Array
     kronecker: Kronecker
     direction: PyTree
     diagnostics: Diagnostics
@@ -69,7 +69,9 @@ def kfac(
     model_examples: int = 256,
     kl_clip: float | None = None,
     l2_reg: float = 0.0,
-    max_size: int = 4096,
+    sharing: str = "expand",
+    factors_dtype: str | None = None,
+    max_size: int = 2048,
     max_backtracks: int = 4,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -107,6 +109,11 @@ def kfac(
       kl_clip: bound on ½⟨δ, B δ⟩, the predictions' change in nats per example, to which longer
         steps are shortened; > 0, or None for no bound.
       l2_reg: η ≥ 0 of ½η‖θ‖², in gradient and model.
+      sharing: of a kernel that is used at several positions of an example: "expand" takes each for
+        an example of its own, "reduce" takes the mean of their inputs and the sum of their
+        gradients, at less cost.
+      factors_dtype: "bfloat16" or "float32", of factors and inverses in memory; None for the
+        parameters' type, at least float32.
       max_size: a kernel's side with more coordinates than this has a diagonal factor, ≥ 1.
       max_backtracks: maximum halvings of a step, ≥ 0.
       seed: for the random samples.
@@ -162,20 +169,23 @@ def kfac(
         max_size=max_size,
     )
     check.positive_int("max_backtracks", max_backtracks + 1)
+    check.one_of("sharing", sharing, SHARING)
+    if factors_dtype is not None:
+        check.one_of("factors_dtype", factors_dtype, ("float32", "bfloat16"))
+    options = kronecker.Options(curvature, sharing, factors_decay, eigen, max_size, factors_dtype)
 
     def init(params: Params) -> dict[str, Any]:
         return {
             "damping": jnp.array(damping, jnp.float32),
-            "inverted_damping": jnp.array(damping, jnp.float32),
-            "kronecker": kronecker.init(params, eigen=eigen, max_size=max_size),
+            "kronecker": kronecker.init(params, options),
             "direction": jax.tree.map(jnp.zeros_like, params),
         }
 
     def direction(ctx: UpdateContext, state: KfacState) -> _Proposal:
         objective = ctx.needed_objective("the layers' inputs and output gradients")
         found = moments.find_layers(objective, ctx.params)
-        summary.log(found, objective, ctx.params, max_size, curvature)
-        factors, refreshed, inverted = refresh(ctx, state, objective, found)
+        summary.log(found, objective, ctx.params, options)
+        factors, refreshed, work = refresh(ctx, state, objective, found)
         lam = state.damping.astype(ctx.dtype)
         gradient = ctx.updates
         if l2_reg:
@@ -194,8 +204,7 @@ def kfac(
         return _Proposal(
             factors=factors,
             refreshed=refreshed,
-            inverted=inverted,
-            factor_work=_factor_work(found, factors, objective, refreshed, inverted),
+            factor_work=_factor_work(found, factors, objective, refreshed, work),
             subset=subset,
             model=model._replace(curvature=matrix),
             gram=gram,
@@ -207,32 +216,31 @@ def kfac(
     def refresh(
         ctx: UpdateContext, state: KfacState, objective: Objective, found: Layers
     ) -> tuple[Kronecker, jax.Array, jax.Array]:
-        """The factors, whether they were refreshed in this update, and whether inverted."""
-        k, factors = state.diagnostics.iterations, state.kronecker
-        refreshed = ctx.active & ((k % factors_every == 0) | (factors.refreshes == 0))
+        """The factors, whether they were refreshed in this update, and the inversions' work."""
+        k = state.diagnostics.iterations
+        factors = kronecker.fitting(state.kronecker, ctx.params, found, options)
+        refreshed = ctx.active & ((k % factors_every == 0) | ~factors.started)
         key = jax.random.fold_in(jax.random.key(seed), k)
         factors = jax.lax.cond(
             refreshed,
             lambda factors: kronecker.refresh_moments(
-                objective, ctx.params, found, factors, key, curvature, factors_decay
+                objective, ctx.params, found, factors, key, options
             ),
             lambda factors: factors,
             factors,
         )
-        drift = jnp.abs(jnp.log(state.damping / state.inverted_damping)) > jnp.log(4.0)
-        first = refreshed & (factors.refreshes == 1)
-        inverted = ctx.active & ((k % inverses_every == 0) | first | (drift & (not eigen)))
-        mesh = inverses.mesh_of(jax.tree.leaves(ctx.params)[0])
-        lam = state.damping.astype(ctx.dtype)
-        factors = jax.lax.cond(
-            inverted,
-            lambda factors: kronecker.refresh_inverses(
-                found, factors, lam, axis_name=objective.axis_name, mesh=mesh
-            ),
-            lambda factors: factors,
+        factors, work = kronecker.refresh_inverses(
+            found,
             factors,
+            state.damping.astype(ctx.dtype),
+            every=inverses_every,
+            count=k,
+            whole=refreshed & jnp.any(factors.refreshes == 1),
+            active=ctx.active,
+            axis_name=objective.axis_name,
+            mesh=inverses.mesh_of(jax.tree.leaves(ctx.params)[0]),
         )
-        return factors, refreshed, inverted
+        return factors, refreshed, work
 
     def accept(ctx: UpdateContext, state: KfacState, proposal: _Proposal) -> Step:
         objective = ctx.needed_objective("the layers' inputs and output gradients")
@@ -262,9 +270,6 @@ def kfac(
             code=accepted(moved),
             fields={
                 "damping": jnp.where(adapted, next_damping, lam).astype(jnp.float32),
-                "inverted_damping": jnp.where(
-                    proposal.inverted, state.damping, state.inverted_damping
-                ),
                 "kronecker": proposal.factors,
                 "direction": step,
             },
@@ -290,10 +295,32 @@ def kfac(
     )
 
 
+def kfac_for(
+    objective: Objective, params: Params, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`kfac(**options)` whose `init` knows the layers of this model, and allocates what they need.
+
+    `kfac().init` sees shapes alone. Where they mislead it (embeddings, stacked layers, transposed
+    kernels), its first update sets the factors up again: a jitted step compiles twice, and a
+    `jax.lax.scan` over steps, whose state must keep its shapes, needs `kfac_for`.
+
+    Args:
+      objective: the model, the loss and a batch.
+      params: of the model; their shapes are enough.
+      **options: of `kfac`.
+    """
+    optimizer = kfac(**options)
+
+    def init(given: Params) -> Any:
+        with kronecker.told(objective, params):
+            return optimizer.init(given)
+
+    return optax.GradientTransformationExtraArgs(init, optimizer.update)
+
+
 class _Proposal(NamedTuple):
     factors: Kronecker
     refreshed: jax.Array
-    inverted: jax.Array
     factor_work: jax.Array
     subset: Objective  # of the examples of the exact model
     model: quadratic.Quadratic  # f there, along `natural` and the last step
@@ -343,23 +370,21 @@ def _factor_work(
     factors: Kronecker,
     objective: Objective,
     refreshed: jax.Array,
-    inverted: jax.Array,
+    inversions: jax.Array,
 ) -> jax.Array:
     """An update's multiplications on factors, per those of a gradient of the batch's layers."""
-    forward, squares, cubes, products = 0.0, 0.0, 0.0, 0.0
+    forward, squares, products = 0.0, 0.0, 0.0
     curvature_batch = objective.num_examples(objective.batch_for_curvature)
     per_slice = curvature_batch / objective.microbatches
     for i, layer in found.known.items():
-        first, last = factors.inverses[i]
-        d, n = first.shape[0], last.shape[0]
+        n, d, k = layer.shape
         rows = layer.rows / per_slice * objective.num_examples(objective.batch)
-        forward += rows * d * n
-        squares += rows * sum(x.shape[0] ** x.ndim for x in (first, last))
-        cubes += sum(x.shape[0] ** 3 for x in (first, last) if x.ndim == 2)
-        products += d * n * sum(x.shape[0] if x.ndim == 2 else 1 for x in (first, last))
+        forward += rows * d * k
+        squares += rows * sum(math.prod(x.shape[1:]) for x in factors.inverses[i])
+        products += n * d * k * sum(x.shape[1] if x.ndim == 3 else 1 for x in factors.inverses[i])
     gradient = max(3 * forward, 1.0)
     return (
         refreshed.astype(jnp.float32) * (objective.curvature_share() * squares / gradient)
-        + inverted.astype(jnp.float32) * (cubes / gradient)
+        + inversions / gradient
         + products / gradient
     )

@@ -22,6 +22,7 @@ from jdl.core.model import Model
 from jdl.core.objective import Objective, asked, batch_size, check_mask
 from jdl.core.types import Batch, Key, Loss, Metric, ModelState, Outputs, Params
 from jdl.optim import diagnostics
+from jdl.optim.kronecker import told
 
 logger = logging.getLogger("jdl.train")
 
@@ -121,7 +122,9 @@ def build(
         init_key, step_key = jax.random.split(key)
         params, model_state = model.init(init_key, *model_inputs(batch))
         zero = jnp.zeros((), jnp.int32)
-        opt_state = _strongly_typed(optimizer.init(params))
+        objective = Objective(model, loss, model_state, batch, key=step_key, inputs=inputs)
+        with told(objective, params):
+            opt_state = _strongly_typed(optimizer.init(params))
         return TrainState(zero, params, model_state, opt_state, step_key)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:

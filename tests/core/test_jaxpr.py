@@ -246,7 +246,7 @@ def test_a_kernel_that_a_branch_hands_on_has_uses_nobody_knows():
 
     known, unknown = found_in(predict, w=jnp.ones((3, 2)), v=jnp.ones((3, 2)))
     assert known == {}
-    assert unknown["w"] == "carried or sliced by a loop, or returned by a branch"
+    assert unknown["w"] == "carried by a loop, or returned by a branch"
 
 
 # ------------------------------------------------------------------ JAX's insides

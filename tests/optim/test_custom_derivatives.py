@@ -8,14 +8,12 @@ import numpy as np
 import optax
 import pytest
 from jax.extend import core as jex
-from jax.flatten_util import ravel_pytree
 from jax.interpreters import mlir
 
 import jdl
 from jdl import losses
 from jdl.core.check import ArgumentError
 from jdl.optim import hessian_free, kfac, lbfgs, levenberg_marquardt, natural_gradient, newton
-from jdl.optim.kronecker import moments
 
 
 @jax.custom_vjp
@@ -104,7 +102,7 @@ def test_a_net_with_its_own_rules_trains(name):
     values, state = trained(optimizer(), *problem(activation))
     assert values[-1] < 0.95 * values[0]
     if name == "kfac":
-        assert state.kronecker.refreshes > 0  # finite at the root's zeros
+        assert state.kronecker.refreshes.min() > 0  # finite at the root's zeros
 
 
 @pytest.mark.slow
@@ -121,23 +119,3 @@ def test_a_true_rule_trains_as_the_function_itself(name):
 def test_optimizers_that_need_a_rules_derivative_name_it_and_what_works(optimizer):
     with pytest.raises(ArgumentError, match=r"that of fused at .*adam, lbfgs, cg"):
         trained(optimizer(), *problem(fused))
-
-
-def test_a_straight_through_rounding_has_the_diagonal_of_the_gauss_newton_matrix():
-    with jax.enable_x64(True):
-        objective, params = problem(jnp.tanh, size=1, weight=rounded)
-        found = moments.find_layers(objective, params)
-        assert not found.known
-        flat, unravel = ravel_pytree(params)
-
-        @jax.jit
-        def diagonals(flat):
-            key, p = jax.random.key(0), unravel(flat)
-            product = lambda e: ravel_pytree(objective.gnvp(p, unravel(e)))[0]  # noqa: E731
-            own = moments.second_moments(objective, p, found, {}, {}, key, "gauss_newton")[1]
-            matrix = jax.vmap(product)(jnp.eye(flat.size))
-            return jnp.concatenate([own[i].ravel() for i in sorted(own)]), jnp.diag(matrix)
-
-        mine, expected = diagonals(flat)
-        assert jnp.max(expected) > 0.1
-        np.testing.assert_allclose(mine, expected, rtol=1e-6, atol=1e-12)

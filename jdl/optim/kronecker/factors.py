@@ -4,12 +4,15 @@ For a layer y = Wᵀ ā, with ā its inputs and a 1 for the bias, and g the grad
 
     F ≈ A ⊗ G,  A = E[ā āᵀ],  G = E[g gᵀ];    (A + π√λ I)⁻¹ V (G + √λ/π I)⁻¹
 
-with π² the ratio of the factors' mean eigenvalues. Parameters outside known layers use a diagonal
-approximation. The state is arrays only; layers are found at each trace (`layers.py`), so that
-`init` needs only the parameters.
+with π² the ratio of the factors' mean eigenvalues; of stacked layers, heads' groups and experts a
+pair for each block. Parameters outside known layers use a diagonal approximation. The state is
+arrays only; layers are found at each trace (`layers.py`).
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +22,34 @@ from jdl.core import tree
 from jdl.core.objective import Objective
 from jdl.core.types import Key, Params, PyTree
 from jdl.optim.kronecker import inverses, moments
+from jdl.optim.kronecker.blocks import Layer
 from jdl.optim.kronecker.layers import Layers
 from jdl.optim.kronecker.probes import Bases, Probe, dtype_of
+from jdl.optim.masking import Part, restricted
+
+
+class Options(NamedTuple):
+    """How factors are gathered and stored.
+
+    Attributes:
+      curvature: see `moments.second_moments`.
+      sharing: likewise.
+      decay: of the running means, in [0, 1).
+      eigen: whether to damp and correct in the factors' eigenbases.
+      max_size: a side with more coordinates has a diagonal factor, ≥ 1.
+      dtype: of factors and inverses in memory; None for the leaves', at least float32.
+    """
+
+    curvature: str = "fisher"
+    sharing: str = "expand"
+    decay: float = 0.95
+    eigen: bool = False
+    max_size: int = 2048
+    dtype: str | None = None
 
 
 class Pair(NamedTuple):
-    """Arrays of a kernel's two sides: full matrices or, for a side above the limit, diagonals."""
+    """Arrays of a layer's two sides: matrices [N, S, S] or, for a side above the limit, [N, S]."""
 
     first: jax.Array
     last: jax.Array
@@ -33,47 +58,125 @@ class Pair(NamedTuple):
 class Kronecker(NamedTuple):
     """The factors and their inverses; one entry a leaf, () where a leaf has none."""
 
-    # A and G, running means; a `Pair` for each leaf of two axes or more.
-    moments: tuple[PyTree, ...]
+    moments: tuple[PyTree, ...]  # A and G, running means; a `Pair` for each kernel
     inverses: tuple[PyTree, ...]  # the damped inverses, or with `eigen` the eigenbases
     squares: tuple[PyTree, ...]  # with `eigen`, the curvature's diagonal in the eigenbases
-    diagonals: tuple[jax.Array, ...]  # curvature diagonals of the leaves outside layers
-    refreshes: jax.Array  # estimates in the running means so far, int32
+    diagonals: tuple[PyTree, ...]  # curvature diagonals of the other leaves
+    # For each leaf, how many estimates its running means hold, int32; those that were not finite
+    # are left out.
+    refreshes: jax.Array
+    left_out: jax.Array  # how many estimates of a leaf were left out so far, int32
+    inverted: jax.Array  # for each leaf, λ of its inverses, float32
+
+    @property
+    def started(self) -> jax.Array:
+        """Whether there is an estimate."""
+        return jnp.any(self.refreshes > 0)
 
 
-def init(params: Params, *, eigen: bool = False, max_size: int = 4096) -> Kronecker:
-    """The state before the first refresh, from the leaves' shapes.
+_told: contextvars.ContextVar[Any] = contextvars.ContextVar("told", default=None)
 
-    A leaf (d₁, …, K) of two axes or more has sides of D+1 = d₁⋯ + 1 and of K.
 
-    >>> state = init({"w": jnp.ones((3, 2)), "b": jnp.ones(2)})
-    >>> [x.shape for x in state.moments[1]]
-    [(4, 4), (2, 2)]
+@contextlib.contextmanager
+def told(objective: Objective, params: Params) -> Iterator[None]:
+    """Within, `init` takes the layers from this model; without, it guesses from the leaves' shapes.
+
+    For an `init` inside optax.chain, masked or partition, which pass parameters alone.
     """
+    token = _told.set((objective, params))
+    try:
+        yield
+    finally:
+        _told.reset(token)
 
-    def side(size: int, dtype: Any, one: float = 0.0) -> jax.Array:
-        if size > max_size:
-            return jnp.full(size, one, dtype)
-        return one * jnp.eye(size, dtype=dtype)
 
-    def pair(leaf: Any, one: float) -> PyTree:
-        if jnp.ndim(leaf) < 2:
-            return ()
-        d, k, dtype = math.prod(leaf.shape[:-1]), leaf.shape[-1], dtype_of(leaf)
-        return Pair(side(d + 1, dtype, one), side(k, dtype, one))
+def init(params: Params, options: Options, found: Layers | None = None) -> Kronecker:
+    """The state before the first refresh.
 
-    def squares(leaf: Any) -> PyTree:
-        if jnp.ndim(leaf) < 2 or not eigen:
-            return ()
-        return jnp.zeros((math.prod(leaf.shape[:-1]) + 1, leaf.shape[-1]), dtype_of(leaf))
+    Without `found` or `told`, a leaf of two axes or more is taken for a kernel whose last axis are
+    its outputs; of three axes, for the split into inputs and outputs of least memory. Where that is
+    wrong, the first update sets up again (`fitting`), and a jitted step compiles once more.
 
+    >>> state = init({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, Options())
+    >>> [x.shape for x in state.moments[1]]
+    [(1, 4, 4), (1, 2, 2)]
+    """
     leaves = jax.tree.leaves(params)
+    structure: Any = jax.tree.structure(params)
+    if found is None and _told.get() is not None:
+        objective, whole = _told.get()
+        if jax.tree.structure(whole) != structure:
+            objective = restricted(objective, Part(params, whole))
+        found = moments.find_layers(objective, params)
+    if found is None:
+        found = Layers({i: _guess(i, x) for i, x in enumerate(leaves) if jnp.ndim(x) >= 2}, {})
+
+    def pair(i: int, one: float) -> PyTree:
+        if i not in found.known:
+            return ()
+        dtype = options.dtype or dtype_of(leaves[i])
+        return Pair(*(one * _unit(shape, dtype) for shape in sides(found.known[i], options)))
+
+    def squares(i: int) -> PyTree:
+        if not options.eigen or i not in found.known:
+            return ()
+        (n, first, *_), (_, last, *_) = sides(found.known[i], options)
+        return jnp.zeros((n, first, last), dtype_of(leaves[i]))
+
+    def diagonal(i: int) -> PyTree:
+        # Vectors always have one, so that a guess is right about biases too.
+        x = leaves[i]
+        return jnp.zeros(x.shape, dtype_of(x)) if x.ndim < 2 or i not in found.known else ()
+
+    numbers = range(len(leaves))
+    none = jnp.zeros(len(leaves), jnp.int32)
     return Kronecker(
-        moments=tuple(pair(x, 0.0) for x in leaves),
-        inverses=tuple(pair(x, 1.0) for x in leaves),
-        squares=tuple(squares(x) for x in leaves),
-        diagonals=tuple(jnp.zeros(jnp.shape(x), dtype_of(x)) for x in leaves),
-        refreshes=jnp.zeros((), jnp.int32),
+        moments=tuple(pair(i, 0.0) for i in numbers),
+        inverses=tuple(pair(i, 1.0) for i in numbers),
+        squares=tuple(squares(i) for i in numbers),
+        diagonals=tuple(diagonal(i) for i in numbers),
+        refreshes=none,
+        left_out=none,
+        inverted=jnp.ones(len(leaves), jnp.float32),
+    )
+
+
+def sides(layer: Layer, options: Options) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a layer's factors: [N, S, S], or [N, S] of a diagonal one.
+
+    S is D + 1 or K; from 128 on, a multiple of 8, which devices can share.
+    """
+    n, d, k = layer.shape
+
+    def shape(size: int, hot: bool) -> tuple[int, ...]:
+        rounded = size if size < 128 else -(-size // 8) * 8
+        return (n, rounded) if hot or size > options.max_size else (n, rounded, rounded)
+
+    return shape(d + 1, layer.one_hot[0]), shape(k, layer.one_hot[1])
+
+
+def _unit(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    one = jnp.eye(shape[-1], dtype=dtype) if len(shape) == 3 else jnp.ones(shape[-1], dtype)
+    return jnp.broadcast_to(one, shape)
+
+
+def _guess(leaf: int, x: jax.Array) -> Layer:
+    cuts = range(1, x.ndim) if x.ndim == 3 else (x.ndim - 1,)
+    splits = [(math.prod(x.shape[:cut]), math.prod(x.shape[cut:])) for cut in cuts]
+    d, k = min(splits, key=lambda s: s[0] ** 2 + s[1] ** 2)
+    form = tuple((role, n) for role, n in (("i", d), ("o", k)) if n != 1)
+    return Layer(leaf, None, "dense", form, (False,), (False, False), False, 0)
+
+
+def fitting(state: Kronecker, params: Params, found: Layers, options: Options) -> Kronecker:
+    """The state, or a new one where its arrays are not those of the layers found."""
+    wanted = jax.eval_shape(lambda p: init(p, options, found), params)
+    shapes = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)  # noqa: E731
+    structure: Any = jax.tree.structure(wanted)
+    return (
+        state
+        if structure == jax.tree.structure(state) and shapes(wanted) == shapes(state)
+        else init(params, options, found)
     )
 
 
@@ -83,46 +186,47 @@ def refresh_moments(
     found: Layers,
     state: Kronecker,
     key: Key,
-    curvature: str = "fisher",
-    decay: float = 0.95,
+    options: Options,
 ) -> Kronecker:
-    """The state with one more estimate in the running means; one that is not finite is left out.
+    """The state with one more estimate in the running means.
 
-    The first 1/(1 − decay) estimates have equal weights.
+    Of a leaf whose estimate is not finite, it is left out and counted. The first 1/(1 − decay)
+    estimates have equal weights.
     """
     probes, bases = {}, {}
     for i in found.known:
-        eigen = not isinstance(state.squares[i], tuple)
-        first, last = jax.tree.map(jnp.zeros_like, state.moments[i])
-        squares = jnp.zeros_like(state.squares[i]) if eigen else ()
-        probes[i] = Probe(first, last, jnp.zeros((), first.dtype), squares)
-        if eigen:
-            # The basis of a diagonal side is the identity.
-            bases[i] = Bases(*(q if q.ndim == 2 else () for q in state.inverses[i]))
+        first, last = (jnp.zeros(x.shape, _wide(x)) for x in state.moments[i])
+        squares = jax.tree.map(jnp.zeros_like, state.squares[i])
+        probes[i] = Probe(first, last, jnp.zeros(first.shape[:1], first.dtype), squares)
+        if options.eigen:
+            bases[i] = Bases(*(x.astype(_wide(x)) for x in state.inverses[i]))
     drawn, diagonals = moments.second_moments(
-        objective, params, found, probes, bases, key, curvature
+        objective, params, found, probes, bases, key, options.curvature, sharing=options.sharing
     )
+    new: dict[int, PyTree] = {i: (Pair(p.first, p.last), p.squares) for i, p in drawn.items()}
+    new |= diagonals
+    usable = jnp.stack([tree.all_finite(new.get(i, ())) for i in range(len(state.moments))])
     count = state.refreshes.astype(jnp.float32) + 1.0
-    kept = jnp.minimum(1.0 - 1.0 / count, decay)
-    usable = tree.all_finite((drawn, diagonals))
+    kept = jnp.minimum(1.0 - 1.0 / count, options.decay)
 
-    def mean(old: PyTree, new: PyTree) -> PyTree:
-        mixed = tree.add_scaled(tree.scale(kept, old), 1.0 - kept, new)
-        return tree.where(usable, mixed, old)
+    def mean(i: int, old: PyTree, new: PyTree) -> PyTree:
+        def one(old: jax.Array, new: jax.Array) -> jax.Array:
+            share = kept[i].astype(new.dtype)
+            mixed = share * old.astype(new.dtype) + (1.0 - share) * new
+            return jnp.where(usable[i], mixed.astype(old.dtype), old)
 
-    new_moments, new_squares = list(state.moments), list(state.squares)
-    new_diagonals = list(state.diagonals)
-    for i, probe in drawn.items():
-        new_moments[i] = mean(state.moments[i], Pair(probe.first, probe.last))
-        new_squares[i] = mean(state.squares[i], probe.squares)
-    for i, diagonal in diagonals.items():
-        new_diagonals[i] = mean(state.diagonals[i], diagonal)
-    return state._replace(
-        moments=tuple(new_moments),
-        squares=tuple(new_squares),
-        diagonals=tuple(new_diagonals),
-        refreshes=state.refreshes + usable.astype(jnp.int32),
-    )
+        return jax.tree.map(one, old, new)
+
+    changed = state._asdict()
+    for i, value in new.items():
+        fields = {"moments": value[0], "squares": value[1]} if i in drawn else {"diagonals": value}
+        for name, x in fields.items():
+            old = changed[name]
+            changed[name] = (*old[:i], mean(i, old[i], x), *old[i + 1 :])
+    own = jnp.array([i in new for i in range(len(state.moments))])
+    changed["refreshes"] = state.refreshes + (usable & own).astype(jnp.int32)
+    changed["left_out"] = state.left_out + (~usable).astype(jnp.int32)
+    return Kronecker(**changed)
 
 
 def refresh_inverses(
@@ -130,57 +234,118 @@ def refresh_inverses(
     state: Kronecker,
     damping: jax.Array,
     *,
+    every: int = 1,
+    count: jax.Array | int = 0,
+    whole: jax.Array | bool = True,
+    active: jax.Array | bool = True,
     axis_name: str | None = None,
     mesh: Any = None,
-) -> Kronecker:
-    """The state with new inverses or eigenbases of its moments, computed by all devices together.
+) -> tuple[Kronecker, jax.Array]:
+    """The state with new inverses or eigenbases of its moments, and how much work they were.
+
+    Where that is much work the layers take turns, so that no step does it all: each belongs to one
+    of up to `TURNS` groups. In a group's turn its layers are inverted if the last time was `every`
+    steps ago or λ has changed by more than a factor of 4 since.
 
     Args:
       found: the layers.
       state: the moments.
       damping: λ > 0.
-      axis_name: inside `pmap` or `shard_map`, the devices' axis.
+      every: steps between inversions, ≥ 1.
+      count: the step's number.
+      whole: whether all layers are inverted in this step.
+      active: whether any is.
+      axis_name: inside `pmap` or `shard_map`, the devices' axis; they compute together.
       mesh: under `jit`, their mesh.
+
+    Returns:
+      The state, and the multiplications done, about.
     """
-    names = [(i, side) for i in found.known for side in (0, 1)]
-    matrices, shifts = [], []
-    for i in found.known:
-        first, last = state.moments[i]
-        has_bias = found.known[i].bias is not None
-        pi, mean = balance(first, last, first.shape[0] - (not has_bias))
-        # λ is at least a rounding error of the curvature.
-        floor = jnp.finfo(first.dtype).eps * mean
-        root = jnp.sqrt(jnp.maximum(damping.astype(first.dtype), floor))
-        matrices += [first, last]
-        shifts += [pi * root, root / pi]
     eigen = any(not isinstance(s, tuple) for s in state.squares)
+    costs = {i: inverses.cost(state.moments[i]) for i in found.known}
+    groups = min(TURNS, every, len(costs)) if sum(costs.values()) > MUCH else 1
+    turns = dict(zip(costs, inverses.assignment(list(costs.values()), groups), strict=True))
+    drift = jnp.abs(jnp.log(damping.astype(jnp.float32) / state.inverted)) > math.log(4.0)
+    work = jnp.zeros((), jnp.float32)
+    for turn in range(groups):
+        members = [i for i in found.known if turns[i] == turn]
+        if not members:
+            continue
+        mine = count % groups == turn
+        again = count // groups % (-(-every // groups)) == 0
+        changed = False if eigen else jnp.any(drift[jnp.array(members)])
+        due = jnp.asarray(active & (whole | (mine & (again | changed))))
+        new = jax.lax.cond(
+            due,
+            lambda s, members=members: _inverted(found, s, members, damping, axis_name, mesh),
+            lambda s, members=members: [_of(s, i) for i in members],
+            state,
+        )
+        for i, (pair, squares, lam) in zip(members, new, strict=True):
+            state = state._replace(
+                inverses=(*state.inverses[:i], pair, *state.inverses[i + 1 :]),
+                squares=(*state.squares[:i], squares, *state.squares[i + 1 :]),
+                inverted=state.inverted.at[i].set(lam),
+            )
+        work = work + due.astype(jnp.float32) * float(sum(costs[i] for i in members))
+    return state, work
+
+
+TURNS = 5
+MUCH = 10**8  # multiplications, some milliseconds' worth
+
+
+def _of(state: Kronecker, i: int) -> tuple[Pair, PyTree, jax.Array]:
+    return state.inverses[i], state.squares[i], state.inverted[i]
+
+
+def _inverted(
+    found: Layers, state: Kronecker, members: list[int], damping: jax.Array, *devices: Any
+) -> list[tuple[Pair, PyTree, jax.Array]]:
+    """New inverses of some layers, or eigenbases and the diagonals in them; and λ."""
+    matrices, shifts = [], []
+    for i in members:
+        first, last = (x.astype(_wide(x)) for x in state.moments[i])
+        _, d, k = found.known[i].shape
+        size = d + (found.known[i].bias is not None)
+        a, g = _mean(first, size), _mean(last, k)
+        # λ is at least a rounding error of the curvature, and each factor's shift one of its own.
+        eps = float(jnp.finfo(state.moments[i].first.dtype).eps)
+        lam = jnp.maximum(damping.astype(first.dtype), eps * a * g)
+        pi = _balance(a, g)
+        floors = (eps * math.sqrt(n) * x for n, x in ((d, a), (k, g)))
+        roots = (pi * jnp.sqrt(lam), jnp.sqrt(lam) / pi)
+        matrices += [first, last]
+        shifts += [jnp.maximum(r, f) for r, f in zip(roots, floors, strict=True)]
+    eigen = not isinstance(state.squares[members[0]], tuple)
     solve = inverses.eigen if eigen else inverses.inverse
-    results = inverses.shared(solve, matrices, shifts, axis_name, mesh)
-    new_inverses, squares = list(state.inverses), list(state.squares)
-    for i in found.known:
-        new = Pair(*(results[names.index((i, side))][0] for side in (0, 1)))
-        usable = tree.all_finite(new)
-        new_inverses[i] = tree.where(usable, new, state.inverses[i])
+    results = inverses.shared(solve, matrices, shifts, *devices)
+    out = []
+    for j, i in enumerate(members):
+        both = results[2 * j : 2 * j + 2]
+        usable = tree.all_finite(both)
+        new = [r[0].astype(x.dtype) for r, x in zip(both, state.inverses[i], strict=True)]
+        squares = state.squares[i]
         if eigen:
             # In new bases the diagonal starts from that of the factors.
-            values = [results[names.index((i, side))][1] for side in (0, 1)]
-            outer = values[0][:, None] * values[1][None]
-            squares[i] = jnp.where(usable, outer, state.squares[i])
-    return state._replace(inverses=tuple(new_inverses), squares=tuple(squares))
+            outer = both[0][1][:, :, None] * both[1][1][:, None]
+            squares = jnp.where(usable, outer.astype(squares.dtype), squares)
+        pair = tree.where(usable, Pair(*new), state.inverses[i])
+        lam = damping.astype(jnp.float32)
+        out.append((pair, squares, jnp.where(usable, lam, state.inverted[i])))
+    return out
 
 
-def balance(first: jax.Array, last: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """π, the root of the ratio of the mean eigenvalues of A and G, and their product.
+def _mean(x: jax.Array, size: int) -> jax.Array:
+    """The mean eigenvalue of each block, of which `size` coordinates are used."""
+    diagonal = jnp.diagonal(x, axis1=-2, axis2=-1) if x.ndim == 3 else x
+    return jnp.sum(diagonal, axis=-1) / size
 
-    `size` counts the coordinates of the first side.
-    """
 
-    def mean(x: jax.Array, n: int) -> jax.Array:
-        return jnp.sum(jnp.diagonal(x) if x.ndim == 2 else x) / n
-
-    a, g = mean(first, size), mean(last, last.shape[0])
+def _balance(a: jax.Array, g: jax.Array) -> jax.Array:
+    """π, the root of the ratio of the mean eigenvalues of A and G."""
     known = (a > 0) & (g > 0)
-    return jnp.sqrt(jnp.where(known, a, 1.0) / jnp.where(known, g, 1.0)), a * g
+    return jnp.sqrt(jnp.where(known, a, 1.0) / jnp.where(known, g, 1.0))
 
 
 def apply(found: Layers, state: Kronecker, vector: PyTree, damping: jax.Array) -> PyTree:
@@ -193,28 +358,48 @@ def apply(found: Layers, state: Kronecker, vector: PyTree, damping: jax.Array) -
         out[i] = leaves[i].astype(d.dtype) / (d + jnp.maximum(damping.astype(d.dtype), floor))
     with jax.default_matmul_precision("highest"):
         for i, layer in found.known.items():
-            first, last = state.inverses[i]
-            v = leaves[i].astype(first.dtype).reshape(-1, leaves[i].shape[-1])
-            if layer.bias is None:
-                # The coordinate of a missing bias is zero, as its moments are.
-                v = jnp.pad(v, [(0, 1), (0, 0)])
-            else:
-                v = jnp.concatenate([v, leaves[layer.bias].astype(first.dtype)[None]])
-            if isinstance(state.squares[i], tuple):
-                # Inverses are symmetric: a transpose would only cost a copy of them each step.
-                v = _times(first, v, last)
-            else:
-                inner = _times(first.T, v, last)
-                scaled = inner / (state.squares[i] + damping.astype(first.dtype))
-                v = _times(first, scaled, last.T)
-            out[i] = v[:-1].reshape(leaves[i].shape)
+            bias = None if layer.bias is None else leaves[layer.bias]
+            v, b = _applied(layer, state, i, leaves[i], bias, damping)
+            out[i] = v
             if layer.bias is not None:
-                out[layer.bias] = v[-1]
+                out[layer.bias] = b
     out = [x.astype(leaf.dtype) for x, leaf in zip(out, leaves, strict=True)]
     return jax.tree.unflatten(structure, out)
 
 
+def _applied(
+    layer: Layer, state: Kronecker, i: int, kernel: jax.Array, bias: Any, damping: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The inverse times a layer's kernel and bias."""
+    first, last = (x.astype(_wide(x)) for x in state.inverses[i])
+    n, d, k = layer.shape
+    v = layer.matrices(kernel.astype(first.dtype))
+    if bias is not None:
+        v = jnp.concatenate([v, bias.astype(first.dtype).reshape(n, 1, k)], axis=1)
+    # Coordinates that a side does not use are zero, as its moments are there.
+    pads = [(0, 0), (0, first.shape[1] - v.shape[1]), (0, last.shape[1] - k)]
+    v = jnp.pad(v, pads)
+    if isinstance(state.squares[i], tuple):
+        # Inverses are symmetric: a transpose would only cost a copy of them each step.
+        v = _times(first, v, last)
+    else:
+        inner = _times(_transposed(first), v, last)
+        scaled = inner / (state.squares[i] + damping.astype(first.dtype))
+        v = _times(first, scaled, _transposed(last))
+    return layer.leaf(v[:, :d, :k], kernel.shape), (
+        None if bias is None else v[:, d, :k].reshape(bias.shape)
+    )
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    return x.mT if x.ndim == 3 else x
+
+
 def _times(first: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
-    """P v Q, where an array of one axis is a diagonal matrix."""
-    v = first[:, None] * v if first.ndim == 1 else first @ v
-    return v * last[None] if last.ndim == 1 else v @ last
+    """P v Q of each block, where an array of two axes holds diagonal matrices."""
+    v = first[:, :, None] * v if first.ndim == 2 else first @ v
+    return v * last[:, None] if last.ndim == 2 else v @ last
+
+
+def _wide(x: jax.Array) -> Any:
+    return jnp.dtype(tree.accumulator(x.dtype))

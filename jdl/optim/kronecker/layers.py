@@ -1,41 +1,40 @@
 r"""Finds a model's layers: which parameters are kernels and biases, and of what kind.
 
 No module has to be tagged for that. Every parameter is followed through the model's jaxpr, through
-changes of type and layout (`layout.py`), calls and scans, to the product that uses it
+changes of type and layout (`views.py`), calls and scans, to the product that uses it
 (`recognize.py`):
 
-    y = x W  (dense, also inside a scan: recurrent)        y = x ∗ W  (convolution)
+    y = x W  (dense, also inside a scan: recurrent)    y = x ∗ W  (convolution)    y = W[x]  (embed)
 
 and a bias to the sum after it. A parameter used in any other way belongs to no layer.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jdl.core.jaxpr import CALLS, Evaluator, Site, bind
+from jdl.core.jaxpr import CALLS, CUSTOM, Evaluator, Site, bind
 from jdl.core.types import Params
-from jdl.optim.kronecker.layout import LAYOUT, Output, Piece, View
-from jdl.optim.kronecker.recognize import USES, Dense, Use
-
-# Given a product's output y, its input x and how it uses a kernel: y, marked.
-Mark: TypeAlias = Callable[[jax.Array, jax.Array, Use], jax.Array]
-
-
-class Layer(NamedTuple):
-    """A kernel all of whose uses are recognized."""
-
-    kernel: int  # the leaf's number, of shape (inputs..., outputs)
-    # The number of the leaf that is added to its outputs, of shape (outputs,); or None.
-    bias: int | None
-    kind: str  # "dense" or "conv"
-    transposed: bool  # whether it is used as x Wᵀ
-    tagged: bool  # whether it was declared by `tag_dense` or `tag_conv`
-    rows: int  # how often it is used for the traced batch: examples × positions × steps × reuses
+from jdl.optim.kronecker import blocks
+from jdl.optim.kronecker.blocks import Form, Layer
+from jdl.optim.kronecker.recognize import USES, Gather, Use
+from jdl.optim.kronecker.views import (
+    ELEMENTWISE,
+    LAYOUT,
+    Output,
+    View,
+    broadcast,
+    concatenated,
+    matches,
+    straight_through,
+    whole,
+)
 
 
 class Layers(NamedTuple):
@@ -43,10 +42,23 @@ class Layers(NamedTuple):
 
     known: Mapping[int, Layer]  # kernel's leaf number -> layer
     unknown: Mapping[int, str]  # number of a leaf outside all layers -> the reason
+    # The unknown ones whose uses tell examples apart: a scale, a shift, a table of positions.
+    separate: frozenset[int] = frozenset()
 
 
-def find(predict: Callable[[Params], Any], params: Params) -> Layers:
-    """The layers of `predict(params)`.
+class Probing(NamedTuple):
+    """What a walk gathers from (`probes.py`)."""
+
+    # y, its input, the use and the data of its kernels -> y, whose gradient gives their moments
+    mark: Callable[[jax.Array, jax.Array, Use, Sequence[Any]], jax.Array]
+    # A parameter repeated for each example, and its shadow -> the parameter, likewise
+    separate: Callable[[jax.Array, Any, View], jax.Array]
+    slice: Callable[[Any, View], Any]  # data, view of an array that a scan runs over -> its slices
+    data: Mapping[int, Any]  # leaf -> its data: probes, or an array of zeros for `separate`
+
+
+def find(predict: Callable[[Params], Any], params: Params, examples: int | None = None) -> Layers:
+    """The layers of `predict(params)`, of so many examples.
 
     >>> import jax.numpy as jnp
     >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(())}
@@ -58,64 +70,99 @@ def find(predict: Callable[[Params], Any], params: Params) -> Layers:
     >>> dict(found.unknown)
     {1: 'used by mul'}
     """
-    leaves = jax.tree.leaves(params)
     found = _Found()
-    jax.eval_shape(lambda p: walk(predict, p, found=found), params)
+    jax.eval_shape(lambda p: walk(predict, p, found=found, examples=examples), params)
+    ensembles = {n for uses in found.uses.values() for u in uses.values() for n in u.ensembles()}
     known: dict[int, Layer] = {}
     unknown: dict[int, str] = {}
     owners: dict[int, int] = {kernel: bias for bias, kernel in found.tagged_biases.items()}
-    for bias, places in found.joins.items():
-        owner, *others = set(places.values())
+    for bias, where in found.joins.items():
+        owner, *others = set(where.values())
         if not others and owner is not None and bias not in found.unrecognized:
             owners.setdefault(owner, bias)
-    for i, leaf in enumerate(leaves):
+    for i in range(len(jax.tree.leaves(params))):
         uses = list(found.uses.get(i, {}).values())
-        tagged = [use for use in uses if use[2]]
-        uses = tagged or uses
-        ways = {use[:2] for use in uses}
-        if uses and leaf.ndim < 2:
-            unknown[i] = "a kernel of one axis"
-        elif i in found.unrecognized and not tagged:
+        tagged = [use for use in uses if use.tagged]
+        if i in found.unrecognized and not tagged:
             unknown[i] = found.unrecognized[i]
-        elif len(ways) > 1:
-            unknown[i] = "used both as W and as Wᵀ, or in layers of several kinds"
         elif uses:
-            ((kind, transposed),) = ways
-            joined = None if transposed else owners.get(i)
-            rows = sum(use[3] for use in uses)
-            known[i] = Layer(i, joined, kind, transposed, bool(tagged), rows)
+            layer = _layer(i, tagged or uses, ensembles)
+            if layer is None:
+                unknown[i] = "used in products of several shapes"
+            else:
+                known[i] = layer._replace(bias=None if layer.ways[0] else owners.get(i))
         elif i not in found.joins and i not in found.tagged_biases:
             unknown[i] = "not used by the model"
     biases = {layer.bias for layer in known.values()}
     for i in {*found.joins, *found.tagged_biases} - known.keys() - biases:
         unknown[i] = found.unrecognized.get(i, "not added to exactly one known layer")
     unknown = {i: why for i, why in sorted(unknown.items()) if i not in biases}
-    return Layers(known, unknown)
+    return Layers(known, unknown, frozenset(unknown) - found.mixed - found.uses.keys())
+
+
+class _UseOf(NamedTuple):
+    """A leaf's use at one place."""
+
+    kind: str
+    form: Form
+    tagged: bool
+    rows: int
+
+    def ensembles(self) -> list[int]:
+        return [n for role, n in self.form if role == "b"]
+
+    def resolved(self, ensembles: set[int]) -> Form:
+        out: list[tuple[str, int]] = []
+        for role, n in self.form:
+            if role in "sf":
+                role = "b" if role == "s" or n in ensembles else "o"
+            if out and role in "io" and out[-1][0] == role:
+                role, n = role, out.pop()[1] * n
+            out.append((role, n))
+        return tuple(out)
+
+
+def _layer(leaf: int, uses: list[_UseOf], ensembles: set[int]) -> Layer | None:
+    """The layer of a kernel with these uses; None where they do not fit together."""
+    forms = [use.resolved(ensembles) for use in uses]
+    form = forms[0]
+    if any(f not in (form, blocks.exchanged(form)) for f in forms):
+        return None
+    ways = [f != form for f in forms]
+    hot = [way for use, way in zip(uses, ways, strict=True) if use.kind == "embed"]
+    return Layer(
+        kernel=leaf,
+        bias=None,
+        kind="+".join(sorted({use.kind for use in uses})),
+        form=form,
+        ways=tuple(sorted(set(ways))),
+        one_hot=(False in hot, True in hot),
+        tagged=uses[0].tagged,
+        rows=sum(use.rows for use in uses),
+    )
 
 
 class _Found:
     """The uses of parameters found in a jaxpr."""
 
     def __init__(self) -> None:
-        self.uses: dict[int, dict[Any, tuple[str, bool, bool, int]]] = {}
+        self.uses: dict[int, dict[Any, _UseOf]] = {}
         self.joins: dict[int, dict[Any, int | None]] = {}
         self.unrecognized: dict[int, str] = {}  # leaf -> why
+        self.mixed: set[int] = set()  # leaves of which some use does not tell examples apart
         self.tagged_biases: dict[int, int] = {}  # bias -> kernel
 
-    def use(self, place: Any, use: Use, rows: int) -> None:
-        """Records that a product at this place uses a kernel for so many rows."""
-        for piece in use.view.pieces:
-            here = self.uses.setdefault(piece.leaf, {})
-            here[place] = (use.kind, use.transposed, use.tagged, rows)
-
-    def join(self, place: Any, bias: int, kernel: int | None) -> None:
+    def join(self, place: Any, bias: int, kernel: int | None, separate: bool) -> None:
         """Records that a bias is added to a kernel's outputs, or to something else (None)."""
         self.joins.setdefault(bias, {})[place] = kernel
+        self.mixed |= set() if separate else {bias}
 
-    def other(self, tag: Any, why: str) -> None:
+    def other(self, tag: Any, why: str, separate: bool = False) -> None:
         """Records that a parameter is used by an operation without a rule."""
         for piece in tag.pieces if isinstance(tag, View) else ():
+            why = "used by mul" if tag.scaled else why
             self.unrecognized.setdefault(piece.leaf, why)
+            self.mixed |= set() if separate else {piece.leaf}
 
 
 def walk(
@@ -123,9 +170,10 @@ def walk(
     params: Params,
     *,
     found: _Found | None = None,
-    mark: Mark | None = None,
+    probing: Probing | None = None,
+    examples: int | None = None,
 ) -> Any:
-    """`predict(params)`; records uses of params in `found`, applies `mark` to their products."""
+    """`predict(params)`; records uses of params in `found`, or has `probing` mark them."""
     leaves, structure = jax.tree.flatten(params)
     shapes: list[Any] = []
 
@@ -135,105 +183,211 @@ def walk(
         return outputs
 
     program = jax.make_jaxpr(flat)(*leaves)
-    views = [
-        View(tuple(range(x.ndim)), (Piece(i, 0, 0, x.shape[-1] if x.ndim else 1),))
-        for i, x in enumerate(leaves)
-    ]
-    walker = _Walk(found or _Found(), mark)
-    outputs, _ = walker.evaluator.run(program, list(map(_Tagged, leaves, views)))
+    walker = _Walk(found or _Found(), probing, [x.shape for x in leaves], examples)
+    data = {} if probing is None else probing.data
+    tagged = [_Tagged(x, (data.get(i),), View((whole(i, x.shape),))) for i, x in enumerate(leaves)]
+    outputs, _ = walker.evaluator.run(program, tagged)
     return jax.tree.unflatten(shapes[-1], walker.untag(outputs, "an output of the model"))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["tag"])
+@partial(jax.tree_util.register_dataclass, data_fields=["value", "data"], meta_fields=["tag"])
 @dataclass(frozen=True)
 class _Tagged:
-    """An array with its tag: a parameter, or the output of a layer."""
+    """An array with its tag: a parameter with its pieces' data, or the output of a layer."""
 
     value: Any
+    data: Any
     tag: View | Output
 
 
 class _Walk:
     """Evaluates a jaxpr and follows parameters through it."""
 
-    def __init__(self, found: _Found, mark: Mark | None):
-        self.found, self.mark = found, mark
-        leave = partial(self.untag, why="carried or sliced by a loop, or returned by a branch")
-        self.evaluator = Evaluator(self.visit, leave)
+    def __init__(
+        self,
+        found: _Found,
+        probing: Probing | None,
+        shapes: list[tuple[int, ...]],
+        examples: int | None,
+    ):
+        self.found, self.probing, self.shapes, self.examples = found, probing, shapes, examples
+        leave = partial(self.untag, why="carried by a loop, or returned by a branch")
+        self.evaluator = Evaluator(self.visit, leave, self.slices)
 
     def untag(self, values: Sequence[Any], why: str) -> list[Any]:
         """The arrays without their tags, which are lost for this reason."""
         for value in values:
             self.found.other(_tag(value), why)
-        return jax.tree.leaves(list(values))
+        return [value.value if isinstance(value, _Tagged) else value for value in values]
+
+    def slices(self, values: list[Any]) -> list[Any]:
+        """The arrays that a scan runs over, with the tags of their slices."""
+        out = []
+        for value in values:
+            view = _tag(value)
+            inner = blocks.scanned(view) if isinstance(view, View) else None
+            if inner is None:
+                out += self.untag([value], "sliced by a loop")
+                continue
+            data = value.data
+            if self.probing is not None:
+                data = self.probing.slice(data, inner)
+            out.append(_Tagged(value.value, data, inner))
+        return out
 
     def visit(self, site: Site, inputs: list[Any], state: Any) -> Any:
         """The outputs of one equation, with their tags; None to look inside."""
         tags = [_tag(x) for x in inputs]
         if site.name in (*CALLS, "cond", "scan") and any(isinstance(tag, View) for tag in tags):
             return None
-        values = jax.tree.leaves(inputs)
+        values = [x.value if isinstance(x, _Tagged) else x for x in inputs]
         if not any(tags):
             return bind(site.eqn, values), state
-        outputs, moved = self.step(site, values, tags)
-        return [_Tagged(y, t) if t else y for y, t in zip_longest(outputs, moved)], state
+        data = [x.data if isinstance(x, _Tagged) else () for x in inputs]
+        outputs, moved, kept = self.step(site, values, tags, data)
+        return [
+            _Tagged(y, d or (), t) if t else y for y, t, d in zip_longest(outputs, moved, kept)
+        ], state
 
-    def step(self, site: Site, inputs: list[Any], tags: list[Any]) -> Any:
-        """The outputs of an equation without a body, and their tags."""
+    def step(self, site: Site, inputs: list[Any], tags: list[Any], data: list[Any]) -> Any:
+        """The outputs of an equation without a body, their tags and their data."""
         name, eqn = site.name, site.eqn
-        if name in USES and any(isinstance(tag, View) for tag in tags):
-            use = USES[name](eqn, tags)
-            if use is not None:
-                return self.use(site, inputs, tags, use)
-        outputs = bind(eqn, inputs)
-        if name in ("add", "add_any"):
-            return outputs, [self.sum(tags, site.place)]
-        if name in LAYOUT and tags[0] is not None and all(type(t) is type(tags[0]) for t in tags):
-            moved = LAYOUT[name](eqn, tags)
+        if name in ELEMENTWISE:
+            inputs, tags, data = self.broadcast(eqn.outvars[0].aval.shape, inputs, tags, data)
+        views = [i for i, tag in enumerate(tags) if isinstance(tag, View)]
+        if name in USES and views and not any(tags[i].scaled for i in views):
+            done = self.use(site, inputs, tags, data)
+            if done is not None:
+                return done
+        if name in ("add", "add_any") and not any(tags[i].scaled for i in views):
+            return self.sum(site, inputs, tags, data)
+        if name in CUSTOM and views and straight_through(eqn):
+            return bind(eqn, inputs), tags, data
+        if name in LAYOUT and len(tags) == 1:
+            moved = self.layout(site, inputs, tags[0], data[0])
             if moved is not None:
-                return outputs, moved
-        for tag in tags:
-            self.found.other(tag, f"used by {name}")
-        return outputs, []
+                return moved
+        if name == "concatenate" and len(views) == len(tags):
+            view = concatenated([tags[i] for i in views], eqn.params["dimension"])
+            if view is not None and not any(_shadows(d) for d in data):
+                return bind(eqn, inputs), [view], [sum(data, ())]
+        if name == "mul" and len(views) == 1 and tags[1 - views[0]] is None:
+            (i,) = views
+            if self.axis_of_examples(tags[i]) is None and len(tags[i].pieces) == 1:
+                by = jax.lax.stop_gradient(inputs[1 - i])
+                shadow = tuple(d * jnp.square(by.astype(d.dtype)) for d in _shadows(data[i]))
+                return bind(eqn, inputs), [tags[i]._replace(scaled=True)], [shadow or data[i]]
+        inputs = list(inputs)
+        for i, tag in enumerate(tags):
+            self.found.other(tag, f"used by {name}", self.axis_of_examples(tag) is not None)
+            inputs[i] = self.separate(inputs[i], tag, data[i])
+        return bind(eqn, inputs), [], []
 
-    def use(self, site: Site, inputs: list[Any], tags: list[Any], use: Use) -> Any:
-        """The output of a layer's product, marked, and its tag."""
-        x = inputs[1 if use.tagged or isinstance(tags[0], View) else 0]
+    def broadcast(
+        self, shape: Sequence[int], inputs: list[Any], tags: list[Any], data: list[Any]
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """The inputs of an elementwise operation, with their parameters in the output's shape."""
+        inputs, tags, data = list(inputs), list(tags), list(data)
+        for i, tag in enumerate(tags):
+            if isinstance(tag, View):
+                tags[i] = broadcast(tag, shape)
+                if _shadows(data[i]):
+                    inputs[i] = jnp.broadcast_to(inputs[i], shape)
+                    data[i] = tuple(jnp.broadcast_to(x, shape) for x in data[i])
+        return inputs, tags, data
+
+    def layout(self, site: Site, inputs: list[Any], tag: View | Output, data: Any) -> Any:
+        """The outputs of a change of layout, or None where it cannot be followed."""
+        rule = LAYOUT[site.name]
+        if isinstance(tag, Output):
+            terms = [views for term in tag.terms if (views := rule(site.eqn, term))]
+            return bind(site.eqn, inputs), [Output(t) for t in zip(*terms, strict=True)], []
+        views = rule(site.eqn, tag)
+        if views is None:
+            return None
+        kept = [tuple(data[_index(tag, p)] for p in v.pieces) for v in views]
+        for shadow in _shadows(data):
+            same = site.name == "convert_element_type"
+            kept = [(x,) for x in ([shadow] if same else bind(site.eqn, [shadow]))]
+        return bind(site.eqn, inputs), views, kept
+
+    def use(self, site: Site, inputs: list[Any], tags: list[Any], data: list[Any]) -> Any:
+        """The output of a layer's product, marked, and its tag; None where it is not a layer's."""
+        use = USES[site.name](site.eqn, tags)
+        if use is None:
+            return None
+        pieces = use.view.pieces
+        placed = [blocks.places(use, p, self.shapes[p.leaf]) for p in pieces]
+        found = [own for own in placed if own is not None]
+        one_axis = all(sum(p.role == "i" for p in own) <= 1 for own in found)
+        if len(found) < len(pieces) or (isinstance(use.site, Gather) and not one_axis):
+            return None
+        side = 2 if use.tagged else 0 if isinstance(tags[0], View) else 1
+        x = inputs[1 if use.tagged or side == 0 else 0]
         (y,) = bind(site.eqn, inputs)
-        axis = use.site.output_axis if isinstance(use.site, Dense) else use.site.y_spec[1]
-        self.found.use(site.place, use, site.times * y.size // max(1, y.shape[axis]))
-        if self.mark is not None:
-            y = self.mark(y, x, use)
-        if use.tagged and len(tags) == 4:
-            bias, kernel = tags[3], use.view.pieces[0].leaf
-            if isinstance(bias, View):
-                self.found.tagged_biases[bias.pieces[0].leaf] = kernel
-        whole = not use.transposed
-        return [y], [Output(use.view.pieces if whole else (), axis)]
+        outputs = math.prod(y.shape[i] for i, axes in enumerate(use.y_axes) if axes)
+        rows = site.times * y.size // max(1, outputs)
+        for piece, own in zip(pieces, found, strict=True):
+            here = self.found.uses.setdefault(piece.leaf, {})
+            here[site.place] = _UseOf(use.kind, blocks.form_of(own), use.tagged, rows)
+        if self.probing is not None:
+            y = self.probing.mark(y, x, use, data[side])
+        if use.tagged and len(tags) == 4 and isinstance(tags[3], View):
+            self.found.tagged_biases[tags[3].pieces[0].leaf] = pieces[0].leaf
+        along = [i for i, axes in enumerate(use.y_axes) if use.view.axis in axes]
+        out = tuple(
+            blocks.output_piece(p, use, own, y.shape) for p, own in zip(pieces, found, strict=True)
+        )
+        if len(pieces) > 1 and not along:
+            return [y], [], []
+        return [y], [Output((View(out, along[0] if along else 0),))], []
 
-    def sum(self, tags: list[Any], place: Any) -> Any:
-        """The tag of a sum; where a bias is added to a layer's outputs, it joins that layer."""
-        a, b = tags
-        if isinstance(a, View) and isinstance(b, Output):
-            a, b = b, a
-        if isinstance(a, Output) and isinstance(b, View):
-            added = tuple(None if i != a.axis else 0 for i in range(len(b.axes)))
-            for bias in b.pieces:
-                rest = [p for p in a.pieces if p[1:] == bias[1:]]
-                free = [p.leaf for p in rest if self.free(p.leaf, bias.leaf)]
-                kernel = free[0] if free and b.axes == added else None
-                self.found.join(place, bias.leaf, kernel)
-            return a
-        if isinstance(a, Output) and isinstance(b, Output):
-            return Output(a.pieces + b.pieces, a.axis) if a.axis == b.axis else None
-        for tag in tags:
-            self.found.other(tag, "used by add")
-        return a if isinstance(a, Output) else b if isinstance(b, Output) else None
+    def sum(self, site: Site, inputs: list[Any], tags: list[Any], data: list[Any]) -> Any:
+        """A sum and its tag; where a bias is added to a layer's outputs, it joins that layer."""
+        inputs = list(inputs)
+        outputs = [tag for tag in tags if isinstance(tag, Output)]
+        for i, tag in enumerate(tags):
+            if not isinstance(tag, View):
+                continue
+            terms = [t for out in outputs for t in out.terms if len(t.pieces) == len(tag.pieces)]
+            separate = self.axis_of_examples(tag) is not None
+            for k, piece in enumerate(tag.pieces):
+                fits = [t.pieces[k] for t in terms if t.axis == tag.axis or len(t.pieces) == 1]
+                fits = [p for p in fits if matches(piece, p) and self.free(p.leaf, piece.leaf)]
+                self.found.join(site.place, piece.leaf, fits[0].leaf if fits else None, separate)
+            inputs[i] = self.separate(inputs[i], tag, data[i])
+        both = tuple(t for out in outputs for t in out.terms)
+        return bind(site.eqn, inputs), [Output(both)] if both else [], []
 
     def free(self, kernel: int, bias: int) -> bool:
         """Whether no other bias has joined this kernel yet."""
         others = [k for b, places in self.found.joins.items() if b != bias for k in places.values()]
         return kernel not in others
+
+    def axis_of_examples(self, tag: Any) -> int | None:
+        """The axis along which a parameter is repeated for each example, or None."""
+        if not isinstance(tag, View) or len(tag.pieces) > 1:
+            return None
+        for i, axis in enumerate(tag.pieces[0].axes):
+            if tag.pieces[0].shape[i] == self.examples and all(s == 0 for _, s in axis):
+                return i
+        return None
+
+    def separate(self, x: jax.Array, tag: Any, data: Any) -> jax.Array:
+        """A parameter repeated for each example, marked."""
+        shadows = _shadows(data)
+        if self.probing is None or not shadows:
+            return x
+        return self.probing.separate(x, shadows[0], tag)
+
+
+def _index(view: View, piece: Any) -> int:
+    return next(i for i, p in enumerate(view.pieces) if p.leaf == piece.leaf)
+
+
+def _shadows(data: Any) -> list[jax.Array]:
+    """The data of parameters outside layers."""
+    return [x for x in data or () if isinstance(x, jax.Array)]
 
 
 def _tag(x: Any) -> Any:

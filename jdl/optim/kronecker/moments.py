@@ -22,7 +22,11 @@ CURVATURES = ("fisher", "empirical_fisher", "gauss_newton")
 def find_layers(objective: Objective, params: Params) -> Layers:
     """The layers of the objective's model, by tracing it."""
     batch = _slice_of(objective)
-    return layers.find(lambda p: objective.apply(p, batch, objective.key)[0], params)
+    return layers.find(
+        lambda p: objective.apply(p, batch, objective.key)[0],
+        params,
+        examples=objective.num_examples(batch),
+    )
 
 
 def find_route(objective: Objective, params: Params) -> str:
@@ -37,29 +41,34 @@ def second_moments(
     objective: Objective,
     params: Params,
     found: Layers,
-    probes: Mapping[int, Probe],
+    zeros: Mapping[int, Probe],
     bases: Mapping[int, Bases],
     key: Key,
     curvature: str = "fisher",
+    *,
+    sharing: str = "expand",
     max_rows: int = 1 << 14,
 ) -> tuple[dict[int, Probe], dict[int, jax.Array]]:
     r"""The known layers' second moments and the other leaves' curvature diagonals.
 
-        A = Σ ā āᵀ / rows,     G = Σᵢ Σ g gᵀ / Σᵢ mᵢ,     diag = (Σᵢ ∂ᵢ)² / Σᵢ mᵢ
+        A = Σ ā āᵀ / rows,     G = Σᵢ Σ g gᵀ / Σᵢ mᵢ,     diag = Σᵢ (∂ᵢ)² / Σᵢ mᵢ
 
     on the objective's curvature batch, with output gradients pulled back from random vectors whose
-    second moment is the loss's Hessian. Rows are examples, positions of a convolution, steps of a
-    scan and reuses of a kernel, all treated as independent.
+    second moment is the loss's Hessian. Rows are examples, positions of a convolution or sequence,
+    steps of a scan and reuses of a kernel, all treated as independent. Where a kernel is used both
+    ways, its factors are those of the sum with the same partial traces. The diagonal of a leaf
+    outside `Layers.separate` is estimated by (Σᵢ ∂ᵢ)² / Σᵢ mᵢ.
 
     Args:
       objective: the model, the loss and the batch.
       params: the current parameters.
       found: from `find_layers`.
-      probes: zeros, one for each known kernel.
+      zeros: a probe of zeros for each known kernel.
       bases: where probes have `squares`, likewise divided by Σᵢ mᵢ.
       key: for the random vectors.
       curvature: "fisher" draws by `find_route`, "empirical_fisher" takes the loss's own gradients,
         "gauss_newton" takes every column of the Hessian's root: one backward pass per output.
+      sharing: "expand" or "reduce", see `probes.probed`.
       max_rows: bounds a convolution's patches.
 
     References:
@@ -69,6 +78,8 @@ def second_moments(
       (2016), section 3.
       Martens, Ba & Johnson, Kronecker-factored curvature approximations for recurrent neural
       networks (2018), section 3.4.
+      Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network
+      architectures (2023): expand and reduce.
     """
     check.one_of("curvature", curvature, CURVATURES)
     batch = objective.batch_for_curvature
@@ -78,6 +89,12 @@ def second_moments(
     # Slices of a batch share keys, and are squared one by one.
     whole = objective.microbatches == 1 and curvature != "gauss_newton"
     device = 0 if objective.axis_name is None else jax.lax.axis_index(objective.axis_name)
+    leaves = jax.tree.leaves(params)
+    probes: dict[int, Any] = {
+        i: tuple(zeros[i] for _ in layer.ways) for i, layer in found.known.items()
+    }
+    probes |= {i: jnp.zeros(leaves[i].shape, dtype_of(leaves[i])) for i in found.separate}
+    summed = [i for i in found.unknown if i not in found.separate]
 
     def part(batch: Batch, own_key: Key | None) -> Any:
         weights = batch.get("mask")
@@ -87,11 +104,12 @@ def second_moments(
             def predict(p: Params) -> Outputs:
                 return objective.apply(p, batch, own_key)[0]
 
-            return probed(predict, params, found, probes, bases, weights, max_rows)
+            options: dict[str, Any] = {"examples": size, "max_rows": max_rows, "sharing": sharing}
+            return probed(predict, params, found, probes, bases, weights, **options)
 
-        outputs, pull = jax.vjp(f, params, dict(probes))
+        outputs, pull = jax.vjp(f, params, probes)
 
-        def pulled(u: Outputs) -> tuple[dict[int, Probe], dict[int, jax.Array]]:
+        def pulled(u: Outputs) -> tuple[dict[int, Any], dict[int, jax.Array]]:
             if weights is not None:
                 root = jnp.sqrt(weights.astype(jnp.float32))
                 u = jax.tree.map(
@@ -101,9 +119,9 @@ def second_moments(
                     u,
                 )
             grads, moments = pull(u)
-            leaves = [x.astype(dtype_of(x)) for x in jax.tree.leaves(grads)]
-            slopes = {i: leaves[i] for i in found.unknown}
-            return moments, slopes if whole else jax.tree.map(jnp.square, slopes)
+            slopes = [x.astype(dtype_of(x)) for x in jax.tree.leaves(grads)]
+            sums = {i: slopes[i] for i in summed}
+            return moments, sums if whole else jax.tree.map(jnp.square, sums)
 
         if curvature != "gauss_newton":
             # Each example has its own key, whichever device it is on; slices of a batch share them.
@@ -120,18 +138,19 @@ def second_moments(
 
         zero = jnp.zeros((), jnp.int32)
         shapes = jax.eval_shape(lambda k: pulled(column(k)), zero)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(body, zeros, jnp.arange(count))
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(body, nothing, jnp.arange(count))
 
     (moments, squares), _ = objective.scan(part, batch)
     if whole:
         squares = jax.tree.map(jnp.square, squares)
+    squares |= {i: moments[i] for i in found.separate}
 
     def mean(x: PyTree, by: jax.Array) -> PyTree:
-        return jax.tree.map(lambda x: x / jnp.maximum(by, 1e-30).astype(x.dtype), x)
+        return jax.tree.map(lambda x: x / jnp.maximum(_lead(by, x), 1e-30).astype(x.dtype), x)
 
-    def normalized(i: int, probe: Probe) -> Probe:
-        inputs, outputs = ("last", "first") if found.known[i].transposed else ("first", "last")
+    def normalized(probe: Probe, exchanged: bool) -> Probe:
+        inputs, outputs = ("last", "first") if exchanged else ("first", "last")
         new = {
             inputs: mean(getattr(probe, inputs), probe.rows),
             outputs: mean(getattr(probe, outputs), total),
@@ -139,7 +158,33 @@ def second_moments(
         }
         return probe._replace(**new)
 
-    return {i: normalized(i, p) for i, p in moments.items()}, mean(squares, total)
+    factors = {
+        i: _sum([normalized(p, w) for p, w in zip(moments[i], layer.ways, strict=True)])
+        for i, layer in found.known.items()
+    }
+    return factors, mean(squares, total)
+
+
+def _sum(probes: list[Probe]) -> Probe:
+    """The factors A, G whose partial traces are those of Σ Aᵢ ⊗ Gᵢ; of one, itself."""
+    if len(probes) == 1:
+        return probes[0]
+
+    def trace(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.diagonal(x, axis1=-2, axis2=-1) if x.ndim == 3 else x, axis=-1)
+
+    traces = [(trace(p.first), trace(p.last)) for p in probes]
+    root = jnp.sqrt(jnp.sum(jnp.stack([a * g for a, g in traces]), axis=0))
+    safe = jnp.where(root > 0, root, 1.0)
+
+    def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
+        return x * _lead(by / safe, x)
+
+    parts = [
+        p._replace(first=scaled(p.first, g), last=scaled(p.last, a))
+        for p, (a, g) in zip(probes, traces, strict=True)
+    ]
+    return jax.tree.map(lambda *x: sum(x), *parts)
 
 
 def _slice_of(objective: Objective) -> Batch:
@@ -150,4 +195,5 @@ def _slice_of(objective: Objective) -> Batch:
 
 
 def _lead(x: jax.Array, like: jax.Array) -> jax.Array:
-    return x.reshape(-1, *[1] * (like.ndim - 1))
+    """x with axes of size 1 after its own, for an array of more axes; a scalar stays one."""
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim)) if x.ndim else x

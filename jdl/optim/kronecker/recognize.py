@@ -1,23 +1,27 @@
 """Recognizes layers: the products by which a parameter is a layer's kernel.
 
 A rule in `USES`, by the primitive's name, takes an equation and the tags of its inputs and returns
-how the kernel is used, or None where the product is not a layer. A new kind of layer is a new rule
-here, and its rows in `probes.py`.
+how the kernel is used, or None where the product is not a layer. What counts is what the product
+does with each axis of the kernel: it contracts an input's, leaves an output's free, and shares a
+block's with the other factor, so that each index has its own kernel. A new kind of layer is a new
+rule here, and its arrays in `gathered`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jdl.optim.kronecker.layout import View
+import jax
+import jax.numpy as jnp
+
+from jdl.optim.kronecker.views import View, reshape
 
 
 class Dense(NamedTuple):
-    """The axes of a dense product: its inputs are x's last axes after `permutation`."""
+    """The orders that bring x's axes to blocks, rows, inputs, and y's to blocks, rows, outputs."""
 
-    permutation: tuple[int, ...]
-    num_inputs: int
-    output_axis: int
+    x: tuple[int, ...]
+    y: tuple[int, ...]
 
 
 class Conv(NamedTuple):
@@ -26,106 +30,156 @@ class Conv(NamedTuple):
     window: tuple[int, ...]
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
+    x_dilation: tuple[int, ...]  # of a transposed convolution
     dilation: tuple[int, ...]
+    groups: int
     x_spec: tuple[int, ...]  # batch, channels, space...
     y_spec: tuple[int, ...]
 
 
-class Use(NamedTuple):
-    """A product with a kernel."""
+class Gather(NamedTuple):
+    """Rows taken from a table: the orders of the indices' axes (blocks, rows) and of y's."""
 
-    view: View
+    x: tuple[int, ...]
+    y: tuple[int, ...]
+    size: int  # of the table
+    clip: bool  # whether indices beyond it are the last one's; else they give no gradient
+
+
+class Use(NamedTuple):
+    """A product with a kernel, whose axes have these meanings, in `gathered`'s order."""
+
     kind: str
-    transposed: bool
-    tagged: bool
-    site: Dense | Conv
+    view: View
+    blocks: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    y_axes: tuple[tuple[int, ...], ...]  # for each axis of y the kernel's axes; () is a row's
+    site: Dense | Conv | Gather
+    tagged: bool = False
 
 
 def _dense_use(eqn: Any, tags: list[Any]) -> Use | None:
-    (contract, batch) = eqn.params["dimension_numbers"]
+    contract, batch = eqn.params["dimension_numbers"]
     side = 0 if isinstance(tags[0], View) else 1
-    view, x = tags[side], eqn.invars[1 - side].aval
-    if isinstance(tags[1 - side], View) or any(len(b) for b in batch):
+    if isinstance(tags[1 - side], View):
         return None
-    mine, theirs = contract[side], contract[1 - side]
-    axes = [view.axes[i] for i in mine]
-    n = len(view.axes)
-    if set(view.axes) != set(range(n)):
-        return None
-    if set(axes) == set(range(n - 1)) and n >= 2:
-        transposed = False
-    elif axes == [1] and n == 2 and len(view.pieces) == 1 and _whole(view, eqn.invars[side], 1):
-        transposed = True
+    kernel, x = eqn.invars[side].aval, eqn.invars[1 - side].aval
+    inputs, blocks = tuple(contract[side]), tuple(batch[side])
+    theirs, their_blocks = tuple(contract[1 - side]), tuple(batch[1 - side])
+    outputs = tuple(i for i in range(kernel.ndim) if i not in (*inputs, *blocks))
+    rows = tuple(i for i in range(x.ndim) if i not in (*theirs, *their_blocks))
+    k, b, r, o = tags[side], len(blocks), len(rows), len(outputs)
+    if side == 1:
+        y = tuple(range(b + r + o))
+        free = ((),) * r + tuple((i,) for i in outputs)
     else:
-        return None
-    order = [theirs[axes.index(a)] for a in range(n) if a in axes]
-    free = [i for i in range(x.ndim) if i not in theirs]
-    output_axis = len(free) if side == 1 else 0
-    site = Dense((*free, *order), math.prod(x.shape[i] for i in order), output_axis)
-    return Use(view, "dense", transposed, False, site)
-
-
-def _whole(view: View, v: Any, axis: int) -> bool:
-    """Whether a view of one piece covers all columns of its array, from the leaf's first."""
-    size = v.aval.shape[view.axes.index(axis)]
-    return view.pieces[0].offset == 0 and view.pieces[0].size == size
+        y = (*range(b), *range(b + o, b + o + r), *range(b, b + o))
+        free = tuple((i,) for i in outputs) + ((),) * r
+    y_axes = (*((i,) for i in blocks), *free)
+    site = Dense((*their_blocks, *rows, *theirs), y)
+    return Use("dense", k, blocks, inputs, outputs, y_axes, site)
 
 
 def _conv_use(eqn: Any, tags: list[Any]) -> Use | None:
-    view, kernel, params = tags[1], eqn.invars[1].aval, eqn.params
-    if not isinstance(view, View) or isinstance(tags[0], View):
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+    if not isinstance(tags[1], View) or isinstance(tags[0], View):
         return None
-    numbers = params["dimension_numbers"]
-    plain = (
-        params["feature_group_count"] == 1
-        and params["batch_group_count"] == 1
-        and all(d == 1 for d in params["lhs_dilation"])
-        and all(p >= 0 for pair in params["padding"] for p in pair)
-    )
-    out, channels, *space = numbers.rhs_spec
-    axes = [view.axes[i] for i in (*space, channels, out)]
-    if not plain or axes != list(range(kernel.ndim)):
+    if params["batch_group_count"] != 1:
         return None
+    kernel = eqn.invars[1].aval.shape
     site = Conv(
-        window=tuple(kernel.shape[i] for i in space),
+        window=tuple(kernel[i] for i in numbers.rhs_spec[2:]),
         strides=tuple(params["window_strides"]),
         padding=tuple(params["padding"]),
+        x_dilation=tuple(params["lhs_dilation"]),
         dilation=tuple(params["rhs_dilation"]),
+        groups=params["feature_group_count"],
         x_spec=tuple(numbers.lhs_spec),
         y_spec=tuple(numbers.out_spec),
     )
-    return Use(view, "conv", False, False, site)
+    return _conv(tags[1], kernel, numbers.rhs_spec, site)
 
 
-def _canonical(
-    view: View, kernel: Any, tagged: bool, padding: Any, strides: Any = None
-) -> Use | None:
-    n = kernel.ndim
-    if view.axes != tuple(range(n)):
+def _conv(view: View, kernel: Sequence[int], spec: Sequence[int], site: Conv) -> Use | None:
+    """A convolution's use; the kernel's axis of outputs is taken as two, of groups and outputs."""
+    out, channels, *space = spec
+    if len(view.pieces) > 1 and (view.axis == out and site.groups > 1):
         return None
-    spec = (0, n - 1, *range(1, n - 1))
-    ones = (1,) * (n - 2)
-    site = Conv(kernel.shape[:-2], strides or ones, tuple(padding), ones, spec, spec)
-    return Use(view, "conv", False, tagged, site)
+
+    def axis(i: int) -> int:
+        return i + (i >= out)
+
+    pieces = []
+    for piece in view.pieces:
+        shape = piece.shape
+        grouped = (site.groups, shape[out] // site.groups)
+        regrouped = reshape(piece, (*shape[:out], *grouped, *shape[out + 1 :]))
+        if regrouped is None:
+            return None
+        pieces.append(regrouped)
+    y_axes: list[tuple[int, ...]] = [()] * len(kernel)
+    y_axes[site.y_spec[1]] = (out, out + 1)
+    view = view._replace(pieces=tuple(pieces), axis=axis(view.axis))
+    inputs = (*map(axis, space), axis(channels))
+    return Use("conv", view, (out,), inputs, (out + 1,), tuple(y_axes), site)
+
+
+def _plain_conv(view: View, kernel: Sequence[int], padding: Any, strides: Any = None) -> Use | None:
+    """The use of a kernel [..., C, K] by a convolution of x [B, ..., C]."""
+    n = len(kernel)
+    spec, ones = (0, n - 1, *range(1, n - 1)), (1,) * (n - 2)
+    window, strides = tuple(kernel[:-2]), tuple(strides or ones)
+    site = Conv(window, strides, tuple(padding), ones, ones, 1, spec, spec)
+    return _conv(view, kernel, (n - 1, n - 2, *range(n - 2)), site)
 
 
 def _canonical_conv_use(eqn: Any, tags: list[Any]) -> Use | None:
     """The convolution of `jdl.models.convolution`: NHWC, HWIO, stride 1."""
     if not isinstance(tags[1], View) or isinstance(tags[0], View):
         return None
-    return _canonical(tags[1], eqn.invars[1].aval, False, eqn.params["padding"])
+    return _plain_conv(tags[1], eqn.invars[1].aval.shape, eqn.params["padding"])
 
 
 def _tag_use(eqn: Any, tags: list[Any]) -> Use | None:
     view, conv = tags[2], eqn.params["conv"]
-    x, kernel = eqn.invars[1].aval, eqn.invars[2].aval
-    if not isinstance(view, View) or view.axes != tuple(range(kernel.ndim)):
+    if not isinstance(view, View):
         return None
+    y, x, kernel = (v.aval for v in eqn.invars[:3])
     if conv is not None:
         strides, padding = conv
-        return _canonical(view, kernel, True, padding, strides)
-    y = eqn.invars[0].aval
-    return Use(view, "dense", False, True, Dense(tuple(range(x.ndim)), x.shape[-1], y.ndim - 1))
+        use = _plain_conv(view, kernel.shape, padding, strides)
+        return use and use._replace(tagged=True)
+    y_axes = ((),) * (y.ndim - 1) + ((1,),)
+    site = Dense(tuple(range(x.ndim)), tuple(range(y.ndim)))
+    return Use("dense", view, (), (0,), (1,), y_axes, site, True)
+
+
+def _gather_use(eqn: Any, tags: list[Any]) -> Use | None:
+    """Rows of a table, chosen along one of its axes."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    table, indices = (v.aval for v in eqn.invars)
+    y = eqn.outvars[0].aval
+    blocks = tuple(numbers.operand_batching_dims)
+    their_blocks = tuple(numbers.start_indices_batching_dims)
+    chosen = tuple(numbers.start_index_map)
+    outputs = tuple(i for i in range(table.ndim) if i not in (*chosen, *blocks))
+    whole = all(sizes[i] == table.shape[i] for i in outputs)
+    if len(chosen) != 1 or tuple(numbers.collapsed_slice_dims) != chosen or not whole:
+        return None
+    if not isinstance(tags[0], View):
+        return None
+    free = [i for i in range(y.ndim) if i not in numbers.offset_dims]
+    rows = tuple(i for i in range(indices.ndim - 1) if i not in their_blocks)
+    y_axes: list[tuple[int, ...]] = [()] * y.ndim
+    for i, j in zip(numbers.offset_dims, outputs, strict=True):
+        y_axes[i] = (j,)
+    for i, j in zip(their_blocks, blocks, strict=True):
+        y_axes[free[i]] = (j,)
+    order = (*(free[i] for i in (*their_blocks, *rows)), *numbers.offset_dims)
+    clip = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
+    site = Gather((*their_blocks, *rows), order, table.shape[chosen[0]], clip)
+    return Use("embed", tags[0], blocks, chosen, outputs, tuple(y_axes), site)
 
 
 USES: dict[str, Callable[[Any, list[Any]], Use | None]] = {
@@ -133,4 +187,49 @@ USES: dict[str, Callable[[Any, list[Any]], Use | None]] = {
     "conv_general_dilated": _conv_use,
     "canonical_conv": _canonical_conv_use,
     "layer_tag": _tag_use,
+    "gather": _gather_use,
 }
+
+
+def gathered(site: Any, x: jax.Array, g: jax.Array, max_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Inputs [blocks..., rows..., inputs...] and output gradients [blocks..., rows..., outputs...].
+
+    Of a `Gather` the first are the indices [blocks..., rows...]. Of more rows of a convolution than
+    `max_rows`, evenly spaced ones are returned.
+    """
+    if isinstance(site, Dense):
+        return x.transpose(site.x), g.transpose(site.y)
+    if isinstance(site, Gather):
+        return x[..., 0].transpose(site.x), g.transpose(site.y)
+    g = g.transpose((site.y_spec[0], *site.y_spec[2:], site.y_spec[1]))
+    x = x.transpose((site.x_spec[0], *site.x_spec[2:], site.x_spec[1]))
+    space = g.shape[1:-1]
+    thin = math.ceil((math.prod(g.shape[:-1]) / max_rows) ** (1 / len(space)))
+    steps = tuple(max(1, min(thin, n)) for n in space)
+    a = _patches(x, site, space, steps)
+    places = tuple(slice(s // 2, None, s) for s in steps)
+    share = math.prod(a.shape[1 : 1 + len(space)]) / math.prod(space)
+    g = g[(slice(None), *places)] * jnp.asarray(share**-0.5, g.dtype)
+    a = a.reshape(*a.shape[: 1 + len(space)], *site.window, site.groups, -1)
+    g = g.reshape(*g.shape[:-1], site.groups, -1)
+    return jnp.moveaxis(a, -2, 0), jnp.moveaxis(g, -2, 0)
+
+
+def _patches(x: jax.Array, site: Conv, space: Sequence[int], thin: Sequence[int]) -> jax.Array:
+    """The patches [B, ..., window · C] behind a convolution's outputs, every `thin`-th of them."""
+    inside = [(*pads, d - 1) for pads, d in zip(site.padding, site.x_dilation, strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *inside, (0, 0, 0)])
+    parts = []
+    for corner in _corners(site.window):
+        places = tuple(
+            slice(c * d + t // 2 * s, c * d + (n - 1) * s + 1, s * t)
+            for c, d, s, n, t in zip(corner, site.dilation, site.strides, space, thin, strict=True)
+        )
+        parts.append(x[(slice(None), *places)])
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _corners(window: Sequence[int]) -> list[tuple[int, ...]]:
+    if not window:
+        return [()]
+    return [(i, *rest) for i in range(window[0]) for rest in _corners(window[1:])]

@@ -6,6 +6,7 @@ import jax
 
 from jdl.core.objective import Objective
 from jdl.core.types import Params
+from jdl.optim.kronecker.factors import Options, init, sides
 from jdl.optim.kronecker.layers import Layers
 from jdl.optim.kronecker.moments import find_layers, find_route
 
@@ -14,15 +15,21 @@ _logged: set[str] = set()
 
 
 def describe(
-    objective: Objective, params: Params, *, max_size: int = 4096, curvature: str = "fisher"
+    objective: Objective,
+    params: Params,
+    *,
+    curvature: str = "fisher",
+    max_size: int = 2048,
+    factors_dtype: str | None = None,
 ) -> str:
-    """Lists parameters with factors, those with a diagonal and why, and how curvature is sampled.
+    """Lists parameters with factors, those with a diagonal and why, and the state's memory.
 
     Args:
       objective: the model, the loss and a batch.
       params: of the model; their shapes are enough.
-      max_size: as for `kfac`.
       curvature: as for `kfac`.
+      max_size: as for `kfac`.
+      factors_dtype: as for `kfac`.
 
     >>> import jax.numpy as jnp
     >>> from jdl.core.objective import Objective
@@ -34,42 +41,60 @@ def describe(
     >>> print(describe(Objective.from_fns(predict, squared_error, batch), params))
     factored: ['w'] with ['b'] (dense, 4×4 and 2×2)
     diagonal: ['scale'] (used by mul)
+    memory: 0.0002 MB of factors and inverses, 5.9 times the parameters
     curvature: fisher, by draws from the loss's output Hessian (diagonal)
     """
-    found = find_layers(objective, params)
-    return "\n".join(_account(found, objective, params, max_size, curvature))
+    options = Options(curvature, max_size=max_size, dtype=factors_dtype)
+    return "\n".join(_account(find_layers(objective, params), objective, params, options))
 
 
-def _account(
-    found: Layers, objective: Objective, params: Params, max_size: int, curvature: str
-) -> list[str]:
+def _account(found: Layers, objective: Objective, params: Params, options: Options) -> list[str]:
     paths = jax.tree_util.tree_leaves_with_path(params)
     names = [jax.tree_util.keystr(path) for path, _ in paths]
 
-    def side(size: int) -> str:
-        return f"{size}×{size}" if size <= max_size else f"diagonal {size}"
+    def side(size: int, shape: tuple[int, ...]) -> str:
+        return f"{size}×{size}" if len(shape) == 3 else f"diagonal {size}"
 
     lines = []
     for i, layer in found.known.items():
-        leaf = paths[i][1]
-        sides = side(leaf.size // leaf.shape[-1] + 1), side(leaf.shape[-1])
+        n, d, k = layer.shape
+        first, last = sides(layer, options)
         joined = "" if layer.bias is None else f" with {names[layer.bias]}"
-        lines.append(f"factored: {names[i]}{joined} ({layer.kind}, {sides[0]} and {sides[1]})")
+        count = f", {n} times" if n > 1 else ""
+        shapes = f"{side(d + 1, first)} and {side(k, last)}{count}"
+        lines.append(f"factored: {names[i]}{joined} ({layer.kind}, {shapes})")
     lines += [f"diagonal: {names[i]} ({why})" for i, why in found.unknown.items()]
     how = "the loss's own gradients"
-    if curvature != "empirical_fisher":
+    if options.curvature != "empirical_fisher":
         route = find_route(objective, params)
-        way = "draws from" if curvature == "fisher" else "every column of"
+        way = "draws from" if options.curvature == "fisher" else "every column of"
         how = f"{way} the loss's output Hessian ({route})"
         if route == "gradient":
             how = "the loss's own gradients, as its output Hessian is neither known nor small"
-    return [*lines, f"curvature: {curvature}, by {how}"]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    state = jax.eval_shape(lambda p: init(p, options, found), params)
+    memory = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return [
+        *lines,
+        f"memory: {memory / 1e6:.4g} MB of factors and inverses, "
+        f"{memory / size:.2g} times the parameters",
+        f"curvature: {options.curvature}, by {how}",
+    ]
 
 
-def log(found: Layers, objective: Objective, params: Params, max_size: int, curvature: str) -> None:
-    """Logs the description once."""
+def log(found: Layers, objective: Objective, params: Params, options: Options) -> None:
+    """Logs the description once; warns where no layer is known."""
+    account = ""
     if _logger.isEnabledFor(logging.INFO):
-        account = "\n".join(_account(found, objective, params, max_size, curvature))
-        if account not in _logged:
-            _logged.add(account)
-            _logger.info("kfac:\n%s", account)
+        account = "\n".join(_account(found, objective, params, options))
+    elif not found.known:
+        account = "; ".join(sorted(set(found.unknown.values())))
+    if account in {"", *_logged}:
+        return
+    _logged.add(account)
+    if not found.known:
+        _logger.warning(
+            "kfac knows none of the parameters' layers and takes all for diagonal: %s", account
+        )
+    else:
+        _logger.info("kfac:\n%s", account)
