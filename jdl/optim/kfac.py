@@ -381,11 +381,12 @@ def _factor_work(
     curvature_batch = objective.num_examples(objective.batch_for_curvature)
     per_slice = curvature_batch / objective.microbatches
     for i, layer in found.known.items():
-        n, d, k = layer.shape
+        first, last = factors.inverses[i]
+        n, d, k = first.shape[0], first.shape[1], last.shape[1]
         rows = layer.rows / per_slice * objective.num_examples(objective.batch)
         forward += rows * d * k
-        squares += rows * sum(math.prod(x.shape[1:]) for x in factors.inverses[i])
-        products += n * d * k * sum(x.shape[1] if x.ndim == 3 else 1 for x in factors.inverses[i])
+        squares += rows * sum(math.prod(x.shape[1:]) for x in (first, last))
+        products += n * d * k * sum(x.shape[1] if x.ndim == 3 else 1 for x in (first, last))
     gradient = max(3 * forward, 1.0)
     return (
         refreshed.astype(jnp.float32) * (objective.curvature_share() * squares / gradient)
