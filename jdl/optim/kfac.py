@@ -77,9 +77,11 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""K-FAC after Martens and Grosse, for any model and any per-example loss.
 
-    `update` needs `value`, `grad` and `objective`. Dense, convolutional and recurrent kernels, with
-    their biases, have Kronecker factors; other parameters use a diagonal approximation.
-    `jdl.optim.kronecker.describe` lists which is which. The reduction ratio compares f with q on
+    `update` needs `value`, `grad` and `objective`. Kernels of dense, convolutional and recurrent
+    layers, attention, experts and embeddings, with their biases and in any layout, have Kronecker
+    factors, one pair for each of stacked ones; other parameters use a diagonal approximation.
+    `jdl.optim.kronecker.describe` lists which is which and the memory; `kfac_for` tells `init` the
+    layers, and `jdl.Estimator` does so by itself. The reduction ratio compares f with q on
     `model_examples` examples:
 
         ρ = 1 + (change of f there − change predicted there) / (change predicted on the whole batch)
@@ -112,8 +114,7 @@ def kfac(
         steps are shortened; > 0, or None for no bound.
       l2_reg: η ≥ 0 of ½η‖θ‖², in gradient and model.
       sharing: of a kernel that is used at several positions of an example: "expand" takes each for
-        an example of its own, "reduce" takes the mean of their inputs and the sum of their
-        gradients, at less cost.
+        an example of its own, "reduce" the mean of their inputs and the sum of their gradients.
       factors_dtype: "bfloat16" or "float32", of factors and inverses in memory; None for the
         parameters' type, at least float32.
       max_size: a kernel's side with more coordinates than this has a diagonal factor, ≥ 1.
@@ -155,6 +156,8 @@ def kfac(
       approximations (2017), section 5: the KL clip.
       George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis
       (2018).
+      Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network
+      architectures (2023): sharing.
     """
     check.one_of("curvature", curvature, moments.CURVATURES)
     check.in_range("damping", damping, 0.0, open_low=True)
@@ -286,6 +289,7 @@ def kfac(
                 # Two tangents pushed forward cost about one pushed forward and pulled back.
                 "gauss_newton_products": share,
                 "factor_work": proposal.factor_work,
+                "left_out": jnp.sum(proposal.factors.left_out),
                 "damping": lam,
                 "reduction_ratio": jnp.where(ctx.active, ratio, jnp.nan),
             },
@@ -397,11 +401,12 @@ def _factor_work(
     curvature_batch = objective.num_examples(objective.batch_for_curvature)
     per_slice = curvature_batch / objective.microbatches
     for i, layer in found.known.items():
-        n, d, k = layer.shape
+        first, last = factors.inverses[i]
+        n, d, k = first.shape[0], first.shape[1], last.shape[1]
         rows = layer.rows / per_slice * objective.num_examples(objective.batch)
         forward += rows * d * k
-        squares += rows * sum(math.prod(x.shape[1:]) for x in factors.inverses[i])
-        products += n * d * k * sum(x.shape[1] if x.ndim == 3 else 1 for x in factors.inverses[i])
+        squares += rows * sum(math.prod(x.shape[1:]) for x in (first, last))
+        products += n * d * k * sum(x.shape[1] if x.ndim == 3 else 1 for x in (first, last))
     gradient = max(3 * forward, 1.0)
     return (
         refreshed.astype(jnp.float32) * (objective.curvature_share() * squares / gradient)
