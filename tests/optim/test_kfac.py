@@ -240,7 +240,7 @@ def test_f_is_tried_where_damping_changes_and_after_a_poor_step():
     assert float(after.diagnostics.values) == float(state.diagnostics.values) + 1
 
 
-@pytest.mark.parametrize("time,share", [(128, 16 / 40), (8, 32 / 40), (4, 1.0)])
+@pytest.mark.parametrize(("time", "share"), [(128, 16 / 40), (8, 32 / 40), (4, 1.0)])
 def test_positions_of_sequences_count_as_examples_of_the_model(time, share):
     batch = {"x": numbers(40, time, 3), "y": numbers(40, time, 2, seed=1)}
     objective = Objective.from_fns(
