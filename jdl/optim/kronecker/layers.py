@@ -51,10 +51,8 @@ class Probing(NamedTuple):
 
     # y, its input, the use and the data of its kernels -> y, whose gradient gives their moments
     mark: Callable[[jax.Array, jax.Array, Use, Sequence[Any]], jax.Array]
-    # A parameter repeated for each example, and its shadow -> the parameter, likewise
-    separate: Callable[[jax.Array, Any, View], jax.Array]
     slice: Callable[[Any, View], Any]  # data, view of an array that a scan runs over -> its slices
-    data: Mapping[int, Any]  # leaf -> its data: probes, or an array of zeros for `separate`
+    data: Mapping[int, Any]  # leaf -> its data: probes, or zeros [B, ...] for one of `separate`
 
 
 def find(predict: Callable[[Params], Any], params: Params, examples: int | None = None) -> Layers:
@@ -276,8 +274,9 @@ class _Walk:
         if name == "mul" and len(views) == 1 and tags[1 - views[0]] is None:
             (i,) = views
             if self.axis_of_examples(tags[i]) is None and len(tags[i].pieces) == 1:
-                by = jax.lax.stop_gradient(inputs[1 - i])
-                shadow = tuple(d * jnp.square(by.astype(d.dtype)) for d in _shadows(data[i]))
+                by = jnp.broadcast_to(inputs[1 - i], eqn.outvars[0].aval.shape)
+                by = jax.lax.stop_gradient(by)
+                shadow = tuple(d * by.astype(d.dtype)[None] for d in _shadows(data[i]))
                 return bind(eqn, inputs), [tags[i]._replace(scaled=True)], [shadow or data[i]]
         inputs = list(inputs)
         for i, tag in enumerate(tags):
@@ -293,9 +292,9 @@ class _Walk:
         for i, tag in enumerate(tags):
             if isinstance(tag, View):
                 tags[i] = broadcast(tag, shape)
-                if _shadows(data[i]):
+                for x in _shadows(data[i]):
                     inputs[i] = jnp.broadcast_to(inputs[i], shape)
-                    data[i] = tuple(jnp.broadcast_to(x, shape) for x in data[i])
+                    data[i] = (x.reshape(-1, *(x.shape[1:] or (1,) * len(shape))),)
         return inputs, tags, data
 
     def layout(self, site: Site, inputs: list[Any], tag: View | Output, data: Any) -> Any:
@@ -309,8 +308,15 @@ class _Walk:
             return None
         kept = [tuple(data[_index(tag, p)] for p in v.pieces) for v in views]
         for shadow in _shadows(data):
-            same = site.name == "convert_element_type"
-            kept = [(x,) for x in ([shadow] if same else bind(site.eqn, [shadow]))]
+            if site.name == "convert_element_type":
+                kept = [(shadow,)]
+            elif site.name == "broadcast_in_dim":
+                places = (0, *(i + 1 for i in site.eqn.params["broadcast_dimensions"]))
+                full = range(len(site.eqn.outvars[0].aval.shape) + 1)
+                kept = [(jnp.expand_dims(shadow, [i for i in full if i not in places]),)]
+            else:
+                wide = jnp.broadcast_to(shadow, (shadow.shape[0], *inputs[0].shape))
+                kept = [(x,) for x in jax.vmap(lambda x: bind(site.eqn, [x]))(wide)]
         return bind(site.eqn, inputs), views, kept
 
     def use(self, site: Site, inputs: list[Any], tags: list[Any], data: list[Any]) -> Any:
@@ -376,11 +382,15 @@ class _Walk:
         return None
 
     def separate(self, x: jax.Array, tag: Any, data: Any) -> jax.Array:
-        """A parameter repeated for each example, marked."""
-        shadows = _shadows(data)
-        if self.probing is None or not shadows:
-            return x
-        return self.probing.separate(x, shadows[0], tag)
+        """A parameter repeated for each example, plus its zeros: their gradient is each example's.
+
+        The zeros' first axis are the examples; the others are the parameter's, or of size 1.
+        """
+        axis = self.axis_of_examples(tag)
+        for zeros in _shadows(data) if axis is not None else ():
+            one = jax.lax.index_in_dim(zeros, 0, axis + 1, keepdims=False)
+            x = x + jnp.broadcast_to(jnp.moveaxis(one, 0, axis), x.shape).astype(x.dtype)
+        return x
 
 
 def _index(view: View, piece: Any) -> int:
@@ -388,7 +398,7 @@ def _index(view: View, piece: Any) -> int:
 
 
 def _shadows(data: Any) -> list[jax.Array]:
-    """The data of parameters outside layers."""
+    """The zeros of parameters outside layers."""
     return [x for x in data or () if isinstance(x, jax.Array)]
 
 

@@ -45,8 +45,8 @@ class Bases(NamedTuple):
     last: jax.Array
 
 
-# For each leaf: a kernel's probe for each of its ways, or zeros of the shape of a leaf of
-# `Layers.separate`, whose "gradient" is the sum of squares over examples.
+# For each leaf: a kernel's probe for each of its ways, or for a leaf of `Layers.separate` zeros
+# [B, ...], whose gradient is the leaf's for each example.
 Probes: TypeAlias = Mapping[int, Any]
 
 
@@ -120,7 +120,7 @@ def probed(
     return walk(
         predict,
         params,
-        probing=Probing(mark, _separate(examples), _slices(layers), known),
+        probing=Probing(mark, _slices(layers), known),
         examples=examples,
     )
 
@@ -308,36 +308,12 @@ def _in_basis(t: jax.Array, basis: jax.Array, count: int) -> jax.Array:
     return t @ basis if basis.ndim == count + 2 else t
 
 
-def _separate(examples: int | None) -> Callable[[jax.Array, Any, View], jax.Array]:
-    """Marks a parameter repeated for examples: its shadow's "gradient" is their sum of squares."""
-
-    def separate(x: jax.Array, shadow: Any, view: View) -> jax.Array:
-        repeated = [i for i, axis in enumerate(view.pieces[0].axes) if all(s == 0 for _, s in axis)]
-        axis = next((i for i in repeated if x.shape[i] == examples), None)
-        positions = tuple(i for i in repeated if i != axis)
-        copies = math.prod(x.shape[i] for i in repeated)
-
-        @jax.custom_vjp
-        def identity(x: Any, shadow: Any) -> Any:
-            return x
-
-        def backward(kept: Any, g: Any) -> Any:
-            each = jnp.square(jnp.sum(g.astype(shadow.dtype), axis=positions, keepdims=True))
-            total = jnp.sum(each, axis=() if axis is None else axis, keepdims=True)
-            return g, jnp.broadcast_to(total / copies, g.shape)
-
-        identity.defvjp(lambda x, shadow: (x, None), backward)
-        return identity(x, shadow)
-
-    return separate
-
-
 def _slices(layers: Layers) -> Callable[[Any, View], Any]:
     """How a scan over stacked kernels slices their data: along the stack's axis of blocks."""
 
     def one(data: Any, piece: Piece) -> Any:
         if not isinstance(data, _Data):
-            return data  # zeros of the leaf's layout are sliced as the leaf is
+            return jnp.moveaxis(data, 1, 0)  # zeros [B, ...], sliced as the leaf is
         form = layers.known[piece.leaf].form
         size, stride = piece.stacked[-1]
         strides, rest = [], 1

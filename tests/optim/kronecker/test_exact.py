@@ -176,6 +176,33 @@ CASES = {
         HEADS,
         "",
     ),
+    "a scale and a shift used twice": (
+        lambda p, x: (
+            (x * p["s"][None] + p["b"][None]) + 2 * (x[:, ::-1] * p["s"][None] + p["b"][None])
+        ),
+        {"s": (3,), "b": (3,)},
+        X,
+        "",
+    ),
+    "a scale and a shift at each step of a scan": (
+        lambda p, x: jax.lax.scan(
+            lambda h, x: (0.5 * h + x * p["s"][None] + p["b"][None], h),
+            0 * x[:, 0],
+            x.swapaxes(0, 1),
+        )[0],
+        {"s": (3,), "b": (3,)},
+        HEADS,
+        "",
+    ),
+    "scales and shifts of a stack": (
+        lambda p, x: jax.lax.scan(
+            lambda h, sb: (h + x * sb[0][None] + 2 * sb[1][None], None), x, (p["s"], p["b"])
+        )[0],
+        {"s": (2, 3), "b": (2, 3)},
+        X,
+        "",
+    ),
+    "a scalar": (lambda p, x: x * p["s"], {"s": ()}, X, ""),
     "a scale of statistics": (
         lambda p, x: x * (np.array([1.0, 2.0, 0.5]) * p["s"])[None],
         {"s": (3,)},
