@@ -22,11 +22,17 @@ CURVATURES = ("fisher", "empirical_fisher", "gauss_newton")
 def find_layers(objective: Objective, params: Params) -> Layers:
     """The layers of the objective's model, by tracing it."""
     batch = _slice_of(objective)
-    return layers.find(
-        lambda p: objective.apply(p, batch, objective.key)[0],
-        params,
-        examples=objective.num_examples(batch),
-    )
+
+    def predict(params: Params, batch: Batch) -> Outputs:
+        return objective.apply(params, batch, objective.key)[0]
+
+    double = lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype)  # noqa: E731
+    try:
+        twice = jax.make_jaxpr(predict)(params, jax.tree.map(double, batch))
+    except Exception:  # whatever a model written for one size of batch raises
+        twice = None
+    examples = objective.num_examples(batch)
+    return layers.find(lambda p: predict(p, batch), params, examples=examples, twice=twice)
 
 
 def find_route(objective: Objective, params: Params) -> str:

@@ -77,7 +77,7 @@ def probed(
       layers: from `layers.find`.
       probes: of zeros.
       bases: for the probes that have `squares`.
-      weights: float[B], the mask, for the first axis of rows of that size.
+      weights: float[B], the mask.
       examples: B; needed for `Layers.separate` and `sharing="reduce"`.
       max_rows: of more patches of a convolution than this, evenly spaced ones are used.
       sharing: "expand" takes each position of an example as a row; "reduce" takes the mean of its
@@ -120,6 +120,7 @@ def probed(
     return walk(
         predict,
         params,
+        axes=layers.axes,
         probing=Probing(mark, _slices(layers), known),
         examples=examples,
     )
@@ -167,8 +168,13 @@ def _moments(
     hot, n = isinstance(use.site, Gather), len(use.blocks)
     reduce = sharing == "reduce" and not hot
     x, g = gathered(use.site, x, g, max(max_rows, g.size) if reduce else max_rows)
+    axis = use.place_of_examples()
+    if axis is not None and examples is not None and g.shape[n + axis] != examples:
+        # Examples × positions, the examples being the more significant.
+        x, g = (
+            t.reshape(*t.shape[: n + axis], examples, -1, *t.shape[n + axis + 1 :]) for t in (x, g)
+        )
     lead = g.shape[n : g.ndim - len(use.outputs)]
-    axis = next((i for i, size in enumerate(lead) if size == examples), None)
     reduce = reduce and axis is not None
     each = jnp.ones(lead[axis] if reduce else math.prod(lead))
     if weights is not None and axis is not None:

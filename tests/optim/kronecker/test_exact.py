@@ -202,6 +202,24 @@ CASES = {
         X,
         "",
     ),
+    "as many positions as examples, time first": (
+        lambda p, x: (x.swapaxes(0, 1) * p["s"][None, None] + p["t"][:, None]).swapaxes(0, 1),
+        {"s": (3,), "t": (4, 3)},
+        numbers(4, 4, 3),
+        "",
+    ),
+    "a scale of as many positions as examples": (
+        lambda p, x: x[:, :, None] + (numbers(4, 3) * p["s"][None])[None],
+        {"s": (3,)},
+        numbers(4, 4),
+        "",
+    ),
+    "a scale of flattened positions": (
+        lambda p, x: (x.reshape(-1, 3) * p["s"][None]).reshape(x.shape) + x,
+        {"s": (3,)},
+        HEADS,
+        "",
+    ),
     "a scalar": (lambda p, x: x * p["s"], {"s": ()}, X, ""),
     "a scale of statistics": (
         lambda p, x: x * (np.array([1.0, 2.0, 0.5]) * p["s"])[None],
