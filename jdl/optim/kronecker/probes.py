@@ -319,7 +319,7 @@ def _slices(layers: Layers) -> Callable[[Any, View], Any]:
 
     def one(data: Any, piece: Piece) -> Any:
         if not isinstance(data, _Data):
-            return jnp.moveaxis(data, 1, 0)  # zeros [B, ...], sliced as the leaf is
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), data)  # zeros [B, ...]
         form = layers.known[piece.leaf].form
         size, stride = piece.stacked[-1]
         strides, rest = [], 1
