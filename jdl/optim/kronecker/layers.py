@@ -373,7 +373,7 @@ class _Walk:
                 return i
         return None
 
-    def separate(self, x: jax.Array, tag: Any, data: Any) -> jax.Array:
+    def separate(self, x: Any, tag: Any, data: Any) -> Any:
         """A parameter repeated for each example, marked."""
         shadows = _shadows(data)
         if self.probing is None or not shadows:
