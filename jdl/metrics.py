@@ -103,7 +103,10 @@ def sum_squared_error(
     >>> sum_squared_error(jnp.ones((1, 2)), {"label": jnp.array([[0.0, 3.0]])}).tolist()
     [5.0]
     """
-    difference = outputs.astype(jnp.float32) - batch[target].astype(jnp.float32)
+    targets = batch[target]
+    must = f"of the shape of batch[{target!r}], {targets.shape}"
+    check.argument(outputs.shape == targets.shape, "outputs", must, outputs.shape)
+    difference = outputs.astype(jnp.float32) - targets.astype(jnp.float32)
     return jnp.sum(jnp.square(difference).reshape(difference.shape[0], -1), axis=1)
 
 

@@ -6,6 +6,7 @@ import pytest
 from sklearn import metrics as sk
 
 from jdl import metrics
+from jdl.core import check
 
 
 @pytest.fixture
@@ -55,3 +56,8 @@ def test_scores_of_each_class(case):
     np.testing.assert_allclose(found.recall, recall)
     np.testing.assert_allclose(found.f1, f1)
     np.testing.assert_array_equal(found.examples, count)
+
+
+def test_squared_errors_of_other_shapes_are_refused():
+    with pytest.raises(check.ArgumentError, match=r"`outputs` must be of the shape of .* \(3,\)"):
+        metrics.sum_squared_error(jnp.zeros((3, 1)), {"label": jnp.zeros(3)})

@@ -48,6 +48,8 @@ class Diagnostics(NamedTuple):
       gauss_newton_products: Gauss-Newton products, in units of the full batch.
       factor_work: K-FAC's multiplications on Kronecker factors (moments, inverses, products), per
         those of a gradient of the full batch; 0 for methods without.
+      left_out: K-FAC's estimates of a parameter's curvature that were not finite and did not enter
+        its factors, int32; 0 for methods without.
     """
 
     iterations: jax.Array
@@ -63,11 +65,12 @@ class Diagnostics(NamedTuple):
     hessian_products: jax.Array
     gauss_newton_products: jax.Array
     factor_work: jax.Array
+    left_out: jax.Array
 
 
 def init(damping: Number = 0.0) -> Diagnostics:
     """The diagnostics of a state before its first update."""
-    counts = ("iterations", "evaluations", "linear_iterations", "termination")
+    counts = ("iterations", "evaluations", "linear_iterations", "termination", "left_out")
     first = {"damping": damping, "reduction_ratio": jnp.nan}
 
     def leaf(name: str) -> jax.Array:
@@ -86,6 +89,7 @@ def advance(
     damping: Number = 0.0,
     reduction_ratio: Number = jnp.nan,
     reused: jax.Array | bool = False,
+    left_out: Number = 0,
     **work: Number,
 ) -> Diagnostics:
     """The diagnostics after one more update.
@@ -98,6 +102,7 @@ def advance(
       damping: λ used.
       reduction_ratio: ρ of the step.
       reused: whether the gradient passed in cost nothing, since the last update computed it.
+      left_out: estimates left out in all updates so far.
       **work: the update's own evaluations, in units of the full batch, by the names of `COSTS`
         (`gradients` besides the one passed in), and `factor_work`.
 
@@ -125,6 +130,7 @@ def advance(
         linear_iterations=last.linear_iterations + jnp.asarray(linear_iterations, jnp.int32),
         termination=jnp.asarray(termination, jnp.int32),
         factor_work=factor_work,
+        left_out=jnp.asarray(left_out, jnp.int32),
         **counts,
     )
 

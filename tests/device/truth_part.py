@@ -218,10 +218,9 @@ def kronecker_factors(results):
         @jax.jit
         def second_moments(objective, params):
             found = find_layers(objective, params)
-            state, key = factors.init(params), jax.random.key(0)
-            gradients = "empirical_fisher"  # the loss's own: float64 would draw other targets
-            args = objective, params, found, state, key, gradients
-            return factors.refresh_moments(*args).moments
+            options = factors.Options("empirical_fisher")  # float64 would draw other targets
+            state, key = factors.init(params, options, found), jax.random.key(0)
+            return factors.refresh_moments(objective, params, found, state, key, options).moments
 
         return second_moments(objective, params)
 

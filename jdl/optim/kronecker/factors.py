@@ -129,14 +129,14 @@ def init(params: Params, options: Options, found: Layers | None = None) -> Krone
         return jnp.zeros(x.shape, dtype_of(x)) if x.ndim < 2 or i not in found.known else ()
 
     numbers = range(len(leaves))
-    none = jnp.zeros(len(leaves), jnp.int32)
     return Kronecker(
         moments=tuple(pair(i, 0.0) for i in numbers),
         inverses=tuple(pair(i, 1.0) for i in numbers),
         squares=tuple(squares(i) for i in numbers),
         diagonals=tuple(diagonal(i) for i in numbers),
-        refreshes=none,
-        left_out=none,
+        # Two arrays: a state whose fields share a buffer cannot be donated.
+        refreshes=jnp.zeros(len(leaves), jnp.int32),
+        left_out=jnp.zeros(len(leaves), jnp.int32),
         inverted=jnp.ones(len(leaves), jnp.float32),
     )
 

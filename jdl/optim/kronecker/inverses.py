@@ -135,7 +135,7 @@ def assignment(costs: Sequence[int], count: int) -> list[int]:
     """The device for each matrix, the costliest first, each to the device with the least work.
 
     >>> assignment([2, 10, 9, 3], 2)
-    [1, 0, 1, 0]
+    [0, 0, 1, 1]
     """
     load = [0] * count
     chosen = [0] * len(costs)

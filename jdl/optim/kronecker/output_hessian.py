@@ -234,39 +234,31 @@ def _tried(loss: Loss, examples: list[tuple[Outputs, Batch, Outputs]]) -> list[s
         """For each head: finite, not all 0, and whether routes like `kind` are right."""
         probe = jax.tree.map(_ramp if kind == "softmax" else jnp.ones_like, z)
         found = zip(*map(jax.tree.leaves, (z, v)), *products(z, targets, v, probe), strict=True)
-        rows = [
-            [jnp.all(jnp.isfinite(hv)), jnp.any(hv != 0)]
-            + [_close(hv, guess) for guess in _guesses(kind, z, v, of_probe)]
-            for z, v, hv, of_probe in found
-        ]
-        return jnp.stack([jnp.stack(row) for row in rows])
+        rows = []
+        for z, v, hv, of_probe in found:
+            right = [_close(hv, guess) for guess in _guesses(kind, z, v, of_probe)]
+            rows.append(jnp.stack([jnp.all(jnp.isfinite(hv)), jnp.any(hv != 0), *right]))
+        return jnp.stack(rows)
 
     @jax.jit
     def uncoupled(z: Outputs, targets: Batch, v: Outputs) -> jax.Array:
         heads, _ = _heads(", ".join(["dense"] * len(leaves)), loss, z, targets)
         own = [_product(head, v) for head, v in zip(heads, jax.tree.leaves(v), strict=True)]
-        return jnp.stack(
-            [_close(*each) for each in zip(own, *products(z, targets, v), strict=True)]
-        )
+        return jnp.stack([*map(_close, own, *products(z, targets, v))])
 
-    found = np.stack([verdict("softmax", *each) for each in examples])
-    valid = found[..., 0].all(axis=1)
-    if not valid.any():
-        return None
-    live = found[valid, :, 1].any(axis=0)
     kinds: dict[int, str] = {}
-    for tried in (("softmax", "softmax with z-loss"), ("diagonal",)):
-        if tried == ("diagonal",):
-            if len(kinds) == len(leaves):
-                break
-            found = np.stack([verdict("diagonal", *each) for each in examples])
-        right = found[valid, :, 2:].all(axis=0)
-        for i, j in np.argwhere(right & live.reshape(-1, 1)).tolist():
-            kinds.setdefault(i, tried[j])
-    if len(kinds) < len(leaves) > 1:
-        apart = np.stack([uncoupled(*each) for each in examples])
-        if not apart[valid].all():
-            return None
+    for routes in (("softmax", "softmax with z-loss"), ("diagonal",)):
+        if len(kinds) < len(leaves):
+            found = np.stack([verdict(routes[0], *each) for each in examples])
+            valid = np.flatnonzero(found[..., 0].all(axis=1))  # others' integers are no targets
+            if not len(valid):
+                return None
+            examples, found = [examples[i] for i in valid], found[valid]
+            right = found[..., 2:].all(axis=0) & found[..., 1:2].any(axis=0)
+            for i, j in np.argwhere(right).tolist():
+                kinds.setdefault(i, routes[j])
+    if len(kinds) < len(leaves) > 1 and not all(np.all(uncoupled(*each)) for each in examples):
+        return None
     return [kinds.get(i) or _fallback([z]) for i, z in enumerate(leaves)]
 
 

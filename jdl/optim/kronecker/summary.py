@@ -24,6 +24,8 @@ def describe(
 ) -> str:
     """Lists parameters with factors, those with a diagonal and why, and the state's memory.
 
+    A diagonal is exact where the uses of the parameter tell examples apart, else estimated.
+
     Args:
       objective: the model, the loss and a batch.
       params: of the model; their shapes are enough.
@@ -40,8 +42,8 @@ def describe(
     ...     return (b["x"] @ p["w"] + p["b"][None]) * p["scale"][None]
     >>> print(describe(Objective.from_fns(predict, squared_error, batch), params))
     factored: ['w'] with ['b'] (dense, 4×4 and 2×2)
-    diagonal: ['scale'] (used by mul)
-    memory: 0.0002 MB of factors and inverses, 5.9 times the parameters
+    diagonal, exact: ['scale'] (used by mul)
+    memory: 0.000212 MB of factors and inverses, 5.3 times the parameters
     curvature: fisher, by draws from the loss's output Hessian (diagonal)
     """
     options = Options(curvature, max_size=max_size, dtype=factors_dtype)
@@ -63,7 +65,9 @@ def _account(found: Layers, objective: Objective, params: Params, options: Optio
         count = f", {n} times" if n > 1 else ""
         shapes = f"{side(d + 1, first)} and {side(k, last)}{count}"
         lines.append(f"factored: {names[i]}{joined} ({layer.kind}, {shapes})")
-    lines += [f"diagonal: {names[i]} ({why})" for i, why in found.unknown.items()]
+    for i, why in found.unknown.items():
+        exact = ", exact" if i in found.separate else ""
+        lines.append(f"diagonal{exact}: {names[i]} ({why})")
     how = "the loss's own gradients"
     if options.curvature != "empirical_fisher":
         route = find_route(objective, params)
@@ -76,7 +80,7 @@ def _account(found: Layers, objective: Objective, params: Params, options: Optio
     memory = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     return [
         *lines,
-        f"memory: {memory / 1e6:.4g} MB of factors and inverses, "
+        f"memory: {memory / 1e6:.3g} MB of factors and inverses, "
         f"{memory / size:.2g} times the parameters",
         f"curvature: {options.curvature}, by {how}",
     ]
