@@ -86,7 +86,8 @@ def kfac(
 
         ρ = 1 + (change of f there − change predicted there) / (change predicted on the whole batch)
 
-    A step with ρ ≤ 0 is halved; after `max_backtracks` halvings none is taken.
+    It is evaluated in the steps that change λ, and in all steps while its last value was below ½. A
+    step with ρ ≤ 0 is halved; after `max_backtracks` halvings none is taken.
 
     Memory for a kernel of D inputs and K outputs: two matrices of each of D + 1 and K, and five
     gradients.
@@ -106,8 +107,9 @@ def kfac(
       inverses_every: steps from one inversion to the next at most, ≥ 1; they are also inverted when
         λ has changed by more than a factor of 4.
       factors_decay: decay of the factors' running mean, in [0, 1).
-      model_examples: examples for q, ≥ 1; all of them where the batch has fewer. With too few, a
-        step fits those examples alone, which ρ does not show.
+      model_examples: examples for q, ≥ 1; all of them where the batch has fewer. Where outputs are
+        [B, T, K], a sequence counts as min(T, 16) of them. With too few, a step fits those alone,
+        which ρ does not show.
       kl_clip: bound on ½⟨δ, B δ⟩, the predictions' change in nats per example, to which longer
         steps are shortened; > 0, or None for no bound.
       l2_reg: η ≥ 0 of ½η‖θ‖², in gradient and model.
@@ -194,7 +196,7 @@ def kfac(
         if l2_reg:
             gradient = tree.add_scaled(ctx.updates, l2_reg, ctx.params)
         natural = kronecker.apply(found, factors, gradient, lam)
-        subset = quadratic.subset(objective, model_examples)
+        subset = quadratic.subset(objective, _examples(objective, ctx.params, model_examples))
         vectors = (natural, state.direction)
         model = quadratic.quadratic(subset, ctx.params, vectors)
         matrix = model.curvature.astype(ctx.dtype)
@@ -253,11 +255,16 @@ def kfac(
             w = scale * proposal.weights
             return tree.add_scaled(tree.scale(w[0], proposal.natural), w[1], state.direction)
 
+        # ρ is needed where λ changes, and to see whether a poor model is still poor.
+        last = state.diagnostics.reduction_ratio.astype(ctx.dtype)
+        measured = (k % damping_every == damping_every - 1) | ~(last > 0.5)
+
         def ratio_of(scale: jax.Array) -> jax.Array:
             return _reduction_ratio(ctx, proposal, scale, step_of(scale), l2_reg)
 
-        tries, scale, last_ratio, ratio = _halved(ctx, ratio_of, max_backtracks)
-        moved = (last_ratio > 0) & ctx.active
+        known = jnp.where(measured, -jnp.inf, last)
+        tries, scale, last_ratio, ratio = _halved(ctx, ratio_of, known, max_backtracks)
+        moved = (last_ratio > 0) & ctx.active & jnp.isfinite(proposal.weights @ proposal.slopes)
         step = tree.where(moved, step_of(scale), jax.tree.map(jnp.zeros_like, ctx.params))
         factor = damping_decrease**damping_every
         next_damping = update_damping(
@@ -334,6 +341,14 @@ class _Proposal(NamedTuple):
     weights: jax.Array  # the step's components: −α and μ
 
 
+def _examples(objective: Objective, params: Params, size: int) -> int:
+    """How many examples to take so that they, or the positions of their sequences, are `size`."""
+    batch = objective.batch
+    outputs = jax.eval_shape(lambda p: objective.apply(p, batch, objective.key)[0], params)
+    positions = max(x.shape[1] if x.ndim == 3 else 1 for x in jax.tree.leaves(outputs))
+    return -(-size // max(1, min(16, positions)))
+
+
 def _reduction_ratio(
     ctx: UpdateContext, proposal: _Proposal, scale: jax.Array, step: PyTree, l2_reg: float
 ) -> jax.Array:
@@ -349,9 +364,15 @@ def _reduction_ratio(
 
 
 def _halved(
-    ctx: UpdateContext, ratio_of: Callable[[jax.Array], jax.Array], max_backtracks: int
+    ctx: UpdateContext,
+    ratio_of: Callable[[jax.Array], jax.Array],
+    known: jax.Array,
+    max_backtracks: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Halves a step until ρ > 0: the tries, the scale, its ρ, and ρ of the whole step."""
+    """Halves a step until ρ > 0: the tries, the scale, its ρ, and ρ of the whole step.
+
+    None is tried where ρ > 0 is known.
+    """
 
     def going(carry: Any) -> jax.Array:
         tries, _, ratio, _ = carry
@@ -363,8 +384,7 @@ def _halved(
         ratio = ratio_of(scale)
         return tries + 1, scale, ratio, jnp.where(tries == 0, ratio, first_ratio)
 
-    unknown = jnp.asarray(-jnp.inf, ctx.dtype)
-    start = (jnp.zeros((), jnp.int32), jnp.ones((), ctx.dtype), unknown, unknown)
+    start = (jnp.zeros((), jnp.int32), jnp.ones((), ctx.dtype), known, known)
     tries, scale, ratio, first_ratio = jax.lax.while_loop(going, halved, start)
     return tries, scale, ratio, first_ratio
 

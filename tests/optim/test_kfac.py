@@ -226,6 +226,30 @@ def test_a_model_that_lies_is_halved_and_damped():
     assert values[-1] < 0.5 * values[0]
 
 
+def test_f_is_tried_where_damping_changes_and_after_a_poor_step():
+    objective, params = problem(loss=functools.partial(losses.squared_error, target="y"))
+    step, state, tried = stepping(made(damping=1.0)), made(damping=1.0).init(params), []
+    for _ in range(12):
+        before = float(state.diagnostics.values)
+        params, state, _ = step(params, state, objective)
+        tried.append(float(state.diagnostics.values) - before)
+        assert float(state.diagnostics.reduction_ratio) > 0.5
+    assert tried == [1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    low = state.diagnostics._replace(reduction_ratio=jnp.float32(0.4))
+    _, after, _ = step(params, state._replace(diagnostics=low), objective)
+    assert float(after.diagnostics.values) == float(state.diagnostics.values) + 1
+
+
+@pytest.mark.parametrize(("time", "share"), [(128, 16 / 40), (8, 32 / 40), (4, 1.0)])
+def test_positions_of_sequences_count_as_examples_of_the_model(time, share):
+    batch = {"x": numbers(40, time, 3), "y": numbers(40, time, 2, seed=1)}
+    objective = Objective.from_fns(
+        lambda p, b: b["x"] @ p, squares, jax.tree.map(jnp.asarray, batch)
+    )
+    _, state, _ = run(made(), objective, jnp.zeros((3, 2)), 1)
+    assert float(state.diagnostics.gauss_newton_products) == pytest.approx(share)
+
+
 @pytest.mark.slow
 def test_what_is_not_finite_never_enters_the_factors():
     objective, params = problem()

@@ -27,7 +27,8 @@ class Place(NamedTuple):
     start: int
     size: int
     flipped: bool
-    source: tuple[int, int]  # the view's axis and its factor; (-1, i) for the i-th scan's
+    # The view's axis and its factor; (-1, i) for the i-th scan's, (-2, stride) for a fixed index.
+    source: tuple[int, int]
 
 
 class Layer(NamedTuple):
@@ -71,6 +72,7 @@ def places(use: Use, piece: Piece, shape: Sequence[int]) -> tuple[Place, ...] | 
     None where an element of the leaf is repeated or only every second one is used. Of a leaf of
     three axes or more, a first axis that is free in a product, before the inputs and other outputs,
     has the role "f": of an ensemble with the same inputs it is a block's, of heads an output's.
+    An axis of the leaf of which the view has one index is a block's, as if a scan had sliced it.
     """
     roles = dict.fromkeys(use.blocks, "b") | dict.fromkeys(use.inputs, "i")
     found = []
@@ -90,6 +92,15 @@ def places(use: Use, piece: Piece, shape: Sequence[int]) -> tuple[Place, ...] | 
         start, rest = divmod(rest, stride)
         if start + size > above // stride:
             return None
+        for outer in (math.prod(shape[i:]) for i in range(1, len(shape))):
+            n = outer // stride
+            if (
+                stride < outer < above
+                and outer % stride == 0
+                and start // n * n + n >= start + size
+            ):
+                out.append(Place("s", above // outer, start // n, 1, False, (-2, outer)))
+                above, start = outer, start % n
         if above > stride or role == "s":
             out.append(Place(role, above // stride, start, size, flipped, source))
         above = stride

@@ -78,7 +78,9 @@ def find(predict: Callable[[Params], Any], params: Params, examples: int | None 
     owners: dict[int, int] = {kernel: bias for bias, kernel in found.tagged_biases.items()}
     for bias, where in found.joins.items():
         owner, *others = set(where.values())
-        if not others and owner is not None and bias not in found.unrecognized:
+        if others or owner is None or bias in found.unrecognized:
+            continue
+        if len(where) == len(found.uses[owner]):
             owners.setdefault(owner, bias)
     for i in range(len(jax.tree.leaves(params))):
         uses = list(found.uses.get(i, {}).values())
@@ -373,7 +375,7 @@ class _Walk:
                 return i
         return None
 
-    def separate(self, x: jax.Array, tag: Any, data: Any) -> jax.Array:
+    def separate(self, x: Any, tag: Any, data: Any) -> Any:
         """A parameter repeated for each example, marked."""
         shadows = _shadows(data)
         if self.probing is None or not shadows:

@@ -180,6 +180,13 @@ def _moments(
         # A block of an ensemble with the same inputs is among the outputs.
         lifted = [p for p in part.found if p.role == "b" and p.source[0] in use.outputs]
         own = [p for p in part.found if p.role == "b" and p.source[0] >= 0]
+        index = tuple(
+            p.start if p.source[0] == -2 else slice(None)
+            for p in part.found
+            if p.role == "b" and p.source[0] != -1
+        )
+        nothing = jax.tree.map(jnp.zeros_like, mine)
+        mine, bases = jax.tree.map(lambda x: x[index], (mine, bases))
 
         def spread(t: jax.Array) -> jax.Array:
             for p in lifted:
@@ -213,7 +220,7 @@ def _moments(
         ones = jnp.ones([part.piece.shape[k] for k in use.blocks], dtype)
         ones = spread(blocks.arranged(ones, 0, use.blocks, part.piece, part.found)[0])
         new = new._replace(rows=ones * jnp.sum(weights))
-        nothing = jax.tree.map(jnp.zeros_like, mine)
+        new = jax.tree.map(lambda z, x: z.at[index].set(x), nothing[part.way], new)
         return tuple(new if i == part.way else z for i, z in enumerate(nothing))
 
     return [moments(*args) for args in zip(parts, probes, bases, strict=True)]

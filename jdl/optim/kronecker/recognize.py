@@ -42,6 +42,7 @@ class Gather(NamedTuple):
 
     x: tuple[int, ...]
     y: tuple[int, ...]
+    column: int  # of the index, whose last axis may have zeros for the table's other axes
     size: int  # of the table
     clip: bool  # whether indices beyond it are the last one's; else they give no gradient
 
@@ -155,6 +156,9 @@ def _tag_use(eqn: Any, tags: list[Any]) -> Use | None:
     return Use("dense", view, (), (0,), (1,), y_axes, site, True)
 
 
+_CLIPPED = (jax.lax.GatherScatterMode.CLIP, jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+
 def _gather_use(eqn: Any, tags: list[Any]) -> Use | None:
     """Rows of a table, chosen along one of its axes."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
@@ -162,23 +166,29 @@ def _gather_use(eqn: Any, tags: list[Any]) -> Use | None:
     y = eqn.outvars[0].aval
     blocks = tuple(numbers.operand_batching_dims)
     their_blocks = tuple(numbers.start_indices_batching_dims)
-    chosen = tuple(numbers.start_index_map)
+    indexed, clip = tuple(numbers.start_index_map), eqn.params["mode"] in _CLIPPED
+    chosen = tuple(i for i in indexed if sizes[i] != table.shape[i] or len(indexed) == 1)
     outputs = tuple(i for i in range(table.ndim) if i not in (*chosen, *blocks))
     whole = all(sizes[i] == table.shape[i] for i in outputs)
-    if len(chosen) != 1 or tuple(numbers.collapsed_slice_dims) != chosen or not whole:
+    # Clipped, an index of a whole axis is 0: a slice of one row, say, for each example.
+    if len(chosen) != 1 or sizes[chosen[0]] != 1 or not whole or not (clip or indexed == chosen):
         return None
     if not isinstance(tags[0], View):
         return None
     free = [i for i in range(y.ndim) if i not in numbers.offset_dims]
     rows = tuple(i for i in range(indices.ndim - 1) if i not in their_blocks)
+    gone = (*numbers.collapsed_slice_dims, *blocks)
+    kept = zip(numbers.offset_dims, (i for i in range(table.ndim) if i not in gone), strict=True)
+    place = {j: i for i, j in kept}
     y_axes: list[tuple[int, ...]] = [()] * y.ndim
-    for i, j in zip(numbers.offset_dims, outputs, strict=True):
-        y_axes[i] = (j,)
+    for j in outputs:
+        y_axes[place[j]] = (j,)
     for i, j in zip(their_blocks, blocks, strict=True):
         y_axes[free[i]] = (j,)
-    order = (*(free[i] for i in (*their_blocks, *rows)), *numbers.offset_dims)
-    clip = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
-    site = Gather((*their_blocks, *rows), order, table.shape[chosen[0]], clip)
+    unit = [place[j] for j in chosen if j in place]
+    order = (*(free[i] for i in (*their_blocks, *rows)), *unit, *(place[j] for j in outputs))
+    size = table.shape[chosen[0]]
+    site = Gather((*their_blocks, *rows), order, indexed.index(chosen[0]), size, clip)
     return Use("embed", tags[0], blocks, chosen, outputs, tuple(y_axes), site)
 
 
@@ -200,7 +210,7 @@ def gathered(site: Any, x: jax.Array, g: jax.Array, max_rows: int) -> tuple[jax.
     if isinstance(site, Dense):
         return x.transpose(site.x), g.transpose(site.y)
     if isinstance(site, Gather):
-        return x[..., 0].transpose(site.x), g.transpose(site.y)
+        return x[..., site.column].transpose(site.x), g.transpose(site.y)
     g = g.transpose((site.y_spec[0], *site.y_spec[2:], site.y_spec[1]))
     x = x.transpose((site.x_spec[0], *site.x_spec[2:], site.x_spec[1]))
     space = g.shape[1:-1]

@@ -144,6 +144,26 @@ CASES = {
         HEADS,
         "w",
     ),
+    "a stack by index": (
+        lambda p, x: jnp.stack([x @ p["w"][i] + p["b"][i][None] for i in (0, 1)], 1),
+        {"w": (2, 3, 2), "b": (2, 2)},
+        X,
+        "w",
+    ),
+    "one of a stack, and half of it": (
+        lambda p, x: x[:, 1:] @ p["w"][2, :2] + p["b"][2][None],
+        {"w": (3, 4, 2), "b": (3, 2)},
+        X,
+        "w",
+    ),
+    "a packed kernel, cut": (
+        lambda p, x: jnp.stack(
+            [jnp.einsum("bd,dhk->bhk", x, p["w"][:, i]) + p["b"][i][None] for i in (0, 1)], 1
+        ),
+        {"w": (3, 2, 2, 2), "b": (2, 2, 2)},
+        X,
+        "w",
+    ),
     "scale and shift": (
         lambda p, x: x * p["s"][None] + p["b"][None],
         {"s": (3,), "b": (3,)},
@@ -217,6 +237,12 @@ CASES = {
     ),
     "embedding": (lambda p, x: jnp.take(p["w"], x, axis=0), {"w": (5, 2)}, WORDS, "w:embed"),
     "embedding by indexing": (lambda p, x: p["w"][x], {"w": (5, 2)}, WORDS, "w:embed"),
+    "embedding, one index at a time": (
+        lambda p, x: jax.vmap(jax.vmap(lambda i: p["w"][i]))(x),
+        {"w": (5, 2)},
+        WORDS,
+        "w:embed",
+    ),
     "embedding of columns": (
         lambda p, x: jnp.take(p["w"], x, axis=1).transpose(1, 2, 0),
         {"w": (2, 5)},

@@ -111,11 +111,14 @@ def test_what_plain_functions_do_with_their_parameters():
     assert find(lambda p: x, w=w) == ({}, {"w": "not used by the model"})
     assert find(lambda p: x @ p["w"], w=w[:, 0]) == ({"w": None}, {})
     shared = find(lambda p: x @ p["w"] + x @ p["v"] @ p["w"] + p["b"][None], w=w, b=b, v=w @ w.T)
-    assert shared[0]["w"] == "b"
+    assert shared[0]["w"] is None  # not added once for each use
     one_bias = find(lambda p: jnp.tanh(x @ p["w"] + p["b"][None]) * p["b"][None], w=w, b=b)
     assert one_bias == ({"w": None}, {"b": "used by mul"})
     branch = find(lambda p: jax.lax.cond(True, lambda q: x @ q, lambda q: 2 * x @ q, p["w"]), w=w)
     assert branch == ({"w": None}, {})
+    assert find(lambda p: x @ p["w"] + jnp.tanh(x @ p["w"] + p["b"][None]), w=w, b=b)[0] == {
+        "w": None
+    }
 
 
 # ------------------------------------------------------------------ second moments
