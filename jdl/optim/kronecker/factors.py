@@ -162,9 +162,10 @@ def _unit(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def _guess(leaf: int, x: jax.Array) -> Layer:
     cuts = range(1, x.ndim) if x.ndim == 3 else (x.ndim - 1,)
-    splits = [(math.prod(x.shape[:cut]), math.prod(x.shape[cut:])) for cut in cuts]
-    d, k = min(splits, key=lambda s: s[0] ** 2 + s[1] ** 2)
-    form = tuple((role, n) for role, n in (("i", d), ("o", k)) if n != 1)
+    splits = [(1, math.prod(x.shape[:cut]), math.prod(x.shape[cut:])) for cut in cuts]
+    stacks = [x.shape] if x.ndim == 3 else []
+    best = min([*splits, *stacks], key=lambda s: s[0] * (s[1] ** 2 + s[2] ** 2))
+    form = tuple((role, n) for role, n in zip("bio", best, strict=True) if n != 1)
     return Layer(leaf, None, "dense", form, (False,), (False, False), False, 0)
 
 

@@ -347,9 +347,9 @@ class _Walk:
             if site.name == "convert_element_type":
                 kept = [(shadow,)]
             elif site.name == "broadcast_in_dim":
-                places = (0, *(i + 1 for i in site.eqn.params["broadcast_dimensions"]))
+                kept_axes = (0, *(i + 1 for i in site.eqn.params["broadcast_dimensions"]))
                 full = range(len(site.eqn.outvars[0].aval.shape) + 1)
-                kept = [(jnp.expand_dims(shadow, [i for i in full if i not in places]),)]
+                kept = [(jnp.expand_dims(shadow, [i for i in full if i not in kept_axes]),)]
             else:
                 wide = jnp.broadcast_to(shadow, (shadow.shape[0], *inputs[0].shape))
                 kept = [(x,) for x in jax.vmap(lambda x: bind(site.eqn, [x]))(wide)]
@@ -436,7 +436,7 @@ class _Walk:
             return axis if fits else None
         return next((k for k, n in enumerate(shape) if n == self.examples and allowed[k]), None)
 
-    def separate(self, x: jax.Array, axis: int | None, data: Any) -> jax.Array:
+    def separate(self, x: Any, axis: int | None, data: Any) -> Any:
         """A parameter repeated for each example, plus its zeros: their gradient is each example's.
 
         The zeros' first axis are the examples; the others are the parameter's, or of size 1.
