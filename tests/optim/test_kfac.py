@@ -529,6 +529,34 @@ def test_every_device_inverts_its_share_only():
         np.testing.assert_allclose(inverse, want, rtol=1e-3, atol=1e-4)
 
 
+def test_split_factors_are_gathered_only_when_they_are_inverted():
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec(None, "data"))
+    whole = [numbers(n, 8, 8).astype(np.float32) for n in (1, 1, 3)]
+    whole = [a.mT @ a for a in map(jnp.asarray, whole)]
+
+    @functools.partial(jax.jit, in_shardings=(rows, rows, None), out_shardings=(rows, rows))
+    def step(matrices, old, due):
+        added = lambda matrices: [m + a.mT @ a for m, a in zip(matrices, old, strict=True)]  # noqa: E731
+        matrices = jax.lax.cond(due, added, lambda matrices: matrices, matrices)
+
+        def inverted(matrices):
+            shifts = [jnp.trace(m, axis1=1, axis2=2) for m in matrices]
+            return [x for (x,) in inverses.shared(inverses.inverse, matrices, shifts, None, mesh)]
+
+        return matrices, jax.lax.cond(due, inverted, lambda matrices: old, matrices)
+
+    split = jax.device_put(whole, rows)
+    text = step.lower(split, split, True).compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    assert "all-gather" in text
+    assert "all-gather" not in entry[: entry.index("\n}")]
+    for inverse, matrix in zip(step(split, split, True)[1], whole, strict=True):
+        want = np.asarray(matrix, np.float64) + np.asarray(matrix.mT @ matrix, np.float64)
+        shift = np.trace(want, axis1=1, axis2=2)[:, None, None] * np.eye(8)[None]
+        np.testing.assert_allclose(inverse, np.linalg.inv(want + shift), rtol=1e-3, atol=1e-6)
+
+
 # ------------------------------------------------------------------ the account of work
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def inverse(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array]:
@@ -56,74 +57,68 @@ def shared(
     """solve(matrices, shifts) for each stack of matrices.
 
     Each device computes its part of a stack with as many blocks as devices; the others are shared
-    by `assignment`.
+    by `assignment`. Diagonal ones are left to the compiler.
     """
+    if axis_name is None and mesh is None:
+        return [solve(m, s) for m, s in zip(matrices, shifts, strict=True)]
+    axis = axis_name or max(mesh.axis_names, key=lambda name: mesh.shape[name])
+    count = jax.lax.axis_size(axis) if mesh is None else mesh.shape[axis]
+    pairs = dict(enumerate(zip(matrices, shifts, strict=True)))
+    results = {i: solve(*pair) for i, pair in pairs.items() if pair[0].ndim == 2}
+    wide = {i: p for i, p in pairs.items() if i not in results and len(p[0]) >= count}
+    narrow = {i: p for i, p in pairs.items() if i not in results and i not in wide}
+    owners = assignment([cost(p[:1]) for p in narrow.values()], count)
 
-    def share(axis: str, count: int, matrices: Any, shifts: Any) -> Any:
-        device = jax.lax.axis_index(axis)
-        wide = [i for i, m in enumerate(matrices) if m.shape[0] >= count]
-        narrow = [i for i in range(len(matrices)) if i not in wide]
-        results: dict[int, Any] = {}
-        for i in wide:
-            blocks, each = matrices[i].shape[0], -(-matrices[i].shape[0] // count)
-            # The last parts overlap, so that all have the same size.
-            start = jnp.minimum(device * each, blocks - each)
-            pair = (jax.lax.dynamic_slice_in_dim(x, start, each) for x in (matrices[i], shifts[i]))
-            places = jnp.minimum(jnp.arange(count) * each, blocks - each)
-            order = _order(places, each, blocks)
-            results[i] = jax.tree.map(
-                lambda x, order=order: jax.lax.all_gather(x, axis, tiled=True)[order], solve(*pair)
-            )
-        if narrow:
-            owners = assignment([cost((matrices[i],)) for i in narrow], count)
-            results |= zip(
-                narrow, _split(solve, matrices, shifts, narrow, owners, axis), strict=True
-            )
-        return [results[i] for i in range(len(matrices))]
+    def share(wide: Any, narrow: Any) -> Any:
+        own = {i: solve(*pair) for i, pair in wide.items()}
+        everyones = jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), own)
+        return everyones | _split(solve, narrow, owners, axis)
 
-    if axis_name is not None:
-        return list(share(axis_name, jax.lax.axis_size(axis_name), list(matrices), list(shifts)))
-    if mesh is not None:
-        axis = max(mesh.axis_names, key=lambda name: mesh.shape[name])
-        none = jax.sharding.PartitionSpec()
-        return list(
-            jax.shard_map(
-                lambda m, s: share(axis, mesh.shape[axis], m, s),
-                mesh=mesh,
-                in_specs=none,
-                out_specs=none,
-                check_vma=False,
-            )(list(matrices), list(shifts))
+    def filled(x: jax.Array) -> jax.Array:
+        """With its last block repeated, so that all devices have as many."""
+        return jnp.pad(x, [(0, -len(x) % count)] + [(0, 0)] * (x.ndim - 1), mode="edge")
+
+    def by_rows(x: jax.Array) -> jax.Array:
+        # As "fsdp" holds factors; else the compiler would gather them before the condition, for
+        # each step.
+        fits = x.ndim == 3 and x.shape[1] % count == 0
+        spec = PartitionSpec(None, axis) if fits else PartitionSpec()
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def mine(x: jax.Array) -> jax.Array:
+        each = len(x) // count
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * each, each)
+
+    if mesh is None:
+        results |= share(jax.tree.map(lambda x: mine(filled(x)), wide), narrow)
+    else:
+        wide, narrow = jax.tree.map(by_rows, (wide, narrow))
+        specs = (PartitionSpec(axis), PartitionSpec())
+        shared = jax.shard_map(
+            share, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
         )
-    return [solve(m, s) for m, s in zip(matrices, shifts, strict=True)]
+        results |= shared(jax.tree.map(filled, wide), narrow)
+    return [tuple(x[: len(m)] for x in results[i]) for i, m in enumerate(matrices)]
 
 
-def _order(places: jax.Array, each: int, blocks: int) -> jax.Array:
-    """Where each block is among the gathered parts, which start at `places`."""
-    rows = (places[:, None] + jnp.arange(each)[None]).reshape(-1)
-    return jnp.zeros(blocks, jnp.int32).at[rows].set(jnp.arange(rows.shape[0]))
-
-
-def _split(
-    solve: Any, matrices: Any, shifts: Any, narrow: list[int], owners: list[int], axis: str
-) -> list[Any]:
+def _split(solve: Any, pairs: Any, owners: list[int], axis: str) -> Any:
     """Each solved by its owner, and sent to all."""
-    shapes = {i: jax.eval_shape(solve, matrices[i], shifts[i]) for i in narrow}
+    if not pairs:
+        return {}
 
     def mine(device: int) -> Any:
-        def run(matrices: Any, shifts: Any) -> Any:
-            return [
-                solve(matrices[i], shifts[i])
+        def run(pairs: Any) -> Any:
+            return {
+                i: solve(*pair)
                 if owner == device
-                else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[i])
-                for i, owner in zip(narrow, owners, strict=True)
-            ]
+                else jax.tree.map(jnp.zeros_like, jax.eval_shape(solve, *pair))
+                for (i, pair), owner in zip(pairs.items(), owners, strict=True)
+            }
 
         return run
 
     branches = [mine(device) for device in range(jax.lax.axis_size(axis))]
-    results = jax.lax.switch(jax.lax.axis_index(axis), branches, matrices, shifts)
-    return list(jax.lax.psum(results, axis))
+    return jax.lax.psum(jax.lax.switch(jax.lax.axis_index(axis), branches, pairs), axis)
 
 
 def cost(stacks: Sequence[jax.Array]) -> int:

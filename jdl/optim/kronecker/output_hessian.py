@@ -37,6 +37,8 @@ MOST_DENSE = 64  # outputs per example up to which the whole Hessian is computed
 _ROWS = 2  # examples of the test
 _NO_RANK = 1e-5  # b / a below which it is rounding
 
+_Example = Callable[[], tuple[Outputs, Batch, Outputs]]
+
 
 class _Head(NamedTuple):
     kind: str
@@ -65,13 +67,14 @@ def route(loss: Loss, outputs: Outputs, batch: Batch) -> str:
     >>> route(loss, outputs, {"label": jnp.zeros(8, jnp.int32), "box": jnp.zeros((8, 4))})
     'box: diagonal, class: softmax'
     """
-    kind = _fallback(jax.tree.leaves(outputs))
+    leaves = jax.tree.leaves(outputs)
+    kind = _fallback(leaves)
     try:
         with jax.ensure_compile_time_eval():
             examples = _examples(outputs, batch)
-            if kinds := _tried(loss, examples):
+            if kinds := _tried(loss, leaves, examples):
                 kind = kinds[0] if len(kinds) == 1 else _named(outputs, kinds)
-            if not _convex(kind, loss, examples):
+            if ("dense" in kind or "diagonal" in kind) and not _convex(kind, loss, examples):
                 kind += NOT_CONVEX
     except (jax.errors.JAXTypeError, TypeError, ValueError, NotImplementedError):
         pass  # The loss closes over traced values, or depends on the batch's size.
@@ -207,23 +210,23 @@ def _dense(head: _Head) -> jax.Array:
     return 0.5 * (hessian + hessian.transpose(0, 2, 1))
 
 
-def _examples(outputs: Outputs, batch: Batch) -> list[tuple[Outputs, Batch, Outputs]]:
-    """Random outputs, targets, and vectors to multiply by."""
-    random = np.random.default_rng(0)
+def _examples(outputs: Outputs, batch: Batch) -> list[_Example]:
+    """What makes random outputs, targets, and vectors to multiply by: one at a time, for memory."""
 
     def example(integers: int, share: float) -> tuple[Outputs, Batch, Outputs]:
+        random = np.random.default_rng(0)
         z, v, w = (jax.tree.map(lambda z: _random(random, z), outputs) for _ in range(3))
         v = jax.tree.map(lambda v, w: v * (w < share), v, w)
         return z, jax.tree.map(lambda x: _random(random, x, integers), dict(batch)), v
 
     # Integers may be labels of few classes, or lengths of sequences, of which short ones have the
     # Hessian 0. A sparse vector shows errors in single coordinates that a dense one averages over.
-    return [example(*each) for each in ((9, np.inf), (3, -0.25), (2, np.inf), (2, -0.25))]
+    tries = ((9, np.inf), (3, -0.25), (2, np.inf), (2, -0.25))
+    return [functools.partial(example, *each) for each in tries]
 
 
-def _tried(loss: Loss, examples: list[tuple[Outputs, Batch, Outputs]]) -> list[str] | None:
+def _tried(loss: Loss, leaves: list[Any], examples: list[_Example]) -> list[str] | None:
     """Each head's route, by products with random vectors; None if heads are coupled."""
-    leaves = jax.tree.leaves(examples[0][0])
 
     def products(z: Outputs, targets: Batch, *vs: Outputs) -> list[list[jax.Array]]:
         total = lambda z: jnp.sum(fisher_loss(loss)(z, targets))  # noqa: E731
@@ -249,7 +252,7 @@ def _tried(loss: Loss, examples: list[tuple[Outputs, Batch, Outputs]]) -> list[s
     kinds: dict[int, str] = {}
     for routes in (("softmax", "softmax with z-loss"), ("diagonal",)):
         if len(kinds) < len(leaves):
-            found = np.stack([verdict(routes[0], *each) for each in examples])
+            found = np.stack([verdict(routes[0], *each()) for each in examples])
             valid = np.flatnonzero(found[..., 0].all(axis=1))  # others' integers are no targets
             if not len(valid):
                 return None
@@ -257,12 +260,12 @@ def _tried(loss: Loss, examples: list[tuple[Outputs, Batch, Outputs]]) -> list[s
             right = found[..., 2:].all(axis=0) & found[..., 1:2].any(axis=0)
             for i, j in np.argwhere(right).tolist():
                 kinds.setdefault(i, routes[j])
-    if len(kinds) < len(leaves) > 1 and not all(np.all(uncoupled(*each)) for each in examples):
+    if len(kinds) < len(leaves) > 1 and not all(np.all(uncoupled(*each())) for each in examples):
         return None
     return [kinds.get(i) or _fallback([z]) for i, z in enumerate(leaves)]
 
 
-def _convex(kind: str, loss: Loss, examples: list[tuple[Outputs, Batch, Outputs]]) -> bool:
+def _convex(kind: str, loss: Loss, examples: list[_Example]) -> bool:
     """Whether no diagonal or eigenvalue is negative."""
 
     @jax.jit
@@ -276,7 +279,7 @@ def _convex(kind: str, loss: Loss, examples: list[tuple[Outputs, Batch, Outputs]
         ]
         return [jnp.min(x) < -1e-4 * jnp.max(jnp.abs(x)) for x in values]
 
-    return not any(any(negative(z, targets)) for z, targets, _ in examples)
+    return not any(any(negative(*each()[:2])) for each in examples)
 
 
 def _guesses(kind: str, z: jax.Array, v: jax.Array, of_probe: jax.Array) -> list[jax.Array]:
