@@ -7,6 +7,7 @@ the same objective, with the same batch and dropout masks; the line search has a
 second. So the pairs hold curvature without sampling noise on mini-batches too.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import optax
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
-from jdl.optim import linesearch
+from jdl.optim import kronecker, linesearch
 from jdl.optim.context import UpdateContext, scalar_dtype
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.transformation import (
@@ -38,7 +39,8 @@ class LBFGSState(NamedTuple):
       y: gradient differences, likewise.
       rho: 1 / ⟨s, y⟩, [m]; 0 for a slot that is empty.
       stored: pairs stored since the history was last cleared, int32.
-      scale: the diagonal H₀ of `scaling="diagonal"`, shaped as the parameters; otherwise ().
+      scale: the diagonal H₀ of `scaling="diagonal"`, shaped as the parameters; the factors of
+        `scaling="kronecker"`; otherwise ().
       value: f after the last update, inf before the first; with `grad`, for
         `optax.value_and_grad_from_state`, which saves full-batch loops every second evaluation.
       grad: ∇f at that point.
@@ -62,6 +64,8 @@ def lbfgs(
     memory_size: int = 10,
     memory_dtype: Any = None,
     scaling: str = "diagonal",
+    damping: float = 0.01,
+    factors_every: int = 10,
     guard: str = "cautious",
     cautious: float = 1e-6,
     c1: float = 1e-4,
@@ -82,7 +86,11 @@ def lbfgs(
       memory_size: m ≥ 1, how many pairs.
       memory_dtype: the type pairs are stored in; None for the parameters' own, at least float32.
       scaling: "diagonal" for a D updated by BFGS on the diagonal, for badly scaled parameters;
-        "scalar" for D = I, which needs one gradient's memory less.
+        "scalar" for D = I, which needs one gradient's memory less; "kronecker" for Kronecker
+        factors of the model (D = (F + λ)⁻¹), which needs `objective` and K-FAC's memory, and on
+        deep networks with large batches is worth it many times over.
+      damping: λ > 0 of `scaling="kronecker"`, in units of the curvature of the mean loss.
+      factors_every: steps from one refresh of those factors to the next, ≥ 1.
       guard: "cautious" leaves out pairs of negligible or negative curvature; "powell" corrects
         them by moving y towards H⁻¹ s.
       cautious: ε in [0, 1); a pair enters if ⟨s, y⟩ > ε ‖s‖ ‖y‖.
@@ -118,9 +126,15 @@ def lbfgs(
       (2007): both gradients of a pair on one batch.
     """
     check_options(
-        memory_size=memory_size, max_evaluations=max_evaluations, cautious=cautious, c2=c2
+        memory_size=memory_size,
+        max_evaluations=max_evaluations,
+        cautious=cautious,
+        c2=c2,
+        factors_every=factors_every,
     )
-    check.one_of("scaling", scaling, ["diagonal", "scalar"])
+    check.one_of("scaling", scaling, ["diagonal", "scalar", "kronecker"])
+    check.in_range("damping", damping, 0.0, open_low=True)
+    factors = kronecker.preconditioner(every=factors_every) if scaling == "kronecker" else None
     check.one_of("guard", guard, ["cautious", "powell"])
     check.in_range("c1", c1, 0.0, c2, open_low=True, open_high=True)
 
@@ -128,24 +142,41 @@ def lbfgs(
         def like(x: jax.Array, fill: float, *lead: int) -> jax.Array:
             return jnp.full((*lead, *x.shape), fill, memory_dtype or tree.accumulator(x.dtype))
 
+        scale: PyTree = ()
+        if scaling == "diagonal":
+            scale = jax.tree.map(lambda x: like(x, 1.0), params)
+        elif factors is not None:
+            scale = factors.init(params)
         return {
             "s": jax.tree.map(lambda x: like(x, 0.0, memory_size), params),
             "y": jax.tree.map(lambda x: like(x, 0.0, memory_size), params),
             "rho": jnp.zeros((memory_size,), scalar_dtype(params)),
             "stored": jnp.zeros((), jnp.int32),
-            "scale": jax.tree.map(lambda x: like(x, 1.0), params) if scaling == "diagonal" else (),
+            "scale": scale,
             "value": jnp.full((), jnp.inf, scalar_dtype(params)),
             "grad": jax.tree.map(jnp.zeros_like, params),
         }
 
-    def direction(ctx: UpdateContext, state: LBFGSState) -> tuple[PyTree, jax.Array]:
-        return descending(tree.scale(-1.0, _two_loop(ctx.updates, state)), ctx)
+    def direction(ctx: UpdateContext, state: LBFGSState) -> tuple[PyTree, jax.Array, PyTree]:
+        scale, scaled = state.scale, lambda x: x
+        if scaling == "diagonal":
+            scaled = lambda x: jax.tree.map(lambda d, x: d.astype(x.dtype) * x, scale, x)  # noqa: E731
+        elif factors is not None:
+            k, lam = state.diagnostics.iterations, jnp.asarray(damping, ctx.dtype)
+            key = jax.random.fold_in(jax.random.key(0), k)
+            scale, scaled = factors.step(scale, ctx, None, lam, k, key, ctx.active)
+        first = scaled if factors is not None else lambda x: x
+        step = tree.scale(-1.0, _two_loop(ctx.updates, state, scaled, first))
+        return *descending(step, ctx), scale
 
-    def accept(ctx: UpdateContext, state: LBFGSState, proposal: tuple[PyTree, jax.Array]) -> Step:
-        direction, descends = proposal
+    def accept(
+        ctx: UpdateContext, state: LBFGSState, proposal: tuple[PyTree, jax.Array, PyTree]
+    ) -> Step:
+        direction, descends, scale = proposal
+        state = state._replace(scale=scale)
         # Without curvature −grad has no scale of its own: the first trial goes at most `rate` far.
         rate = state.learning_rate.astype(ctx.dtype)
-        unscaled = (state.stored == 0) | ~descends
+        unscaled = ((state.stored == 0) & (factors is None)) | ~descends
         found = linesearch.strong_wolfe(
             ctx.value_and_grad,
             ctx.params,
@@ -160,7 +191,9 @@ def lbfgs(
             active=ctx.active,
         )
         fields = remembered(ctx, state, direction, descends, found)
-        return along(direction, found, descends, fields, gradients=found.evaluations)
+        own = 0.0 if factors is None else factors.gradients * ctx.curvature_share()
+        work = found.evaluations.astype(jnp.float32) + own
+        return along(direction, found, descends, fields, gradients=work)
 
     def remembered(
         ctx: UpdateContext,
@@ -201,8 +234,13 @@ def lbfgs(
     )
 
 
-def _two_loop(grad: PyTree, state: LBFGSState) -> PyTree:
-    """H g by the two-loop recursion over the pairs stored, newest first, then oldest first."""
+def _two_loop(
+    grad: PyTree, state: LBFGSState, scaled: Callable[[PyTree], PyTree], first: Any
+) -> PyTree:
+    """H g by the two-loop recursion over the pairs stored, newest first, then oldest first.
+
+    `scaled` is D, `first` H without pairs.
+    """
     m = state.rho.shape[0]
     dtype = state.rho.dtype
     used = jnp.minimum(state.stored, m)
@@ -228,15 +266,9 @@ def _two_loop(grad: PyTree, state: LBFGSState) -> PyTree:
     start = (grad, jnp.zeros((m,), dtype))
     q, alphas = jax.lax.fori_loop(jnp.zeros_like(used), used, newest_first, start)
     newest = pair(state.y, (state.stored - 1) % m)
-
-    def scaled(x: PyTree) -> PyTree:
-        if not jax.tree.leaves(state.scale):
-            return x
-        return jax.tree.map(lambda d, x: d.astype(x.dtype) * x, state.scale, x)
-
     rho_yy = state.rho[(state.stored - 1) % m] * tree.vdot(newest, scaled(newest)).astype(dtype)
     known = rho_yy > 0
-    q = tree.where(known, tree.scale(1.0 / jnp.where(known, rho_yy, 1.0), scaled(q)), q)
+    q = tree.where(known, tree.scale(1.0 / jnp.where(known, rho_yy, 1.0), scaled(q)), first(q))
     return jax.lax.fori_loop(jnp.zeros_like(used), used, lambda j, r: oldest_first(j, r, alphas), q)
 
 

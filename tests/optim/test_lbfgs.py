@@ -6,6 +6,8 @@ import pytest
 import scipy.optimize
 
 from jdl.core.check import ArgumentError
+from jdl.core.objective import Objective
+from jdl.losses import squared_error
 from jdl.optim import lbfgs
 from jdl.optim.result import ResultCode
 
@@ -167,6 +169,7 @@ def test_an_ascent_direction_from_a_chain_falls_back(minimize):
         ({"memory_size": 0}, "memory_size"),
         ({"guard": "brave"}, "guard"),
         ({"scaling": "matrix"}, "scaling"),
+        ({"scaling": "kronecker", "damping": 0.0}, "damping"),
         ({"c2": 1.5}, "c2"),
         ({"c1": 0.95}, "c1"),
         ({"learning_rate": 0.0}, "learning_rate"),
@@ -176,3 +179,40 @@ def test_an_ascent_direction_from_a_chain_falls_back(minimize):
 def test_arguments_out_of_range(options, name):
     with pytest.raises(ArgumentError, match=f"`{name}`"):
         lbfgs(**options)
+
+
+def test_kronecker_factors_scale_a_deep_network():
+    x = jax.random.uniform(jax.random.key(1), (64, 12))
+    keys = jax.random.split(jax.random.key(2), 6)
+    params = {f"w{i}": 0.4 * jax.random.normal(k, (12, 12)) for i, k in enumerate(keys)}
+
+    def predict(p, batch):
+        y = batch["x"]
+        for i in range(5):
+            y = jnp.tanh(y @ p[f"w{i}"])
+        return y @ p["w5"]
+
+    objective = Objective.from_fns(predict, squared_error, {"x": x, "label": x})
+    final = {}
+    for scaling in ("scalar", "diagonal", "kronecker"):
+        optimizer = lbfgs(scaling=scaling)
+
+        @jax.jit
+        def step(params, state, optimizer=optimizer):
+            value, grad, _ = objective.value_and_grad(params)
+            updates, state = optimizer.update(
+                grad, state, params, value=value, grad=grad, objective=objective
+            )
+            return optax.apply_updates(params, updates), state
+
+        moved, state = params, optimizer.init(params)
+        for _ in range(40):
+            moved, state = step(moved, state)
+        final[scaling] = float(objective.value(moved))
+        assert step._cache_size() == 1
+    assert final["kronecker"] < 0.5 * min(final["scalar"], final["diagonal"])
+    value, grad, _ = objective.value_and_grad(params)
+    with pytest.raises(ArgumentError, match="`objective` must be given"):
+        optimizer.update(
+            grad, optimizer.init(params), params, value=value, grad=grad, value_fn=objective.value
+        )

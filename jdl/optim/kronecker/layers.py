@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from jdl.core.jaxpr import CALLS, CUSTOM, Evaluator, Site, bind
+from jdl.core.jaxpr import CALLS, CUSTOM, Evaluator, Site, bind, places
 from jdl.core.types import Params
 from jdl.optim.kronecker import blocks
 from jdl.optim.kronecker.blocks import Form, Layer
@@ -36,6 +36,9 @@ from jdl.optim.kronecker.views import (
     whole,
 )
 
+# For each place in a program: the axes of examples of inputs and outputs, or None.
+Axes: TypeAlias = Mapping[tuple[int, ...], Sequence[int | None]]
+
 
 class Layers(NamedTuple):
     """The layers of a model."""
@@ -44,6 +47,7 @@ class Layers(NamedTuple):
     unknown: Mapping[int, str]  # number of a leaf outside all layers -> the reason
     # The unknown ones whose uses tell examples apart: a scale, a shift, a table of positions.
     separate: frozenset[int] = frozenset()
+    axes: Axes | None = None
 
 
 class Probing(NamedTuple):
@@ -51,14 +55,20 @@ class Probing(NamedTuple):
 
     # y, its input, the use and the data of its kernels -> y, whose gradient gives their moments
     mark: Callable[[jax.Array, jax.Array, Use, Sequence[Any]], jax.Array]
-    # A parameter repeated for each example, and its shadow -> the parameter, likewise
-    separate: Callable[[jax.Array, Any, View], jax.Array]
     slice: Callable[[Any, View], Any]  # data, view of an array that a scan runs over -> its slices
-    data: Mapping[int, Any]  # leaf -> its data: probes, or an array of zeros for `separate`
+    data: Mapping[int, Any]  # leaf -> its data: probes, or zeros [B, ...] for one of `separate`
 
 
-def find(predict: Callable[[Params], Any], params: Params, examples: int | None = None) -> Layers:
+def find(
+    predict: Callable[[Params], Any],
+    params: Params,
+    examples: int | None = None,
+    twice: Any = None,
+) -> Layers:
     """The layers of `predict(params)`, of so many examples.
+
+    `twice`, the program for twice as many, tells which axes are theirs; else it is the first of
+    their number.
 
     >>> import jax.numpy as jnp
     >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(())}
@@ -71,7 +81,8 @@ def find(predict: Callable[[Params], Any], params: Params, examples: int | None 
     {1: 'used by mul'}
     """
     found = _Found()
-    jax.eval_shape(lambda p: walk(predict, p, found=found, examples=examples), params)
+    axes = None if twice is None else partial(_axes, twice)
+    jax.eval_shape(lambda p: walk(predict, p, axes, found=found, examples=examples), params)
     ensembles = {n for uses in found.uses.values() for u in uses.values() for n in u.ensembles()}
     known: dict[int, Layer] = {}
     unknown: dict[int, str] = {}
@@ -99,7 +110,25 @@ def find(predict: Callable[[Params], Any], params: Params, examples: int | None 
     for i in {*found.joins, *found.tagged_biases} - known.keys() - biases:
         unknown[i] = found.unrecognized.get(i, "not added to exactly one known layer")
     unknown = {i: why for i, why in sorted(unknown.items()) if i not in biases}
-    return Layers(known, unknown, frozenset(unknown) - found.mixed - found.uses.keys())
+    used = {i for i, why in unknown.items() if why != "not used by the model"}
+    return Layers(known, unknown, frozenset(used) - found.mixed - found.uses.keys(), found.axes)
+
+
+def _axes(twice: Any, program: Any) -> Axes | None:
+    """The axes that are twice as long in another program; None where it has other equations."""
+    one, two = list(places(program)), list(places(twice))
+    if [(p, e.primitive) for p, e in one] != [(p, e.primitive) for p, e in two]:
+        return None
+
+    def axis(short: Any, long: Any) -> int | None:
+        shapes = (getattr(v.aval, "shape", ()) for v in (short, long))
+        sizes = enumerate(zip(*shapes, strict=False))
+        return next((i for i, (n, m) in sizes if 0 < 2 * n == m), None)
+
+    return {
+        place: [*map(axis, a.invars, b.invars), *map(axis, a.outvars, b.outvars)]
+        for (place, a), (_, b) in zip(one, two, strict=True)
+    }
 
 
 class _UseOf(NamedTuple):
@@ -153,6 +182,7 @@ class _Found:
         self.unrecognized: dict[int, str] = {}  # leaf -> why
         self.mixed: set[int] = set()  # leaves of which some use does not tell examples apart
         self.tagged_biases: dict[int, int] = {}  # bias -> kernel
+        self.axes: Axes | None = None
 
     def join(self, place: Any, bias: int, kernel: int | None, separate: bool) -> None:
         """Records that a bias is added to a kernel's outputs, or to something else (None)."""
@@ -170,6 +200,7 @@ class _Found:
 def walk(
     predict: Callable[[Params], Any],
     params: Params,
+    axes: Axes | Callable[[Any], Axes | None] | None = None,
     *,
     found: _Found | None = None,
     probing: Probing | None = None,
@@ -185,7 +216,9 @@ def walk(
         return outputs
 
     program = jax.make_jaxpr(flat)(*leaves)
-    walker = _Walk(found or _Found(), probing, [x.shape for x in leaves], examples)
+    found = found or _Found()
+    found.axes = axes(program) if callable(axes) else axes
+    walker = _Walk(found, probing, [x.shape for x in leaves], examples)
     data = {} if probing is None else probing.data
     tagged = [_Tagged(x, (data.get(i),), View((whole(i, x.shape),))) for i, x in enumerate(leaves)]
     outputs, _ = walker.evaluator.run(program, tagged)
@@ -275,14 +308,16 @@ class _Walk:
                 return bind(eqn, inputs), [view], [sum(data, ())]
         if name == "mul" and len(views) == 1 and tags[1 - views[0]] is None:
             (i,) = views
-            if self.axis_of_examples(tags[i]) is None and len(tags[i].pieces) == 1:
-                by = jax.lax.stop_gradient(inputs[1 - i])
-                shadow = tuple(d * jnp.square(by.astype(d.dtype)) for d in _shadows(data[i]))
+            if self.axis_of_examples(site, i, tags[i]) is None and len(tags[i].pieces) == 1:
+                by = jnp.broadcast_to(inputs[1 - i], eqn.outvars[0].aval.shape)
+                by = jax.lax.stop_gradient(by)
+                shadow = tuple(d * by.astype(d.dtype)[None] for d in _shadows(data[i]))
                 return bind(eqn, inputs), [tags[i]._replace(scaled=True)], [shadow or data[i]]
         inputs = list(inputs)
         for i, tag in enumerate(tags):
-            self.found.other(tag, f"used by {name}", self.axis_of_examples(tag) is not None)
-            inputs[i] = self.separate(inputs[i], tag, data[i])
+            axis = self.axis_of_examples(site, i, tag)
+            self.found.other(tag, f"used by {name}", axis is not None)
+            inputs[i] = self.separate(inputs[i], axis, data[i])
         return bind(eqn, inputs), [], []
 
     def broadcast(
@@ -293,9 +328,9 @@ class _Walk:
         for i, tag in enumerate(tags):
             if isinstance(tag, View):
                 tags[i] = broadcast(tag, shape)
-                if _shadows(data[i]):
+                for x in _shadows(data[i]):
                     inputs[i] = jnp.broadcast_to(inputs[i], shape)
-                    data[i] = tuple(jnp.broadcast_to(x, shape) for x in data[i])
+                    data[i] = (x.reshape(-1, *(x.shape[1:] or (1,) * len(shape))),)
         return inputs, tags, data
 
     def layout(self, site: Site, inputs: list[Any], tag: View | Output, data: Any) -> Any:
@@ -309,8 +344,15 @@ class _Walk:
             return None
         kept = [tuple(data[_index(tag, p)] for p in v.pieces) for v in views]
         for shadow in _shadows(data):
-            same = site.name == "convert_element_type"
-            kept = [(x,) for x in ([shadow] if same else bind(site.eqn, [shadow]))]
+            if site.name == "convert_element_type":
+                kept = [(shadow,)]
+            elif site.name == "broadcast_in_dim":
+                kept_axes = (0, *(i + 1 for i in site.eqn.params["broadcast_dimensions"]))
+                full = range(len(site.eqn.outvars[0].aval.shape) + 1)
+                kept = [(jnp.expand_dims(shadow, [i for i in full if i not in kept_axes]),)]
+            else:
+                wide = jnp.broadcast_to(shadow, (shadow.shape[0], *inputs[0].shape))
+                kept = [(x,) for x in jax.vmap(lambda x: bind(site.eqn, [x]))(wide)]
         return bind(site.eqn, inputs), views, kept
 
     def use(self, site: Site, inputs: list[Any], tags: list[Any], data: list[Any]) -> Any:
@@ -327,11 +369,13 @@ class _Walk:
         side = 2 if use.tagged else 0 if isinstance(tags[0], View) else 1
         x = inputs[1 if use.tagged or side == 0 else 0]
         (y,) = bind(site.eqn, inputs)
+        free = [not axes for axes in use.y_axes]
+        use = use._replace(examples=self.examples_of(site, -1, y.shape, free))
         outputs = math.prod(y.shape[i] for i, axes in enumerate(use.y_axes) if axes)
-        rows = site.times * y.size // max(1, outputs)
+        times = site.times * y.size // max(1, outputs)
         for piece, own in zip(pieces, found, strict=True):
             here = self.found.uses.setdefault(piece.leaf, {})
-            here[site.place] = _UseOf(use.kind, blocks.form_of(own), use.tagged, rows)
+            here[site.place] = _UseOf(use.kind, blocks.form_of(own), use.tagged, times)
         if self.probing is not None:
             y = self.probing.mark(y, x, use, data[side])
         if use.tagged and len(tags) == 4 and isinstance(tags[3], View):
@@ -352,12 +396,14 @@ class _Walk:
             if not isinstance(tag, View):
                 continue
             terms = [t for out in outputs for t in out.terms if len(t.pieces) == len(tag.pieces)]
-            separate = self.axis_of_examples(tag) is not None
+            axis = self.axis_of_examples(site, i, tag)
             for k, piece in enumerate(tag.pieces):
                 fits = [t.pieces[k] for t in terms if t.axis == tag.axis or len(t.pieces) == 1]
                 fits = [p for p in fits if matches(piece, p) and self.free(p.leaf, piece.leaf)]
-                self.found.join(site.place, piece.leaf, fits[0].leaf if fits else None, separate)
-            inputs[i] = self.separate(inputs[i], tag, data[i])
+                self.found.join(
+                    site.place, piece.leaf, fits[0].leaf if fits else None, axis is not None
+                )
+            inputs[i] = self.separate(inputs[i], axis, data[i])
         both = tuple(t for out in outputs for t in out.terms)
         return bind(site.eqn, inputs), [Output(both)] if both else [], []
 
@@ -366,21 +412,44 @@ class _Walk:
         others = [k for b, places in self.found.joins.items() if b != bias for k in places.values()]
         return kernel not in others
 
-    def axis_of_examples(self, tag: Any) -> int | None:
-        """The axis along which a parameter is repeated for each example, or None."""
+    def axis_of_examples(self, site: Site, i: int, tag: Any) -> int | None:
+        """The axis along which an input, a parameter, is repeated for each example, or None."""
         if not isinstance(tag, View) or len(tag.pieces) > 1:
             return None
-        for i, axis in enumerate(tag.pieces[0].axes):
-            if tag.pieces[0].shape[i] == self.examples and all(s == 0 for _, s in axis):
-                return i
-        return None
+        shape, axes = tag.pieces[0].shape, tag.pieces[0].axes
+        once = [
+            n == self.examples and {s for _, s in a} <= {0}
+            for n, a in zip(shape, axes, strict=True)
+        ]
+        return self.examples_of(site, -1 if site.name in ELEMENTWISE else i, shape, once)
 
-    def separate(self, x: Any, tag: Any, data: Any) -> Any:
-        """A parameter repeated for each example, marked."""
-        shadows = _shadows(data)
-        if self.probing is None or not shadows:
-            return x
-        return self.probing.separate(x, shadows[0], tag)
+    def examples_of(
+        self, site: Site, i: int, shape: Sequence[int], allowed: Sequence[bool]
+    ) -> int | None:
+        """The axis of examples of the i-th of an equation's inputs and outputs, of this shape.
+
+        It may be of examples × positions.
+        """
+        if self.found.axes is not None:
+            axis = self.found.axes[site.place][i]
+            fits = axis is not None and allowed[axis] and shape[axis] % (self.examples or 1) == 0
+            return axis if fits else None
+        return next((k for k, n in enumerate(shape) if n == self.examples and allowed[k]), None)
+
+    def separate(self, x: Any, axis: int | None, data: Any) -> Any:
+        """A parameter repeated for each example, plus its zeros: their gradient is each example's.
+
+        The zeros' first axis are the examples; the others are the parameter's, or of size 1.
+        """
+        for zeros in _shadows(data):
+            if axis is None:
+                continue
+            if zeros.shape[axis + 1] == 1:
+                own = jnp.moveaxis(zeros.squeeze(axis + 1), 0, axis)
+            else:
+                own = jnp.moveaxis(jnp.diagonal(zeros, 0, 0, axis + 1), -1, axis)
+            x = x + jnp.broadcast_to(own, x.shape).astype(x.dtype)
+        return x
 
 
 def _index(view: View, piece: Any) -> int:
@@ -388,7 +457,7 @@ def _index(view: View, piece: Any) -> int:
 
 
 def _shadows(data: Any) -> list[jax.Array]:
-    """The data of parameters outside layers."""
+    """The zeros of parameters outside layers."""
     return [x for x in data or () if isinstance(x, jax.Array)]
 
 

@@ -22,11 +22,17 @@ CURVATURES = ("fisher", "empirical_fisher", "gauss_newton")
 def find_layers(objective: Objective, params: Params) -> Layers:
     """The layers of the objective's model, by tracing it."""
     batch = _slice_of(objective)
-    return layers.find(
-        lambda p: objective.apply(p, batch, objective.key)[0],
-        params,
-        examples=objective.num_examples(batch),
-    )
+
+    def predict(params: Params, batch: Batch) -> Outputs:
+        return objective.apply(params, batch, objective.key)[0]
+
+    double = lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype)  # noqa: E731
+    try:
+        twice = jax.make_jaxpr(predict)(params, jax.tree.map(double, batch))
+    except Exception:  # whatever a model written for one size of batch raises
+        twice = None
+    examples = objective.num_examples(batch)
+    return layers.find(lambda p: predict(p, batch), params, examples=examples, twice=twice)
 
 
 def find_route(objective: Objective, params: Params) -> str:
@@ -93,7 +99,6 @@ def second_moments(
     probes: dict[int, Any] = {
         i: tuple(zeros[i] for _ in layer.ways) for i, layer in found.known.items()
     }
-    probes |= {i: jnp.zeros(leaves[i].shape, dtype_of(leaves[i])) for i in found.separate}
     summed = [i for i in found.unknown if i not in found.separate]
 
     def part(batch: Batch, own_key: Key | None) -> Any:
@@ -107,7 +112,9 @@ def second_moments(
             options: dict[str, Any] = {"examples": size, "max_rows": max_rows, "sharing": sharing}
             return probed(predict, params, found, probes, bases, weights, **options)
 
-        outputs, pull = jax.vjp(f, params, probes)
+        each = {i: (size, *leaves[i].shape) for i in found.separate}
+        singles = {i: jnp.zeros(shape, dtype_of(leaves[i])) for i, shape in each.items()}
+        outputs, pull = jax.vjp(f, params, probes | singles)
 
         def pulled(u: Outputs) -> tuple[dict[int, Any], dict[int, jax.Array]]:
             if weights is not None:
@@ -120,6 +127,7 @@ def second_moments(
                 )
             grads, moments = pull(u)
             slopes = [x.astype(dtype_of(x)) for x in jax.tree.leaves(grads)]
+            moments |= {i: jnp.sum(jnp.square(moments[i]), axis=0) for i in found.separate}
             sums = {i: slopes[i] for i in summed}
             return moments, sums if whole else jax.tree.map(jnp.square, sums)
 

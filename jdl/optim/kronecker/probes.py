@@ -45,8 +45,8 @@ class Bases(NamedTuple):
     last: jax.Array
 
 
-# For each leaf: a kernel's probe for each of its ways, or zeros of the shape of a leaf of
-# `Layers.separate`, whose "gradient" is the sum of squares over examples.
+# For each leaf: a kernel's probe for each of its ways, or for a leaf of `Layers.separate` zeros
+# [B, ...], whose gradient is the leaf's for each example.
 Probes: TypeAlias = Mapping[int, Any]
 
 
@@ -77,7 +77,7 @@ def probed(
       layers: from `layers.find`.
       probes: of zeros.
       bases: for the probes that have `squares`.
-      weights: float[B], the mask, for the first axis of rows of that size.
+      weights: float[B], the mask.
       examples: B; needed for `Layers.separate` and `sharing="reduce"`.
       max_rows: of more patches of a convolution than this, evenly spaced ones are used.
       sharing: "expand" takes each position of an example as a row; "reduce" takes the mean of its
@@ -120,7 +120,8 @@ def probed(
     return walk(
         predict,
         params,
-        probing=Probing(mark, _separate(examples), _slices(layers), known),
+        axes=layers.axes,
+        probing=Probing(mark, _slices(layers), known),
         examples=examples,
     )
 
@@ -167,8 +168,13 @@ def _moments(
     hot, n = isinstance(use.site, Gather), len(use.blocks)
     reduce = sharing == "reduce" and not hot
     x, g = gathered(use.site, x, g, max(max_rows, g.size) if reduce else max_rows)
+    axis = use.place_of_examples()
+    if axis is not None and examples is not None and g.shape[n + axis] != examples:
+        # Examples × positions, the examples being the more significant.
+        x, g = (
+            t.reshape(*t.shape[: n + axis], examples, -1, *t.shape[n + axis + 1 :]) for t in (x, g)
+        )
     lead = g.shape[n : g.ndim - len(use.outputs)]
-    axis = next((i for i, size in enumerate(lead) if size == examples), None)
     reduce = reduce and axis is not None
     each = jnp.ones(lead[axis] if reduce else math.prod(lead))
     if weights is not None and axis is not None:
@@ -308,36 +314,12 @@ def _in_basis(t: jax.Array, basis: jax.Array, count: int) -> jax.Array:
     return t @ basis if basis.ndim == count + 2 else t
 
 
-def _separate(examples: int | None) -> Callable[[jax.Array, Any, View], jax.Array]:
-    """Marks a parameter repeated for examples: its shadow's "gradient" is their sum of squares."""
-
-    def separate(x: jax.Array, shadow: Any, view: View) -> jax.Array:
-        repeated = [i for i, axis in enumerate(view.pieces[0].axes) if all(s == 0 for _, s in axis)]
-        axis = next((i for i in repeated if x.shape[i] == examples), None)
-        positions = tuple(i for i in repeated if i != axis)
-        copies = math.prod(x.shape[i] for i in repeated)
-
-        @jax.custom_vjp
-        def identity(x: Any, shadow: Any) -> Any:
-            return x
-
-        def backward(kept: Any, g: Any) -> Any:
-            each = jnp.square(jnp.sum(g.astype(shadow.dtype), axis=positions, keepdims=True))
-            total = jnp.sum(each, axis=() if axis is None else axis, keepdims=True)
-            return g, jnp.broadcast_to(total / copies, g.shape)
-
-        identity.defvjp(lambda x, shadow: (x, None), backward)
-        return identity(x, shadow)
-
-    return separate
-
-
 def _slices(layers: Layers) -> Callable[[Any, View], Any]:
     """How a scan over stacked kernels slices their data: along the stack's axis of blocks."""
 
     def one(data: Any, piece: Piece) -> Any:
         if not isinstance(data, _Data):
-            return data  # zeros of the leaf's layout are sliced as the leaf is
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), data)  # zeros [B, ...]
         form = layers.known[piece.leaf].form
         size, stride = piece.stacked[-1]
         strides, rest = [], 1

@@ -58,6 +58,15 @@ class Use(NamedTuple):
     y_axes: tuple[tuple[int, ...], ...]  # for each axis of y the kernel's axes; () is a row's
     site: Dense | Conv | Gather
     tagged: bool = False
+    examples: int | None = None  # y's axis of examples, or of examples × positions
+
+    def place_of_examples(self) -> int | None:
+        """The place of the axis of examples among the rows' axes in `gathered`."""
+        if self.examples is None or self.y_axes[self.examples]:
+            return None
+        if isinstance(self.site, Conv):
+            return (self.site.y_spec[0], *self.site.y_spec[2:]).index(self.examples)
+        return self.site.y.index(self.examples) - len(self.blocks)
 
 
 def _dense_use(eqn: Any, tags: list[Any]) -> Use | None:

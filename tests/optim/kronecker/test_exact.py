@@ -176,6 +176,51 @@ CASES = {
         HEADS,
         "",
     ),
+    "a scale and a shift used twice": (
+        lambda p, x: (
+            (x * p["s"][None] + p["b"][None]) + 2 * (x[:, ::-1] * p["s"][None] + p["b"][None])
+        ),
+        {"s": (3,), "b": (3,)},
+        X,
+        "",
+    ),
+    "a scale and a shift at each step of a scan": (
+        lambda p, x: jax.lax.scan(
+            lambda h, x: (0.5 * h + x * p["s"][None] + p["b"][None], h),
+            0 * x[:, 0],
+            x.swapaxes(0, 1),
+        )[0],
+        {"s": (3,), "b": (3,)},
+        HEADS,
+        "",
+    ),
+    "scales and shifts of a stack": (
+        lambda p, x: jax.lax.scan(
+            lambda h, sb: (h + x * sb[0][None] + 2 * sb[1][None], None), x, (p["s"], p["b"])
+        )[0],
+        {"s": (2, 3), "b": (2, 3)},
+        X,
+        "",
+    ),
+    "as many positions as examples, time first": (
+        lambda p, x: (x.swapaxes(0, 1) * p["s"][None, None] + p["t"][:, None]).swapaxes(0, 1),
+        {"s": (3,), "t": (4, 3)},
+        numbers(4, 4, 3),
+        "",
+    ),
+    "a scale of as many positions as examples": (
+        lambda p, x: x[:, :, None] + (numbers(4, 3) * p["s"][None])[None],
+        {"s": (3,)},
+        numbers(4, 4),
+        "",
+    ),
+    "a scale of flattened positions": (
+        lambda p, x: (x.reshape(-1, 3) * p["s"][None]).reshape(x.shape) + x,
+        {"s": (3,)},
+        HEADS,
+        "",
+    ),
+    "a scalar": (lambda p, x: x * p["s"], {"s": ()}, X, ""),
     "a scale of statistics": (
         lambda p, x: x * (np.array([1.0, 2.0, 0.5]) * p["s"])[None],
         {"s": (3,)},

@@ -1,0 +1,84 @@
+"""Kernels shared by positions, masked examples and tied layers, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdl.core.objective import Objective
+from jdl.losses import squared_error
+from jdl.optim.kronecker import factors, moments
+from jdl.optim.kronecker.probes import Probe
+
+B, T, D, K = 4, 4, 3, 2  # as many positions as examples
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def factored(predict, params, x, mask=None, **options):
+    """(A, G, D) of the one kernel of a model, in a batch of x and mask."""
+    batch = {"x": jnp.asarray(x)} | ({} if mask is None else {"mask": jnp.asarray(mask)})
+    batch["label"] = jnp.zeros(predict(params, batch).shape)
+    objective = Objective.from_fns(predict, squared_error, batch)
+    found = moments.find_layers(objective, params)
+    ((i, layer),) = found.known.items()
+    first, last = map(jnp.zeros, factors.sides(layer, factors.Options()))
+    zeros = {i: Probe(first, last, jnp.zeros(first.shape[:1]))}
+    (drawn, rest) = jax.jit(
+        lambda p: moments.second_moments(
+            objective, p, found, zeros, {}, jax.random.key(0), "gauss_newton", **options
+        )
+    )(params)
+    _, d, k = layer.shape
+    side = d + (layer.bias is not None)
+    return drawn[i].first[0, :side, :side], drawn[i].last[0, :k, :k], rest
+
+
+X, W = numbers(B, T, D), numbers(D, K, seed=1)
+MASK = np.array([1.0, 0.0, 1.0, 1.0])
+LAYOUTS = {
+    "examples first": lambda w, x: jnp.tanh(x @ w),
+    "time first": lambda w, x: jnp.tanh(x.swapaxes(0, 1) @ w).swapaxes(0, 1),
+    "flattened": lambda w, x: jnp.tanh(x.reshape(-1, D) @ w).reshape(-1, T, K),
+    "one example at a time": lambda w, x: jax.vmap(lambda x: jnp.tanh(x @ w))(x),
+    "step by step": lambda w, x: jax.lax.scan(
+        lambda h, x: (h, jnp.tanh(x @ w)), 0.0, x.swapaxes(0, 1)
+    )[1].swapaxes(0, 1),
+}
+
+
+def model(layer):
+    return lambda p, batch: layer(p["w"], batch["x"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_position_is_a_row_or_each_example_and_masked_ones_are_none(layout):
+    x, predict, params = X[MASK > 0], model(LAYOUTS[layout]), {"w": jnp.asarray(W)}
+    slope = 1 - np.tanh(x @ W) ** 2  # each output has one position's gradient
+    want = np.diag((slope**2).sum((0, 1))) / len(x)
+    a, g, _ = factored(predict, params, X, MASK)
+    np.testing.assert_allclose(a, np.einsum("btd,bte->de", x, x) / x[..., 0].size, rtol=1e-9)
+    np.testing.assert_allclose(g, want, rtol=1e-9)
+    if layout == "step by step":  # where positions are steps, not an axis
+        return
+    a, g, _ = factored(predict, params, X, MASK, sharing="reduce")
+    np.testing.assert_allclose(a, np.einsum("bd,be->de", x.mean(1), x.mean(1)) / len(x), rtol=1e-9)
+    np.testing.assert_allclose(g, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[:4])
+def test_reduced_factors_are_exact_for_the_mean_over_positions(layout, mask):
+    linear = {k: lambda w, x, f=f: jnp.arctanh(f(w, x)).mean(1) for k, f in LAYOUTS.items()}[layout]
+    weights = np.ones(B) if mask is None else mask
+    a, g, _ = factored(model(linear), {"w": jnp.asarray(W)}, X, mask, sharing="reduce")
+    mean = X[weights > 0].mean(1)
+    np.testing.assert_allclose(np.kron(a, g), np.kron(mean.T @ mean / len(mean), np.eye(K)), 1e-6)
