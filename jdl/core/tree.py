@@ -29,7 +29,7 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     12.0
     """
     dtype = accumulator(*(x.dtype for x in jax.tree.leaves((a, b))))
-    return _total([jnp.sum(x * y) for x, y in _packed(dtype, a, b)], dtype)
+    return _total([jnp.sum(x * y) for x, y in packed(dtype, a, b)], dtype)
 
 
 def norm(a: PyTree) -> jax.Array:
@@ -54,7 +54,7 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
 
 def all_finite(a: PyTree) -> jax.Array:
     """Whether no leaf holds a NaN or an infinity."""
-    parts = _packed(accumulator(*(x.dtype for x in jax.tree.leaves(a))), a)
+    parts = packed(accumulator(*(x.dtype for x in jax.tree.leaves(a))), a)
     finite = _total([jnp.all(jnp.isfinite(x)) for (x,) in parts], jnp.int32)
     return finite == len(parts)
 
@@ -68,7 +68,7 @@ def size(a: PyTree) -> int:
     return sum(x.size for x in jax.tree.leaves(a))
 
 
-def _packed(dtype: Any, *trees: PyTree) -> list[tuple[jax.Array, ...]]:
+def packed(dtype: Any, *trees: PyTree) -> list[tuple[jax.Array, ...]]:
     """The trees' leaves, one by one in one type; small ones as a single vector.
 
     A sum is compiled for each leaf, which takes longer than all of the model where they are many.

@@ -49,7 +49,7 @@ class Diagnostics(NamedTuple):
       factor_work: K-FAC's multiplications on Kronecker factors (moments, inverses, products), per
         those of a gradient of the full batch; 0 for methods without.
       left_out: K-FAC's estimates of a parameter's curvature that were not finite and did not enter
-        its factors, int32; 0 for methods without.
+        its factors, and inverses likewise, int32; 0 for methods without.
     """
 
     iterations: jax.Array

@@ -240,14 +240,14 @@ def backtracking(
 
 def _resolution(params: Params, direction: Params, dtype: Any) -> jax.Array:
     """The longest step that moves no parameter by more than a rounding error."""
+    spacing = jax.tree.map(lambda x: jnp.finfo(x.dtype).eps * jnp.abs(x), params)
 
-    def leaf(x: jax.Array, d: jax.Array) -> jax.Array:
-        spacing = jnp.finfo(x.dtype).eps * jnp.abs(x)
+    def shortest(spacing: jax.Array, d: jax.Array) -> jax.Array:
         steps = jnp.where(d == 0, jnp.inf, spacing / jnp.where(d == 0, 1.0, jnp.abs(d)))
-        return jnp.min(steps, initial=jnp.inf).astype(dtype)
+        return jnp.min(steps, initial=jnp.inf)
 
-    leaves = jax.tree.leaves(jax.tree.map(leaf, params, direction))
-    return jax.lax.cummin(jnp.stack(leaves))[-1]  # for XLA no chain of operations: see `tree`
+    found = [shortest(*pair) for pair in tree.packed(dtype, spacing, direction)]
+    return jax.lax.cummin(jnp.stack(found))[-1]  # for XLA no chain of operations: see `tree`
 
 
 def _minimizer(a: Point, b: Point, noise: jax.Array) -> jax.Array:

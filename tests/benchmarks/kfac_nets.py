@@ -200,13 +200,14 @@ def nets(data, share=1.0):
     pixels = functools.partial(losses.sigmoid_cross_entropy, target="image")
     both = {"adamw": (1e-3, 3e-3), "muon": (1e-2, 2e-2)}
     text_rates = {"adamw": (3e-3, 6e-3), "muon": (1e-2, 2e-2)}
+    lstm_rates = {"adamw": (3e-3, 1e-2), "muon": (1e-2, 2e-2)}
     made = {
         "transformer": lambda: Text(
             LanguageModel(), share, (32, 32), max(4, int(share * 300)), text_rates
         ),
         "vit": lambda: images(ViT(), softmax, (128, 128), 300, both),
         "resnet": lambda: images(ResNet(), softmax, (128, 128), 300, both),
-        "lstm": lambda: images(Rows(), softmax, (128, 128), 600, both),
+        "lstm": lambda: images(Rows(), softmax, (128, 128), 600, lstm_rates),
         "autoencoder": lambda: images(
             Autoencoder(widths=(1000, 500, 250, 30), kernel_init=sparse_init(15)),
             pixels,

@@ -107,7 +107,7 @@ def test_inverses_are_those_of_float64_numpy():
     a = numbers(700, 600)
     moment = a.T @ a / 700
     stack = jnp.asarray(moment, jnp.float32)[None]
-    got = jax.jit(inverses.inverse)(stack, jnp.full(1, 0.1))[0]
+    got = jax.jit(inverses.inverse)(stack, jnp.full(stack.shape[:2], 0.1))[0]
     np.testing.assert_allclose(got[0], np.linalg.inv(moment + 0.1 * np.eye(600)), atol=2e-4)
 
 
@@ -509,7 +509,7 @@ def test_every_device_inverts_its_share_only():
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
     wide = [jnp.asarray(a.T @ a, jnp.float32) for a in (numbers(9, n) for n in (3, 8, 6, 7))]
     matrices = [*(a[None] for a in wide), jnp.stack([2.0 * wide[0], wide[0], 3.0 * wide[0]])]
-    shifts = [jnp.full(len(a), 0.5) for a in matrices]
+    shifts = [jnp.full(a.shape[:2], 0.5) for a in matrices]
     seen = []
 
     def solve(matrix, shift):
@@ -541,7 +541,7 @@ def test_split_factors_are_gathered_only_when_they_are_inverted():
         matrices = jax.lax.cond(due, added, lambda matrices: matrices, matrices)
 
         def inverted(matrices):
-            shifts = [jnp.trace(m, axis1=1, axis2=2) for m in matrices]
+            shifts = [jnp.full(m.shape[:2], jnp.trace(m[0])) for m in matrices]
             return [x for (x,) in inverses.shared(inverses.inverse, matrices, shifts, None, mesh)]
 
         return matrices, jax.lax.cond(due, inverted, lambda matrices: old, matrices)
@@ -553,7 +553,7 @@ def test_split_factors_are_gathered_only_when_they_are_inverted():
     assert "all-gather" not in entry[: entry.index("\n}")]
     for inverse, matrix in zip(step(split, split, True)[1], whole, strict=True):
         want = np.asarray(matrix, np.float64) + np.asarray(matrix.mT @ matrix, np.float64)
-        shift = np.trace(want, axis1=1, axis2=2)[:, None, None] * np.eye(8)[None]
+        shift = np.trace(want[0]) * np.eye(8)[None]
         np.testing.assert_allclose(inverse, np.linalg.inv(want + shift), rtol=1e-3, atol=1e-6)
 
 

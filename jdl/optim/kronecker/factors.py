@@ -65,7 +65,7 @@ class Kronecker(NamedTuple):
     # For each leaf, how many estimates its running means hold, int32; those that were not finite
     # are left out.
     refreshes: jax.Array
-    left_out: jax.Array  # how many estimates of a leaf were left out so far, int32
+    left_out: jax.Array  # how many estimates or inverses of a leaf were left out so far, int32
     inverted: jax.Array  # for each leaf, λ of its inverses, float32
 
     @property
@@ -282,11 +282,12 @@ def refresh_inverses(
             lambda s, members=members: [_of(s, i) for i in members],
             state,
         )
-        for i, (pair, squares, lam) in zip(members, new, strict=True):
+        for i, (pair, squares, lam, failed) in zip(members, new, strict=True):
             state = state._replace(
                 inverses=(*state.inverses[:i], pair, *state.inverses[i + 1 :]),
                 squares=(*state.squares[:i], squares, *state.squares[i + 1 :]),
                 inverted=state.inverted.at[i].set(lam),
+                left_out=state.left_out.at[i].add(failed.astype(jnp.int32)),
             )
         work = work + due.astype(jnp.float32) * float(sum(costs[i] for i in members))
     return state, work
@@ -296,26 +297,27 @@ TURNS = 5
 MUCH = 10**8  # multiplications, some milliseconds' worth
 
 
-def _of(state: Kronecker, i: int) -> tuple[Pair, PyTree, jax.Array]:
-    return state.inverses[i], state.squares[i], state.inverted[i]
+def _of(state: Kronecker, i: int) -> tuple[Pair, PyTree, jax.Array, jax.Array]:
+    return state.inverses[i], state.squares[i], state.inverted[i], jnp.zeros((), bool)
 
 
 def _inverted(
     found: Layers, state: Kronecker, members: list[int], damping: jax.Array, *devices: Any
-) -> list[tuple[Pair, PyTree, jax.Array]]:
-    """New inverses of some layers, or eigenbases and the diagonals in them; and λ."""
+) -> list[tuple[Pair, PyTree, jax.Array, jax.Array]]:
+    """New inverses of some layers, or eigenbases and the diagonals in them; λ; if they failed."""
     matrices, shifts = [], []
     for i in members:
         first, last = (x.astype(_wide(x)) for x in state.moments[i])
         _, d, k = found.known[i].shape
         size = d + (found.known[i].bias is not None)
         a, g = _mean(first, size), _mean(last, k)
-        # λ is at least a rounding error of the curvature, and each factor's shift one of its own.
+        # λ is at least a rounding error of the curvature, and each coordinate's shift one of its
+        # own: with the mean's, matrices with a few large coordinates had no Cholesky factor.
         eps = float(jnp.finfo(state.moments[i].first.dtype).eps)
         lam = jnp.maximum(damping.astype(first.dtype), eps * a * g)
         pi = _balance(a, g)
-        floors = (eps * math.sqrt(n) * x for n, x in ((d, a), (k, g)))
-        roots = (pi * jnp.sqrt(lam), jnp.sqrt(lam) / pi)
+        floors = (eps * math.sqrt(n) * _diagonal(x) for n, x in ((d, first), (k, last)))
+        roots = (x[:, None] for x in (pi * jnp.sqrt(lam), jnp.sqrt(lam) / pi))
         matrices += [first, last]
         shifts += [jnp.maximum(r, f) for r, f in zip(roots, floors, strict=True)]
     eigen = not isinstance(state.squares[members[0]], tuple)
@@ -333,14 +335,17 @@ def _inverted(
             squares = jnp.where(usable, outer.astype(squares.dtype), squares)
         pair = tree.where(usable, Pair(*new), state.inverses[i])
         lam = damping.astype(jnp.float32)
-        out.append((pair, squares, jnp.where(usable, lam, state.inverted[i])))
+        out.append((pair, squares, jnp.where(usable, lam, state.inverted[i]), ~usable))
     return out
 
 
 def _mean(x: jax.Array, size: int) -> jax.Array:
     """The mean eigenvalue of each block, of which `size` coordinates are used."""
-    diagonal = jnp.diagonal(x, axis1=-2, axis2=-1) if x.ndim == 3 else x
-    return jnp.sum(diagonal, axis=-1) / size
+    return jnp.sum(_diagonal(x), axis=-1) / size
+
+
+def _diagonal(x: jax.Array) -> jax.Array:
+    return jnp.diagonal(x, axis1=-2, axis2=-1) if x.ndim == 3 else x
 
 
 def _balance(a: jax.Array, g: jax.Array) -> jax.Array:

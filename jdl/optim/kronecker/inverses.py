@@ -9,12 +9,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def inverse(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array]:
-    """(M + shift)⁻¹ of each matrix of [N, S, S], or of diagonal ones [N, S]."""
+    """(M + diag(shift))⁻¹ of each matrix of [N, S, S], or of diagonal ones [N, S]."""
     if matrix.ndim == 2:
-        return (1.0 / (matrix + shift[:, None]),)
+        return (1.0 / (matrix + shift),)
     with jax.default_matmul_precision("highest"):
         eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
-        half = _inverse_root(matrix + shift[:, None, None] * eye)
+        half = _inverse_root(matrix + shift[:, :, None] * eye)
         return (half.mT @ half,)
 
 

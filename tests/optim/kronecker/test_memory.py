@@ -1,15 +1,22 @@
 """The state holds what the model's layers need, and not what their shapes would allow."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from sklearn.datasets import load_digits
 
 from jdl.core.objective import Objective
 from jdl.losses import softmax_cross_entropy
 from jdl.optim import kfac, kfac_for
+from jdl.optim.kronecker import factors
+from jdl.optim.kronecker.blocks import Layer
+from jdl.optim.kronecker.layers import Layers
 
 
 class Language(nn.Module):
@@ -112,3 +119,88 @@ def test_a_state_is_what_its_layers_need(name):
     least = 2 * 4 * (numbers + rounding) + size(params)
     assert least <= told <= least + size(params) + 500
     assert size(state_of(predict, params, batch, told=False)) <= 1.5 * told
+
+
+def held(first, last, dtype):
+    """A layer's state with these factors."""
+    d, k = len(first) - 1, len(last)
+    layer = Layer(0, None, "dense", (("i", d), ("o", k)), (False,), (False, False), False, 0)
+    found, options = Layers({0: layer}, {}), factors.Options(dtype=dtype)
+    state = factors.init({"w": jnp.zeros((d, k))}, options, found)
+
+    def filled(x, like):
+        return jnp.zeros(like.shape, like.dtype).at[0, : len(x), : len(x)].set(x)
+
+    pair = (filled(x, like) for x, like in zip((first, last), state.moments[0], strict=True))
+    return found, state._replace(moments=(factors.Pair(*pair),))
+
+
+def test_rounded_factors_with_a_few_large_coordinates_have_inverses():
+    size, large, scale = 1000, 4, 30.0
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(512, size))
+    x[:, :large] = scale * (rng.normal(size=(512, 1)) + 0.01 * rng.normal(size=(512, large)))
+    first = np.zeros((size + 1, size + 1))
+    first[:size, :size] = x.T @ x / 512
+    found, state = held(
+        jnp.asarray(first, jnp.bfloat16), jnp.eye(8, dtype=jnp.bfloat16), "bfloat16"
+    )
+    state, _ = jax.jit(lambda s: factors.refresh_inverses(found, s, jnp.float32(1e-4)))(state)
+    assert (state.inverted.tolist(), state.left_out.tolist()) == ([pytest.approx(1e-4)], [0])
+    inverse = np.asarray(state.inverses[0].first[0, large:size, large:size], np.float32)
+    assert np.linalg.eigvalsh(inverse)[0] > 0
+
+
+def test_a_failed_inversion_keeps_the_last_one_and_is_counted():
+    bad = jnp.array([[1.0, 9.0], [9.0, 1.0]])
+    found, state = held(bad, jnp.eye(3), None)
+    after, _ = factors.refresh_inverses(found, state, jnp.float32(1e-4))
+    assert after.left_out.tolist() == [1]
+    jax.tree.map(np.testing.assert_array_equal, after.inverses, state.inverses)
+
+
+class Rows(nn.Module):
+    """A digit's rows attend to each other."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16)(x)
+        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+@pytest.mark.slow
+def test_factors_in_bfloat16_train_as_those_in_float32():
+    digits = load_digits()
+    images, labels = np.float32(digits.images / 16), np.int32(digits.target)
+    net = Rows()
+    start = net.init(jax.random.key(0), images[:2])["params"]
+    values = {}
+    for dtype in ("float32", "bfloat16"):
+        batch = {"x": images[:256], "label": labels[:256]}
+        predict = lambda p, b: net.apply({"params": p}, b["x"])  # noqa: E731
+        objective = Objective.from_fns(predict, softmax_cross_entropy, batch)
+        optimizer = kfac_for(objective, start, factors_dtype=dtype)
+
+        @jax.jit
+        def steps(params, state, batches, objective=objective, optimizer=optimizer):
+            def step(carry, examples):
+                params, state = carry
+                mine = dataclasses.replace(objective, batch=examples)
+                value, grad, _ = mine.value_and_grad(params)
+                updates, state = optimizer.update(
+                    grad, state, params, value=value, grad=grad, objective=mine
+                )
+                return (optax.apply_updates(params, updates), state), value
+
+            return jax.lax.scan(step, (params, state), batches)
+
+        order = np.random.default_rng(0).integers(0, len(images), (25, 256))
+        batches = {"x": images[order], "label": labels[order]}
+        (params, state), _ = steps(start, optimizer.init(start), batches)
+        assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
+        assert int(state.diagnostics.left_out) == 0
+        whole = dataclasses.replace(objective, batch={"x": images, "label": labels})
+        values[dtype] = float(whole.value(params))
+    assert values["float32"] < 0.2
+    assert values["bfloat16"] == pytest.approx(values["float32"], rel=0.2)
