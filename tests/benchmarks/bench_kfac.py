@@ -43,7 +43,7 @@ from jdl.core.objective import Objective
 from jdl.data import digits
 from jdl.models import CNN, RNN, Autoencoder
 from jdl.models.layers import sparse_init
-from jdl.optim import diagnostics, kfac, kronecker, quadratic
+from jdl.optim import diagnostics, kfac_for, kronecker, quadratic
 from jdl.optim.kronecker import factors, moments
 
 SLICE = 5.0  # seconds of a contestant's turn
@@ -248,13 +248,17 @@ def profile(problem, repeats=5):
             jax.block_until_ready(f(*args))
         return (time.process_time() - start) / 2 / repeats, out
 
-    state = factors.init(params)
+    options = factors.Options()
+    state = factors.init(params, options, found)
     times = {}
     times["gradient"], (_, grad, _) = timed(lambda o, p: o.value_and_grad(p), objective, params)
     times["factors"], state = timed(
-        lambda o, p, s: factors.refresh_moments(o, p, found, s, key), objective, params, state
+        lambda o, p, s: factors.refresh_moments(o, p, found, s, key, options),
+        objective,
+        params,
+        state,
     )
-    times["inverses"], state = timed(lambda s: factors.refresh_inverses(found, s, lam), state)
+    times["inverses"], (state, _) = timed(lambda s: factors.refresh_inverses(found, s, lam), state)
     times["products"], step = timed(lambda s, g: factors.apply(found, s, g, lam), state, grad)
     times["model"], _ = timed(
         lambda o, p, v: (quadratic.quadratic(o, p, [v, v]), o.value(p)), some, params, step
@@ -265,12 +269,13 @@ def profile(problem, repeats=5):
 def race(name, problem, args):
     rates = {n: tuned_rate(problem, n, args.tune) for n in args.optimizers.split(",")}
     runs = {n: Contestant(problem, MAKE[n](r), problem.first_batch) for n, r in rates.items()}
-    runs["kfac"] = Contestant(problem, kfac(), problem.kfac_batch)
+    rows = jax.tree.map(lambda x: x[: problem.kfac_batch], problem.batch)
+    objective = Objective(problem.model, problem.loss, {}, rows)
+    runs["kfac"] = Contestant(problem, kfac_for(objective, problem.params), problem.kfac_batch)
     if importlib.util.find_spec("kfac_jax") and name in AUTOENCODERS:
         runs["kfac-jax"] = KfacJax(problem, problem.kfac_batch)
-    rows = jax.tree.map(lambda x: x[: problem.kfac_batch], problem.batch)
     if args.verbose:
-        print(kronecker.describe(Objective(problem.model, problem.loss, {}, rows), problem.params))
+        print(kronecker.describe(objective, problem.params))
     marks = sorted({m for m in (15, 30, 60, 120) if m < args.seconds} | {args.seconds})
     curves = {n: [(0.0, run.score)] for n, run in runs.items()}
     clock = 0.0
@@ -381,7 +386,9 @@ def reach(name, net, source, args):
     ends = {key: np.mean(losses) for key, losses in ends.items()}
     target = min(loss for (opponent, _), loss in ends.items() if opponent == "adamw")
     for seed in range(args.seeds):
-        run = Run(net, kfac(), net.batches[0], seed)
+        params, state = net.start(seed)
+        objective = Objective(net.model, net.loss, state, net.batch(np.arange(net.batches[0])))
+        run = Run(net, kfac_for(objective, params), net.batches[0], seed)
         every, reached = max(1, net.steps // 60), None
         while reached is None and sum(run.times) < args.seconds:
             if run.advance(every) <= target:
