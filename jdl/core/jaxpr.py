@@ -175,18 +175,6 @@ def equations(program: Any, closed: str = "") -> Iterator[Any]:
                     yield from equations(inner, closed)
 
 
-def places(program: Any, place: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """A program's equations and those inside of them, with their places in an `Evaluator`."""
-    for i, eqn in enumerate(getattr(program, "jaxpr", program).eqns):
-        here = (*place, i)
-        yield here, eqn
-        for j, branch in enumerate(eqn.params.get("branches", ())):
-            yield from places(branch, (*here, j))
-        for name in ("jaxpr", "call_jaxpr", "body_jaxpr"):
-            if name in eqn.params:
-                yield from places(eqn.params[name], here)
-
-
 def scans(program: Any) -> Iterator[tuple[Any, int]]:
     """The bodies and lengths of the outermost scans of a program."""
     found = (e.params for e in equations(program, "scan") if e.primitive.name == "scan")

@@ -316,6 +316,7 @@ AUTOENCODER = {
         ),
         ((0, 500, 125), (8, 1000, 250), (30, 2500, 500), (70, 5000, 1000)),
     ),
+    "jdl lbfgs, Kronecker, all data": (lambda: lbfgs(scaling="kronecker"), ((0, 5000, None),)),
     "jdl lbfgs (multi-batch)": (lambda: lbfgs(), ((0, 1000, None), (30, 2500, None))),
     "jdl nonlinear_cg": (lambda: nonlinear_cg(), ((0, 1000, None), (30, 2500, None))),
     "optax Nesterov, tuned": (nesterov, ((0, 200, None),)),

@@ -69,7 +69,7 @@ class Layer(NamedTuple):
 def places(use: Use, piece: Piece, shape: Sequence[int]) -> tuple[Place, ...] | None:
     """The places of a use's axes in a leaf of this shape, the most significant first.
 
-    None where an element of the leaf is repeated or only every second one is used. Of a leaf of
+    None where an element of the leaf is repeated. Of a leaf of
     three axes or more, a first axis that is free in a product, before the inputs and other outputs,
     has the role "f": of an ensemble with the same inputs it is a block's, of heads an output's.
     An axis of the leaf of which the view has one index is a block's, as if a scan had sliced it.
@@ -84,6 +84,7 @@ def places(use: Use, piece: Piece, shape: Sequence[int]) -> tuple[Place, ...] | 
         ]
     found += [(abs(s), n, s < 0, "s", (-1, j)) for j, (n, s) in enumerate(piece.stacked)]
     found.sort(key=lambda x: (-x[0], x[1] == 1))
+    found.append((1, 1, False, "s", (-2, 1)))
     rest = piece.offset - sum(s * (n - 1) for s, n, flipped, *_ in found if flipped)
     out, above = [], math.prod(shape)
     for stride, size, flipped, role, source in found:
@@ -93,18 +94,14 @@ def places(use: Use, piece: Piece, shape: Sequence[int]) -> tuple[Place, ...] | 
         if start + size > above // stride:
             return None
         for outer in (math.prod(shape[i:]) for i in range(1, len(shape))):
-            n = outer // stride
-            if (
-                stride < outer < above
-                and outer % stride == 0
-                and start // n * n + n >= start + size
-            ):
-                out.append(Place("s", above // outer, start // n, 1, False, (-2, outer)))
-                above, start = outer, start % n
-        if above > stride or role == "s":
+            index, inner = divmod(start * stride, outer)
+            if stride < outer < above and not outer % stride and inner + size * stride <= outer:
+                out.append(Place("s", above // outer, index, 1, False, (-2, outer)))
+                above, start = outer, inner // stride
+        if above > stride or source[0] == -1:
             out.append(Place(role, above // stride, start, size, flipped, source))
         above = stride
-    return _ensembles(out, shape) if above == 1 else None
+    return _ensembles(out, shape)
 
 
 def _ensembles(found: list[Place], shape: Sequence[int]) -> tuple[Place, ...]:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jdl.core.jaxpr import CALLS, CUSTOM, Evaluator, Site, bind, places
+from jdl.core.jaxpr import CALLS, CUSTOM, Evaluator, Site, bind, equations
 from jdl.core.types import Params
 from jdl.optim.kronecker import blocks
 from jdl.optim.kronecker.blocks import Form, Layer
@@ -36,9 +36,6 @@ from jdl.optim.kronecker.views import (
     whole,
 )
 
-# For each place in a program: the axes of examples of inputs and outputs, or None.
-Axes: TypeAlias = Mapping[tuple[int, ...], Sequence[int | None]]
-
 
 class Layers(NamedTuple):
     """The layers of a model."""
@@ -47,7 +44,7 @@ class Layers(NamedTuple):
     unknown: Mapping[int, str]  # number of a leaf outside all layers -> the reason
     # The unknown ones whose uses tell examples apart: a scale, a shift, a table of positions.
     separate: frozenset[int] = frozenset()
-    axes: Axes | None = None
+    twice: Any = None  # the program for twice as many examples, or None
 
 
 class Probing(NamedTuple):
@@ -81,8 +78,8 @@ def find(
     {1: 'used by mul'}
     """
     found = _Found()
-    axes = None if twice is None else partial(_axes, twice)
-    jax.eval_shape(lambda p: walk(predict, p, axes, found=found, examples=examples), params)
+    options: dict[str, Any] = {"found": found, "examples": examples, "twice": twice}
+    jax.eval_shape(lambda p: walk(predict, p, **options), params)
     ensembles = {n for uses in found.uses.values() for u in uses.values() for n in u.ensembles()}
     known: dict[int, Layer] = {}
     unknown: dict[int, str] = {}
@@ -111,23 +108,28 @@ def find(
         unknown[i] = found.unrecognized.get(i, "not added to exactly one known layer")
     unknown = {i: why for i, why in sorted(unknown.items()) if i not in biases}
     used = {i for i, why in unknown.items() if why != "not used by the model"}
-    return Layers(known, unknown, frozenset(used) - found.mixed - found.uses.keys(), found.axes)
+    return Layers(known, unknown, frozenset(used) - found.mixed - found.uses.keys(), twice)
 
 
-def _axes(twice: Any, program: Any) -> Axes | None:
-    """The axes that are twice as long in another program; None where it has other equations."""
-    one, two = list(places(program)), list(places(twice))
-    if [(p, e.primitive) for p, e in one] != [(p, e.primitive) for p, e in two]:
+def _axes_of_examples(program: Any, twice: Any, examples: int | None) -> Any:
+    """For each equation by its id, the axis of examples of each input and output, or None.
+
+    It is the one that is twice as long in the other program, and may be of examples × positions.
+    None where the programs have other equations.
+    """
+    one, two = ([] if p is None else list(equations(p)) for p in (program, twice))
+    if [e.primitive for e in one] != [e.primitive for e in two]:
         return None
 
     def axis(short: Any, long: Any) -> int | None:
         shapes = (getattr(v.aval, "shape", ()) for v in (short, long))
         sizes = enumerate(zip(*shapes, strict=False))
-        return next((i for i, (n, m) in sizes if 0 < 2 * n == m), None)
+        fits = (i for i, (n, m) in sizes if 0 < 2 * n == m and n % (examples or 1) == 0)
+        return next(fits, None)
 
     return {
-        place: [*map(axis, a.invars, b.invars), *map(axis, a.outvars, b.outvars)]
-        for (place, a), (_, b) in zip(one, two, strict=True)
+        id(a): [*map(axis, a.invars, b.invars), *map(axis, a.outvars, b.outvars)]
+        for a, b in zip(one, two, strict=True)
     }
 
 
@@ -182,7 +184,6 @@ class _Found:
         self.unrecognized: dict[int, str] = {}  # leaf -> why
         self.mixed: set[int] = set()  # leaves of which some use does not tell examples apart
         self.tagged_biases: dict[int, int] = {}  # bias -> kernel
-        self.axes: Axes | None = None
 
     def join(self, place: Any, bias: int, kernel: int | None, separate: bool) -> None:
         """Records that a bias is added to a kernel's outputs, or to something else (None)."""
@@ -200,11 +201,11 @@ class _Found:
 def walk(
     predict: Callable[[Params], Any],
     params: Params,
-    axes: Axes | Callable[[Any], Axes | None] | None = None,
     *,
     found: _Found | None = None,
     probing: Probing | None = None,
     examples: int | None = None,
+    twice: Any = None,
 ) -> Any:
     """`predict(params)`; records uses of params in `found`, or has `probing` mark them."""
     leaves, structure = jax.tree.flatten(params)
@@ -216,9 +217,8 @@ def walk(
         return outputs
 
     program = jax.make_jaxpr(flat)(*leaves)
-    found = found or _Found()
-    found.axes = axes(program) if callable(axes) else axes
-    walker = _Walk(found, probing, [x.shape for x in leaves], examples)
+    axes = _axes_of_examples(program, twice, examples)
+    walker = _Walk(found or _Found(), probing, [x.shape for x in leaves], examples, axes)
     data = {} if probing is None else probing.data
     tagged = [_Tagged(x, (data.get(i),), View((whole(i, x.shape),))) for i, x in enumerate(leaves)]
     outputs, _ = walker.evaluator.run(program, tagged)
@@ -244,8 +244,10 @@ class _Walk:
         probing: Probing | None,
         shapes: list[tuple[int, ...]],
         examples: int | None,
+        axes: Any,
     ):
         self.found, self.probing, self.shapes, self.examples = found, probing, shapes, examples
+        self.axes = axes
         leave = partial(self.untag, why="carried by a loop, or returned by a branch")
         self.evaluator = Evaluator(self.visit, leave, self.slices)
 
@@ -347,9 +349,10 @@ class _Walk:
             if site.name == "convert_element_type":
                 kept = [(shadow,)]
             elif site.name == "broadcast_in_dim":
-                kept_axes = (0, *(i + 1 for i in site.eqn.params["broadcast_dimensions"]))
-                full = range(len(site.eqn.outvars[0].aval.shape) + 1)
-                kept = [(jnp.expand_dims(shadow, [i for i in full if i not in kept_axes]),)]
+                at = site.eqn.params["broadcast_dimensions"]
+                old = dict(zip(at, shadow.shape[1:], strict=True))
+                new = [old.get(i, 1) for i in range(len(views[0].pieces[0].axes))]
+                kept = [(shadow.reshape(-1, *new),)]
             else:
                 wide = jnp.broadcast_to(shadow, (shadow.shape[0], *inputs[0].shape))
                 kept = [(x,) for x in jax.vmap(lambda x: bind(site.eqn, [x]))(wide)]
@@ -369,8 +372,9 @@ class _Walk:
         side = 2 if use.tagged else 0 if isinstance(tags[0], View) else 1
         x = inputs[1 if use.tagged or side == 0 else 0]
         (y,) = bind(site.eqn, inputs)
-        free = [not axes for axes in use.y_axes]
-        use = use._replace(examples=self.examples_of(site, -1, y.shape, free))
+        pairs = zip(use.y_axes, y.shape, strict=True)
+        free = [not own and (self.axes is not None or n == self.examples) for own, n in pairs]
+        use = use._replace(examples=self.examples_of(site, -1, free))
         outputs = math.prod(y.shape[i] for i, axes in enumerate(use.y_axes) if axes)
         times = site.times * y.size // max(1, outputs)
         for piece, own in zip(pieces, found, strict=True):
@@ -416,40 +420,28 @@ class _Walk:
         """The axis along which an input, a parameter, is repeated for each example, or None."""
         if not isinstance(tag, View) or len(tag.pieces) > 1:
             return None
-        shape, axes = tag.pieces[0].shape, tag.pieces[0].axes
-        once = [
-            n == self.examples and {s for _, s in a} <= {0}
-            for n, a in zip(shape, axes, strict=True)
-        ]
-        return self.examples_of(site, -1 if site.name in ELEMENTWISE else i, shape, once)
+        pairs = zip(tag.pieces[0].shape, tag.pieces[0].axes, strict=True)
+        once = [n == self.examples and all(s == 0 for _, s in axis) for n, axis in pairs]
+        return self.examples_of(site, -1 if site.name in ELEMENTWISE else i, once)
 
-    def examples_of(
-        self, site: Site, i: int, shape: Sequence[int], allowed: Sequence[bool]
-    ) -> int | None:
-        """The axis of examples of the i-th of an equation's inputs and outputs, of this shape.
-
-        It may be of examples × positions.
-        """
-        if self.found.axes is not None:
-            axis = self.found.axes[site.place][i]
-            fits = axis is not None and allowed[axis] and shape[axis] % (self.examples or 1) == 0
-            return axis if fits else None
-        return next((k for k, n in enumerate(shape) if n == self.examples and allowed[k]), None)
+    def examples_of(self, site: Site, i: int, allowed: Sequence[bool]) -> int | None:
+        """The axis of examples of the i-th of an equation's inputs and outputs, if allowed."""
+        axes = range(len(allowed)) if self.axes is None else [self.axes[id(site.eqn)][i]]
+        return next((k for k in axes if k is not None and allowed[k]), None)
 
     def separate(self, x: Any, axis: int | None, data: Any) -> Any:
         """A parameter repeated for each example, plus its zeros: their gradient is each example's.
 
         The zeros' first axis are the examples; the others are the parameter's, or of size 1.
         """
-        for zeros in _shadows(data):
-            if axis is None:
-                continue
-            if zeros.shape[axis + 1] == 1:
-                own = jnp.moveaxis(zeros.squeeze(axis + 1), 0, axis)
-            else:
-                own = jnp.moveaxis(jnp.diagonal(zeros, 0, 0, axis + 1), -1, axis)
-            x = x + jnp.broadcast_to(own, x.shape).astype(x.dtype)
-        return x
+        if axis is None or not _shadows(data):
+            return x
+        (zeros,) = _shadows(data)
+        if zeros.shape[axis + 1] == 1:
+            own = jnp.moveaxis(zeros.squeeze(axis + 1), 0, axis)
+        else:
+            own = jnp.moveaxis(jnp.diagonal(zeros, 0, 0, axis + 1), -1, axis)
+        return x + jnp.broadcast_to(own, x.shape).astype(x.dtype)
 
 
 def _index(view: View, piece: Any) -> int:

@@ -120,7 +120,7 @@ def probed(
     return walk(
         predict,
         params,
-        axes=layers.axes,
+        twice=layers.twice,
         probing=Probing(mark, _slices(layers), known),
         examples=examples,
     )
@@ -168,7 +168,7 @@ def _moments(
     hot, n = isinstance(use.site, Gather), len(use.blocks)
     reduce = sharing == "reduce" and not hot
     x, g = gathered(use.site, x, g, max(max_rows, g.size) if reduce else max_rows)
-    axis = use.place_of_examples()
+    axis = use.row_of_examples()
     if axis is not None and examples is not None and g.shape[n + axis] != examples:
         # Examples × positions, the examples being the more significant.
         x, g = (

@@ -25,7 +25,7 @@ class Dense(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """The patches of a convolution, whose axes are ordered by x_spec and y_spec."""
+    """The patches of a convolution."""
 
     window: tuple[int, ...]
     strides: tuple[int, ...]
@@ -33,8 +33,8 @@ class Conv(NamedTuple):
     x_dilation: tuple[int, ...]  # of a transposed convolution
     dilation: tuple[int, ...]
     groups: int
-    x_spec: tuple[int, ...]  # batch, channels, space...
-    y_spec: tuple[int, ...]
+    x: tuple[int, ...]  # the order of axes that brings x's to batch, space..., channels
+    y: tuple[int, ...]
 
 
 class Gather(NamedTuple):
@@ -60,13 +60,10 @@ class Use(NamedTuple):
     tagged: bool = False
     examples: int | None = None  # y's axis of examples, or of examples × positions
 
-    def place_of_examples(self) -> int | None:
-        """The place of the axis of examples among the rows' axes in `gathered`."""
-        if self.examples is None or self.y_axes[self.examples]:
-            return None
-        if isinstance(self.site, Conv):
-            return (self.site.y_spec[0], *self.site.y_spec[2:]).index(self.examples)
-        return self.site.y.index(self.examples) - len(self.blocks)
+    def row_of_examples(self) -> int | None:
+        """The place of the axis of examples among the rows' in `gathered`."""
+        rows = [i for i in self.site.y if not self.y_axes[i]]
+        return None if self.examples is None else rows.index(self.examples)
 
 
 def _dense_use(eqn: Any, tags: list[Any]) -> Use | None:
@@ -105,8 +102,8 @@ def _conv_use(eqn: Any, tags: list[Any]) -> Use | None:
         x_dilation=tuple(params["lhs_dilation"]),
         dilation=tuple(params["rhs_dilation"]),
         groups=params["feature_group_count"],
-        x_spec=tuple(numbers.lhs_spec),
-        y_spec=tuple(numbers.out_spec),
+        x=(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]),
+        y=(numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]),
     )
     return _conv(tags[1], kernel, numbers.rhs_spec, site)
 
@@ -129,7 +126,7 @@ def _conv(view: View, kernel: Sequence[int], spec: Sequence[int], site: Conv) ->
             return None
         pieces.append(regrouped)
     y_axes: list[tuple[int, ...]] = [()] * len(kernel)
-    y_axes[site.y_spec[1]] = (out, out + 1)
+    y_axes[site.y[-1]] = (out, out + 1)
     view = view._replace(pieces=tuple(pieces), axis=axis(view.axis))
     inputs = (*map(axis, space), axis(channels))
     return Use("conv", view, (out,), inputs, (out + 1,), tuple(y_axes), site)
@@ -138,9 +135,9 @@ def _conv(view: View, kernel: Sequence[int], spec: Sequence[int], site: Conv) ->
 def _plain_conv(view: View, kernel: Sequence[int], padding: Any, strides: Any = None) -> Use | None:
     """The use of a kernel [..., C, K] by a convolution of x [B, ..., C]."""
     n = len(kernel)
-    spec, ones = (0, n - 1, *range(1, n - 1)), (1,) * (n - 2)
+    order, ones = tuple(range(n)), (1,) * (n - 2)
     window, strides = tuple(kernel[:-2]), tuple(strides or ones)
-    site = Conv(window, strides, tuple(padding), ones, ones, 1, spec, spec)
+    site = Conv(window, strides, tuple(padding), ones, ones, 1, order, order)
     return _conv(view, kernel, (n - 1, n - 2, *range(n - 2)), site)
 
 
@@ -216,12 +213,10 @@ def gathered(site: Any, x: jax.Array, g: jax.Array, max_rows: int) -> tuple[jax.
     Of a `Gather` the first are the indices [blocks..., rows...]. Of more rows of a convolution than
     `max_rows`, evenly spaced ones are returned.
     """
-    if isinstance(site, Dense):
-        return x.transpose(site.x), g.transpose(site.y)
-    if isinstance(site, Gather):
-        return x[..., site.column].transpose(site.x), g.transpose(site.y)
-    g = g.transpose((site.y_spec[0], *site.y_spec[2:], site.y_spec[1]))
-    x = x.transpose((site.x_spec[0], *site.x_spec[2:], site.x_spec[1]))
+    x = x[..., site.column] if isinstance(site, Gather) else x
+    x, g = x.transpose(site.x), g.transpose(site.y)
+    if not isinstance(site, Conv):
+        return x, g
     space = g.shape[1:-1]
     thin = math.ceil((math.prod(g.shape[:-1]) / max_rows) ** (1 / len(space)))
     steps = tuple(max(1, min(thin, n)) for n in space)

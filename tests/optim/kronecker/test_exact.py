@@ -156,6 +156,13 @@ CASES = {
         X,
         "w",
     ),
+    "a packed kernel, cut along its last axis": (
+        lambda p, x: x @ p["w"][..., 0] + x[:, ::-1] @ p["w"][..., 2],
+        {"w": (3, 2, 3)},
+        X,
+        "w",
+    ),
+    "every second column": (lambda p, x: x @ p["w"][:, 1::2], {"w": (3, 4)}, X, "w"),
     "a packed kernel, cut": (
         lambda p, x: jnp.stack(
             [jnp.einsum("bd,dhk->bhk", x, p["w"][:, i]) + p["b"][i][None] for i in (0, 1)], 1

@@ -1,5 +1,7 @@
 """Kernels shared by positions, masked examples and tied layers, against NumPy."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from jdl.core.objective import Objective
 from jdl.losses import squared_error
+from jdl.optim import kfac_for
 from jdl.optim.kronecker import factors, moments
 from jdl.optim.kronecker.probes import Probe
 
@@ -38,8 +41,10 @@ def factored(predict, params, x, mask=None, **options):
         )
     )(params)
     _, d, k = layer.shape
-    side = d + (layer.bias is not None)
-    return drawn[i].first[0, :side, :side], drawn[i].last[0, :k, :k], rest
+    sides = zip(
+        (drawn[i].first[0], drawn[i].last[0]), (d + (layer.bias is not None), k), strict=True
+    )
+    return *(x[(slice(n),) * x.ndim] for x, n in sides), rest
 
 
 X, W = numbers(B, T, D), numbers(D, K, seed=1)
@@ -82,3 +87,52 @@ def test_reduced_factors_are_exact_for_the_mean_over_positions(layout, mask):
     a, g, _ = factored(model(linear), {"w": jnp.asarray(W)}, X, mask, sharing="reduce")
     mean = X[weights > 0].mean(1)
     np.testing.assert_allclose(np.kron(a, g), np.kron(mean.T @ mean / len(mean), np.eye(K)), 1e-6)
+
+
+def test_a_tied_table_has_the_factors_of_the_sum_of_both_uses():
+    words, vocabulary = np.array([[0, 3, 3], [1, 0, 4]]), 5
+    w = numbers(vocabulary, D, seed=1)
+
+    def predict(p, batch):
+        return jnp.tanh(p["w"][batch["x"]]) @ p["w"].T
+
+    v_side, d_side, _ = factored(predict, {"w": jnp.asarray(w)}, words)
+    h = np.tanh(w[words]).reshape(-1, D)
+    slopes = (1 - h[:, None] ** 2) * w[None]  # of each position's outputs by its embedding
+    embed = (
+        np.bincount(words.ravel(), minlength=vocabulary) / words.size,
+        np.einsum("rvd,rve->de", slopes, slopes) / len(words),
+    )
+    head = np.full(vocabulary, words.shape[1]), h.T @ h / words.size
+    product = sum(np.multiply.outer(v, d) for v, d in (embed, head))
+    by_d, by_v = np.einsum("vdd->v", product), product.sum(0)
+    total = by_d.sum()
+    np.testing.assert_allclose(
+        np.multiply.outer(v_side, d_side), np.multiply.outer(by_d, by_v) / total, rtol=1e-9
+    )
+
+
+def test_unknown_parameters_are_named_once_with_the_reason_and_warned_of_where_all_are(caplog):
+    batch = {"x": jnp.asarray(X[:, 0]), "label": jnp.zeros((B, K))}
+
+    def run(predict, params):
+        params = jax.tree.map(jnp.asarray, params)
+        objective = Objective.from_fns(predict, squared_error, batch)
+        optimizer = kfac_for(objective, params)
+        for _ in range(2):
+            value, grad, _ = objective.value_and_grad(params)
+            optimizer.update(
+                grad, optimizer.init(params), params, value=value, grad=grad, objective=objective
+            )
+        messages = [(r.levelname, r.getMessage()) for r in caplog.records]
+        caplog.clear()
+        return messages
+
+    with caplog.at_level(logging.INFO, logger="jdl.optim.kronecker.summary"):
+        both = run(lambda p, b: b["x"] @ p["w"] @ jnp.exp(p["v"]), {"w": W, "v": W[:K, :K]})
+        (level, message) = both[0]
+        assert (level, len(both), message.count("diagonal: ['v'] (used by exp)")) == ("INFO", 1, 1)
+    with caplog.at_level(logging.WARNING, logger="jdl.optim.kronecker.summary"):
+        ((level, message),) = run(lambda p, b: b["x"] @ jnp.exp(p["w"]), {"w": W})
+        assert level == "WARNING"
+        assert "used by exp" in message
