@@ -61,13 +61,11 @@ def test_the_step_compiles_once_whatever_wraps_the_optimizer(name):
     compiled = "/jax/core/compile/backend_compile_duration"
     train = data()
     estimator = make(OPTIMIZERS[name](), log_every=1).train(train, steps=1)
-    shapes = jax.tree.map(np.shape, estimator.state.opt_state)
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: found.append(seconds) if event == compiled else None
     )
     estimator.train(train, steps=6)
     assert found == []
-    assert jax.tree.map(np.shape, estimator.state.opt_state) == shapes
 
 
 @pytest.mark.slow
