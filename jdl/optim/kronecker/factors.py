@@ -245,8 +245,8 @@ def refresh_inverses(
     """The state with new inverses or eigenbases of its moments, and how much work they were.
 
     Where that is much work the layers take turns, so that no step does it all: each belongs to one
-    of up to `TURNS` groups. In a group's turn its layers are inverted if the last time was `every`
-    steps ago or λ has changed by more than a factor of 4 since.
+    of several groups. In a group's turn its layers are inverted if the last time was about `every`
+    steps ago, and never more, or λ has changed by more than a factor of 4 since.
 
     Args:
       found: the layers.
@@ -264,7 +264,9 @@ def refresh_inverses(
     """
     eigen = any(not isinstance(s, tuple) for s in state.squares)
     costs = {i: inverses.cost(state.moments[i]) for i in found.known}
-    groups = min(TURNS, every, len(costs)) if sum(costs.values()) > MUCH else 1
+    # Each group has a matrix for each device, if there are that many.
+    most = min(len(costs), 2 * len(costs) // inverses.num_devices(axis_name, mesh))
+    groups = max(1, min(every, most)) if sum(costs.values()) > MUCH else 1
     turns = dict(zip(costs, inverses.assignment(list(costs.values()), groups), strict=True))
     drift = jnp.abs(jnp.log(damping.astype(jnp.float32) / state.inverted)) > math.log(4.0)
     work = jnp.zeros((), jnp.float32)
@@ -273,7 +275,7 @@ def refresh_inverses(
         if not members:
             continue
         mine = count % groups == turn
-        again = count // groups % (-(-every // groups)) == 0
+        again = count // groups % (every // groups) == 0
         changed = False if eigen else jnp.any(drift[jnp.array(members)])
         due = jnp.asarray(active & (whole | (mine & (again | changed))))
         new = jax.lax.cond(
@@ -293,7 +295,6 @@ def refresh_inverses(
     return state, work
 
 
-TURNS = 5
 MUCH = 10**8  # multiplications, some milliseconds' worth
 
 

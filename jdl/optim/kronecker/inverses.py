@@ -62,7 +62,7 @@ def shared(
     if axis_name is None and mesh is None:
         return [solve(m, s) for m, s in zip(matrices, shifts, strict=True)]
     axis = axis_name or max(mesh.axis_names, key=lambda name: mesh.shape[name])
-    count = jax.lax.axis_size(axis) if mesh is None else mesh.shape[axis]
+    count = num_devices(axis_name, mesh)
     pairs = dict(enumerate(zip(matrices, shifts, strict=True)))
     results = {i: solve(*pair) for i, pair in pairs.items() if pair[0].ndim == 2}
     wide = {i: p for i, p in pairs.items() if i not in results and len(p[0]) >= count}
@@ -99,6 +99,13 @@ def shared(
         )
         results |= shared(jax.tree.map(filled, wide), narrow)
     return [tuple(x[: len(m)] for x in results[i]) for i, m in enumerate(matrices)]
+
+
+def num_devices(axis_name: str | None, mesh: Any) -> int:
+    """How many devices share the work."""
+    if axis_name is not None:
+        return int(jax.lax.axis_size(axis_name))
+    return 1 if mesh is None else int(max(mesh.shape.values()))
 
 
 def _split(solve: Any, pairs: Any, owners: list[int], axis: str) -> Any:
