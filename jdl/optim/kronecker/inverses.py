@@ -1,6 +1,6 @@
 """Inverses and eigenvectors of stacks of factors, computed by all devices together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +26,7 @@ def _inverse_root(matrix: jax.Array, leaf: int = 256) -> jax.Array:
     """
     n = matrix.shape[-1]
     if n <= leaf:
-        root = jnp.linalg.cholesky(matrix, symmetrize_input=False)
-        eye = jnp.broadcast_to(jnp.eye(n, dtype=matrix.dtype), matrix.shape)
-        return jax.lax.linalg.triangular_solve(root, eye, left_side=True, lower=True)
+        return one_by_one(_triangular_inverse, matrix)
     h = n // 2
     upper = _inverse_root(matrix[:, :h, :h], leaf)
     side = matrix[:, h:, :h] @ upper.mT
@@ -38,12 +36,29 @@ def _inverse_root(matrix: jax.Array, leaf: int = 256) -> jax.Array:
     return jnp.block([[upper, above], [corner, lower]])
 
 
+def _triangular_inverse(matrix: jax.Array) -> jax.Array:
+    root = jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    return jax.lax.linalg.triangular_solve(root, eye, left_side=True, lower=True)
+
+
+def one_by_one(fn: Callable[[jax.Array], Any], stack: jax.Array) -> Any:
+    """fn of a stack of matrices [N, S, S]; on CPUs, of one matrix after the other.
+
+    There LAPACK's calls on several matrices wait for threads of the pool that they run in: two at
+    once can wait for ever (jaxlib 0.10).
+    """
+    return jax.lax.platform_dependent(
+        stack, cpu=lambda stack: jax.lax.map(fn, stack), default=lambda stack: fn(stack)
+    )
+
+
 def eigen(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvectors in columns, and eigenvalues."""
     del shift
     if matrix.ndim == 2:
         return jnp.ones_like(matrix), matrix
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = one_by_one(lambda m: tuple(jnp.linalg.eigh(m)), matrix)
     return vectors, jnp.maximum(values, 0.0)
 
 

@@ -30,6 +30,7 @@ from jdl.core import tree
 from jdl.core.derivatives import hvp
 from jdl.core.objective import fisher_loss
 from jdl.core.types import Batch, Key, Loss, Outputs
+from jdl.optim.kronecker.inverses import one_by_one
 
 NOT_CONVEX = "; not convex: its positive part"  # ends the route of such a loss
 MOST_DENSE = 64  # outputs per example up to which the whole Hessian is computed
@@ -171,7 +172,7 @@ def _root(head: _Head, v: jax.Array) -> jax.Array:
     if head.kind == "diagonal":
         return jnp.sqrt(jnp.maximum(_product(head, jnp.ones_like(head.z)), 0.0)) * v
     if head.kind == "dense":  # S is symmetric
-        values, vectors = jnp.linalg.eigh(_dense(head))
+        values, vectors = one_by_one(lambda h: tuple(jnp.linalg.eigh(h)), _dense(head))
         inner = jnp.einsum("bij,bi->bj", vectors, v.reshape(len(v), -1))
         u = jnp.einsum("bij,bj->bi", vectors, jnp.sqrt(jnp.maximum(values, 0.0)) * inner)
         return u.reshape(v.shape)
