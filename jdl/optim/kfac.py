@@ -319,6 +319,21 @@ def kfac_for(
       objective: the model, the loss and a batch.
       params: of the model; their shapes are enough.
       **options: of `kfac`.
+
+    Raises:
+      ArgumentError: as `kfac`.
+
+    >>> from jdl.losses import squared_error
+    >>> batch = {"x": jnp.array([0, 4, 4]), "label": jnp.ones((3, 2))}
+    >>> table = {"w": jnp.zeros((5, 2))}  # an embedding: its factor of inputs is diagonal
+    >>> objective = Objective.from_fns(lambda p, b: p["w"][b["x"]], squared_error, batch)
+    >>> state = kfac_for(objective, table, damping=1.0).init(table)
+    >>> [x.shape for x in state.kronecker.moments[0]]
+    [(1, 6), (1, 2, 2)]
+
+    References:
+      Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate curvature
+      (2015).
     """
     optimizer = kfac(**options)
 

@@ -44,7 +44,7 @@ def in_float64(test):
 
 def predict(params, batch):
     hidden = jnp.tanh(batch["x"] @ params["w"] + params["b"][None])
-    return hidden @ params["v"]
+    return (hidden @ params["v"])[:, 0]
 
 
 def loss(outputs, batch):
@@ -55,7 +55,11 @@ def problem(dtype=np.float32, size=40):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(size, 3))
     batch = {"x": x, "y": np.tanh(x @ rng.normal(size=(3, 2))) @ np.ones(2)}
-    params = {"w": 0.5 * rng.normal(size=(3, 4)), "b": np.zeros(4), "v": 0.5 * rng.normal(size=4)}
+    params = {
+        "w": 0.5 * rng.normal(size=(3, 4)),
+        "b": np.zeros(4),
+        "v": 0.5 * rng.normal(size=(4, 1)),
+    }
 
     def as_arrays(tree):
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)

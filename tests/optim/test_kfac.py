@@ -430,7 +430,7 @@ def test_any_loss_has_a_route_and_the_log_has_it_once(caplog):
     )
 
 
-@pytest.mark.parametrize("eigen", [False, True])
+@pytest.mark.parametrize("eigen", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_transposed_kernels_step_as_plain_ones(eigen):
     w, v = (jnp.asarray(numbers(*s, seed=2), jnp.float32) for s in ((5, 7), (7, 3)))
     batch = {"x": numbers(24, 5), "y": numbers(24, 3, seed=1)}

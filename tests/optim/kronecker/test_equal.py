@@ -131,8 +131,12 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("name", PAIRS)
+RARE = [pytest.param(name, False, marks=pytest.mark.slow) for name in [*PAIRS][1:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [*((name, True) for name in PAIRS), ("scan = loop", False), *RARE]
+)
 def test_a_model_written_otherwise_trains_alike(name, told):
     with jax.enable_x64(True):
         (one, params), (other, others), change, shape = PAIRS[name]
