@@ -295,7 +295,7 @@ def refresh_inverses(
     return state, work
 
 
-MUCH = 10**8  # multiplications, some milliseconds' worth
+MUCH = 10**10  # multiplications, 0.2 s on two cores: turns cost copies of the state each step
 
 
 def _of(state: Kronecker, i: int) -> tuple[Pair, PyTree, jax.Array, jax.Array]:
