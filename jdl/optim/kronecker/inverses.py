@@ -14,11 +14,11 @@ def inverse(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array]:
         return (1.0 / (matrix + shift),)
     with jax.default_matmul_precision("highest"):
         eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
-        half = _inverse_root(matrix + shift[:, :, None] * eye)
+        half = inverse_root(matrix + shift[:, :, None] * eye)
         return (half.mT @ half,)
 
 
-def _inverse_root(matrix: jax.Array, leaf: int = 256) -> jax.Array:
+def inverse_root(matrix: jax.Array, leaf: int = 256) -> jax.Array:
     """L⁻¹ of the Cholesky factor L, by recursive halves, mostly by matrix products.
 
     On CPUs, LAPACK's threads for large matrices were up to 20 times slower while another process
@@ -28,9 +28,9 @@ def _inverse_root(matrix: jax.Array, leaf: int = 256) -> jax.Array:
     if n <= leaf:
         return one_by_one(_triangular_inverse, matrix)
     h = n // 2
-    upper = _inverse_root(matrix[:, :h, :h], leaf)
+    upper = inverse_root(matrix[:, :h, :h], leaf)
     side = matrix[:, h:, :h] @ upper.mT
-    lower = _inverse_root(matrix[:, h:, h:] - side @ side.mT, leaf)
+    lower = inverse_root(matrix[:, h:, h:] - side @ side.mT, leaf)
     corner = -lower @ (side @ upper)
     above = jnp.zeros((matrix.shape[0], h, n - h), matrix.dtype)
     return jnp.block([[upper, above], [corner, lower]])
