@@ -209,8 +209,9 @@ def refresh_moments(
     changed = {name: list(getattr(state, name)) for name in MEANS}
     left_out = [jnp.zeros((), bool)] * len(state.moments)
     for i, value in new.items():
-        usable, count = tree.all_finite(value), state.refreshes[i].astype(jnp.float32)
-        kept = jnp.minimum(1.0 - 1.0 / (count + 1.0), options.decay)
+        usable = tree.all_finite(value)
+        kept = 1.0 - 1.0 / (state.refreshes[i].astype(jnp.float32) + 1.0)
+        kept = jnp.minimum(kept, options.decay)
 
         def mean(old: jax.Array, new: jax.Array, usable: Any = usable, kept: Any = kept) -> Any:
             share = kept.astype(new.dtype)
@@ -222,10 +223,9 @@ def refresh_moments(
             changed[name][i] = jax.tree.map(mean, changed[name][i], x)
         changed["refreshes"][i] = state.refreshes[i] + usable.astype(jnp.int32)
         left_out[i] = ~usable
-    return state._replace(
-        left_out=state.left_out + jnp.stack(left_out).astype(jnp.int32),
-        **{name: tuple(x) for name, x in changed.items()},
-    )
+    means: dict[str, Any] = {name: tuple(x) for name, x in changed.items()}
+    count = state.left_out + jnp.stack(left_out).astype(jnp.int32)
+    return state._replace(left_out=count, **means)
 
 
 MEANS = ("moments", "squares", "diagonals", "refreshes")
