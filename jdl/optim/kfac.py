@@ -240,7 +240,7 @@ def kfac(
             state.damping.astype(ctx.dtype),
             every=inverses_every,
             count=k,
-            whole=refreshed & jnp.any(factors.refreshes == 1),
+            whole=refreshed & jnp.any(jnp.stack(factors.refreshes) == 1),
             active=ctx.active,
             axis_name=objective.axis_name,
             mesh=inverses.mesh_of(jax.tree.leaves(ctx.params)[0]),

@@ -263,7 +263,7 @@ def test_what_is_not_finite_never_enters_the_factors():
         for x in jax.tree.leaves(state._replace(diagnostics=())):
             assert bool(jnp.all(jnp.isfinite(x)))
     jax.tree.map(np.testing.assert_array_equal, before, params)
-    assert state.kronecker.refreshes.tolist() == [0, 0, 1, 1]  # two biases, two kernels
+    assert list(map(int, state.kronecker.refreshes)) == [0, 0, 1, 1]  # two biases, two kernels
     assert state.kronecker.left_out.tolist() == [0, 0, 0, 0]  # such a step has no estimate
     # a finite loss whose curvature is not: the factors stay as they were
     jagged = Objective.from_fns(

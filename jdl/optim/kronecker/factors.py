@@ -63,15 +63,15 @@ class Kronecker(NamedTuple):
     squares: tuple[PyTree, ...]  # with `eigen`, the curvature's diagonal in the eigenbases
     diagonals: tuple[PyTree, ...]  # curvature diagonals of the other leaves
     # For each leaf, how many estimates its running means hold, int32; those that were not finite
-    # are left out.
-    refreshes: jax.Array
+    # are left out. Scalars, not one array: XLA compiles a kernel for each number of a slice.
+    refreshes: tuple[jax.Array, ...]
     left_out: jax.Array  # how many estimates or inverses of a leaf were left out so far, int32
     inverted: jax.Array  # for each leaf, λ of its inverses, float32
 
     @property
     def started(self) -> jax.Array:
         """Whether there is an estimate."""
-        return jnp.any(self.refreshes > 0)
+        return jnp.any(jnp.stack(self.refreshes) > 0)
 
 
 _told: contextvars.ContextVar[Any] = contextvars.ContextVar("told", default=None)
@@ -140,8 +140,8 @@ def init(params: Params, options: Options, found: Layers | None = None) -> Krone
         inverses=tuple(pair(i, 1.0) for i in numbers),
         squares=tuple(squares(i) for i in numbers),
         diagonals=tuple(diagonal(i) for i in numbers),
-        # Two arrays: a state whose fields share a buffer cannot be donated.
-        refreshes=jnp.zeros(len(leaves), jnp.int32),
+        # Arrays of their own: a state whose fields share a buffer cannot be donated.
+        refreshes=tuple(jnp.zeros((), jnp.int32) for _ in numbers),
         left_out=jnp.zeros(len(leaves), jnp.int32),
         inverted=jnp.ones(len(leaves), jnp.float32),
     )
@@ -212,28 +212,29 @@ def refresh_moments(
     )
     new: dict[int, PyTree] = {i: (Pair(p.first, p.last), p.squares) for i, p in drawn.items()}
     new |= diagonals
-    usable = jnp.stack([tree.all_finite(new.get(i, ())) for i in range(len(state.moments))])
-    count = state.refreshes.astype(jnp.float32) + 1.0
-    kept = jnp.minimum(1.0 - 1.0 / count, options.decay)
-
-    def mean(i: int, old: PyTree, new: PyTree) -> PyTree:
-        def one(old: jax.Array, new: jax.Array) -> jax.Array:
-            share = kept[i].astype(new.dtype)
-            mixed = share * old.astype(new.dtype) + (1.0 - share) * new
-            return jnp.where(usable[i], mixed.astype(old.dtype), old)
-
-        return jax.tree.map(one, old, new)
-
-    changed = state._asdict()
+    changed = {name: list(getattr(state, name)) for name in MEANS}
+    left_out = [jnp.zeros((), bool)] * len(state.moments)
     for i, value in new.items():
-        fields = {"moments": value[0], "squares": value[1]} if i in drawn else {"diagonals": value}
-        for name, x in fields.items():
-            old = changed[name]
-            changed[name] = (*old[:i], mean(i, old[i], x), *old[i + 1 :])
-    own = jnp.array([i in new for i in range(len(state.moments))])
-    changed["refreshes"] = state.refreshes + (usable & own).astype(jnp.int32)
-    changed["left_out"] = state.left_out + (~usable).astype(jnp.int32)
-    return Kronecker(**changed)
+        usable = tree.all_finite(value)
+        kept = 1.0 - 1.0 / (state.refreshes[i].astype(jnp.float32) + 1.0)
+        kept = jnp.minimum(kept, options.decay)
+
+        def mean(old: jax.Array, new: jax.Array, usable: Any = usable, kept: Any = kept) -> Any:
+            share = kept.astype(new.dtype)
+            mixed = share * old.astype(new.dtype) + (1.0 - share) * new
+            return jnp.where(usable, mixed.astype(old.dtype), old)
+
+        fields = ("moments", "squares") if i in drawn else ("diagonals",)
+        for name, x in zip(fields, value if i in drawn else (value,), strict=True):
+            changed[name][i] = jax.tree.map(mean, changed[name][i], x)
+        changed["refreshes"][i] = state.refreshes[i] + usable.astype(jnp.int32)
+        left_out[i] = ~usable
+    means: dict[str, Any] = {name: tuple(x) for name, x in changed.items()}
+    count = state.left_out + jnp.stack(left_out).astype(jnp.int32)
+    return state._replace(left_out=count, **means)
+
+
+MEANS = ("moments", "squares", "diagonals", "refreshes")
 
 
 def refresh_inverses(
@@ -276,6 +277,7 @@ def refresh_inverses(
     turns = dict(zip(costs, inverses.assignment(list(costs.values()), groups), strict=True))
     drift = jnp.abs(jnp.log(damping.astype(jnp.float32) / state.inverted)) > math.log(4.0)
     work = jnp.zeros((), jnp.float32)
+    fields = list(state.inverses), list(state.squares)
     for turn in range(groups):
         members = [i for i in found.known if turns[i] == turn]
         if not members:
@@ -284,66 +286,71 @@ def refresh_inverses(
         again = count // groups % (every // groups) == 0
         changed = False if eigen else jnp.any(drift[jnp.array(members)])
         due = jnp.asarray(active & (whole | (mine & (again | changed))))
-        new = jax.lax.cond(
+        old = [(state.inverses[i], state.squares[i]) for i in members]
+        given = [state.moments[i] for i in members]
+        new, usable = jax.lax.cond(
             due,
-            lambda s, members=members: _inverted(found, s, members, damping, axis_name, mesh),
-            lambda s, members=members: [_of(s, i) for i in members],
-            state,
+            lambda old, given, members=members: _inverted(
+                [found.known[i] for i in members], given, old, damping, axis_name, mesh
+            ),
+            lambda old, given: (old, jnp.ones(len(old), bool)),
+            old,
+            given,
         )
-        for i, (pair, squares, lam, failed) in zip(members, new, strict=True):
-            state = state._replace(
-                inverses=(*state.inverses[:i], pair, *state.inverses[i + 1 :]),
-                squares=(*state.squares[:i], squares, *state.squares[i + 1 :]),
-                inverted=state.inverted.at[i].set(lam),
-                left_out=state.left_out.at[i].add(failed.astype(jnp.int32)),
-            )
+        for i, changed in zip(members, new, strict=True):
+            for field, x in zip(fields, changed, strict=True):
+                field[i] = x
+        at = jnp.array(members)
+        lams = jnp.where(due & usable, damping.astype(jnp.float32), state.inverted[at])
+        state = state._replace(
+            inverted=state.inverted.at[at].set(lams),
+            left_out=state.left_out.at[at].add((~usable).astype(jnp.int32)),
+        )
         work = work + due.astype(jnp.float32) * float(sum(costs[i] for i in members))
-    return state, work
+    return state._replace(inverses=tuple(fields[0]), squares=tuple(fields[1])), work
 
 
 MUCH = 10**10  # multiplications, 0.2 s on two cores: turns cost copies of the state each step
 
 
-def _of(state: Kronecker, i: int) -> tuple[Pair, PyTree, jax.Array, jax.Array]:
-    return state.inverses[i], state.squares[i], state.inverted[i], jnp.zeros((), bool)
-
-
 def _inverted(
-    found: Layers, state: Kronecker, members: list[int], damping: jax.Array, *devices: Any
-) -> list[tuple[Pair, PyTree, jax.Array, jax.Array]]:
-    """New inverses of some layers, or eigenbases and the diagonals in them; λ; if they failed."""
+    layers: list[Layer],
+    given: list[Pair],
+    old: list[tuple[Pair, PyTree]],
+    damping: jax.Array,
+    *devices: Any,
+) -> tuple[list[tuple[Pair, PyTree]], jax.Array]:
+    """New inverses, or eigenbases and the diagonals in them, and which of them are usable."""
     matrices, shifts = [], []
-    for i in members:
-        first, last = (x.astype(_wide(x)) for x in state.moments[i])
-        _, d, k = found.known[i].shape
-        size = d + (found.known[i].bias is not None)
+    for layer, pair in zip(layers, given, strict=True):
+        first, last = (x.astype(_wide(x)) for x in pair)
+        _, d, k = layer.shape
+        size = d + (layer.bias is not None)
         a, g = _mean(first, size), _mean(last, k)
         # λ is at least a rounding error of the curvature, and each coordinate's shift one of its
         # own: with the mean's, matrices with a few large coordinates had no Cholesky factor.
-        eps = float(jnp.finfo(state.moments[i].first.dtype).eps)
+        eps = float(jnp.finfo(pair.first.dtype).eps)
         lam = jnp.maximum(damping.astype(first.dtype), eps * a * g)
         pi = _balance(a, g)
         floors = (eps * math.sqrt(n) * _diagonal(x) for n, x in ((d, first), (k, last)))
         roots = (x[:, None] for x in (pi * jnp.sqrt(lam), jnp.sqrt(lam) / pi))
         matrices += [first, last]
         shifts += [jnp.maximum(r, f) for r, f in zip(roots, floors, strict=True)]
-    eigen = not isinstance(state.squares[members[0]], tuple)
-    solve = inverses.eigen if eigen else inverses.inverse
-    results = inverses.shared(solve, matrices, shifts, *devices)
-    out = []
-    for j, i in enumerate(members):
+    eigen = not isinstance(old[0][1], tuple)
+    results = inverses.shared(
+        inverses.eigen if eigen else inverses.inverse, matrices, shifts, *devices
+    )
+    new, usable = [], []
+    for j, (pair, squares) in enumerate(old):
         both = results[2 * j : 2 * j + 2]
-        usable = tree.all_finite(both)
-        new = [r[0].astype(x.dtype) for r, x in zip(both, state.inverses[i], strict=True)]
-        squares = state.squares[i]
+        usable.append(tree.all_finite(both))
+        found = Pair(*(r[0].astype(x.dtype) for r, x in zip(both, pair, strict=True)))
         if eigen:
             # In new bases the diagonal starts from that of the factors.
             outer = both[0][1][:, :, None] * both[1][1][:, None]
-            squares = jnp.where(usable, outer.astype(squares.dtype), squares)
-        pair = tree.where(usable, Pair(*new), state.inverses[i])
-        lam = damping.astype(jnp.float32)
-        out.append((pair, squares, jnp.where(usable, lam, state.inverted[i]), ~usable))
-    return out
+            squares = jnp.where(usable[-1], outer.astype(squares.dtype), squares)
+        new.append((tree.where(usable[-1], found, pair), squares))
+    return new, jnp.stack(usable)
 
 
 def _mean(x: jax.Array, size: int) -> jax.Array:
