@@ -1,13 +1,26 @@
-"""What every test runs under: 2 simulated devices, strict types and ranks, checked shapes."""
+"""What every test runs under: 2 simulated devices, strict types and ranks, checked shapes.
 
+Most of the tests' time is compilation, so JAX's cache keeps programs between processes and runs.
+"""
+
+import gc
 import os
+import shutil
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jdl", "xla-tests"
+    ),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 from jaxtyping import install_import_hook
 
@@ -17,6 +30,23 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+MOST_BYTES = 2**30  # of compiled programs
+
+
+def pytest_configure(config):
+    """Empties a cache that has grown too large, before any worker runs."""
+    programs = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if programs.name != "xla-tests" or hasattr(config, "workerinput") or not programs.is_dir():
+        return
+    if sum(x.stat().st_size for x in programs.iterdir()) > MOST_BYTES:
+        shutil.rmtree(programs, ignore_errors=True)
+
+
+def pytest_collection_finish():
+    """What imports and collection made stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header():

@@ -17,7 +17,6 @@ from jdl.data.bundled_digits import digits_path
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

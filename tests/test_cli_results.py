@@ -19,12 +19,10 @@ from jdl.cli.main import main
 def runs(tmp_path_factory):
     """A classifier's and an autoencoder's run directory."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
-        common = ["--steps", "12", "--batch-size", "128", "--workdir"]
-        assert main(["train", "mlp", "--logs", "csv", *common, str(folder / "mlp")]) == 0
-        assert main(["train", "autoencoder", *common, str(folder / "ae")]) == 0
-        yield folder
+    common = ["--steps", "12", "--batch-size", "128", "--workdir"]
+    assert main(["train", "mlp", "--logs", "csv", *common, str(folder / "mlp")]) == 0
+    assert main(["train", "autoencoder", *common, str(folder / "ae")]) == 0
+    return folder
 
 
 def said(capsys, *arguments):

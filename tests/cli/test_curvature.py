@@ -9,11 +9,6 @@ from PIL import Image
 from jdl.cli.main import main
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
-
-
 @pytest.mark.slow
 def test_writes_a_picture_and_the_numbers(tmp_path, capsys):
     run = tmp_path / "run"

@@ -15,19 +15,6 @@ from jdl.compare.store import FORMAT
 from jdl.data import from_arrays
 
 
-@pytest.fixture(scope="package", autouse=True)
-def cached_programs(tmp_path_factory):
-    """Trials of one optimizer are one program: compiled once for all the tests here."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [jax.config.values[name] for name in names]
-    folder = str(tmp_path_factory.mktemp("xla"))
-    for name, value in zip(names, (folder, 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
 @pytest.fixture
 def problem():
     """Three Gaussian blobs, separable by a linear map."""

@@ -33,10 +33,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def tiny_model(tiny, monkeypatch, tmp_path):
+def tiny_model(tiny, monkeypatch):
     """Every name means the tiny trunk."""
     monkeypatch.setattr(pretrained, "load_trunk", lambda name: tiny)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
 
 
 def pixels(path):

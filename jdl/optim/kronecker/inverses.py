@@ -15,19 +15,19 @@ def inverse(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array]:
         return (1.0 / (matrix + shift),)
     with jax.default_matmul_precision("highest"):
         eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
-        half = _inverse_root(matrix + shift[:, :, None] * eye)
+        half = inverse_root(matrix + shift[:, :, None] * eye)
         return (half.mT @ half,)
 
 
-def _inverse_root(matrix: jax.Array, leaf: int = 136) -> jax.Array:
+def inverse_root(matrix: jax.Array, leaf: int = 136) -> jax.Array:
     """L⁻¹ of the Cholesky factor L, by recursive halves, mostly by matrix products."""
     n = matrix.shape[-1]
     if n <= leaf:
         return jax.lax.platform_dependent(matrix, cpu=_eliminated, default=_triangular_inverse)
     h = n // 2
-    upper = _inverse_root(matrix[:, :h, :h], leaf)
+    upper = inverse_root(matrix[:, :h, :h], leaf)
     side = matrix[:, h:, :h] @ upper.mT
-    lower = _inverse_root(matrix[:, h:, h:] - side @ side.mT, leaf)
+    lower = inverse_root(matrix[:, h:, h:] - side @ side.mT, leaf)
     corner = -lower @ (side @ upper)
     above = jnp.zeros((matrix.shape[0], h, n - h), matrix.dtype)
     return jnp.block([[upper, above], [corner, lower]])
