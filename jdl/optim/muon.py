@@ -48,19 +48,17 @@ def muon(
     beta: diag.Number = 0.95,
     nesterov: bool = True,
     weight_decay: diag.Number = 0.0,
-    adam_b1: diag.Number = 0.9,
-    adam_b2: diag.Number = 0.999,
     eps: diag.Number = 1e-8,
     adam_names: Sequence[str] = ("embed", "head", "logit", "position"),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon (Jordan et al. 2024) for hidden matrices, AdamW for all other parameters.
 
-    `optax.contrib.muon` orthogonalizes every leaf of two axes, and none of more. Here kernels of
-    attention and convolutions are matrices of inputs × outputs too, as in
-    `jdl.optim.matrices.layers_of`; embeddings, tables of positions, the head, norms and biases are
-    Adam's. Inside `kronecker.told(objective, params)`, as in a `jdl.Estimator`, `init` sees from
-    the model which is which; the head is a layer in which the outputs are affine. Elsewhere, Adam
-    has the vectors, and the leaves in whose path one of `adam_names` is.
+    The steps are `optax.contrib.muon`'s, which by itself takes every leaf of two axes and none of
+    more. Here kernels of attention and convolutions are matrices of inputs × outputs too, and
+    embeddings, tables of positions, the head, norms and biases are Adam's. Inside
+    `kronecker.told(objective, params)`, as in a `jdl.Estimator`, `init` sees from the model which
+    is which; the head is a layer in which the outputs are affine. Elsewhere Adam has the vectors
+    and the leaves with one of `adam_names` in their path: name an unnamed head there.
 
     A gradient that is not finite takes no step, enters no average and is counted in
     `diagnostics.left_out`.
@@ -72,8 +70,6 @@ def muon(
       beta: decay of the momentum, in [0, 1).
       nesterov: whether to look ahead, for both.
       weight_decay: decoupled, ≥ 0, in units of each rate.
-      adam_b1: decay of Adam's mean, in [0, 1).
-      adam_b2: decay of Adam's mean of squares, in [0, 1).
       eps: added to the norm of a momentum, and to Adam's root, > 0.
       adam_names: parts of the names of parameters for Adam, in lower case.
 
@@ -93,7 +89,7 @@ def muon(
     options = SimpleNamespace(**locals())
     for name, value in vars(options).items():
         if isinstance(value, int | float) and name != "nesterov":
-            high = 1.0 if name in ("beta", "adam_b1", "adam_b2") else math.inf
+            high = 1.0 if name == "beta" else math.inf
             check.in_range(name, value, 0.0, high, open_low=name != "weight_decay", open_high=True)
     return optax.GradientTransformationExtraArgs(partial(_init, options), partial(_update, options))
 
@@ -158,8 +154,6 @@ def _inner(options: Any, axes: Any, rate: Any, like: PyTree) -> optax.GradientTr
         eps=options.eps,
         nesterov=options.nesterov,
         weight_decay=options.weight_decay,
-        adam_b1=options.adam_b1,
-        adam_b2=options.adam_b2,
         adam_weight_decay=options.weight_decay,
         adam_learning_rate=rate * (options.adam_learning_rate / highest),
         muon_weight_dimension_numbers=jax.tree.unflatten(structure, axes.numbers),

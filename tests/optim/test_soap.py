@@ -46,8 +46,7 @@ def after(optimizer, params, gradients, state=None):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
-@pytest.mark.parametrize("steps", [4, 10])
-def test_ten_steps_are_those_of_its_authors_implementation(dtype, tolerance, steps):
+def test_ten_steps_are_those_of_its_authors_implementation(dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         theirs = REFERENCE["soap"]["options"]
         optimizer = soap(
@@ -59,10 +58,12 @@ def test_ten_steps_are_those_of_its_authors_implementation(dtype, tolerance, ste
             precondition_every=theirs["precondition_frequency"],
             max_size=theirs["max_precond_dim"],
         )
-        gradients = [arrays(g, dtype) for g in REFERENCE["gradients"]][: steps + 1]
-        params, _ = after(optimizer, arrays(REFERENCE["start"], dtype), gradients)
-        for name, expected in REFERENCE["soap"][str(steps)].items():
-            np.testing.assert_allclose(params[name], expected, rtol=0, atol=tolerance)
+        gradients = [arrays(g, dtype) for g in REFERENCE["gradients"]]
+        params, state = after(optimizer, arrays(REFERENCE["start"], dtype), gradients[:5])
+        later, _ = after(optimizer, params, gradients[5:], state)
+        for steps, found in (("4", params), ("10", later)):
+            for name, expected in REFERENCE["soap"][steps].items():
+                np.testing.assert_allclose(found[name], expected, rtol=0, atol=tolerance)
 
 
 def test_the_bases_find_the_rotation_of_a_quadratic():
@@ -173,6 +174,7 @@ def test_the_axes_of_a_model_are_those_of_its_layers():
     assert finite(after(soap(), params, 3 * [gradients], state)[0])
 
 
+@pytest.mark.slow
 def test_factors_may_be_bfloat16_and_parameters_too():
     params = arrays(REFERENCE["start"], jnp.bfloat16)
     gradients = [arrays(g, jnp.bfloat16) for g in REFERENCE["gradients"]]
