@@ -1,7 +1,7 @@
 """Muon, optax's own, on the parameters that the field gives it; Adam on the others."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -162,14 +162,15 @@ def _inner(options: Any, axes: Any, rate: Any, like: PyTree) -> optax.GradientTr
 
 def _numbers(options: Any, params: Params) -> list[MuonDimensionNumbers | None]:
     layers, objective = layers_of(params), factors.told_objective(params)
+    known = {i for i, x in layers.items() if x.rows > 0 and "embed" not in x.kind}
+    heads = _heads(objective, params, known) if objective is not None else set()
     out: list[MuonDimensionNumbers | None] = []
     for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         layer, name = layers.get(i), jax.tree_util.keystr(path).lower()
         if objective is None:
             hidden = not any(part in name for part in options.adam_names)
-        else:  # a layer of the model has rows
-            hidden = layer is not None and layer.rows > 0 and "embed" not in layer.kind
-            hidden = hidden and not _is_head(objective, params, i)
+        else:
+            hidden = i in known - heads
         out.append(_axes(layer, leaf.shape) if hidden and layer is not None else None)
     return out
 
@@ -189,16 +190,32 @@ def _axes(layer: Layer, shape: Sequence[int]) -> MuonDimensionNumbers | None:
     return MuonDimensionNumbers(*sides) if all(sides) else None
 
 
-def _is_head(objective: Objective, params: Params, number: int) -> bool:
-    """Whether the model's outputs are affine in this leaf: their slope does not depend on it."""
+def _heads(objective: Objective, params: Params, layers: Iterable[int]) -> set[int]:
+    """The layers in which the model's outputs are affine, those used last."""
+
+    def outputs(params: Params) -> PyTree:
+        return objective.apply(params, objective.batch, objective.key)[0]
+
+    program = jax.make_jaxpr(outputs)(params).jaxpr
+    last = {id(v): at for at, equation in enumerate(program.eqns) for v in equation.invars}
+    heads: set[int] = set()
+    for number in sorted(layers, key=lambda i: -last.get(id(program.invars[i]), -1)):
+        if not _affine(outputs, params, number):
+            break
+        heads.add(number)
+    return heads
+
+
+def _affine(outputs: Callable[[Params], PyTree], params: Params, number: int) -> bool:
+    """Whether the slope in this leaf does not depend on it."""
     leaves, structure = jax.tree.flatten(params)
 
-    def outputs(leaf: jax.Array) -> PyTree:
-        given = jax.tree.unflatten(structure, [*leaves[:number], leaf, *leaves[number + 1 :]])
-        return objective.apply(given, objective.batch, objective.key)[0]
-
     def slope(leaf: jax.Array) -> PyTree:
-        return jax.jvp(outputs, (leaf,), (jnp.ones_like(leaf),))[1]
+        def of(leaf: jax.Array) -> PyTree:
+            some = [*leaves[:number], leaf, *leaves[number + 1 :]]
+            return outputs(jax.tree.unflatten(structure, some))
+
+        return jax.jvp(of, (leaf,), (jnp.ones_like(leaf),))[1]
 
     try:  # `out_axes=None` is for what is the same for all leaves
         jax.eval_shape(jax.vmap(slope, out_axes=None), leaves[number][None])

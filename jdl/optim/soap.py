@@ -271,4 +271,4 @@ def _refreshed(
     results = iter(found)
     turned = [s.each(lambda _, side: side._replace(basis=next(results)[0])) for s in stacks]
     mu = _rotated(turned, _rotated(stacks, mu, back=True))
-    return turned, mu, jnp.sum(jnp.concatenate([~fine for _, fine in found])).astype(jnp.int32)
+    return turned, mu, jnp.sum(jnp.concatenate([lost for _, lost in found]), dtype=jnp.int32)

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jdl.core.check import ArgumentError
 from jdl.core.objective import Objective
 from jdl.losses import squared_error
 from jdl.optim import by_name, diagnostics, soap
+from jdl.optim.kronecker import inverses
 from jdl.optim.kronecker.factors import told
 from jdl.optim.matrices import layers_of
 from jdl.optim.result import ResultCode
@@ -243,3 +246,26 @@ def test_weight_decay_without_parameters_is_refused():
     params = {"w": jnp.ones((2, 2))}
     with pytest.raises(ArgumentError, match="`params`"):
         soap().update(params, soap().init(params))
+
+
+def test_devices_share_the_refresh_and_keep_the_factors_split(monkeypatch):
+    start, *gradients = (arrays(x) for x in (REFERENCE["start"], *REFERENCE["gradients"][:5]))
+    optimizer = soap(0.1, precondition_every=2)
+    alone, _ = after(optimizer, start, gradients)
+    shares = []
+    assignment = inverses.assignment
+    monkeypatch.setattr(inverses, "assignment", lambda c, n: shares.append(n) or assignment(c, n))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, rows = (NamedSharding(mesh, P(*names)) for names in ((), (None, "data")))
+    params, state = jax.device_put((start, optimizer.init(start)), whole)
+    split = lambda x: jax.device_put(x, whole if x.shape[1] % 2 else rows)  # noqa: E731
+    state = state._replace(stacks=jax.tree.map(split, state.stacks))
+    update = jax.jit(lambda *args: optimizer.update(*args))
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    assert shares
+    assert set(shares) == {2}
+    factors = [side.factor for stack in state.stacks for side in stack.sides]
+    assert {str(x.sharding.spec) for x in factors if x.shape[1] % 2 == 0} == {str(rows.spec)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, alone)

@@ -82,7 +82,7 @@ def eigen(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def first_basis(matrix: jax.Array, basis: jax.Array) -> tuple[jax.Array, ...]:
-    """Eigenvectors in columns, and whether they are finite; the old ones where they are not."""
+    """Eigenvectors in columns; the old ones, and a 1, where they are not finite."""
     vectors = one_by_one(lambda m: jnp.linalg.eigh(m)[1], _unit(matrix))
     return _checked(jnp.flip(vectors, -1), basis)
 
@@ -103,7 +103,7 @@ def next_basis(matrix: jax.Array, basis: jax.Array) -> tuple[jax.Array, ...]:
 
 def _checked(vectors: jax.Array, old: jax.Array) -> tuple[jax.Array, ...]:
     fine = jnp.all(jnp.isfinite(vectors), axis=(1, 2))
-    return jnp.where(fine[:, None, None], vectors.astype(old.dtype), old), fine
+    return jnp.where(fine[:, None, None], vectors.astype(old.dtype), old), (~fine).astype(jnp.int32)
 
 
 def _unit(matrix: jax.Array) -> jax.Array:
