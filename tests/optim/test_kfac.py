@@ -20,6 +20,7 @@ from jdl.optim import hessian_free, kfac, kronecker, quadratic
 from jdl.optim.diagnostics import COSTS
 from jdl.optim.kronecker import factors, inverses, moments
 from jdl.optim.quadratic import solve_pair
+from tests.optim.loops import run, stepping
 
 
 def numbers(*shape, seed=0):
@@ -49,27 +50,6 @@ def problem(dtype=jnp.float32, size=24, loss=squares, **options):
 @functools.cache  # the defaults are compiled once for all tests
 def made(**options):
     return kfac(**options)
-
-
-@functools.cache
-def stepping(optimizer):
-    @jax.jit
-    def step(params, state, objective):
-        value, grad, _ = objective.value_and_grad(params)
-        updates, state = optimizer.update(
-            grad, state, params, value=value, grad=grad, objective=objective
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    return step
-
-
-def run(optimizer, objective, params, steps):
-    step, state, values = stepping(optimizer), optimizer.init(params), []
-    for _ in range(steps):
-        params, state, value = step(params, state, objective)
-        values.append(float(value))
-    return params, state, values
 
 
 # ------------------------------------------------------------------ factors and inverses
