@@ -1,4 +1,4 @@
-"""Second-order optimizers, each an optax transformation, and every optimizer by name.
+"""Second-order optimizers and SOAP, each an optax transformation, and every optimizer by name.
 
 Each optimizer is a file of its name. `transformation` is their common skeleton, `context` the
 arguments of an update, `kronecker` the factors of K-FAC. The modules are all imported here, since
@@ -15,6 +15,7 @@ from jdl.optim.natural_gradient import natural_gradient as natural_gradient
 from jdl.optim.newton import newton as newton
 from jdl.optim.nonlinear_cg import nonlinear_cg as nonlinear_cg
 from jdl.optim.registry import by_name as by_name
+from jdl.optim.soap import soap as soap
 
 __all__ = [
     "by_name",
@@ -27,4 +28,5 @@ __all__ = [
     "natural_gradient",
     "newton",
     "nonlinear_cg",
+    "soap",
 ]

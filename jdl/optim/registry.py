@@ -17,6 +17,7 @@ from jdl.optim.levenberg_marquardt import levenberg_marquardt
 from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
+from jdl.optim.soap import soap
 from jdl.optim.transformation import ScalarOrSchedule
 
 
@@ -87,6 +88,7 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "lion": _first_order(optax.lion, 1e-4, 1e-6, 3e-3),
     "muon": _first_order(optax.contrib.muon, 1e-2, 1e-4, 0.3),
     "sophia": _first_order(optax.contrib.sophia, 1e-3, 1e-5, 3e-2),
+    "soap": _first_order(soap, 3e-3, 1e-4, 3e-2),
     "lbfgs": OptimizerSpec(lbfgs, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
     "cg": OptimizerSpec(nonlinear_cg, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
     "newton": OptimizerSpec(newton, 1.0, True, "large", TuningRange("damping", 1e-4, 10.0)),
@@ -137,8 +139,8 @@ def by_name(
 
     Args:
       name: sgd, momentum, nesterov, adam, adamw, nadam, radam, rmsprop, adagrad, adafactor, lamb,
-        lars, lion, muon, sophia (all optax's; sophia's update needs `obj_fn` too), lbfgs, cg or
-        nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
+        lars, lion, muon, sophia (all optax's; sophia's update needs `obj_fn` too), soap, lbfgs, cg
+        or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
         natural_gradient, kfac.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
         it scales the first trial step, and is best left alone. It is part of the state; a run that

@@ -5,10 +5,10 @@
 
     make bench-kfac DATA=folder ARGS="--reach transformer,vit,resnet,autoencoder,lstm"
 
-The last form runs AdamW and Muon with their schedules (the best rate of a grid; warm-up 5 %, cosine
-decay to 1/50), then K-FAC until it has AdamW's held-out loss: steps and seconds, median and 99th
-percentile of a step, compile time. Images are Fashion-MNIST's where its folder is there, or else
-MNIST's.
+The last form runs AdamW and Muon (or SOAP: `--opponents adamw,soap`) with their schedules (the best
+rate of a grid; warm-up 5 %, cosine decay to 1/50), then K-FAC until it has AdamW's held-out loss:
+steps and seconds, median and 99th percentile of a step, compile time. Images are Fashion-MNIST's
+where its folder is there, or else MNIST's.
 
 Time is process CPU time ÷ 2 (the cores are shared), with wall time next to it; compilation and
 evaluation are not counted. The contestants take turns of a few seconds. Nesterov and Adam are tuned
@@ -43,7 +43,7 @@ from jdl.core.objective import Objective
 from jdl.data import digits
 from jdl.models import CNN, RNN, Autoencoder
 from jdl.models.layers import sparse_init
-from jdl.optim import diagnostics, kfac_for, kronecker, quadratic
+from jdl.optim import diagnostics, kfac_for, kronecker, quadratic, soap
 from jdl.optim.kronecker import factors, moments
 
 SLICE = 5.0  # seconds of a contestant's turn
@@ -316,6 +316,8 @@ def scheduled(name, rate, steps):
     rate = optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1), rate / 50)
     if name == "adamw":
         return optax.adamw(rate, b2=0.99, weight_decay=0.01)
+    if name == "soap":
+        return soap(rate)
     return optax.contrib.muon(rate, weight_decay=0.01)
 
 
@@ -338,7 +340,9 @@ class Run:
             return (optax.apply_updates(params, updates), aux.model_state, opt_state), value
 
         params, state = net.start(seed)
-        self.carry = (params, state, jax.jit(optimizer.init)(params))
+        objective = Objective(net.model, net.loss, state, net.batch(np.arange(size)))
+        with kronecker.told(objective, params):
+            self.carry = (params, state, jax.jit(optimizer.init)(params))
         start = time.perf_counter()
         lowered = step.lower(self.carry, self.rows())
         self.trace = time.perf_counter() - start
@@ -371,7 +375,7 @@ class Run:
 
 
 def reach(name, net, source, args):
-    """AdamW's and Muon's schedules, and K-FAC until it has the loss at the end of AdamW's."""
+    """The opponents' schedules, and K-FAC until it has the loss at the end of AdamW's."""
     of = {"problem": name} if name == "transformer" else {"problem": name, "images": source}
     ends = {}
     for opponent in args.opponents.split(","):
@@ -410,7 +414,7 @@ def main():
     parser.add_argument("--data", default="data", help="folder of mnist/ and fashion/")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--reach", default="", help="nets to time to the end of AdamW's schedule")
-    parser.add_argument("--opponents", default="adamw,muon")
+    parser.add_argument("--opponents", default="adamw,muon", help="of adamw, muon, soap")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--share", type=float, default=1.0, help="of the schedule and the data")
     args = parser.parse_args()

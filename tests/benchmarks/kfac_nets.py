@@ -1,4 +1,4 @@
-"""The networks, data and tuned rates on which `bench_kfac.py --reach` meets AdamW and Muon."""
+"""The networks, data and rates on which `bench_kfac.py --reach` meets AdamW, Muon and SOAP."""
 
 import functools
 import gzip
@@ -122,7 +122,7 @@ def token_loss(outputs, batch):
 
 
 class Net:
-    """A model, a loss, training and held-out data, and what was tuned for AdamW and Muon.
+    """A model, a loss, training and held-out data, and the rates to try for the others.
 
     Attributes:
       batches: examples in a batch of K-FAC and of the others.
@@ -198,9 +198,9 @@ def nets(data, share=1.0):
 
     softmax = losses.softmax_cross_entropy
     pixels = functools.partial(losses.sigmoid_cross_entropy, target="image")
-    both = {"adamw": (1e-3, 3e-3), "muon": (1e-2, 2e-2)}
-    text_rates = {"adamw": (3e-3, 6e-3), "muon": (1e-2, 2e-2)}
-    lstm_rates = {"adamw": (3e-3, 1e-2), "muon": (1e-2, 2e-2)}
+    both = {"adamw": (1e-3, 3e-3), "muon": (1e-2, 2e-2), "soap": (1e-3, 3e-3)}
+    text_rates = {"adamw": (3e-3, 6e-3), "muon": (1e-2, 2e-2), "soap": (3e-3, 6e-3)}
+    lstm_rates = {"adamw": (3e-3, 1e-2), "muon": (1e-2, 2e-2), "soap": (1e-3, 3e-3)}
     made = {
         "transformer": lambda: Text(
             LanguageModel(), share, (32, 32), max(4, int(share * 300)), text_rates

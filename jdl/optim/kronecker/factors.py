@@ -90,6 +90,17 @@ def told(objective: Objective, params: Params) -> Iterator[None]:
         _told.reset(token)
 
 
+def told_layers(params: Params) -> Layers | None:
+    """The layers of these parameters in the model of `told`, or None outside of it."""
+    if _told.get() is None:
+        return None
+    objective, whole = _told.get()
+    structure: Any = jax.tree.structure(params)
+    if jax.tree.structure(whole) != structure:
+        objective = restricted(objective, Part(params, whole))
+    return moments.find_layers(objective, params)
+
+
 def init(params: Params, options: Options, found: Layers | None = None) -> Kronecker:
     """The state before the first refresh.
 
@@ -102,12 +113,7 @@ def init(params: Params, options: Options, found: Layers | None = None) -> Krone
     [(1, 4, 4), (1, 2, 2)]
     """
     leaves = jax.tree.leaves(params)
-    structure: Any = jax.tree.structure(params)
-    if found is None and _told.get() is not None:
-        objective, whole = _told.get()
-        if jax.tree.structure(whole) != structure:
-            objective = restricted(objective, Part(params, whole))
-        found = moments.find_layers(objective, params)
+    found = told_layers(params) if found is None else found
     if found is None:
         found = Layers({i: _guess(i, x) for i, x in enumerate(leaves) if jnp.ndim(x) >= 2}, {})
 

@@ -8,29 +8,26 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 
+@jax.jit
 def inverse(matrix: jax.Array, shift: jax.Array) -> tuple[jax.Array]:
     """(M + diag(shift))⁻¹ of each matrix of [N, S, S], or of diagonal ones [N, S]."""
     if matrix.ndim == 2:
         return (1.0 / (matrix + shift),)
     with jax.default_matmul_precision("highest"):
         eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
-        half = _inverse_root(matrix + shift[:, :, None] * eye)
+        half = inverse_root(matrix + shift[:, :, None] * eye)
         return (half.mT @ half,)
 
 
-def _inverse_root(matrix: jax.Array, leaf: int = 256) -> jax.Array:
-    """L⁻¹ of the Cholesky factor L, by recursive halves, mostly by matrix products.
-
-    On CPUs, LAPACK's threads for large matrices were up to 20 times slower while another process
-    used the cores.
-    """
+def inverse_root(matrix: jax.Array, leaf: int = 136) -> jax.Array:
+    """L⁻¹ of the Cholesky factor L, by recursive halves, mostly by matrix products."""
     n = matrix.shape[-1]
     if n <= leaf:
-        return one_by_one(_triangular_inverse, matrix)
+        return jax.lax.platform_dependent(matrix, cpu=_eliminated, default=_triangular_inverse)
     h = n // 2
-    upper = _inverse_root(matrix[:, :h, :h], leaf)
+    upper = inverse_root(matrix[:, :h, :h], leaf)
     side = matrix[:, h:, :h] @ upper.mT
-    lower = _inverse_root(matrix[:, h:, h:] - side @ side.mT, leaf)
+    lower = inverse_root(matrix[:, h:, h:] - side @ side.mT, leaf)
     corner = -lower @ (side @ upper)
     above = jnp.zeros((matrix.shape[0], h, n - h), matrix.dtype)
     return jnp.block([[upper, above], [corner, lower]])
@@ -40,6 +37,25 @@ def _triangular_inverse(matrix: jax.Array) -> jax.Array:
     root = jnp.linalg.cholesky(matrix, symmetrize_input=False)
     eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
     return jax.lax.linalg.triangular_solve(root, eye, left_side=True, lower=True)
+
+
+def _eliminated(matrix: jax.Array) -> jax.Array:
+    """`_triangular_inverse` by elimination in [M | I].
+
+    On CPUs, LAPACK's threads were up to 100 times slower while another process used the cores.
+    """
+    n = matrix.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(n, dtype=matrix.dtype), matrix.shape)
+    row = jnp.arange(n)[:, None]
+
+    def body(k: jax.Array, rest: jax.Array) -> jax.Array:
+        pivot = jax.lax.dynamic_slice_in_dim(rest, k, 1, axis=1)
+        column = jax.lax.dynamic_slice_in_dim(rest, k, 1, axis=2)
+        root = jnp.sqrt(jax.lax.dynamic_slice_in_dim(pivot, k, 1, axis=2))
+        pivot = pivot / root
+        return jnp.where(row < k, rest, jnp.where(row == k, pivot, rest - column / root * pivot))
+
+    return jax.lax.fori_loop(0, n, body, jnp.concatenate([matrix, eye], axis=-1))[:, :, n:]
 
 
 def one_by_one(fn: Callable[[jax.Array], Any], stack: jax.Array) -> Any:

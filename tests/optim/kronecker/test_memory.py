@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from jdl.core.objective import Objective
 from jdl.losses import softmax_cross_entropy
 from jdl.optim import kfac, kfac_for
-from jdl.optim.kronecker import factors
+from jdl.optim.kronecker import factors, inverses
 from jdl.optim.kronecker.blocks import Layer
 from jdl.optim.kronecker.layers import Layers
 
@@ -149,6 +149,20 @@ def test_rounded_factors_with_a_few_large_coordinates_have_inverses():
     assert (state.inverted.tolist(), state.left_out.tolist()) == ([pytest.approx(1e-4)], [0])
     inverse = np.asarray(state.inverses[0].first[0, large:size, large:size], np.float32)
     assert np.linalg.eigvalsh(inverse)[0] > 0
+
+
+@pytest.mark.parametrize("size", [1, 31, 300])
+def test_inverses_are_those_of_dense_float64_matrices(size):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, size, 2 * size + 3))
+    matrices = x @ x.swapaxes(1, 2) / size
+    shift = rng.uniform(0.01, 0.1, size=(2, size))
+    with jax.enable_x64(True):
+        (found,) = inverses.inverse(jnp.asarray(matrices), jnp.asarray(shift))
+    expected = np.linalg.inv(matrices + shift[:, :, None] * np.eye(size))
+    np.testing.assert_allclose(found, expected, atol=1e-11)
+    single, *_ = inverses.inverse(jnp.asarray(matrices, jnp.float32), jnp.float32(shift))
+    np.testing.assert_allclose(single, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_failed_inversion_keeps_the_last_one_and_is_counted():

@@ -1,0 +1,110 @@
+"""Parameters as stacks of matrices, for `soap`, `shampoo` and `muon`.
+
+A leaf of two axes or more is N blocks of D inputs and K outputs, [N, D, K]. Leaves of equal D and K
+are stacked, so that a compiled step has one product for all of them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdl.core import tree
+from jdl.core.types import Params
+from jdl.optim.kronecker import factors, inverses
+from jdl.optim.kronecker.blocks import Layer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Stack:
+    """The matrices of all leaves with the same D and K.
+
+    Attributes:
+      layers: which leaves, and which of their axes are blocks, inputs and outputs.
+      sides: for the inputs and the outputs, what a method keeps, or None.
+    """
+
+    layers: tuple[Layer, ...] = field(metadata={"static": True})
+    sides: tuple[Any, Any]
+
+    def of(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """The matrices [N, D, K] among all leaves."""
+        return jnp.concatenate([x.matrices(leaves[x.kernel]) for x in self.layers])
+
+    def put(self, matrices: jax.Array, leaves: list[jax.Array]) -> None:
+        """The inverse of `of`: replaces these leaves in the list."""
+        ends = [sum(x.shape[0] for x in self.layers[: i + 1]) for i in range(len(self.layers) - 1)]
+        for layer, part in zip(self.layers, jnp.split(matrices, ends), strict=True):
+            leaves[layer.kernel] = layer.leaf(part, leaves[layer.kernel].shape)
+
+
+def layers_of(params: Params) -> dict[int, Layer]:
+    """The leaves that are matrices, by their number.
+
+    Inside `kronecker.told(objective, params)`, as in a `jdl.Estimator`, which axes are inputs,
+    outputs or blocks is seen from the model. Elsewhere, and for leaves in no layer, the axes are
+    cut where the two sides are nearest in size: a convolution's kernel before its outputs, that of
+    attention between the model's axis and the heads'.
+
+    >>> kernels = {"attention": jnp.ones((64, 4, 16)), "conv": jnp.ones((3, 3, 8, 64))}
+    >>> [x.shape for x in layers_of({**kernels, "norm": jnp.ones(64)}).values()]
+    [(1, 64, 64), (1, 72, 64)]
+    """
+    found = factors.told_layers(params)
+    known: Mapping[int, Layer] = {} if found is None else found.known
+    biases = {layer.bias for layer in known.values()}
+    leaves = enumerate(jax.tree.leaves(params))
+    wide = {i: x for i, x in leaves if x.ndim > 1 and x.size and i not in biases}
+    return {i: known.get(i) or _by_shape(i, x) for i, x in wide.items()}
+
+
+def _by_shape(leaf: int, x: jax.Array) -> Layer:
+    splits = [(math.prod(x.shape[:cut]), math.prod(x.shape[cut:])) for cut in range(1, x.ndim)]
+    best = min(reversed(splits), key=lambda sides: abs(math.log(max(sides)) - math.log(min(sides))))
+    form = tuple(zip("io", best, strict=True))
+    return Layer(leaf, None, "dense", form, (False,), (False, False), False, 0)
+
+
+def stacks_of(
+    layers: Iterable[Layer],
+    leaves: Sequence[jax.Array],
+    sides: Callable[[tuple[int, int, int], Any], tuple[Any, Any]],
+) -> tuple[Stack, ...]:
+    """The stacks of equal sides and accumulator's type, with `sides((N, D, K), type)` in each."""
+    groups: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        dtype = jnp.dtype(tree.accumulator(leaves[layer.kernel].dtype))
+        groups.setdefault((*layer.shape[1:], dtype), []).append(layer)
+    return tuple(
+        Stack(tuple(group), sides((sum(x.shape[0] for x in group), d, k), dtype))
+        for (d, k, dtype), group in groups.items()
+    )
+
+
+def solved(
+    solve: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
+    pairs: Sequence[tuple[jax.Array, jax.Array]],
+    axis_name: str | None,
+) -> list[tuple[jax.Array, ...]]:
+    """solve(M, X) for pairs of stacks [N, S, S], one program for each S, shared by all devices."""
+    groups: dict[Any, list[int]] = {}
+    for i, (matrix, _) in enumerate(pairs):
+        groups.setdefault((matrix.shape[-1], matrix.dtype), []).append(i)
+    joined = [
+        [jnp.concatenate(x) for x in zip(*(pairs[i] for i in group), strict=True)]
+        for group in groups.values()
+    ]
+    firsts, seconds = [x[0] for x in joined], [x[1] for x in joined]
+    mesh = inverses.mesh_of(firsts[0])
+    out: dict[int, tuple[jax.Array, ...]] = {}
+    found = inverses.shared(solve, firsts, seconds, axis_name, mesh)
+    for group, arrays in zip(groups.values(), found, strict=True):
+        sizes = [len(pairs[i][0]) for i in group]
+        ends = [sum(sizes[: k + 1]) for k in range(len(sizes) - 1)]
+        parts = zip(*(jnp.split(x, ends) for x in arrays), strict=True)
+        out.update(zip(group, parts, strict=True))
+    return [out[i] for i in range(len(pairs))]
