@@ -1,7 +1,7 @@
 """What every test runs under: 2 simulated devices, strict types and ranks, checked shapes.
 
 Most of the tests' time is compilation. So JAX's cache keeps programs between processes and runs,
-and in some rooms XLA optimizes little, unless `JAX_DISABLE_MOST_OPTIMIZATIONS=0` asks for all of it.
+and in some rooms XLA optimizes little. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` asks for all of it.
 """
 
 import gc
