@@ -13,7 +13,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,13 +92,19 @@ def told(objective: Objective, params: Params) -> Iterator[None]:
 
 def told_layers(params: Params) -> Layers | None:
     """The layers of these parameters in the model of `told`, or None outside of it."""
+    objective = told_objective(params)
+    return None if objective is None else moments.find_layers(objective, params)
+
+
+def told_objective(params: Params) -> Objective | None:
+    """The objective of `told`, as a function of these parameters, or None outside of it."""
     if _told.get() is None:
         return None
     objective, whole = _told.get()
     structure: Any = jax.tree.structure(params)
     if jax.tree.structure(whole) != structure:
         objective = restricted(objective, Part(params, whole))
-    return moments.find_layers(objective, params)
+    return cast("Objective", objective)
 
 
 def init(params: Params, options: Options, found: Layers | None = None) -> Kronecker:
