@@ -1,4 +1,4 @@
-"""Second-order optimizers and SOAP, each an optax transformation, and every optimizer by name.
+"""Second-order optimizers, SOAP and Muon as optax transformations; every optimizer by name.
 
 Each optimizer is a file of its name. `transformation` is their common skeleton, `context` the
 arguments of an update, `kronecker` the factors of K-FAC. The modules are all imported here, since
@@ -11,6 +11,7 @@ from jdl.optim.kfac import kfac as kfac
 from jdl.optim.kfac import kfac_for as kfac_for
 from jdl.optim.lbfgs import lbfgs as lbfgs
 from jdl.optim.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
+from jdl.optim.muon import muon as muon
 from jdl.optim.natural_gradient import natural_gradient as natural_gradient
 from jdl.optim.newton import newton as newton
 from jdl.optim.nonlinear_cg import nonlinear_cg as nonlinear_cg
@@ -25,6 +26,7 @@ __all__ = [
     "kfac_for",
     "lbfgs",
     "levenberg_marquardt",
+    "muon",
     "natural_gradient",
     "newton",
     "nonlinear_cg",

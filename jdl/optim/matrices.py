@@ -29,7 +29,12 @@ class Stack:
     """
 
     layers: tuple[Layer, ...] = field(metadata={"static": True})
-    sides: tuple[Any, Any]
+    sides: tuple[Any, ...]
+
+    def each(self, fn: Callable[[int, Any], Any]) -> "Stack":
+        """With fn(0 for inputs or 1, side) for each side that is not None."""
+        sides = (s if s is None else fn(i, s) for i, s in enumerate(self.sides))
+        return Stack(self.layers, tuple(sides))
 
     def of(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """The matrices [N, D, K] among all leaves."""
@@ -72,7 +77,7 @@ def _by_shape(leaf: int, x: jax.Array) -> Layer:
 def stacks_of(
     layers: Iterable[Layer],
     leaves: Sequence[jax.Array],
-    sides: Callable[[tuple[int, int, int], Any], tuple[Any, Any]],
+    sides: Callable[[tuple[int, int, int], Any], tuple[Any, ...]],
 ) -> tuple[Stack, ...]:
     """The stacks of equal sides and accumulator's type, with `sides((N, D, K), type)` in each."""
     groups: dict[Any, list[Layer]] = {}

@@ -14,6 +14,7 @@ from jdl.optim.hessian_free import hessian_free
 from jdl.optim.kfac import kfac
 from jdl.optim.lbfgs import lbfgs
 from jdl.optim.levenberg_marquardt import levenberg_marquardt
+from jdl.optim.muon import muon
 from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
@@ -86,7 +87,7 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "lamb": _first_order(optax.lamb, 1e-3, 1e-5, 3e-2),
     "lars": _first_order(optax.lars, 0.1, 1e-3, 10.0),
     "lion": _first_order(optax.lion, 1e-4, 1e-6, 3e-3),
-    "muon": _first_order(optax.contrib.muon, 1e-2, 1e-4, 0.3),
+    "muon": OptimizerSpec(muon, 2e-2, False, "mini", TuningRange("learning_rate", 1e-4, 0.3)),
     "sophia": _first_order(optax.contrib.sophia, 1e-3, 1e-5, 3e-2),
     "soap": _first_order(soap, 3e-3, 1e-4, 3e-2),
     "lbfgs": OptimizerSpec(lbfgs, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
@@ -139,7 +140,7 @@ def by_name(
 
     Args:
       name: sgd, momentum, nesterov, adam, adamw, nadam, radam, rmsprop, adagrad, adafactor, lamb,
-        lars, lion, muon, sophia (all optax's; sophia's update needs `obj_fn` too), soap, lbfgs, cg
+        lars, lion, sophia (all optax's; sophia's update needs `obj_fn` too), muon, soap, lbfgs, cg
         or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
         natural_gradient, kfac.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones

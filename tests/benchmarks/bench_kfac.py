@@ -43,7 +43,7 @@ from jdl.core.objective import Objective
 from jdl.data import digits
 from jdl.models import CNN, RNN, Autoencoder
 from jdl.models.layers import sparse_init
-from jdl.optim import diagnostics, kfac_for, kronecker, quadratic, soap
+from jdl.optim import diagnostics, kfac_for, kronecker, muon, quadratic, soap
 from jdl.optim.kronecker import factors, moments
 
 SLICE = 5.0  # seconds of a contestant's turn
@@ -318,7 +318,7 @@ def scheduled(name, rate, steps):
         return optax.adamw(rate, b2=0.99, weight_decay=0.01)
     if name == "soap":
         return soap(rate)
-    return optax.contrib.muon(rate, weight_decay=0.01)
+    return muon(rate, weight_decay=0.01)
 
 
 class Run:

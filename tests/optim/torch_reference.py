@@ -8,17 +8,20 @@ In an environment with torch, and with the file of its authors that is not in to
 Theirs casts factors to float32, which is left out here: the numbers are float64's.
 """
 
+import inspect
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim import _muon
 
 STEPS = 10
 SHAPES = {"square": (3, 3), "another": (3, 3), "wide": (2, 4), "vector": (2,)}
 SOAP = {"lr": 0.03, "betas": [0.9, 0.97], "shampoo_beta": 0.8, "weight_decay": 0.1,
         "precondition_frequency": 3, "max_precond_dim": 3}  # fmt: skip
+MUON = {"lr": 0.03, "momentum": 0.9, "nesterov": False, "weight_decay": 0.1, "eps": 1e-30}
 
 
 def run(make, gradients, start):
@@ -46,6 +49,16 @@ def main(soap_py):
     for steps in (4, STEPS):  # its first gradient takes none
         make = lambda params: theirs["SOAP"](params, **SOAP)  # noqa: E731
         out["soap"][str(steps)] = run(make, gradients[: steps + 1], start)
+    # Theirs iterates in bfloat16, and holds kernels as outputs × inputs.
+    iterate = inspect.getsource(_muon._zeropower_via_newtonschulz).replace("bfloat16", "clone")
+    exec(iterate, vars(_muon))
+    turned = lambda tree: {k: np.transpose(tree[k]) for k in ("square", "another", "wide")}  # noqa: E731
+    make = lambda params: torch.optim.Muon(params, **MUON)  # noqa: E731
+    found = run(make, [turned(g) for g in gradients[:STEPS]], turned(start))
+    out["muon"] = {
+        "options": MUON,
+        str(STEPS): {k: np.transpose(x).tolist() for k, x in found.items()},
+    }
     print(json.dumps(out))
 
 
