@@ -220,6 +220,22 @@ def test_f_is_tried_where_damping_changes_and_after_a_poor_step():
     assert float(after.diagnostics.values) == float(state.diagnostics.values) + 1
 
 
+def test_the_mean_of_gradients_takes_the_first_ones_equally_and_none_that_is_not_finite():
+    objective, params = problem()
+    optimizer = made(gradient_decay=0.6)
+    step = stepping(optimizer)
+    state, mean = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    for k, factor in enumerate((1.0, -2.0, jnp.nan, 3.0)):
+        batch = {**objective.batch, "y": factor * objective.batch["y"]}
+        now = Objective.from_fns(predict, squares, batch)
+        grad, kept = jax.grad(now.value)(params), min(0.6, k / (k + 1))
+        if np.isfinite(factor):
+            mean = jax.tree.map(lambda m, g, kept=kept: kept * m + (1 - kept) * g, mean, grad)
+        params, state, *_ = step(params, state, now)
+        for got, want in zip(*map(jax.tree.leaves, (state.gradient, mean)), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("time", "share"), [(128, 16 / 40), (8, 32 / 40), (4, 1.0)])
 def test_positions_of_sequences_count_as_examples_of_the_model(time, share):
     batch = {"x": numbers(40, time, 3), "y": numbers(40, time, 2, seed=1)}
