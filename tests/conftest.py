@@ -1,6 +1,7 @@
 """What every test runs under: 2 simulated devices, strict types and ranks, checked shapes.
 
-Most of the tests' time is compilation, so JAX's cache keeps programs between processes and runs.
+Most of the tests' time is compilation. So JAX's cache keeps programs between processes and runs,
+and in some rooms XLA optimizes little. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` asks for all of it.
 """
 
 import gc
@@ -27,11 +28,14 @@ from jaxtyping import install_import_hook
 install_import_hook("jdl", "beartype.beartype")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 MOST_BYTES = 2**30  # of compiled programs
+# Where XLA optimizes little: many small programs, of which none runs for long.
+ROOMS = ("core", "optim", "curvature", "compare", "cli", "train", "solvers")
 
 
 def pytest_configure(config):
@@ -41,6 +45,15 @@ def pytest_configure(config):
         return
     if sum(x.stat().st_size for x in programs.iterdir()) > MOST_BYTES:
         shutil.rmtree(programs, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A quick test in one of `ROOMS` compiles fast, unless it is marked `optimized`."""
+    room = item.nodeid.startswith(tuple(f"tests/{room}/" for room in ROOMS))
+    full = any(item.get_closest_marker(name) for name in ("slow", "optimized"))
+    full = full or os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "0"
+    jax.config.update("jax_disable_most_optimizations", room and not full)
 
 
 def pytest_collection_finish():

@@ -1,10 +1,11 @@
 r"""K-FAC: natural gradients by Kronecker factors; step length and momentum by an exact quadratic.
 
-    Δ = (F + λI)⁻¹ g  by factors,      δ = −αΔ + μδ₋,
+    Δ = (F + λI)⁻¹ ḡ  by factors,      δ = −αΔ + μδ₋,
     (α, μ) minimize  q(δ) = ⟨g, δ⟩ + ½⟨δ, (B + λI) δ⟩
 
-Factors are averaged over steps and inverted every few. B, the exact Gauss-Newton matrix, is used
-only in the 2×2 form of q, on some examples of the batch; λ follows the reduction ratio on those.
+Factors and the gradients in ḡ are averaged over steps, and factors inverted every few. B, the exact
+Gauss-Newton matrix, is used only in the 2×2 form of q, on some examples of the batch; λ follows the
+reduction ratio on those.
 """
 
 import math
@@ -44,6 +45,7 @@ class KfacState(NamedTuple):
       damping: λ for the next step, float32; likewise.
       kronecker: factors, inverses, diagonals.
       direction: δ₋, the last step.
+      gradient: ḡ, or () without a mean.
       diagnostics: see `jdl.optim.diagnostics`.
     """
 
@@ -51,6 +53,7 @@ class KfacState(NamedTuple):
     damping: jax.Array
     kronecker: Kronecker
     direction: PyTree
+    gradient: PyTree
     diagnostics: Diagnostics
 
 
@@ -66,6 +69,7 @@ def kfac(
     factors_every: int = 5,
     inverses_every: int = 20,
     factors_decay: float = 0.95,
+    gradient_decay: float = 0.7,
     model_examples: int = 256,
     kl_clip: float | None = None,
     l2_reg: float = 0.0,
@@ -89,7 +93,7 @@ def kfac(
     It is evaluated in the steps that change λ, and in all steps while its last value was below ½. A
     step with ρ ≤ 0 is halved; after `max_backtracks` halvings none is taken.
 
-    Memory for a kernel of D inputs and K outputs: two matrices of each of D + 1 and K, and five
+    Memory for a kernel of D inputs and K outputs: two matrices of each of D + 1 and K, and six
     gradients.
 
     Args:
@@ -107,6 +111,8 @@ def kfac(
       inverses_every: steps from one inversion to the next at most, ≥ 1; they are also inverted when
         λ has changed by more than a factor of 4.
       factors_decay: decay of the factors' running mean, in [0, 1).
+      gradient_decay: decay of ḡ, the gradients' running mean, in [0, 1). A batch's own gradient
+        (0) is mostly noise in flat directions, which (F + λI)⁻¹ amplifies.
       model_examples: examples for q, ≥ 1; all of them where the batch has fewer. Where outputs are
         [B, T, K], a sequence counts as min(T, 16) of them. With too few, a step fits those alone,
         which ρ does not show.
@@ -167,6 +173,7 @@ def kfac(
         factors_every=factors_every,
         inverses_every=inverses_every,
         factors_decay=factors_decay,
+        gradient_decay=gradient_decay,
         damping_every=damping_every,
         model_examples=model_examples,
         kl_clip=kl_clip,
@@ -184,6 +191,7 @@ def kfac(
             "damping": jnp.array(damping, jnp.float32),
             "kronecker": kronecker.init(params, options),
             "direction": jax.tree.map(jnp.zeros_like, params),
+            "gradient": jax.tree.map(jnp.zeros_like, params) if gradient_decay else (),
         }
 
     def direction(ctx: UpdateContext, state: KfacState) -> _Proposal:
@@ -195,7 +203,13 @@ def kfac(
         gradient = ctx.updates
         if l2_reg:
             gradient = tree.add_scaled(ctx.updates, l2_reg, ctx.params)
-        natural = kronecker.apply(found, factors, gradient, lam)
+        mean = gradient
+        if gradient_decay:
+            count = state.diagnostics.iterations.astype(ctx.dtype)
+            kept = jnp.minimum(gradient_decay, count / (count + 1.0))
+            mixed = tree.add_scaled(tree.scale(kept, state.gradient), 1.0 - kept, gradient)
+            mean = tree.where(ctx.active, mixed, state.gradient)
+        natural = kronecker.apply(found, factors, mean, lam)
         subset = quadratic.subset(objective, _examples(objective, ctx.params, model_examples))
         vectors = (natural, state.direction)
         model = quadratic.quadratic(subset, ctx.params, vectors)
@@ -215,6 +229,7 @@ def kfac(
             gram=gram,
             slopes=slopes,
             natural=natural,
+            gradient=mean if gradient_decay else (),
             weights=weights * state.learning_rate.astype(ctx.dtype),
         )
 
@@ -282,6 +297,7 @@ def kfac(
                 "damping": jnp.where(adapted, next_damping, lam).astype(jnp.float32),
                 "kronecker": proposal.factors,
                 "direction": step,
+                "gradient": proposal.gradient,
             },
             report={
                 "values": tries.astype(jnp.float32) * share,
@@ -352,7 +368,8 @@ class _Proposal(NamedTuple):
     model: quadratic.Quadratic  # f there, along `natural` and the last step
     gram: jax.Array  # inner products of the two
     slopes: jax.Array  # derivatives of f on the whole batch along the two
-    natural: PyTree  # (F + λI)⁻¹ g
+    natural: PyTree  # (F + λI)⁻¹ ḡ
+    gradient: PyTree  # ḡ, for the state
     weights: jax.Array  # the step's components: −α and μ
 
 

@@ -31,6 +31,7 @@ RANGES = {
     "damping_increase": "[1, inf)",
     "damping_minimum": "[0, inf)",
     "factors_decay": "[0, 1)",
+    "gradient_decay": "[0, 1)",
     "growth": "[1, inf)",
     "kl_clip": "(0, inf)",
     "l2_reg": "[0, inf)",

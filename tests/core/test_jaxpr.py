@@ -16,6 +16,7 @@ import jdl
 from jdl.core import jaxpr
 from jdl.core.jaxpr import Evaluator
 from jdl.optim.kronecker import layers
+from tests.core.rules import rounded, safe_root
 
 
 @jax.custom_jvp
@@ -118,25 +119,6 @@ def test_every_kind_of_call_is_looked_into(name):
     y, met = seen_by_an_evaluator(f, x)
     np.testing.assert_array_equal(y, jax.jit(f)(x))
     assert met["atan"] == {"scan": 4, "reverse": 4, "map": 2}.get(name, 1)
-
-
-@jax.custom_jvp
-def safe_root(x):
-    return jnp.sqrt(x)
-
-
-@safe_root.defjvp
-def _safe_root_rule(primals, tangents):
-    (x,), (t,) = primals, tangents
-    return jnp.sqrt(x), jnp.where(x > 0, t / (2 * jnp.sqrt(jnp.where(x > 0, x, 1.0))), 0.0)
-
-
-@jax.custom_jvp
-def rounded(w):
-    return jnp.round(w)
-
-
-rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
 
 
 @jax.custom_vjp

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.extend import core as jex
 from jax.interpreters import mlir
@@ -14,6 +13,8 @@ import jdl
 from jdl import losses
 from jdl.core.check import ArgumentError
 from jdl.optim import hessian_free, kfac, lbfgs, levenberg_marquardt, natural_gradient, newton
+from tests.core.rules import safe_root
+from tests.optim.loops import run
 
 
 @jax.custom_vjp
@@ -38,25 +39,6 @@ def fused(x):
 fused.defvjp(lambda x: (jnp.tanh(x), jnp.tanh(x)), lambda y, g: (backward_p.bind(y, g),))
 
 
-@jax.custom_jvp
-def rounded(w):
-    return jnp.round(w)
-
-
-rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
-
-
-@jax.custom_jvp
-def safe_root(x):
-    return jnp.sqrt(x)
-
-
-@safe_root.defjvp
-def _safe_root_rule(primals, tangents):
-    (x,), (t,) = primals, tangents
-    return jnp.sqrt(x), jnp.where(x > 0, t / (2 * jnp.sqrt(jnp.where(x > 0, x, 1.0))), 0.0)
-
-
 squares = functools.partial(losses.squared_error, target="y")
 
 
@@ -72,22 +54,6 @@ def problem(activation, size=12, weight=lambda w: w):
     return jdl.Objective.from_fns(predict, squares, batch), params
 
 
-def trained(optimizer, objective, params, steps=4):
-    @jax.jit
-    def step(params, state):
-        value, grad, _ = objective.value_and_grad(params)
-        updates, state = optimizer.update(
-            grad, state, params, value=value, grad=grad, objective=objective
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    state, values = optimizer.init(params), []
-    for _ in range(steps):
-        params, state, value = step(params, state)
-        values.append(float(value))
-    return values, state
-
-
 OPTIMIZERS = {  # with an activation whose rule each of them can use
     "kfac": (kfac, lambda x: tanh(safe_root(jax.nn.relu(x)))),
     "hessian_free": (hessian_free, tanh),
@@ -99,7 +65,7 @@ OPTIMIZERS = {  # with an activation whose rule each of them can use
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_net_with_its_own_rules_trains(name):
     optimizer, activation = OPTIMIZERS[name]
-    values, state = trained(optimizer(), *problem(activation))
+    _, state, values = run(optimizer(), *problem(activation), 4)
     assert values[-1] < 0.95 * values[0]
     if name == "kfac":
         assert min(state.kronecker.refreshes) > 0  # finite at the root's zeros
@@ -109,7 +75,7 @@ def test_a_net_with_its_own_rules_trains(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_true_rule_trains_as_the_function_itself(name):
     optimizer = OPTIMIZERS[name][0]
-    mine, expected = (trained(optimizer(), *problem(f))[0] for f in (tanh, jnp.tanh))
+    mine, expected = (run(optimizer(), *problem(f), 4)[2] for f in (tanh, jnp.tanh))
     np.testing.assert_allclose(mine, expected, rtol=1e-4)
 
 
@@ -118,4 +84,4 @@ def test_a_true_rule_trains_as_the_function_itself(name):
 )
 def test_optimizers_that_need_a_rules_derivative_name_it_and_what_works(optimizer):
     with pytest.raises(ArgumentError, match=r"that of fused at .*adam, lbfgs, cg"):
-        trained(optimizer(), *problem(fused))
+        run(optimizer(), *problem(fused), 1)

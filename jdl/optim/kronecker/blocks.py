@@ -5,7 +5,7 @@ are those of the view to the leaf's order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -117,18 +117,13 @@ def _ensembles(found: list[Place], shape: Sequence[int]) -> tuple[Place, ...]:
     return tuple(p._replace(role="f") if p is own[0] else p for p in found)
 
 
-def form_of(found: Sequence[Place], free: str = "f") -> Form:
-    """The form of a leaf with these places: neighbours of one role are one axis.
-
-    `free` replaces the role "f".
-    """
+def form_of(axes: Iterable[tuple[str, int]]) -> Form:
+    """The form of a leaf with these axes, (role, size): neighbours of one role are one axis."""
     out: list[tuple[str, int]] = []
-    for p in found:
-        role = {"f": free, "s": "b" if free != "f" else "s"}.get(p.role, p.role)
+    for role, n in axes:
         if out and role in "io" and out[-1][0] == role:
-            out[-1] = (role, out[-1][1] * p.full)
-        else:
-            out.append((role, p.full))
+            n *= out.pop()[1]
+        out.append((role, n))
     return tuple(out)
 
 
@@ -141,7 +136,7 @@ def resolved(found: Sequence[Place], form: Form) -> tuple[list[Place], bool] | N
     """The places with the roles of a layer's form, and whether the use exchanges its sides."""
     for free in "bo":
         roles = [{"f": free, "s": "b"}.get(p.role, p.role) for p in found]
-        mine = form_of(found, free)
+        mine = form_of(zip(roles, (p.full for p in found), strict=True))
         if mine in (form, exchanged(form)):
             own = [p._replace(role=r) for p, r in zip(found, roles, strict=True)]
             return own, mine != form

@@ -257,9 +257,9 @@ def refresh_inverses(
 ) -> tuple[Kronecker, jax.Array]:
     """The state with new inverses or eigenbases of its moments, and how much work they were.
 
-    Where that is much work the layers take turns, so that no step does it all: each belongs to one
-    of several groups. In a group's turn its layers are inverted if the last time was about `every`
-    steps ago, and never more, or λ has changed by more than a factor of 4 since.
+    Where that is more than `MUCH` the layers take turns, so that no step does it all: each belongs
+    to one of several groups. In a group's turn its layers are inverted if the last time was about
+    `every` steps ago, and never more, or λ has changed by more than a factor of 4 since.
 
     Args:
       found: the layers.
@@ -277,9 +277,10 @@ def refresh_inverses(
     """
     eigen = any(not isinstance(s, tuple) for s in state.squares)
     costs = {i: inverses.cost(state.moments[i]) for i in found.known}
-    # Each group has a matrix for each device, if there are that many.
+    # No more than that takes, since λ may change much before a turn; and each group has a matrix
+    # for each device, if there are that many.
     most = min(len(costs), 2 * len(costs) // inverses.num_devices(axis_name, mesh))
-    groups = max(1, min(every, most)) if sum(costs.values()) > MUCH else 1
+    groups = max(1, min(every, most, sum(costs.values()) // MUCH))
     turns = dict(zip(costs, inverses.assignment(list(costs.values()), groups), strict=True))
     drift = jnp.abs(jnp.log(damping.astype(jnp.float32) / state.inverted)) > math.log(4.0)
     work = jnp.zeros((), jnp.float32)
@@ -316,7 +317,7 @@ def refresh_inverses(
     return state._replace(inverses=tuple(fields[0]), squares=tuple(fields[1])), work
 
 
-MUCH = 10**10  # multiplications, 0.2 s on two cores: turns cost copies of the state each step
+MUCH = 25 * 10**8  # multiplications, 0.05 s on two cores
 
 
 def _inverted(

@@ -145,14 +145,8 @@ class _UseOf(NamedTuple):
         return [n for role, n in self.form if role == "b"]
 
     def resolved(self, ensembles: set[int]) -> Form:
-        out: list[tuple[str, int]] = []
-        for role, n in self.form:
-            if role in "sf":
-                role = "b" if role == "s" or n in ensembles else "o"
-            if out and role in "io" and out[-1][0] == role:
-                role, n = role, out.pop()[1] * n
-            out.append((role, n))
-        return tuple(out)
+        free = {n: "b" if n in ensembles else "o" for _, n in self.form}
+        return blocks.form_of(({"s": "b", "f": free[n]}.get(r, r), n) for r, n in self.form)
 
 
 def _layer(leaf: int, uses: list[_UseOf], ensembles: set[int]) -> Layer | None:
@@ -379,7 +373,9 @@ class _Walk:
         times = site.times * y.size // max(1, outputs)
         for piece, own in zip(pieces, found, strict=True):
             here = self.found.uses.setdefault(piece.leaf, {})
-            here[site.place] = _UseOf(use.kind, blocks.form_of(own), use.tagged, times)
+            here[site.place] = _UseOf(
+                use.kind, blocks.form_of((p.role, p.full) for p in own), use.tagged, times
+            )
         if self.probing is not None:
             y = self.probing.mark(y, x, use, data[side])
         if use.tagged and len(tags) == 4 and isinstance(tags[3], View):

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jdl.core.objective import Objective
 from jdl.losses import squared_error
 from jdl.optim import kfac, kfac_for
+from tests.optim.loops import run, stepping
 
 
 def numbers(*shape, seed=0, scale=0.5):
@@ -20,20 +20,9 @@ def trained(predict, params, batch, steps=4, told=True):
     options = {"curvature": "gauss_newton", "factors_every": 1, "inverses_every": 2}
     optimizer = kfac_for(objective, params, **options) if told else kfac(**options)
 
-    @jax.jit
-    def step(params, state):
-        value, grad, _ = objective.value_and_grad(params)
-        updates, state = optimizer.update(
-            grad, state, params, value=value, grad=grad, objective=objective
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    state, values = optimizer.init(params), []
-    for _ in range(steps):
-        params, state, value = step(params, state)
-        values.append(float(value))
+    params, _, values = run(optimizer, objective, params, steps)
     assert values[-1] < values[0]
-    assert step._cache_size() <= (1 if told else 2)
+    assert stepping(optimizer)._cache_size() <= (1 if told else 2)
     return params, values
 
 

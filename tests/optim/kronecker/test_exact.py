@@ -9,12 +9,9 @@ from jdl.core.objective import Objective
 from jdl.losses import squared_error
 from jdl.optim.kronecker import factors, moments
 from jdl.optim.kronecker.probes import Probe
+from tests.core.rules import rounded
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def numbers(*shape, seed=0):
@@ -62,7 +59,7 @@ def approximated(objective, params, **options):
     return out, found
 
 
-def check(predict, params, batch, kinds, **options):
+def assert_exact(predict, params, batch, kinds, **options):
     """That each block of a known layer, and each other diagonal, is the dense matrix's."""
     batch = batch | {"label": jnp.zeros(predict(params, batch).shape)}
     objective = Objective.from_fns(predict, squared_error, batch)
@@ -81,13 +78,6 @@ def conv(x, w, numbers=("NHWC", "HWIO", "NHWC"), strides=(1, 1), padding="SAME",
         x, w, strides, padding, dimension_numbers=numbers, **options
     )
 
-
-@jax.custom_jvp
-def rounded(w):
-    return jnp.round(w)
-
-
-rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
 
 X, IMAGE = numbers(4, 3), numbers(3, 4, 5, 2)
 HEADS, WORDS = numbers(4, 2, 3), np.array([[0, 3, 3], [1, 0, 4], [3, 3, 3], [2, 1, 0]])
@@ -317,4 +307,4 @@ def test_of_a_linear_layer_the_block_or_diagonal_is_exact(name):
     params = {k: jnp.asarray(numbers(*shape, seed=1)) for k, shape in shapes.items()}
     pairs = (kind.split(":") for kind in kinds.split())
     kinds = {pair[0]: (*pair, "dense")[1] for pair in pairs}
-    check(lambda p, b: predict(p, b["x"]), params, {"x": jnp.asarray(x)}, kinds)
+    assert_exact(lambda p, b: predict(p, b["x"]), params, {"x": jnp.asarray(x)}, kinds)

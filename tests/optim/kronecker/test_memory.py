@@ -165,6 +165,31 @@ def test_inverses_are_those_of_dense_float64_matrices(size):
     np.testing.assert_allclose(single, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_layers_whose_inversions_are_much_work_take_turns(monkeypatch):
+    monkeypatch.setattr(factors, "MUCH", 1)
+    form = (("i", 4), ("o", 3))
+    layers = [Layer(i, None, "dense", form, (False,), (False, False), False, 0) for i in (0, 1)]
+    found = Layers(dict(enumerate(layers)), {})
+    state = factors.init([jnp.ones((4, 3))] * 2, factors.Options(), found)
+    state = state._replace(moments=jax.tree.map(lambda x: 3.0 * x, state.inverses))  # 3 I
+    step = functools.partial(
+        factors.refresh_inverses, found, damping=jnp.float32(1.0), every=4, whole=False
+    )
+    step, work, new = jax.jit(step), [], []
+    for k in range(8):
+        old = state.inverses
+        state, done = step(state, count=k)
+        work.append(int(done))
+        new.append(
+            [bool(jnp.any(a.last != b.last)) for a, b in zip(old, state.inverses, strict=True)]
+        )
+    one = 5**3 + 3**3
+    assert work == [one, one, 0, 0] * 2
+    assert new == [[True, False], [False, True], *[[False, False]] * 6]  # the same ones again
+    shift = np.sqrt(3 / (5 * 3 / 4))  # √λ/π, π² the ratio of the mean eigenvalues of A and G
+    np.testing.assert_allclose(state.inverses[1].last[0], np.eye(3) / (3 + shift), rtol=1e-6)
+
+
 def test_a_failed_inversion_keeps_the_last_one_and_is_counted():
     bad = jnp.array([[1.0, 9.0], [9.0, 1.0]])
     found, state = held(bad, jnp.eye(3), None)

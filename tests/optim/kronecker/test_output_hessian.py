@@ -16,6 +16,7 @@ from jdl.core.objective import Objective, fisher_loss
 from jdl.models import rnn
 from jdl.optim import kronecker
 from jdl.optim.kronecker import output_hessian
+from tests.optim.loops import run
 
 B = 6
 
@@ -370,19 +371,7 @@ def test_kfac_learns_a_variance():
 
     objective = Objective.from_fns(predict, gaussian, batch)
     params = {"m": jnp.zeros((3, 1)), "s": jnp.zeros((3, 1)), "b": jnp.zeros(1)}
-    optimizer = jdl.optim.kfac()
-    state = optimizer.init(params)
-
-    @jax.jit
-    def step(params, state):
-        value, grads, _ = objective.value_and_grad(params)
-        updates, state = optimizer.update(
-            grads, state, params, value=value, grad=grads, objective=objective
-        )
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(40):
-        params, state = step(params, state)
+    params, _, _ = run(jdl.optim.kfac(), objective, params, 40)
     assert kronecker.describe(objective, params).endswith(
         "(log_variance: diagonal, mean: diagonal)"
     )

@@ -16,10 +16,7 @@ from jdl.optim.kronecker.probes import Probe
 B, T, D, K = 4, 4, 3, 2  # as many positions as examples
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def numbers(*shape, seed=0):
@@ -87,6 +84,17 @@ def test_reduced_factors_are_exact_for_the_mean_over_positions(layout, mask):
     a, g, _ = factored(model(linear), {"w": jnp.asarray(W)}, X, mask, sharing="reduce")
     mean = X[weights > 0].mean(1)
     np.testing.assert_allclose(np.kron(a, g), np.kron(mean.T @ mean / len(mean), np.eye(K)), 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(B, D), (B, 1, D), (B, 1, 1, D)])
+def test_with_one_position_an_example_both_kinds_of_sharing_are_the_plain_factors(shape):
+    x, params = numbers(*shape), {"w": jnp.asarray(W)}
+    rows = x.reshape(B, D)[MASK > 0]
+    slope = 1 - np.tanh(rows @ W) ** 2
+    for sharing in ("expand", "reduce"):
+        a, g, _ = factored(model(lambda w, x: jnp.tanh(x @ w)), params, x, MASK, sharing=sharing)
+        np.testing.assert_allclose(a, rows.T @ rows / len(rows), rtol=1e-9)
+        np.testing.assert_allclose(g, np.diag((slope**2).sum(0)) / len(rows), rtol=1e-9)
 
 
 def test_a_tied_table_has_the_factors_of_the_sum_of_both_uses():

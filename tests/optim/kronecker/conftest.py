@@ -1,0 +1,10 @@
+"""Numbers to be compared with dense matrices."""
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
