@@ -69,7 +69,7 @@ def kfac(
     factors_every: int = 5,
     inverses_every: int = 20,
     factors_decay: float = 0.95,
-    gradient_decay: float = 0.7,
+    gradient_decay: float = 0.8,
     model_examples: int = 256,
     kl_clip: float | None = None,
     l2_reg: float = 0.0,
