@@ -49,10 +49,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """A quick test in one of `ROOMS` compiles fast, unless it is marked `optimized`."""
+    """A quick test in one of `ROOMS` compiles fast."""
     room = item.nodeid.startswith(tuple(f"tests/{room}/" for room in ROOMS))
-    full = any(item.get_closest_marker(name) for name in ("slow", "optimized"))
-    full = full or os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "0"
+    full = item.get_closest_marker("slow") or os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "0"
     jax.config.update("jax_disable_most_optimizations", room and not full)
 
 

@@ -6,7 +6,14 @@ import pytest
 
 from jdl.core import check
 from jdl.models.cnn import CNN
-from jdl.models.layers import ACTIVATIONS, INITIALIZERS, RandomShift, activation, initializer
+from jdl.models.layers import (
+    ACTIVATIONS,
+    INITIALIZERS,
+    RandomShift,
+    activation,
+    initializer,
+    max_pool,
+)
 from jdl.models.mlp import MLP
 
 KEY = jax.random.key(0)
@@ -92,3 +99,31 @@ def test_images_shift_by_whole_pixels_in_training_alone():
 def test_a_share_of_units_to_drop_is_below_one(net):
     with pytest.raises(check.ArgumentError, match=r"`dropout` must be a number in \[0.0, 1.0\)"):
         net.init(KEY, jnp.ones((2, 8, 8, 1)))
+
+
+@pytest.mark.parametrize("window", [(2, 2), (3, 1), (2, 3)])
+def test_the_maximum_of_a_window_and_its_gradient_are_those_of_a_reduce_window(window):
+    x, w = jax.random.normal(KEY, (2, 5, 6, 6, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 3))
+    layer = nn.BatchNorm(use_running_average=False)
+    variables = layer.init(KEY, x)
+
+    def loss(variables, pool):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y, _ = layer.apply(variables, y, mutable="batch_stats")
+        return jnp.sum(pool(jnp.tanh(y), window, window) * w[:, : 6 // window[0], : 6 // window[1]])
+
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    got, want = grad(variables, max_pool), grad(variables, nn.max_pool)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tie_gives_its_gradient_once_and_a_nan_stays():
+    grad = jax.grad(lambda x: max_pool(x, (2, 2), (2, 2)).sum())(jnp.ones((1, 4, 4, 1)))
+    assert float(grad.sum()) == 4.0
+    for i in range(4):
+        x = jnp.ones(4).at[i].set(jnp.nan).reshape(1, 2, 2, 1)
+        assert jnp.isnan(max_pool(x, (2, 2), (2, 2))).all()

@@ -337,8 +337,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
-        # With few optimizations XLA gets the gradient of its pooled maximum wrong.
-        pytest.param(Convolutional(), (6, 6, 1), id="cnn", marks=pytest.mark.optimized),
+        pytest.param(Convolutional(), (6, 6, 1), id="cnn"),
         pytest.param(Recurrent(), (5, 2), id="lstm", marks=pytest.mark.slow),
     ],
 )
