@@ -51,8 +51,9 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     """A quick test in one of `ROOMS` compiles fast."""
     room = item.nodeid.startswith(tuple(f"tests/{room}/" for room in ROOMS))
-    full = item.get_closest_marker("slow") or os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "0"
-    jax.config.update("jax_disable_most_optimizations", room and not full)
+    full = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "0"
+    full = full or item.get_closest_marker("slow")
+    jax.config.update("jax_disable_most_optimizations", bool(room and not full))
 
 
 def pytest_collection_finish():

@@ -47,8 +47,8 @@ def max_pool(
 ) -> Float[Array, "B h w C"]:
     """The maximum over each window; windows that do not fit in the image are dropped.
 
-    Windows that tile the image are reduced by comparing their elements: the values are the same, and
-    on CPUs XLA computes the gradient about twice as fast as that of a reduce-window.
+    Windows that tile the image are reduced by comparing their elements. The values are the same,
+    and on CPUs XLA computes the gradient about twice as fast as that of a reduce-window.
 
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2), (2, 2))[0, :, :, 0].tolist()
     [[5.0, 7.0], [13.0, 15.0]]
@@ -67,8 +67,8 @@ def max_pool(
 def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
     """The elementwise maximum, a NaN if one is; its gradient goes to one of the two.
 
-    That of `jnp.max` goes to what equals the maximum: to nothing, where XLA computes the input twice
-    and rounds it differently.
+    That of `jnp.max` goes to what equals the maximum: to nothing, where XLA computes the input
+    twice and rounds it differently.
     """
     return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
