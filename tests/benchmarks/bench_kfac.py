@@ -426,6 +426,8 @@ def main():
     parser.add_argument("--average", type=float, default=0.95, help="decay of K-FAC's mean weights")
     parser.add_argument("--share", type=float, default=1.0, help="of the schedule and the data")
     args = parser.parse_args()
+    if args.reach and "adamw" not in args.opponents.split(","):
+        parser.error("--opponents must have adamw, whose final loss the others are to reach")
     args.problems = args.problems or ("" if args.reach else "autoencoder")
     made, source = nets(args.data, args.share)
     for name in filter(None, args.reach.split(",")):
