@@ -35,7 +35,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 MOST_BYTES = 2**30  # of compiled programs
 # Where XLA optimizes little: many small programs, of which none runs for long.
-ROOMS = ("core", "optim", "curvature", "compare", "cli", "train", "solvers")
+ROOMS = (
+    *("core", "optim", "curvature", "compare", "cli"),
+    *("train", "solvers", "models", "recipes", "vision"),
+)
 
 
 def pytest_configure(config):
