@@ -171,6 +171,7 @@ def digits(split, count=None):
     return batch["image"][:count].astype(np.float32) / 255, batch["label"][:count]
 
 
+@pytest.mark.slow
 def test_pretraining_gentle_fine_tuning_and_both_unrolled_nets(tmp_path):
     x, y = digits("train")
     data = jdl.data.from_arrays(x, y, batch_size=64, seed=0)

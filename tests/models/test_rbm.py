@@ -247,8 +247,11 @@ def bars():
 
 @pytest.mark.parametrize(
     ("options", "rate"),
-    [({"k": 5}, 0.1), ({"chains": 50, "k": 5}, 0.05), ({"chains": 50, "fast_rate": 0.05}, 0.1)],
-    ids=["cd5", "pcd", "fpcd"],
+    [
+        pytest.param({"k": 5}, 0.1, id="cd5", marks=pytest.mark.slow),
+        pytest.param({"chains": 50, "k": 5}, 0.05, id="pcd"),
+        pytest.param({"chains": 50, "fast_rate": 0.05}, 0.1, id="fpcd", marks=pytest.mark.slow),
+    ],
 )
 def test_it_learns_bars(options, rate):
     x = np.tile(bars(), (10, 1))

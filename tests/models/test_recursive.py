@@ -80,7 +80,9 @@ def plain_recursion(kind, params, tree, most):
     return total
 
 
-@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param("child_sum", marks=pytest.mark.slow), "nary", "plain"]
+)
 def test_value_and_gradient_equal_a_recursion_in_python(kind):
     some = expressions(3, (0, 1, 3))
     batch = pack(some, WORDS, ["0", "1"])

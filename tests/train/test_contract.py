@@ -117,7 +117,14 @@ def test_learns_compiles_once_and_repeats(model, optimizer):
         assert not np.allclose(moved, fresh)
 
 
-@pytest.mark.parametrize("optimizer", [o for o in OPTIMIZERS if o != "sophia"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "optax_lbfgs" else ())
+        for name in OPTIMIZERS
+        if name != "sophia"
+    ],
+)
 def test_a_mesh_of_two_gives_the_numbers_of_one(optimizer):
     # Without dropout: a step on a mesh draws the same masks only with the same sharding of bits.
     model = jdl.from_linen(nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(K)]))

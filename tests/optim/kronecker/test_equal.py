@@ -120,11 +120,12 @@ PAIRS = {
 }
 
 
-RARE = [pytest.param(name, False, marks=pytest.mark.slow) for name in [*PAIRS][1:]]
+OFTEN = [("scan = loop", True), ("scan = loop", False), ("vmap = loop", True)]
+RARE = [(name, told) for name in PAIRS for told in (True, False) if (name, told) not in OFTEN]
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [*((name, True) for name in PAIRS), ("scan = loop", False), *RARE]
+    ("name", "told"), [*OFTEN, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in RARE)]
 )
 def test_a_model_written_otherwise_trains_alike(name, told):
     with jax.enable_x64(True):
