@@ -47,7 +47,7 @@ def load_problem(path: str | Path) -> Problem:
         )
     loss = module.loss
     if isinstance(loss, str):
-        known = ("softmax_cross_entropy", "sigmoid_cross_entropy", "squared_error")
+        known = ("softmax_cross_entropy", "sigmoid_cross_entropy", "squared_error", "gaussian_nll")
         loss = getattr(losses, check.one_of(f"loss in {path}", loss, known))
     check.argument(callable(loss), f"loss in {path}", "a function or a name", loss)
     train = _arrays(path, "data", module.data)

@@ -75,6 +75,8 @@ def _account(found: Layers, objective: Objective, params: Params, options: Optio
         how = f"{way} the loss's output Hessian ({route})"
         if route == "gradient":
             how = "the loss's own gradients, as its output Hessian is neither known nor small"
+        elif ": gradient" in route:
+            how += "; where that is `gradient`, by the loss's own gradients"
     if found.twice is None:
         lines.append("examples: axes of their number, as twice as many could not be traced")
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
