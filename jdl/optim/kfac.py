@@ -93,6 +93,9 @@ def kfac(
     It is evaluated in the steps that change λ, and in all steps while its last value was below ½. A
     step with ρ ≤ 0 is halved; after `max_backtracks` halvings none is taken.
 
+    With small batches the weights keep moving about the minimum: average them (`Estimator(ema=)`),
+    or let `learning_rate` fall.
+
     Memory for a kernel of D inputs and K outputs: two matrices of each of D + 1 and K, and six
     gradients.
 
