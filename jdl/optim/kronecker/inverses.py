@@ -143,7 +143,7 @@ def _orthonormal(columns: jax.Array, passes: int = 8) -> jax.Array:
 
 
 def _small_steps(matrix: jax.Array, block: int = 16) -> jax.Array:
-    """As `_inverse_root`, by rows of so many: compiled faster, and no LAPACK call has threads."""
+    """As `inverse_root`, by rows of so many: compiled faster, and no LAPACK call has threads."""
     size = matrix.shape[-1]
     whole = size + -size % block
     rest = jnp.diag((jnp.arange(whole) >= size).astype(matrix.dtype))[None]
