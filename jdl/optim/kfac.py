@@ -115,7 +115,8 @@ def kfac(
         λ has changed by more than a factor of 4.
       factors_decay: decay of the factors' running mean, in [0, 1).
       gradient_decay: decay of ḡ, the gradients' running mean, in [0, 1). A batch's own gradient
-        (0) is mostly noise in flat directions, which (F + λI)⁻¹ amplifies.
+        (0) is mostly noise in flat directions, which (F + λI)⁻¹ amplifies; where each batch is all
+        data there is no noise, and 0 converges in fewer steps.
       model_examples: examples for q, ≥ 1; all of them where the batch has fewer. Where outputs are
         [B, T, K], a sequence counts as min(T, 16) of them. With too few, a step fits those alone,
         which ρ does not show.
