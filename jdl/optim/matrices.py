@@ -1,4 +1,4 @@
-"""Parameters as stacks of matrices, for `soap`, `shampoo` and `muon`.
+"""Parameters as stacks of matrices, for `soap` and `muon`.
 
 A leaf of two axes or more is N blocks of D inputs and K outputs, [N, D, K]. Leaves of equal D and K
 are stacked, so that a compiled step has one product for all of them.

@@ -7,8 +7,7 @@ For a matrix with gradient G, inputs × outputs:
     δ = −rate · U Adam(Uᵀ G V) Vᵀ
 
 U and V are eigenvectors of the first gradient's L and R, and then follow them by one step of power
-iteration and a QR decomposition each time. Adam's mean turns with them, and
-its squares stay.
+iteration and a QR decomposition at each refresh. Adam's mean turns with them; its squares stay.
 """
 
 from collections.abc import Sequence

@@ -63,7 +63,7 @@ class Kronecker(NamedTuple):
     squares: tuple[PyTree, ...]  # with `eigen`, the curvature's diagonal in the eigenbases
     diagonals: tuple[PyTree, ...]  # curvature diagonals of the other leaves
     # For each leaf, how many estimates its running means hold, int32; those that were not finite
-    # are left out. Scalars, not one array: XLA compiles a kernel for each number of a slice.
+    # are left out. Scalars: of one array, XLA would compile a kernel for each index.
     refreshes: tuple[jax.Array, ...]
     left_out: jax.Array  # how many estimates or inverses of a leaf were left out so far, int32
     inverted: jax.Array  # for each leaf, λ of its inverses, float32
