@@ -1,7 +1,6 @@
 """Inverses and eigenvectors of stacks of factors, computed by all devices together."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -129,7 +128,7 @@ def _orthonormal(columns: jax.Array, passes: int = 8) -> jax.Array:
 
     def one_pass(carry: Any) -> Any:
         count, shift, (q, square, error) = carry
-        root = _small_steps(square + shift * jnp.minimum(error, 1) * eye)
+        root = inverse_root(square + shift * jnp.minimum(error, 1) * eye)
         fine = jnp.all(jnp.isfinite(root), axis=(1, 2), keepdims=True)
         q = jnp.where(fine, q @ root.mT, q)
         return count + 1, jnp.where(fine, shift, 16 * shift), measured(q)
@@ -140,27 +139,6 @@ def _orthonormal(columns: jax.Array, passes: int = 8) -> jax.Array:
     first = measured(columns / jnp.linalg.norm(columns, axis=1, keepdims=True))
     start = (0, jnp.full((len(columns), 1, 1), 16 * eps, columns.dtype), first)
     return jax.lax.while_loop(going, one_pass, start)[2][0]
-
-
-def _small_steps(matrix: jax.Array, block: int = 16) -> jax.Array:
-    """As `inverse_root`, by rows of so many: compiled faster, and no LAPACK call has threads."""
-    size = matrix.shape[-1]
-    whole = size + -size % block
-    rest = jnp.diag((jnp.arange(whole) >= size).astype(matrix.dtype))[None]
-    matrix = jnp.pad(matrix, [(0, 0), (0, whole - size), (0, whole - size)]) + rest
-    eye = jnp.broadcast_to(jnp.eye(block, dtype=matrix.dtype), (len(matrix), block, block))
-
-    def rows(i: Any, inverse: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(matrix, i * block, block, 1)
-        side = own @ inverse.mT
-        corner = jax.lax.dynamic_slice_in_dim(own, i * block, block, 2) - side @ side.mT
-        root = one_by_one(partial(jnp.linalg.cholesky, symmetrize_input=False), corner)
-        root = jax.lax.linalg.triangular_solve(root, eye, left_side=True, lower=True)
-        new = jax.lax.dynamic_update_slice_in_dim(-root @ side @ inverse, root, i * block, 2)
-        return jax.lax.dynamic_update_slice_in_dim(inverse, new, i * block, 1)
-
-    inverse = jax.lax.fori_loop(0, whole // block, rows, jnp.zeros_like(matrix))
-    return inverse[:, :size, :size]
 
 
 def shared(
