@@ -8,7 +8,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-optim bench-solvers bench-classics bench-paper bench-vision device clean
+.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-classics bench-paper bench-vision device clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,8 +63,11 @@ bench-train: $(READY)  ## training against a bare loop, and PyTorch and Keras wh
 bench-data: $(READY)  ## images a second out of a tar, against webdataset and the decoder alone
 	$(BIN)/python tests/benchmarks/bench_data.py
 
-bench-kfac: $(READY)  ## K-FAC at its defaults against tuned Nesterov, Adam, AdamW and Muon: make bench-kfac DATA=folder
+bench-kfac: $(READY)  ## K-FAC at its defaults against tuned Nesterov and Adam: make bench-kfac DATA=folder
 	$(BIN)/python tests/benchmarks/bench_kfac.py --data $(or $(DATA),data) $(ARGS)
+
+bench-matrix: $(READY)  ## AdamW, Muon, Shampoo, SOAP, K-FAC on five networks; resumable: make bench-matrix DATA=folder
+	$(BIN)/python tests/benchmarks/bench_matrix.py --data $(or $(DATA),data) $(ARGS)
 
 bench-optim: $(READY)  ## second-order methods against their peers, on MNIST's first 5,000 digits
 	$(BIN)/python tests/benchmarks/bench_optim.py $(ARGS)

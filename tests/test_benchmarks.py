@@ -17,8 +17,9 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 SMALLEST = {
     "classics": "--data {data}/mnist --share 0.0005 --only mlp,autoencoder,adding",
     "data": "--rounds 1 --seconds 0.05",
-    "kfac": "--data {data} --seconds 2 --tune 0.5 --optimizers adam --problems autoencoder "
-    "--reach transformer,lstm --opponents adamw --share 0.01",
+    "kfac": "--data {data} --seconds 2 --tune 0.5 --optimizers adam",
+    "matrix": "--data {data} --share 0.01 --nets transformer,lstm --optimizers adamw,kfac "
+    "--out {data}/matrix.jsonl",
     "optim": "--data {data}/mnist --rounds 1 --seconds 2 --method diagonal",
     "paper": "--workdir {data}/paper --only curves --methods kfac --examples 200 "
     "--minutes 0.05 --trials 1 --evaluations 2",

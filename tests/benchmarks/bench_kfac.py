@@ -3,13 +3,6 @@
     make bench-kfac DATA=folder       the deep autoencoder on MNIST, 120 s each
     make bench-kfac DATA=folder ARGS="--problems fashion,narrow,cnn,lstm --seconds 60"
 
-    make bench-kfac DATA=folder ARGS="--reach transformer,vit,resnet,autoencoder,lstm"
-
-The last form runs AdamW and Muon (or SOAP: `--opponents adamw,soap`) with their schedules (the best
-rate of a grid; warm-up 5 %, cosine decay to 1/50), then K-FAC until it has AdamW's held-out loss:
-steps and seconds, median and 99th percentile of a step, compile time. Images are Fashion-MNIST's
-where its folder is there, or else MNIST's.
-
 Time is process CPU time ÷ 2 (the cores are shared), with wall time next to it; compilation and
 evaluation are not counted. The contestants take turns of a few seconds. Nesterov and Adam are tuned
 beforehand for the autoencoder on MNIST, and for other problems with a grid of learning rates
@@ -28,14 +21,13 @@ import argparse
 import functools
 import importlib.util
 import json
-import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from kfac_nets import idx_images, nets
+from matrix_nets import idx_images
 
 import jdl
 from jdl import losses
@@ -43,9 +35,8 @@ from jdl.core.objective import Objective
 from jdl.data import digits
 from jdl.models import CNN, RNN, Autoencoder
 from jdl.models.layers import sparse_init
-from jdl.optim import diagnostics, kfac_for, kronecker, muon, quadratic, soap
+from jdl.optim import diagnostics, kfac_for, kronecker, quadratic
 from jdl.optim.kronecker import factors, moments
-from jdl.train import ema
 
 SLICE = 5.0  # seconds of a contestant's turn
 KFAC_JAX_DAMPING = 1.0  # its README's; its docstring's 150 takes half of the time to come down from
@@ -311,107 +302,9 @@ def race(name, problem, args):
     print(json.dumps({"problem": name, "ms": parts, "kfac_step_in_gradients": gradients}))
 
 
-def scheduled(name, rate, steps):
-    """An opponent's optimizer with warm-up and cosine decay."""
-    warm = max(1, steps // 20)
-    rate = optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1), rate / 50)
-    if name == "adamw":
-        return optax.adamw(rate, b2=0.99, weight_decay=0.01)
-    if name == "soap":
-        return soap(rate)
-    return muon(rate, weight_decay=0.01)
-
-
-class Run:
-    """An optimizer on a net, with its held-out losses on the way."""
-
-    def __init__(self, net, optimizer, size, seed):
-        self.net, optimizer = net, optax.with_extra_args_support(optimizer)
-        self.size, self.rng = size, np.random.default_rng(seed)
-        self.times, self.curve = [], []
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def step(carry, rows):
-            params, state, opt_state = carry
-            objective = Objective(net.model, net.loss, state, net.batch(rows))
-            value, grad, aux = objective.value_and_grad(params)
-            updates, opt_state = optimizer.update(
-                grad, opt_state, params, value=value, grad=grad, objective=objective
-            )
-            return (optax.apply_updates(params, updates), aux.model_state, opt_state), value
-
-        params, state = net.start(seed)
-        objective = Objective(net.model, net.loss, state, net.batch(np.arange(size)))
-        with kronecker.told(objective, params):
-            self.carry = (params, state, jax.jit(optimizer.init)(params))
-        start = time.perf_counter()
-        lowered = step.lower(self.carry, self.rows())
-        self.trace = time.perf_counter() - start
-        self.step = lowered.compile()
-        self.compile = time.perf_counter() - start
-
-    def rows(self):
-        return jnp.asarray(self.rng.integers(0, self.net.size, self.size, np.int32))
-
-    def advance(self, steps):
-        """Makes so many steps, and then evaluates."""
-        for _ in range(steps):
-            rows, start = self.rows(), time.process_time()
-            self.carry, _ = jax.block_until_ready(self.step(self.carry, rows))
-            self.times.append((time.process_time() - start) / 2)
-        params, state, opt_state = self.carry
-        losses = [float(self.net.evaluate(params, state))]
-        if isinstance(opt_state, ema.AveragingState):
-            losses.append(float(self.net.evaluate(ema.average(opt_state), state)))
-        at = (len(self.times), round(sum(self.times), 1))
-        self.curve.append((*at, *(round(loss, 4) for loss in losses)))
-        return losses
-
-    def figures(self):
-        return {
-            "steps": len(self.times),
-            "seconds": round(sum(self.times), 1),
-            "loss": self.curve[-1][2],
-            "ms_median": round(1e3 * statistics.median(self.times), 1),
-            "ms_p99": round(1e3 * float(np.percentile(self.times[1:] or self.times, 99)), 1),
-            "compile_s": round(self.compile, 1),
-            "trace_s": round(self.trace, 1),
-        }
-
-
-def reach(name, net, source, args):
-    """The opponents' schedules, and K-FAC until it has the loss at the end of AdamW's."""
-    of = {"problem": name} if name == "transformer" else {"problem": name, "images": source}
-    ends = {}
-    for opponent in args.opponents.split(","):
-        for rate in net.rates[opponent]:
-            for seed in range(args.seeds):
-                run = Run(net, scheduled(opponent, rate, net.steps), net.batches[1], seed)
-                for _ in range(4):
-                    run.advance(max(1, net.steps // 4))
-                line = {**of, "optimizer": opponent, "rate": rate, "seed": seed, **run.figures()}
-                print(json.dumps({**line, "curve": run.curve}), flush=True)
-                ends.setdefault((opponent, rate), []).append(run.curve[-1][2])
-    ends = {key: np.mean(losses) for key, losses in ends.items()}
-    target = min(loss for (opponent, _), loss in ends.items() if opponent == "adamw")
-    for seed in range(args.seeds):
-        params, state = net.start(seed)
-        objective = Objective(net.model, net.loss, state, net.batch(np.arange(net.batches[0])))
-        optimizer = ema.averaging(kfac_for(objective, params), args.average)
-        run = Run(net, optimizer, net.batches[0], seed)
-        every, reached = max(1, net.steps // 60), {}
-        while len(reached) < 2 and sum(run.times) < args.seconds:
-            for weights, loss in zip(("last", "averaged"), run.advance(every), strict=True):
-                if loss <= target:
-                    reached.setdefault(weights, (len(run.times), round(sum(run.times), 1)))
-        line = {**of, "optimizer": "kfac", "seed": seed, "target": float(target)}
-        line |= {"reached": reached, **run.figures()}
-        print(json.dumps({**line, "curve": run.curve[:: max(1, len(run.curve) // 8)]}), flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--problems", help="for the same time; autoencoder, unless --reach")
+    parser.add_argument("--problems", default="autoencoder")
     parser.add_argument("--optimizers", default="nesterov,adam", help="that K-FAC meets")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument(
@@ -420,21 +313,7 @@ def main():
     parser.add_argument("--target", type=float, default=1.0, help="autoencoders' error to time")
     parser.add_argument("--data", default="data", help="folder of mnist/ and fashion/")
     parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--reach", default="", help="nets to time to the end of AdamW's schedule")
-    parser.add_argument("--opponents", default="adamw,muon", help="of adamw, muon, soap")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--average", type=float, default=0.95, help="decay of K-FAC's mean weights")
-    parser.add_argument("--share", type=float, default=1.0, help="of the schedule and the data")
     args = parser.parse_args()
-    if args.reach and "adamw" not in args.opponents.split(","):
-        parser.error("--opponents must have adamw, whose final loss the others are to reach")
-    args.problems = args.problems or ("" if args.reach else "autoencoder")
-    made, source = nets(args.data, args.share)
-    for name in filter(None, args.reach.split(",")):
-        if made.get(name) is None:
-            print(json.dumps({"problem": name, "skipped": f"no images under {args.data}"}))
-            continue
-        reach(name, made[name](), source, args)
     known = problems(args.data)
     for name in filter(None, args.problems.split(",")):
         if known.get(name) is None:

@@ -1,4 +1,4 @@
-"""The networks, data and rates on which `bench_kfac.py --reach` meets AdamW, Muon and SOAP."""
+"""The networks, the data and the rates to try of `bench_matrix.py`."""
 
 import functools
 import gzip
