@@ -16,7 +16,7 @@ Problems:
 
 Optimizers:
   sgd momentum nesterov adam adamw nadam radam rmsprop adagrad adafactor lamb
-  lars lion sophia, all optax's; muon soap lbfgs cg newton hf gauss_newton lm
+  lars lion sophia, all optax's; muon soap shampoo lbfgs cg newton hf gauss_newton lm
   natural_gradient kfac
 """
 

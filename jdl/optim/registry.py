@@ -18,6 +18,7 @@ from jdl.optim.muon import muon
 from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
+from jdl.optim.shampoo import shampoo
 from jdl.optim.soap import soap
 from jdl.optim.transformation import ScalarOrSchedule
 
@@ -90,6 +91,7 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "muon": OptimizerSpec(muon, 2e-2, False, "mini", TuningRange("learning_rate", 1e-4, 0.3)),
     "sophia": _first_order(optax.contrib.sophia, 1e-3, 1e-5, 3e-2),
     "soap": _first_order(soap, 3e-3, 1e-4, 3e-2),
+    "shampoo": _first_order(shampoo, 1e-3, 1e-4, 3e-2),
     "lbfgs": OptimizerSpec(lbfgs, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
     "cg": OptimizerSpec(nonlinear_cg, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
     "newton": OptimizerSpec(newton, 1.0, True, "large", TuningRange("damping", 1e-4, 10.0)),
@@ -140,9 +142,9 @@ def by_name(
 
     Args:
       name: sgd, momentum, nesterov, adam, adamw, nadam, radam, rmsprop, adagrad, adafactor, lamb,
-        lars, lion, sophia (all optax's; sophia's update needs `obj_fn` too), muon, soap, lbfgs, cg
-        or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
-        natural_gradient, kfac.
+        lars, lion, sophia (all optax's; sophia's update needs `obj_fn` too), muon, soap, shampoo,
+        lbfgs, cg or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or
+        levenberg_marquardt, natural_gradient, kfac.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
         it scales the first trial step, and is best left alone. It is part of the state; a run that
         the Estimator resumes continues with the rate given last.
