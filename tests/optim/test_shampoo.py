@@ -1,4 +1,4 @@
-"""Shampoo: the numbers of facebookresearch/optimizers, roots against SciPy's, gradients that break."""
+"""Shampoo: numbers of facebookresearch/optimizers, roots against SciPy's, broken gradients."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ def after(optimizer, params, gradients, state=None):
 
 
 @pytest.mark.parametrize(
-    "name", ["adam", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES)]
+    "name", ["adam", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "adam")]
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
 def test_ten_steps_are_those_of_facebookresearch_s_implementation(name, dtype, tolerance):
@@ -259,16 +259,17 @@ def test_options_out_of_range_are_named(options, words):
 
 def test_devices_share_the_roots_and_keep_the_factors_split(monkeypatch):
     start, *gradients = (arrays(x) for x in (REFERENCE["start"], *REFERENCE["gradients"][:4]))
-    alone, _ = after(EVERY_SECOND, start, gradients)
+    optimizer = shampoo(0.1, precondition_every=2, factors_eps=1e-3)
+    alone, _ = after(optimizer, start, gradients)
     shares = []
     assignment = inverses.assignment
     monkeypatch.setattr(inverses, "assignment", lambda c, n: shares.append(n) or assignment(c, n))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     whole, rows = (NamedSharding(mesh, P(*names)) for names in ((), (None, "data")))
-    params, state = jax.device_put((start, EVERY_SECOND.init(start)), whole)
+    params, state = jax.device_put((start, optimizer.init(start)), whole)
     split = lambda x: jax.device_put(x, whole if x.shape[1] % 2 else rows)  # noqa: E731
     state = state._replace(stacks=jax.tree.map(split, state.stacks))
-    update = jax.jit(lambda *args: EVERY_SECOND.update(*args))
+    update = jax.jit(lambda *args: optimizer.update(*args))
     for gradient in gradients:
         updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
