@@ -287,7 +287,7 @@ def worked(optimizer, steps):
     state = optimizer.init(params)
     for _ in range(steps):
         grads = jax.tree.map(jnp.ones_like, params)
-        updates, state = jitted(optimizer)(grads, state, params, objective=objective)
+        _, state = jitted(optimizer)(grads, state, params, objective=objective)
     gradient = 3 * 10 * (3 * 4 + 4 * 2)
     found = diagnostics.read(state)
     assert float(found.gradient_equivalents) == pytest.approx(steps + float(found.factor_work))
