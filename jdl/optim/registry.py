@@ -21,6 +21,7 @@ from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
 from jdl.optim.soap import soap
+from jdl.optim.sophia import curvature_diagonal
 from jdl.optim.transformation import ScalarOrSchedule
 
 
@@ -62,6 +63,10 @@ _adafactor = functools.partial(optax.adafactor, multiply_by_parameter_scale=Fals
 # what came after. Its SGD's rate is ten times SGD's, as y moves by (1 − b1) of a step.
 _free_sgd = functools.partial(optax.contrib.schedule_free_sgd, warmup_steps=100)
 _free_adamw = functools.partial(optax.contrib.schedule_free_adamw, warmup_steps=100)
+# γ is the paper's for Gauss-Newton-Bartlett; optax's .01 is that for Hutchinson's estimate.
+_sophia = functools.partial(
+    optax.contrib.sophia, gamma=0.05, hessian_diagonal_fn=curvature_diagonal()
+)
 
 
 @functools.wraps(optax.contrib.prodigy)
@@ -110,7 +115,7 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "schedule_free_sgd": _first_order(_free_sgd, 1.0, 1e-2, 10.0),
     "schedule_free_adamw": _first_order(_free_adamw, 2.5e-3, 1e-4, 3e-2),
     "muon": OptimizerSpec(muon, 2e-2, False, "mini", TuningRange("learning_rate", 1e-4, 0.3)),
-    "sophia": _first_order(optax.contrib.sophia, 1e-3, 1e-5, 3e-2),
+    "sophia": _first_order(_sophia, 1e-3, 1e-5, 3e-2),
     "soap": _first_order(soap, 3e-3, 1e-4, 3e-2),
     "lbfgs": OptimizerSpec(lbfgs, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
     "cg": OptimizerSpec(nonlinear_cg, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
@@ -163,11 +168,11 @@ def by_name(
     Args:
       name: sgd, momentum, nesterov, adam, adamw, nadam, nadamw, radam, rmsprop, adagrad,
         adafactor, lamb, lars, lion, adopt, ademamix, prodigy, schedule_free_sgd,
-        schedule_free_adamw, sophia (all optax's; sophia's update needs `obj_fn` too), muon, soap,
-        lbfgs, cg or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or
-        levenberg_marquardt, natural_gradient, kfac. What schedule-free ones are to be evaluated at
-        is not the parameters that they train, but `jdl.train.ema.weights_of(opt_state, params)`,
-        as an Estimator does.
+        schedule_free_adamw, sophia (all optax's; sophia's update needs `objective`, `value_fn` or
+        `obj_fn` too, see `jdl.optim.sophia.curvature_diagonal`), muon, soap, lbfgs, cg or
+        nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
+        natural_gradient, kfac. Evaluate a schedule-free one as an Estimator does, not at the
+        parameters that it trains but at `jdl.train.ema.weights_of(opt_state, params)`.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
         it scales the first trial step, and is best left alone. It is part of the state; a run that
         the Estimator resumes continues with the rate given last.

@@ -10,7 +10,7 @@ import pytest
 import jdl
 from jdl.compare import named
 from jdl.core.check import ArgumentError
-from jdl.optim import by_name
+from jdl.optim import by_name, kronecker
 from jdl.optim.registry import LONG_NAMES, REGISTRY, short_name
 
 
@@ -111,3 +111,35 @@ def test_ten_steps_are_optax_s_at_any_rate_and_in_a_scan(name):
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), found, wanted
         )
     np.testing.assert_allclose(state.hyperparams["learning_rate"], rate(9), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_map_params_maps_what_is_shaped_as_the_parameters(name):
+    params = {"w": jnp.ones((3, 5)), "b": jnp.ones(7)}
+    optimizer = by_name(name)
+    state = optimizer.init(params)
+    found = []
+    optax.tree.map_params(
+        optimizer,
+        lambda x, leaf: found.append((leaf, getattr(x, "shape", None))),
+        state,
+        {"w": "w", "b": "b"},
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    shaped = [shape for leaf, shape in found if leaf == "w" and shape is not None]
+    if name != "adafactor":  # whose squares have a row and a column
+        shapes = [x.shape for x in jax.tree.leaves(state)]
+        assert shaped == [(3, 5)] * shapes.count((3, 5))
+    if name in ("lbfgs", "adamw", "soap"):
+        assert len(shaped) == 2
+
+
+def test_map_params_sees_through_factors_that_precondition():
+    params = {"w": jnp.ones((3, 5)), "b": jnp.ones(7)}
+    for optimizer, count in (
+        (by_name("hf", preconditioner=kronecker.preconditioner()), 1),
+        (by_name("lbfgs", scaling="kronecker"), 1),
+    ):
+        found = []
+        optax.tree.map_params(optimizer, found.append, optimizer.init(params))
+        assert [x.shape for x in found] == count * [(7,), (3, 5)]
