@@ -103,7 +103,7 @@ def _measure(
     land = curvature.Landscape(
         objective,
         images,
-        estimator.params,
+        estimator.evaluation_params,
         max_batches=math.ceil(args.images / args.batch_size) if args.images else None,
     )
     batches, examples = land.examples()

@@ -147,9 +147,15 @@ def lbfgs(
             scale = jax.tree.map(lambda x: like(x, 1.0), params)
         elif factors is not None:
             scale = factors.init(params)
+
+        def history() -> PyTree:
+            if not jax.tree.leaves(params):  # optax.tree.map_params asks: not shaped as they are
+                return jnp.zeros(())
+            return jax.tree.map(lambda x: like(x, 0.0, memory_size), params)
+
         return {
-            "s": jax.tree.map(lambda x: like(x, 0.0, memory_size), params),
-            "y": jax.tree.map(lambda x: like(x, 0.0, memory_size), params),
+            "s": history(),
+            "y": history(),
             "rho": jnp.zeros((memory_size,), scalar_dtype(params)),
             "stored": jnp.zeros((), jnp.int32),
             "scale": scale,

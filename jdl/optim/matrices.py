@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import tree
+from jdl.core.objective import Objective
 from jdl.core.types import Params
-from jdl.optim.kronecker import factors, inverses
+from jdl.optim.kronecker import factors, inverses, moments
 from jdl.optim.kronecker.blocks import Layer
 
 
@@ -166,3 +167,20 @@ def solved(
         parts = zip(*(jnp.split(x, ends) for x in arrays), strict=True)
         out.update(zip(group, parts, strict=True))
     return [out[i] for i in range(len(pairs))]
+
+
+def multiplication(objective: Objective | None, params: Params | None) -> float:
+    """What one counts in `Diagnostics.factor_work`: 1 / those of a gradient of the batch's layers.
+
+    A leaf in no known layer is one that each example uses once. Without an objective or parameters
+    it is 0, so that nothing is charged.
+    """
+    if objective is None or params is None:
+        return 0.0
+    examples = objective.num_examples(objective.batch)
+    traced = objective.num_examples(objective.batch_for_curvature) / objective.microbatches
+    known = moments.find_layers(objective, params).known
+    leaves = enumerate(jax.tree.leaves(params))
+    wide = {i: x.size for i, x in leaves if x.ndim > 1 or i in known}
+    uses = {i: known[i].rows / traced if i in known else 1.0 for i in wide}
+    return 1 / max(3 * examples * sum(uses[i] * wide[i] for i in wide), 1.0)

@@ -19,7 +19,7 @@ from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim.kronecker import factors
 from jdl.optim.kronecker.blocks import Layer
-from jdl.optim.matrices import layers_of
+from jdl.optim.matrices import layers_of, multiplication
 from jdl.optim.result import ResultCode
 from jdl.optim.transformation import ScalarOrSchedule, check_params, rate_at
 
@@ -108,7 +108,14 @@ def _init(options: Any, params: Params) -> MuonState:
 
 
 def _update(
-    options: Any, updates: PyTree, state: MuonState, params: Params | None = None, **extras: Any
+    options: Any,
+    updates: PyTree,
+    state: MuonState,
+    params: Params | None = None,
+    *,
+    objective: Objective | None = None,
+    whole_params: Params | None = None,
+    **extras: Any,
 ) -> tuple[PyTree, MuonState]:
     del extras
     if not jax.tree.leaves(updates):
@@ -123,14 +130,27 @@ def _update(
         )
     nothing = jax.tree.map(jnp.zeros_like, updates)
     steps = jax.tree.map(lambda x, like: x.astype(like.dtype), steps, updates)
+    unit = multiplication(objective, params if whole_params is None else whole_params)
     diagnostics = diag.advance(
         state.diagnostics,
         step_size=jnp.where(sound, rate, 0),
         termination=jnp.where(sound, ResultCode.ACCEPTED, ResultCode.NOT_FINITE),
         left_out=state.diagnostics.left_out + jnp.where(sound, 0, 1),
+        factor_work=unit * _multiplications(state.axes.numbers, jax.tree.leaves(updates)),
     )
     inner = tree.where(sound, inner, state.inner)
     return tree.where(sound, steps, nothing), MuonState(state.axes, rate, diagnostics, inner)
+
+
+def _multiplications(numbers: Sequence[Any], leaves: Sequence[jax.Array]) -> int:
+    """Those of Newton-Schulz's five steps: X Xᵀ = A, A A, and both with X."""
+    total = 0
+    for axes, leaf in zip(numbers, leaves, strict=True):
+        if axes is not None:
+            sides = (math.prod(leaf.shape[i] for i in own) for own in axes)
+            short, long = sorted(sides)
+            total += 5 * (leaf.size // (short * long)) * (2 * short**2 * long + short**3)
+    return total
 
 
 def _rate(options: Any, count: jax.Array, like: PyTree) -> jax.Array:

@@ -118,7 +118,8 @@ def second_order(
         check.in_range("learning_rate", learning_rate, 0.0, open_low=True)
 
     def init_fn(params: Params) -> State:
-        check_params(name, params)
+        if jax.tree.leaves(params):  # else optax.tree.map_params asks
+            check_params(name, params)
         return state_type(
             learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
             diagnostics=diag.init(damping),

@@ -39,7 +39,8 @@ SHAMPOO = {
     "kl": {"exponent": 0.5, "grafting": None, "kl": True},
 }
 SHAMPOO_DEFAULTS = {"learning_rate": 0.03125, "b1": 0.9, "b2": 0.97, "shampoo_beta": 0.8,
-                    "eps": 1e-8, "factors_eps": 1e-3, "weight_decay": 0.1, "precondition_every": 3}  # fmt: skip
+                    "eps": 1e-8, "factors_eps": 1e-3, "weight_decay": 0.1,
+                    "precondition_every": 3}  # fmt: skip
 
 
 def run(make, gradients, start):
