@@ -32,6 +32,11 @@ class Stack:
     layers: tuple[Layer, ...] = field(metadata={"static": True})
     sides: tuple[Any, ...]
 
+    @property
+    def kept(self) -> list[Any]:
+        """The sides that are not None."""
+        return [s for s in self.sides if s is not None]
+
     def each(self, fn: Callable[[int, Any], Any]) -> "Stack":
         """With fn(0 for inputs or 1, side) for each side that is not None."""
         sides = (s if s is None else fn(i, s) for i, s in enumerate(self.sides))
@@ -115,7 +120,8 @@ def preconditioned(
         return side(d, k, d <= k), side(k, d, k < d)
 
     stacks = stacks_of(layers_of(params).values(), leaves, sides)
-    return tuple(s for s in stacks if any(s.sides))
+    some = (s for s in stacks if any(s.sides))
+    return tuple(sorted(some, key=lambda s: all(s.sides)))  # those of one side first
 
 
 def like(x: Any, other: jax.Array) -> jax.Array:
@@ -130,8 +136,18 @@ def mean(last: jax.Array, x: jax.Array, decay: Any, moving: jax.Array | bool = T
     return jnp.where(moving, new, last)
 
 
+def corrected(mean: jax.Array, decay: Any, count: jax.Array) -> jax.Array:
+    """The running mean of `count` values without its start at 0; a sum as it is."""
+    decay = like(decay, mean)
+    return mean / jnp.where(decay < 1, 1 - decay ** like(count, mean), 1)
+
+
 def gathered(
-    stack: Stack, grads: Sequence[jax.Array], beta: Any, moving: jax.Array | bool, scaled: Any
+    stack: Stack,
+    grads: Sequence[jax.Array],
+    beta: Any,
+    scaled: Callable[[int, jax.Array], jax.Array] = lambda _, g: g,
+    moving: jax.Array | bool = True,
 ) -> Stack:
     """With X Xᵀ in the running mean `factor` of each side, of X = scaled(i, G or Gᵀ)."""
     g = stack.of(grads)
@@ -158,7 +174,7 @@ def solved(
         for group in groups.values()
     ]
     firsts, seconds = [x[0] for x in joined], [x[1] for x in joined]
-    mesh = inverses.mesh_of(firsts[0])
+    mesh = inverses.mesh_of(firsts[0]) if firsts else None
     out: dict[int, tuple[jax.Array, ...]] = {}
     found = inverses.shared(solve, firsts, seconds, axis_name, mesh)
     for group, arrays in zip(groups.values(), found, strict=True):
@@ -184,3 +200,17 @@ def multiplication(objective: Objective | None, params: Params | None) -> float:
     wide = {i: x.size for i, x in leaves if x.ndim > 1 or i in known}
     uses = {i: known[i].rows / traced if i in known else 1.0 for i in wide}
     return 1 / max(3 * examples * sum(uses[i] * wide[i] for i in wide), 1.0)
+
+
+def multiplications(
+    stacks: Sequence[Stack], objective: Objective | None, params: Params | None
+) -> tuple[float, float]:
+    """For `factor_work`: products of each side's S × S matrix with a gradient, with another."""
+    products = cubes = 0
+    for stack in stacks:
+        n, sizes = sum(x.shape[0] for x in stack.layers), stack.layers[0].shape[1:]
+        for size in (s for s, side in zip(sizes, stack.sides, strict=True) if side is not None):
+            products += n * math.prod(sizes) * size
+            cubes += n * size**3
+    unit = multiplication(objective, params)
+    return unit * products, unit * cubes

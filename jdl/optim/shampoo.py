@@ -6,13 +6,12 @@ For a matrix with gradient G, inputs × outputs, and M its mean, divided by 1 �
 
     δ = −rate · c · L^(−¼) M R^(−¼)
 
-where L and R stand for L / (1 − βᵗ) + ε I, and c gives the step the norm of Adam's (grafting).
-KL-Shampoo minimises KL(N(0, E[g gᵀ]) ‖ N(0, L ⊗ R)), with the exponent ½:
+with L / (1 − βᵗ) + ε I for L, likewise R, and a c for the norm of Adam's step (grafting).
+KL-Shampoo minimises KL(N(0, E[g gᵀ]) ‖ N(0, L ⊗ R)), and has the exponent ½:
 
     L ← β L + (1 − β) G R⁻¹ Gᵀ / outputs,        R ← β R + (1 − β) Gᵀ L⁻¹ G / inputs
 """
 
-from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,8 +23,9 @@ import optax
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
+from jdl.optim import matrices
 from jdl.optim.kronecker.inverses import inverse_power
-from jdl.optim.matrices import Stack, gathered, like, mean, preconditioned, solved
+from jdl.optim.matrices import Stack, corrected, gathered, like, mean, preconditioned, solved
 from jdl.optim.result import ResultCode
 from jdl.optim.transformation import ScalarOrSchedule, check_numbers, check_params, rate_at
 
@@ -68,16 +68,15 @@ def shampoo(
     r"""Shampoo after Gupta et al. (2018), with the grafting of Anil et al. (2021); KL-Shampoo.
 
     `update` needs gradients alone, and parameters for the weight decay. A leaf of two axes or more
-    is a matrix of inputs × outputs, its axes merged as in `jdl.optim.matrices.layers_of`. A side
-    above `max_size` is left as it is. Roots are computed at every `precondition_every`-th gradient;
-    until the first, and for vectors, the step is the grafting's alone.
+    is a matrix of inputs × outputs, its axes merged as in `jdl.optim.matrices.layers_of`. Roots are
+    computed at every `precondition_every`-th gradient; until the first, and for vectors, the step
+    is the grafting's alone.
 
-    A gradient that is not finite, or that makes a factor or a step overflow, takes no step and
-    enters no average. It is counted in `diagnostics.left_out`, and so is a root that is not finite,
-    in whose place the last one stays.
+    A gradient that is not finite, or makes a factor or a step overflow, takes no step and enters no
+    average. A root that is not finite is the last one. `diagnostics.left_out` counts both.
 
-    Memory: two copies of the parameters, one without grafting or with "sgd", and two matrices for
-    each preconditioned side; float32 for narrower parameters.
+    Memory: two copies of the parameters, one with grafting None or "sgd", and two matrices for each
+    preconditioned side; float32 for narrower parameters.
 
     Args:
       learning_rate: > 0, or a schedule of the number of updates.
@@ -89,13 +88,13 @@ def shampoo(
       weight_decay: decoupled, ≥ 0, in units of the learning rate.
       precondition_every: gradients from one computation of the roots to the next, ≥ 1.
       grafting: whose norm each matrix's step has: "adam", "rmsprop" (without bias correction),
-        "adagrad" (the sum of squares), "sgd" (the mean of gradients); or None for Shampoo's own
-        norm. Vectors then have Adam's steps, and matrices "sgd"'s before the first roots.
-      exponent: of both inverse roots, in (0, 1]; None for ½ over the number of preconditioned
-        sides, as in Gupta et al., and ½ for KL-Shampoo, which has no other.
-      root: "eigh"; or "newton", a coupled Newton iteration, for which 1 / exponent is an integer.
+        "adagrad" (the sum of squares), "sgd" (the mean of gradients); None for Shampoo's own norm,
+        with Adam's steps for vectors, and "sgd"'s for matrices before the first roots.
+      exponent: of the inverse roots, in (0, 1]; None for Gupta et al.'s ½ over the number of
+        preconditioned sides, and for KL-Shampoo's ½.
+      root: "eigh"; or "newton", a coupled iteration, for which 1 / exponent is an integer.
       kl: KL-Shampoo. Until there are roots, R and L are the root of the mean square of G.
-      max_size: the largest side to precondition, ≥ 1.
+      max_size: the largest side to precondition, ≥ 1; a longer one is left as it is.
       one_sided: whether to precondition only the smaller side of each matrix.
       factors_dtype: "bfloat16" or "float32", of factors and roots in memory; None for the moments'.
 
@@ -113,11 +112,9 @@ def shampoo(
     [-0.11, -0.055]
 
     References:
-      Gupta, Koren, Singer, Shampoo: preconditioned stochastic tensor optimization (2018).
-      Anil et al., Scalable second order optimization for deep learning (2021), arXiv 2002.09018.
-      Shi et al., A distributed data-parallel PyTorch implementation of the distributed Shampoo
-      optimizer (2023), arXiv 2309.06497. Lin et al., Understanding and improving Shampoo and SOAP
-      via Kullback-Leibler minimization (2025), arXiv 2509.03378.
+      Gupta et al., Shampoo: preconditioned stochastic tensor optimization (2018), arXiv 1802.09568.
+      Anil et al., Scalable second order optimization for deep learning (2021), arXiv 2002.09018;
+      Lin et al. (2025), arXiv 2509.03378. The steps of github.com/facebookresearch/optimizers.
     """
     options = SimpleNamespace(**locals())
     check_numbers(vars(options))
@@ -135,159 +132,128 @@ def _init(options: Any, params: Params) -> ShampooState:
     leaves, structure = jax.tree.flatten(params)
     if leaves:
         check_params("shampoo", params)
-    stacks = preconditioned(params, options, Side)
-    squares = _squared(options, stacks, len(leaves)) if leaves else []
+    stacks, grafting = preconditioned(params, options, Side), options.grafting
+    rotated = {x.kernel for s in stacks for x in s.layers} if leaves else set()
 
     def zeros(p: jax.Array) -> jax.Array:
         return jnp.zeros_like(p, dtype=tree.accumulator(p.dtype))
 
-    nu = [zeros(p) if i in squares else optax.MaskedNode() for i, p in enumerate(leaves)]
+    def squares(i: int, p: jax.Array) -> Any:
+        unused = grafting == "sgd" or (grafting is None and i in rotated)
+        return optax.MaskedNode() if unused else zeros(p)
+
     return ShampooState(
         gradients=jnp.zeros((), jnp.int32),
         diagnostics=diag.init(),
         mu=jax.tree.map(zeros, params),
-        nu=jax.tree.unflatten(structure, nu),
+        nu=jax.tree.unflatten(structure, [squares(i, p) for i, p in enumerate(leaves)]),
         stacks=stacks,
     )
 
 
-def _squared(options: Any, stacks: Sequence[Stack], count: int) -> list[int]:
-    """The leaves whose mean of squares is needed."""
-    matrices = {layer.kernel for stack in stacks for layer in stack.layers}
-    if options.grafting is None:
-        return [i for i in range(count) if i not in matrices]
-    return [] if options.grafting == "sgd" else list(range(count))
-
-
 def _update(
-    options: Any,
-    updates: PyTree,
-    state: ShampooState,
-    params: Params | None = None,
-    *,
-    objective: Any = None,
-    **extras: Any,
+    options: Any, updates: PyTree, state: ShampooState, params: Params | None = None, **extras: Any
 ) -> tuple[PyTree, ShampooState]:
-    del extras
     decays = not isinstance(options.weight_decay, int | float) or options.weight_decay > 0
     check.argument(not decays or params is not None, "params", "given, to decay weights", params)
-    leaves, structure = jax.tree.flatten(updates)
+    leaves = jax.tree.leaves(updates)
     if not leaves:
         return updates, state
-    mu, count = jax.tree.leaves(state.mu), state.gradients + 1
+    structure: Any = jax.tree.structure(updates)
+    objective, whole = extras.get("objective"), extras.get("whole_params", params)
+    mu, count, lost = jax.tree.leaves(state.mu), state.gradients + 1, jnp.zeros((), jnp.int32)
     grads = [g.astype(m.dtype) for g, m in zip(leaves, mu, strict=True)]
-    lost = jnp.zeros((), jnp.int32)
     with jax.default_matmul_precision("highest"):
         mu = [mean(m, g, options.b1) for m, g in zip(mu, grads, strict=True)]
-        means = [m / (1 - like(options.b1, m) ** like(count, m)) for m in mu]
-        nu, steps = _grafts(options, state, grads, means)
-        stacks = [_gathered(options, state, s, grads) for s in state.stacks]
-        traces = [jnp.trace(x.factor, axis1=1, axis2=2) for x in _sides(stacks)]
+        means = [corrected(m, options.b1, count) for m in mu]
+        rows = zip(grads, means, structure.flatten_up_to(state.nu), strict=True)
+        nu, steps = map(list, zip(*(_graft(options, count, *x) for x in rows), strict=True))
+        beta, started = options.shampoo_beta, state.gradients >= options.precondition_every
+        whitened = [partial(_whitened, options, started, s) for s in state.stacks]
+        stacks = [gathered(s, grads, beta, f) for s, f in zip(state.stacks, whitened, strict=True)]
+        traces = [jnp.trace(x.factor, axis1=1, axis2=2) for s in stacks for x in s.kept]
         sound = jnp.isfinite(tree.vdot(grads, grads)) & tree.all_finite(traces)
+        refreshes = sound & (count % options.precondition_every == 0)
         if stacks:
-            stacks, lost = jax.lax.cond(
-                sound & (count % options.precondition_every == 0),
-                lambda s: _refreshed(options, s, count, objective),
-                lambda s: (s, lost),
-                stacks,
-            )
-        for stack in stacks:
-            stack.put(_step(options, stack, means, steps, count), steps)
+            refreshed = partial(_refreshed, options, count, objective)
+            stacks, lost = jax.lax.cond(refreshes, refreshed, lambda s: (s, lost), stacks)
+        for s in stacks:
+            s.put(_step(options, s.sides, s.of(means), s.of(steps), count), steps)
         sound &= jnp.isfinite(tree.vdot(steps, steps))
     rate = rate_at(options.learning_rate, state.diagnostics.iterations)
     weights = [None] * len(steps) if params is None else jax.tree.leaves(params)
     for i, (u, p) in enumerate(zip(steps, weights, strict=True)):
         u = u if p is None else u + like(options.weight_decay, u) * p.astype(u.dtype)
         steps[i] = jnp.where(sound, -like(rate, u) * u, 0).astype(leaves[i].dtype)
-    mu, nu = (
-        jax.tree.unflatten(jax.tree.structure(x), y) for x, y in ((state.mu, mu), (state.nu, nu))
-    )
+    products, cubes = matrices.multiplications(stacks, objective, whole)
     diagnostics = diag.advance(
         state.diagnostics,
         step_size=jnp.where(sound, rate, 0),
         termination=jnp.where(sound, ResultCode.ACCEPTED, ResultCode.NOT_FINITE),
         left_out=state.diagnostics.left_out + jnp.where(sound, lost, 1),
+        factor_work=(2 + options.kl) * products + jnp.where(refreshes, 10 * cubes, 0),
     )
-    new = tree.where(sound, (count, mu, nu, tuple(stacks)), (state.gradients, *state[2:]))
-    state = ShampooState(new[0], diagnostics, *new[1:])
+    mu, nu = (jax.tree.unflatten(structure, x) for x in (mu, nu))
+    moved = ShampooState(count, state.diagnostics, mu, nu, tuple(stacks))
+    state = tree.where(sound, moved, state)._replace(diagnostics=diagnostics)
     return jax.tree.unflatten(structure, steps), state
 
 
-def _grafts(
-    options: Any, state: ShampooState, grads: list[jax.Array], means: list[jax.Array]
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The means of squares, and the steps of the optimizer that gives the norms."""
+def _graft(
+    options: Any, count: jax.Array, grad: jax.Array, mean_grad: jax.Array, squares: Any
+) -> tuple[Any, jax.Array]:
+    """The mean of squares, and the step of the optimizer that gives the norm."""
+    if isinstance(squares, optax.MaskedNode):
+        return squares, mean_grad
     b2 = 1.0 if options.grafting == "adagrad" else options.b2
-    nu, steps = jax.tree.leaves(state.nu), list(means)
-    for k, i in enumerate(_squared(options, state.stacks, len(grads))):
-        nu[k] = v = mean(nu[k], grads[i] * grads[i], b2)
-        if options.grafting in ("adam", None):
-            v = v / (1 - like(b2, v) ** like(state.gradients + 1, v))
-        steps[i] = means[i] / (jnp.sqrt(v) + like(options.eps, v))
-    return nu, steps
+    squares = mean(squares, grad * grad, b2)
+    v = squares if options.grafting == "rmsprop" else corrected(squares, b2, count)
+    return squares, mean_grad / (jnp.sqrt(v) + like(options.eps, v))
 
 
-def _gathered(options: Any, state: ShampooState, stack: Stack, grads: Sequence[jax.Array]) -> Stack:
-    """With the gradients in the factors."""
-
-    def scaled(i: int, g: jax.Array) -> jax.Array:
-        other = stack.sides[1 - i]
-        if not options.kl:
-            return g
-        if other is not None:
-            size = jnp.sqrt(jnp.mean(g * g, axis=(1, 2), keepdims=True))
-            first = g / jnp.sqrt(jnp.maximum(size, jnp.finfo(g.dtype).tiny))
-            started = state.gradients >= options.precondition_every
-            g = jnp.where(started, g @ other.root.astype(g.dtype), first)
-        return g / jnp.sqrt(like(g.shape[2], g))
-
-    return gathered(stack, grads, options.shampoo_beta, True, scaled)
-
-
-def _sides(stacks: Sequence[Stack]) -> list[Side]:
-    return [side for stack in stacks for side in stack.sides if side is not None]
+def _whitened(options: Any, started: jax.Array, stack: Stack, i: int, g: jax.Array) -> jax.Array:
+    """G or Gᵀ, and for KL-Shampoo that times the other side's root, over √ of its size."""
+    if not options.kl:
+        return g
+    if (other := stack.sides[1 - i]) is not None:
+        size = jnp.sqrt(jnp.mean(g * g, axis=(1, 2), keepdims=True))
+        first = g / jnp.sqrt(jnp.maximum(size, jnp.finfo(g.dtype).tiny))
+        g = jnp.where(started, g @ other.root.astype(g.dtype), first)
+    return g / jnp.sqrt(like(g.shape[2], g))
 
 
 def _refreshed(
-    options: Any, stacks: list[Stack], count: jax.Array, objective: Any
+    options: Any, count: jax.Array, objective: Any, stacks: list[Stack]
 ) -> tuple[list[Stack], jax.Array]:
     """New roots, and how many were not finite and are the old ones."""
 
     def matrix(side: Side) -> jax.Array:
         wide = side.factor.astype(tree.accumulator(side.factor.dtype))
-        beta, eye = like(options.shampoo_beta, wide), jnp.eye(wide.shape[-1], dtype=wide.dtype)
-        weights = jnp.where(beta < 1, 1 - beta ** like(count, wide), 1)
-        return wide / weights + like(options.factors_eps, wide) * eye[None]
+        eye = jnp.eye(wide.shape[-1], dtype=wide.dtype)[None]
+        return corrected(wide, options.shampoo_beta, count) + like(options.factors_eps, wide) * eye
 
-    axis_name = getattr(objective, "axis_name", None)
-    out, lost = list(stacks), [jnp.zeros(1, jnp.int32)]
-    for number in (1, 2):  # of sides, hence the exponent
-        some = [i for i, stack in enumerate(stacks) if len(_sides([stack])) == number]
-        if not some:
-            continue
+    axis_name, found = getattr(objective, "axis_name", None), []
+    for number in (1, 2):  # of sides, by which `preconditioned` sorts
+        some = [x for s in stacks if len(s.kept) == number for x in s.kept]
         exponent = options.exponent or (0.5 if options.kl else 0.5 / number)
         solve = partial(inverse_power, exponent=exponent, newton=options.root == "newton")
-        pairs = [(matrix(side), side.root) for side in _sides([stacks[i] for i in some])]
-        found = solved(solve, pairs, axis_name)
-        roots = iter([x for x, _ in found])
-        lost += [x for _, x in found]
-        for i in some:
-            out[i] = stacks[i].each(lambda _, side: side._replace(root=next(roots)))  # noqa: B023
-    return out, jnp.sum(jnp.concatenate(lost), dtype=jnp.int32)
+        found += solved(solve, [(matrix(x), x.root) for x in some], axis_name)
+    roots = iter(found)
+    stacks = [s.each(lambda _, side: side._replace(root=next(roots)[0])) for s in stacks]
+    return stacks, jnp.sum(jnp.concatenate([lost for _, lost in found]), dtype=jnp.int32)
 
 
 def _step(
-    options: Any, stack: Stack, means: list[jax.Array], grafts: list[jax.Array], count: jax.Array
+    options: Any, sides: tuple[Any, ...], step: jax.Array, graft: jax.Array, count: jax.Array
 ) -> jax.Array:
-    """The matrices' steps, of the norms of the grafts."""
-    step, graft = stack.of(means), stack.of(grafts)
-    left, right = (None if s is None else s.root.astype(step.dtype) for s in stack.sides)
+    """The steps of matrices [N, D, K], of the norms of the grafts."""
+    left, right = (None if s is None else s.root.astype(step.dtype) for s in sides)
     step = step if left is None else left @ step
     step = step if right is None else step @ right
     if options.grafting is None:
         return step
-    largest = jnp.max(jnp.abs(step), axis=(1, 2), keepdims=True)
-    step /= jnp.where(largest > 0, largest, 1)  # whose square cannot overflow
+    largest = jnp.max(jnp.abs(step), axis=(1, 2), keepdims=True)  # lest squares overflow
+    step /= jnp.where(largest > 0, largest, 1)
     size, wanted = (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) for x in (step, graft))
     grafted = step * (wanted / jnp.maximum(size, 1))
     return jnp.where(count < options.precondition_every, graft, grafted)

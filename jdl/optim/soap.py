@@ -23,7 +23,7 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim.kronecker.inverses import first_basis, next_basis
-from jdl.optim.matrices import Stack, gathered, like, mean, multiplication, preconditioned, solved
+from jdl.optim.matrices import Stack, gathered, like, mean, multiplications, preconditioned, solved
 from jdl.optim.result import ResultCode
 from jdl.optim.transformation import ScalarOrSchedule, check_numbers, check_params, rate_at
 
@@ -148,7 +148,7 @@ def _update(
         steps = [m / (jnp.sqrt(v) + like(options.eps, v)) for m, v in zip(mu, nu, strict=True)]
         steps = _rotated(state.stacks, steps, back=True)
         beta = options.shampoo_beta
-        stacks = [gathered(s, grads, beta, sound, lambda _, g: g) for s in state.stacks]
+        stacks = [gathered(s, grads, beta, moving=sound) for s in state.stacks]
         refreshes = sound & (state.gradients % options.precondition_every == 0)
         if stacks:
             stacks, mu, lost = jax.lax.cond(
@@ -159,8 +159,8 @@ def _update(
                 mu,
             )
     steps, rate = _scaled(options, state, steps, params, moving)
-    unit = multiplication(objective, params if whole_params is None else whole_params)
-    always, rarely = (unit * count for count in _multiplications(stacks))
+    whole = params if whole_params is None else whole_params
+    products, cubes = multiplications(stacks, objective, whole)
     state = SoapState(
         gradients=state.gradients + sound.astype(jnp.int32),
         diagnostics=diag.advance(
@@ -168,7 +168,10 @@ def _update(
             step_size=jnp.where(moving, rate, 0),
             termination=jnp.where(sound, ResultCode.ACCEPTED, ResultCode.NOT_FINITE),
             left_out=state.diagnostics.left_out + jnp.where(sound, lost, 1),
-            factor_work=always + jnp.where(refreshes, rarely, 0),
+            # A step turns the gradient there and back and multiplies it with itself. A refresh
+            # turns the mean twice, multiplies factor and basis, and orthonormalizes in two passes
+            # of three products.
+            factor_work=3 * products + jnp.where(refreshes, 2 * products + 7 * cubes, 0),
         ),
         mu=jax.tree.unflatten(structure, mu),
         nu=jax.tree.unflatten(structure, nu),
@@ -223,25 +226,9 @@ def _refreshed(
         first,
         lambda pairs: solved(first_basis, pairs, axis_name),
         lambda pairs: solved(next_basis, pairs, axis_name),
-        [(side.factor, side.basis) for stack in stacks for side in stack.sides if side is not None],
+        [(side.factor, side.basis) for stack in stacks for side in stack.kept],
     )
     results = iter(found)
     turned = [s.each(lambda _, side: side._replace(basis=next(results)[0])) for s in stacks]
     mu = _rotated(turned, _rotated(stacks, mu, back=True))
     return turned, mu, jnp.sum(jnp.concatenate([lost for _, lost in found]), dtype=jnp.int32)
-
-
-def _multiplications(stacks: Sequence[Stack]) -> tuple[int, int]:
-    """Those of a step, and those that a refresh adds: products with matrices of a side's size.
-
-    A step turns the gradient there and back and multiplies it with itself. A refresh turns the
-    mean twice; it multiplies factor and basis and orthonormalizes in two passes of three products.
-    """
-    always = rarely = 0
-    for stack in stacks:
-        n = sum(x.shape[0] for x in stack.layers)
-        d, k = stack.layers[0].shape[1:]
-        for size in (s for s, side in zip((d, k), stack.sides, strict=True) if side is not None):
-            always += 3 * n * d * k * size
-            rarely += 2 * n * d * k * size + 7 * n * size**3
-    return always, rarely
