@@ -10,6 +10,7 @@ U and V are eigenvectors of the first gradient's L and R, and then follow them b
 iteration and a QR decomposition at each refresh. Adam's mean turns with them; its squares stay.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -113,9 +114,8 @@ def soap(
 
 
 def _init(options: Any, params: Params) -> SoapState:
+    check_params("soap", params)
     leaves = jax.tree.leaves(params)
-    if leaves:
-        check_params("soap", params)
 
     def sides(shape: tuple[int, int, int], dtype: Any) -> tuple[Side | None, Side | None]:
         n, *sizes = shape
@@ -151,10 +151,8 @@ def _update(
     params: Params | None = None,
     *,
     objective: Any = None,
-    whole_params: Params | None = None,
     **extras: Any,
 ) -> tuple[PyTree, SoapState]:
-    del extras
     decays = not isinstance(options.weight_decay, int | float) or options.weight_decay > 0
     check.argument(not decays or params is not None, "params", "given, to decay weights", params)
     leaves, structure = jax.tree.flatten(updates)
@@ -182,7 +180,7 @@ def _update(
                 mu,
             )
     steps, rate = _scaled(options, state, steps, params, moving)
-    unit = multiplication(objective, params if whole_params is None else whole_params)
+    unit = multiplication(params, objective, **extras)
     always, rarely = (unit * count for count in _multiplications(stacks))
     state = SoapState(
         gradients=state.gradients + sound.astype(jnp.int32),
@@ -286,9 +284,8 @@ def _multiplications(stacks: Sequence[Stack]) -> tuple[int, int]:
     """
     always = rarely = 0
     for stack in stacks:
-        n = sum(x.shape[0] for x in stack.layers)
-        d, k = stack.layers[0].shape[1:]
-        for size in (s for s, side in zip((d, k), stack.sides, strict=True) if side is not None):
-            always += 3 * n * d * k * size
-            rarely += 2 * n * d * k * size + 7 * n * size**3
+        total = sum(math.prod(x.shape) for x in stack.layers)
+        for n, size, _ in (side.factor.shape for side in stack.sides if side is not None):
+            always += 3 * total * size
+            rarely += 2 * total * size + 7 * n * size**3
     return always, rarely
