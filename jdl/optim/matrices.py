@@ -1,4 +1,4 @@
-"""Parameters as stacks of matrices, for `soap` and `muon`.
+"""Parameters as stacks of matrices, for `soap`, `shampoo` and `muon`.
 
 A leaf of two axes or more is N blocks of D inputs and K outputs, [N, D, K]. Leaves of equal D and K
 are stacked, so that a compiled step has one product for all of them.
@@ -89,6 +89,59 @@ def stacks_of(
         Stack(tuple(group), sides((sum(x.shape[0] for x in group), d, k), dtype))
         for (d, k, dtype), group in groups.items()
     )
+
+
+def preconditioned(
+    params: Params, options: Any, make: Callable[[jax.Array, jax.Array], Any]
+) -> Any:
+    """The stacks with sides to precondition, each `make(0, I)` of [N, S, S] in `factors_dtype`.
+
+    These are the sides up to `max_size`; with `one_sided` only the smaller of each matrix.
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        return jnp.zeros(())  # an array, where `optax.tree.map_params` asks with no parameters
+
+    def sides(shape: tuple[int, int, int], dtype: Any) -> tuple[Any, Any]:
+        n, d, k = shape
+
+        def side(size: int, other: int, smaller: bool) -> Any:
+            fits = min(size, other) > 1 and size <= options.max_size
+            if not fits or (options.one_sided and not smaller):
+                return None
+            eye = jnp.eye(size, dtype=options.factors_dtype or dtype)
+            return make(jnp.zeros((n, size, size), eye.dtype), jnp.tile(eye, (n, 1, 1)))
+
+        return side(d, k, d <= k), side(k, d, k < d)
+
+    stacks = stacks_of(layers_of(params).values(), leaves, sides)
+    return tuple(s for s in stacks if any(s.sides))
+
+
+def like(x: Any, other: jax.Array) -> jax.Array:
+    """x in the other's type."""
+    return jnp.asarray(x).astype(other.dtype)
+
+
+def mean(last: jax.Array, x: jax.Array, decay: Any, moving: jax.Array | bool = True) -> jax.Array:
+    """The running mean with one more x, or as it is; the sum for a decay of 1."""
+    decay = like(decay, last)
+    new = decay * last + jnp.where(decay < 1, 1 - decay, 1) * x
+    return jnp.where(moving, new, last)
+
+
+def gathered(
+    stack: Stack, grads: Sequence[jax.Array], beta: Any, moving: jax.Array | bool, scaled: Any
+) -> Stack:
+    """With X Xᵀ in the running mean `factor` of each side, of X = scaled(i, G or Gᵀ)."""
+    g = stack.of(grads)
+
+    def gather(i: int, side: Any) -> Any:
+        x = scaled(i, g.mT if i else g)
+        new = mean(side.factor.astype(x.dtype), x @ x.mT, beta, moving)
+        return side._replace(factor=new.astype(side.factor.dtype))
+
+    return stack.each(gather)
 
 
 def solved(

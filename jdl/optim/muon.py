@@ -21,7 +21,7 @@ from jdl.optim.kronecker import factors
 from jdl.optim.kronecker.blocks import Layer
 from jdl.optim.matrices import layers_of, multiplication
 from jdl.optim.result import ResultCode
-from jdl.optim.transformation import ScalarOrSchedule, check_params
+from jdl.optim.transformation import ScalarOrSchedule, check_params, rate_at
 
 
 @jax.tree_util.register_static
@@ -144,9 +144,7 @@ def _multiplications(numbers: Sequence[Any], leaves: Sequence[jax.Array]) -> int
 
 
 def _rate(options: Any, count: jax.Array, like: PyTree) -> jax.Array:
-    rate = options.learning_rate
-    with jax.numpy_dtype_promotion("standard"):  # schedules mix floats with the count
-        rate = rate(count) if callable(rate) else rate
+    rate = rate_at(options.learning_rate, count)
     return jnp.asarray(rate, tree.accumulator(*(x.dtype for x in jax.tree.leaves(like))))
 
 
