@@ -185,32 +185,38 @@ def solved(
     return [out[i] for i in range(len(pairs))]
 
 
-def multiplication(objective: Objective | None, params: Params | None) -> float:
-    """What one counts in `Diagnostics.factor_work`: 1 / those of a gradient of the batch's layers.
+def multiplication(
+    params: Params | None,
+    objective: Objective | None = None,
+    whole_params: Params | None = None,
+    **_: Any,
+) -> float:
+    """What one counts in `Diagnostics.factor_work`: 1 / those of a gradient of the batch.
 
-    A leaf in no known layer is one that each example uses once. Without an objective or parameters
-    it is 0, so that nothing is charged.
+    Of an update's arguments. Each example is taken to use a leaf in no known layer once. Without an
+    objective nothing is charged.
     """
+    params = params if whole_params is None else whole_params
     if objective is None or params is None:
         return 0.0
     examples = objective.num_examples(objective.batch)
     traced = objective.num_examples(objective.batch_for_curvature) / objective.microbatches
     known = moments.find_layers(objective, params).known
+    uses = {i: x.rows / traced for i, x in known.items()}
     leaves = enumerate(jax.tree.leaves(params))
-    wide = {i: x.size for i, x in leaves if x.ndim > 1 or i in known}
-    uses = {i: known[i].rows / traced if i in known else 1.0 for i in wide}
-    return 1 / max(3 * examples * sum(uses[i] * wide[i] for i in wide), 1.0)
+    each = sum(uses.get(i, float(x.ndim > 1)) * x.size for i, x in leaves)
+    return 1 / max(3 * examples * each, 1.0)
 
 
 def multiplications(
-    stacks: Sequence[Stack], objective: Objective | None, params: Params | None
+    stacks: Sequence[Stack], params: Params | None, **extras: Any
 ) -> tuple[float, float]:
     """For `factor_work`: products of each side's S × S matrix with a gradient, with another."""
     products = cubes = 0
     for stack in stacks:
-        n, sizes = sum(x.shape[0] for x in stack.layers), stack.layers[0].shape[1:]
-        for size in (s for s, side in zip(sizes, stack.sides, strict=True) if side is not None):
-            products += n * math.prod(sizes) * size
+        total = sum(math.prod(x.shape) for x in stack.layers)
+        for n, size, _ in (side.factor.shape for side in stack.kept):
+            products += total * size
             cubes += n * size**3
-    unit = multiplication(objective, params)
+    unit = multiplication(params, **extras)
     return unit * products, unit * cubes

@@ -130,8 +130,7 @@ def shampoo(
 
 def _init(options: Any, params: Params) -> ShampooState:
     leaves, structure = jax.tree.flatten(params)
-    if leaves:
-        check_params("shampoo", params)
+    check_params("shampoo", params)
     stacks, grafting = preconditioned(params, options, Side), options.grafting
     rotated = {x.kernel for s in stacks for x in s.layers} if leaves else set()
 
@@ -160,7 +159,6 @@ def _update(
     if not leaves:
         return updates, state
     structure: Any = jax.tree.structure(updates)
-    objective, whole = extras.get("objective"), extras.get("whole_params", params)
     mu, count, lost = jax.tree.leaves(state.mu), state.gradients + 1, jnp.zeros((), jnp.int32)
     grads = [g.astype(m.dtype) for g, m in zip(leaves, mu, strict=True)]
     with jax.default_matmul_precision("highest"):
@@ -175,7 +173,7 @@ def _update(
         sound = jnp.isfinite(tree.vdot(grads, grads)) & tree.all_finite(traces)
         refreshes = sound & (count % options.precondition_every == 0)
         if stacks:
-            refreshed = partial(_refreshed, options, count, objective)
+            refreshed = partial(_refreshed, options, count, extras.get("objective"))
             stacks, lost = jax.lax.cond(refreshes, refreshed, lambda s: (s, lost), stacks)
         for s in stacks:
             s.put(_step(options, s.sides, s.of(means), s.of(steps), count), steps)
@@ -185,7 +183,7 @@ def _update(
     for i, (u, p) in enumerate(zip(steps, weights, strict=True)):
         u = u if p is None else u + like(options.weight_decay, u) * p.astype(u.dtype)
         steps[i] = jnp.where(sound, -like(rate, u) * u, 0).astype(leaves[i].dtype)
-    products, cubes = matrices.multiplications(stacks, objective, whole)
+    products, cubes = matrices.multiplications(stacks, params, **extras)
     diagnostics = diag.advance(
         state.diagnostics,
         step_size=jnp.where(sound, rate, 0),

@@ -105,8 +105,7 @@ def soap(
 
 
 def _init(options: Any, params: Params) -> SoapState:
-    if jax.tree.leaves(params):
-        check_params("soap", params)
+    check_params("soap", params)
 
     def zeros(p: jax.Array) -> jax.Array:
         return jnp.zeros_like(p, dtype=tree.accumulator(p.dtype))
@@ -127,10 +126,8 @@ def _update(
     params: Params | None = None,
     *,
     objective: Any = None,
-    whole_params: Params | None = None,
     **extras: Any,
 ) -> tuple[PyTree, SoapState]:
-    del extras
     decays = not isinstance(options.weight_decay, int | float) or options.weight_decay > 0
     check.argument(not decays or params is not None, "params", "given, to decay weights", params)
     leaves, structure = jax.tree.flatten(updates)
@@ -159,8 +156,7 @@ def _update(
                 mu,
             )
     steps, rate = _scaled(options, state, steps, params, moving)
-    whole = params if whole_params is None else whole_params
-    products, cubes = multiplications(stacks, objective, whole)
+    products, cubes = multiplications(stacks, params, objective=objective, **extras)
     state = SoapState(
         gradients=state.gradients + sound.astype(jnp.int32),
         diagnostics=diag.advance(

@@ -118,12 +118,12 @@ def second_order(
         check.in_range("learning_rate", learning_rate, 0.0, open_low=True)
 
     def init_fn(params: Params) -> State:
-        if jax.tree.leaves(params):  # else optax.tree.map_params asks
-            check_params(name, params)
+        check_params(name, params)
+        asked = not jax.tree.leaves(params)  # by optax.tree.map_params
         return state_type(
             learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
             diagnostics=diag.init(damping),
-            **init(params),
+            **(_marked(init, params) if asked else init(params)),
         )
 
     def update_fn(
@@ -153,6 +153,13 @@ def second_order(
         return tree.where(step.moved, step.updates, nothing), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _marked(init: Callable[[Params], Mapping[str, Any]], mark: PyTree) -> dict[str, Any]:
+    """The state's own fields, `mark` for those of the parameters' shape and an array for others."""
+    fields = jax.eval_shape(init, jnp.zeros((1, 2)))
+    mine = {k for k, x in fields.items() if getattr(x, "shape", None) == (1, 2)}
+    return {k: mark if k in mine else jnp.zeros(()) for k in fields}
 
 
 def descending(
@@ -186,9 +193,7 @@ def accepted(moved: jax.Array) -> jax.Array:
 
 def check_params(optimizer: str, params: Params) -> None:
     """Refuses parameters that have no real-valued gradient, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    check.argument(bool(leaves), "params", "a pytree with at least one array", params)
-    for path, leaf in leaves:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = jnp.asarray(leaf).dtype
         check.argument(
             jnp.issubdtype(dtype, jnp.floating),
