@@ -176,8 +176,9 @@ def _update(
             refreshed = partial(_refreshed, options, count, extras.get("objective"))
             stacks, lost = jax.lax.cond(refreshes, refreshed, lambda s: (s, lost), stacks)
         for s in stacks:
-            s.put(_step(options, s.sides, s.of(means), s.of(steps), count), steps)
-        sound &= jnp.isfinite(tree.vdot(steps, steps))
+            step = _step(options, s.sides, s.of(means), s.of(steps), count)
+            sound &= jnp.all(jnp.isfinite(step))
+            s.put(step, steps)
     rate = rate_at(options.learning_rate, state.diagnostics.iterations)
     weights = [None] * len(steps) if params is None else jax.tree.leaves(params)
     for i, (u, p) in enumerate(zip(steps, weights, strict=True)):
