@@ -96,17 +96,11 @@ CENTER = Crop(1.0, 0.5, 0.5)
 
 
 class ResizedCrop(NamedTuple):
-    """A window of random area and aspect ratio, as of torchvision's `RandomResizedCrop`.
+    """A window of random area and aspect ratio, as of torchvision's `RandomResizedCrop`."""
 
-    Attributes:
-      area: the least area, relative to the image's, in (0, 1].
-      ratio: the least and the largest width / height.
-      draws: numbers in [0, 1) for area, ratio, down and across of each attempt, [n, 4].
-    """
-
-    area: float
-    ratio: tuple[float, float]
-    draws: np.ndarray
+    area: float  # the least area, relative to the image's, in (0, 1]
+    ratio: tuple[float, float]  # the least and the largest width / height
+    draws: np.ndarray  # numbers in [0, 1) for area, ratio, down and across of each attempt, [n, 4]
 
     def box(self, height: int, width: int, size: tuple[int, int]) -> _Window:
         """Top, left, height and width of the window; the first attempt that fits inside."""

@@ -32,20 +32,13 @@ _PATTERN = re.compile(r"%0(\d+)d")
 
 
 class Packed(NamedTuple):
-    """What `pack` has written.
+    """What `pack` has written."""
 
-    Attributes:
-      shards: the tars.
-      members: how many they hold.
-      bytes: their size.
-      skipped: what was left out: (name, why).
-      renamed: samples that have got another key, since an earlier one had theirs: (old, new).
-    """
-
-    shards: list[str]
-    members: int
-    bytes: int
-    skipped: list[tuple[str, str]]
+    shards: list[str]  # the tars
+    members: int  # how many they hold
+    bytes: int  # their size
+    skipped: list[tuple[str, str]]  # what was left out: (name, why)
+    # samples that have got another key, since an earlier one had theirs: (old, new)
     renamed: list[tuple[str, str]]
 
 

@@ -20,24 +20,16 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which places each batch holds.
+    """Which places each batch holds."""
 
-    Attributes:
-      num_records: records in an epoch.
-      batch_size: examples in every batch.
-      epochs: how many epochs; None for no end.
-      drop_remainder: whether an epoch's last records that fill no batch are dropped.
-      part: the part of every batch that this process makes. Processes share batches, not records,
-        so all have the same number of batches and the same position.
-      parts: the number of parts of a batch.
-    """
-
-    num_records: int
-    batch_size: int
-    epochs: int | None
-    drop_remainder: bool
+    num_records: int  # records in an epoch
+    batch_size: int  # examples in every batch
+    epochs: int | None  # how many epochs; None for no end
+    drop_remainder: bool  # whether an epoch's last records that fill no batch are dropped
+    # the part of every batch that this process makes. Processes share batches, not records, so all
+    # have the same number of batches and the same position
     part: int = 0
-    parts: int = 1
+    parts: int = 1  # the number of parts of a batch
 
     @classmethod
     def checked(

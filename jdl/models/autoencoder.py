@@ -25,19 +25,12 @@ NOISES = ("masking", "gaussian", "salt_and_pepper")
 
 
 class Reconstruction(NamedTuple):
-    """The outputs of an autoencoder with a penalty or corrupted inputs.
+    """The outputs of an autoencoder with a penalty or corrupted inputs."""
 
-    Attributes:
-      outputs: logits or real values, [B, ...].
-      penalty: to be added to the loss, [B].
-      of_clean: outputs for the uncorrupted inputs; None without corruption.
-      corrupted: the corrupted inputs; None without corruption.
-    """
-
-    outputs: jax.Array
-    penalty: jax.Array
-    of_clean: jax.Array | None = None
-    corrupted: jax.Array | None = None
+    outputs: jax.Array  # logits or real values, [B, ...]
+    penalty: jax.Array  # to be added to the loss, [B]
+    of_clean: jax.Array | None = None  # outputs for the uncorrupted inputs; None without corruption
+    corrupted: jax.Array | None = None  # the corrupted inputs; None without corruption
 
 
 def as_reconstruction(outputs: Any) -> Reconstruction:

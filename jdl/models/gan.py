@@ -42,21 +42,18 @@ _WEIGHTS = nn.initializers.normal(0.02)
 class Generator(nn.Module):
     """From noise to images: a dense layer, then transposed convolutions of stride 2.
 
-    Attributes:
-      shape: (height, width, channels) of the images; both sides multiples of 2^len(widths).
-      widths: channels of the smallest map and after each doubling but the last.
-      num_classes: number of classes to condition on; None for an unconditional one.
-      normalize: whether batch normalization follows every layer but the last.
-
     References:
       Radford, Metz and Chintala, Unsupervised representation learning with deep convolutional
       generative adversarial networks, ICLR 2016, section 3.
     """
 
+    # (height, width, channels) of the images; both sides multiples of 2^len(widths)
     shape: tuple[int, int, int]
+    # channels of the smallest map and after each doubling but the last
     widths: Sequence[int] = (64, 32)
+    # number of classes to condition on; None for an unconditional one
     num_classes: int | None = None
-    normalize: bool = True
+    normalize: bool = True  # whether batch normalization follows every layer but the last
 
     @nn.compact
     def __call__(
@@ -85,21 +82,17 @@ class Discriminator(nn.Module):
     There is no batch normalization, so that logits and penalties of images are independent. With
     labels it adds ⟨v_label, features⟩, Miyato and Koyama's projection.
 
-    Attributes:
-      shape: (height, width, channels) of the images; both sides multiples of 2^len(widths).
-      widths: channels after each halving.
-      num_classes: number of classes to condition on; None for an unconditional one.
-      spectral_norm: whether every layer is divided by its largest singular value.
-
     References:
       Miyato, Kataoka, Koyama and Yoshida, Spectral normalization for generative adversarial
       networks, ICLR 2018; Miyato and Koyama, cGANs with projection discriminator, ICLR 2018.
     """
 
+    # (height, width, channels) of the images; both sides multiples of 2^len(widths)
     shape: tuple[int, int, int]
-    widths: Sequence[int] = (32, 64)
+    widths: Sequence[int] = (32, 64)  # channels after each halving
+    # number of classes to condition on; None for an unconditional one
     num_classes: int | None = None
-    spectral_norm: bool = False
+    spectral_norm: bool = False  # whether every layer is divided by its largest singular value
 
     @nn.compact
     def __call__(
@@ -142,19 +135,12 @@ def _joined(z: jax.Array, label: jax.Array | None, num_classes: int | None) -> j
 
 
 class Judged(NamedTuple):
-    """The outputs of one evaluation, float[B] each.
+    """The outputs of one evaluation, float[B] each."""
 
-    Attributes:
-      real: D(x), for the discriminator.
-      fake: D(sg(G(z))), for the discriminator.
-      fooled: D(G(z)) with θ_D held fixed, for the generator; the same values as `fake`.
-      penalty: for the discriminator.
-    """
-
-    real: jax.Array
-    fake: jax.Array
-    fooled: jax.Array
-    penalty: jax.Array
+    real: jax.Array  # D(x), for the discriminator
+    fake: jax.Array  # D(sg(G(z))), for the discriminator
+    fooled: jax.Array  # D(G(z)) with θ_D held fixed, for the generator; the same values as `fake`
+    penalty: jax.Array  # for the discriminator
 
 
 @dataclass(frozen=True)

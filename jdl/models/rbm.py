@@ -27,21 +27,13 @@ from jdl.core.types import Batch, Key, Params
 
 
 class Energies(NamedTuple):
-    """The outputs of an RBM for a batch.
+    """The outputs of an RBM for a batch."""
 
-    Attributes:
-      positive: F(v), [B].
-      negative: F(ṽ), [B]; with persistent chains the mean over all of them.
-      visible: the mean-field reconstruction of the inputs, [B, ...].
-      hidden: P(hⱼ = 1 | v), [B, H]; for Gaussian hidden units their means.
-      classes: −F(x, y) for each label y, [B, K]: logits of P(y | x).
-    """
-
-    positive: jax.Array
-    negative: jax.Array
-    visible: jax.Array
-    hidden: jax.Array
-    classes: jax.Array
+    positive: jax.Array  # F(v), [B]
+    negative: jax.Array  # F(ṽ), [B]; with persistent chains the mean over all of them
+    visible: jax.Array  # the mean-field reconstruction of the inputs, [B, ...]
+    hidden: jax.Array  # P(hⱼ = 1 | v), [B, H]; for Gaussian hidden units their means
+    classes: jax.Array  # −F(x, y) for each label y, [B, K]: logits of P(y | x)
 
 
 def contrastive_divergence(outputs: Energies, batch: Batch) -> jax.Array:

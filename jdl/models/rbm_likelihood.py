@@ -18,21 +18,14 @@ _CHUNK = 12  # log2 of the number of hidden states summed at once
 
 
 class Annealed(NamedTuple):
-    """An estimate of log Z.
+    """An estimate of log Z."""
 
-    Attributes:
-      log_z: log of the mean importance weight, in nats.
-      relative_error: standard error of Z / Z, from the variance of the weights. If it is large it
-        is itself unreliable: a few weights dominate.
-      low, high: log(Z ∓ 3 standard errors); low is −inf if that is not positive.
-      log_weights: of each chain.
-    """
-
-    log_z: float
+    log_z: float  # log of the mean importance weight, in nats
+    # standard error of Z / Z, from the weights' variance; unreliable if large: few weights dominate
     relative_error: float
-    low: float
-    high: float
-    log_weights: np.ndarray
+    low: float  # log(Z − 3 standard errors); −inf if that is not positive
+    high: float  # log(Z + 3 standard errors)
+    log_weights: np.ndarray  # of each chain
 
 
 def temperatures(count: int = 14_500) -> np.ndarray:

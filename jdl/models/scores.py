@@ -20,15 +20,10 @@ from jdl.models.cnn import CNN
 
 
 class Features(NamedTuple):
-    """A CNN's features and predictions of images.
+    """A CNN's features and predictions of images."""
 
-    Attributes:
-      features: the dense layer's activations, float[n, units].
-      classes: the most likely class of each, int[n].
-    """
-
-    features: np.ndarray
-    classes: np.ndarray
+    features: np.ndarray  # the dense layer's activations, float[n, units]
+    classes: np.ndarray  # the most likely class of each, int[n]
 
 
 def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Features:
@@ -96,17 +91,11 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Calibration(NamedTuple):
-    """The Fréchet distance on images with known faults.
+    """The Fréchet distance on images with known faults."""
 
-    Attributes:
-      floor: between two sets of real images.
-      missing_class: of real images without the first class.
-      noise: of uniform noise.
-    """
-
-    floor: float
-    missing_class: float
-    noise: float
+    floor: float  # between two sets of real images
+    missing_class: float  # of real images without the first class
+    noise: float  # of uniform noise
 
 
 def calibration(cnn: CNN, params: Any, images: Any, others: Any, seed: int = 0) -> Calibration:
@@ -129,16 +118,11 @@ def calibration(cnn: CNN, params: Any, images: Any, others: Any, seed: int = 0) 
 
 
 class Coverage(NamedTuple):
-    """The distribution of samples over classes.
+    """The distribution of samples over classes."""
 
-    Attributes:
-      shares: the share of each class, float[K], with sum 1.
-      modes: the number of classes with at least a fifth of an equal share.
-      divergence: Σ p log(p · K), from equal shares, in nats; 0 is best, log K is total collapse.
-    """
-
-    shares: np.ndarray
-    modes: int
+    shares: np.ndarray  # the share of each class, float[K], with sum 1
+    modes: int  # the number of classes with at least a fifth of an equal share
+    # Σ p log(p · K), from equal shares, in nats; 0 is best, log K is total collapse
     divergence: float
 
 
@@ -160,15 +144,10 @@ def mode_coverage(classes: np.ndarray, num_classes: int) -> Coverage:
 
 
 class Nearest(NamedTuple):
-    """The nearest image of each sample.
+    """The nearest image of each sample."""
 
-    Attributes:
-      place: its index, int[n].
-      distance: Euclidean, over all pixels, float[n].
-    """
-
-    place: np.ndarray
-    distance: np.ndarray
+    place: np.ndarray  # its index, int[n]
+    distance: np.ndarray  # Euclidean, over all pixels, float[n]
 
 
 def nearest(samples: np.ndarray, images: np.ndarray, batch_size: int = 100) -> Nearest:

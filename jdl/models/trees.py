@@ -30,17 +30,12 @@ _UNKNOWN = 1
 
 
 class Tree(NamedTuple):
-    """A tree, or dependency structure, as tuples with one entry for each node.
+    """A tree, or dependency structure, as tuples with one entry for each node."""
 
-    Attributes:
-      words: "" for a node without a word.
-      parents: the index of each node's parent; −1 for the root. Children are ordered by index.
-      labels: names of classes, "" for none.
-    """
-
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # "" for a node without a word
+    # the index of each node's parent; −1 for the root. Children are ordered by index
     parents: tuple[int, ...]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # names of classes, "" for none
 
 
 class Layout(NamedTuple):
@@ -341,14 +336,10 @@ def pack(
 
 
 class Grammar(NamedTuple):
-    """The symbols of expressions at leaves and inner nodes.
+    """The symbols of expressions at leaves and inner nodes."""
 
-    Attributes:
-      constants: word -> value.
-      operators: word -> (number of operands, function of them).
-    """
-
-    constants: Mapping[str, int]
+    constants: Mapping[str, int]  # word -> value
+    # word -> (number of operands, function of them)
     operators: Mapping[str, tuple[int, Callable[..., int]]]
 
 

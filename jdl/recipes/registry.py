@@ -37,50 +37,31 @@ LABELLED = ("classifier", "trees")  # kinds of models that learn labels
 
 
 class Finished(NamedTuple):
-    """What the pictures at the end of a run are drawn from.
+    """What the pictures at the end of a run are drawn from."""
 
-    Attributes:
-      net: the model as the recipe built it.
-      estimator: the trained Estimator.
-      train: one pass over the training split.
-      held_out: one pass over the test split; the training split where there is none.
-      workdir: the run directory, where the pictures go.
-    """
-
-    net: Any
-    estimator: Estimator
-    train: Batches
-    held_out: Batches
-    workdir: Path
+    net: Any  # the model as the recipe built it
+    estimator: Estimator  # the trained Estimator
+    train: Batches  # one pass over the training split
+    held_out: Batches  # one pass over the test split; the training split where there is none
+    workdir: Path  # the run directory, where the pictures go
 
 
 class Recipe(NamedTuple):
-    """How a model is built and trained.
+    """How a model is built and trained."""
 
-    Attributes:
-      build: `build(image_shape, num_classes) -> net`.
-      kind: "classifier", "autoencoder", "rbm", "trees" or "gan": what the outputs mean.
-      steps: the recommended number of steps on the bundled digits.
-      optimizer: the recommended optimizer's name.
-      options: keyword arguments of the recommended optimizer.
-      batch_size: the recommended batch size.
-      estimator: `estimator(model, optimizer, **options) -> Estimator`; by default the premade one
-        of the kind.
-      prepare: `prepare(net, data, workdir, seed) -> model`, called before a run's first step.
-      pictures: `pictures(finished) -> paths` of the pictures drawn at the end of a run.
-      data: the default of `--data`: "digits", or "trees" for generated trees.
-    """
-
-    build: Callable[[Shape, int], Net]
-    kind: str
-    steps: int
-    optimizer: str = "adam"
-    options: Mapping[str, Any] = {}
-    batch_size: int = 64
+    build: Callable[[Shape, int], Net]  # `build(image_shape, num_classes) -> net`
+    kind: str  # "classifier", "autoencoder", "rbm", "trees" or "gan": what the outputs mean
+    steps: int  # the recommended number of steps on the bundled digits
+    optimizer: str = "adam"  # the recommended optimizer's name
+    options: Mapping[str, Any] = {}  # keyword arguments of the recommended optimizer
+    batch_size: int = 64  # the recommended batch size
+    # `estimator(model, optimizer, **options) -> Estimator`; by default the premade one of the kind
     estimator: Callable[..., Estimator] | None = None
+    # `prepare(net, data, workdir, seed) -> model`, called before a run's first step
     prepare: Callable[[Any, Batches, Path, int], Model] | None = None
+    # `pictures(finished) -> paths` of the pictures drawn at the end of a run
     pictures: Callable[[Finished], list[Path]] | None = None
-    data: str = "digits"
+    data: str = "digits"  # the default of `--data`: "digits", or "trees" for generated trees
 
 
 def recipe(name: str) -> Recipe:

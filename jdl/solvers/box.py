@@ -27,21 +27,13 @@ CAUTIOUS = 1e-6  # pairs of less curvature ⟨s, y⟩ / ‖s‖ ‖y‖ are skip
 
 
 class BoxState(NamedTuple):
-    """The state of `projected_lbfgs`, for n parameters raveled into one array.
+    """The state of `projected_lbfgs`, for n parameters raveled into one array."""
 
-    Attributes:
-      s: steps, [m, n], newest first.
-      y: gradient differences, [m, n].
-      value: f after the last update.
-      grad: ∇f there.
-      diagnostics: see `jdl.optim.diagnostics`.
-    """
-
-    s: jax.Array
-    y: jax.Array
-    value: jax.Array
-    grad: Params
-    diagnostics: Diagnostics
+    s: jax.Array  # steps, [m, n], newest first
+    y: jax.Array  # gradient differences, [m, n]
+    value: jax.Array  # f after the last update
+    grad: Params  # ∇f there
+    diagnostics: Diagnostics  # see `jdl.optim.diagnostics`
 
 
 class _Trial(NamedTuple):

@@ -28,21 +28,13 @@ Stepsize = float | Callable[[Any], Any]
 
 
 class GradientDescentState(NamedTuple):
-    """The state of gradient descent.
+    """The state of gradient descent."""
 
-    Attributes:
-      x: the last step without its momentum; () where there is none.
-      iteration: updates made.
-      t: Nesterov's sequence, 1 after a restart.
-      stepsize: the last step whose decrease was above the rounding noise.
-      diagnostics: see `jdl.optim.diagnostics`; () for given step sizes.
-    """
-
-    x: PyTree
-    iteration: jax.Array
-    t: jax.Array
-    stepsize: jax.Array
-    diagnostics: Diagnostics | tuple[()]
+    x: PyTree  # the last step without its momentum; () where there is none
+    iteration: jax.Array  # updates made
+    t: jax.Array  # Nesterov's sequence, 1 after a restart
+    stepsize: jax.Array  # the last step whose decrease was above the rounding noise
+    diagnostics: Diagnostics | tuple[()]  # see `jdl.optim.diagnostics`; () for given step sizes
 
 
 def gradient_descent(

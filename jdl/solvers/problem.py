@@ -12,24 +12,19 @@ from jdl.core.types import Params, PyTree
 
 
 class Problem(NamedTuple):
-    """A function to minimize, with its data in place.
+    """A function to minimize, with its data in place."""
 
-    Attributes:
-      value: params -> f; ignores the extra keywords of an optimizer's update.
-      evaluate: params -> (f, ∇f, aux).
-      objective: the `jdl.Objective`, where it is one; else None.
-      value_and_grad_fn: params -> (f, ∇f, aux), where the gradient is the caller's own; else None.
-      bounds: (lower, upper), pytrees of the parameters' structure, or None.
-      residual_fn: params -> r, for least squares; else None.
-      arguments: (args, kwargs), the arguments of the function beyond the parameters.
-    """
-
+    # params -> f; ignores the extra keywords of an optimizer's update
     value: Callable[..., jax.Array]
-    evaluate: Callable[[Params], tuple[jax.Array, Params, Any]]
-    objective: Objective | None = None
+    evaluate: Callable[[Params], tuple[jax.Array, Params, Any]]  # params -> (f, ∇f, aux)
+    objective: Objective | None = None  # the `jdl.Objective`, where it is one; else None
+    # params -> (f, ∇f, aux), where the gradient is the caller's own; else None
     value_and_grad_fn: Callable[[Params], tuple[jax.Array, Params, Any]] | None = None
+    # (lower, upper), pytrees of the parameters' structure, or None
     bounds: tuple[Params, Params] | None = None
+    # params -> r, for least squares; else None
     residual_fn: Callable[[Params], PyTree] | None = None
+    # (args, kwargs), the arguments of the function beyond the parameters
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
 

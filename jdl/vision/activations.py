@@ -37,19 +37,12 @@ class Maps(NamedTuple):
 
 
 class Exciting(NamedTuple):
-    """The n images of a data set on which a channel has its largest activations, largest first.
+    """The n images of a data set on which a channel has its largest activations, largest first."""
 
-    Attributes:
-      channel: its number.
-      scores: its largest activation on each image.
-      positions: positions of the images in the data, from 0.
-      images: float32 [n, H, W, 3] in [0, 1].
-    """
-
-    channel: int
-    scores: np.ndarray
-    positions: np.ndarray
-    images: np.ndarray
+    channel: int  # its number
+    scores: np.ndarray  # its largest activation on each image
+    positions: np.ndarray  # positions of the images in the data, from 0
+    images: np.ndarray  # float32 [n, H, W, 3] in [0, 1]
 
 
 class Explained(NamedTuple):

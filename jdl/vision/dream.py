@@ -40,16 +40,11 @@ SMALLEST = 32  # pixels of an octave's shorter side
 
 
 class Goal(NamedTuple):
-    """The function that is maximized.
+    """The function that is maximized."""
 
-    Attributes:
-      layers: names of layers.
-      channels: channels of every layer; () for all.
-      guide: another picture's activations, [M, C] for each layer; None for no guide.
-    """
-
-    layers: tuple[str, ...]
-    channels: tuple[int, ...] = ()
+    layers: tuple[str, ...]  # names of layers
+    channels: tuple[int, ...] = ()  # channels of every layer; () for all
+    # another picture's activations, [M, C] for each layer; None for no guide
     guide: Features | None = None
 
 

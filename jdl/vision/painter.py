@@ -28,21 +28,14 @@ _KIND = "style network"
 
 
 class Painter(NamedTuple):
-    """A style network with its parameters.
+    """A style network with its parameters."""
 
-    Attributes:
-      apply: `apply(params, images, mixture, statistics) -> (paintings, statistics)`, as `StyleNet`.
-      params: its first argument.
-      styles: names of the S styles.
-      reach: largest distance in pixels at which an output depends on an input.
-      statistics_size: the size of a picture's statistics.
-    """
-
+    # `apply(params, images, mixture, statistics) -> (paintings, statistics)`, as `StyleNet`
     apply: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
-    params: Any
-    styles: tuple[str, ...]
-    reach: int
-    statistics_size: int
+    params: Any  # its first argument
+    styles: tuple[str, ...]  # names of the S styles
+    reach: int  # largest distance in pixels at which an output depends on an input
+    statistics_size: int  # the size of a picture's statistics
 
     def __call__(
         self,

@@ -82,29 +82,18 @@ class Weights(NamedTuple):
 
 
 class Palette(NamedTuple):
-    """Statistics of S paintings.
+    """Statistics of S paintings."""
 
-    Attributes:
-      grams: style layer -> Gram matrices [S, C, C].
-      energy: content layer -> mean square of its activations.
-    """
-
-    grams: dict[str, jax.Array]
-    energy: dict[str, jax.Array]
+    grams: dict[str, jax.Array]  # style layer -> Gram matrices [S, C, C]
+    energy: dict[str, jax.Array]  # content layer -> mean square of its activations
 
 
 class Target(NamedTuple):
-    """What B images are compared with.
+    """What B images are compared with."""
 
-    Attributes:
-      content: content layer -> the photographs' activations, [B, h, w, C].
-      energy: content layer -> divisor of their squared difference.
-      grams: style layer -> Gram matrices [B, C, C].
-    """
-
-    content: Features
-    energy: dict[str, jax.Array]
-    grams: dict[str, jax.Array]
+    content: Features  # content layer -> the photographs' activations, [B, h, w, C]
+    energy: dict[str, jax.Array]  # content layer -> divisor of their squared difference
+    grams: dict[str, jax.Array]  # style layer -> Gram matrices [B, C, C]
 
 
 class Terms(NamedTuple):
@@ -121,17 +110,11 @@ class Terms(NamedTuple):
 
 
 class Painted(NamedTuple):
-    """The result of a style transfer.
+    """The result of a style transfer."""
 
-    Attributes:
-      image: float32 [H, W, 3] in [0, 1].
-      losses: the objective before each step and after the last, at the final scale.
-      terms: the terms of the final image before it is clipped.
-    """
-
-    image: np.ndarray
-    losses: np.ndarray
-    terms: Terms
+    image: np.ndarray  # float32 [H, W, 3] in [0, 1]
+    losses: np.ndarray  # the objective before each step and after the last, at the final scale
+    terms: Terms  # the terms of the final image before it is clipped
 
 
 def usual_layers(trunk: Trunk) -> Layers:

@@ -38,25 +38,15 @@ _TYPES = ("int64", "int64", "uint8", "int32", "int64", "uint8", "int64", "uint8"
 
 @dataclass(eq=False)
 class TarIndex:
-    """The members of one archive.
+    """The members of one archive."""
 
-    Attributes:
-      path: the archive.
-      columns: the members.
-      damage: the archive's defects.
-      stamp: what distinguishes the archive (see `Archive.stamp`).
-      size: the tar's bytes, decompressed.
-      file: the file that holds it, or None if there is none.
-      mode: how the archive can be read (see `archive`).
-    """
-
-    path: str
-    columns: Columns
-    damage: tuple[Damage, ...]
-    stamp: dict[str, Any]
-    size: int
-    file: str | None = None
-    mode: str = "random"
+    path: str  # the archive
+    columns: Columns  # the members
+    damage: tuple[Damage, ...]  # the archive's defects
+    stamp: dict[str, Any]  # what distinguishes the archive (see `Archive.stamp`)
+    size: int  # the tar's bytes, decompressed
+    file: str | None = None  # the file that holds it, or None if there is none
+    mode: str = "random"  # how the archive can be read (see `archive`)
 
     def __len__(self) -> int:
         return len(self.columns.sizes)

@@ -12,17 +12,11 @@ MAX_MEMBER = 1 << 28  # bytes; larger members are skipped
 
 
 class Member(NamedTuple):
-    """One regular file.
+    """One regular file."""
 
-    Attributes:
-      name: in the archive, as text.
-      image: whether it has an image's extension.
-      data: its bytes.
-    """
-
-    name: str
-    image: bool
-    data: bytes
+    name: str  # in the archive, as text
+    image: bool  # whether it has an image's extension
+    data: bytes  # its bytes
 
 
 class MemberStream:
