@@ -41,13 +41,10 @@ class Args:
 
 def run(args: Args) -> None:
     """Reads the logs, and prints a table or one JSON object for each run."""
-    check.argument(
-        args.folder.is_dir(),
-        "DIR",
-        "a folder with runs in it",
-        str(args.folder),
-        "There is no such folder; `jdl train` writes into runs/ by default.",
-    )
+    ok = args.folder.is_dir()
+    must = "a folder with runs in it"
+    hint = "There is no such folder; `jdl train` writes into runs/ by default."
+    check.argument(ok, "DIR", must, str(args.folder), hint)
     check.argument(
         args.direction is None or args.sort is not None, "--direction", "given with --sort", None
     )
@@ -62,13 +59,10 @@ def run(args: Args) -> None:
     if args.sort is not None:
         sort = _column(args.sort, known)
         best = args.direction or _direction(sort, found) or ""
-        check.argument(
-            bool(best),
-            "--direction",
-            f"min or max with --sort {args.sort}",
-            None,
-            f"The runs do not declare which value of {sort} is the best.",
-        )
+        ok = bool(best)
+        must = f"min or max with --sort {args.sort}"
+        hint = f"The runs do not declare which value of {sort} is the best."
+        check.argument(ok, "--direction", must, None, hint)
         which = {sort: best} | {name: at for name, at in which.items() if name != sort}
         sign = -1.0 if best == "max" else 1.0
         found.sort(key=lambda entry: sign * entry[best].get(sort, sign * math.inf))

@@ -217,12 +217,9 @@ def _train(args: Train) -> None:
     options.check_positive(args, *sizes)
     check.argument(args.size % STRIDE == 0, "--size", f"a multiple of {STRIDE}", args.size)
     names = tuple(path.stem for path in args.paintings)
-    check.argument(
-        len(names) > 0 and len({*names}) == len(names) and not any(":" in n for n in names),
-        "PAINTINGS",
-        "one or several files with different names, none with a colon",
-        names,
-    )
+    ok = len(names) > 0 and len({*names}) == len(names) and not any(":" in n for n in names)
+    must = "one or several files with different names, none with a colon"
+    check.argument(ok, "PAINTINGS", must, names)
     paintings = [images.read(p, longest=args.style_size) for p in args.paintings]
     trunk = pretrained.load_trunk(args.model)
     trunk.known(args.content_layers + args.style_layers)

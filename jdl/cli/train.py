@@ -143,12 +143,9 @@ def _job(args: Args) -> _Job:
 
     chosen = recipe(args.model)
     source = args.data or chosen.data
-    check.argument(
-        (source == "trees") == (chosen.data == "trees"),
-        "--data",
-        "left out for recursive, which learns generated trees, and images for all others",
-        source,
-    )
+    ok = (source == "trees") == (chosen.data == "trees")
+    must = "left out for recursive, which learns generated trees, and images for all others"
+    check.argument(ok, "--data", must, source)
     optimizer = registry.short_name(args.optimizer or chosen.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}

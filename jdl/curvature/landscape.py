@@ -51,20 +51,12 @@ class Landscape:
         max_batches: int | None = None,
         kept_bytes: int = 2**30,
     ):
-        check.argument(
-            not isinstance(batches, Iterator),
-            "batches",
-            "an iterable that can be iterated again",
-            type(batches).__name__,
-            "Make a list of it.",
-        )
+        ok = not isinstance(batches, Iterator)
+        must = "an iterable that can be iterated again"
+        check.argument(ok, "batches", must, type(batches).__name__, "Make a list of it.")
         flat, self.unravel = ravel_pytree(params)
-        check.argument(
-            flat.size > 0 and jnp.issubdtype(flat.dtype, jnp.floating),
-            "params",
-            "a pytree of floating-point arrays",
-            str(flat.dtype),
-        )
+        ok = flat.size > 0 and jnp.issubdtype(flat.dtype, jnp.floating)
+        check.argument(ok, "params", "a pytree of floating-point arrays", str(flat.dtype))
         self.params = params
         self.flat = np.asarray(flat)
         if max_batches is not None:

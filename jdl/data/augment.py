@@ -79,12 +79,9 @@ class Augmentation(NamedTuple):
     def _changed(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for function in self.functions:
             changed: Any = np.asarray(function(pixels.copy(), rng))
-            check.argument(
-                changed.shape == pixels.shape and changed.dtype == np.uint8,
-                "augment",
-                f"a function that returns uint8 {list(pixels.shape)}, as it gets",
-                f"{changed.dtype} {list(changed.shape)}",
-            )
+            ok = changed.shape == pixels.shape and changed.dtype == np.uint8
+            must = f"a function that returns uint8 {list(pixels.shape)}, as it gets"
+            check.argument(ok, "augment", must, f"{changed.dtype} {list(changed.shape)}")
             pixels = changed
         return pixels
 

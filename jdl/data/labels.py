@@ -169,12 +169,8 @@ def table_of(classes: Sequence[str] | None, seen: Iterable[str], where: str) -> 
     """
     if classes is None:
         return class_table(seen)
-    check.argument(
-        not isinstance(classes, str) and all(isinstance(c, str) for c in classes),
-        "classes",
-        "a sequence of names",
-        classes,
-    )
+    ok = not isinstance(classes, str) and all(isinstance(c, str) for c in classes)
+    check.argument(ok, "classes", "a sequence of names", classes)
     table = tuple(map(composed, classes))
     check.argument(len(set(table)) == len(table), "classes", "names that differ", table[:20])
     unknown = class_table(set(seen) - set(table))

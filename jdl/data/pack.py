@@ -118,13 +118,9 @@ def _check_apart(source: str, out: str) -> None:
     folder = Path(source)
     shard = _PATTERN.sub("[0-9]+", re.escape(os.path.abspath(out)))
     for path in tars_in(folder) if folder.is_dir() else expand(source):
-        check.argument(
-            not re.fullmatch(shard, os.path.abspath(path)),
-            "OUT",
-            "apart from the tars that are packed",
-            out,
-            f"It would replace {path!r}.",
-        )
+        ok = not re.fullmatch(shard, os.path.abspath(path))
+        must = "apart from the tars that are packed"
+        check.argument(ok, "OUT", must, out, f"It would replace {path!r}.")
 
 
 def _nothing(source: str, skipped: list[tuple[str, str]]) -> str:
@@ -197,12 +193,9 @@ class _Shards:
     def __init__(self, out: str, overwrite: bool):
         self._out, self._overwrite = out, overwrite
         marks = _PATTERN.findall(out)
-        check.argument(
-            len(marks) <= 1 and out.endswith(".tar") and "%" not in _PATTERN.sub("", out),
-            "OUT",
-            "a path that ends in .tar, with one %05d for a shard's number or none",
-            out,
-        )
+        ok = len(marks) <= 1 and out.endswith(".tar") and "%" not in _PATTERN.sub("", out)
+        must = "a path that ends in .tar, with one %05d for a shard's number or none"
+        check.argument(ok, "OUT", must, out)
         self._numbered = bool(marks)
         self.shards: list[str] = []
         self.bytes = self.images = self.total = 0

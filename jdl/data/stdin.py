@@ -68,12 +68,9 @@ def standard_input(
     check.one_of("on_error", on_error, ("raise", "skip"))
     check.in_range("max_skipped", max_skipped, 0.0, 1.0)
     check.argument(lb.sidecar(label) is None, "label", "something read from the name", label)
-    check.argument(
-        label is None or classes is not None,
-        "classes",
-        "the class names in their order: they cannot be collected before the images come",
-        classes,
-    )
+    ok = label is None or classes is not None
+    must = "the class names in their order: they cannot be collected before the images come"
+    check.argument(ok, "classes", must, classes)
     if label is not None:
         lb.reader(label)  # refuses invalid labels before anything is read
     table = None if label is None else lb.table_of(classes or (), (), "Standard input")

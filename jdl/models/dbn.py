@@ -102,12 +102,9 @@ class DBN:
         h = x.reshape(x.shape[0], -1)
         for i, params in enumerate(below):
             machine = self.rbm(i)
-            check.argument(
-                h.shape[1] == params["visible_bias"].size,
-                "params",
-                f"of {h.shape[1]} visible units in layer {i}",
-                params["visible_bias"].size,
-            )
+            ok = h.shape[1] == params["visible_bias"].size
+            must = f"of {h.shape[1]} visible units in layer {i}"
+            check.argument(ok, "params", must, params["visible_bias"].size)
             h = machine.hidden_mean(machine.hidden_input(params, h))
         return h
 
@@ -173,12 +170,9 @@ class DBN:
         Its last layer has the top machine's label weights, or zeros without label units.
         """
         self._check_depth(params)
-        check.argument(
-            self.num_classes in (0, num_outputs),
-            "num_outputs",
-            f"the {self.num_classes} classes of the label units",
-            num_outputs,
-        )
+        ok = self.num_classes in (0, num_outputs)
+        must = f"the {self.num_classes} classes of the label units"
+        check.argument(ok, "num_outputs", must, num_outputs)
         net = MLP(widths=tuple(self.widths), num_outputs=num_outputs, activation="sigmoid")
         layers = {f"Dense_{i}": self._dense(params, i) for i in range(len(self.widths))}
         top, n = params[-1], self._top_inputs(params)

@@ -188,12 +188,8 @@ class GAN:
         check.one_of("penalty", self.penalty, [None, *PENALTIES])
         check.positive_int("latent", self.latent)
         check.in_range("smoothing", self.smoothing, 0.0, 0.5)
-        check.argument(
-            self.smoothing == 0 or self.game == "non_saturating",
-            "smoothing",
-            'zero for all games but "non_saturating"',
-            self.smoothing,
-        )
+        ok = self.smoothing == 0 or self.game == "non_saturating"
+        check.argument(ok, "smoothing", 'zero for all games but "non_saturating"', self.smoothing)
         if self.weight is not None:
             check.in_range("weight", self.weight, 0.0)
 

@@ -195,13 +195,10 @@ class RBM(nn.Module):
         v = v if jnp.issubdtype(v.dtype, jnp.floating) else v.astype(jnp.float32)
         if self.visible == "bernoulli" and not isinstance(v, jax.core.Tracer):
             low, high = float(jnp.min(v)), float(jnp.max(v))
-            check.argument(
-                low >= 0 and high <= 1,
-                "x",
-                "in [0, 1] for binary visible units",
-                f"values from {low:g} to {high:g}",
-                'Scale them, or use visible="gaussian" on standardized data.',
-            )
+            ok = low >= 0 and high <= 1
+            must = "in [0, 1] for binary visible units"
+            hint = 'Scale them, or use visible="gaussian" on standardized data.'
+            check.argument(ok, "x", must, f"values from {low:g} to {high:g}", hint)
         if self.num_classes == 0:
             check.argument(label is None, "label", "None without label units", type(label))
             return v
@@ -358,12 +355,9 @@ class RBM(nn.Module):
         for name in ("num_classes", "chains"):
             value = getattr(self, name)
             check.argument(isinstance(value, int) and value >= 0, name, "an integer ≥ 0", value)
-        check.argument(
-            self.hidden_units == "bernoulli" or (self.chains == 0 and self.visible == "bernoulli"),
-            "hidden_units",
-            '"bernoulli" for persistent chains or Gaussian visible units',
-            self.hidden_units,
-        )
+        ok = self.hidden_units == "bernoulli" or (self.chains == 0 and self.visible == "bernoulli")
+        must = '"bernoulli" for persistent chains or Gaussian visible units'
+        check.argument(ok, "hidden_units", must, self.hidden_units)
         check.argument(
             self.chains > 0 or self.fast_rate == 0, "chains", "positive for fast weights", 0
         )

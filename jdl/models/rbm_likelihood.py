@@ -206,12 +206,8 @@ def pseudo_log_likelihood(
       key: for an unbiased but noisy estimate, V log P of one random unit. None for the sum over all
         units, at V times the cost.
     """
-    check.argument(
-        rbm.visible == "bernoulli" and rbm.num_classes == 0,
-        "rbm",
-        "one of binary visible units without labels",
-        rbm,
-    )
+    ok = rbm.visible == "bernoulli" and rbm.num_classes == 0
+    check.argument(ok, "rbm", "one of binary visible units without labels", rbm)
     a, size = rbm.hidden_input(params, v), v.shape[1]
     held = jnp.sum(rbm.log_hidden(a), axis=1)
 

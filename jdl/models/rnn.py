@@ -92,12 +92,8 @@ class RNN(nn.Module):
         >>> bool(jnp.allclose(pieces[:, -1], net.apply(variables, x), atol=1e-6))
         True
         """
-        check.argument(
-            not self.bidirectional,
-            "bidirectional",
-            "False for streaming, where the end is unknown",
-            True,
-        )
+        ok = not self.bidirectional
+        check.argument(ok, "bidirectional", "False for streaming, where the end is unknown", True)
         return self._read(x, lengths, carry, True)
 
     def states(self, x: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
@@ -269,12 +265,9 @@ def generate(
     """
     check.positive_int("steps", steps)
     check.in_range("temperature", temperature, 0.0)
-    check.argument(
-        net.vocabulary is not None and net.num_outputs == net.vocabulary,
-        "net",
-        "one with as many outputs as its vocabulary",
-        (net.num_outputs, net.vocabulary),
-    )
+    ok = net.vocabulary is not None and net.num_outputs == net.vocabulary
+    must = "one with as many outputs as its vocabulary"
+    check.argument(ok, "net", must, (net.num_outputs, net.vocabulary))
 
     def draw(logits: jax.Array, key: Key) -> jax.Array:
         if temperature == 0:

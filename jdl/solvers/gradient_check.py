@@ -87,13 +87,10 @@ def check_problem_gradient(
             errors.append(gap / max(abs(found), abs(given), 1e-3 * size, 1e-30))
         finite = [e for e in errors if np.isfinite(e)]
         worst = max(worst, min(finite)) if finite else np.inf
-    check.argument(
-        worst <= tolerance,
-        "the gradient",
-        f"the function's own within {100 * tolerance:.3g} %",
-        f"{100 * worst:.1f} % off",
-        "Differences of values along random directions disagree with it.",
-    )
+    ok = worst <= tolerance
+    must = f"the function's own within {100 * tolerance:.3g} %"
+    hint = "Differences of values along random directions disagree with it."
+    check.argument(ok, "the gradient", must, f"{100 * worst:.1f} % off", hint)
     return worst
 
 

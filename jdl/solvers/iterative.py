@@ -82,13 +82,10 @@ class Iterative:
         check.argument(
             callable(fun) or isinstance(fun, Objective), "fun", "a function or a jdl.Objective", fun
         )
-        check.argument(
-            isinstance(value_and_grad, bool) or callable(value_and_grad),
-            "value_and_grad",
-            "True, False or a function that returns value and gradient",
-            value_and_grad,
-            f"{name} takes maxiter and tol by name.",
-        )
+        ok = isinstance(value_and_grad, bool) or callable(value_and_grad)
+        must = "True, False or a function that returns value and gradient"
+        hint = f"{name} takes maxiter and tol by name."
+        check.argument(ok, "value_and_grad", must, value_and_grad, hint)
         whole = isinstance(maxiter, int) and not isinstance(maxiter, bool) and maxiter >= 0
         check.argument(whole, "maxiter", "an integer of at least 0", maxiter)
         check.in_range("tol", tol, 0.0)

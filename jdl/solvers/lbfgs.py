@@ -126,13 +126,9 @@ class LBFGSB(LBFGS):
         return True
 
     def _bounds(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        check.argument(
-            bool(args) and _is_pair(args[0]),
-            "bounds",
-            "a pair (lower, upper), right after the parameters",
-            args[0] if args else None,
-            "Without bounds use LBFGS.",
-        )
+        ok = bool(args) and _is_pair(args[0])
+        must = "a pair (lower, upper), right after the parameters"
+        check.argument(ok, "bounds", must, args[0] if args else None, "Without bounds use LBFGS.")
         return args[0], args[1:]
 
     def run(self, init_params: Any, bounds: Any, *args: Any, **kwargs: Any) -> OptStep:

@@ -130,13 +130,10 @@ def minimize(
     (True, [1.0, 1.0, 1.0], 'CONVERGED')
     """
     leaves = jax.tree.leaves((params, args))
-    check.argument(
-        not any(isinstance(x, jax.core.Tracer) for x in leaves),
-        "params",
-        "concrete arrays",
-        "a traced value",
-        "Inside jit, vmap or grad use a solver: jdl.solvers.LBFGS(fun).run(params).",
-    )
+    ok = not any(isinstance(x, jax.core.Tracer) for x in leaves)
+    must = "concrete arrays"
+    hint = "Inside jit, vmap or grad use a solver: jdl.solvers.LBFGS(fun).run(params)."
+    check.argument(ok, "params", must, "a traced value", hint)
     if maxiter is not None:
         options["maxiter"] = maxiter
     name, solver = _solver(fun, method, tol=tol, **options)

@@ -46,12 +46,9 @@ def make_problem(
       kwargs: further keyword arguments.
     """
     if isinstance(fun, Objective):
-        check.argument(
-            not (args or kwargs or has_aux or value_and_grad),
-            "fun",
-            "a plain function if further arguments, has_aux or value_and_grad are given",
-            type(fun).__name__,
-        )
+        ok = not (args or kwargs or has_aux or value_and_grad)
+        must = "a plain function if further arguments, has_aux or value_and_grad are given"
+        check.argument(ok, "fun", must, type(fun).__name__)
         objective = fun
         return Problem(
             objective.value,

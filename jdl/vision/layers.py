@@ -48,13 +48,10 @@ def addressable(forward: Forward) -> Callable[..., dict[str, jax.Array]]:
         edits, missing, found = edits or {}, set(layers), {}
 
         def note(name: str, x: jax.Array) -> jax.Array:
-            check.argument(
-                0 not in x.shape,
-                "images",
-                f"large enough for layer {name!r}, whose activations are empty",
-                tuple(images.shape),
-                "Use larger images or an earlier layer.",
-            )
+            ok = 0 not in x.shape
+            must = f"large enough for layer {name!r}, whose activations are empty"
+            hint = "Use larger images or an earlier layer."
+            check.argument(ok, "images", must, tuple(images.shape), hint)
             if name in edits:
                 x = x + edits[name]
             if name in missing:

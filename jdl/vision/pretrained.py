@@ -60,12 +60,9 @@ def load_trunk(name: str | Path) -> Trunk:
         return _of_run(path)
     if path.suffix == ".safetensors":
         return of_tensors(weights.read_safetensors(path), path.name)
-    check.argument(
-        False,
-        "model",
-        f"{', '.join(NAMES)}, a .safetensors file or a run directory of `jdl train`",
-        text,
-    )
+    ok = False
+    must = f"{', '.join(NAMES)}, a .safetensors file or a run directory of `jdl train`"
+    check.argument(ok, "model", must, text)
     raise AssertionError  # not reached
 
 

@@ -72,12 +72,8 @@ class Weights(NamedTuple):
         """These weights; raises if one is negative, or content and style are both 0."""
         for name, value in self._asdict().items():
             check.in_range(f"weights.{name}", value, 0.0)
-        check.argument(
-            self.content + self.style > 0,
-            "weights",
-            "above 0 for content, style or both",
-            tuple(self),
-        )
+        ok = self.content + self.style > 0
+        check.argument(ok, "weights", "above 0 for content, style or both", tuple(self))
         return self
 
 

@@ -264,12 +264,8 @@ def _of_function(
     classes: Sequence[str],
 ) -> Trunk:
     """The trunk of a function that computes every layer; XLA removes what is not used."""
-    check.argument(
-        len(image_shape) == 3 and image_shape[2] in (1, 3),
-        "image_shape",
-        "(height, width, channels) with 1 or 3 channels",
-        image_shape,
-    )
+    ok = len(image_shape) == 3 and image_shape[2] in (1, 3)
+    check.argument(ok, "image_shape", "(height, width, channels) with 1 or 3 channels", image_shape)
     height, width = image_shape[:2]
     order: list[str] = []
 
