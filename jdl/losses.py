@@ -169,9 +169,8 @@ def _per_example(x: jax.Array) -> jax.Array:
 
 def _same_shape(name: str, a: jax.Array, other: str, b: jax.Array) -> None:
     hint = "Class numbers must be of an integer type." if b.ndim == 1 < a.ndim else ""
-    check.argument(
-        a.shape == b.shape, name, f"of the shape of batch[{other!r}], {b.shape}", a.shape, hint
-    )
+    ok = a.shape == b.shape
+    check.argument(ok, name, f"of the shape of batch[{other!r}], {b.shape}", a.shape, hint)
 
 
 def _check_classes(

@@ -45,13 +45,11 @@ def run(args: Args) -> None:
     must = "a folder with runs in it"
     hint = "There is no such folder; `jdl train` writes into runs/ by default."
     check.argument(ok, "DIR", must, str(args.folder), hint)
-    check.argument(
-        args.direction is None or args.sort is not None, "--direction", "given with --sort", None
-    )
+    ok = args.direction is None or args.sort is not None
+    check.argument(ok, "--direction", "given with --sort", None)
     found = [about(path.parent, args.folder) for path in sorted(args.folder.rglob(LOG))]
-    check.argument(
-        bool(found), "DIR", f"a folder with runs in it, each with a {LOG}", str(args.folder)
-    )
+    must = f"a folder with runs in it, each with a {LOG}"
+    check.argument(bool(found), "DIR", must, str(args.folder))
     known = {name for entry in found for name in entry["last"]}
     columns = [name for name in SHOWN if name in known]
     columns = columns or sorted(known & {"batch_loss", "batch_accuracy"})

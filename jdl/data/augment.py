@@ -22,18 +22,13 @@ _LEAST_AREA = {"random": 0.35, "random_resized": 0.08}
 
 
 class Augmentation(NamedTuple):
-    """How images are cropped, flipped and changed; the fields are `from_tar`'s arguments.
-
-    Attributes:
-      crop, crop_area, crop_ratio, flip, seed: see `from_tar`.
-      functions: `function(pixels, rng) -> pixels`, uint8 [H, W, C] to the same, applied in order.
-    """
+    """How images are cropped, flipped and changed; the fields are `from_tar`'s arguments."""
 
     crop: str | None = None
     crop_area: float | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
-    functions: tuple[Augment, ...] = ()
+    functions: tuple[Augment, ...] = ()  # `augment`, applied in order
     seed: int = 0
 
     def check(self, resize: bool) -> None:

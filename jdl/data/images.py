@@ -70,16 +70,11 @@ _Window = tuple[float, float, float, float]  # top, left, height and width
 
 
 class Crop(NamedTuple):
-    """A window of an image, with the aspect ratio of the size it is resized to.
+    """A window of an image, with the aspect ratio of the size it is resized to."""
 
-    Attributes:
-      scale: its side relative to that of the largest such window, in (0, 1].
-      down, across: its position between the image's edges, in [0, 1]; ½ is the middle.
-    """
-
-    scale: float
-    down: float
-    across: float
+    scale: float  # its side relative to that of the largest such window, in (0, 1]
+    down: float  # its position between the image's edges, in [0, 1]; ½ is the middle
+    across: float  # likewise
 
     def box(self, height: int, width: int, size: tuple[int, int]) -> _Window:
         """Top, left, height and width of the window in an image of that height and width.

@@ -54,13 +54,12 @@ def reader(label: Label) -> Callable[[str], str | None]:
     if callable(label):
         return _by_function(label)
     place: Any = -1 if label == "folder" else label
-    check.argument(
-        isinstance(place, int) and not isinstance(place, bool),
-        "label",
+    ok = isinstance(place, int) and not isinstance(place, bool)
+    must = (
         '"folder", a place in the path, a compiled regular expression, a function, "cls", '
-        '"json:FIELD", or None',
-        label,
+        '"json:FIELD", or None'
     )
+    check.argument(ok, "label", must, label)
 
     def by_place(name: str) -> str | None:
         parts = folder_parts(name.rpartition("/")[0])
@@ -71,9 +70,8 @@ def reader(label: Label) -> Callable[[str], str | None]:
 
 
 def _by_pattern(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
-    check.argument(
-        pattern.groups <= 1, "label", "a regular expression of at most one group", pattern.pattern
-    )
+    ok = pattern.groups <= 1
+    check.argument(ok, "label", "a regular expression of at most one group", pattern.pattern)
 
     def by_pattern(name: str) -> str | None:
         match = pattern.search(name)

@@ -134,13 +134,10 @@ class _Distinct:
     """Gives each sample a key of its own: `key-2`, `key-3`, … where an earlier one has its key.
 
     Images without sidecars may share a key if their names differ. Takes 100 bytes a sample.
-
-    Args:
-      once: whether the source cannot tell which members that are apart are of one sample.
     """
 
     def __init__(self, once: bool):
-        self._once = once
+        self._once = once  # whether members that are apart cannot be known to be of one sample
         self._kinds: dict[int, str] = {}  # by a digest of the key, or of a further image's name
         self._next: dict[int, int] = {}
         self.renamed: list[tuple[str, str]] = []

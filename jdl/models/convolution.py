@@ -11,6 +11,7 @@ convolutions of transposed arrays, as XLA itself makes them outside of loops:
 Each is a convolution again, so derivatives of every order are closed under this rule.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -61,9 +62,8 @@ def conv_general_dilated(
 
 
 def _ones(value: Any) -> bool:
-    return value is None or all(
-        n == 1 for n in (value if isinstance(value, tuple | list) else [value])
-    )
+    each = value if isinstance(value, tuple | list) else [value]
+    return value is None or all(n == 1 for n in each)
 
 
 def _reference(x: jax.Array, kernel: jax.Array, *, padding: Padding) -> jax.Array:
@@ -85,6 +85,12 @@ def _to_kernel(y: jax.Array, x: jax.Array, kernel: Any, *, padding: Padding) -> 
     return product.transpose(1, 2, 0, 3)
 
 
+def _abstract(x: Any, kernel: Any, *, padding: Padding) -> jax.core.ShapedArray:
+    arrays = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel))
+    out = jax.eval_shape(functools.partial(_reference, padding=padding), *arrays)
+    return jax.core.ShapedArray(out.shape, x.dtype)
+
+
 def _batch(args: Any, axes: Any, *, padding: Padding) -> tuple[jax.Array, int]:
     mapped = jax.vmap(lambda x, k: _reference(x, k, padding=padding), in_axes=tuple(axes))
     return mapped(*args), 0
@@ -92,16 +98,7 @@ def _batch(args: Any, axes: Any, *, padding: Padding) -> tuple[jax.Array, int]:
 
 _conv_p = Primitive("canonical_conv")
 _conv_p.def_impl(jax.jit(_reference, static_argnames="padding"))
-_conv_p.def_abstract_eval(
-    lambda x, kernel, *, padding: jax.core.ShapedArray(
-        jax.eval_shape(
-            lambda x, kernel: _reference(x, kernel, padding=padding),
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct(kernel.shape, kernel.dtype),
-        ).shape,
-        x.dtype,
-    )
-)
+_conv_p.def_abstract_eval(_abstract)
 ad.defbilinear(_conv_p, _to_x, _to_kernel)
 batching.primitive_batchers[_conv_p] = _batch
 mlir.register_lowering(_conv_p, mlir.lower_fun(_reference, multiple_results=False))

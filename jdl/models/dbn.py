@@ -114,8 +114,7 @@ class DBN:
         """E[h] of the top units, [B, widths[-1]], for inputs [B, ...]."""
         self._check_depth(params)
         *below, top = params
-        h = self._up(below, x)
-        h = jnp.pad(h, [(0, 0), (0, self.num_classes)])
+        h = jnp.pad(self._up(below, x), [(0, 0), (0, self.num_classes)])
         machine = self.rbm(len(below))
         return machine.hidden_mean(machine.hidden_input(top, h))
 
@@ -176,24 +175,18 @@ class DBN:
         net = MLP(widths=tuple(self.widths), num_outputs=num_outputs, activation="sigmoid")
         layers = {f"Dense_{i}": self._dense(params, i) for i in range(len(self.widths))}
         top, n = params[-1], self._top_inputs(params)
-        outputs = {
-            "kernel": jnp.zeros((self.widths[-1], num_outputs)),
-            "bias": jnp.zeros(num_outputs),
-        }
+        kernel, bias = jnp.zeros((self.widths[-1], num_outputs)), jnp.zeros(num_outputs)
         if self.num_classes:
-            outputs = {"kernel": top["kernel"][n:].T, "bias": top["visible_bias"][n:]}
-        return net, {**layers, "outputs": outputs}
+            kernel, bias = top["kernel"][n:].T, top["visible_bias"][n:]
+        return net, {**layers, "outputs": {"kernel": kernel, "bias": bias}}
 
     def unrolled_autoencoder(self, params: Sequence[Params]) -> tuple[Autoencoder, Params]:
         """A deep autoencoder with the stack's weights, and its parameters; outputs are logits."""
         self._check_depth(params)
         check.argument(self.num_classes == 0, "num_classes", "0 for an autoencoder", "label units")
         depth = len(self.widths)
-        net = Autoencoder(
-            widths=tuple(self.widths),
-            activation="sigmoid",
-            code_activation="linear" if self.linear_code else "sigmoid",
-        )
+        code = "linear" if self.linear_code else "sigmoid"
+        net = Autoencoder(tuple(self.widths), activation="sigmoid", code_activation=code)
         up = {f"encoder_{i}": self._dense(params, i) for i in range(depth)}
         names = [*(f"decoder_{i}" for i in range(depth - 1)), "reconstruction"]
         down = {
@@ -201,8 +194,6 @@ class DBN:
             for name, p in zip(names, reversed(params), strict=True)
         }
         return net, up | down
-
-    # ------------------------------------------------------------------ internals
 
     def _check_depth(self, params: Sequence[Params]) -> None:
         depth = len(self.widths)
@@ -254,14 +245,9 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
         −Σₗ log P_R(hˡ⁺¹ | hˡ)   of a sleep pass down, after k Gibbs steps in the top machine,
         F(top wake state) − F(top sleep state).
 
-    Args:
-      dbn: a stack of binary machines.
-      params: of its layers, after greedy training.
-      k: Gibbs steps in the top machine.
-
-    Returns:
-      A `Model` with parameters `{"up", "down", "top"}` whose outputs are the losses, float[B]:
-      train it with `jdl.models.dbn.as_loss`. `merged(params)` converts them to a stack's.
+    The `dbn` has binary units; its `params` come from greedy training. The `Model` has parameters
+    `{"up", "down", "top"}`, which `merged` converts to a stack's, and its outputs are the losses,
+    float[B]: train it with `jdl.models.dbn.as_loss`.
 
     References:
       Hinton, Osindero and Teh 2006, section 5 and appendix B.

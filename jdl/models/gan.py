@@ -231,14 +231,11 @@ class GAN:
         one, other = jax.random.split(key)
         noise = jnp.zeros((image.shape[0], self.latent), image.dtype)
         variables = {
-            "generator": self.generator.init(one, noise, label),
-            "discriminator": self.discriminator.init(other, image, label),
+            "generator": dict(self.generator.init(one, noise, label)),
+            "discriminator": dict(self.discriminator.init(other, image, label)),
         }
-        params = {name: v["params"] for name, v in variables.items()}
-        state = {
-            name: {k: x for k, x in v.items() if k != "params"} for name, v in variables.items()
-        }
-        return params, state
+        params = {name: v.pop("params") for name, v in variables.items()}
+        return params, variables
 
     def _apply(
         self,
@@ -331,17 +328,14 @@ def optimizers(
     >>> {name: round(float(x), 1) for name, x in updates.items()}
     {'discriminator': -0.1, 'generator': -1.0}
     """
-    return optax.partition(
-        {"generator": generator, "discriminator": discriminator},
-        {"generator": "generator", "discriminator": "discriminator"},
-    )
+    transforms = {"generator": generator, "discriminator": discriminator}
+    return optax.partition(transforms, {name: name for name in transforms})
 
 
 def walk(key: Key, rows: int, steps: int, latent: int) -> jax.Array:
     """Noise along great circles between random points: float[rows, steps, latent].
 
-    Unlike on straight lines, the points have the norms of the noise that the generator was trained
-    on.
+    Unlike on straight lines, the points have the norms of the noise used in training.
 
     >>> z = walk(jax.random.key(0), 2, 5, 64)
     >>> z.shape, bool(jnp.allclose(jnp.linalg.norm(z, axis=-1).min(axis=1) > 6, True))

@@ -49,11 +49,8 @@ def contrastive_divergence(outputs: Energies, batch: Batch) -> jax.Array:
 def sparse_divergence(target: float, cost: float) -> Callable[[Energies, Batch], jax.Array]:
     """Contrastive divergence + cost · Σⱼ cross-entropy(target, P(hⱼ = 1 | v)).
 
-    The penalty's derivative with respect to a unit's input is cost · (P(hⱼ) − target).
-
-    Args:
-      target: desired mean activity of the hidden units, in [10⁻⁶, 1 − 10⁻⁶].
-      cost: ≥ 0.
+    The penalty's derivative with respect to a unit's input is cost · (P(hⱼ) − target). The target
+    is the desired mean activity of the hidden units, in [10⁻⁶, 1 − 10⁻⁶].
 
     References:
       Hinton, A practical guide to training restricted Boltzmann machines, 2010, section 11.
@@ -160,8 +157,7 @@ class RBM(nn.Module):
         if not train or self.is_initializing():
             negative = self.free_energy(params, jax.lax.stop_gradient(means))
         elif chain is None:
-            key = self.make_rng("dropout")
-            sample = self._contrast(frozen, v, key)
+            sample = self._contrast(frozen, v, self.make_rng("dropout"))
             negative = self.free_energy(params, jax.lax.stop_gradient(sample))
         else:
             seen = frozen if fast is None else jax.tree.map(jnp.add, frozen, fast.value)
@@ -202,9 +198,8 @@ class RBM(nn.Module):
         if self.num_classes == 0:
             check.argument(label is None, "label", "None without label units", type(label))
             return v
-        check.argument(
-            label is not None, "label", f"given, for {self.num_classes} label units", label
-        )
+        must = f"given, for {self.num_classes} label units"
+        check.argument(label is not None, "label", must, label)
         label = jnp.asarray(label)
         if jnp.issubdtype(label.dtype, jnp.integer):
             label = jax.nn.one_hot(label, self.num_classes, dtype=v.dtype)
@@ -213,9 +208,8 @@ class RBM(nn.Module):
     @nn.nowrap
     def free_energy(self, params: Params, v: jax.Array) -> jax.Array:
         """F(v), [B], of visible units [B, V], in nats."""
-        return self.visible_energy(params["visible_bias"], v) - jnp.sum(
-            self.log_hidden(self.hidden_input(params, v)), axis=1
-        )
+        hidden = jnp.sum(self.log_hidden(self.hidden_input(params, v)), axis=1)
+        return self.visible_energy(params["visible_bias"], v) - hidden
 
     @nn.nowrap
     def visible_energy(self, bias: jax.Array, v: jax.Array) -> jax.Array:
@@ -251,9 +245,9 @@ class RBM(nn.Module):
         """E[v], from the visible input."""
         n = a.shape[1] - self.num_classes
         pixels = jax.nn.sigmoid(a[:, :n]) if self.visible == "bernoulli" else a[:, :n]
-        return (
-            jnp.concatenate([pixels, jax.nn.softmax(a[:, n:])], 1) if self.num_classes else pixels
-        )
+        if not self.num_classes:
+            return pixels
+        return jnp.concatenate([pixels, jax.nn.softmax(a[:, n:])], 1)
 
     @nn.nowrap
     def draw_hidden(self, a: jax.Array, key: Key) -> jax.Array:
@@ -341,8 +335,6 @@ class RBM(nn.Module):
         a = self.hidden_input(params, pixels)[:, None] + params["kernel"][None, n:]
         return params["visible_bias"][None, n:] + jnp.sum(self.log_hidden(a), axis=2)
 
-    # ------------------------------------------------------------------ internals
-
     @nn.nowrap
     def _check(self) -> None:
         check.one_of("visible", self.visible, ("bernoulli", "gaussian"))
@@ -358,9 +350,8 @@ class RBM(nn.Module):
         ok = self.hidden_units == "bernoulli" or (self.chains == 0 and self.visible == "bernoulli")
         must = '"bernoulli" for persistent chains or Gaussian visible units'
         check.argument(ok, "hidden_units", must, self.hidden_units)
-        check.argument(
-            self.chains > 0 or self.fast_rate == 0, "chains", "positive for fast weights", 0
-        )
+        ok = self.chains > 0 or self.fast_rate == 0
+        check.argument(ok, "chains", "positive for fast weights", 0)
 
     @nn.nowrap
     def _scaled(self, v: jax.Array, factor: float) -> jax.Array:

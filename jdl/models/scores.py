@@ -45,13 +45,11 @@ def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Featu
 
     @jax.jit
     def see(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, kept = cnn.apply(
-            {"params": params},
-            images,
-            capture_intermediates=lambda module, _: module.name == "Dropout_0",
-            mutable=["intermediates"],
+        kept = lambda module, _: module.name == "Dropout_0"  # noqa: E731
+        logits, caught = cnn.apply(
+            {"params": params}, images, capture_intermediates=kept, mutable=["intermediates"]
         )
-        return kept["intermediates"]["Dropout_0"]["__call__"][0], jnp.argmax(logits, axis=1)
+        return caught["intermediates"]["Dropout_0"]["__call__"][0], jnp.argmax(logits, axis=1)
 
     found = [
         jax.device_get(see(params, jnp.asarray(images[at : at + batch_size], jnp.float32)))
@@ -167,9 +165,8 @@ def nearest(samples: np.ndarray, images: np.ndarray, batch_size: int = 100) -> N
     check.argument(len(images) > 0, "images", "at least one image", len(images))
     table = np.asarray(images, np.float32).reshape(len(images), -1)
     flat = np.asarray(samples, np.float32).reshape(len(samples), -1)
-    check.argument(
-        table.shape[1] == flat.shape[1], "samples", "of the images' shape", np.shape(samples)
-    )
+    ok = table.shape[1] == flat.shape[1]
+    check.argument(ok, "samples", "of the images' shape", np.shape(samples))
     norms = np.square(table).sum(1)
     index = np.empty(len(flat), np.int64)
     for at in range(0, len(flat), batch_size):

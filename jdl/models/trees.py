@@ -141,8 +141,7 @@ def parse(text: str) -> Tree:
     labels: list[str | None] = []
     parents: list[int] = []
     has_children: list[bool] = []
-    node = -1  # the innermost open one
-    done = False
+    node, done = -1, False  # the innermost open one
 
     def refuse(problem: str) -> check.DataError:
         shown = text.strip()

@@ -78,16 +78,6 @@ def _cnn(image_shape: Shape, num_classes: int) -> CNN:
     return CNN(num_classes=num_classes, units=1024 if min(image_shape[:2]) >= 64 else 128)
 
 
-def _mlp(image_shape: Shape, num_classes: int) -> MLP:
-    del image_shape
-    return MLP(num_outputs=num_classes, widths=(500, 500))
-
-
-def _rnn(image_shape: Shape, num_classes: int) -> RNN:
-    del image_shape
-    return RNN(num_outputs=num_classes)
-
-
 def _autoencoder(image_shape: Shape, num_classes: int) -> Autoencoder:
     del num_classes
     widths = (1000, 500, 250, 30) if _is_large(image_shape) else (128, 64, 16)
@@ -168,10 +158,6 @@ def _dbn_pictures(run: Finished) -> list[Path]:
     return [pictures.filters(kernel, x.shape[1:], run.workdir / "filters.png")]
 
 
-def _recursive(image_shape: Shape, num_classes: int) -> TreeLSTM:
-    return TreeLSTM(num_outputs=num_classes, vocabulary=image_shape[0], kind="nary", hidden=48)
-
-
 def _recursive_estimator(
     net: TreeLSTM, optimizer: optax.GradientTransformation, **options: Any
 ) -> Estimator:
@@ -222,9 +208,9 @@ def _gan_pictures(run: Finished) -> list[Path]:
 
 
 RECIPES = {
-    "mlp": Recipe(_mlp, "classifier", 400),
+    "mlp": Recipe(lambda _, k: MLP(num_outputs=k, widths=(500, 500)), "classifier", 400),
     "cnn": Recipe(_cnn, "classifier", 400),
-    "rnn": Recipe(_rnn, "classifier", 600),
+    "rnn": Recipe(lambda _, k: RNN(num_outputs=k), "classifier", 600),
     "autoencoder": Recipe(_autoencoder, "autoencoder", 1500, pictures=_autoencoder_pictures),
     "denoising": Recipe(
         _denoising, "autoencoder", 1500, estimator=_denoising_estimator, pictures=_reconstructions
@@ -232,7 +218,7 @@ RECIPES = {
     "rbm": Recipe(_rbm, "rbm", 3000, "momentum", estimator=boltzmann.rbm, pictures=_rbm_pictures),
     "dbn": Recipe(_dbn, "classifier", 3000, prepare=_pretrained, pictures=_dbn_pictures),
     "recursive": Recipe(
-        _recursive,
+        lambda shape, k: TreeLSTM(num_outputs=k, vocabulary=shape[0], kind="nary", hidden=48),
         "trees",
         1500,
         estimator=_recursive_estimator,

@@ -23,21 +23,17 @@ those of jaxopt where it has the class; `minimize` is stricter:
 
 from typing import Any
 
-from jdl.optim.result import ResultCode as ResultCode
-from jdl.solvers.gradient_check import check_gradient as check_gradient
-from jdl.solvers.gradient_descent import GradientDescent as GradientDescent
-from jdl.solvers.hessian_free import HessianFree as HessianFree
-from jdl.solvers.lbfgs import LBFGS as LBFGS
-from jdl.solvers.lbfgs import LBFGSB as LBFGSB
-from jdl.solvers.least_squares import GaussNewton as GaussNewton
-from jdl.solvers.least_squares import LevenbergMarquardt as LevenbergMarquardt
-from jdl.solvers.minimize import Result as Result
-from jdl.solvers.minimize import minimize as minimize
-from jdl.solvers.newton import Newton as Newton
-from jdl.solvers.nonlinear_cg import NonlinearCG as NonlinearCG
-from jdl.solvers.optax_solver import OptaxSolver as OptaxSolver
-from jdl.solvers.state import OptStep as OptStep
-from jdl.solvers.state import SolverState as SolverState
+from jdl.optim.result import ResultCode
+from jdl.solvers.gradient_check import check_gradient
+from jdl.solvers.gradient_descent import GradientDescent
+from jdl.solvers.hessian_free import HessianFree
+from jdl.solvers.lbfgs import LBFGS, LBFGSB
+from jdl.solvers.least_squares import GaussNewton, LevenbergMarquardt
+from jdl.solvers.minimize import Result, minimize
+from jdl.solvers.newton import Newton
+from jdl.solvers.nonlinear_cg import NonlinearCG
+from jdl.solvers.optax_solver import OptaxSolver
+from jdl.solvers.state import OptStep, SolverState
 
 __all__ = [
     "LBFGS",

@@ -50,10 +50,7 @@ def projected_lbfgs(
 ) -> optax.GradientTransformationExtraArgs:
     """L-BFGS whose updates stay in a box, given to `update` as `bounds=(lower, upper)`.
 
-    Args:
-      learning_rate: the first trial step, > 0.
-      memory_size: how many pairs, ≥ 1.
-      max_evaluations: maximum trials of the line search, ≥ 1.
+    `learning_rate` is the line search's first trial step, `max_evaluations` its maximum of trials.
 
     References:
       Bertsekas, Projected Newton methods for optimization problems with simple constraints (1982).
@@ -92,9 +89,7 @@ def projected_lbfgs(
         # Without curvature −g has no scale of its own.
         first = jnp.where(scaled & descends, rate, rate / jnp.maximum(1.0, length))
         active = here.finite & (length > 0)
-        end = _projected_search(
-            here, direction, (lower, upper), first, max_evaluations=max_evaluations, active=active
-        )
+        end = _projected_search(here, direction, (lower, upper), first, max_evaluations, active)
         s = jnp.where(end.good, ravel_pytree(end.params)[0] - x, 0.0)
         y = jnp.where(end.good, ravel_pytree(end.grad)[0] - gradient, 0.0)
         lost = active & ~end.good  # after a failure the history is dropped
@@ -132,7 +127,6 @@ def _projected_search(
     direction: jax.Array,
     bounds: tuple[jax.Array, jax.Array],
     first: jax.Array,
-    *,
     max_evaluations: int,
     active: jax.Array,
 ) -> _Trial:
@@ -186,12 +180,9 @@ def fitted(bounds: tuple[Any, Any], params: Params) -> tuple[Params, Params]:
         if isinstance(bound, int | float) or getattr(bound, "ndim", None) == 0:
             return jax.tree.map(lambda x: jnp.full(x.shape, bound, x.dtype), params)
         structure: Any = jax.tree.structure(params)
-        check.argument(
-            jax.tree.structure(bound) == structure,
-            f"bounds' {side}",
-            f"a number or a pytree of the parameters' structure, {structure}",
-            jax.tree.structure(bound),
-        )
+        given = jax.tree.structure(bound)
+        must = f"a number or a pytree of the parameters' structure, {structure}"
+        check.argument(given == structure, f"bounds' {side}", must, given)
 
         def leaf(x: jax.Array, b: Any) -> jax.Array:
             shape = jnp.shape(b)
@@ -202,11 +193,6 @@ def fitted(bounds: tuple[Any, Any], params: Params) -> tuple[Params, Params]:
         return jax.tree.map(leaf, params, bound)
 
     return fit("lower", bounds[0]), fit("upper", bounds[1])
-
-
-def project(params: Params, bounds: tuple[Params, Params]) -> Params:
-    """The point of the box nearest to `params`."""
-    return jax.tree.map(jnp.clip, params, *bounds)
 
 
 def _inverse_product(s: jax.Array, y: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -60,11 +60,7 @@ def check_gradient(
 
 
 def check_problem_gradient(
-    problem: Problem,
-    params: Params,
-    directions: int = 3,
-    tolerance: float = 0.03,
-    seed: int = 0,
+    problem: Problem, params: Params, directions: int = 3, tolerance: float = 0.03, seed: int = 0
 ) -> float:
     """`check_gradient` for a `Problem`, such as ½ ‖r‖² of residuals."""
     check_problem(problem, params, "check_gradient")

@@ -78,13 +78,8 @@ def gradient_descent(
                 here, updates, state.stepsize, decrease_factor, max_evaluations
             )
             code = diag.ending(found.termination, here.finite, here.stationary, jnp.asarray(True))
-            diagnostics = diag.advance(
-                diagnostics,
-                step_size=step,
-                termination=code,
-                values=found.evaluations,
-                reused=reused,
-            )
+            known = {"step_size": step, "values": found.evaluations, "reused": reused}
+            diagnostics = diag.advance(diagnostics, termination=code, **known)
         else:
             length = stepsize(state.iteration) if callable(stepsize) else stepsize
             step, next_step = jnp.asarray(length).astype(here.value.dtype), state.stepsize

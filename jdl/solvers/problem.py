@@ -37,24 +37,15 @@ def make_problem(
 ) -> Problem:
     """The `Problem` of a function in one of jaxopt's forms, or of a `jdl.Objective`.
 
-    Args:
-      fun: `fun(params, *args, **kwargs) -> value`; with `has_aux` `(value, aux)`; with
-        `value_and_grad=True` the pair of that and the gradient. Or a `jdl.Objective`.
-      value_and_grad: whether `fun` returns the gradient too, or a function that does.
-      has_aux: whether values come as `(value, aux)`.
-      args: further positional arguments.
-      kwargs: further keyword arguments.
+    `fun(params, *args, **kwargs)` returns the value; with `has_aux` (value, aux); with
+    `value_and_grad=True` the pair of that and the gradient.
     """
     if isinstance(fun, Objective):
         ok = not (args or kwargs or has_aux or value_and_grad)
         must = "a plain function if further arguments, has_aux or value_and_grad are given"
         check.argument(ok, "fun", must, type(fun).__name__)
-        objective = fun
-        return Problem(
-            objective.value,
-            lambda params: (*objective.value_and_grad(params)[:2], None),
-            objective,
-        )
+        evaluated = lambda params: (*fun.value_and_grad(params)[:2], None)  # noqa: E731
+        return Problem(fun.value, evaluated, fun)
 
     def split(out: Any) -> tuple[Any, Any]:
         return out if has_aux else (out, None)

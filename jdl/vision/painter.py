@@ -44,7 +44,7 @@ class Painter(NamedTuple):
         *,
         tile: int = TILE,
     ) -> np.ndarray:
-        """The painting, float32 [H, W, 3] in [0, 1].
+        """The painting, float32 [H, W, 3] in [0, 1], with these shares of styles.
 
         Args:
           picture: [H, W, 3] in [0, 1] or uint8; may be gray or have alpha.
@@ -99,10 +99,8 @@ class Painter(NamedTuple):
 
         def predict(params: Any, state: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
             del state
-            paintings, statistics = self.apply(
-                params, batch["image"], batch["mixture"], batch["statistics"]
-            )
-            return {"image": paintings, "statistics": statistics}
+            inputs = (batch[name] for name in ("image", "mixture", "statistics"))
+            return dict(zip(("image", "statistics"), self.apply(params, *inputs), strict=True))
 
         def zeros(*shape: int) -> np.ndarray:
             return np.zeros(shape, np.float32)

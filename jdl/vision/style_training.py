@@ -46,12 +46,8 @@ def build_estimator(
 ) -> Estimator:
     """An Estimator that trains on batches {"image": [B, H, W, 3]} of photographs.
 
-    Args:
-      config: the run's settings.
-      trunk: the network that measures content and style.
-      paintings: one for each style, [h, w, 3]; their size sets the size of the strokes.
-      workdir: the run directory.
-      **options: further ones of `Estimator`.
+    The trunk measures content and style. The paintings [h, w, 3], one for each style, set the size
+    of the strokes by their own.
     """
     given = tuple(digest(painting) for painting in paintings)
     check.argument(given == config.paintings, "paintings", "those of this run", given)

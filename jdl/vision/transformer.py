@@ -77,14 +77,10 @@ class StyleNet(nn.Module):
         self, images: jax.Array, mixture: jax.Array, statistics: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """The paintings and the statistics used; heights and widths must be multiples of 4."""
-        check.argument(
-            images.ndim == 4 and images.shape[3] == 3, "images", "of shape [B, H, W, 3]",
-            images.shape,
-        )  # fmt: skip
-        check.argument(
-            mixture.ndim == 2 and mixture.shape[1] == self.styles, "mixture",
-            f"of shape [B, {self.styles}]", mixture.shape,
-        )  # fmt: skip
+        ok = images.ndim == 4 and images.shape[3] == 3
+        check.argument(ok, "images", "of shape [B, H, W, 3]", images.shape)
+        ok = mixture.ndim == 2 and mixture.shape[1] == self.styles
+        check.argument(ok, "mixture", f"of shape [B, {self.styles}]", mixture.shape)
         full, half, quarter = self.filters
         norms = _Norms(self.styles, mixture, statistics)
         x = norms(conv(full, 9)(2.0 * images - 1.0), relu=True)

@@ -189,11 +189,9 @@ def of_linen(
             return out + edits[path] if context.method_name == "__call__" and path in edits else out
 
         with nn.intercept_methods(edited):
+            x = as_trained(images, image_shape)
             out, caught = module.apply(
-                variables,
-                as_trained(images, image_shape),
-                capture_intermediates=True,
-                mutable=["intermediates"],
+                variables, x, capture_intermediates=True, mutable=["intermediates"]
             )
         found: Features = {}
         _collect(caught["intermediates"], (), found)
@@ -201,10 +199,8 @@ def of_linen(
             found["output"] = out
         return found
 
-    return _of_function(
-        outputs, {"params": params, **(state or {})}, image_shape, name or type(module).__name__,
-        classes,
-    )  # fmt: skip
+    name = name or type(module).__name__
+    return _of_function(outputs, {"params": params, **(state or {})}, image_shape, name, classes)
 
 
 def of_model(
@@ -231,18 +227,15 @@ def of_model(
 
     def outputs(variables: Any, images: jax.Array, edits: Edits) -> Features:
         x = as_trained(images, image_shape)
-        program, shape = jax.make_jaxpr(
-            lambda v, x: model.apply(v["params"], v["state"], x)[0], return_shape=True
-        )(variables, x)
+        run = lambda v, x: model.apply(v["params"], v["state"], x)[0]  # noqa: E731
+        program, shape = jax.make_jaxpr(run, return_shape=True)(variables, x)
         leaves, found = _record(program, jax.tree.leaves((variables, x)), edits)
         if isinstance(shape, jax.ShapeDtypeStruct):
             found["output"] = leaves[0]
         return found
 
-    return _of_function(
-        outputs, {"params": params, "state": {} if state is None else state}, image_shape, name,
-        classes,
-    )  # fmt: skip
+    variables = {"params": params, "state": {} if state is None else state}
+    return _of_function(outputs, variables, image_shape, name, classes)
 
 
 def as_trained(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
@@ -252,8 +245,7 @@ def as_trained(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Arra
         images = images @ jnp.asarray(_LUMA, images.dtype).reshape(3, 1)
     if images.shape[1:3] == (height, width):
         return images
-    shape = (images.shape[0], height, width, channels)
-    return jax.image.resize(images, shape, "linear")
+    return jax.image.resize(images, (images.shape[0], height, width, channels), "linear")
 
 
 def _of_function(

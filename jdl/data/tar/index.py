@@ -71,19 +71,14 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
     """The index of the archive at `path`, read from its file or made.
 
     A file that is not a tar gets an empty index whose `damage` says so. Offsets in a compressed
-    archive are those in the decompressed tar.
-
-    Args:
-      path: the archive.
-      keep: whether to store an index that had to be made: beside the archive or, if that is not
-        allowed, in the cache directory.
+    archive are those in the decompressed tar. With `keep` an index that had to be made is stored:
+    beside the archive or, if that is not allowed, in the cache directory.
 
     Raises:
       DataError: if the archive is missing or cannot be read.
     """
-    files = [cached(path)] if is_url(path) else [path + SUFFIX, cached(path)]
-    if path == STDIN:
-        files = []
+    beside = [] if is_url(path) else [path + SUFFIX]
+    files = [] if path == STDIN else [*beside, cached(path)]
     archive = open_archive(path)
     try:
         stamp = archive.stamp()
@@ -119,9 +114,8 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
 
 def cached(path: str) -> str:
     """The place of the index of `path` when it cannot be beside it."""
-    root = os.environ.get("JDL_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jdl"
-    )
+    usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = os.environ.get("JDL_CACHE") or os.path.join(usual, "jdl")
     name = path if is_url(path) else os.path.realpath(path)
     name = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     return os.path.join(root, "index", name + SUFFIX)
@@ -130,12 +124,7 @@ def cached(path: str) -> str:
 def save(index: TarIndex, file: str) -> None:
     """Writes the index atomically: no reader sees half of it."""
     lengths = {field: len(array) for field, array in index.columns._asdict().items()}
-    header = {
-        "stamp": index.stamp,
-        "size": index.size,
-        "damage": index.damage,
-        "lengths": lengths,
-    }
+    header = {"stamp": index.stamp, "size": index.size, "damage": index.damage, "lengths": lengths}
     start = json.dumps(header).encode()
     with atomic_file(file, sync=False) as out:
         out.write(_MAGIC + len(start).to_bytes(8, "little") + start)

@@ -68,9 +68,7 @@ def runs(
 ) -> Iterator[tuple[tuple[_Key, bytes], dict[bytes, _Member]]]:
     """Adjacent members of one key, by extension; without macOS's `._` and names without a dot.
 
-    Args:
-      members: (folder, base name, what is to be returned).
-      most: members in a run.
+    `members` are (folder, base name, what is to be returned), `most` of them in a run.
     """
     key, run = None, dict[bytes, _Member]()
     for folder, base, member in members:

@@ -344,9 +344,8 @@ class Walk:
     def note(self, word: str, at: int, name: bytes, detail: str, lost: bool = True) -> None:
         """Notes one defect."""
         if len(self.damage) < _MAX_DAMAGE:
-            self.damage.append(
-                scan.Damage(word, at, scan.text(fmt.plain(name)[:200]), detail, lost)
-            )
+            name_text = scan.text(fmt.plain(name)[:200])
+            self.damage.append(scan.Damage(word, at, name_text, detail, lost))
         else:
             self.unlisted[word, lost] += 1
 
