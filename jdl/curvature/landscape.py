@@ -167,13 +167,11 @@ def _gradient(objective: Objective, params: Params) -> jax.Array:
     return ravel_pytree(objective.grad(params))[0]
 
 
+@functools.cache
 def batch_product(kind: str) -> Callable[[Objective, Params, Params], jax.Array]:
     """The compiled function (objective, params, vector) -> product, [n]."""
-    return _batch_product(METHODS[check.one_of("kind", kind, METHODS)])
+    method = METHODS[check.one_of("kind", kind, METHODS)]
 
-
-@functools.cache
-def _batch_product(method: str) -> Callable[..., jax.Array]:
     @jax.jit
     def product(objective: Objective, params: Params, vector: Params) -> jax.Array:
         return ravel_pytree(getattr(objective, method)(params, vector))[0]

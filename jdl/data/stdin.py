@@ -213,7 +213,6 @@ class PipedBatches(Batches):
 
     def start_loading(self, epoch: int, record: int) -> Any:
         """The batches from a position on; records before it are read but not decoded."""
-        del epoch
         stream = MemberStream(open_archive(STDIN))
         coming = itertools.islice(self._chosen.images(stream), record, None)
         rows = self.plan.batch_size

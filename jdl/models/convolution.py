@@ -72,7 +72,6 @@ def _reference(x: jax.Array, kernel: jax.Array, *, padding: Padding) -> jax.Arra
 
 def _to_x(y: jax.Array, x: Any, kernel: jax.Array, *, padding: Padding) -> jax.Array:
     """The adjoint in x: the gradient of ⟨y, x ∗ k⟩ with respect to x."""
-    del x
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
     around = [(n - 1 - p[0], n - 1 - p[1]) for n, p in zip(kernel.shape[:2], padding, strict=True)]
     return _conv_p.bind(y, flipped, padding=tuple(around))
@@ -80,7 +79,6 @@ def _to_x(y: jax.Array, x: Any, kernel: jax.Array, *, padding: Padding) -> jax.A
 
 def _to_kernel(y: jax.Array, x: jax.Array, kernel: Any, *, padding: Padding) -> jax.Array:
     """The adjoint in k: a convolution with examples as channels and y as the window."""
-    del kernel
     product = _conv_p.bind(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), padding=padding)
     return product.transpose(1, 2, 0, 3)
 

@@ -276,7 +276,6 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
     def apply(
         p: Params, state: ModelState, *inputs: Any, key: Key | None = None, train: bool = False
     ) -> tuple[jax.Array, ModelState]:
-        del train
         x, *label = inputs
         keys = jax.random.split(jax.random.key(0) if key is None else key, 2 * depth + 2)
         fixed = jax.lax.stop_gradient(p)
@@ -301,7 +300,6 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
 
 def as_loss(outputs: jax.Array, batch: Batch) -> jax.Array:
     """The loss of a model whose outputs are losses."""
-    del batch
     return outputs
 
 

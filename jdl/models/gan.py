@@ -67,8 +67,10 @@ class Generator(nn.Module):
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
             return nn.relu(x)
 
-        x = _joined(z, label, self.num_classes)
-        x = nn.Dense(height * width * self.widths[0], kernel_init=_WEIGHTS)(x)
+        if self.num_classes is not None:
+            check.argument(label is not None, "label", "given, with `num_classes`", label)
+            z = jnp.concatenate([z, jax.nn.one_hot(label, self.num_classes, dtype=z.dtype)], axis=1)
+        x = nn.Dense(height * width * self.widths[0], kernel_init=_WEIGHTS)(z)
         x = finished(x.reshape(x.shape[0], height, width, self.widths[0]))
         for i, filters in enumerate([*self.widths[1:], channels]):
             x = nn.ConvTranspose(filters, (4, 4), (2, 2), kernel_init=_WEIGHTS)(x)
@@ -125,13 +127,6 @@ def _small(shape: tuple[int, int, int], widths: Sequence[int]) -> tuple[int, int
     whole = shape[0] % by == 0 and shape[1] % by == 0
     check.argument(whole, "shape", f"of sides that are multiples of {by}", shape)
     return shape[0] // by, shape[1] // by
-
-
-def _joined(z: jax.Array, label: jax.Array | None, num_classes: int | None) -> jax.Array:
-    if num_classes is None:
-        return z
-    check.argument(label is not None, "label", "given, with `num_classes`", label)
-    return jnp.concatenate([z, jax.nn.one_hot(label, num_classes, dtype=z.dtype)], axis=1)
 
 
 class Judged(NamedTuple):
@@ -285,7 +280,6 @@ class GAN:
 
     def discriminator_loss(self, outputs: Judged, batch: Batch) -> jax.Array:
         """ℓ_D with its penalty, float[B]."""
-        del batch
         real, fake = outputs.real, outputs.fake
         if self.game == "hinge":
             return nn.relu(1.0 - real) + nn.relu(1.0 + fake) + outputs.penalty
@@ -296,7 +290,6 @@ class GAN:
 
     def generator_loss(self, outputs: Judged, batch: Batch) -> jax.Array:
         """ℓ_G, float[B]."""
-        del batch
         if self.game == "non_saturating":
             return nn.softplus(-outputs.fooled)
         return -outputs.fooled

@@ -42,7 +42,6 @@ def contrastive_divergence(outputs: Energies, batch: Batch) -> jax.Array:
     Its value says nothing about the likelihood. Use it with optimizers that need the gradient only:
     a line search meets different samples, from the same random numbers, at each trial point.
     """
-    del batch
     return outputs.positive - outputs.negative
 
 
@@ -75,7 +74,6 @@ def log_odds(mean: Any) -> Callable[..., jax.Array]:
     mean = jnp.clip(jnp.ravel(jnp.asarray(mean, jnp.float32)), 0.005, 0.995)
 
     def init(key: Key, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-        del key
         bias = jnp.log(mean) - jnp.log1p(-mean)
         return jnp.zeros(shape, dtype).at[: mean.size].set(bias.astype(dtype))
 

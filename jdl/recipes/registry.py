@@ -1,5 +1,6 @@
 """The models that `jdl train` knows by name, with the settings recommended for each."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,7 +80,6 @@ def _cnn(image_shape: Shape, num_classes: int) -> CNN:
 
 
 def _autoencoder(image_shape: Shape, num_classes: int) -> Autoencoder:
-    del num_classes
     widths = (1000, 500, 250, 30) if _is_large(image_shape) else (128, 64, 16)
     return Autoencoder(widths=widths, kernel_init=sparse_init(15))
 
@@ -97,7 +97,6 @@ def _reconstructions(run: Finished) -> list[Path]:
 
 
 def _denoising(image_shape: Shape, num_classes: int) -> Model:
-    del num_classes
     widths = (1000, 500) if _is_large(image_shape) else (256, 128)
     return denoising(Autoencoder(widths=widths, activation="relu", code_activation="relu"))
 
@@ -119,7 +118,6 @@ def _denoising_estimator(
 
 
 def _rbm(image_shape: Shape, num_classes: int) -> RBM:
-    del num_classes
     return RBM(hidden=500 if _is_large(image_shape) else 128, chains=64)
 
 
@@ -158,12 +156,6 @@ def _dbn_pictures(run: Finished) -> list[Path]:
     return [pictures.filters(kernel, x.shape[1:], run.workdir / "filters.png")]
 
 
-def _recursive_estimator(
-    net: TreeLSTM, optimizer: optax.GradientTransformation, **options: Any
-) -> Estimator:
-    return premade.classifier(net, optimizer, inputs=formulas.INPUTS, **options)
-
-
 def _tree_pictures(run: Finished) -> list[Path]:
     net, packed = run.net.clone(every_node=True), formulas.packed_trees("test")
     path = run.workdir / "trees.png"
@@ -171,7 +163,6 @@ def _tree_pictures(run: Finished) -> list[Path]:
 
 
 def _gan(image_shape: Shape, num_classes: int) -> GAN:
-    del num_classes
     height, width, channels = image_shape
     return GAN.of_shape((height, width, channels))
 
@@ -221,7 +212,7 @@ RECIPES = {
         lambda shape, k: TreeLSTM(num_outputs=k, vocabulary=shape[0], kind="nary", hidden=48),
         "trees",
         1500,
-        estimator=_recursive_estimator,
+        estimator=functools.partial(premade.classifier, inputs=formulas.INPUTS),
         pictures=_tree_pictures,
         data="trees",
     ),

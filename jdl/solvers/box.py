@@ -83,7 +83,11 @@ def projected_lbfgs(
         gradient = ravel_pytree(here.grad)[0]
         lower, upper = (ravel_pytree(b)[0] for b in bounds)
         free = ~(((x <= lower) & (gradient > 0)) | ((x >= upper) & (gradient < 0)))
-        direction, descends, scaled = _direction(state, jnp.where(free, gradient, 0.0), free)
+        s, y = (jnp.where(free[None], ring, 0.0) for ring in (state.s, state.y))
+        downhill = -jnp.where(free, gradient, 0.0)
+        direction, scaled = _inverse_product(s, y, downhill)
+        descends = (jnp.vdot(direction, downhill) > 0) & jnp.all(jnp.isfinite(direction))
+        direction = jnp.where(descends, direction, downhill)
         length = jnp.linalg.norm(direction).astype(dtype)
         rate = jnp.asarray(learning_rate, dtype)
         # Without curvature −g has no scale of its own.
@@ -110,16 +114,6 @@ def projected_lbfgs(
         return unravel(s), new
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _direction(
-    state: BoxState, g: jax.Array, free: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """−H g on the free variables, or −g; whether −H g descends; whether H has curvature."""
-    s, y = (jnp.where(free[None], ring, 0.0) for ring in (state.s, state.y))
-    product, scaled = _inverse_product(s, y, g)
-    descends = (jnp.vdot(product, g) > 0) & jnp.all(jnp.isfinite(product))
-    return jnp.where(descends, -product, -g), descends, scaled
 
 
 def _projected_search(

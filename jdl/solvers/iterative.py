@@ -126,7 +126,6 @@ class Iterative:
 
     def _extras(self, problem: Problem, params: Params) -> dict[str, Any]:
         """Arguments of the optimizer's update besides value, gradient and function."""
-        del params
         names = ("objective", "value_and_grad_fn", "bounds")
         return {name: x for name in names if (x := getattr(problem, name)) is not None}
 
@@ -137,16 +136,13 @@ class Iterative:
         self, problem: Problem, params: Params, state: SolverState
     ) -> tuple[Params, SolverState]:
         """What to do to the parameters ahead of an update."""
-        del problem
         return params, state
 
     def _extra(self, aux: Any, delta: PyTree) -> tuple[Any, Any]:
         """`state.extra` and `state.aux`, from an evaluation's aux and the last step."""
-        del delta
         return (), aux
 
     def _converged(self, params: Params, state: SolverState) -> jax.Array:
-        del params
         return state.error <= self.tol
 
     # ------------------------------------------------------------------ jaxopt's methods

@@ -60,7 +60,6 @@ def make_problem(
         reused: Any = None,
         **_: Any,
     ) -> Any:
-        del obj_fn, objective, value_and_grad_fn, reused
         if value_and_grad is True:
             return evaluate(params)[0]
         return split(fun(params, *args, **kwargs))[0]

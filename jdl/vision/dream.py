@@ -310,7 +310,6 @@ _STATIC = ("apply", "layers", "channels", "smoothing", "shape")
 def _shifted_gradient(
     params: Params, x: jax.Array, guide: Any, shift: jax.Array, *, shape: Any, **program: Any
 ) -> jax.Array:
-    del shape
     rolled = jnp.roll(x, shift, axis=(0, 1))
     return jnp.roll(_gradient(params, rolled, guide, **program), -shift, axis=(0, 1))
 

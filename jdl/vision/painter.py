@@ -98,7 +98,6 @@ class Painter(NamedTuple):
         from jdl.train import export
 
         def predict(params: Any, state: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-            del state
             inputs = (batch[name] for name in ("image", "mixture", "statistics"))
             return dict(zip(("image", "statistics"), self.apply(params, *inputs), strict=True))
 
@@ -164,7 +163,6 @@ def load_painter(path: str | Path) -> Painter:
         raise check.DataError(f"{str(path)!r} is an exported function, but not a style network.")
 
     def apply(params: Any, images: Any, mixture: Any, statistics: Any) -> tuple[Any, Any]:
-        del params
         out = predict({"image": images, "mixture": mixture, "statistics": statistics})
         return out["image"], out["statistics"]
 

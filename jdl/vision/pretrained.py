@@ -15,7 +15,7 @@ installs them, with no further dependencies.
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from jdl.models.rbm import RBM
 from jdl.recipes.run_config import RunConfig
 from jdl.vision import resnet, squeezenet, vgg, weights
 from jdl.vision.layers import Forward, addressable, names_of
-from jdl.vision.trunk import Features, Trunk, of_linen, of_model
+from jdl.vision.trunk import Trunk, of_linen, of_model
 
 NAMES = ("vgg16", "squeezenet")
 
@@ -131,10 +131,8 @@ def _network(
     )
 
 
-@functools.cache
-def _applying(forward: Forward) -> Callable[..., Features]:
-    """One function for each network, so that JAX finds what it has compiled for it."""
-    return addressable(forward)
+# One function for each network, so that JAX finds what it has compiled for it.
+_applying = functools.cache(addressable)
 
 
 # ---------------------------------------------------------------------- files of tensors

@@ -106,7 +106,6 @@ def taking_turns(net: StyleNet) -> Model:
         key: Key | None = None,
         train: bool = False,
     ) -> tuple[Outputs, ModelState]:
-        del train
         first = 0 if key is None else jax.random.randint(key, (), 0, net.styles)
         mixture = turns(len(images), first)
         painting, _ = net.apply({"params": params}, images, mixture)

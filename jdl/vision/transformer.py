@@ -171,7 +171,6 @@ def by_rows(
     >>> by_rows(x, kernel, (1, 1), "VALID")[0, :, 0, 0].tolist()
     [18.0, 18.0, 18.0, 18.0]
     """
-    del strides, padding, options
     canonical = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
     rows, columns, inputs, outputs = kernel.shape
     b, height, width = x.shape[0], x.shape[1] - rows + 1, x.shape[2] - columns + 1
