@@ -79,11 +79,7 @@ def run(args: Args) -> None:
 
 
 def about(workdir: Path, root: Path) -> dict[str, Any]:
-    """A run's settings and its metrics by split, such as `test_accuracy` and `train_loss`.
-
-    Of each metric there is the last, the smallest and the largest value, and the best of one that
-    declares its direction.
-    """
+    """A run's settings, and the last, smallest, largest and best value of each split's metrics."""
     from jdl.train.writers import read_directions, read_jsonl
 
     series: dict[str, list[float]] = {}

@@ -59,7 +59,7 @@ MAX_PIXELS = 1 << 26  # 8192 × 8192
 
 # The fractions of its size that a JPEG is decoded at; 5/8 to 7/8 cost more than the whole.
 EIGHTHS = (1, 2, 3, 4, 8)
-_ENOUGH = 31 / 32
+_ENOUGH = 31 / 32  # of a side: 125 pixels for 128, as a 250 × 250 image then takes half the time
 _ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
 _BITS, _PHOTOMETRIC, _TILE_WIDTH, _SAMPLE_FORMAT = 258, 262, 322, 339  # TIFF's tags
 # A JPEG's next segment, after fill bytes and markers that stand alone (ITU-T T.81, B.1.1.2).
@@ -277,10 +277,7 @@ def _orientation(image: "PIL.Image.Image") -> int:
 
 
 def _needed(turn: int, size: tuple[int, int], window: _Window | None) -> tuple[int, int]:
-    """The smallest height and width, as stored, that a JPEG may be decoded at.
-
-    Slightly less than asked for is enough: 125 for 128, and a 250 × 250 image takes half the time.
-    """
+    """The smallest height and width, as stored, that a JPEG may be decoded at."""
     _, _, high, wide = window or (0.0, 0.0, 1.0, 1.0)
     down, across = math.ceil(size[0] / high * _ENOUGH), math.ceil(size[1] / wide * _ENOUGH)
     return (down, across) if turn < 5 else (across, down)

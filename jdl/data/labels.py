@@ -63,8 +63,7 @@ def reader(label: Label) -> Callable[[str], str | None]:
 
     def by_place(name: str) -> str | None:
         parts = folder_parts(name.rpartition("/")[0])
-        inside = -len(parts) <= place < len(parts)
-        return parts[place] if inside else None
+        return parts[place] if -len(parts) <= place < len(parts) else None
 
     return by_place
 
@@ -119,11 +118,7 @@ def sidecar_key(name: str) -> tuple[str, str]:
 
 
 def read_sidecar(data: bytes, field: str, where: str) -> Any:
-    """The value in a sidecar's bytes: all of its text, or a field of its JSON.
-
-    Raises:
-      DataError: if there is none.
-    """
+    """The value in a sidecar's bytes: all of its text, or a field of its JSON; or a `DataError`."""
     try:
         text = data.removeprefix(codecs.BOM_UTF8).decode().strip()
         return json.loads(text)[field] if field else text
@@ -160,11 +155,7 @@ def class_table(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def table_of(classes: Sequence[str] | None, seen: Iterable[str], where: str) -> tuple[str, ...]:
-    """`classes` as a table, by default those seen.
-
-    Raises:
-      DataError: naming those that are seen and missing in it.
-    """
+    """`classes` as a table, by default those seen; a `DataError` names those missing in it."""
     if classes is None:
         return class_table(seen)
     ok = not isinstance(classes, str) and all(isinstance(c, str) for c in classes)

@@ -88,11 +88,7 @@ class _Chosen(NamedTuple):
     patterns: Patterns
 
     def images(self, members: Iterable[Member]) -> Iterator[Member]:
-        """The images of the split.
-
-        Raises:
-          DataError: at the end, if there was none.
-        """
+        """The images of the split; a `DataError` at the end, if there was none."""
         split, within = self.split, split_folder(self.split)
         in_split = split.chooser() if isinstance(split, Holdout) else None
         class_of = lb.reader(self.label) if callable(self.label) else None

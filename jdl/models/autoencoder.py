@@ -1,7 +1,5 @@
 r"""Autoencoders: a narrow code, or a wide one with a penalty or corrupted inputs.
 
-    outputs = decode(code),  code = encode(x)
-
 `Autoencoder` (dense, with tied weights if wanted), `ConvAutoencoder` and `Variational` are
 networks; `penalized` adds sparsity or contraction to one, `denoising` corrupts its inputs.
 """
@@ -305,14 +303,10 @@ def penalized(
 
 
 def corrupt(x: jax.Array, key: Key, noise: str, level: float) -> jax.Array:
-    """Adds noise to `x`.
+    """Adds noise to `x`, whose values are in [0, 1] for "salt_and_pepper".
 
-    Args:
-      x: values in [0, 1] for "salt_and_pepper", any for others.
-      key: a random key.
-      noise: "masking" sets a share `level` of the values to 0, "salt_and_pepper" to 0 or 1,
-        "gaussian" adds N(0, level²).
-      level: the share, in [0, 1], or the standard deviation, ≥ 0.
+    "masking" sets a share `level` of the values to 0, "salt_and_pepper" to 0 or 1; "gaussian" adds
+    N(0, level²).
 
     >>> corrupt(jnp.ones(10_000), jax.random.key(0), "masking", 0.25).mean().round(2)
     Array(0.75, dtype=float32)
@@ -354,7 +348,6 @@ def denoising(model: Model | nn.Module, noise: str = "gaussian", level: float = 
         noisy = corrupt(x, noise_key, noise, level)
         outputs, new_state = base.apply(params, state, noisy, key=key, train=train)
         clean = as_reconstruction(base.apply(params, state, x, key=None, train=False)[0]).outputs
-        found = as_reconstruction(outputs)._replace(of_clean=clean, corrupted=noisy)
-        return found, new_state
+        return as_reconstruction(outputs)._replace(of_clean=clean, corrupted=noisy), new_state
 
     return Model(base.init, apply)

@@ -229,8 +229,7 @@ class GAN:
             "generator": dict(self.generator.init(one, noise, label)),
             "discriminator": dict(self.discriminator.init(other, image, label)),
         }
-        params = {name: v.pop("params") for name, v in variables.items()}
-        return params, variables
+        return {name: v.pop("params") for name, v in variables.items()}, variables
 
     def _apply(
         self,

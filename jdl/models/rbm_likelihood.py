@@ -162,11 +162,7 @@ def _log_z_of_visible(rbm: RBM, a: jax.Array) -> jax.Array:
 def log_likelihood(
     rbm: RBM, params: Params, v: Any, log_z: float | Annealed, *, batch_size: int = 1000
 ) -> float:
-    """The mean of −F(v) − log Z over visible units [N, V], in nats.
-
-    Raises:
-      TrainingError: the relative standard error of Z is above 0.1, too large for a likelihood.
-    """
+    """The mean of −F(v) − log Z over visible units [N, V], in nats; refused for an uncertain Z."""
     if isinstance(log_z, Annealed):
         if log_z.relative_error > LARGEST_ERROR:
             raise check.TrainingError(

@@ -184,11 +184,7 @@ def parse(text: str) -> Tree:
 
 
 def read_bracketed(path: str | Path) -> Iterator[Tree]:
-    """The trees of a file with one bracketed tree in each line; blank lines are skipped.
-
-    Raises:
-      DataError: a line is not a tree; the message has its number.
-    """
+    """The trees of a file, one bracketed tree or none in each line; an error has its number."""
     for number, line in _lines(path):
         if line.strip():
             try:

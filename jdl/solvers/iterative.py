@@ -39,7 +39,7 @@ class Iterative:
       value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
       has_aux: whether values come as `(value, aux)`.
       maxiter: maximum number of updates, ≥ 0.
-      tol: a run has converged when `state.error` ≤ tol, ≥ 0; see `jdl.solvers` for the defaults.
+      tol: a run has converged when `state.error` ≤ tol, ≥ 0.
       **refused: keywords of jaxopt that have no meaning here; the error says what to use instead.
     """
 

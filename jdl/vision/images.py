@@ -24,15 +24,10 @@ _GAP = 4  # pixels between pictures on a sheet
 
 
 def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
-    """A photograph as float32 [H, W, 3] in [0, 1].
-
-    Args:
-      path: a JPEG, PNG, WebP, BMP, GIF, PGM or PPM file of at most 8192 × 8192 pixels.
-      longest: pixels of the longer side, to which a larger photograph is reduced; None to keep
-        its size.
+    """A photograph as float32 [H, W, 3] in [0, 1], reduced if its longer side is above `longest`.
 
     Raises:
-      DataError: if the file cannot be read as an image.
+      DataError: if the file cannot be read as an image, or has more than 8192 × 8192 pixels.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -189,11 +184,8 @@ def sheet(
 ) -> np.ndarray:
     """Several pictures [H, W, 3] on one sheet, in rows, with captions below them.
 
-    Args:
-      images: the pictures; each is scaled to the size of the first.
-      columns: number of columns; by default the sheet is about square.
-      captions: one for each picture, or None.
-      side: longer side of each picture in pixels; by default that of the first.
+    Each is scaled to the size of the first, or to a longer side of `side` pixels. By default there
+    are as many columns as make the sheet about square.
 
     >>> sheet([np.zeros((10, 20, 3))] * 5, columns=3).shape
     (24, 68, 3)

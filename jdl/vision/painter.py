@@ -44,12 +44,10 @@ class Painter(NamedTuple):
         *,
         tile: int = TILE,
     ) -> np.ndarray:
-        """The painting, float32 [H, W, 3] in [0, 1], with these shares of styles.
+        """The painting, float32 [H, W, 3] in [0, 1], of a picture that `as_image` takes.
 
-        Args:
-          picture: [H, W, 3] in [0, 1] or uint8; may be gray or have alpha.
-          shares: style -> its share; by default the first style alone.
-          tile: largest height and width that are painted at once, a multiple of 4.
+        It has these shares of styles, by default the first alone; at most `tile` × `tile` pixels
+        are painted at once.
 
         Raises:
           ArgumentError: for an unknown style, with the nearest name, or a tile that is too small.
@@ -90,11 +88,7 @@ class Painter(NamedTuple):
         return mixed([shares.get(name, 0.0) for name in self.styles], len(self.styles))
 
     def export(self, path: str | Path) -> Path:
-        """Writes function and parameters, for any size, to one file that `load_painter` reads.
-
-        Raises:
-          MissingExtraError: if the package flatbuffers is not installed.
-        """
+        """Writes function and parameters, for any size, to one file that `load_painter` reads."""
         from jdl.train import export
 
         def predict(params: Any, state: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

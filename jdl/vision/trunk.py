@@ -82,11 +82,7 @@ class Trunk(NamedTuple):
         return self.head
 
     def class_number(self, wanted: int | str) -> int:
-        """The number of a class, given by number or name.
-
-        Raises:
-          ArgumentError: for an unknown class, with the nearest names.
-        """
+        """The number of a class, given by number or name; an error has the nearest names."""
         self.with_head()
         text = str(wanted)
         if text in self.classes:
@@ -162,15 +158,8 @@ def of_linen(
     """The trunk of a trained Linen module.
 
     Its layers are its submodules' paths, such as "Conv_0" or "encoder/Dense_1", and "output".
-
-    Args:
-      module: called with images [N, *image_shape].
-      params: of the module.
-      state: its other collections, such as batch statistics.
-      image_shape: (height, width, channels) of the training images; images are resized to it, and
-        converted to gray for one channel.
-      name: the trunk's name; by default the module's class.
-      classes: names of its outputs, if it is a classifier.
+    Images are resized to `image_shape`, (height, width, channels), and made gray for one channel.
+    `state` are the module's other collections; a classifier's outputs have the names `classes`.
 
     >>> from jdl.models import CNN
     >>> cnn = CNN(num_classes=3, units=8)

@@ -134,12 +134,7 @@ def save(index: TarIndex, file: str) -> None:
 
 
 def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
-    """The index in `file`, if it is valid and of the archive with that stamp.
-
-    Raises:
-      ValueError: if it is not.
-      OSError: if it cannot be read.
-    """
+    """The index in `file`; a `ValueError` unless it is valid and of the archive with that stamp."""
     if not os.path.isfile(file):
         raise FileNotFoundError(file)
     large = os.path.getsize(file) > _READ
@@ -175,8 +170,7 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
 def _check_columns(columns: Columns, size: int) -> None:
     """Checks that all members lie inside the archive, since the index file is untrusted."""
     n = len(columns.sizes)
-    same = all(len(c) == n for c in columns[:5])
-    _require(same, "its columns differ in length")
+    _require(all(len(c) == n for c in columns[:5]), "its columns differ in length")
     _require(_rising(columns.base_ends, len(columns.bases)), "its names do not add up")
     _require(_rising(columns.folder_ends, len(columns.folders)), "its folders do not add up")
     for start in range(0, n, _ROWS):

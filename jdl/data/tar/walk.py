@@ -394,10 +394,7 @@ class Walk:
         return found
 
     def beyond(self, at: int, block: bytes) -> int | None:
-        """Where the member of a bad header ends, if its size is right nonetheless.
-
-        It is if another header, or an end marker, is exactly there.
-        """
+        """Where a bad header's member ends, if another header or an end marker is exactly there."""
         try:
             after = at + BLOCK + fmt.padded(fmt.number(block[124:136]))
         except ValueError:
