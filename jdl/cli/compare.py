@@ -15,8 +15,9 @@ Problems:
   mine.py                                  your own file: model, loss, data
 
 Optimizers:
-  sgd momentum nesterov adam adamw nadam radam rmsprop adagrad adafactor lamb
-  lars lion sophia, all optax's; muon soap lbfgs cg newton hf gauss_newton lm
+  sgd momentum nesterov adam adamw nadam nadamw radam rmsprop adagrad adafactor
+  lamb lars lion adopt ademamix prodigy schedule_free_sgd schedule_free_adamw
+  sophia, all optax's; muon soap shampoo lbfgs cg newton hf gauss_newton lm
   natural_gradient kfac
 """
 

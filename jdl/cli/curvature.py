@@ -99,7 +99,7 @@ def _measure(
         return Objective(estimator.model, estimator.loss, state, scaled, train=False)
 
     most = math.ceil(args.images / args.batch_size) if args.images else None
-    land = curvature.Landscape(objective, images, estimator.params, max_batches=most)
+    land = curvature.Landscape(objective, images, estimator.evaluation_params, max_batches=most)
     batches, examples = land.examples()
     say, seed = _Stages(), args.seed
     op = curvature.operator(land, kind=args.matrix)

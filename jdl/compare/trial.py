@@ -105,7 +105,7 @@ def run(
     estimator, budget = running.estimator, task.budget
 
     def measured() -> Row:
-        row = running.row() | evaluate(estimator.params, estimator.model_state)
+        row = running.row() | evaluate(estimator.evaluation_params, estimator.model_state)
         write(row)
         return row
 

@@ -299,7 +299,7 @@ class GAN:
         """Images [B, H, W, C], values in (0, 1), of noise [B, latent] and int[B] labels.
 
         Args:
-          params: of the model; an Estimator's `ema_params` for the averaged generator.
+          params: of the model; an Estimator's `evaluation_params` for the averaged generator.
           state: of the model.
           z: from N(0, I).
           label: for a conditional generator.

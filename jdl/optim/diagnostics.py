@@ -46,8 +46,9 @@ class Diagnostics(NamedTuple):
       gradients: evaluations of the gradient.
       hessian_products: Hessian-vector products, in units of the full batch.
       gauss_newton_products: Gauss-Newton products, in units of the full batch.
-      factor_work: K-FAC's multiplications on Kronecker factors (moments, inverses, products), per
-        those of a gradient of the full batch; 0 for methods without.
+      factor_work: multiplications on Kronecker factors (K-FAC's and SOAP's moments, inverses or
+        bases, and products) and in Muon's Newton-Schulz steps, per those of a gradient of the full
+        batch; 0 for methods without. SOAP and Muon count it where `update` is given `objective`.
       left_out: K-FAC's estimates of a parameter's curvature that were not finite and did not enter
         its factors, and inverses likewise, int32; 0 for methods without.
     """

@@ -46,6 +46,7 @@ class KfacState(NamedTuple):
       kronecker: factors, inverses, diagonals.
       direction: δ₋, the last step.
       gradient: ḡ, or () without a mean.
+      longest: the length of the longest of the last steps, decaying by 5 % a step.
       diagnostics: see `jdl.optim.diagnostics`.
     """
 
@@ -54,6 +55,7 @@ class KfacState(NamedTuple):
     kronecker: Kronecker
     direction: PyTree
     gradient: PyTree
+    longest: jax.Array
     diagnostics: Diagnostics
 
 
@@ -90,8 +92,9 @@ def kfac(
 
         ρ = 1 + (change of f there − change predicted there) / (change predicted on the whole batch)
 
-    It is evaluated in the steps that change λ, and in all steps while its last value was below ½. A
-    step with ρ ≤ 0 is halved; after `max_backtracks` halvings none is taken.
+    It is evaluated in the steps that change λ, in all steps while its last value was below ½, and
+    where a step is longer than all of the last ones. A step with ρ ≤ 0 is halved; after
+    `max_backtracks` halvings none is taken.
 
     With small batches the weights keep moving about the minimum: average them (`Estimator(ema=)`),
     or let `learning_rate` fall.
@@ -196,6 +199,7 @@ def kfac(
             "kronecker": kronecker.init(params, options),
             "direction": jax.tree.map(jnp.zeros_like, params),
             "gradient": jax.tree.map(jnp.zeros_like, params) if gradient_decay else (),
+            "longest": jnp.zeros((), jnp.float32),
         }
 
     def direction(ctx: UpdateContext, state: KfacState) -> _Proposal:
@@ -274,9 +278,12 @@ def kfac(
             w = scale * proposal.weights
             return tree.add_scaled(tree.scale(w[0], proposal.natural), w[1], state.direction)
 
-        # ρ is needed where λ changes, and to see whether a poor model is still poor.
+        # ρ is needed where λ changes, to see whether a poor model is still poor, and before a step
+        # to where the model may not hold: one step 4 times as long as the others has undone 80.
         last = state.diagnostics.reduction_ratio.astype(ctx.dtype)
+        length = jnp.sqrt(proposal.weights @ proposal.gram @ proposal.weights)
         measured = (k % damping_every == damping_every - 1) | ~(last > 0.5)
+        measured |= length > state.longest.astype(ctx.dtype)
 
         def ratio_of(scale: jax.Array) -> jax.Array:
             return _reduction_ratio(ctx, proposal, scale, step_of(scale), l2_reg)
@@ -302,6 +309,9 @@ def kfac(
                 "kronecker": proposal.factors,
                 "direction": step,
                 "gradient": proposal.gradient,
+                "longest": jnp.maximum(
+                    0.95 * state.longest, jnp.where(moved, scale * length, 0).astype(jnp.float32)
+                ),
             },
             report={
                 "values": tries.astype(jnp.float32) * share,

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -18,7 +20,9 @@ from jdl.optim.muon import muon
 from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
+from jdl.optim.shampoo import shampoo
 from jdl.optim.soap import soap
+from jdl.optim.sophia import curvature_diagonal
 from jdl.optim.transformation import ScalarOrSchedule
 
 
@@ -56,6 +60,23 @@ class OptimizerSpec(NamedTuple):
 _momentum = functools.partial(optax.sgd, momentum=0.9)
 _nesterov = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
 _adafactor = functools.partial(optax.adafactor, multiply_by_parameter_scale=False)
+# Schedule-free steps are to begin with a warm-up (Defazio et al. 2024); x is then an average of
+# what came after. Its SGD's rate is ten times SGD's, as y moves by (1 − b1) of a step.
+_free_sgd = functools.partial(optax.contrib.schedule_free_sgd, warmup_steps=100)
+_free_adamw = functools.partial(optax.contrib.schedule_free_adamw, warmup_steps=100)
+# γ is the paper's for Gauss-Newton-Bartlett; optax's .01 is that for Hutchinson's estimate.
+_sophia = functools.partial(
+    optax.contrib.sophia, gamma=0.05, hessian_diagonal_fn=curvature_diagonal()
+)
+
+
+@functools.wraps(optax.contrib.prodigy)
+def _prodigy(*args: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+    # Its state has the first parameters: a copy, as one array cannot be donated twice.
+    made = optax.contrib.prodigy(*args, **options)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: made.init(jax.tree.map(jnp.copy, params)), made.update
+    )
 
 
 def _first_order(
@@ -80,6 +101,7 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "adam": _first_order(optax.adam, 1e-3, 1e-5, 3e-2),
     "adamw": _first_order(optax.adamw, 1e-3, 1e-5, 3e-2),
     "nadam": _first_order(optax.nadam, 1e-3, 1e-5, 3e-2),
+    "nadamw": _first_order(optax.nadamw, 1e-3, 1e-5, 3e-2),
     "radam": _first_order(optax.radam, 1e-3, 1e-5, 3e-2),
     "rmsprop": _first_order(optax.rmsprop, 1e-3, 1e-5, 3e-2),
     "adagrad": _first_order(optax.adagrad, 1e-2, 1e-4, 1.0),
@@ -87,9 +109,16 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "lamb": _first_order(optax.lamb, 1e-3, 1e-5, 3e-2),
     "lars": _first_order(optax.lars, 0.1, 1e-3, 10.0),
     "lion": _first_order(optax.lion, 1e-4, 1e-6, 3e-3),
+    "adopt": _first_order(optax.contrib.adopt, 1e-3, 1e-5, 3e-2),
+    # Its slow mean starts at 0 and is not corrected for that, which is a warm-up of its own.
+    "ademamix": _first_order(optax.contrib.ademamix, 1e-3, 1e-5, 3e-2),
+    "prodigy": _first_order(_prodigy, 1.0, 0.1, 10.0),  # a factor on the rate that it estimates
+    "schedule_free_sgd": _first_order(_free_sgd, 1.0, 1e-2, 10.0),
+    "schedule_free_adamw": _first_order(_free_adamw, 2.5e-3, 1e-4, 3e-2),
     "muon": OptimizerSpec(muon, 2e-2, False, "mini", TuningRange("learning_rate", 1e-4, 0.3)),
-    "sophia": _first_order(optax.contrib.sophia, 1e-3, 1e-5, 3e-2),
+    "sophia": _first_order(_sophia, 1e-3, 1e-5, 3e-2),
     "soap": _first_order(soap, 3e-3, 1e-4, 3e-2),
+    "shampoo": _first_order(shampoo, 1e-3, 1e-4, 3e-2),
     "lbfgs": OptimizerSpec(lbfgs, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
     "cg": OptimizerSpec(nonlinear_cg, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
     "newton": OptimizerSpec(newton, 1.0, True, "large", TuningRange("damping", 1e-4, 10.0)),
@@ -139,10 +168,13 @@ def by_name(
     """The optimizer of that name.
 
     Args:
-      name: sgd, momentum, nesterov, adam, adamw, nadam, radam, rmsprop, adagrad, adafactor, lamb,
-        lars, lion, sophia (all optax's; sophia's update needs `obj_fn` too), muon, soap, lbfgs, cg
-        or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
-        natural_gradient, kfac.
+      name: sgd, momentum, nesterov, adam, adamw, nadam, nadamw, radam, rmsprop, adagrad,
+        adafactor, lamb, lars, lion, adopt, ademamix, prodigy, schedule_free_sgd,
+        schedule_free_adamw, sophia (all optax's; sophia's update needs `objective`, `value_fn` or
+        `obj_fn` too, see `jdl.optim.sophia.curvature_diagonal`), muon, soap, shampoo, lbfgs,
+        cg or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
+        natural_gradient, kfac. Evaluate a schedule-free one as an Estimator does, not at the
+        parameters that it trains but at `jdl.train.ema.weights_of(opt_state, params)`.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
         it scales the first trial step, and is best left alone. It is part of the state; a run that
         the Estimator resumes continues with the rate given last.

@@ -67,7 +67,7 @@ def draw_from(gan: GAN, estimator: Estimator, count: int, seed: int) -> np.ndarr
 
 
 def _sample(gan: GAN, estimator: Estimator, z: jax.Array) -> np.ndarray:
-    return np.asarray(gan.sample(estimator.ema_params, estimator.model_state, z))
+    return np.asarray(gan.sample(estimator.evaluation_params, estimator.model_state, z))
 
 
 def _stack(paths: list[Path], to: Path) -> Path:

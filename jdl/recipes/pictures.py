@@ -90,7 +90,9 @@ def of_rbm(rbm: RBM, params: Params, data: Batches, workdir: Path) -> list[Path]
 def reconstructions(estimator: Estimator, data: Batches, workdir: Path) -> Path:
     """Draws an autoencoder's inputs, its corrupted inputs if there are any, and its outputs."""
     x, _ = some_images(data, 12)
-    outputs, _ = estimator.model.apply(estimator.params, estimator.model_state, jnp.asarray(x))
+    outputs, _ = estimator.model.apply(
+        estimator.evaluation_params, estimator.model_state, jnp.asarray(x)
+    )
     found = as_reconstruction(outputs)
     corrupted = [] if found.corrupted is None else [found.corrupted]
     rows = [x, *corrupted, jax.nn.sigmoid(found.outputs)]

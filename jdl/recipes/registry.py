@@ -86,7 +86,7 @@ def _autoencoder(image_shape: Shape, num_classes: int) -> Autoencoder:
 
 def _autoencoder_pictures(run: Finished) -> list[Path]:
     def encode(x: ArrayLike) -> jax.Array:
-        return run.net.apply({"params": run.estimator.params}, x, method="encode")
+        return run.net.apply({"params": run.estimator.evaluation_params}, x, method="encode")
 
     codes = pictures.codes(encode, run.held_out, run.workdir / "codes.png")
     return [*_reconstructions(run), codes]
@@ -122,7 +122,7 @@ def _rbm(image_shape: Shape, num_classes: int) -> RBM:
 
 
 def _rbm_pictures(run: Finished) -> list[Path]:
-    return pictures.of_rbm(run.net, run.estimator.params, run.held_out, run.workdir)
+    return pictures.of_rbm(run.net, run.estimator.evaluation_params, run.held_out, run.workdir)
 
 
 def _dbn(image_shape: Shape, num_classes: int) -> MLP:
@@ -152,14 +152,14 @@ def _pretrained(net: MLP, data: Batches, workdir: Path, seed: int) -> Model:
 
 def _dbn_pictures(run: Finished) -> list[Path]:
     x, _ = pictures.some_images(run.held_out, 1)
-    kernel = run.estimator.params["Dense_0"]["kernel"]
+    kernel = run.estimator.evaluation_params["Dense_0"]["kernel"]
     return [pictures.filters(kernel, x.shape[1:], run.workdir / "filters.png")]
 
 
 def _tree_pictures(run: Finished) -> list[Path]:
     net, packed = run.net.clone(every_node=True), formulas.packed_trees("test")
     path = run.workdir / "trees.png"
-    return [draw_trees(net, run.estimator.params, packed, formulas.WORDS, path)]
+    return [draw_trees(net, run.estimator.evaluation_params, packed, formulas.WORDS, path)]
 
 
 def _gan(image_shape: Shape, num_classes: int) -> GAN:

@@ -192,5 +192,5 @@ def pretrain(
             **options,
         )
         estimator.train(data, max_steps=count)
-        params.append(jax.tree.map(np.asarray, jax.device_get(estimator.params)))
+        params.append(jax.tree.map(np.asarray, jax.device_get(estimator.evaluation_params)))
     return params

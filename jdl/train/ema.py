@@ -1,8 +1,9 @@
-r"""An exponential moving average of the parameters, kept beside any optimizer's state.
+r"""The weights to evaluate: an average that the optimizer's state holds, or the parameters.
 
     θ̄ₜ = dₜ θ̄ₜ₋₁ + (1 − dₜ) θₜ        dₜ = min(d, (1 + t) / (10 + t))
 
-The smaller decay at first lets the average leave the initial parameters behind.
+is the exponential moving average that `averaging` keeps beside any optimizer's state. The smaller
+decay at first lets the average leave the initial parameters behind.
 """
 
 from typing import Any, NamedTuple
@@ -10,9 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jdl.core import check
 from jdl.core.types import Params, PyTree
+from jdl.optim.masking import Part
 
 
 class AveragingState(NamedTuple):
@@ -26,7 +29,7 @@ class AveragingState(NamedTuple):
 def averaging(
     optimizer: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    """The same optimizer, with an average of the parameters in its state.
+    """The same optimizer, with an average in its state: of what `weights_of` gives without it.
 
     Args:
       optimizer: any optax transformation.
@@ -35,7 +38,7 @@ def averaging(
     >>> optimizer = averaging(optax.sgd(1.0), decay=0.9)
     >>> state = optimizer.init(jnp.zeros(()))
     >>> _, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
-    >>> round(float(average(state)), 3)  # d₁ = 2/11 of 0, and the rest of −1
+    >>> round(float(state.average), 3)  # d₁ = 2/11 of 0, and the rest of −1
     -0.818
     """
     check.in_range("ema", decay, 0.0, 1.0, open_low=True, open_high=True)
@@ -56,15 +59,35 @@ def averaging(
         def averaged(old: jax.Array, new: jax.Array) -> jax.Array:
             return (d * old + (1.0 - d) * new).astype(old.dtype)
 
-        new_params = optax.apply_updates(params, updates)
-        return updates, AveragingState(
-            inner, jax.tree.map(averaged, state.average, new_params), count
-        )
+        new_params = weights_of(inner, optax.apply_updates(params, updates))
+        average = jax.tree.map(averaged, state.average, new_params)
+        return updates, AveragingState(inner, average, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def average(opt_state: Any) -> Params:
-    """The average in the state of an optimizer made by `averaging`."""
-    found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AveragingState))
-    return next(x.average for x in found if isinstance(x, AveragingState))
+def weights_of(opt_state: Any, params: Params) -> Params:
+    """The weights to evaluate: `averaging`'s average, x of a schedule-free method, or `params`.
+
+    Args:
+      opt_state: any optax state, however deep one of the two is in it.
+      params: the parameters that training has changed; a schedule-free method's are y.
+
+    >>> optimizer, y = optax.contrib.schedule_free_sgd(1.0, b1=0.5), jnp.zeros(())
+    >>> state = optimizer.init(y)._replace(z=jnp.ones(()))
+    >>> float(weights_of(state, y))  # y = (x + z) / 2
+    -1.0
+    """
+    kinds = (AveragingState, optax.contrib.ScheduleFreeState)
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    for state in leaves:
+        if isinstance(state, AveragingState):
+            return state.average
+    for state in leaves:  # optax.partition has one for each part
+        if not isinstance(state, optax.contrib.ScheduleFreeState):
+            continue
+        part = Part(state.z, params)
+        with jax.numpy_dtype_promotion("standard"):  # parameters may be of several types
+            x = optax.contrib.schedule_free_eval_params(state, part.of(params))
+        params = jax.tree.map(lambda x, y: x.astype(y.dtype), part.filled(x), params)
+    return params

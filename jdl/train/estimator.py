@@ -21,7 +21,7 @@ from jdl.core.model import Model, ModelLike, as_model, with_compute_dtype, with_
 from jdl.core.types import Batch, Key, Loss, Metric, Mode, ModelState, Outputs, Params
 from jdl.optim import registry
 from jdl.train.compiled import CompiledSteps, Step
-from jdl.train.ema import average, averaging
+from jdl.train.ema import averaging, weights_of
 from jdl.train.evaluate import Evaluator, Sums
 from jdl.train.feed import Data, Feed, for_training
 from jdl.train.log_row import Hook, LogRow, StopTraining
@@ -158,7 +158,7 @@ class Estimator:
         self._directory = RunDirectory(
             self.workdir, logs, keep, keep_every, keep_best, lambda: directions(metrics)
         )
-        self._run = run = Run(program.init, seed, placed, self._directory, ema is not None, clock)
+        self._run = run = Run(program.init, seed, placed, self._directory, clock)
         self._steps = CompiledSteps(program.train, placed, run.off_clock)
         self._loop = TrainLoop(
             run,
@@ -181,14 +181,13 @@ class Estimator:
 
     @property
     def params(self) -> Params:
-        """The model's parameters."""
+        """The model's parameters, which training changes."""
         return self.state.params
 
     @property
-    def ema_params(self) -> Params:
-        """The moving average of the parameters."""
-        check.argument(self._run.averages, "ema", "a decay for there to be an average", None)
-        return average(self.state.opt_state)
+    def evaluation_params(self) -> Params:
+        """What evaluation and prediction use: an average that the optimizer keeps, or `params`."""
+        return weights_of(self.state.opt_state, self.state.params)
 
     @property
     def model_state(self) -> ModelState:

@@ -15,7 +15,7 @@ import optax
 from jdl.core import check
 from jdl.core.types import Batch, Key, ModelState, Params
 from jdl.train.clock import Clock
-from jdl.train.ema import average
+from jdl.train.ema import weights_of
 from jdl.train.feed import Data, Feed, for_training, is_dataset, once, opened, refuse_endless
 from jdl.train.parallel import Placement
 from jdl.train.run_directory import RunDirectory
@@ -42,7 +42,6 @@ class Run:
       seed: for that state.
       placement: where arrays lie.
       directory: saves and restores.
-      averages: whether the state holds a moving average of the parameters.
       now: reads the time that the clock counts.
 
     Attributes:
@@ -63,7 +62,6 @@ class Run:
         seed: int,
         placement: Placement,
         directory: RunDirectory,
-        averages: bool,
         now: Callable[[], float],
     ):
         self.placement, self.directory = placement, directory
@@ -71,7 +69,6 @@ class Run:
         self._shapes: TrainState | None = None  # shapes of the state, once a batch has been seen
         self._rate: float | None = None  # the learning rate that the optimizer was made with
         self._rate_is_saved = False  # whether `_rate` comes from a checkpoint
-        self.averages = averages
         self.state: TrainState | None = None
         self._borrowed = False  # whether a caller may hold arrays of the state
         self.step = 0
@@ -152,11 +149,14 @@ class Run:
         return feed
 
     def once(self, data: Data) -> Iterator[EvalBatch]:
-        """The batches of one pass over the data, with the parameters to use for them."""
+        """The batches of one pass over the data, with the weights to use for them."""
+        state: TrainState | None = None
+        params: Params = None
         for batch, texts in once(data, self.placement):
-            state = self._held(batch)
-            params = average(state.opt_state) if self.averages else state.params
-            yield EvalBatch(batch, params, state.model_state, texts)
+            held = self._held(batch)
+            if held is not state:
+                state, params = held, weights_of(held.opt_state, held.params)
+            yield EvalBatch(batch, params, held.model_state, texts)
 
     def _held(self, batch: Batch) -> TrainState:
         """The state, restored from the run directory if need be."""

@@ -323,7 +323,7 @@ def _of_run(workdir: Path) -> Trunk:
     images = np.zeros((1, *shape), np.uint8)
     data = from_arrays(images, np.zeros(1, np.int32), batch_size=1, epochs=1)
     next(estimator.predict_batches(data))  # restores the checkpoint, and raises where there is none
-    params = estimator.ema_params if config.ema is not None else estimator.params
+    params = estimator.evaluation_params
     name, module = str(workdir), config.build_model()
     if isinstance(module, RBM):  # its layer is the mean of its hidden units
         model = from_fns(lambda key, x: params, module.transform)

@@ -66,7 +66,7 @@ def trained_params(config: StyleConfig, workdir: Path) -> Params:
     estimator = _estimator(config, no_loss, workdir, devices=jax.devices()[:1])
     smallest = {"image": np.zeros((1, 16, 16, 3), np.uint8)}
     next(estimator.predict_batches([smallest]))  # restores the checkpoint
-    return jax.device_get(estimator.ema_params)
+    return jax.device_get(estimator.evaluation_params)
 
 
 def _estimator(config: StyleConfig, loss: Loss, workdir: Path | None, **options: Any) -> Estimator:

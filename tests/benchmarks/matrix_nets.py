@@ -201,6 +201,8 @@ def nets(data, share=1.0):
     both = {"adamw": (1e-3, 3e-3), "muon": (1e-2, 2e-2), "soap": (1e-3, 3e-3)}
     text_rates = {"adamw": (3e-3, 6e-3), "muon": (1e-2, 2e-2), "soap": (3e-3, 6e-3)}
     lstm_rates = {"adamw": (3e-3, 1e-2), "muon": (1e-2, 2e-2), "soap": (1e-3, 3e-3)}
+    for rates in (both, text_rates, lstm_rates):
+        rates["shampoo"] = rates["adamw"]  # whose norms its steps have
     made = {
         "transformer": lambda: Text(
             LanguageModel(), share, (32, 32), max(4, int(share * 300)), text_rates

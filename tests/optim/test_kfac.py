@@ -215,9 +215,24 @@ def test_f_is_tried_where_damping_changes_and_after_a_poor_step():
         tried.append(float(state.diagnostics.values) - before)
         assert float(state.diagnostics.reduction_ratio) > 0.5
     assert tried == [1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    assert float(state.longest) > 0
+    short = state._replace(longest=jnp.float32(0))
+    _, after, _ = step(params, short, objective)
+    assert float(after.diagnostics.values) == float(state.diagnostics.values) + 1
     low = state.diagnostics._replace(reduction_ratio=jnp.float32(0.4))
     _, after, _ = step(params, state._replace(diagnostics=low), objective)
     assert float(after.diagnostics.values) == float(state.diagnostics.values) + 1
+
+
+def test_a_step_longer_than_the_last_ones_is_tried():
+    # Gauss-Newton steps on r(w) = w² + 0.1 from 0.78: to 0.33, to 0.01, and from there to −5, where
+    # f is 10⁴ times larger; with the damping, to −4.
+    batch = {"x": jnp.ones((4, 1)), "y": jnp.full((4, 1), -0.1)}
+    objective = Objective.from_fns(lambda p, b: jnp.square(b["x"] * p["w"]), squares, batch)
+    optimizer = kfac(damping=1e-4, gradient_decay=0.0)
+    params, _, values = run(optimizer, objective, {"w": jnp.full((1, 1), 0.7807)}, 3)
+    assert np.all(np.diff(values) <= 0)
+    assert abs(float(params["w"][0, 0])) < 1
 
 
 def test_the_mean_of_gradients_takes_the_first_ones_equally_and_none_that_is_not_finite():

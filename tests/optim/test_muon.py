@@ -13,7 +13,7 @@ from jdl.core.check import ArgumentError
 from jdl.core.objective import Objective
 from jdl.optim import by_name, diagnostics, muon
 from jdl.optim.kronecker import told
-from tests.optim.test_soap import REFERENCE, after, arrays, finite
+from tests.optim.test_soap import REFERENCE, after, arrays, finite, worked
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
@@ -127,3 +127,8 @@ def test_options_out_of_range_are_named():
     for options in ({"beta": 1.0}, {"adam_learning_rate": 0.0}, {"weight_decay": -1.0}):
         with pytest.raises(ArgumentError, match=f"`{next(iter(options))}`"):
             muon(**options)
+
+
+def test_work_is_that_of_newton_schulz():
+    of_w, of_v = 5 * (2 * 9 * 4 + 27), 5 * (2 * 4 * 4 + 8)  # of 3 × 4 and 4 × 2
+    assert worked(muon(0.01), steps=2) == pytest.approx(2 * (of_w + of_v), rel=1e-5)

@@ -16,7 +16,7 @@ from jdl.core.check import ArgumentError
 from jdl.core.objective import Objective
 from jdl.losses import squared_error
 from jdl.optim import by_name, diagnostics, soap
-from jdl.optim.kronecker import inverses
+from jdl.optim.kronecker import describe, inverses
 from jdl.optim.kronecker.factors import told
 from jdl.optim.matrices import layers_of
 from jdl.optim.result import ResultCode
@@ -269,3 +269,47 @@ def test_devices_share_the_refresh_and_keep_the_factors_split(monkeypatch):
     factors = [side.factor for stack in state.stacks for side in stack.sides]
     assert {str(x.sharding.spec) for x in factors if x.shape[1] % 2 == 0} == {str(rows.spec)}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, alone)
+
+
+def two_layers():
+    params = {"v": 0.1 * jnp.ones((4, 2)), "w": 0.1 * jnp.ones((3, 4))}
+    batch = {"x": jnp.ones((10, 3)), "label": jnp.ones((10, 2))}
+
+    def predict(params, batch):
+        return jnp.tanh(batch["x"] @ params["w"]) @ params["v"]
+
+    return params, Objective.from_fns(predict, squared_error, batch)
+
+
+def worked(optimizer, steps):
+    """`factor_work` after these steps, in multiplications."""
+    params, objective = two_layers()
+    state = optimizer.init(params)
+    for _ in range(steps):
+        grads = jax.tree.map(jnp.ones_like, params)
+        _, state = jitted(optimizer)(grads, state, params, objective=objective)
+    gradient = 3 * 10 * (3 * 4 + 4 * 2)
+    found = diagnostics.read(state)
+    assert float(found.gradient_equivalents) == pytest.approx(steps + float(found.factor_work))
+    return float(found.factor_work) * gradient
+
+
+def test_work_is_that_of_the_products():
+    step = 3 * (12 * (3 + 4) + 8 * (4 + 2))
+    refresh = 2 * (12 * (3 + 4) + 8 * (4 + 2)) + 7 * (27 + 64 + 64 + 8)
+    two = soap(0.01, precondition_every=2)
+    assert worked(two, steps=3) == pytest.approx(3 * step + 2 * refresh, rel=1e-5)
+    one_side = soap(0.01, precondition_every=2, one_sided=True)
+    step, refresh = 3 * (12 * 3 + 8 * 2), 2 * (12 * 3 + 8 * 2) + 7 * (27 + 8)
+    assert worked(one_side, steps=1) == pytest.approx(step + refresh, rel=1e-5)
+
+
+def test_a_state_s_memory_is_described():
+    params, objective = two_layers()
+    for optimizer in (soap(), by_name("soap"), by_name("muon")):
+        with told(objective, params):
+            state = optimizer.init(params)
+        held, size = (sum(x.nbytes for x in jax.tree.leaves(t)) for t in (state, params))
+        assert describe(objective, params, optimizer=optimizer) == (
+            f"memory: {held / 1e6:.3g} MB of state, {held / size:.2g} times the parameters"
+        )

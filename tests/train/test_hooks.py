@@ -70,7 +70,7 @@ def test_the_average_of_parameters_is_what_the_formula_says():
         expected = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, expected, plain.params)
     averaged.train(data(), steps=7)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
-    jax.tree.map(close, averaged.ema_params, expected)
+    jax.tree.map(close, averaged.evaluation_params, expected)
     jax.tree.map(close, averaged.params, plain.params)
     assert averaged.evaluate(data())["loss"] != plain.evaluate(data())["loss"]
 

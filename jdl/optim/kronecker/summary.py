@@ -3,10 +3,11 @@
 import logging
 
 import jax
+import optax
 
 from jdl.core.objective import Objective
-from jdl.core.types import Params
-from jdl.optim.kronecker.factors import Options, init, sides
+from jdl.core.types import Params, PyTree
+from jdl.optim.kronecker.factors import Options, init, sides, told
 from jdl.optim.kronecker.layers import Layers
 from jdl.optim.kronecker.moments import find_layers, find_route
 
@@ -18,6 +19,7 @@ def describe(
     objective: Objective,
     params: Params,
     *,
+    optimizer: optax.GradientTransformation | None = None,
     curvature: str = "fisher",
     max_size: int = 2048,
     factors_dtype: str | None = None,
@@ -29,6 +31,7 @@ def describe(
     Args:
       objective: the model, the loss and a batch.
       params: of the model; their shapes are enough.
+      optimizer: any other than `kfac`, for the memory of its whole state alone.
       curvature: as for `kfac`.
       max_size: as for `kfac`.
       factors_dtype: as for `kfac`.
@@ -40,12 +43,18 @@ def describe(
     >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(2)}
     >>> def predict(p, b):
     ...     return (b["x"] @ p["w"] + p["b"][None]) * p["scale"][None]
-    >>> print(describe(Objective.from_fns(predict, squared_error, batch), params))
+    >>> objective = Objective.from_fns(predict, squared_error, batch)
+    >>> print(describe(objective, params))
     factored: ['w'] with ['b'] (dense, 4×4 and 2×2)
     diagonal, exact: ['scale'] (used by mul)
     memory: 0.000212 MB of factors and inverses, 5.3 times the parameters
     curvature: fisher, by draws from the loss's output Hessian (diagonal)
+    >>> print(describe(objective, params, optimizer=optax.adam(1e-3)))
+    memory: 8.4e-05 MB of state, 2.1 times the parameters
     """
+    if optimizer is not None:
+        with told(objective, params):
+            return _memory(jax.eval_shape(optimizer.init, params), "state", params)
     options = Options(curvature, max_size=max_size, dtype=factors_dtype)
     return "\n".join(_account(find_layers(objective, params), objective, params, options))
 
@@ -79,15 +88,16 @@ def _account(found: Layers, objective: Objective, params: Params, options: Optio
             how += "; where that is `gradient`, by the loss's own gradients"
     if found.twice is None:
         lines.append("examples: axes of their number, as twice as many could not be traced")
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     state = jax.eval_shape(lambda p: init(p, options, found), params)
-    memory = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    return [
-        *lines,
-        f"memory: {memory / 1e6:.3g} MB of factors and inverses, "
-        f"{memory / size:.2g} times the parameters",
-        f"curvature: {options.curvature}, by {how}",
-    ]
+    memory = _memory(state, "factors and inverses", params)
+    return [*lines, memory, f"curvature: {options.curvature}, by {how}"]
+
+
+def _memory(state: PyTree, what: str, params: Params) -> str:
+    size, own = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(x)) for x in (params, state)
+    )
+    return f"memory: {own / 1e6:.3g} MB of {what}, {own / size:.2g} times the parameters"
 
 
 def log(found: Layers, objective: Objective, params: Params, options: Options) -> None:
