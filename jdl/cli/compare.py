@@ -17,7 +17,7 @@ Problems:
 Optimizers:
   sgd momentum nesterov adam adamw nadam nadamw radam rmsprop adagrad adafactor
   lamb lars lion adopt ademamix prodigy schedule_free_sgd schedule_free_adamw
-  sophia, all optax's; muon soap lbfgs cg newton hf gauss_newton lm
+  sophia, all optax's; muon soap shampoo lbfgs cg newton hf gauss_newton lm
   natural_gradient kfac
 """
 

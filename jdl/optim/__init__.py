@@ -1,4 +1,4 @@
-"""Second-order optimizers, SOAP and Muon as optax transformations; every optimizer by name.
+"""Second-order optimizers, SOAP, Shampoo and Muon as optax transformations; all by name.
 
 Each optimizer is a file of its name. `transformation` is their common skeleton, `context` the
 arguments of an update, `kronecker` the factors of K-FAC. The modules are all imported here, since
@@ -16,6 +16,7 @@ from jdl.optim.natural_gradient import natural_gradient as natural_gradient
 from jdl.optim.newton import newton as newton
 from jdl.optim.nonlinear_cg import nonlinear_cg as nonlinear_cg
 from jdl.optim.registry import by_name as by_name
+from jdl.optim.shampoo import shampoo as shampoo
 from jdl.optim.soap import soap as soap
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "natural_gradient",
     "newton",
     "nonlinear_cg",
+    "shampoo",
     "soap",
 ]

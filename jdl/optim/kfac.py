@@ -194,10 +194,9 @@ def kfac(
     options = kronecker.Options(curvature, sharing, factors_decay, eigen, max_size, factors_dtype)
 
     def init(params: Params) -> dict[str, Any]:
-        asked = not jax.tree.leaves(params)  # by optax.tree.map_params
         return {
             "damping": jnp.array(damping, jnp.float32),
-            "kronecker": jnp.zeros(()) if asked else kronecker.init(params, options),
+            "kronecker": kronecker.init(params, options),
             "direction": jax.tree.map(jnp.zeros_like, params),
             "gradient": jax.tree.map(jnp.zeros_like, params) if gradient_decay else (),
             "longest": jnp.zeros((), jnp.float32),

@@ -147,15 +147,9 @@ def lbfgs(
             scale = jax.tree.map(lambda x: like(x, 1.0), params)
         elif factors is not None:
             scale = factors.init(params)
-
-        def history() -> PyTree:
-            if not jax.tree.leaves(params):  # optax.tree.map_params asks: not shaped as they are
-                return jnp.zeros(())
-            return jax.tree.map(lambda x: like(x, 0.0, memory_size), params)
-
         return {
-            "s": history(),
-            "y": history(),
+            "s": jax.tree.map(lambda x: like(x, 0.0, memory_size), params),
+            "y": jax.tree.map(lambda x: like(x, 0.0, memory_size), params),
             "rho": jnp.zeros((memory_size,), scalar_dtype(params)),
             "stored": jnp.zeros((), jnp.int32),
             "scale": scale,

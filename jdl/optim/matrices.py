@@ -1,4 +1,4 @@
-"""Parameters as stacks of matrices, for `soap` and `muon`.
+"""Parameters as stacks of matrices, for `soap`, `shampoo` and `muon`.
 
 A leaf of two axes or more is N blocks of D inputs and K outputs, [N, D, K]. Leaves of equal D and K
 are stacked, so that a compiled step has one product for all of them.
@@ -31,6 +31,11 @@ class Stack:
 
     layers: tuple[Layer, ...] = field(metadata={"static": True})
     sides: tuple[Any, ...]
+
+    @property
+    def kept(self) -> list[Any]:
+        """The sides that are not None."""
+        return [s for s in self.sides if s is not None]
 
     def each(self, fn: Callable[[int, Any], Any]) -> "Stack":
         """With fn(0 for inputs or 1, side) for each side that is not None."""
@@ -91,6 +96,70 @@ def stacks_of(
     )
 
 
+def preconditioned(
+    params: Params, options: Any, make: Callable[[jax.Array, jax.Array], Any]
+) -> Any:
+    """The stacks with sides to precondition, each `make(0, I)` of [N, S, S] in `factors_dtype`.
+
+    These are the sides up to `max_size`; with `one_sided` only the smaller of each matrix.
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        return jnp.zeros(())  # an array, where `optax.tree.map_params` asks with no parameters
+
+    def sides(shape: tuple[int, int, int], dtype: Any) -> tuple[Any, Any]:
+        n, d, k = shape
+
+        def side(size: int, other: int, smaller: bool) -> Any:
+            fits = min(size, other) > 1 and size <= options.max_size
+            if not fits or (options.one_sided and not smaller):
+                return None
+            eye = jnp.eye(size, dtype=options.factors_dtype or dtype)
+            return make(jnp.zeros((n, size, size), eye.dtype), jnp.tile(eye, (n, 1, 1)))
+
+        return side(d, k, d <= k), side(k, d, k < d)
+
+    stacks = stacks_of(layers_of(params).values(), leaves, sides)
+    some = (s for s in stacks if any(s.sides))
+    return tuple(sorted(some, key=lambda s: all(s.sides)))  # those of one side first
+
+
+def like(x: Any, other: jax.Array) -> jax.Array:
+    """x in the other's type."""
+    return jnp.asarray(x).astype(other.dtype)
+
+
+def mean(last: jax.Array, x: jax.Array, decay: Any, moving: jax.Array | bool = True) -> jax.Array:
+    """The running mean with one more x, or as it is; the sum for a decay of 1."""
+    decay = like(decay, last)
+    new = decay * last + jnp.where(decay < 1, 1 - decay, 1) * x
+    return jnp.where(moving, new, last)
+
+
+def corrected(mean: jax.Array, decay: Any, count: jax.Array) -> jax.Array:
+    """The running mean of `count` values without its start at 0; a sum as it is."""
+    decay = like(decay, mean)
+    return mean / jnp.where(decay < 1, 1 - decay ** like(count, mean), 1)
+
+
+def gathered(
+    stack: Stack,
+    grads: Sequence[jax.Array],
+    beta: Any,
+    scaled: Callable[[int, jax.Array], jax.Array] = lambda _, g: g,
+    moving: jax.Array | bool = True,
+) -> Stack:
+    """With X Xᵀ in the running mean `factor` of each side, of X = scaled(i, G or Gᵀ)."""
+    g = stack.of(grads)
+
+    def gather(i: int, side: Any) -> Any:
+        x = scaled(i, g.mT if i else g)
+        new = mean(side.factor.astype(x.dtype), x @ x.mT, beta, moving)
+        return side._replace(factor=new.astype(side.factor.dtype))
+
+    return stack.each(gather)
+
+
 def solved(
     solve: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
     pairs: Sequence[tuple[jax.Array, jax.Array]],
@@ -105,7 +174,7 @@ def solved(
         for group in groups.values()
     ]
     firsts, seconds = [x[0] for x in joined], [x[1] for x in joined]
-    mesh = inverses.mesh_of(firsts[0])
+    mesh = inverses.mesh_of(firsts[0]) if firsts else None
     out: dict[int, tuple[jax.Array, ...]] = {}
     found = inverses.shared(solve, firsts, seconds, axis_name, mesh)
     for group, arrays in zip(groups.values(), found, strict=True):
@@ -116,18 +185,38 @@ def solved(
     return [out[i] for i in range(len(pairs))]
 
 
-def multiplication(objective: Objective | None, params: Params | None) -> float:
-    """What one counts in `Diagnostics.factor_work`: 1 / those of a gradient of the batch's layers.
+def multiplication(
+    params: Params | None,
+    objective: Objective | None = None,
+    whole_params: Params | None = None,
+    **_: Any,
+) -> float:
+    """What one counts in `Diagnostics.factor_work`: 1 / those of a gradient of the batch.
 
-    A leaf in no known layer is one that each example uses once. Without an objective or parameters
-    it is 0, so that nothing is charged.
+    Of an update's arguments. Each example is taken to use a leaf in no known layer once. Without an
+    objective nothing is charged.
     """
+    params = params if whole_params is None else whole_params
     if objective is None or params is None:
         return 0.0
     examples = objective.num_examples(objective.batch)
     traced = objective.num_examples(objective.batch_for_curvature) / objective.microbatches
     known = moments.find_layers(objective, params).known
+    uses = {i: x.rows / traced for i, x in known.items()}
     leaves = enumerate(jax.tree.leaves(params))
-    wide = {i: x.size for i, x in leaves if x.ndim > 1 or i in known}
-    uses = {i: known[i].rows / traced if i in known else 1.0 for i in wide}
-    return 1 / max(3 * examples * sum(uses[i] * wide[i] for i in wide), 1.0)
+    each = sum(uses.get(i, float(x.ndim > 1)) * x.size for i, x in leaves)
+    return 1 / max(3 * examples * each, 1.0)
+
+
+def multiplications(
+    stacks: Sequence[Stack], params: Params | None, **extras: Any
+) -> tuple[float, float]:
+    """For `factor_work`: products of each side's S × S matrix with a gradient, with another."""
+    products = cubes = 0
+    for stack in stacks:
+        total = sum(math.prod(x.shape) for x in stack.layers)
+        for n, size, _ in (side.factor.shape for side in stack.kept):
+            products += total * size
+            cubes += n * size**3
+    unit = multiplication(params, **extras)
+    return unit * products, unit * cubes

@@ -21,7 +21,7 @@ from jdl.optim.kronecker import factors
 from jdl.optim.kronecker.blocks import Layer
 from jdl.optim.matrices import layers_of, multiplication
 from jdl.optim.result import ResultCode
-from jdl.optim.transformation import ScalarOrSchedule, check_params
+from jdl.optim.transformation import ScalarOrSchedule, check_params, rate_at
 
 
 @jax.tree_util.register_static
@@ -95,8 +95,7 @@ def muon(
 
 
 def _init(options: Any, params: Params) -> MuonState:
-    if jax.tree.leaves(params):
-        check_params("muon", params)
+    check_params("muon", params)
     axes = _Axes(tuple(_numbers(options, params)))
     return MuonState(
         # An array where `optax.tree.map_params` asks with no parameters.
@@ -108,16 +107,8 @@ def _init(options: Any, params: Params) -> MuonState:
 
 
 def _update(
-    options: Any,
-    updates: PyTree,
-    state: MuonState,
-    params: Params | None = None,
-    *,
-    objective: Objective | None = None,
-    whole_params: Params | None = None,
-    **extras: Any,
+    options: Any, updates: PyTree, state: MuonState, params: Params | None = None, **extras: Any
 ) -> tuple[PyTree, MuonState]:
-    del extras
     if not jax.tree.leaves(updates):
         return updates, state
     rate = state.learning_rate
@@ -130,13 +121,13 @@ def _update(
         )
     nothing = jax.tree.map(jnp.zeros_like, updates)
     steps = jax.tree.map(lambda x, like: x.astype(like.dtype), steps, updates)
-    unit = multiplication(objective, params if whole_params is None else whole_params)
+    work = _multiplications(state.axes.numbers, jax.tree.leaves(updates))
     diagnostics = diag.advance(
         state.diagnostics,
         step_size=jnp.where(sound, rate, 0),
         termination=jnp.where(sound, ResultCode.ACCEPTED, ResultCode.NOT_FINITE),
         left_out=state.diagnostics.left_out + jnp.where(sound, 0, 1),
-        factor_work=unit * _multiplications(state.axes.numbers, jax.tree.leaves(updates)),
+        factor_work=work * multiplication(params, **extras),
     )
     inner = tree.where(sound, inner, state.inner)
     return tree.where(sound, steps, nothing), MuonState(state.axes, rate, diagnostics, inner)
@@ -147,16 +138,13 @@ def _multiplications(numbers: Sequence[Any], leaves: Sequence[jax.Array]) -> int
     total = 0
     for axes, leaf in zip(numbers, leaves, strict=True):
         if axes is not None:
-            sides = (math.prod(leaf.shape[i] for i in own) for own in axes)
-            short, long = sorted(sides)
+            short, long = sorted(math.prod(leaf.shape[i] for i in own) for own in axes)
             total += 5 * (leaf.size // (short * long)) * (2 * short**2 * long + short**3)
     return total
 
 
 def _rate(options: Any, count: jax.Array, like: PyTree) -> jax.Array:
-    rate = options.learning_rate
-    with jax.numpy_dtype_promotion("standard"):  # schedules mix floats with the count
-        rate = rate(count) if callable(rate) else rate
+    rate = rate_at(options.learning_rate, count)
     return jnp.asarray(rate, tree.accumulator(*(x.dtype for x in jax.tree.leaves(like))))
 
 

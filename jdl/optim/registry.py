@@ -20,6 +20,7 @@ from jdl.optim.muon import muon
 from jdl.optim.natural_gradient import natural_gradient
 from jdl.optim.newton import newton
 from jdl.optim.nonlinear_cg import nonlinear_cg
+from jdl.optim.shampoo import shampoo
 from jdl.optim.soap import soap
 from jdl.optim.sophia import curvature_diagonal
 from jdl.optim.transformation import ScalarOrSchedule
@@ -117,6 +118,7 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "muon": OptimizerSpec(muon, 2e-2, False, "mini", TuningRange("learning_rate", 1e-4, 0.3)),
     "sophia": _first_order(_sophia, 1e-3, 1e-5, 3e-2),
     "soap": _first_order(soap, 3e-3, 1e-4, 3e-2),
+    "shampoo": _first_order(shampoo, 1e-3, 1e-4, 3e-2),
     "lbfgs": OptimizerSpec(lbfgs, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
     "cg": OptimizerSpec(nonlinear_cg, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
     "newton": OptimizerSpec(newton, 1.0, True, "large", TuningRange("damping", 1e-4, 10.0)),
@@ -169,8 +171,8 @@ def by_name(
       name: sgd, momentum, nesterov, adam, adamw, nadam, nadamw, radam, rmsprop, adagrad,
         adafactor, lamb, lars, lion, adopt, ademamix, prodigy, schedule_free_sgd,
         schedule_free_adamw, sophia (all optax's; sophia's update needs `objective`, `value_fn` or
-        `obj_fn` too, see `jdl.optim.sophia.curvature_diagonal`), muon, soap, lbfgs, cg or
-        nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
+        `obj_fn` too, see `jdl.optim.sophia.curvature_diagonal`), muon, soap, shampoo, lbfgs,
+        cg or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
         natural_gradient, kfac. Evaluate a schedule-free one as an Estimator does, not at the
         parameters that it trains but at `jdl.train.ema.weights_of(opt_state, params)`.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones

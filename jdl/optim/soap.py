@@ -23,9 +23,9 @@ from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
 from jdl.optim.kronecker.inverses import first_basis, next_basis
-from jdl.optim.matrices import Stack, layers_of, multiplication, solved, stacks_of
+from jdl.optim.matrices import Stack, gathered, like, mean, multiplications, preconditioned, solved
 from jdl.optim.result import ResultCode
-from jdl.optim.transformation import ScalarOrSchedule, check_params
+from jdl.optim.transformation import ScalarOrSchedule, check_numbers, check_params, rate_at
 
 
 class Side(NamedTuple):
@@ -73,7 +73,7 @@ def soap(
       learning_rate: > 0, or a schedule of the number of updates.
       b1: decay of the mean of gradients, in [0, 1).
       b2: decay of the mean of squares, in [0, 1).
-      shampoo_beta: decay of L and R, in [0, 1).
+      shampoo_beta: decay of L and R, in [0, 1]; 1 for their sums.
       eps: added to the root of the mean of squares, > 0.
       weight_decay: decoupled, ≥ 0, in units of the learning rate.
       precondition_every: steps from one refresh of the bases to the next, ≥ 1.
@@ -99,48 +99,23 @@ def soap(
       Vyas et al., SOAP: improving and stabilizing Shampoo using Adam (2024), arXiv 2409.11321.
     """
     options = SimpleNamespace(**locals())
-    for name, value in vars(options).items():
-        if not isinstance(value, int | float):  # a schedule, or an optax.inject_hyperparams' array
-            continue
-        if name in ("precondition_every", "max_size"):
-            check.positive_int(name, value)
-        elif name in ("b1", "b2", "shampoo_beta"):
-            check.in_range(name, value, 0.0, 1.0, open_high=True)
-        elif name != "one_sided":
-            check.in_range(name, value, 0.0, open_low=name != "weight_decay")
+    check_numbers(vars(options))
     check.one_of("factors_dtype", factors_dtype, (None, "bfloat16", "float32"))
     return optax.GradientTransformationExtraArgs(partial(_init, options), partial(_update, options))
 
 
 def _init(options: Any, params: Params) -> SoapState:
-    leaves = jax.tree.leaves(params)
-    if leaves:
-        check_params("soap", params)
-
-    def sides(shape: tuple[int, int, int], dtype: Any) -> tuple[Side | None, Side | None]:
-        n, *sizes = shape
-
-        def side(size: int, other: int, smaller: bool) -> Side | None:
-            fits = min(size, other) > 1 and size <= options.max_size
-            if not fits or (options.one_sided and not smaller):
-                return None
-            eye = jnp.eye(size, dtype=options.factors_dtype or dtype)
-            return Side(jnp.zeros((n, size, size), eye.dtype), jnp.tile(eye, (n, 1, 1)))
-
-        d, k = sizes
-        return side(d, k, d <= k), side(k, d, k < d)
+    check_params("soap", params)
 
     def zeros(p: jax.Array) -> jax.Array:
         return jnp.zeros_like(p, dtype=tree.accumulator(p.dtype))
 
-    stacks = stacks_of(layers_of(params).values(), leaves, sides)
     return SoapState(
         gradients=jnp.zeros((), jnp.int32),
         diagnostics=diag.init(),
         mu=jax.tree.map(zeros, params),
         nu=jax.tree.map(zeros, params),
-        # An array where `optax.tree.map_params` asks with no parameters.
-        stacks=tuple(s for s in stacks if any(s.sides)) if leaves else jnp.zeros(()),
+        stacks=preconditioned(params, options, Side),
     )
 
 
@@ -151,10 +126,8 @@ def _update(
     params: Params | None = None,
     *,
     objective: Any = None,
-    whole_params: Params | None = None,
     **extras: Any,
 ) -> tuple[PyTree, SoapState]:
-    del extras
     decays = not isinstance(options.weight_decay, int | float) or options.weight_decay > 0
     check.argument(not decays or params is not None, "params", "given, to decay weights", params)
     leaves, structure = jax.tree.flatten(updates)
@@ -167,11 +140,12 @@ def _update(
     lost = jnp.zeros((), jnp.int32)
     with jax.default_matmul_precision("highest"):
         rotated = _rotated(state.stacks, grads)
-        mu = [_mean(m, g, options.b1, moving) for m, g in zip(mu, rotated, strict=True)]
-        nu = [_mean(v, g * g, options.b2, moving) for v, g in zip(nu, rotated, strict=True)]
-        steps = [m / (jnp.sqrt(v) + _like(options.eps, v)) for m, v in zip(mu, nu, strict=True)]
+        mu = [mean(m, g, options.b1, moving) for m, g in zip(mu, rotated, strict=True)]
+        nu = [mean(v, g * g, options.b2, moving) for v, g in zip(nu, rotated, strict=True)]
+        steps = [m / (jnp.sqrt(v) + like(options.eps, v)) for m, v in zip(mu, nu, strict=True)]
         steps = _rotated(state.stacks, steps, back=True)
-        stacks = [_gathered(s, grads, options.shampoo_beta, sound) for s in state.stacks]
+        beta = options.shampoo_beta
+        stacks = [gathered(s, grads, beta, moving=sound) for s in state.stacks]
         refreshes = sound & (state.gradients % options.precondition_every == 0)
         if stacks:
             stacks, mu, lost = jax.lax.cond(
@@ -182,8 +156,7 @@ def _update(
                 mu,
             )
     steps, rate = _scaled(options, state, steps, params, moving)
-    unit = multiplication(objective, params if whole_params is None else whole_params)
-    always, rarely = (unit * count for count in _multiplications(stacks))
+    products, cubes = multiplications(stacks, params, objective=objective, **extras)
     state = SoapState(
         gradients=state.gradients + sound.astype(jnp.int32),
         diagnostics=diag.advance(
@@ -191,7 +164,10 @@ def _update(
             step_size=jnp.where(moving, rate, 0),
             termination=jnp.where(sound, ResultCode.ACCEPTED, ResultCode.NOT_FINITE),
             left_out=state.diagnostics.left_out + jnp.where(sound, lost, 1),
-            factor_work=always + jnp.where(refreshes, rarely, 0),
+            # A step turns the gradient there and back and multiplies it with itself. A refresh
+            # turns the mean twice, multiplies factor and basis, and orthonormalizes in two passes
+            # of three products.
+            factor_work=3 * products + jnp.where(refreshes, 2 * products + 7 * cubes, 0),
         ),
         mu=jax.tree.unflatten(structure, mu),
         nu=jax.tree.unflatten(structure, nu),
@@ -205,32 +181,19 @@ def _scaled(
     options: Any, state: SoapState, steps: list[jax.Array], params: Any, moving: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
     """−rate times the steps, with Adam's corrections for a start at 0 and the decay; the rate."""
-    rate = options.learning_rate
-    if callable(rate):
-        with jax.numpy_dtype_promotion("standard"):  # schedules mix floats with the count
-            rate = rate(state.diagnostics.iterations)
+    rate = rate_at(options.learning_rate, state.diagnostics.iterations)
 
     def scaled(u: jax.Array, p: jax.Array | None) -> jax.Array:
         t = jnp.maximum(state.gradients, 1).astype(u.dtype)
-        corrections = jnp.sqrt(1 - _like(options.b2, u) ** t) / (1 - _like(options.b1, u) ** t)
-        step = -_like(rate, u) * corrections * u
+        corrections = jnp.sqrt(1 - like(options.b2, u) ** t) / (1 - like(options.b1, u) ** t)
+        step = -like(rate, u) * corrections * u
         if p is not None:
-            decay = _like(rate, u) * _like(options.weight_decay, u)
+            decay = like(rate, u) * like(options.weight_decay, u)
             step -= decay * (p.astype(u.dtype) + step)
         return jnp.where(moving, step, 0)
 
     leaves = [None] * len(steps) if params is None else jax.tree.leaves(params)
     return [scaled(*x) for x in zip(steps, leaves, strict=True)], jnp.asarray(rate, jnp.float32)
-
-
-def _like(x: Any, like: jax.Array) -> jax.Array:
-    return jnp.asarray(x).astype(like.dtype)
-
-
-def _mean(mean: jax.Array, x: jax.Array, decay: Any, moving: jax.Array) -> jax.Array:
-    """The running mean with one more x, or as it is."""
-    decay = _like(decay, mean)
-    return jnp.where(moving, decay * mean + (1 - decay) * x, mean)
 
 
 def _turn(x: jax.Array, sides: tuple[Any, ...], back: bool) -> jax.Array:
@@ -250,17 +213,6 @@ def _rotated(
     return out
 
 
-def _gathered(stack: Stack, grads: Sequence[jax.Array], beta: Any, sound: jax.Array) -> Stack:
-    """With the gradients in the factors."""
-    g = stack.of(grads)
-
-    def gathered(i: int, side: Side) -> Side:
-        mean = _mean(side.factor.astype(g.dtype), g.mT @ g if i else g @ g.mT, beta, sound)
-        return side._replace(factor=mean.astype(side.factor.dtype))
-
-    return stack.each(gathered)
-
-
 def _refreshed(
     stacks: Sequence[Stack], mu: list[jax.Array], first: jax.Array, objective: Any
 ) -> tuple[list[Stack], list[jax.Array], jax.Array]:
@@ -270,25 +222,9 @@ def _refreshed(
         first,
         lambda pairs: solved(first_basis, pairs, axis_name),
         lambda pairs: solved(next_basis, pairs, axis_name),
-        [(side.factor, side.basis) for stack in stacks for side in stack.sides if side is not None],
+        [(side.factor, side.basis) for stack in stacks for side in stack.kept],
     )
     results = iter(found)
     turned = [s.each(lambda _, side: side._replace(basis=next(results)[0])) for s in stacks]
     mu = _rotated(turned, _rotated(stacks, mu, back=True))
     return turned, mu, jnp.sum(jnp.concatenate([lost for _, lost in found]), dtype=jnp.int32)
-
-
-def _multiplications(stacks: Sequence[Stack]) -> tuple[int, int]:
-    """Those of a step, and those that a refresh adds: products with matrices of a side's size.
-
-    A step turns the gradient there and back and multiplies it with itself. A refresh turns the
-    mean twice; it multiplies factor and basis and orthonormalizes in two passes of three products.
-    """
-    always = rarely = 0
-    for stack in stacks:
-        n = sum(x.shape[0] for x in stack.layers)
-        d, k = stack.layers[0].shape[1:]
-        for size in (s for s, side in zip((d, k), stack.sides, strict=True) if side is not None):
-            always += 3 * n * d * k * size
-            rarely += 2 * n * d * k * size + 7 * n * size**3
-    return always, rarely

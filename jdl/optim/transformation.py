@@ -23,6 +23,8 @@ from jdl.optim.result import ResultCode
 ScalarOrSchedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
 # The ranges of options that several optimizers share, and those that may be None.
 RANGES = {
+    "b1": "[0, 1)",
+    "b2": "[0, 1)",
     "c1": "(0, 1)",
     "c2": "(0, 1)",
     "cautious": "[0, 1)",
@@ -30,18 +32,24 @@ RANGES = {
     "damping_decrease": "(0, 1]",
     "damping_increase": "[1, inf)",
     "damping_minimum": "[0, inf)",
+    "eps": "(0, inf)",
+    "exponent": "(0, 1]",
     "factors_decay": "[0, 1)",
+    "factors_eps": "(0, inf)",
     "gradient_decay": "[0, 1)",
     "growth": "[1, inf)",
     "kl_clip": "(0, inf)",
     "l2_reg": "[0, inf)",
+    "learning_rate": "(0, inf)",
     "progress": "[0, inf)",
     "rcond": "[0, 1)",
     "restart_threshold": "(0, inf)",
+    "shampoo_beta": "[0, 1]",
     "structural_damping": "[0, inf)",
     "tolerance": "[0, 1)",
     "trust_region": "(0, inf)",
     "warm_start": "[0, 1]",
+    "weight_decay": "[0, inf)",
 }
 OPTIONAL = {"kl_clip", "rcond", "restart_threshold", "trust_region"}
 State = TypeVar("State", bound=Any)
@@ -110,12 +118,12 @@ def second_order(
         check.in_range("learning_rate", learning_rate, 0.0, open_low=True)
 
     def init_fn(params: Params) -> State:
-        if jax.tree.leaves(params):  # else optax.tree.map_params asks
-            check_params(name, params)
+        check_params(name, params)
+        asked = not jax.tree.leaves(params)  # by optax.tree.map_params
         return state_type(
             learning_rate=schedule_value(learning_rate, jnp.zeros((), jnp.int32)),
             diagnostics=diag.init(damping),
-            **init(params),
+            **(_marked(init, params) if asked else init(params)),
         )
 
     def update_fn(
@@ -145,6 +153,13 @@ def second_order(
         return tree.where(step.moved, step.updates, nothing), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _marked(init: Callable[[Params], Mapping[str, Any]], mark: PyTree) -> dict[str, Any]:
+    """The state's own fields, `mark` for those of the parameters' shape and an array for others."""
+    fields = jax.eval_shape(init, jnp.zeros((1, 2)))
+    mine = {k for k, x in fields.items() if getattr(x, "shape", None) == (1, 2)}
+    return {k: mark if k in mine else jnp.zeros(()) for k in fields}
 
 
 def descending(
@@ -178,9 +193,7 @@ def accepted(moved: jax.Array) -> jax.Array:
 
 def check_params(optimizer: str, params: Params) -> None:
     """Refuses parameters that have no real-valued gradient, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    check.argument(bool(leaves), "params", "a pytree with at least one array", params)
-    for path, leaf in leaves:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = jnp.asarray(leaf).dtype
         check.argument(
             jnp.issubdtype(dtype, jnp.floating),
@@ -191,13 +204,18 @@ def check_params(optimizer: str, params: Params) -> None:
         )
 
 
-def schedule_value(scalar_or_schedule: ScalarOrSchedule, count: Any) -> jax.Array:
-    """The value of a constant or of a schedule at an update, float32."""
+def rate_at(scalar_or_schedule: ScalarOrSchedule, count: Any) -> Any:
+    """The value of a constant, as it is, or of a schedule at an update."""
     if not callable(scalar_or_schedule):
-        return jnp.array(scalar_or_schedule, jnp.float32)
+        return scalar_or_schedule
     # Schedules, optax's among them, mix Python floats with the integer count.
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.array(scalar_or_schedule(count), jnp.float32)
+        return scalar_or_schedule(count)
+
+
+def schedule_value(scalar_or_schedule: ScalarOrSchedule, count: Any) -> jax.Array:
+    """The value of a constant or of a schedule at an update, float32."""
+    return jnp.array(rate_at(scalar_or_schedule, count), jnp.float32)
 
 
 def check_options(**options: Any) -> None:
@@ -215,3 +233,9 @@ def check_options(**options: Any) -> None:
             low, high = map(float, RANGES[name][1:-1].split(","))
             opened = {"open_low": RANGES[name][0] == "(", "open_high": RANGES[name][-1] == ")"}
             check.in_range(name, value, low, high, **opened)
+
+
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """`check_options` of the numbers; not of schedules, or `optax.inject_hyperparams`' arrays."""
+    numbers = {k: x for k, x in options.items() if isinstance(x, int | float)}
+    check_options(**{k: x for k, x in numbers.items() if not isinstance(x, bool)})

@@ -19,12 +19,7 @@ COLUMNS = 12
 
 
 def samples_over_time(gan: GAN, workdir: Path) -> StatefulHook:
-    """A hook that draws samples of one fixed noise at steps that double.
-
-    Args:
-      gan: the GAN.
-      workdir: its run directory; pictures are `samples/00000010.png` and so on.
-    """
+    """A hook that draws samples of one fixed noise to `samples/` at steps that double."""
 
     def make(earlier: Sequence[Row]) -> Hook:
         due = 1
@@ -72,7 +67,7 @@ def draw_from(gan: GAN, estimator: Estimator, count: int, seed: int) -> np.ndarr
 
 
 def _sample(gan: GAN, estimator: Estimator, z: jax.Array) -> np.ndarray:
-    return np.asarray(gan.sample(estimator.ema_params, estimator.model_state, z))
+    return np.asarray(gan.sample(estimator.evaluation_params, estimator.model_state, z))
 
 
 def _stack(paths: list[Path], to: Path) -> Path:

@@ -60,9 +60,8 @@ def averaging(
             return (d * old + (1.0 - d) * new).astype(old.dtype)
 
         new_params = weights_of(inner, optax.apply_updates(params, updates))
-        return updates, AveragingState(
-            inner, jax.tree.map(averaged, state.average, new_params), count
-        )
+        average = jax.tree.map(averaged, state.average, new_params)
+        return updates, AveragingState(inner, average, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -74,13 +73,10 @@ def weights_of(opt_state: Any, params: Params) -> Params:
       opt_state: any optax state, however deep one of the two is in it.
       params: the parameters that training has changed; a schedule-free method's are y.
 
-    >>> optimizer = optax.contrib.schedule_free_sgd(1.0, b1=0.5)
-    >>> y, state = jnp.zeros(()), optimizer.init(jnp.zeros(()))
-    >>> for _ in range(2):
-    ...     step, state = optimizer.update(jnp.ones(()), state, y)
-    ...     y = optax.apply_updates(y, step)
-    >>> float(y), float(weights_of(state, y))  # x is the mean of z = −1 and z = −2
-    (-1.75, -1.5)
+    >>> optimizer, y = optax.contrib.schedule_free_sgd(1.0, b1=0.5), jnp.zeros(())
+    >>> state = optimizer.init(y)._replace(z=jnp.ones(()))
+    >>> float(weights_of(state, y))  # y = (x + z) / 2
+    -1.0
     """
     kinds = (AveragingState, optax.contrib.ScheduleFreeState)
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
@@ -93,6 +89,5 @@ def weights_of(opt_state: Any, params: Params) -> Params:
         part = Part(state.z, params)
         with jax.numpy_dtype_promotion("standard"):  # parameters may be of several types
             x = optax.contrib.schedule_free_eval_params(state, part.of(params))
-        like = lambda x, y: x.astype(y.dtype)  # noqa: E731
-        params = jax.tree.map(like, part.filled(x), params)
+        params = jax.tree.map(lambda x, y: x.astype(y.dtype), part.filled(x), params)
     return params

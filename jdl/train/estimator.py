@@ -171,7 +171,6 @@ class Estimator:
             on_nonfinite,
         )
         self._hooks, self._keep_best = tuple(hooks), keep_best
-        self._averages = ema is not None
 
     # ------------------------------------------------------------------ what it holds
 
@@ -186,17 +185,8 @@ class Estimator:
         return self.state.params
 
     @property
-    def ema_params(self) -> Params:
-        """The moving average of the parameters."""
-        check.argument(self._averages, "ema", "a decay for there to be an average", None)
-        return self.evaluation_params
-
-    @property
     def evaluation_params(self) -> Params:
-        """What evaluation and prediction use.
-
-        It is the moving average, the averaged x of a schedule-free optimizer, or `params`.
-        """
+        """What evaluation and prediction use: an average that the optimizer keeps, or `params`."""
         return weights_of(self.state.opt_state, self.state.params)
 
     @property

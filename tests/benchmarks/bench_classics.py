@@ -569,7 +569,7 @@ def gan(data, seed):
             net.model, net.loss, optimizers(adam, adam), ema=0.995, seed=seed, log_every=1000
         )
         estimator.train(batches(data.x, batch_size=64, seed=seed), steps=steps)
-    weights, state = estimator.ema_params, estimator.model_state
+    weights, state = estimator.evaluation_params, estimator.model_state
     sample = jax.jit(lambda z: net.sample(weights, state, z))
     z = jax.random.normal(jax.random.key(1000 + seed), (20, 500, net.latent))
     samples = np.concatenate([np.asarray(sample(part)) for part in z])

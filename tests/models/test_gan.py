@@ -164,7 +164,7 @@ def test_samples_come_near_the_digits():
 
     def distance(steps):
         estimator = train(gan, data, steps)
-        samples = np.asarray(gan.sample(estimator.ema_params, estimator.model_state, z))
+        samples = np.asarray(gan.sample(estimator.evaluation_params, estimator.model_state, z))
         flat = data.arrays["image"].reshape(-1, 64)
         return scores.frechet_distance(samples.reshape(-1, 64), flat)
 
@@ -179,7 +179,7 @@ def test_a_conditional_generator_makes_the_class_asked_for():
     estimator = train(gan, data, 200, inputs=("image", "label"))
     z, asked = jax.random.normal(jax.random.key(5), (100, 8)), np.arange(100) % 2
     found = np.asarray(
-        gan.sample(estimator.ema_params, estimator.model_state, z, jnp.asarray(asked))
+        gan.sample(estimator.evaluation_params, estimator.model_state, z, jnp.asarray(asked))
     )
     brighter = found[:, :, 4:].mean((1, 2, 3)) > found[:, :, :4].mean((1, 2, 3))
     assert (brighter == asked).mean() > 0.95

@@ -23,7 +23,7 @@ from jdl.optim.transformation import OPTIONAL, RANGES, check_options
 EVERY = sorted(REGISTRY)
 SECOND = [name for name in EVERY if REGISTRY[name].second_order]
 # optax's own are trusted to optax, but for one of each kind.
-ALL = [*SECOND, "soap", "adam", "muon", "sgd", "sophia", "schedule_free_adamw"]
+ALL = [*SECOND, "soap", "shampoo", "adam", "muon", "sgd", "sophia", "schedule_free_adamw"]
 
 
 def each(names):
@@ -202,7 +202,7 @@ def test_composes_with_optax(name, wrap):
     for _ in range(6):
         params, state, _ = step(params, state, objective)
     assert float(objective.value(params)) < start
-    assert (diagnostics.read(state) is not None) == (name in [*SECOND, "soap", "muon"])
+    assert (diagnostics.read(state) is not None) == (name in [*SECOND, "soap", "shampoo", "muon"])
 
 
 @pytest.mark.parametrize("name", each(SECOND))

@@ -3,10 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jdl.core import check
-from jdl.core.types import Key, Params, PyTree
+from jdl.core.types import Key
 from jdl.optim.context import UpdateContext
 from jdl.optim.kronecker import factors
 from jdl.optim.kronecker.factors import Kronecker, Options
@@ -68,8 +67,4 @@ def preconditioner(
         state = jax.lax.cond(due, refreshed, lambda state: state, state)
         return state, lambda vector: factors.apply(found, state, vector, damping)
 
-    def init(params: Params) -> PyTree:
-        # An array where `optax.tree.map_params` asks with no parameters.
-        return factors.init(params, options) if jax.tree.leaves(params) else jnp.zeros(())
-
-    return Preconditioner(init, step, 1.0 / every)
+    return Preconditioner(lambda params: factors.init(params, options), step, 1.0 / every)

@@ -100,9 +100,49 @@ def next_basis(matrix: jax.Array, basis: jax.Array) -> tuple[jax.Array, ...]:
     return _checked(jnp.take_along_axis(vectors, jnp.argsort(order, axis=2), axis=2), basis)
 
 
-def _checked(vectors: jax.Array, old: jax.Array) -> tuple[jax.Array, ...]:
-    fine = jnp.all(jnp.isfinite(vectors), axis=(1, 2))
-    return jnp.where(fine[:, None, None], vectors.astype(old.dtype), old), (~fine).astype(jnp.int32)
+def inverse_power(
+    matrix: jax.Array, old: jax.Array, exponent: float, newton: bool = False
+) -> tuple[jax.Array, ...]:
+    """M^−exponent of symmetric matrices [N, S, S]; the old ones, and a 1, where not finite.
+
+    Eigenvalues are at least the largest times the precision of the old ones' type.
+    """
+    unit, eps = _unit(matrix), jnp.finfo(old.dtype).eps
+    if newton:
+        power = _newton(unit, round(1 / exponent), 4 * float(eps))
+    else:
+        vectors, values = eigen(unit, unit)
+        values = jnp.maximum(values, float(eps) * values[:, -1:])
+        power = (vectors * values[:, None] ** -exponent) @ vectors.mT
+    largest = jnp.max(jnp.abs(matrix.astype(unit.dtype)), axis=(1, 2), keepdims=True)
+    return _checked(power * largest**-exponent, old)
+
+
+def _newton(matrix: jax.Array, p: int, shift: float, steps: int = 100) -> jax.Array:
+    """(M + shift ‖M‖ I)^(−1/p) by a coupled Newton iteration: X → that, and XᵖM → I."""
+    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
+    size = jnp.linalg.norm(matrix, axis=(1, 2), keepdims=True)
+    scale = (1 + p) / (2 * (1 + shift) * size)
+
+    def one_step(carry: Any) -> Any:
+        count, _, root, rest, error = carry
+        factor = ((1 + p) * eye - rest) / p
+        moved = root @ factor, jnp.linalg.matrix_power(factor, p) @ rest
+        distance = jnp.linalg.norm(moved[1] - eye, axis=(1, 2), keepdims=True)
+        better = distance < jnp.where(error > 0.1, 1.2, 0.5) * error
+        found = tree.where(better, (*moved, distance), (root, rest, error))
+        return count + 1, jnp.any(better), *found
+
+    rest = scale * (matrix + shift * size * eye)
+    error = jnp.full_like(scale, jnp.inf)
+    start = (0, jnp.array(True), scale ** (1 / p) * eye, rest, error)
+    found: tuple[Any, ...] = jax.lax.while_loop(lambda c: c[1] & (c[0] < steps), one_step, start)
+    return jnp.asarray(found[2])
+
+
+def _checked(new: jax.Array, old: jax.Array) -> tuple[jax.Array, ...]:
+    fine = jnp.all(jnp.isfinite(new), axis=(1, 2))
+    return jnp.where(fine[:, None, None], new.astype(old.dtype), old), (~fine).astype(jnp.int32)
 
 
 def _unit(matrix: jax.Array) -> jax.Array:
