@@ -169,36 +169,26 @@ def _per_example(x: jax.Array) -> jax.Array:
 
 def _same_shape(name: str, a: jax.Array, other: str, b: jax.Array) -> None:
     hint = "Class numbers must be of an integer type." if b.ndim == 1 < a.ndim else ""
-    check.argument(
-        a.shape == b.shape, name, f"of the shape of batch[{other!r}], {b.shape}", a.shape, hint
-    )
+    ok = a.shape == b.shape
+    check.argument(ok, name, f"of the shape of batch[{other!r}], {b.shape}", a.shape, hint)
 
 
 def _check_classes(
     logits: Array, target: str, labels: Array | np.ndarray, ignore: int | None, masked: bool
 ) -> None:
-    check.argument(
-        logits.ndim == 2 or logits.ndim > 2 <= labels.ndim,
-        "outputs",
-        "of shape [B, K], one number per class",
-        logits.shape,
-        "A dense model must flatten its images: image.reshape(len(image), -1).",
-    )
-    check.argument(
-        labels.shape == logits.shape[:-1],
-        f"batch[{target!r}]",
-        f"of shape {logits.shape[:-1]}, a class number each",
-        labels.shape,
-    )
+    ok = logits.ndim == 2 or logits.ndim > 2 <= labels.ndim
+    must = "of shape [B, K], one number per class"
+    hint = "A dense model must flatten its images: image.reshape(len(image), -1)."
+    check.argument(ok, "outputs", must, logits.shape, hint)
+    ok = labels.shape == logits.shape[:-1]
+    must = f"of shape {logits.shape[:-1]}, a class number each"
+    check.argument(ok, f"batch[{target!r}]", must, labels.shape)
     if masked or isinstance(labels, jax.core.Tracer):
         return
     if isinstance(labels, np.ndarray) or labels.is_fully_addressable:
         found, classes = np.asarray(labels), logits.shape[-1]
         strays = found[((found < 0) | (found >= classes)) & (found != ignore)]
-        check.argument(
-            strays.size == 0,
-            f"batch[{target!r}]",
-            f"class numbers in [0, {classes})",
-            strays[:1].tolist(),
-            "Positions without a class are left out by ignore=NUMBER.",
-        )
+        ok = strays.size == 0
+        must = f"class numbers in [0, {classes})"
+        hint = "Positions without a class are left out by ignore=NUMBER."
+        check.argument(ok, f"batch[{target!r}]", must, strays[:1].tolist(), hint)

@@ -121,10 +121,8 @@ def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> 
     else:
         found = activations.saliency(trunk, photograph, wanted=args.wanted, seed=args.seed)
         right = images.colored(found.heat)
-    caption = f"{trunk.class_name(found.number)} ({args.what})"
-    return images.sheet(
-        [photograph, right], columns=2, captions=[Path(args.image or "").name, caption]
-    )
+    captions = [Path(args.image or "").name, f"{trunk.class_name(found.number)} ({args.what})"]
+    return images.sheet([photograph, right], columns=2, captions=captions)
 
 
 def _preferred(

@@ -16,13 +16,9 @@ import tyro
 from jdl.cli import options
 from jdl.core import check
 
-# what -> the module that measures it, by `measure(target, *, size, channels, batch_size, seconds)`
-# with the values of the options below; for data also with those of `from_tar` that choose members
-BENCHES = {
-    "data": "jdl.cli.bench_data",
-    "train": "jdl.cli.bench_train",
-    "optim": "jdl.cli.bench_optim",
-}
+# The module `bench_WHAT` has `measure(target, *, size, channels, batch_size, seconds)`, which takes
+# the values of the options below; for data also those of `from_tar` that choose members.
+BENCHES = ("data", "train", "optim")
 
 
 @dataclass
@@ -56,7 +52,7 @@ def run(args: Args) -> None:
     which |= {} if args.split is None else {"split": args.split}
     names = ("split", "include", "exclude")
     options.check_left_out(args, what == "data", "it is for data", *names)
-    report = importlib.import_module(BENCHES[what]).measure(
+    report = importlib.import_module(f"jdl.cli.bench_{what}").measure(
         args.target,
         size=args.size,
         channels=3 if args.color else 1,

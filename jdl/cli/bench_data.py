@@ -80,10 +80,8 @@ def _reading(data: ImageBatches, batch_size: int) -> Generator[int, None, None]:
 def _report(title: str, found: dict[str, Any]) -> output.Report:
     rates, skipped = found["images_per_second"], found["skipped"]
     best = max((how for how in rates if how != "reading alone"), key=lambda how: rates[how])
-    lost = [
-        "damaged: {word} at byte {offset} of {archive}: {detail}".format(**each)
-        for each in found["damage"]
-    ]
+    told = "damaged: {word} at byte {offset} of {archive}: {detail}"
+    lost = [told.format(**each) for each in found["damage"]]
     lost += [f"skipped {where}: {why}" for where, why in skipped.items()]
     few = lost[:_FEW] + [f"and {len(lost) - _FEW} more, which --json lists"] * (len(lost) > _FEW)
     notes = [

@@ -42,10 +42,8 @@ def measure(
     vector = gradient(params)[1]
     one, _ = _time(lambda: gradient(params), seconds)
     rows: list[Any] = [["gradient", one, 1.0, None]]
-    for what, product in (
-        ("Gauss-Newton product", objective.gnvp),
-        ("Hessian product", objective.hvp),
-    ):
+    products = {"Gauss-Newton product": objective.gnvp, "Hessian product": objective.hvp}
+    for what, product in products.items():
         compiled = jax.jit(product)
         spent, _ = _time(lambda f=compiled: f(params, vector), seconds)  # type: ignore[misc]
         rows.append([what, spent, spent / one, None])
@@ -57,9 +55,8 @@ def measure(
             value, grad, _ = objective.value_and_grad(params)
             extra = {"value_fn": objective.value, "objective": objective}
             with jax.numpy_dtype_promotion("standard"):  # optax itself is not strict
-                updates, opt_state = optimizer.update(
-                    grad, opt_state, params, value=value, grad=grad, **extra
-                )
+                extra |= {"value": value, "grad": grad}
+                updates, opt_state = optimizer.update(grad, opt_state, params, **extra)
             return tree.add_scaled(params, 1.0, updates), opt_state
 
         compiled = jax.jit(step)
@@ -76,17 +73,11 @@ def measure(
         rows.append([f"step of {which}", spent, spent / one, counted])
     device = jax.devices()[0].device_kind
     names = ("what", "seconds", "gradients", "counted")
+    costs = [dict(zip(names, row, strict=True)) for row in rows]
     return output.Report(
-        {
-            "model": name,
-            "device": device,
-            "costs": [dict(zip(names, row, strict=True)) for row in rows],
-        },
+        {"model": name, "device": device, "costs": costs},
         ["", "ms", "gradients", "as counted"],
-        [
-            [what, f"{1e3 * s:.3g}", f"{g:.2f}", "" if c is None else f"{c:.2f}"]
-            for what, s, g, c in rows
-        ],
+        [[w, f"{1e3 * s:.3g}", f"{g:.2f}", "" if c is None else f"{c:.2f}"] for w, s, g, c in rows],
         f"{name} on {'×'.join(map(str, shape))}, {tree.size(params):,} parameters, "
         f"batch {batch_size}, one {device}",
         "As counted: the optimizer's own count of gradient-equivalents in a step, by FLOPs.",

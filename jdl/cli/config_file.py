@@ -62,9 +62,8 @@ def _settings(path: str, known: dict[str, Any]) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """The options in a file, or in its table `[command]`."""
-    check.argument(
-        path.suffix in (".toml", ".yaml", ".yml"), "--config", "a .toml or .yaml file", str(path)
-    )
+    ok = path.suffix in (".toml", ".yaml", ".yml")
+    check.argument(ok, "--config", "a .toml or .yaml file", str(path))
     check.argument(path.is_file(), "--config", "an existing file", str(path))
     size = path.stat().st_size
     check.argument(size <= MAX_BYTES, "--config", f"of at most {MAX_BYTES} bytes", size)

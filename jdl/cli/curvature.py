@@ -73,10 +73,8 @@ def run(args: Args) -> None:
     check.in_range("--rho", args.rho, 0.0, open_low=True)
     opened = options.open_run(args, "train", seed=args.seed, epochs=1, shuffle=True)
     if recipe(opened.config.model).kind in ("gan", "trees"):
-        raise check.UserError(
-            f"jdl curvature needs one loss over images; {args.workdir} holds a "
-            f"{opened.config.model}."
-        )
+        held = f"{args.workdir} holds a {opened.config.model}"
+        raise check.UserError(f"jdl curvature needs one loss over images; {held}.")
     estimator = opened.config.estimator(args.workdir)
     next(iter(estimator.predict_batches(opened.images)))  # restores the checkpoint
     about = {"workdir": str(args.workdir), "step": estimator.step}
@@ -100,20 +98,15 @@ def _measure(
         state = estimator.model_state
         return Objective(estimator.model, estimator.loss, state, scaled, train=False)
 
-    land = curvature.Landscape(
-        objective,
-        images,
-        estimator.evaluation_params,
-        max_batches=math.ceil(args.images / args.batch_size) if args.images else None,
-    )
+    most = math.ceil(args.images / args.batch_size) if args.images else None
+    land = curvature.Landscape(objective, images, estimator.evaluation_params, max_batches=most)
     batches, examples = land.examples()
     say, seed = _Stages(), args.seed
     op = curvature.operator(land, kind=args.matrix)
     loss, slope = land.value(), float((land.gradient() ** 2).sum() ** 0.5)
     say(f"{op.size:,} parameters, {examples:,} images in {batches} batches, loss {loss:.4g}")
-    top = curvature.top_eigenpairs(
-        op, min(args.top, op.size), max_products=args.max_products, seed=seed
-    )
+    count = min(args.top, op.size)
+    top = curvature.top_eigenpairs(op, count, max_products=args.max_products, seed=seed)
     say(f"top eigenvalues: {top.products} products, {top.memory / 2**20:.0f} MB of vectors")
     by_batch = land.rayleigh_by_batch(args.matrix, top.vectors)
     single = _top_of_single_batches(land, args.matrix, seed)
@@ -186,11 +179,8 @@ def _write(args: Args, found: dict[str, Any], by_batch: "np.ndarray") -> None:
     except OSError as error:
         if args.out is not None or error.errno not in READ_ONLY:
             raise
-        print(
-            f"jdl curvature: {folder} is read-only ({error.strerror}), nothing is written; "
-            "give --out FOLDER.",
-            file=sys.stderr,
-        )
+        why = f"{folder} is read-only ({error.strerror}), nothing is written; give --out FOLDER."
+        print(f"jdl curvature: {why}", file=sys.stderr)
         return
     print(f"wrote {folder / 'curvature.png'} and curvature.json")
 
@@ -284,9 +274,8 @@ def _draw(path: Path, found: dict[str, Any], by_batch: "np.ndarray") -> None:
             (f"● same directions, {found['batch_size']} images each", MUTED),
             ("— largest of a single batch by itself", orange),
         ):
-            right.text(
-                0.98, top, text, color=colour, ha="right", va="top", transform=right.transAxes
-            )
+            place = {"ha": "right", "va": "top", "transform": right.transAxes}
+            right.text(0.98, top, text, color=colour, **place)
             top -= 0.075
         figure.suptitle(
             f"{found['workdir']} at step {found['step']}: {found['parameters']:,} parameters, "

@@ -84,9 +84,8 @@ def run(args: Args) -> None:
     both = [str(x) for x in (args.image, args.wanted) if x is not None]
     check.argument(len(both) == 1, "IMAGE, --class", "given one of them", both)
     check.argument(args.frames >= 0, "--frames", "0 or more", args.frames)
-    check.argument(
-        args.image is not None or not args.frames, "--frames", "0 with --class", args.frames
-    )
+    ok = args.image is not None or not args.frames
+    check.argument(ok, "--frames", "0 with --class", args.frames)
     images.check_frames_out(args.out) if args.frames else images.check_out(args.out)
     if args.image is None:
         written = [images.write(args.out, _class(args, args.wanted or ""))]

@@ -50,14 +50,11 @@ def run(args: Args) -> None:
     opened = options.open_run(args, "test")
     config, images = opened.config, opened.images
     more: dict[str, Any] = {}
-    of_classes = {
-        "--top-k": args.top_k, "--confusion": args.confusion, "--per-class": args.per_class
-    }  # fmt: skip
-    asked = [name for name, value in of_classes.items() if value]
+    names = ("top_k", "confusion", "per_class")
+    asked = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
     if asked and recipe(config.model).kind != "classifier":
-        raise check.UserError(
-            f"{asked[0]} is for classifiers; {args.workdir} holds a {config.model}."
-        )
+        held = f"{args.workdir} holds a {config.model}"
+        raise check.UserError(f"{asked[0]} is for classifiers; {held}.")
     if args.top_k is not None:
         classes = len(config.classes)
         check.argument(1 <= args.top_k <= classes, "--top-k", f"1 to {classes}", args.top_k)
@@ -74,17 +71,11 @@ def run(args: Args) -> None:
             values["classes"] = list(config.classes)
             values["confusion"] = confusion.astype(int).tolist()
         if scores is not None:
-            values["per_class"] = [
-                {
-                    "class": name,
-                    "examples": int(n),
-                    **{
-                        score: None if math.isnan(x) else x
-                        for score, x in zip(("precision", "recall", "f1"), row, strict=True)
-                    },
-                }
-                for name, n, *row in _by_class(config.classes, scores)
-            ]
+            values["per_class"] = []
+            for name, n, *row in _by_class(config.classes, scores):
+                known = [None if math.isnan(x) else x for x in row]
+                of_class = dict(zip(("precision", "recall", "f1"), known, strict=True))
+                values["per_class"].append({"class": name, "examples": int(n)} | of_class)
         print(json.dumps(values))
         return
     output.table(

@@ -57,10 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs between commands; the user's own variable has precedence.
-
-    JAX reads the variable when it is first imported, after this.
-    """
+    """Keeps compiled programs between commands; JAX reads the variable when it is imported."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(base, "jdl", "xla"))
 
@@ -177,10 +174,7 @@ def _without_empty_defaults(args: Any) -> Any:
 
 
 def _wrapped(text: str) -> str:
-    """A docstring with its paragraphs wrapped; later lines are indented so that tyro keeps them.
-
-    Examples and lists stay as they are.
-    """
+    """A docstring wrapped, but for lists; later lines are indented so that tyro keeps them."""
     width = max(40, min(shutil.get_terminal_size().columns, 100))
     paragraphs = text.strip().split("\n\n")
     for i, paragraph in enumerate(paragraphs):

@@ -5,12 +5,7 @@ from jdl.vision.trunk import Trunk, usual_layer
 
 
 def open_network(model: str, layer: str | None) -> tuple[Trunk, tuple[str, ...]]:
-    """Loads a network; returns it with the names of its layers.
-
-    Args:
-      model: as `jdl.vision.load_trunk`.
-      layer: names separated by commas; None for the network's usual layer.
-    """
+    """The network, and the layers named, separated by commas; by default its usual one."""
     trunk = pretrained.load_trunk(model)
     names = tuple(layer.replace(" ", "").split(",")) if layer else (usual_layer(trunk),)
     return trunk, trunk.known(names)

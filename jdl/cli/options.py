@@ -88,27 +88,18 @@ def check_left_out(args: Any, allowed: bool, why: str, *names: str) -> None:
 
 
 class RunOnData(NamedTuple):
-    """A run, and data to apply it to.
-
-    Attributes:
-      config: the run's settings.
-      data, split: what `--data` and `--split` mean.
-      images: those data, as the run's model takes them.
-    """
+    """A run, and data to apply it to."""
 
     config: "RunConfig"
-    data: str
-    split: str | None
-    images: "Batches"
+    data: str  # what `--data` means
+    split: str | None  # what `--split` means
+    images: "Batches"  # those data, as the run's model takes them
 
 
 def open_run(args: Any, split: str, **options: Any) -> RunOnData:
     """Opens the run and the data of `--workdir`, `--data`, `--split` and `--batch-size`.
 
-    Args:
-      args: the command's arguments.
-      split: used by default if the data have it.
-      **options: further ones of `RunConfig.images`.
+    `split` is the default if the data have it; `options` are further ones of `RunConfig.images`.
     """
     from jdl.recipes.datasets import default_split
     from jdl.recipes.registry import LABELLED, recipe

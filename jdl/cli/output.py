@@ -7,19 +7,13 @@ from typing import Any, NamedTuple
 
 
 class Report(NamedTuple):
-    """A table, and the JSON that `--json` prints instead.
+    """A table, and the JSON that `--json` prints instead."""
 
-    Attributes:
-      found: the JSON object.
-      columns, rows, title: as `table`.
-      note: a line below the table.
-    """
-
-    found: Mapping[str, Any]
-    columns: Sequence[str]
+    found: Mapping[str, Any]  # the JSON object
+    columns: Sequence[str]  # these three as `table`
     rows: Sequence[Sequence[str]]
     title: str
-    note: str
+    note: str  # a line below the table
 
     def show(self, *, as_json: bool) -> None:
         """Prints the object, or the table and the note."""

@@ -63,9 +63,8 @@ def run(args: Args) -> None:
     )
     first, last = done.shards[0], done.shards[-1]
     where = first if first == last else f"{first} … {last}"
-    print(
-        f"{done.members} members, {done.bytes / 1e6:.1f} MB in {len(done.shards)} tar(s): {where}"
-    )
+    size = f"{done.bytes / 1e6:.1f} MB"
+    print(f"{done.members} members, {size} in {len(done.shards)} tar(s): {where}")
     told = [f"left out {name}: {why}" for name, why in done.skipped]
     told += [f"another key than {old!r}, which is taken: {new!r}" for old, new in done.renamed]
     for line in told[:20]:

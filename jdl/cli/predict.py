@@ -46,12 +46,9 @@ def run(args: Args) -> None:
 
     config, _, _, images = options.open_run(args, "test", labelled=False)
     kind = recipe(config.model).kind
-    check.argument(
-        kind == "classifier" or not args.probabilities,
-        "--probabilities",
-        "left out for a model that predicts no classes",
-        config.model,
-    )
+    ok = kind == "classifier" or not args.probabilities
+    must = "left out for a model that predicts no classes"
+    check.argument(ok, "--probabilities", must, config.model)
     columns = {
         "classifier": lambda batch, logits: _classes(logits, config.classes, args.probabilities),
         "autoencoder": _reconstructions,

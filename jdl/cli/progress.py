@@ -18,11 +18,7 @@ class StepProgress:
 
     Speed is measured over the last rows of the log: images per second, and the time of a step on
     the training clock, which excludes evaluation and saving. `wait` is the share of it spent
-    waiting for data.
-
-    Args:
-      total: the run's last step.
-      batch_size: images in a batch.
+    waiting for data. `total` is the run's last step.
     """
 
     def __init__(self, total: int, batch_size: int):
@@ -64,9 +60,8 @@ class StepProgress:
             self._bar.update(self._task, completed=row["step"], numbers=numbers)
         elif time.monotonic() - self._printed >= EVERY or row["step"] == self._total:
             self._printed = time.monotonic()
-            self._console.print(
-                f"step {row['step']}/{self._total}  {numbers}", highlight=False, soft_wrap=True
-            )
+            text = f"step {row['step']}/{self._total}  {numbers}"
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def _speed(self, waited: float) -> list[str]:
         first, last = self._recent[0], self._recent[-1]

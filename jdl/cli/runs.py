@@ -41,20 +41,15 @@ class Args:
 
 def run(args: Args) -> None:
     """Reads the logs, and prints a table or one JSON object for each run."""
-    check.argument(
-        args.folder.is_dir(),
-        "DIR",
-        "a folder with runs in it",
-        str(args.folder),
-        "There is no such folder; `jdl train` writes into runs/ by default.",
-    )
-    check.argument(
-        args.direction is None or args.sort is not None, "--direction", "given with --sort", None
-    )
+    ok = args.folder.is_dir()
+    must = "a folder with runs in it"
+    hint = "There is no such folder; `jdl train` writes into runs/ by default."
+    check.argument(ok, "DIR", must, str(args.folder), hint)
+    ok = args.direction is None or args.sort is not None
+    check.argument(ok, "--direction", "given with --sort", None)
     found = [about(path.parent, args.folder) for path in sorted(args.folder.rglob(LOG))]
-    check.argument(
-        bool(found), "DIR", f"a folder with runs in it, each with a {LOG}", str(args.folder)
-    )
+    must = f"a folder with runs in it, each with a {LOG}"
+    check.argument(bool(found), "DIR", must, str(args.folder))
     known = {name for entry in found for name in entry["last"]}
     columns = [name for name in SHOWN if name in known]
     columns = columns or sorted(known & {"batch_loss", "batch_accuracy"})
@@ -62,13 +57,10 @@ def run(args: Args) -> None:
     if args.sort is not None:
         sort = _column(args.sort, known)
         best = args.direction or _direction(sort, found) or ""
-        check.argument(
-            bool(best),
-            "--direction",
-            f"min or max with --sort {args.sort}",
-            None,
-            f"The runs do not declare which value of {sort} is the best.",
-        )
+        ok = bool(best)
+        must = f"min or max with --sort {args.sort}"
+        hint = f"The runs do not declare which value of {sort} is the best."
+        check.argument(ok, "--direction", must, None, hint)
         which = {sort: best} | {name: at for name, at in which.items() if name != sort}
         sign = -1.0 if best == "max" else 1.0
         found.sort(key=lambda entry: sign * entry[best].get(sort, sign * math.inf))
@@ -87,11 +79,7 @@ def run(args: Args) -> None:
 
 
 def about(workdir: Path, root: Path) -> dict[str, Any]:
-    """A run's settings and its metrics by split, such as `test_accuracy` and `train_loss`.
-
-    Of each metric there is the last, the smallest and the largest value, and the best of one that
-    declares its direction.
-    """
+    """A run's settings, and the last, smallest, largest and best value of each split's metrics."""
     from jdl.train.writers import read_directions, read_jsonl
 
     series: dict[str, list[float]] = {}

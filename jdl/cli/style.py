@@ -12,17 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from jdl.cli import options
 from jdl.core import check
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from jdl.recipes.style_config import StyleConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
 
@@ -192,10 +187,8 @@ def _transfer(args: Transfer) -> None:
             seed=args.seed,
             hook=hook,
         )
-    image = painted.image
-    if args.keep_colors:
-        image = style.with_colors_of(photograph, image)
-    images.write(out, image)
+    kept = args.keep_colors
+    images.write(out, style.with_colors_of(photograph, painted.image) if kept else painted.image)
     terms = [f"{name} {float(x[0]):.3g}" for name, x in painted.terms._asdict().items()]
     print(
         f"loss {painted.losses[0]:.4g} → {painted.losses[-1]:.4g} "
@@ -208,21 +201,19 @@ def _train(args: Train) -> None:
     from jdl.cli.progress import StepProgress
     from jdl.data import from_tar, resolve
     from jdl.recipes.datasets import choice
+    from jdl.recipes.style_config import StyleConfig
     from jdl.train.plot import draw
     from jdl.vision import images, painter, pretrained
-    from jdl.vision.style_training import build_estimator
+    from jdl.vision.style_training import build_estimator, digest
     from jdl.vision.transformer import STRIDE
 
     sizes = ("max_steps", "batch_size", "size", "style_size", "blocks", "save_every")
     options.check_positive(args, *sizes)
     check.argument(args.size % STRIDE == 0, "--size", f"a multiple of {STRIDE}", args.size)
     names = tuple(path.stem for path in args.paintings)
-    check.argument(
-        len(names) > 0 and len({*names}) == len(names) and not any(":" in n for n in names),
-        "PAINTINGS",
-        "one or several files with different names, none with a colon",
-        names,
-    )
+    ok = len(names) > 0 and len({*names}) == len(names) and not any(":" in n for n in names)
+    must = "one or several files with different names, none with a colon"
+    check.argument(ok, "PAINTINGS", must, names)
     paintings = [images.read(p, longest=args.style_size) for p in args.paintings]
     trunk = pretrained.load_trunk(args.model)
     trunk.known(args.content_layers + args.style_layers)
@@ -239,12 +230,12 @@ def _train(args: Train) -> None:
         seed=args.seed,
         on_error=args.on_error,
     )
-    config = _config(args, names, paintings)
+    given = {"styles": names, "paintings": tuple(map(digest, paintings)), "trunk": args.model}
+    config = options.settings(StyleConfig, args, **given)
     workdir = args.workdir or Path("runs") / f"style-{'-'.join(names)}"
     shown = StepProgress(args.max_steps, args.batch_size)
-    estimator = build_estimator(
-        config, trunk, paintings, workdir, save_every=args.save_every, hooks=[shown]
-    )
+    how = {"save_every": args.save_every, "hooks": [shown]}
+    estimator = build_estimator(config, trunk, paintings, workdir, **how)
     config.save(workdir)
     print(
         f"{' and '.join(names)} from {photographs.num_records} photographs of {args.data}, to step "
@@ -263,14 +254,6 @@ def _train(args: Train) -> None:
     if args.export is not None:
         print(f"export:  {trained.export(args.export)}")
     options.print_skipped(photographs)
-
-
-def _config(args: Train, styles: tuple[str, ...], paintings: "list[np.ndarray]") -> "StyleConfig":
-    from jdl.recipes.style_config import StyleConfig
-    from jdl.vision.style_training import digest
-
-    digests = tuple(digest(p) for p in paintings)
-    return options.settings(StyleConfig, args, styles=styles, paintings=digests, trunk=args.model)
 
 
 def _apply(args: Apply) -> None:
@@ -315,9 +298,8 @@ def _folder(source: Path, out: Path, paint: Callable[[Path, Path], None]) -> Non
             wrong.append(path.name)
             print(error)
     if wrong:
-        raise check.DataError(
-            f"{len(wrong)} of {len(found)} pictures could not be read: {', '.join(wrong[:10])}."
-        )
+        which = f"{len(wrong)} of {len(found)} pictures"
+        raise check.DataError(f"{which} could not be read: {', '.join(wrong[:10])}.")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

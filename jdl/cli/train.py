@@ -115,23 +115,12 @@ def run(args: Args) -> None:
     options.check_positive(args, *names)
     job = _job(args)
     if _is_leader():
-        resolved = dataclasses.replace(
-            args,
-            data=job.config.data,
-            optimizer=job.config.optimizer,
-            max_steps=job.max_steps,
-            batch_size=job.config.batch_size,
-        )
+        found = {name: getattr(job.config, name) for name in ("data", "optimizer", "batch_size")}
+        resolved = dataclasses.replace(args, max_steps=job.max_steps, **found)
         job.config.save(job.workdir, config_file.as_table(resolved))
     with contextlib.nullcontext() if _is_leader() else _silence():
-        _train(
-            job,
-            save_every=args.save_every,
-            logs=args.logs,
-            remat=args.remat,
-            on_nonfinite=args.on_nonfinite,
-            parallel=args.parallel,
-        )
+        names = ("save_every", "logs", "remat", "on_nonfinite", "parallel")
+        _train(job, **{name: getattr(args, name) for name in names})
 
 
 def _job(args: Args) -> _Job:
@@ -143,19 +132,14 @@ def _job(args: Args) -> _Job:
 
     chosen = recipe(args.model)
     source = args.data or chosen.data
-    check.argument(
-        (source == "trees") == (chosen.data == "trees"),
-        "--data",
-        "left out for recursive, which learns generated trees, and images for all others",
-        source,
-    )
+    ok = (source == "trees") == (chosen.data == "trees")
+    must = "left out for recursive, which learns generated trees, and images for all others"
+    check.argument(ok, "--data", must, source)
     optimizer = registry.short_name(args.optimizer or chosen.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
-    size, split = (
-        datasets.parse_size(args.size, source),
-        datasets.default_split(source, args.split, "train", **which),
-    )
+    size = datasets.parse_size(args.size, source)
+    split = datasets.default_split(source, args.split, "train", **which)
     augmentation = {name: getattr(args, name) for name in ("crop", "flip", "augment", "workers")}
     given = {name: value for name, value in augmentation.items() if value}
     mixed = [name for name in args.augment if name in MIXED]
@@ -186,9 +170,8 @@ def _job(args: Args) -> _Job:
     check.argument(bool(classes) or chosen.kind not in LABELLED, "--label", must, label)
     is_mini = spec.batches == "mini"
     batch_size = args.batch_size or min(chosen.batch_size if is_mini else LARGE_BATCH, number)
-    check.argument(
-        batch_size <= number, "--batch-size", f"at most the {number} training images", batch_size
-    )
+    must = f"at most the {number} training images"
+    check.argument(batch_size <= number, "--batch-size", must, batch_size)
     config = options.settings(
         RunConfig,
         args,

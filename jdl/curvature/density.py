@@ -11,9 +11,8 @@ Measured against matfree 0.6.3 (`funm.monte_carlo_funm_sym`, full reorthogonaliz
     mean of |λ|, 0.0596               0.0015 here, 0.0018 there
     mean of exp(−(λ/0.05)²), 0.489    0.009 here, 0.016 there
 
-The quadrature and the time, 0.1 s on one core, are the same; matfree's normal probes are not scaled
-to unit length. But it needs products that JAX can trace, which an average over a data set is not,
-and returns no nodes and weights, from which `smooth` draws the density.
+The quadrature and the time are the same; matfree's normal probes are not scaled to unit length. But
+it needs products that JAX can trace, and returns no nodes and weights, which `smooth` draws.
 """
 
 from collections.abc import Callable

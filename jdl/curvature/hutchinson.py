@@ -15,9 +15,8 @@ Measured with 30 products, 40 seeds, against traceax 1.0.2 and matfree 0.6.3; ro
     traceax XTrace         0.032             1.73
     matfree XTrace         0.034 (0.024)     1.25 (1.20)
 
-So this Hutch++ is as accurate as theirs, its stated error is right, and it needs only a function of
-NumPy arrays: an average over a data set cannot be traced by JAX, as both libraries require. Hutch++
-pays where few eigenvalues dominate (Gauss-Newton, Fisher); on a flat Hessian use Hutchinson.
+So this Hutch++ is as accurate as theirs, which need products that JAX can trace: an average over a
+data set is not. It pays where few eigenvalues dominate; on a flat Hessian use Hutchinson.
 """
 
 from typing import NamedTuple
@@ -65,9 +64,8 @@ def trace(
     """
     check.one_of("method", method, ["hutch++", "hutchinson"])
     least = 2 if method == "hutchinson" else 6
-    check.argument(
-        isinstance(products, int) and products >= least, "products", f"at least {least}", products
-    )
+    ok = isinstance(products, int) and products >= least
+    check.argument(ok, "products", f"at least {least}", products)
     rng = np.random.default_rng(seed)
     n, dtype = operator.size, operator.dtype
 

@@ -51,20 +51,12 @@ class Landscape:
         max_batches: int | None = None,
         kept_bytes: int = 2**30,
     ):
-        check.argument(
-            not isinstance(batches, Iterator),
-            "batches",
-            "an iterable that can be iterated again",
-            type(batches).__name__,
-            "Make a list of it.",
-        )
+        ok = not isinstance(batches, Iterator)
+        must = "an iterable that can be iterated again"
+        check.argument(ok, "batches", must, type(batches).__name__, "Make a list of it.")
         flat, self.unravel = ravel_pytree(params)
-        check.argument(
-            flat.size > 0 and jnp.issubdtype(flat.dtype, jnp.floating),
-            "params",
-            "a pytree of floating-point arrays",
-            str(flat.dtype),
-        )
+        ok = flat.size > 0 and jnp.issubdtype(flat.dtype, jnp.floating)
+        check.argument(ok, "params", "a pytree of floating-point arrays", str(flat.dtype))
         self.params = params
         self.flat = np.asarray(flat)
         if max_batches is not None:
@@ -175,13 +167,11 @@ def _gradient(objective: Objective, params: Params) -> jax.Array:
     return ravel_pytree(objective.grad(params))[0]
 
 
+@functools.cache
 def batch_product(kind: str) -> Callable[[Objective, Params, Params], jax.Array]:
     """The compiled function (objective, params, vector) -> product, [n]."""
-    return _batch_product(METHODS[check.one_of("kind", kind, METHODS)])
+    method = METHODS[check.one_of("kind", kind, METHODS)]
 
-
-@functools.cache
-def _batch_product(method: str) -> Callable[..., jax.Array]:
     @jax.jit
     def product(objective: Objective, params: Params, vector: Params) -> jax.Array:
         return ravel_pytree(getattr(objective, method)(params, vector))[0]

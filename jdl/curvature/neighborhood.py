@@ -27,11 +27,7 @@ class Sharpness(NamedTuple):
 
 
 def sharpness(
-    landscape: Landscape,
-    *,
-    rho: float = 0.05,
-    steps: int = 5,
-    direction: np.ndarray | None = None,
+    landscape: Landscape, *, rho: float = 0.05, steps: int = 5, direction: np.ndarray | None = None
 ) -> Sharpness:
     """The largest rise found within ‖δ‖ ≤ ρ.
 

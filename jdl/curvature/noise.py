@@ -87,9 +87,8 @@ def noise_scale(landscape: Landscape) -> NoiseScale:
     # 1 / B_noise stays finite where |G|² is near zero.
     inverse = square / variance if variance > 0 else np.inf
     spread = float(np.sqrt((k - 1) * np.var(inverses)))
-    low, value, high = (
-        1.0 / x if x > 0 else np.inf for x in (inverse + spread, inverse, inverse - spread)
-    )
+    ends = (inverse + spread, inverse, inverse - spread)
+    low, value, high = (1.0 / x if x > 0 else np.inf for x in ends)
     return NoiseScale(value, low, high, square, variance, k, size)
 
 

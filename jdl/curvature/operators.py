@@ -61,9 +61,8 @@ def operator(
         product = lambda v: of_batch(objective, params, unravel(v))  # noqa: E731
     else:
         check.argument(callable(of), "of", "a Landscape, a jdl.Objective or a function", of)
-        check.argument(
-            kind == "hessian", "kind", "'hessian' for a function", kind, "Use a jdl.Objective."
-        )
+        ok = kind == "hessian"
+        check.argument(ok, "kind", "'hessian' for a function", kind, "Use a jdl.Objective.")
         # The parameters are an argument: XLA would take long to fold constants.
         of_function = jax.jit(functools.partial(hvp, of))
         product = lambda v: ravel_pytree(of_function(params, unravel(v)))[0]  # noqa: E731

@@ -71,11 +71,7 @@ def from_arrays(
 
 
 class ArrayBatches(Batches):
-    """The data set that `from_arrays` returns.
-
-    Attributes:
-      arrays: name -> array [n, …].
-    """
+    """The data set that `from_arrays` returns; `arrays` are by name, [n, …] each."""
 
     def __init__(
         self,

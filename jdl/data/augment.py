@@ -22,18 +22,13 @@ _LEAST_AREA = {"random": 0.35, "random_resized": 0.08}
 
 
 class Augmentation(NamedTuple):
-    """How images are cropped, flipped and changed; the fields are `from_tar`'s arguments.
-
-    Attributes:
-      crop, crop_area, crop_ratio, flip, seed: see `from_tar`.
-      functions: `function(pixels, rng) -> pixels`, uint8 [H, W, C] to the same, applied in order.
-    """
+    """How images are cropped, flipped and changed; the fields are `from_tar`'s arguments."""
 
     crop: str | None = None
     crop_area: float | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
-    functions: tuple[Augment, ...] = ()
+    functions: tuple[Augment, ...] = ()  # `augment`, applied in order
     seed: int = 0
 
     def check(self, resize: bool) -> None:
@@ -79,12 +74,9 @@ class Augmentation(NamedTuple):
     def _changed(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for function in self.functions:
             changed: Any = np.asarray(function(pixels.copy(), rng))
-            check.argument(
-                changed.shape == pixels.shape and changed.dtype == np.uint8,
-                "augment",
-                f"a function that returns uint8 {list(pixels.shape)}, as it gets",
-                f"{changed.dtype} {list(changed.shape)}",
-            )
+            ok = changed.shape == pixels.shape and changed.dtype == np.uint8
+            must = f"a function that returns uint8 {list(pixels.shape)}, as it gets"
+            check.argument(ok, "augment", must, f"{changed.dtype} {list(changed.shape)}")
             pixels = changed
         return pixels
 

@@ -83,7 +83,6 @@ class Dataset(Protocol):
 def _refused(name: str) -> Any:
     def method(self: Any, *args: Any, **options: Any) -> Any:
         """Refused."""
-        del self, args, options
         raise check.ArgumentError(
             f"`{name}` would lose the epochs, processes and position of these batches. Use "
             "`map(function)`, from batch to batch, or load them with other arguments."
@@ -252,7 +251,6 @@ class Batches(grain.IterDataset):
 
     def count_until(self, record: int) -> int:
         """The number of records that the share `max_skipped` refers to, after `record` records."""
-        del record
         return self.num_records
 
     def note_skipped(self, skipped: tuple[tuple[str, str], ...]) -> None:

@@ -35,17 +35,13 @@ class Patterns(NamedTuple):
     `/` matches a file or folder anywhere, one with `/` from the root on, one that ends in `/` only
     folders. All that is in a folder that matches, matches.
 
-    Attributes:
-      include: patterns of names to use; None for all.
-      exclude: patterns of names to leave out, whatever `include` says.
-
     >>> found = Patterns.checked("train/", ("*.depth.png", "!.*"))
     >>> [found.refuses(f"{name}.png") for name in ("train/0/.1", "train/1.seg", "test/2")]
     [None, '*.seg.*', 'include']
     """
 
-    include: tuple[str, ...] | None
-    exclude: tuple[str, ...]
+    include: tuple[str, ...] | None  # patterns of names to use; None for all
+    exclude: tuple[str, ...]  # patterns of names to leave out, whatever `include` says
 
     @classmethod
     def checked(cls, include: Some, exclude: Some) -> "Patterns":

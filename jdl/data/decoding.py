@@ -13,23 +13,16 @@ from jdl.data.augment import NONE, Augmentation
 
 @dataclass(frozen=True)
 class Decoder:
-    """How images are decoded and scaled; its fields are arguments of `from_tar`, checked here.
+    """How images are decoded and scaled; its fields are arguments of `from_tar`, checked here."""
 
-    Attributes:
-      size: (height, width) of every image; None while it is not known.
-      grayscale, dtype, normalize, exact, max_pixels: see `from_tar`.
-      augmentation: what depends on chance.
-      resize: whether images are resized to `size`; otherwise they must have it.
-    """
-
-    size: Sequence[int] | None
+    size: Sequence[int] | None  # None while it is not known
     grayscale: bool
     dtype: str
     normalize: tuple[Any, Any] | None = None
     exact: bool = False
     max_pixels: int = images.MAX_PIXELS
-    augmentation: Augmentation = NONE
-    resize: bool = True
+    augmentation: Augmentation = NONE  # what depends on chance
+    resize: bool = True  # to `size`; otherwise images must have it
 
     def __post_init__(self) -> None:
         check.one_of("dtype", self.dtype, ("uint8", "float32"))

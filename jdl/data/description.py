@@ -100,8 +100,7 @@ def describe(
         counts = np.bincount(index.columns.kinds, minlength=len(_KIND_NAMES))
         kinds.update({name: int(counts[kind]) for kind, name in _KIND_NAMES.items()})
         unreads.update(unread(index))
-    patterns = Patterns.checked(include, exclude)
-    of_splits, left_out = _splits(indexes, patterns)
+    of_splits, left_out = _splits(indexes, Patterns.checked(include, exclude))
     classes: dict[str, int] = {}
     if of_splits:
         source = TarSource(

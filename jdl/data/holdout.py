@@ -45,12 +45,9 @@ class Holdout(NamedTuple):
         """
         match = re.fullmatch(r"(train|test):([0-9.]+)(?::(folder|-?\d+))?", text)
         if match is None:
-            check.argument(
-                not re.match(r"(train|test):", text),
-                "split",
-                'a folder, or such as "train:0.1", "test:0.1:folder" or "test:0.1:0"',
-                text,
-            )
+            ok = not re.match(r"(train|test):", text)
+            must = 'a folder, or such as "train:0.1", "test:0.1:folder" or "test:0.1:0"'
+            check.argument(ok, "split", must, text)
             return None
         group = match[3] if match[3] in (None, "folder") else int(match[3])
         try:

@@ -24,11 +24,7 @@ def is_idx(path: Path) -> bool:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in an IDX file, plain or compressed.
-
-    Raises:
-      DataError: if it is cut short, too long, or not an IDX file.
-    """
+    """The array in an IDX file, plain or compressed; a `DataError` if it is none, or cut short."""
     data = bytearray()
     with open(path, "rb") as file:
         for piece in inflate.pieces(file, 1 << 20):

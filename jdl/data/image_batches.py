@@ -41,36 +41,25 @@ class Records(Protocol):
 
 
 class Assembler:
-    """Makes a batch of the bytes of its records.
-
-    Args:
-      decoder: how an image is decoded.
-      label: shape and type of a record's entry "label"; None for batches without.
-      skip: whether to skip images that cannot be decoded; otherwise they are an error.
-      masked: whether every batch has a mask, not only padded ones.
-      cache: images decoded before, or None.
-    """
+    """Makes a batch of the bytes of its records."""
 
     def __init__(
         self,
         decoder: Decoder,
         *,
-        label: tuple[tuple[int, ...], Any] | None,
-        skip: bool,
-        masked: bool,
-        cache: "Cache | None" = None,
+        label: tuple[tuple[int, ...], Any] | None,  # shape and type; None for batches without
+        skip: bool,  # images that cannot be decoded; otherwise they are an error
+        masked: bool,  # whether every batch has a mask, not only padded ones
+        cache: "Cache | None" = None,  # images decoded before
     ):
         self.decoder, self.label, self.skip = decoder, label, skip
         self._masked, self._cache = masked, cache
 
     def spec(self, plan: Plan) -> dict[str, Any]:
         """What a batch is made of: name -> jax.ShapeDtypeStruct."""
-        entries: dict[str, tuple[tuple[int, ...], Any]] = {
-            "image": (self.decoder.shape, self.decoder.dtype)
-        }
-        if self.label is not None:
-            entries["label"] = self.label
-        return plan.spec(entries, masked=self._masked)
+        label = {} if self.label is None else {"label": self.label}
+        image = {"image": (self.decoder.shape, self.decoder.dtype)}
+        return plan.spec(image | label, masked=self._masked)
 
     def ahead(self, rows: int, loaders: int) -> int:
         """How many batches are made ahead: two a loader where memory allows, else one."""
@@ -85,14 +74,9 @@ class Assembler:
         source: Records,
         read: Callable[[Sequence[int]], Iterator[bytes | BadImage]],
     ) -> Loaded:
-        """The batch of these records of an epoch.
+        """The batch of these records, int64 [n], of an epoch; n ≤ `plan.rows`, others are padding.
 
-        Args:
-          plan: which says how many rows it has.
-          epoch: with a record's number, what its augmentation depends on.
-          records: their numbers, int64 [n], n ≤ rows; further rows are padding.
-          source: what knows the records' names and labels.
-          read: gives the bytes of the records at these places of `records`.
+        `read` gives the bytes of the records at these places of `records`.
         """
         rows, n = plan.rows, len(records)
         pixels = np.zeros((rows, *self.decoder.shape), np.uint8)
@@ -149,12 +133,7 @@ class Assembler:
 
 
 class ImageBatches(Batches):
-    """The data set that `from_tar` returns.
-
-    Attributes:
-      source: the `TarSource` it reads.
-      size: (height, width) of every image.
-    """
+    """The data set that `from_tar` returns; `size` is (height, width) of every image."""
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ MAX_PIXELS = 1 << 26  # 8192 × 8192
 
 # The fractions of its size that a JPEG is decoded at; 5/8 to 7/8 cost more than the whole.
 EIGHTHS = (1, 2, 3, 4, 8)
-_ENOUGH = 31 / 32
+_ENOUGH = 31 / 32  # of a side: 125 pixels for 128, as a 250 × 250 image then takes half the time
 _ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
 _BITS, _PHOTOMETRIC, _TILE_WIDTH, _SAMPLE_FORMAT = 258, 262, 322, 339  # TIFF's tags
 # A JPEG's next segment, after fill bytes and markers that stand alone (ITU-T T.81, B.1.1.2).
@@ -70,16 +70,11 @@ _Window = tuple[float, float, float, float]  # top, left, height and width
 
 
 class Crop(NamedTuple):
-    """A window of an image, with the aspect ratio of the size it is resized to.
+    """A window of an image, with the aspect ratio of the size it is resized to."""
 
-    Attributes:
-      scale: its side relative to that of the largest such window, in (0, 1].
-      down, across: its position between the image's edges, in [0, 1]; ½ is the middle.
-    """
-
-    scale: float
-    down: float
-    across: float
+    scale: float  # its side relative to that of the largest such window, in (0, 1]
+    down: float  # its position between the image's edges, in [0, 1]; ½ is the middle
+    across: float  # likewise
 
     def box(self, height: int, width: int, size: tuple[int, int]) -> _Window:
         """Top, left, height and width of the window in an image of that height and width.
@@ -96,17 +91,11 @@ CENTER = Crop(1.0, 0.5, 0.5)
 
 
 class ResizedCrop(NamedTuple):
-    """A window of random area and aspect ratio, as of torchvision's `RandomResizedCrop`.
+    """A window of random area and aspect ratio, as of torchvision's `RandomResizedCrop`."""
 
-    Attributes:
-      area: the least area, relative to the image's, in (0, 1].
-      ratio: the least and the largest width / height.
-      draws: numbers in [0, 1) for area, ratio, down and across of each attempt, [n, 4].
-    """
-
-    area: float
-    ratio: tuple[float, float]
-    draws: np.ndarray
+    area: float  # the least area, relative to the image's, in (0, 1]
+    ratio: tuple[float, float]  # the least and the largest width / height
+    draws: np.ndarray  # numbers in [0, 1) for area, ratio, down and across of each attempt, [n, 4]
 
     def box(self, height: int, width: int, size: tuple[int, int]) -> _Window:
         """Top, left, height and width of the window; the first attempt that fits inside."""
@@ -288,10 +277,7 @@ def _orientation(image: "PIL.Image.Image") -> int:
 
 
 def _needed(turn: int, size: tuple[int, int], window: _Window | None) -> tuple[int, int]:
-    """The smallest height and width, as stored, that a JPEG may be decoded at.
-
-    Slightly less than asked for is enough: 125 for 128, and a 250 × 250 image takes half the time.
-    """
+    """The smallest height and width, as stored, that a JPEG may be decoded at."""
     _, _, high, wide = window or (0.0, 0.0, 1.0, 1.0)
     down, across = math.ceil(size[0] / high * _ENOUGH), math.ceil(size[1] / wide * _ENOUGH)
     return (down, across) if turn < 5 else (across, down)

@@ -54,26 +54,23 @@ def reader(label: Label) -> Callable[[str], str | None]:
     if callable(label):
         return _by_function(label)
     place: Any = -1 if label == "folder" else label
-    check.argument(
-        isinstance(place, int) and not isinstance(place, bool),
-        "label",
+    ok = isinstance(place, int) and not isinstance(place, bool)
+    must = (
         '"folder", a place in the path, a compiled regular expression, a function, "cls", '
-        '"json:FIELD", or None',
-        label,
+        '"json:FIELD", or None'
     )
+    check.argument(ok, "label", must, label)
 
     def by_place(name: str) -> str | None:
         parts = folder_parts(name.rpartition("/")[0])
-        inside = -len(parts) <= place < len(parts)
-        return parts[place] if inside else None
+        return parts[place] if -len(parts) <= place < len(parts) else None
 
     return by_place
 
 
 def _by_pattern(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
-    check.argument(
-        pattern.groups <= 1, "label", "a regular expression of at most one group", pattern.pattern
-    )
+    ok = pattern.groups <= 1
+    check.argument(ok, "label", "a regular expression of at most one group", pattern.pattern)
 
     def by_pattern(name: str) -> str | None:
         match = pattern.search(name)
@@ -121,11 +118,7 @@ def sidecar_key(name: str) -> tuple[str, str]:
 
 
 def read_sidecar(data: bytes, field: str, where: str) -> Any:
-    """The value in a sidecar's bytes: all of its text, or a field of its JSON.
-
-    Raises:
-      DataError: if there is none.
-    """
+    """The value in a sidecar's bytes: all of its text, or a field of its JSON; or a `DataError`."""
     try:
         text = data.removeprefix(codecs.BOM_UTF8).decode().strip()
         return json.loads(text)[field] if field else text
@@ -162,19 +155,11 @@ def class_table(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def table_of(classes: Sequence[str] | None, seen: Iterable[str], where: str) -> tuple[str, ...]:
-    """`classes` as a table, by default those seen.
-
-    Raises:
-      DataError: naming those that are seen and missing in it.
-    """
+    """`classes` as a table, by default those seen; a `DataError` names those missing in it."""
     if classes is None:
         return class_table(seen)
-    check.argument(
-        not isinstance(classes, str) and all(isinstance(c, str) for c in classes),
-        "classes",
-        "a sequence of names",
-        classes,
-    )
+    ok = not isinstance(classes, str) and all(isinstance(c, str) for c in classes)
+    check.argument(ok, "classes", "a sequence of names", classes)
     table = tuple(map(composed, classes))
     check.argument(len(set(table)) == len(table), "classes", "names that differ", table[:20])
     unknown = class_table(set(seen) - set(table))

@@ -47,14 +47,8 @@ class Workers:
     """Spawned processes that make batches in turns, in memory that they share with this one.
 
     They end when they are closed, and when this process ends, however it does. The shared memory
-    has no name, so nothing is left of it then.
-
-    Args:
-      make: makes the batch of a number; it is pickled.
-      spec: what a batch is made of: name -> jax.ShapeDtypeStruct.
-      count: how many batches there are.
-      workers: the number of processes.
-      ahead: batches made before they are taken, at least one in each process.
+    has no name, so nothing is left of it then. `make`, which makes the batch of a number, is
+    pickled; `ahead` batches are made before they are taken, at least one in each process.
     """
 
     def __init__(self, make: Make, spec: dict[str, Any], count: int, workers: int, ahead: int):
@@ -94,9 +88,8 @@ class Workers:
             ) from None
         if names:
             slot = number % self._slots
-            loaded = loaded._replace(
-                batch={name: self._arrays[name][slot].copy() for name in names}
-            )
+            batch = {name: self._arrays[name][slot].copy() for name in names}
+            loaded = loaded._replace(batch=batch)
         self._ask(number + self._slots)
         return loaded
 
@@ -145,26 +138,16 @@ def _end_with_parent() -> None:
 
 
 class InOrder:
-    """Batches that one thread reads in order and other threads decode, ahead of being asked for.
-
-    Args:
-      read: `read(i)` gives the records of batch i; called for 0, 1, … in this order by one thread.
-        None says that there are no more.
-      decode: makes a batch of them, in any thread.
-      close: ends what `read` waits for.
-      count: how many batches there are at most.
-      threads: how many decode.
-      ahead: batches made before they are asked for.
-    """
+    """Batches that one thread reads in order and other threads decode, ahead of being asked for."""
 
     def __init__(
         self,
-        read: Callable[[int], Any],
-        decode: Callable[[Any], Loaded],
-        count: int,
+        read: Callable[[int], Any],  # the records of batch 0, 1, … in this order; None at the end
+        decode: Callable[[Any], Loaded],  # makes a batch of them, in any thread
+        count: int,  # how many batches there are at most
         threads: int,
-        ahead: int,
-        close: Callable[[], None] = lambda: None,
+        ahead: int,  # batches made before they are asked for
+        close: Callable[[], None] = lambda: None,  # ends what `read` waits for
     ):
         self._stop_reading = close
         self._reader = ThreadPoolExecutor(1, _READ)

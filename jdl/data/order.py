@@ -59,10 +59,7 @@ def key(*numbers: int) -> int:
 def permuted(positions: np.ndarray, n: int | np.ndarray, key: int | np.ndarray) -> np.ndarray:
     """π(positions), int64, for the permutation π of {0 … n−1} of this key.
 
-    Args:
-      positions: in {0 … n−1}, int64 [m].
-      n: less than 2⁵², one for all or int64 [m], one for each position.
-      key: the same, uint64.
+    n < 2⁵², int64, and the key, uint64, are one for all positions, or [m], one for each.
 
     >>> sorted(permuted(np.arange(5), 5, key(0, 0)).tolist())
     [0, 1, 2, 3, 4]
@@ -83,20 +80,13 @@ def permuted(positions: np.ndarray, n: int | np.ndarray, key: int | np.ndarray) 
         x[beyond] = left * side + right
         again = x[beyond] >= below
         beyond = beyond[again]
-        below, side, words = (
-            a if a.shape[-1] == 1 else a[..., again] for a in (below, side, words)
-        )
+        of_each = (below, side, words)
+        below, side, words = (a if a.shape[-1] == 1 else a[..., again] for a in of_each)
     return x.astype(np.int64)
 
 
 class Order:
-    """Which record is at which place of which epoch.
-
-    Args:
-      num_records: n.
-      shuffle: whether each epoch has its own permutation; otherwise the order is 0 … n−1.
-      seed: for the permutations.
-    """
+    """Which record is at which place: 0 … n−1, or with `shuffle` a permutation for each epoch."""
 
     def __init__(self, num_records: int, *, shuffle: bool, seed: int):
         ok = isinstance(seed, int) and not isinstance(seed, bool)
@@ -133,15 +123,8 @@ class Mixture(Order):
     After any number of whole blocks of places, however large, each source has come in its share,
     rounded (see `_drawn`); within a block they come at pseudo-random places. No record of a source
     comes a second time before all others of that source have come; an epoch has as many places as
-    there are records in all.
-
-    Args:
-      counts: the number of records in each source; they are numbered source by source.
-      weights: of each, positive; their exact values count, as fractions.
-      seed: for the order.
-
-    Attributes:
-      block: the number of places in a block.
+    there are records in all. Records are numbered source by source; of the weights, positive, the
+    exact values count, as fractions. `block` is the number of places in a block.
 
     >>> order = Mixture([10, 1000], [3.0, 1.0], seed=0)
     >>> float(np.mean(order.records(0, 0, 1000) < 10))

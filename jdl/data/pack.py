@@ -32,20 +32,13 @@ _PATTERN = re.compile(r"%0(\d+)d")
 
 
 class Packed(NamedTuple):
-    """What `pack` has written.
+    """What `pack` has written."""
 
-    Attributes:
-      shards: the tars.
-      members: how many they hold.
-      bytes: their size.
-      skipped: what was left out: (name, why).
-      renamed: samples that have got another key, since an earlier one had theirs: (old, new).
-    """
-
-    shards: list[str]
-    members: int
-    bytes: int
-    skipped: list[tuple[str, str]]
+    shards: list[str]  # the tars
+    members: int  # how many they hold
+    bytes: int  # their size
+    skipped: list[tuple[str, str]]  # what was left out: (name, why)
+    # samples that have got another key, since an earlier one had theirs: (old, new)
     renamed: list[tuple[str, str]]
 
 
@@ -125,13 +118,9 @@ def _check_apart(source: str, out: str) -> None:
     folder = Path(source)
     shard = _PATTERN.sub("[0-9]+", re.escape(os.path.abspath(out)))
     for path in tars_in(folder) if folder.is_dir() else expand(source):
-        check.argument(
-            not re.fullmatch(shard, os.path.abspath(path)),
-            "OUT",
-            "apart from the tars that are packed",
-            out,
-            f"It would replace {path!r}.",
-        )
+        ok = not re.fullmatch(shard, os.path.abspath(path))
+        must = "apart from the tars that are packed"
+        check.argument(ok, "OUT", must, out, f"It would replace {path!r}.")
 
 
 def _nothing(source: str, skipped: list[tuple[str, str]]) -> str:
@@ -145,13 +134,10 @@ class _Distinct:
     """Gives each sample a key of its own: `key-2`, `key-3`, … where an earlier one has its key.
 
     Images without sidecars may share a key if their names differ. Takes 100 bytes a sample.
-
-    Args:
-      once: whether the source cannot tell which members that are apart are of one sample.
     """
 
     def __init__(self, once: bool):
-        self._once = once
+        self._once = once  # whether members that are apart cannot be known to be of one sample
         self._kinds: dict[int, str] = {}  # by a digest of the key, or of a further image's name
         self._next: dict[int, int] = {}
         self.renamed: list[tuple[str, str]] = []
@@ -204,12 +190,9 @@ class _Shards:
     def __init__(self, out: str, overwrite: bool):
         self._out, self._overwrite = out, overwrite
         marks = _PATTERN.findall(out)
-        check.argument(
-            len(marks) <= 1 and out.endswith(".tar") and "%" not in _PATTERN.sub("", out),
-            "OUT",
-            "a path that ends in .tar, with one %05d for a shard's number or none",
-            out,
-        )
+        ok = len(marks) <= 1 and out.endswith(".tar") and "%" not in _PATTERN.sub("", out)
+        must = "a path that ends in .tar, with one %05d for a shard's number or none"
+        check.argument(ok, "OUT", must, out)
         self._numbered = bool(marks)
         self.shards: list[str] = []
         self.bytes = self.images = self.total = 0

@@ -52,10 +52,7 @@ def _ending(name: str) -> bytes:
 def read(source: str, skip: Skip, note: Skip) -> Iterator[Members]:
     """The images that `source` holds, encoded, each with its labels' sidecars.
 
-    Args:
-      source: as for `pack`.
-      skip: called with what cannot be used; it may raise.
-      note: called with what is left out on purpose.
+    `skip` gets what cannot be used, and may raise; `note` gets what is left out on purpose.
     """
     path = Path(source)
     folder = source != STDIN and path.is_dir()
@@ -264,9 +261,8 @@ def _from_arrays(
 
     gray = pixels.ndim == 4 and pixels.shape[3] == 1
     pixels = pixels[..., 0] if gray else pixels
-    if pixels.dtype != np.uint8 or not (
-        pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] == 3)
-    ):
+    rgb = pixels.ndim == 4 and pixels.shape[3] == 3
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 3 or rgb):
         raise check.DataError(
             f"{where!r} must hold uint8 [n, H, W] or [n, H, W, 3], got {pixels.dtype} "
             f"{list(pixels.shape)}."

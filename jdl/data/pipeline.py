@@ -179,12 +179,9 @@ def from_tar(
         )
     shuffled = (epochs is None or weights is not None) if shuffle is None else shuffle
     order = _order(source, paths, weights, window, shuffled, seed)
-    check.argument(
-        not (workers and isinstance(order, WindowOrder)),
-        "workers",
-        "0 for archives that are read in order: one thread reads them",
-        workers,
-    )
+    ok = not (workers and isinstance(order, WindowOrder))
+    must = "0 for archives that are read in order: one thread reads them"
+    check.argument(ok, "workers", must, workers)
     if size is None:
         decoder = replace(decoder, size=_common_size(source, decoder), resize=False)
     return ImageBatches(
@@ -230,13 +227,10 @@ def _order(
 def _mixture(source: TarSource, paths: Paths, weights: Sequence[float | int], seed: int) -> Mixture:
     """The order that draws from each entry of `paths` by its weight."""
     entries = [] if isinstance(paths, str | os.PathLike) else paths
-    check.argument(
-        0 < len(weights) == len(entries)
-        and all(isinstance(w, int | float) and 0 < w < float("inf") for w in weights),
-        "weights",
-        "a positive number for each entry of the list `paths`",
-        weights,
+    ok = 0 < len(weights) == len(entries) and all(
+        isinstance(w, int | float) and 0 < w < float("inf") for w in weights
     )
+    check.argument(ok, "weights", "a positive number for each entry of the list `paths`", weights)
     ends = np.cumsum([len(expand(entry)) for entry in entries])
     counts = np.add.reduceat(source.counts, [0, *ends[:-1]]).tolist()
     for entry, count in zip(entries, counts, strict=True):

@@ -20,24 +20,16 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which places each batch holds.
+    """Which places each batch holds."""
 
-    Attributes:
-      num_records: records in an epoch.
-      batch_size: examples in every batch.
-      epochs: how many epochs; None for no end.
-      drop_remainder: whether an epoch's last records that fill no batch are dropped.
-      part: the part of every batch that this process makes. Processes share batches, not records,
-        so all have the same number of batches and the same position.
-      parts: the number of parts of a batch.
-    """
-
-    num_records: int
-    batch_size: int
-    epochs: int | None
-    drop_remainder: bool
+    num_records: int  # records in an epoch
+    batch_size: int  # examples in every batch
+    epochs: int | None  # how many epochs; None for no end
+    drop_remainder: bool  # whether an epoch's last records that fill no batch are dropped
+    # the part of every batch that this process makes. Processes share batches, not records, so all
+    # have the same number of batches and the same position
     part: int = 0
-    parts: int = 1
+    parts: int = 1  # the number of parts of a batch
 
     @classmethod
     def checked(
@@ -53,13 +45,10 @@ class Plan:
             check.positive_int("epochs", epochs)
         if drop_remainder is None:
             drop_remainder = epochs is None and num_records >= batch_size
-        check.argument(
-            not drop_remainder or batch_size <= num_records,
-            "batch_size",
-            f"at most the {num_records} records there are",
-            batch_size,
-            "Or pass drop_remainder=False: the batch is then padded and masked.",
-        )
+        ok = not drop_remainder or batch_size <= num_records
+        must = f"at most the {num_records} records there are"
+        hint = "Or pass drop_remainder=False: the batch is then padded and masked."
+        check.argument(ok, "batch_size", must, batch_size, hint)
         return cls(num_records, batch_size, epochs, drop_remainder)
 
     def sharded(self, part: int, parts: int) -> "Plan":
@@ -67,12 +56,8 @@ class Plan:
         check.positive_int("parts", parts)
         ok = isinstance(part, int) and not isinstance(part, bool) and 0 <= part < parts
         check.argument(ok, "part", f"an integer of 0 to {parts - 1}", part)
-        check.argument(
-            self.batch_size % parts == 0,
-            "batch_size",
-            f"a multiple of the {parts} processes",
-            self.batch_size,
-        )
+        ok = self.batch_size % parts == 0
+        check.argument(ok, "batch_size", f"a multiple of the {parts} processes", self.batch_size)
         return replace(self, part=part, parts=parts)
 
     @property

@@ -68,12 +68,9 @@ def standard_input(
     check.one_of("on_error", on_error, ("raise", "skip"))
     check.in_range("max_skipped", max_skipped, 0.0, 1.0)
     check.argument(lb.sidecar(label) is None, "label", "something read from the name", label)
-    check.argument(
-        label is None or classes is not None,
-        "classes",
-        "the class names in their order: they cannot be collected before the images come",
-        classes,
-    )
+    ok = label is None or classes is not None
+    must = "the class names in their order: they cannot be collected before the images come"
+    check.argument(ok, "classes", must, classes)
     if label is not None:
         lb.reader(label)  # refuses invalid labels before anything is read
     table = None if label is None else lb.table_of(classes or (), (), "Standard input")
@@ -91,11 +88,7 @@ class _Chosen(NamedTuple):
     patterns: Patterns
 
     def images(self, members: Iterable[Member]) -> Iterator[Member]:
-        """The images of the split.
-
-        Raises:
-          DataError: at the end, if there was none.
-        """
+        """The images of the split; a `DataError` at the end, if there was none."""
         split, within = self.split, split_folder(self.split)
         in_split = split.chooser() if isinstance(split, Holdout) else None
         class_of = lb.reader(self.label) if callable(self.label) else None
@@ -216,7 +209,6 @@ class PipedBatches(Batches):
 
     def start_loading(self, epoch: int, record: int) -> Any:
         """The batches from a position on; records before it are read but not decoded."""
-        del epoch
         stream = MemberStream(open_archive(STDIN))
         coming = itertools.islice(self._chosen.images(stream), record, None)
         rows = self.plan.batch_size

@@ -166,11 +166,7 @@ def by_member(index: TarIndex, rows: np.ndarray, class_of: ClassOf) -> list[str 
 def by_sidecar(
     index: TarIndex, handle: Archive, rows: np.ndarray, extension: str, field: str, as_class: bool
 ) -> tuple[list[Any], dict[int, str]]:
-    """Each chosen row's class or value in the sidecar of its sample, None without one.
-
-    Returns:
-      The values of all rows, and what is wrong with the sidecars of some of the chosen.
-    """
+    """Each row's class or value in the sidecar of its sample; what is wrong with which sidecars."""
     column = np.full(len(index), -1, np.int64)  # an image's sidecar
     column[rows] = _CHOSEN
     beside, bad = column.data, dict[int, str]()  # which is faster for single rows
@@ -257,12 +253,8 @@ def encode(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """The targets, float32 [n] or [n, k], or a bit for each class, and the classes.
 
-    Args:
-      values: for "number" a number each, or k; for "multilabel" the names of classes, in a list or
-        with `|` between them.
-      target: which of them.
-      classes: the table of classes, or None for those found.
-      where: what record i is called in messages.
+    A value is for "number" a number, or k; for "multilabel" the names of classes, in a list or with
+    `|` between them. `classes` are by default those found; `where` names a record in messages.
 
     >>> decode(*encode(["cat|dog", ["dog"], ""], "multilabel", None, str)[:1], "multilabel", 2)
     array([[1., 1.],

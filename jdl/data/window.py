@@ -20,13 +20,7 @@ _DRAWS = 512
 
 
 class WindowOrder(Order):
-    """The order of a window shuffle; records are numbered archive by archive.
-
-    Args:
-      counts: the number of records in each archive.
-      window: W; 1 for no shuffle.
-      seed: for the order.
-    """
+    """The order of a window shuffle, W = 1 for none; records are numbered archive by archive."""
 
     def __init__(self, counts: np.ndarray, *, window: int, seed: int):
         super().__init__(int(counts.sum()), shuffle=window > 1, seed=seed)

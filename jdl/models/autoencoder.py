@@ -1,7 +1,5 @@
 r"""Autoencoders: a narrow code, or a wide one with a penalty or corrupted inputs.
 
-    outputs = decode(code),  code = encode(x)
-
 `Autoencoder` (dense, with tied weights if wanted), `ConvAutoencoder` and `Variational` are
 networks; `penalized` adds sparsity or contraction to one, `denoising` corrupts its inputs.
 """
@@ -25,19 +23,12 @@ NOISES = ("masking", "gaussian", "salt_and_pepper")
 
 
 class Reconstruction(NamedTuple):
-    """The outputs of an autoencoder with a penalty or corrupted inputs.
+    """The outputs of an autoencoder with a penalty or corrupted inputs."""
 
-    Attributes:
-      outputs: logits or real values, [B, ...].
-      penalty: to be added to the loss, [B].
-      of_clean: outputs for the uncorrupted inputs; None without corruption.
-      corrupted: the corrupted inputs; None without corruption.
-    """
-
-    outputs: jax.Array
-    penalty: jax.Array
-    of_clean: jax.Array | None = None
-    corrupted: jax.Array | None = None
+    outputs: jax.Array  # logits or real values, [B, ...]
+    penalty: jax.Array  # to be added to the loss, [B]
+    of_clean: jax.Array | None = None  # outputs for the uncorrupted inputs; None without corruption
+    corrupted: jax.Array | None = None  # the corrupted inputs; None without corruption
 
 
 def as_reconstruction(outputs: Any) -> Reconstruction:
@@ -84,13 +75,8 @@ class Autoencoder(nn.Module):
     dtype: Any = None
 
     def _dense(self, width: int, name: str) -> nn.Dense:
-        return nn.Dense(
-            width,
-            dtype=self.dtype,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            name=name,
-        )
+        inits: dict[str, Any] = {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
+        return nn.Dense(width, dtype=self.dtype, name=name, **inits)
 
     def _back(self, h: jax.Array, width: int, name: str, mirrored: int) -> jax.Array:
         """One layer of the decoder, which mirrors the encoder's layer `mirrored`."""
@@ -104,8 +90,7 @@ class Autoencoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """The reconstruction of `x`, [B, ...]."""
-        code = self.encode(x)
-        return self.decode(code, x.shape[1:])
+        return self.decode(self.encode(x), x.shape[1:])
 
     @nn.compact
     def encode(self, x: Any) -> jax.Array:
@@ -122,8 +107,7 @@ class Autoencoder(nn.Module):
         """Reconstructions [B, *shape] of codes [B, widths[-1]]."""
         h, depth = code, len(self.widths)
         for i, width in enumerate(reversed(self.widths[:-1])):
-            h = self._back(h, width, f"decoder_{i}", depth - 1 - i)
-            h = activation(self.activation)(h)
+            h = activation(self.activation)(self._back(h, width, f"decoder_{i}", depth - 1 - i))
         outputs = self._back(h, math.prod(shape), "reconstruction", 0)
         return outputs.reshape(code.shape[0], *shape)
 
@@ -176,9 +160,8 @@ class ConvAutoencoder(nn.Module):
         check.argument(x.ndim == 4, "x", "of shape [B, H, W, C]", x.shape)
         by = 2 ** len(self.filters)
         whole = x.shape[1] % by == 0 and x.shape[2] % by == 0
-        check.argument(
-            whole, "x", f"of a height and width that are multiples of {by}", x.shape[1:3]
-        )
+        must = f"of a height and width that are multiples of {by}"
+        check.argument(whole, "x", must, x.shape[1:3])
         phi = activation(self.activation)
         for i, filters in enumerate(self.filters):
             x = max_pool(phi(self._conv(filters, f"down_{i}")(x)), (2, 2), (2, 2))
@@ -193,8 +176,7 @@ class ConvAutoencoder(nn.Module):
         h = phi(nn.Dense(math.prod(small), dtype=self.dtype, name="expand")(code))
         h = h.reshape(code.shape[0], *small)
         for i, filters in enumerate([*reversed(self.filters[:-1]), channels]):
-            h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-            h = self._conv(filters, f"up_{i}")(h)
+            h = self._conv(filters, f"up_{i}")(jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2))
             h = phi(h) if i < len(self.filters) - 1 else h
         return h
 
@@ -268,7 +250,7 @@ class Variational(nn.Module):
 def penalized(
     net: Any, *, sparsity: float = 0.0, contraction: float = 0.0, probes: int = 1
 ) -> Model:
-    r"""An autoencoder with a penalty on its code.
+    r"""An autoencoder with a penalty on its code: a `Model` that returns a `Reconstruction`.
 
         penalty = sparsity · |code|₁ + contraction · ‖∂code/∂x‖²_F
 
@@ -281,9 +263,6 @@ def penalized(
       sparsity: ≥ 0.
       contraction: ≥ 0.
       probes: directions for each example, ≥ 1.
-
-    Returns:
-      A `Model` that returns a `Reconstruction`.
 
     References:
       Rifai et al., Contractive auto-encoders, ICML 2011.
@@ -324,14 +303,10 @@ def penalized(
 
 
 def corrupt(x: jax.Array, key: Key, noise: str, level: float) -> jax.Array:
-    """Adds noise to `x`.
+    """Adds noise to `x`, whose values are in [0, 1] for "salt_and_pepper".
 
-    Args:
-      x: values in [0, 1] for "salt_and_pepper", any for others.
-      key: a random key.
-      noise: "masking" sets a share `level` of the values to 0, "salt_and_pepper" to 0 or 1,
-        "gaussian" adds N(0, level²).
-      level: the share, in [0, 1], or the standard deviation, ≥ 0.
+    "masking" sets a share `level` of the values to 0, "salt_and_pepper" to 0 or 1; "gaussian" adds
+    N(0, level²).
 
     >>> corrupt(jnp.ones(10_000), jax.random.key(0), "masking", 0.25).mean().round(2)
     Array(0.75, dtype=float32)
@@ -350,18 +325,10 @@ def _check_noise(noise: str, level: float) -> None:
 
 
 def denoising(model: Model | nn.Module, noise: str = "gaussian", level: float = 0.5) -> Model:
-    """An autoencoder trained to reconstruct its inputs from corrupted ones.
+    """An autoencoder trained to reconstruct its inputs from ones with noise, as of `corrupt`.
 
-    In evaluation the noise is fixed. `of_clean` has the outputs for uncorrupted inputs: use it to
-    denoise images that are noisy already.
-
-    Args:
-      model: an autoencoder.
-      noise: as for `corrupt`.
-      level: as for `corrupt`.
-
-    Returns:
-      A `Model` that returns a `Reconstruction`.
+    The `Model` returns a `Reconstruction`, whose `of_clean` has the outputs for uncorrupted inputs:
+    use it to denoise images that are noisy already. In evaluation the noise is fixed.
 
     References:
       Vincent et al., Stacked denoising autoencoders, Journal of Machine Learning Research 11, 2010.
@@ -380,9 +347,7 @@ def denoising(model: Model | nn.Module, noise: str = "gaussian", level: float = 
         noise_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 0)
         noisy = corrupt(x, noise_key, noise, level)
         outputs, new_state = base.apply(params, state, noisy, key=key, train=train)
-        clean, _ = base.apply(params, state, x, key=None, train=False)
-        return as_reconstruction(outputs)._replace(
-            of_clean=as_reconstruction(clean).outputs, corrupted=noisy
-        ), new_state
+        clean = as_reconstruction(base.apply(params, state, x, key=None, train=False)[0]).outputs
+        return as_reconstruction(outputs)._replace(of_clean=clean, corrupted=noisy), new_state
 
     return Model(base.init, apply)

@@ -75,21 +75,13 @@ class CNN(nn.Module):
         """Logits [B, num_classes] for images [B, H, W, C]."""
         check.in_range("dropout", self.dropout, 0.0, 1.0, open_high=True)
         check.argument(image.ndim == 4, "image", "of shape [B, H, W, C]", image.shape)
-        layer = {
-            "dtype": self.dtype,
-            "kernel_init": initializer(self.kernel_init),
-            "bias_init": self.bias_init,
-        }
+        inits = {"kernel_init": initializer(self.kernel_init), "bias_init": self.bias_init}
+        layer = {"dtype": self.dtype, **inits}
         x = image
         for block in self.blocks:
             x, padding = _padded(x, block)
-            x = nn.Conv(
-                block.filters,
-                tuple(block.kernel_size),
-                padding=padding,
-                conv_general_dilated=conv_general_dilated,
-                **layer,
-            )(x)
+            how = {"padding": padding, "conv_general_dilated": conv_general_dilated, **layer}
+            x = nn.Conv(block.filters, tuple(block.kernel_size), **how)(x)
             x = activation(block.activation)(x)
             if block.pool_size is not None:
                 x = max_pool(x, block.pool_size, block.strides or block.pool_size)

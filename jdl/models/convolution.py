@@ -11,6 +11,7 @@ convolutions of transposed arrays, as XLA itself makes them outside of loops:
 Each is a convolution again, so derivatives of every order are closed under this rule.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -61,9 +62,8 @@ def conv_general_dilated(
 
 
 def _ones(value: Any) -> bool:
-    return value is None or all(
-        n == 1 for n in (value if isinstance(value, tuple | list) else [value])
-    )
+    each = value if isinstance(value, tuple | list) else [value]
+    return value is None or all(n == 1 for n in each)
 
 
 def _reference(x: jax.Array, kernel: jax.Array, *, padding: Padding) -> jax.Array:
@@ -72,7 +72,6 @@ def _reference(x: jax.Array, kernel: jax.Array, *, padding: Padding) -> jax.Arra
 
 def _to_x(y: jax.Array, x: Any, kernel: jax.Array, *, padding: Padding) -> jax.Array:
     """The adjoint in x: the gradient of ⟨y, x ∗ k⟩ with respect to x."""
-    del x
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
     around = [(n - 1 - p[0], n - 1 - p[1]) for n, p in zip(kernel.shape[:2], padding, strict=True)]
     return _conv_p.bind(y, flipped, padding=tuple(around))
@@ -80,9 +79,14 @@ def _to_x(y: jax.Array, x: Any, kernel: jax.Array, *, padding: Padding) -> jax.A
 
 def _to_kernel(y: jax.Array, x: jax.Array, kernel: Any, *, padding: Padding) -> jax.Array:
     """The adjoint in k: a convolution with examples as channels and y as the window."""
-    del kernel
     product = _conv_p.bind(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), padding=padding)
     return product.transpose(1, 2, 0, 3)
+
+
+def _abstract(x: Any, kernel: Any, *, padding: Padding) -> jax.core.ShapedArray:
+    arrays = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel))
+    out = jax.eval_shape(functools.partial(_reference, padding=padding), *arrays)
+    return jax.core.ShapedArray(out.shape, x.dtype)
 
 
 def _batch(args: Any, axes: Any, *, padding: Padding) -> tuple[jax.Array, int]:
@@ -92,16 +96,7 @@ def _batch(args: Any, axes: Any, *, padding: Padding) -> tuple[jax.Array, int]:
 
 _conv_p = Primitive("canonical_conv")
 _conv_p.def_impl(jax.jit(_reference, static_argnames="padding"))
-_conv_p.def_abstract_eval(
-    lambda x, kernel, *, padding: jax.core.ShapedArray(
-        jax.eval_shape(
-            lambda x, kernel: _reference(x, kernel, padding=padding),
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct(kernel.shape, kernel.dtype),
-        ).shape,
-        x.dtype,
-    )
-)
+_conv_p.def_abstract_eval(_abstract)
 ad.defbilinear(_conv_p, _to_x, _to_kernel)
 batching.primitive_batchers[_conv_p] = _batch
 mlir.register_lowering(_conv_p, mlir.lower_fun(_reference, multiple_results=False))

@@ -102,12 +102,9 @@ class DBN:
         h = x.reshape(x.shape[0], -1)
         for i, params in enumerate(below):
             machine = self.rbm(i)
-            check.argument(
-                h.shape[1] == params["visible_bias"].size,
-                "params",
-                f"of {h.shape[1]} visible units in layer {i}",
-                params["visible_bias"].size,
-            )
+            ok = h.shape[1] == params["visible_bias"].size
+            must = f"of {h.shape[1]} visible units in layer {i}"
+            check.argument(ok, "params", must, params["visible_bias"].size)
             h = machine.hidden_mean(machine.hidden_input(params, h))
         return h
 
@@ -117,8 +114,7 @@ class DBN:
         """E[h] of the top units, [B, widths[-1]], for inputs [B, ...]."""
         self._check_depth(params)
         *below, top = params
-        h = self._up(below, x)
-        h = jnp.pad(h, [(0, 0), (0, self.num_classes)])
+        h = jnp.pad(self._up(below, x), [(0, 0), (0, self.num_classes)])
         machine = self.rbm(len(below))
         return machine.hidden_mean(machine.hidden_input(top, h))
 
@@ -173,33 +169,24 @@ class DBN:
         Its last layer has the top machine's label weights, or zeros without label units.
         """
         self._check_depth(params)
-        check.argument(
-            self.num_classes in (0, num_outputs),
-            "num_outputs",
-            f"the {self.num_classes} classes of the label units",
-            num_outputs,
-        )
+        ok = self.num_classes in (0, num_outputs)
+        must = f"the {self.num_classes} classes of the label units"
+        check.argument(ok, "num_outputs", must, num_outputs)
         net = MLP(widths=tuple(self.widths), num_outputs=num_outputs, activation="sigmoid")
         layers = {f"Dense_{i}": self._dense(params, i) for i in range(len(self.widths))}
         top, n = params[-1], self._top_inputs(params)
-        outputs = {
-            "kernel": jnp.zeros((self.widths[-1], num_outputs)),
-            "bias": jnp.zeros(num_outputs),
-        }
+        kernel, bias = jnp.zeros((self.widths[-1], num_outputs)), jnp.zeros(num_outputs)
         if self.num_classes:
-            outputs = {"kernel": top["kernel"][n:].T, "bias": top["visible_bias"][n:]}
-        return net, {**layers, "outputs": outputs}
+            kernel, bias = top["kernel"][n:].T, top["visible_bias"][n:]
+        return net, {**layers, "outputs": {"kernel": kernel, "bias": bias}}
 
     def unrolled_autoencoder(self, params: Sequence[Params]) -> tuple[Autoencoder, Params]:
         """A deep autoencoder with the stack's weights, and its parameters; outputs are logits."""
         self._check_depth(params)
         check.argument(self.num_classes == 0, "num_classes", "0 for an autoencoder", "label units")
         depth = len(self.widths)
-        net = Autoencoder(
-            widths=tuple(self.widths),
-            activation="sigmoid",
-            code_activation="linear" if self.linear_code else "sigmoid",
-        )
+        code = "linear" if self.linear_code else "sigmoid"
+        net = Autoencoder(tuple(self.widths), activation="sigmoid", code_activation=code)
         up = {f"encoder_{i}": self._dense(params, i) for i in range(depth)}
         names = [*(f"decoder_{i}" for i in range(depth - 1)), "reconstruction"]
         down = {
@@ -207,8 +194,6 @@ class DBN:
             for name, p in zip(names, reversed(params), strict=True)
         }
         return net, up | down
-
-    # ------------------------------------------------------------------ internals
 
     def _check_depth(self, params: Sequence[Params]) -> None:
         depth = len(self.widths)
@@ -260,14 +245,9 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
         −Σₗ log P_R(hˡ⁺¹ | hˡ)   of a sleep pass down, after k Gibbs steps in the top machine,
         F(top wake state) − F(top sleep state).
 
-    Args:
-      dbn: a stack of binary machines.
-      params: of its layers, after greedy training.
-      k: Gibbs steps in the top machine.
-
-    Returns:
-      A `Model` with parameters `{"up", "down", "top"}` whose outputs are the losses, float[B]:
-      train it with `jdl.models.dbn.as_loss`. `merged(params)` converts them to a stack's.
+    The `dbn` has binary units; its `params` come from greedy training. The `Model` has parameters
+    `{"up", "down", "top"}`, which `merged` converts to a stack's, and its outputs are the losses,
+    float[B]: train it with `jdl.models.dbn.as_loss`.
 
     References:
       Hinton, Osindero and Teh 2006, section 5 and appendix B.
@@ -296,7 +276,6 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
     def apply(
         p: Params, state: ModelState, *inputs: Any, key: Key | None = None, train: bool = False
     ) -> tuple[jax.Array, ModelState]:
-        del train
         x, *label = inputs
         keys = jax.random.split(jax.random.key(0) if key is None else key, 2 * depth + 2)
         fixed = jax.lax.stop_gradient(p)
@@ -321,7 +300,6 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
 
 def as_loss(outputs: jax.Array, batch: Batch) -> jax.Array:
     """The loss of a model whose outputs are losses."""
-    del batch
     return outputs
 
 

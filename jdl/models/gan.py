@@ -42,21 +42,18 @@ _WEIGHTS = nn.initializers.normal(0.02)
 class Generator(nn.Module):
     """From noise to images: a dense layer, then transposed convolutions of stride 2.
 
-    Attributes:
-      shape: (height, width, channels) of the images; both sides multiples of 2^len(widths).
-      widths: channels of the smallest map and after each doubling but the last.
-      num_classes: number of classes to condition on; None for an unconditional one.
-      normalize: whether batch normalization follows every layer but the last.
-
     References:
       Radford, Metz and Chintala, Unsupervised representation learning with deep convolutional
       generative adversarial networks, ICLR 2016, section 3.
     """
 
+    # (height, width, channels) of the images; both sides multiples of 2^len(widths)
     shape: tuple[int, int, int]
+    # channels of the smallest map and after each doubling but the last
     widths: Sequence[int] = (64, 32)
+    # number of classes to condition on; None for an unconditional one
     num_classes: int | None = None
-    normalize: bool = True
+    normalize: bool = True  # whether batch normalization follows every layer but the last
 
     @nn.compact
     def __call__(
@@ -70,8 +67,10 @@ class Generator(nn.Module):
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
             return nn.relu(x)
 
-        x = _joined(z, label, self.num_classes)
-        x = nn.Dense(height * width * self.widths[0], kernel_init=_WEIGHTS)(x)
+        if self.num_classes is not None:
+            check.argument(label is not None, "label", "given, with `num_classes`", label)
+            z = jnp.concatenate([z, jax.nn.one_hot(label, self.num_classes, dtype=z.dtype)], axis=1)
+        x = nn.Dense(height * width * self.widths[0], kernel_init=_WEIGHTS)(z)
         x = finished(x.reshape(x.shape[0], height, width, self.widths[0]))
         for i, filters in enumerate([*self.widths[1:], channels]):
             x = nn.ConvTranspose(filters, (4, 4), (2, 2), kernel_init=_WEIGHTS)(x)
@@ -85,21 +84,17 @@ class Discriminator(nn.Module):
     There is no batch normalization, so that logits and penalties of images are independent. With
     labels it adds ⟨v_label, features⟩, Miyato and Koyama's projection.
 
-    Attributes:
-      shape: (height, width, channels) of the images; both sides multiples of 2^len(widths).
-      widths: channels after each halving.
-      num_classes: number of classes to condition on; None for an unconditional one.
-      spectral_norm: whether every layer is divided by its largest singular value.
-
     References:
       Miyato, Kataoka, Koyama and Yoshida, Spectral normalization for generative adversarial
       networks, ICLR 2018; Miyato and Koyama, cGANs with projection discriminator, ICLR 2018.
     """
 
+    # (height, width, channels) of the images; both sides multiples of 2^len(widths)
     shape: tuple[int, int, int]
-    widths: Sequence[int] = (32, 64)
+    widths: Sequence[int] = (32, 64)  # channels after each halving
+    # number of classes to condition on; None for an unconditional one
     num_classes: int | None = None
-    spectral_norm: bool = False
+    spectral_norm: bool = False  # whether every layer is divided by its largest singular value
 
     @nn.compact
     def __call__(
@@ -134,27 +129,13 @@ def _small(shape: tuple[int, int, int], widths: Sequence[int]) -> tuple[int, int
     return shape[0] // by, shape[1] // by
 
 
-def _joined(z: jax.Array, label: jax.Array | None, num_classes: int | None) -> jax.Array:
-    if num_classes is None:
-        return z
-    check.argument(label is not None, "label", "given, with `num_classes`", label)
-    return jnp.concatenate([z, jax.nn.one_hot(label, num_classes, dtype=z.dtype)], axis=1)
-
-
 class Judged(NamedTuple):
-    """The outputs of one evaluation, float[B] each.
+    """The outputs of one evaluation, float[B] each."""
 
-    Attributes:
-      real: D(x), for the discriminator.
-      fake: D(sg(G(z))), for the discriminator.
-      fooled: D(G(z)) with θ_D held fixed, for the generator; the same values as `fake`.
-      penalty: for the discriminator.
-    """
-
-    real: jax.Array
-    fake: jax.Array
-    fooled: jax.Array
-    penalty: jax.Array
+    real: jax.Array  # D(x), for the discriminator
+    fake: jax.Array  # D(sg(G(z))), for the discriminator
+    fooled: jax.Array  # D(G(z)) with θ_D held fixed, for the generator; the same values as `fake`
+    penalty: jax.Array  # for the discriminator
 
 
 @dataclass(frozen=True)
@@ -202,12 +183,8 @@ class GAN:
         check.one_of("penalty", self.penalty, [None, *PENALTIES])
         check.positive_int("latent", self.latent)
         check.in_range("smoothing", self.smoothing, 0.0, 0.5)
-        check.argument(
-            self.smoothing == 0 or self.game == "non_saturating",
-            "smoothing",
-            'zero for all games but "non_saturating"',
-            self.smoothing,
-        )
+        ok = self.smoothing == 0 or self.game == "non_saturating"
+        check.argument(ok, "smoothing", 'zero for all games but "non_saturating"', self.smoothing)
         if self.weight is not None:
             check.in_range("weight", self.weight, 0.0)
 
@@ -249,14 +226,10 @@ class GAN:
         one, other = jax.random.split(key)
         noise = jnp.zeros((image.shape[0], self.latent), image.dtype)
         variables = {
-            "generator": self.generator.init(one, noise, label),
-            "discriminator": self.discriminator.init(other, image, label),
+            "generator": dict(self.generator.init(one, noise, label)),
+            "discriminator": dict(self.discriminator.init(other, image, label)),
         }
-        params = {name: v["params"] for name, v in variables.items()}
-        state = {
-            name: {k: x for k, x in v.items() if k != "params"} for name, v in variables.items()
-        }
-        return params, state
+        return {name: v.pop("params") for name, v in variables.items()}, variables
 
     def _apply(
         self,
@@ -306,7 +279,6 @@ class GAN:
 
     def discriminator_loss(self, outputs: Judged, batch: Batch) -> jax.Array:
         """ℓ_D with its penalty, float[B]."""
-        del batch
         real, fake = outputs.real, outputs.fake
         if self.game == "hinge":
             return nn.relu(1.0 - real) + nn.relu(1.0 + fake) + outputs.penalty
@@ -317,7 +289,6 @@ class GAN:
 
     def generator_loss(self, outputs: Judged, batch: Batch) -> jax.Array:
         """ℓ_G, float[B]."""
-        del batch
         if self.game == "non_saturating":
             return nn.softplus(-outputs.fooled)
         return -outputs.fooled
@@ -349,17 +320,14 @@ def optimizers(
     >>> {name: round(float(x), 1) for name, x in updates.items()}
     {'discriminator': -0.1, 'generator': -1.0}
     """
-    return optax.partition(
-        {"generator": generator, "discriminator": discriminator},
-        {"generator": "generator", "discriminator": "discriminator"},
-    )
+    transforms = {"generator": generator, "discriminator": discriminator}
+    return optax.partition(transforms, {name: name for name in transforms})
 
 
 def walk(key: Key, rows: int, steps: int, latent: int) -> jax.Array:
     """Noise along great circles between random points: float[rows, steps, latent].
 
-    Unlike on straight lines, the points have the norms of the noise that the generator was trained
-    on.
+    Unlike on straight lines, the points have the norms of the noise used in training.
 
     >>> z = walk(jax.random.key(0), 2, 5, 64)
     >>> z.shape, bool(jnp.allclose(jnp.linalg.norm(z, axis=-1).min(axis=1) > 6, True))

@@ -54,9 +54,8 @@ def max_pool(
     [[5.0, 7.0], [13.0, 15.0]]
     """
     (h, w), window = x.shape[1:3], tuple(pool_size)
-    check.argument(
-        window[0] <= h and window[1] <= w, "pool_size", f"at most the image's {h}×{w}", window
-    )
+    ok = window[0] <= h and window[1] <= w
+    check.argument(ok, "pool_size", f"at most the image's {h}×{w}", window)
     if window != tuple(strides) or h % window[0] or w % window[1]:
         return nn.max_pool(x, window, tuple(strides))
     tiles = x.reshape(x.shape[0], h // window[0], window[0], w // window[1], window[1], x.shape[3])
@@ -105,25 +104,18 @@ class RandomShift(nn.Module):
         check.positive_int("by", self.by)
         check.argument(image.ndim == 4, "image", "of shape [B, H, W, C]", image.shape)
         if train:
-            corners = jax.random.randint(
-                self.make_rng("dropout"), (len(image), 2), 0, 2 * self.by + 1
-            )
+            key, window = self.make_rng("dropout"), image.shape[1:]
+            corners = jax.random.randint(key, (len(image), 2), 0, 2 * self.by + 1)
             around = jnp.pad(image, [(0, 0), (self.by, self.by), (self.by, self.by), (0, 0)])
-            window = image.shape[1:]
-            image = jax.vmap(lambda x, ij: jax.lax.dynamic_slice(x, (*ij, 0), window))(
-                around, corners
-            )
+            cut = jax.vmap(lambda x, ij: jax.lax.dynamic_slice(x, (*ij, 0), window))
+            image = cut(around, corners)
         return self.net(image, train=train)
 
 
 def sparse_init(incoming: int = 15, scale: float = 1.0) -> Callable[..., jax.Array]:
     """An initializer that gives each unit `incoming` weights from N(0, scale²), the others zero.
 
-    No unit saturates, however wide the layer below.
-
-    Args:
-      incoming: nonzero weights of a unit; all of them if the layer below is narrower.
-      scale: their standard deviation.
+    No unit saturates, however wide the layer below; all weights are nonzero where it is narrower.
 
     >>> kernel = sparse_init(3)(jax.random.key(0), (10, 4))
     >>> (kernel != 0).sum(axis=0).tolist()

@@ -50,13 +50,9 @@ class MLP(nn.Module):
         """Outputs [B, num_outputs] for inputs [B, ...]."""
         check.in_range("dropout", self.dropout, 0.0, 1.0, open_high=True)
         x = x.reshape(x.shape[0], -1)
-        kernel_init = initializer(self.kernel_init)
+        layer = {"dtype": self.dtype, "kernel_init": initializer(self.kernel_init)}
         for width in self.widths:
-            x = nn.Dense(
-                width, dtype=self.dtype, kernel_init=kernel_init, bias_init=self.bias_init
-            )(x)
+            x = nn.Dense(width, bias_init=self.bias_init, **layer)(x)
             x = activation(self.activation)(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(
-            self.num_outputs, dtype=self.dtype, kernel_init=kernel_init, name="outputs"
-        )(x)
+        return nn.Dense(self.num_outputs, name="outputs", **layer)(x)

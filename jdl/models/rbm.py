@@ -27,21 +27,13 @@ from jdl.core.types import Batch, Key, Params
 
 
 class Energies(NamedTuple):
-    """The outputs of an RBM for a batch.
+    """The outputs of an RBM for a batch."""
 
-    Attributes:
-      positive: F(v), [B].
-      negative: F(ṽ), [B]; with persistent chains the mean over all of them.
-      visible: the mean-field reconstruction of the inputs, [B, ...].
-      hidden: P(hⱼ = 1 | v), [B, H]; for Gaussian hidden units their means.
-      classes: −F(x, y) for each label y, [B, K]: logits of P(y | x).
-    """
-
-    positive: jax.Array
-    negative: jax.Array
-    visible: jax.Array
-    hidden: jax.Array
-    classes: jax.Array
+    positive: jax.Array  # F(v), [B]
+    negative: jax.Array  # F(ṽ), [B]; with persistent chains the mean over all of them
+    visible: jax.Array  # the mean-field reconstruction of the inputs, [B, ...]
+    hidden: jax.Array  # P(hⱼ = 1 | v), [B, H]; for Gaussian hidden units their means
+    classes: jax.Array  # −F(x, y) for each label y, [B, K]: logits of P(y | x)
 
 
 def contrastive_divergence(outputs: Energies, batch: Batch) -> jax.Array:
@@ -50,18 +42,14 @@ def contrastive_divergence(outputs: Energies, batch: Batch) -> jax.Array:
     Its value says nothing about the likelihood. Use it with optimizers that need the gradient only:
     a line search meets different samples, from the same random numbers, at each trial point.
     """
-    del batch
     return outputs.positive - outputs.negative
 
 
 def sparse_divergence(target: float, cost: float) -> Callable[[Energies, Batch], jax.Array]:
     """Contrastive divergence + cost · Σⱼ cross-entropy(target, P(hⱼ = 1 | v)).
 
-    The penalty's derivative with respect to a unit's input is cost · (P(hⱼ) − target).
-
-    Args:
-      target: desired mean activity of the hidden units, in [10⁻⁶, 1 − 10⁻⁶].
-      cost: ≥ 0.
+    The penalty's derivative with respect to a unit's input is cost · (P(hⱼ) − target). The target
+    is the desired mean activity of the hidden units, in [10⁻⁶, 1 − 10⁻⁶].
 
     References:
       Hinton, A practical guide to training restricted Boltzmann machines, 2010, section 11.
@@ -86,7 +74,6 @@ def log_odds(mean: Any) -> Callable[..., jax.Array]:
     mean = jnp.clip(jnp.ravel(jnp.asarray(mean, jnp.float32)), 0.005, 0.995)
 
     def init(key: Key, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-        del key
         bias = jnp.log(mean) - jnp.log1p(-mean)
         return jnp.zeros(shape, dtype).at[: mean.size].set(bias.astype(dtype))
 
@@ -168,8 +155,7 @@ class RBM(nn.Module):
         if not train or self.is_initializing():
             negative = self.free_energy(params, jax.lax.stop_gradient(means))
         elif chain is None:
-            key = self.make_rng("dropout")
-            sample = self._contrast(frozen, v, key)
+            sample = self._contrast(frozen, v, self.make_rng("dropout"))
             negative = self.free_energy(params, jax.lax.stop_gradient(sample))
         else:
             seen = frozen if fast is None else jax.tree.map(jnp.add, frozen, fast.value)
@@ -203,19 +189,15 @@ class RBM(nn.Module):
         v = v if jnp.issubdtype(v.dtype, jnp.floating) else v.astype(jnp.float32)
         if self.visible == "bernoulli" and not isinstance(v, jax.core.Tracer):
             low, high = float(jnp.min(v)), float(jnp.max(v))
-            check.argument(
-                low >= 0 and high <= 1,
-                "x",
-                "in [0, 1] for binary visible units",
-                f"values from {low:g} to {high:g}",
-                'Scale them, or use visible="gaussian" on standardized data.',
-            )
+            ok = low >= 0 and high <= 1
+            must = "in [0, 1] for binary visible units"
+            hint = 'Scale them, or use visible="gaussian" on standardized data.'
+            check.argument(ok, "x", must, f"values from {low:g} to {high:g}", hint)
         if self.num_classes == 0:
             check.argument(label is None, "label", "None without label units", type(label))
             return v
-        check.argument(
-            label is not None, "label", f"given, for {self.num_classes} label units", label
-        )
+        must = f"given, for {self.num_classes} label units"
+        check.argument(label is not None, "label", must, label)
         label = jnp.asarray(label)
         if jnp.issubdtype(label.dtype, jnp.integer):
             label = jax.nn.one_hot(label, self.num_classes, dtype=v.dtype)
@@ -224,9 +206,8 @@ class RBM(nn.Module):
     @nn.nowrap
     def free_energy(self, params: Params, v: jax.Array) -> jax.Array:
         """F(v), [B], of visible units [B, V], in nats."""
-        return self.visible_energy(params["visible_bias"], v) - jnp.sum(
-            self.log_hidden(self.hidden_input(params, v)), axis=1
-        )
+        hidden = jnp.sum(self.log_hidden(self.hidden_input(params, v)), axis=1)
+        return self.visible_energy(params["visible_bias"], v) - hidden
 
     @nn.nowrap
     def visible_energy(self, bias: jax.Array, v: jax.Array) -> jax.Array:
@@ -262,9 +243,9 @@ class RBM(nn.Module):
         """E[v], from the visible input."""
         n = a.shape[1] - self.num_classes
         pixels = jax.nn.sigmoid(a[:, :n]) if self.visible == "bernoulli" else a[:, :n]
-        return (
-            jnp.concatenate([pixels, jax.nn.softmax(a[:, n:])], 1) if self.num_classes else pixels
-        )
+        if not self.num_classes:
+            return pixels
+        return jnp.concatenate([pixels, jax.nn.softmax(a[:, n:])], 1)
 
     @nn.nowrap
     def draw_hidden(self, a: jax.Array, key: Key) -> jax.Array:
@@ -352,8 +333,6 @@ class RBM(nn.Module):
         a = self.hidden_input(params, pixels)[:, None] + params["kernel"][None, n:]
         return params["visible_bias"][None, n:] + jnp.sum(self.log_hidden(a), axis=2)
 
-    # ------------------------------------------------------------------ internals
-
     @nn.nowrap
     def _check(self) -> None:
         check.one_of("visible", self.visible, ("bernoulli", "gaussian"))
@@ -366,15 +345,11 @@ class RBM(nn.Module):
         for name in ("num_classes", "chains"):
             value = getattr(self, name)
             check.argument(isinstance(value, int) and value >= 0, name, "an integer ≥ 0", value)
-        check.argument(
-            self.hidden_units == "bernoulli" or (self.chains == 0 and self.visible == "bernoulli"),
-            "hidden_units",
-            '"bernoulli" for persistent chains or Gaussian visible units',
-            self.hidden_units,
-        )
-        check.argument(
-            self.chains > 0 or self.fast_rate == 0, "chains", "positive for fast weights", 0
-        )
+        ok = self.hidden_units == "bernoulli" or (self.chains == 0 and self.visible == "bernoulli")
+        must = '"bernoulli" for persistent chains or Gaussian visible units'
+        check.argument(ok, "hidden_units", must, self.hidden_units)
+        ok = self.chains > 0 or self.fast_rate == 0
+        check.argument(ok, "chains", "positive for fast weights", 0)
 
     @nn.nowrap
     def _scaled(self, v: jax.Array, factor: float) -> jax.Array:

@@ -18,21 +18,14 @@ _CHUNK = 12  # log2 of the number of hidden states summed at once
 
 
 class Annealed(NamedTuple):
-    """An estimate of log Z.
+    """An estimate of log Z."""
 
-    Attributes:
-      log_z: log of the mean importance weight, in nats.
-      relative_error: standard error of Z / Z, from the variance of the weights. If it is large it
-        is itself unreliable: a few weights dominate.
-      low, high: log(Z ∓ 3 standard errors); low is −inf if that is not positive.
-      log_weights: of each chain.
-    """
-
-    log_z: float
+    log_z: float  # log of the mean importance weight, in nats
+    # standard error of Z / Z, from the weights' variance; unreliable if large: few weights dominate
     relative_error: float
-    low: float
-    high: float
-    log_weights: np.ndarray
+    low: float  # log(Z − 3 standard errors); −inf if that is not positive
+    high: float  # log(Z + 3 standard errors)
+    log_weights: np.ndarray  # of each chain
 
 
 def temperatures(count: int = 14_500) -> np.ndarray:
@@ -43,13 +36,8 @@ def temperatures(count: int = 14_500) -> np.ndarray:
     """
     check.argument(count >= 29, "count", "at least 29", count)
     first, middle = max(count // 29, 1), 8 * count // 29
-    return np.concatenate(
-        [
-            np.linspace(0, 0.5, first, endpoint=False),
-            np.linspace(0.5, 0.9, middle, endpoint=False),
-            np.linspace(0.9, 1, count - first - middle),
-        ]
-    )
+    low = np.linspace(0, 0.5, first, endpoint=False), np.linspace(0.5, 0.9, middle, endpoint=False)
+    return np.concatenate([*low, np.linspace(0.9, 1, count - first - middle)])
 
 
 def annealed_log_z(
@@ -78,9 +66,6 @@ def annealed_log_z(
       base_bias: a, [V]; None for the machine's visible biases. The data's log odds
         (`jdl.models.rbm.log_odds`) are better.
 
-    Returns:
-      An `Annealed`, with its `relative_error`.
-
     References:
       Salakhutdinov and Murray, On the quantitative analysis of deep belief networks, ICML 2008,
       section 4.
@@ -94,9 +79,8 @@ def annealed_log_z(
     base = bias if base_bias is None else jnp.asarray(base_bias, bias.dtype)
     check.argument(base.shape == bias.shape, "base_bias", f"of shape {bias.shape}", base.shape)
     log_weights = _anneal(rbm, params, base, key, jnp.asarray(betas), chains)
-    start = float(_log_z_of_visible(rbm, base[None])[0]) + rbm.hidden * float(
-        rbm.log_hidden(jnp.zeros(()))
-    )
+    hidden = rbm.hidden * float(rbm.log_hidden(jnp.zeros(())))
+    start = float(_log_z_of_visible(rbm, base[None])[0]) + hidden
     weights = np.asarray(log_weights, np.float64)
     check.argument(bool(np.isfinite(weights).all()), "params", "finite numbers", "NaN or infinity")
     shift = weights.max()
@@ -142,9 +126,8 @@ def exact_log_z(rbm: RBM, params: Params) -> float:
     """
     n = rbm.hidden
     check.argument(n <= 20, "hidden", "at most 20 to be enumerated", n, "Use annealed_log_z.")
-    check.argument(
-        rbm.hidden_units == "bernoulli", "hidden_units", "bernoulli to be enumerated", "gaussian"
-    )
+    binary = rbm.hidden_units == "bernoulli"
+    check.argument(binary, "hidden_units", "bernoulli to be enumerated", "gaussian")
     inner = min(n, _CHUNK)
     low = np.asarray(list(itertools.product((0, 1), repeat=inner)), np.float32)
     parts = []
@@ -179,11 +162,7 @@ def _log_z_of_visible(rbm: RBM, a: jax.Array) -> jax.Array:
 def log_likelihood(
     rbm: RBM, params: Params, v: Any, log_z: float | Annealed, *, batch_size: int = 1000
 ) -> float:
-    """The mean of −F(v) − log Z over visible units [N, V], in nats.
-
-    Raises:
-      TrainingError: the relative standard error of Z is above 0.1, too large for a likelihood.
-    """
+    """The mean of −F(v) − log Z over visible units [N, V], in nats; refused for an uncertain Z."""
     if isinstance(log_z, Annealed):
         if log_z.relative_error > LARGEST_ERROR:
             raise check.TrainingError(
@@ -206,19 +185,11 @@ def pseudo_log_likelihood(
 ) -> jax.Array:
     """Σᵢ log P(vᵢ | v₋ᵢ), [B], of binary visible units [B, V], in nats.
 
-    Args:
-      rbm: the machine.
-      params: its parameters.
-      v: visible units.
-      key: for an unbiased but noisy estimate, V log P of one random unit. None for the sum over all
-        units, at V times the cost.
+    With a key an unbiased but noisy estimate, V log P of one random unit; without, the sum over all
+    units, at V times the cost.
     """
-    check.argument(
-        rbm.visible == "bernoulli" and rbm.num_classes == 0,
-        "rbm",
-        "one of binary visible units without labels",
-        rbm,
-    )
+    ok = rbm.visible == "bernoulli" and rbm.num_classes == 0
+    check.argument(ok, "rbm", "one of binary visible units without labels", rbm)
     a, size = rbm.hidden_input(params, v), v.shape[1]
     held = jnp.sum(rbm.log_hidden(a), axis=1)
 
@@ -232,6 +203,5 @@ def pseudo_log_likelihood(
     if key is not None:
         return size * log_p(jax.random.randint(key, v.shape[:1], 0, size))
     units = jnp.broadcast_to(jnp.arange(size)[:, None], (size, v.shape[0]))
-    return jax.lax.fori_loop(
-        0, size, lambda i, total: total + log_p(units[i]), jnp.zeros(v.shape[0], v.dtype)
-    )
+    zeros = jnp.zeros(v.shape[0], v.dtype)
+    return jax.lax.fori_loop(0, size, lambda i, total: total + log_p(units[i]), zeros)

@@ -23,7 +23,7 @@ Cell = Callable[[jax.Array, PyTree, jax.Array], PyTree]
 def by_level(
     cell: Cell, inputs: jax.Array, zeros: PyTree, children: jax.Array, schedule: jax.Array
 ) -> PyTree:
-    """The state of every node.
+    """The state of every node, [B, N, ·] in the structure of `zeros`; meaningless for padding.
 
     Args:
       cell: nodes' states from their inputs and their children's states, 0 for absent ones.
@@ -31,9 +31,6 @@ def by_level(
       zeros: a state of zeros, [·] each.
       children: int[B, N, K], N for none.
       schedule: int[B, L, W], the nodes of each height from 1 on, N for none.
-
-    Returns:
-      Arrays [B, N, ·] in the structure of `zeros`; those of padding are meaningless.
     """
     size, nodes, most = children.shape
     leaf = jax.tree.map(lambda z: jnp.zeros((size, nodes, most, *z.shape), z.dtype), zeros)
@@ -41,11 +38,8 @@ def by_level(
 
     def level(states: PyTree, at: jax.Array) -> tuple[PyTree, None]:
         below = _rows(children, at, nodes)
-        new = cell(
-            _rows(inputs, at, 0),
-            jax.tree.map(lambda s: _rows(s, below, 0), states),
-            below < nodes,
-        )
+        of_children = jax.tree.map(lambda s: _rows(s, below, 0), states)
+        new = cell(_rows(inputs, at, 0), of_children, below < nodes)
         put = jax.vmap(lambda s, i, x: s.at[i].set(x, mode="drop"))
         return jax.tree.map(lambda s, x: put(s, at, x), states, new), None
 
@@ -69,9 +63,8 @@ def tree_cross_entropy(outputs: jax.Array, batch: Batch) -> jax.Array:
     """
     labels = jnp.asarray(batch["labels"])
     logits = outputs.astype(tree.accumulator(outputs.dtype))
-    picked = jnp.take_along_axis(
-        jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], axis=-1
-    )[..., 0]
+    log_p, places = jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None]
+    picked = jnp.take_along_axis(log_p, places, axis=-1)[..., 0]
     return -jnp.sum(jnp.where(labels >= 0, picked, 0.0), axis=1)
 
 
@@ -185,9 +178,8 @@ class RecursiveNet(nn.Module):
         word, children, schedule = jnp.asarray(word), jnp.asarray(children), jnp.asarray(schedule)
         width, most = self.hidden, children.shape[-1]
         x = _embedded(self, word, width)
-        kernel = self.param(
-            "composition", nn.initializers.lecun_normal(), (most * width, width), jnp.float32
-        )
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("composition", init, (most * width, width), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
         phi = activation(self.activation)
 
@@ -196,16 +188,14 @@ class RecursiveNet(nn.Module):
             inner = phi(x + joined + jnp.broadcast_to(bias, joined.shape))
             return jnp.where(jnp.any(there, axis=2)[..., None], inner, x)
 
-        h = by_level(cell, x, jnp.zeros(width, x.dtype), children, schedule)
-        return _logits(self, h)
+        return _logits(self, by_level(cell, x, jnp.zeros(width, x.dtype), children, schedule))
 
 
 def _embedded(net: Any, word: jax.Array, width: int) -> jax.Array:
     """Word embeddings [B, N, width]; zeros for nodes without a word."""
     check.argument(word.ndim == 2, "word", "of shape [B, N]", word.shape)
-    table = nn.Embed(
-        net.vocabulary, width, embedding_init=nn.initializers.normal(0.5), name="embedding"
-    )
+    init = nn.initializers.normal(0.5)
+    table = nn.Embed(net.vocabulary, width, embedding_init=init, name="embedding")
     return table(word) * (word > 0)[..., None].astype(table.embedding.dtype)
 
 

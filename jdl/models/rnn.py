@@ -71,8 +71,7 @@ class RNN(nn.Module):
 
     def __call__(self, x: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
         """Outputs for sequences [B, T, ...]."""
-        outputs, _ = self._read(x, lengths, None, self.every_step)
-        return outputs
+        return self._read(x, lengths, None, self.every_step)[0]
 
     def stream(
         self, x: ArrayLike, carry: Carry = None, lengths: ArrayLike | None = None
@@ -92,12 +91,8 @@ class RNN(nn.Module):
         >>> bool(jnp.allclose(pieces[:, -1], net.apply(variables, x), atol=1e-6))
         True
         """
-        check.argument(
-            not self.bidirectional,
-            "bidirectional",
-            "False for streaming, where the end is unknown",
-            True,
-        )
+        ok = not self.bidirectional
+        check.argument(ok, "bidirectional", "False for streaming, where the end is unknown", True)
         return self._read(x, lengths, carry, True)
 
     def states(self, x: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
@@ -125,9 +120,8 @@ class RNN(nn.Module):
             lengths = checked_lengths(lengths, h.shape[:2])
         cell = CELLS[check.one_of("cell", self.cell, CELLS)]
         check.positive_int("layers", self.layers)
-        check.argument(
-            carry is None or len(carry) == self.layers, "carry", "one returned by `stream`", carry
-        )
+        ok = carry is None or len(carry) == self.layers
+        check.argument(ok, "carry", "one returned by `stream`", carry)
         carries = []
         for i in range(self.layers):
             ways = []
@@ -139,16 +133,9 @@ class RNN(nn.Module):
                     recurrent_kernel_init=self.recurrent_init,
                     name=f"layer_{i}" + ("_reversed" if reverse else ""),
                 )
-                ways.append(
-                    nn.RNN(inner)(
-                        h,
-                        initial_carry=None if carry is None else carry[i],
-                        seq_lengths=lengths,
-                        return_carry=True,
-                        reverse=reverse,
-                        keep_order=True,
-                    )
-                )
+                start = None if carry is None else carry[i]
+                layer = nn.RNN(inner, return_carry=True, reverse=reverse, keep_order=True)
+                ways.append(layer(h, initial_carry=start, seq_lengths=lengths))
             carries.append(ways[0][0])
             h = jnp.concatenate([states for _, states in ways], axis=-1)
         # A GRU's carry is its state; an LSTM's is (memory, state).
@@ -243,9 +230,8 @@ def next_step_loss(outputs: jax.Array, batch: Batch) -> jax.Array:
         ends = jnp.asarray(batch["lengths"])[:, None] - 1
         ignore = int(jnp.iinfo(jnp.int32).min)
         labels = jnp.where(jnp.arange(steps)[None, :] < ends, labels.astype(jnp.int32), ignore)
-    return softmax_cross_entropy(
-        outputs[:, :-1], {**batch, "tokens": labels}, "tokens", ignore=ignore
-    )
+    shifted = {**batch, "tokens": labels}
+    return softmax_cross_entropy(outputs[:, :-1], shifted, "tokens", ignore=ignore)
 
 
 def generate(
@@ -269,12 +255,9 @@ def generate(
     """
     check.positive_int("steps", steps)
     check.in_range("temperature", temperature, 0.0)
-    check.argument(
-        net.vocabulary is not None and net.num_outputs == net.vocabulary,
-        "net",
-        "one with as many outputs as its vocabulary",
-        (net.num_outputs, net.vocabulary),
-    )
+    ok = net.vocabulary is not None and net.num_outputs == net.vocabulary
+    must = "one with as many outputs as its vocabulary"
+    check.argument(ok, "net", must, (net.num_outputs, net.vocabulary))
 
     def draw(logits: jax.Array, key: Key) -> jax.Array:
         if temperature == 0:

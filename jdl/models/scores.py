@@ -20,15 +20,10 @@ from jdl.models.cnn import CNN
 
 
 class Features(NamedTuple):
-    """A CNN's features and predictions of images.
+    """A CNN's features and predictions of images."""
 
-    Attributes:
-      features: the dense layer's activations, float[n, units].
-      classes: the most likely class of each, int[n].
-    """
-
-    features: np.ndarray
-    classes: np.ndarray
+    features: np.ndarray  # the dense layer's activations, float[n, units]
+    classes: np.ndarray  # the most likely class of each, int[n]
 
 
 def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Features:
@@ -50,13 +45,11 @@ def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Featu
 
     @jax.jit
     def see(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, kept = cnn.apply(
-            {"params": params},
-            images,
-            capture_intermediates=lambda module, _: module.name == "Dropout_0",
-            mutable=["intermediates"],
+        kept = lambda module, _: module.name == "Dropout_0"  # noqa: E731
+        logits, caught = cnn.apply(
+            {"params": params}, images, capture_intermediates=kept, mutable=["intermediates"]
         )
-        return kept["intermediates"]["Dropout_0"]["__call__"][0], jnp.argmax(logits, axis=1)
+        return caught["intermediates"]["Dropout_0"]["__call__"][0], jnp.argmax(logits, axis=1)
 
     found = [
         jax.device_get(see(params, jnp.asarray(images[at : at + batch_size], jnp.float32)))
@@ -96,17 +89,11 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Calibration(NamedTuple):
-    """The Fréchet distance on images with known faults.
+    """The Fréchet distance on images with known faults."""
 
-    Attributes:
-      floor: between two sets of real images.
-      missing_class: of real images without the first class.
-      noise: of uniform noise.
-    """
-
-    floor: float
-    missing_class: float
-    noise: float
+    floor: float  # between two sets of real images
+    missing_class: float  # of real images without the first class
+    noise: float  # of uniform noise
 
 
 def calibration(cnn: CNN, params: Any, images: Any, others: Any, seed: int = 0) -> Calibration:
@@ -129,16 +116,11 @@ def calibration(cnn: CNN, params: Any, images: Any, others: Any, seed: int = 0) 
 
 
 class Coverage(NamedTuple):
-    """The distribution of samples over classes.
+    """The distribution of samples over classes."""
 
-    Attributes:
-      shares: the share of each class, float[K], with sum 1.
-      modes: the number of classes with at least a fifth of an equal share.
-      divergence: Σ p log(p · K), from equal shares, in nats; 0 is best, log K is total collapse.
-    """
-
-    shares: np.ndarray
-    modes: int
+    shares: np.ndarray  # the share of each class, float[K], with sum 1
+    modes: int  # the number of classes with at least a fifth of an equal share
+    # Σ p log(p · K), from equal shares, in nats; 0 is best, log K is total collapse
     divergence: float
 
 
@@ -160,15 +142,10 @@ def mode_coverage(classes: np.ndarray, num_classes: int) -> Coverage:
 
 
 class Nearest(NamedTuple):
-    """The nearest image of each sample.
+    """The nearest image of each sample."""
 
-    Attributes:
-      place: its index, int[n].
-      distance: Euclidean, over all pixels, float[n].
-    """
-
-    place: np.ndarray
-    distance: np.ndarray
+    place: np.ndarray  # its index, int[n]
+    distance: np.ndarray  # Euclidean, over all pixels, float[n]
 
 
 def nearest(samples: np.ndarray, images: np.ndarray, batch_size: int = 100) -> Nearest:
@@ -188,9 +165,8 @@ def nearest(samples: np.ndarray, images: np.ndarray, batch_size: int = 100) -> N
     check.argument(len(images) > 0, "images", "at least one image", len(images))
     table = np.asarray(images, np.float32).reshape(len(images), -1)
     flat = np.asarray(samples, np.float32).reshape(len(samples), -1)
-    check.argument(
-        table.shape[1] == flat.shape[1], "samples", "of the images' shape", np.shape(samples)
-    )
+    ok = table.shape[1] == flat.shape[1]
+    check.argument(ok, "samples", "of the images' shape", np.shape(samples))
     norms = np.square(table).sum(1)
     index = np.empty(len(flat), np.int64)
     for at in range(0, len(flat), batch_size):

@@ -28,13 +28,9 @@ def pad(sequences: Sequence[np.ndarray], steps: int | None = None) -> dict[str, 
     arrays = [np.asarray(sequence) for sequence in sequences]
     check.argument(bool(arrays), "sequences", "at least one sequence", sequences)
     for i, array in enumerate(arrays):
-        check.argument(
-            array.ndim >= 1 and len(array) > 0,
-            f"sequences[{i}]",
-            "of at least one step",
-            array.shape,
-            "Leave empty sequences out.",
-        )
+        ok = array.ndim >= 1 and len(array) > 0
+        must = "of at least one step"
+        check.argument(ok, f"sequences[{i}]", must, array.shape, "Leave empty sequences out.")
     lengths = np.array([len(array) for array in arrays], np.int32)
     longest = int(np.max(lengths))
     steps = longest if steps is None else steps

@@ -30,17 +30,12 @@ _UNKNOWN = 1
 
 
 class Tree(NamedTuple):
-    """A tree, or dependency structure, as tuples with one entry for each node.
+    """A tree, or dependency structure, as tuples with one entry for each node."""
 
-    Attributes:
-      words: "" for a node without a word.
-      parents: the index of each node's parent; −1 for the root. Children are ordered by index.
-      labels: names of classes, "" for none.
-    """
-
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # "" for a node without a word
+    # the index of each node's parent; −1 for the root. Children are ordered by index
     parents: tuple[int, ...]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # names of classes, "" for none
 
 
 class Layout(NamedTuple):
@@ -146,8 +141,7 @@ def parse(text: str) -> Tree:
     labels: list[str | None] = []
     parents: list[int] = []
     has_children: list[bool] = []
-    node = -1  # the innermost open one
-    done = False
+    node, done = -1, False  # the innermost open one
 
     def refuse(problem: str) -> check.DataError:
         shown = text.strip()
@@ -190,11 +184,7 @@ def parse(text: str) -> Tree:
 
 
 def read_bracketed(path: str | Path) -> Iterator[Tree]:
-    """The trees of a file with one bracketed tree in each line; blank lines are skipped.
-
-    Raises:
-      DataError: a line is not a tree; the message has its number.
-    """
+    """The trees of a file, one bracketed tree or none in each line; an error has its number."""
     for number, line in _lines(path):
         if line.strip():
             try:
@@ -341,14 +331,10 @@ def pack(
 
 
 class Grammar(NamedTuple):
-    """The symbols of expressions at leaves and inner nodes.
+    """The symbols of expressions at leaves and inner nodes."""
 
-    Attributes:
-      constants: word -> value.
-      operators: word -> (number of operands, function of them).
-    """
-
-    constants: Mapping[str, int]
+    constants: Mapping[str, int]  # word -> value
+    # word -> (number of operands, function of them)
     operators: Mapping[str, tuple[int, Callable[..., int]]]
 
 

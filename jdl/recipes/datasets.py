@@ -30,12 +30,9 @@ def choice(
 
 
 def open_images(data: str, *, size: tuple[int, ...], **options: Any) -> "Batches":
-    """The data set of a `--data` argument.
+    """The data set of a `--data` argument: paths, or the words `digits` and `trees`.
 
-    Args:
-      data: paths, or the words `digits` and `trees`.
-      size: (height, width) of the images.
-      **options: further ones of `jdl.data.from_tar`; label, include and exclude as the flags.
+    `options` are further ones of `jdl.data.from_tar`; label, include and exclude as the flags.
     """
     if data == "trees":
         from jdl.recipes.formulas import trees_of

@@ -19,14 +19,9 @@ SPLITS = {"train": (8000, (1, 2, 3, 4)), "test": (1000, (6, 7, 8))}  # number, d
 def trees_of(
     split: str | None, *, batch_size: int, shuffle: bool = False, seed: int = 0, **_: Any
 ) -> Batches:
-    """The split's formulas, packed, labelled with their value.
+    """The formulas of "train" or "test", packed, labelled with their value; shuffled without end.
 
-    Args:
-      split: "train" or "test".
-      batch_size: trees in a batch.
-      shuffle: whether to repeat without end, each epoch in a new order.
-      seed: for the orders.
-      **_: options of images, which `RunConfig.images` always passes; they mean nothing here.
+    Options of images, which `RunConfig.images` always passes, mean nothing here.
     """
     check.one_of("--split", split, SPLITS)
     return from_arrays(

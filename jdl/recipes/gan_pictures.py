@@ -19,12 +19,7 @@ COLUMNS = 12
 
 
 def samples_over_time(gan: GAN, workdir: Path) -> StatefulHook:
-    """A hook that draws samples of one fixed noise at steps that double.
-
-    Args:
-      gan: the GAN.
-      workdir: its run directory; pictures are `samples/00000010.png` and so on.
-    """
+    """A hook that draws samples of one fixed noise to `samples/` at steps that double."""
 
     def make(earlier: Sequence[Row]) -> Hook:
         due = 1

@@ -38,13 +38,7 @@ def tiles(images: ArrayLike | Sequence[ArrayLike], path: Path) -> Path:
 
 
 def filters(kernel: ArrayLike, shape: tuple[int, ...], path: Path) -> Path:
-    """Draws the weights of the 100 units of largest norm as images; gray is zero.
-
-    Args:
-      kernel: [V, H].
-      shape: (height, width, channels) of an image of V pixels.
-      path: the file to write.
-    """
+    """Draws the weights [V, H] of the 100 units of largest norm as images; gray is zero."""
     kernel = np.asarray(kernel, np.float32)
     kernel = kernel[:, np.argsort(-np.linalg.norm(kernel, axis=0))[:100]]
     scale = np.abs(kernel).max(axis=0) + 1e-12

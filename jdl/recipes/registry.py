@@ -1,5 +1,6 @@
 """The models that `jdl train` knows by name, with the settings recommended for each."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,50 +38,31 @@ LABELLED = ("classifier", "trees")  # kinds of models that learn labels
 
 
 class Finished(NamedTuple):
-    """What the pictures at the end of a run are drawn from.
+    """What the pictures at the end of a run are drawn from."""
 
-    Attributes:
-      net: the model as the recipe built it.
-      estimator: the trained Estimator.
-      train: one pass over the training split.
-      held_out: one pass over the test split; the training split where there is none.
-      workdir: the run directory, where the pictures go.
-    """
-
-    net: Any
-    estimator: Estimator
-    train: Batches
-    held_out: Batches
-    workdir: Path
+    net: Any  # the model as the recipe built it
+    estimator: Estimator  # the trained Estimator
+    train: Batches  # one pass over the training split
+    held_out: Batches  # one pass over the test split; the training split where there is none
+    workdir: Path  # the run directory, where the pictures go
 
 
 class Recipe(NamedTuple):
-    """How a model is built and trained.
+    """How a model is built and trained."""
 
-    Attributes:
-      build: `build(image_shape, num_classes) -> net`.
-      kind: "classifier", "autoencoder", "rbm", "trees" or "gan": what the outputs mean.
-      steps: the recommended number of steps on the bundled digits.
-      optimizer: the recommended optimizer's name.
-      options: keyword arguments of the recommended optimizer.
-      batch_size: the recommended batch size.
-      estimator: `estimator(model, optimizer, **options) -> Estimator`; by default the premade one
-        of the kind.
-      prepare: `prepare(net, data, workdir, seed) -> model`, called before a run's first step.
-      pictures: `pictures(finished) -> paths` of the pictures drawn at the end of a run.
-      data: the default of `--data`: "digits", or "trees" for generated trees.
-    """
-
-    build: Callable[[Shape, int], Net]
-    kind: str
-    steps: int
-    optimizer: str = "adam"
-    options: Mapping[str, Any] = {}
-    batch_size: int = 64
+    build: Callable[[Shape, int], Net]  # `build(image_shape, num_classes) -> net`
+    kind: str  # "classifier", "autoencoder", "rbm", "trees" or "gan": what the outputs mean
+    steps: int  # the recommended number of steps on the bundled digits
+    optimizer: str = "adam"  # the recommended optimizer's name
+    options: Mapping[str, Any] = {}  # keyword arguments of the recommended optimizer
+    batch_size: int = 64  # the recommended batch size
+    # `estimator(model, optimizer, **options) -> Estimator`; by default the premade one of the kind
     estimator: Callable[..., Estimator] | None = None
+    # `prepare(net, data, workdir, seed) -> model`, called before a run's first step
     prepare: Callable[[Any, Batches, Path, int], Model] | None = None
+    # `pictures(finished) -> paths` of the pictures drawn at the end of a run
     pictures: Callable[[Finished], list[Path]] | None = None
-    data: str = "digits"
+    data: str = "digits"  # the default of `--data`: "digits", or "trees" for generated trees
 
 
 def recipe(name: str) -> Recipe:
@@ -97,18 +79,7 @@ def _cnn(image_shape: Shape, num_classes: int) -> CNN:
     return CNN(num_classes=num_classes, units=1024 if min(image_shape[:2]) >= 64 else 128)
 
 
-def _mlp(image_shape: Shape, num_classes: int) -> MLP:
-    del image_shape
-    return MLP(num_outputs=num_classes, widths=(500, 500))
-
-
-def _rnn(image_shape: Shape, num_classes: int) -> RNN:
-    del image_shape
-    return RNN(num_outputs=num_classes)
-
-
 def _autoencoder(image_shape: Shape, num_classes: int) -> Autoencoder:
-    del num_classes
     widths = (1000, 500, 250, 30) if _is_large(image_shape) else (128, 64, 16)
     return Autoencoder(widths=widths, kernel_init=sparse_init(15))
 
@@ -126,7 +97,6 @@ def _reconstructions(run: Finished) -> list[Path]:
 
 
 def _denoising(image_shape: Shape, num_classes: int) -> Model:
-    del num_classes
     widths = (1000, 500) if _is_large(image_shape) else (256, 128)
     return denoising(Autoencoder(widths=widths, activation="relu", code_activation="relu"))
 
@@ -148,7 +118,6 @@ def _denoising_estimator(
 
 
 def _rbm(image_shape: Shape, num_classes: int) -> RBM:
-    del num_classes
     return RBM(hidden=500 if _is_large(image_shape) else 128, chains=64)
 
 
@@ -187,16 +156,6 @@ def _dbn_pictures(run: Finished) -> list[Path]:
     return [pictures.filters(kernel, x.shape[1:], run.workdir / "filters.png")]
 
 
-def _recursive(image_shape: Shape, num_classes: int) -> TreeLSTM:
-    return TreeLSTM(num_outputs=num_classes, vocabulary=image_shape[0], kind="nary", hidden=48)
-
-
-def _recursive_estimator(
-    net: TreeLSTM, optimizer: optax.GradientTransformation, **options: Any
-) -> Estimator:
-    return premade.classifier(net, optimizer, inputs=formulas.INPUTS, **options)
-
-
 def _tree_pictures(run: Finished) -> list[Path]:
     net, packed = run.net.clone(every_node=True), formulas.packed_trees("test")
     path = run.workdir / "trees.png"
@@ -204,7 +163,6 @@ def _tree_pictures(run: Finished) -> list[Path]:
 
 
 def _gan(image_shape: Shape, num_classes: int) -> GAN:
-    del num_classes
     height, width, channels = image_shape
     return GAN.of_shape((height, width, channels))
 
@@ -241,9 +199,9 @@ def _gan_pictures(run: Finished) -> list[Path]:
 
 
 RECIPES = {
-    "mlp": Recipe(_mlp, "classifier", 400),
+    "mlp": Recipe(lambda _, k: MLP(num_outputs=k, widths=(500, 500)), "classifier", 400),
     "cnn": Recipe(_cnn, "classifier", 400),
-    "rnn": Recipe(_rnn, "classifier", 600),
+    "rnn": Recipe(lambda _, k: RNN(num_outputs=k), "classifier", 600),
     "autoencoder": Recipe(_autoencoder, "autoencoder", 1500, pictures=_autoencoder_pictures),
     "denoising": Recipe(
         _denoising, "autoencoder", 1500, estimator=_denoising_estimator, pictures=_reconstructions
@@ -251,10 +209,10 @@ RECIPES = {
     "rbm": Recipe(_rbm, "rbm", 3000, "momentum", estimator=boltzmann.rbm, pictures=_rbm_pictures),
     "dbn": Recipe(_dbn, "classifier", 3000, prepare=_pretrained, pictures=_dbn_pictures),
     "recursive": Recipe(
-        _recursive,
+        lambda shape, k: TreeLSTM(num_outputs=k, vocabulary=shape[0], kind="nary", hidden=48),
         "trees",
         1500,
-        estimator=_recursive_estimator,
+        estimator=functools.partial(premade.classifier, inputs=formulas.INPUTS),
         pictures=_tree_pictures,
         data="trees",
     ),

@@ -25,19 +25,7 @@ MAY_CHANGE = ("on_error",)  # when a run is continued
 class RunConfig:
     """All settings that a run's results depend on, except its number of steps.
 
-    Attributes:
-      model: a name in `jdl.recipes.registry.RECIPES`.
-      data: as `--data`.
-      optimizer, learning_rate: as `jdl.optim.by_name`; None for the optimizer's own rate.
-      batch_size, curvature_batch_size, microbatches, seed, compute_dtype, ema: as `Estimator`.
-      split: the training split; None for all of the data.
-      image_shape: shape of one input.
-      grayscale: whether images are made gray.
-      classes: names, in the order of the labels.
-      on_error: "raise" or "skip", for an image that cannot be read.
-      crop, flip: augmentation in training, as `jdl.data.from_tar`.
-      augment: likewise, by name, and "mixup" and "cutmix".
-      label, include, exclude: what classes are read from and which members are used, as the flags.
+    Fields without a comment are as the flags of `jdl train`.
     """
 
     model: str
@@ -46,13 +34,13 @@ class RunConfig:
     batch_size: int
     microbatches: int
     seed: int
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, ...]  # of one input
     grayscale: bool
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names, in the order of the labels
     on_error: str
-    learning_rate: float | None = None
+    learning_rate: float | None = None  # None for the optimizer's own
     curvature_batch_size: int | None = None
-    split: str | None = None
+    split: str | None = None  # the training split; None for all of the data
     compute_dtype: str | None = None
     ema: float | None = None
     crop: str | None = None
@@ -65,9 +53,7 @@ class RunConfig:
     def save(self, workdir: Path, command: Mapping[str, Any]) -> None:
         """Writes the settings; raises where the directory holds a run with other settings.
 
-        Args:
-          workdir: the run directory.
-          command: the resolved flags, from which `jdl train --config` starts such a run again.
+        `command` are the resolved flags, from which `jdl train --config` starts such a run again.
         """
         exists = (workdir / config_toml.FILE).exists()
         if begun(workdir) and not exists:
@@ -86,12 +72,10 @@ class RunConfig:
         """The settings of the run in that directory."""
         table = config_toml.read(workdir)
         if table is None:
-            hint = ""
-            if (workdir / "checkpoints").is_dir():
-                hint = " It was made in Python, where an Estimator with this workdir continues it."
+            hint = " It was made in Python, where an Estimator with this workdir continues it."
             raise check.UserError(
                 f"{workdir} is not a run directory of `jdl train`: it has no {config_toml.FILE}."
-                + hint
+                + hint * (workdir / "checkpoints").is_dir()
             )
         return config_toml.parse(cls, table, workdir, COMMAND)
 
@@ -111,20 +95,15 @@ class RunConfig:
         model: Net | Model | None = None,
         **options: Any,
     ) -> Estimator:
-        """The Estimator of these settings.
+        """The Estimator of these settings, with options of `Estimator`.
 
-        Args:
-          workdir: the run directory.
-          hooks: as `Estimator`.
-          model: one that the recipe has prepared; by default `build_model()`.
-          **options: further ones of `Estimator`.
+        `model` is one that the recipe has prepared; by default `build_model()`.
         """
         chosen = recipe(self.model)
         premades = {"classifier": premade.classifier, "autoencoder": premade.autoencoder}
         make: Callable[..., Estimator] = chosen.estimator or premades[chosen.kind]
-        if mixed := [
-            MIXED[name](num_classes=len(self.classes)) for name in self.augment if name in MIXED
-        ]:
+        mixed = [MIXED[x](num_classes=len(self.classes)) for x in self.augment if x in MIXED]
+        if mixed:
             options["batch_transform"] = one_of(*mixed)
         tuned = chosen.options if self.optimizer == chosen.optimizer else {}
         return make(
@@ -145,11 +124,7 @@ class RunConfig:
     ) -> Batches:
         """Data with the run's image size and classes, cropped in the center if it was cropped.
 
-        Args:
-          data: as `--data`.
-          split: one split; None for all of the data.
-          labelled: whether batches have labels, of the run's classes.
-          **options: further ones of `jdl.data.from_tar`.
+        Batches have labels if `labelled`; `options` are further ones of `jdl.data.from_tar`.
         """
         labelled = labelled and self.label != "none"
         options |= {"classes": self.classes, "label": self.label} if labelled else {"label": "none"}

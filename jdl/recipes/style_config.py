@@ -10,35 +10,22 @@ from jdl.train.checkpoint import begun
 
 @dataclasses.dataclass(frozen=True)
 class StyleConfig:
-    """All settings that a run depends on, except its photographs and its number of steps.
+    """All settings that a run depends on, except its photographs and its number of steps."""
 
-    Attributes:
-      styles: names, in the order of the paintings.
-      paintings: a digest of each painting's pixels, as `jdl.vision.style_training.digest`.
-      trunk: the network that measures content and style, as `jdl.vision.load_trunk`.
-      content_layers, style_layers: layers of the trunk.
-      content, style, variation: weights of the loss's three terms.
-      filters, blocks: of the trained network, as `jdl.vision.transformer.StyleNet`.
-      learning_rate: Adam's.
-      batch_size: photographs in a batch.
-      size: the side of a crop in pixels.
-      seed: for the initial parameters, the crops and the order of styles.
-    """
-
-    styles: tuple[str, ...]
-    paintings: tuple[str, ...]
-    trunk: str
-    content_layers: tuple[str, ...]
-    style_layers: tuple[str, ...]
-    content: float
-    style: float
-    variation: float
-    filters: tuple[int, ...]
-    blocks: int
-    learning_rate: float
-    batch_size: int
-    size: int
-    seed: int
+    styles: tuple[str, ...]  # names, in the order of the paintings
+    paintings: tuple[str, ...]  # `jdl.vision.style_training.digest` of each
+    trunk: str  # the network that measures content and style, as `jdl.vision.load_trunk`
+    content_layers: tuple[str, ...]  # of the trunk
+    style_layers: tuple[str, ...]  # likewise
+    content: float  # the weight of this term of the loss
+    style: float  # likewise
+    variation: float  # likewise
+    filters: tuple[int, ...]  # of the trained network, as `jdl.vision.transformer.StyleNet`
+    blocks: int  # likewise
+    learning_rate: float  # Adam's
+    batch_size: int  # photographs in a batch
+    size: int  # the side of a crop in pixels
+    seed: int  # for the initial parameters, the crops and the order of styles
 
     def save(self, workdir: Path) -> None:
         """Writes the settings; raises where the directory holds a run with other settings."""

@@ -19,13 +19,7 @@ def draw_trees(
 ) -> Path:
     """Draws the first trees: a node's color is the probability of class 1, a cross marks errors.
 
-    Args:
-      net: a recursive net of two classes with `every_node=True`.
-      params: its parameters.
-      packed: arrays of `jdl.models.trees.pack`.
-      words: word -> number.
-      path: the file to write.
-      count: how many trees.
+    The net has two classes and `every_node=True`; `packed` are arrays of `jdl.models.trees.pack`.
     """
     from matplotlib.figure import Figure
 

@@ -6,38 +6,22 @@
 `jdl.minimize` minimizes one function and reports how it went.
 
 A run has converged when the norm of the gradient is at most `tol`. The defaults of the classes are
-those of jaxopt where it has the class; `minimize` is stricter:
-
-    solver              maxiter  tol
-    LBFGS                   500  1e-3
-    LBFGSB                  500  1e-3
-    NonlinearCG             100  1e-3
-    GradientDescent         500  1e-3
-    Newton                  100  1e-3
-    HessianFree             200  1e-3
-    GaussNewton              30  1e-5
-    LevenbergMarquardt       30  1e-3
-    OptaxSolver             500  1e-3
-    minimize        the class's  1e-4
+those of jaxopt where it has the class; `minimize` is stricter, with `tol` 1e-4.
 """
 
 from typing import Any
 
-from jdl.optim.result import ResultCode as ResultCode
-from jdl.solvers.gradient_check import check_gradient as check_gradient
-from jdl.solvers.gradient_descent import GradientDescent as GradientDescent
-from jdl.solvers.hessian_free import HessianFree as HessianFree
-from jdl.solvers.lbfgs import LBFGS as LBFGS
-from jdl.solvers.lbfgs import LBFGSB as LBFGSB
-from jdl.solvers.least_squares import GaussNewton as GaussNewton
-from jdl.solvers.least_squares import LevenbergMarquardt as LevenbergMarquardt
-from jdl.solvers.minimize import Result as Result
-from jdl.solvers.minimize import minimize as minimize
-from jdl.solvers.newton import Newton as Newton
-from jdl.solvers.nonlinear_cg import NonlinearCG as NonlinearCG
-from jdl.solvers.optax_solver import OptaxSolver as OptaxSolver
-from jdl.solvers.state import OptStep as OptStep
-from jdl.solvers.state import SolverState as SolverState
+from jdl.optim.result import ResultCode
+from jdl.solvers.gradient_check import check_gradient
+from jdl.solvers.gradient_descent import GradientDescent
+from jdl.solvers.hessian_free import HessianFree
+from jdl.solvers.lbfgs import LBFGS, LBFGSB
+from jdl.solvers.least_squares import GaussNewton, LevenbergMarquardt
+from jdl.solvers.minimize import Result, minimize
+from jdl.solvers.newton import Newton
+from jdl.solvers.nonlinear_cg import NonlinearCG
+from jdl.solvers.optax_solver import OptaxSolver
+from jdl.solvers.state import OptStep, SolverState
 
 __all__ = [
     "LBFGS",

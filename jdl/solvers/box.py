@@ -27,21 +27,13 @@ CAUTIOUS = 1e-6  # pairs of less curvature ⟨s, y⟩ / ‖s‖ ‖y‖ are skip
 
 
 class BoxState(NamedTuple):
-    """The state of `projected_lbfgs`, for n parameters raveled into one array.
+    """The state of `projected_lbfgs`, for n parameters raveled into one array."""
 
-    Attributes:
-      s: steps, [m, n], newest first.
-      y: gradient differences, [m, n].
-      value: f after the last update.
-      grad: ∇f there.
-      diagnostics: see `jdl.optim.diagnostics`.
-    """
-
-    s: jax.Array
-    y: jax.Array
-    value: jax.Array
-    grad: Params
-    diagnostics: Diagnostics
+    s: jax.Array  # steps, [m, n], newest first
+    y: jax.Array  # gradient differences, [m, n]
+    value: jax.Array  # f after the last update
+    grad: Params  # ∇f there
+    diagnostics: Diagnostics  # see `jdl.optim.diagnostics`
 
 
 class _Trial(NamedTuple):
@@ -58,10 +50,7 @@ def projected_lbfgs(
 ) -> optax.GradientTransformationExtraArgs:
     """L-BFGS whose updates stay in a box, given to `update` as `bounds=(lower, upper)`.
 
-    Args:
-      learning_rate: the first trial step, > 0.
-      memory_size: how many pairs, ≥ 1.
-      max_evaluations: maximum trials of the line search, ≥ 1.
+    `learning_rate` is the line search's first trial step, `max_evaluations` its maximum of trials.
 
     References:
       Bertsekas, Projected Newton methods for optimization problems with simple constraints (1982).
@@ -94,15 +83,17 @@ def projected_lbfgs(
         gradient = ravel_pytree(here.grad)[0]
         lower, upper = (ravel_pytree(b)[0] for b in bounds)
         free = ~(((x <= lower) & (gradient > 0)) | ((x >= upper) & (gradient < 0)))
-        direction, descends, scaled = _direction(state, jnp.where(free, gradient, 0.0), free)
+        s, y = (jnp.where(free[None], ring, 0.0) for ring in (state.s, state.y))
+        downhill = -jnp.where(free, gradient, 0.0)
+        direction, scaled = _inverse_product(s, y, downhill)
+        descends = (jnp.vdot(direction, downhill) > 0) & jnp.all(jnp.isfinite(direction))
+        direction = jnp.where(descends, direction, downhill)
         length = jnp.linalg.norm(direction).astype(dtype)
         rate = jnp.asarray(learning_rate, dtype)
         # Without curvature −g has no scale of its own.
         first = jnp.where(scaled & descends, rate, rate / jnp.maximum(1.0, length))
         active = here.finite & (length > 0)
-        end = _projected_search(
-            here, direction, (lower, upper), first, max_evaluations=max_evaluations, active=active
-        )
+        end = _projected_search(here, direction, (lower, upper), first, max_evaluations, active)
         s = jnp.where(end.good, ravel_pytree(end.params)[0] - x, 0.0)
         y = jnp.where(end.good, ravel_pytree(end.grad)[0] - gradient, 0.0)
         lost = active & ~end.good  # after a failure the history is dropped
@@ -125,22 +116,11 @@ def projected_lbfgs(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _direction(
-    state: BoxState, g: jax.Array, free: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """−H g on the free variables, or −g; whether −H g descends; whether H has curvature."""
-    s, y = (jnp.where(free[None], ring, 0.0) for ring in (state.s, state.y))
-    product, scaled = _inverse_product(s, y, g)
-    descends = (jnp.vdot(product, g) > 0) & jnp.all(jnp.isfinite(product))
-    return jnp.where(descends, -product, -g), descends, scaled
-
-
 def _projected_search(
     here: UpdateContext,
     direction: jax.Array,
     bounds: tuple[jax.Array, jax.Array],
     first: jax.Array,
-    *,
     max_evaluations: int,
     active: jax.Array,
 ) -> _Trial:
@@ -194,12 +174,9 @@ def fitted(bounds: tuple[Any, Any], params: Params) -> tuple[Params, Params]:
         if isinstance(bound, int | float) or getattr(bound, "ndim", None) == 0:
             return jax.tree.map(lambda x: jnp.full(x.shape, bound, x.dtype), params)
         structure: Any = jax.tree.structure(params)
-        check.argument(
-            jax.tree.structure(bound) == structure,
-            f"bounds' {side}",
-            f"a number or a pytree of the parameters' structure, {structure}",
-            jax.tree.structure(bound),
-        )
+        given = jax.tree.structure(bound)
+        must = f"a number or a pytree of the parameters' structure, {structure}"
+        check.argument(given == structure, f"bounds' {side}", must, given)
 
         def leaf(x: jax.Array, b: Any) -> jax.Array:
             shape = jnp.shape(b)
@@ -210,11 +187,6 @@ def fitted(bounds: tuple[Any, Any], params: Params) -> tuple[Params, Params]:
         return jax.tree.map(leaf, params, bound)
 
     return fit("lower", bounds[0]), fit("upper", bounds[1])
-
-
-def project(params: Params, bounds: tuple[Params, Params]) -> Params:
-    """The point of the box nearest to `params`."""
-    return jax.tree.map(jnp.clip, params, *bounds)
 
 
 def _inverse_product(s: jax.Array, y: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:

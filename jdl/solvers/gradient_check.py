@@ -60,11 +60,7 @@ def check_gradient(
 
 
 def check_problem_gradient(
-    problem: Problem,
-    params: Params,
-    directions: int = 3,
-    tolerance: float = 0.03,
-    seed: int = 0,
+    problem: Problem, params: Params, directions: int = 3, tolerance: float = 0.03, seed: int = 0
 ) -> float:
     """`check_gradient` for a `Problem`, such as ½ ‖r‖² of residuals."""
     check_problem(problem, params, "check_gradient")
@@ -87,13 +83,10 @@ def check_problem_gradient(
             errors.append(gap / max(abs(found), abs(given), 1e-3 * size, 1e-30))
         finite = [e for e in errors if np.isfinite(e)]
         worst = max(worst, min(finite)) if finite else np.inf
-    check.argument(
-        worst <= tolerance,
-        "the gradient",
-        f"the function's own within {100 * tolerance:.3g} %",
-        f"{100 * worst:.1f} % off",
-        "Differences of values along random directions disagree with it.",
-    )
+    ok = worst <= tolerance
+    must = f"the function's own within {100 * tolerance:.3g} %"
+    hint = "Differences of values along random directions disagree with it."
+    check.argument(ok, "the gradient", must, f"{100 * worst:.1f} % off", hint)
     return worst
 
 

@@ -28,21 +28,13 @@ Stepsize = float | Callable[[Any], Any]
 
 
 class GradientDescentState(NamedTuple):
-    """The state of gradient descent.
+    """The state of gradient descent."""
 
-    Attributes:
-      x: the last step without its momentum; () where there is none.
-      iteration: updates made.
-      t: Nesterov's sequence, 1 after a restart.
-      stepsize: the last step whose decrease was above the rounding noise.
-      diagnostics: see `jdl.optim.diagnostics`; () for given step sizes.
-    """
-
-    x: PyTree
-    iteration: jax.Array
-    t: jax.Array
-    stepsize: jax.Array
-    diagnostics: Diagnostics | tuple[()]
+    x: PyTree  # the last step without its momentum; () where there is none
+    iteration: jax.Array  # updates made
+    t: jax.Array  # Nesterov's sequence, 1 after a restart
+    stepsize: jax.Array  # the last step whose decrease was above the rounding noise
+    diagnostics: Diagnostics | tuple[()]  # see `jdl.optim.diagnostics`; () for given step sizes
 
 
 def gradient_descent(
@@ -86,13 +78,8 @@ def gradient_descent(
                 here, updates, state.stepsize, decrease_factor, max_evaluations
             )
             code = diag.ending(found.termination, here.finite, here.stationary, jnp.asarray(True))
-            diagnostics = diag.advance(
-                diagnostics,
-                step_size=step,
-                termination=code,
-                values=found.evaluations,
-                reused=reused,
-            )
+            known = {"step_size": step, "values": found.evaluations, "reused": reused}
+            diagnostics = diag.advance(diagnostics, termination=code, **known)
         else:
             length = stepsize(state.iteration) if callable(stepsize) else stepsize
             step, next_step = jnp.asarray(length).astype(here.value.dtype), state.stepsize

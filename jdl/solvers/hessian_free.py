@@ -41,19 +41,13 @@ class HessianFree(Iterative):
         own, of_optimizer = split(options, self.refusals)
         super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **own)
         if not isinstance(fun, Objective):
-            check.argument(
-                of_optimizer.get("curvature") != "gauss_newton",
-                "fun",
-                "a jdl.Objective for Gauss-Newton products",
-                fun,
-                "Use jdl.Objective.from_fns(predict, loss, batch), or GaussNewton for residuals.",
-            )
-            check.argument(
-                value_and_grad is False or of_optimizer.get("preconditioner") is None,
-                "preconditioner",
-                "None with value_and_grad, whose function cannot be differentiated further",
-                of_optimizer.get("preconditioner"),
-            )
+            ok = of_optimizer.get("curvature") != "gauss_newton"
+            must = "a jdl.Objective for Gauss-Newton products"
+            hint = "Use jdl.Objective.from_fns(predict, loss, batch), or GaussNewton for residuals."
+            check.argument(ok, "fun", must, fun, hint)
+            ok = value_and_grad is False or of_optimizer.get("preconditioner") is None
+            must = "None with value_and_grad, whose function cannot be differentiated further"
+            check.argument(ok, "preconditioner", must, of_optimizer.get("preconditioner"))
             of_optimizer = {"curvature": "hessian", **of_optimizer}
             if not of_optimizer.keys() & {"damping", "trust_region"}:
                 of_optimizer["trust_region"] = 1.0

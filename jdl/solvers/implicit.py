@@ -31,14 +31,10 @@ def root(
     *,
     symmetric: bool,
 ) -> tuple[Params, Any]:
-    """`find(guess)`, with the derivatives of a root of `optimality`.
+    """`find(guess)`, a root and auxiliary values, with the derivatives of a root of `optimality`.
 
-    Args:
-      optimality: F, a pytree like the parameters.
-      guess: where to start; the solution does not depend on it.
-      find: returns the root and auxiliary values, which get no derivatives.
-      solve: `solve(product, b)` for the linear system; None for conjugate gradients.
-      symmetric: whether ∂F/∂x is symmetric, as a Hessian is; if not, `solve` must not rely on it.
+    Auxiliary values get no derivatives. `solve(product, b)` is for the linear system, None for
+    conjugate gradients; ∂F/∂x is symmetric, as a Hessian is, or `solve` must not rely on it.
 
     >>> find = lambda x: (jnp.sqrt(2.0) * jnp.ones_like(x), None)
     >>> f = lambda a: root(lambda x: x * x - a, 1.0 * a, find, None, symmetric=True)[0]
@@ -79,10 +75,8 @@ def conjugate_gradients(product: Product, b: PyTree) -> PyTree:
     dtype = tree.accumulator(*(x.dtype for x in jax.tree.leaves(b)))
     limit = max(50, min(10 * tree.size(b), 2000))
     with jax.default_matmul_precision("highest"):
-        found = linear_cg(
-            product, b, max_iterations=limit, tolerance=4 * float(jnp.finfo(dtype).eps)
-        )
-    return found.x
+        eps = float(jnp.finfo(dtype).eps)
+        return linear_cg(product, b, max_iterations=limit, tolerance=4 * eps).x
 
 
 def normal_conjugate_gradients(product: Product, b: PyTree) -> PyTree:

@@ -39,7 +39,7 @@ class Iterative:
       value_and_grad: True where `fun` returns (value, gradient); a function that does; or False.
       has_aux: whether values come as `(value, aux)`.
       maxiter: maximum number of updates, ≥ 0.
-      tol: a run has converged when `state.error` ≤ tol, ≥ 0; see `jdl.solvers` for the defaults.
+      tol: a run has converged when `state.error` ≤ tol, ≥ 0.
       **refused: keywords of jaxopt that have no meaning here; the error says what to use instead.
     """
 
@@ -79,28 +79,23 @@ class Iterative:
             if keyword in self.refusals:
                 raise check.ArgumentError(f"{name} takes no `{keyword}`: {self.refusals[keyword]}")
             raise TypeError(f"{name} got an unexpected keyword argument {keyword!r}")
-        check.argument(
-            callable(fun) or isinstance(fun, Objective), "fun", "a function or a jdl.Objective", fun
-        )
-        check.argument(
-            isinstance(value_and_grad, bool) or callable(value_and_grad),
-            "value_and_grad",
-            "True, False or a function that returns value and gradient",
-            value_and_grad,
-            f"{name} takes maxiter and tol by name.",
-        )
+        ok = callable(fun) or isinstance(fun, Objective)
+        check.argument(ok, "fun", "a function or a jdl.Objective", fun)
+        ok = isinstance(value_and_grad, bool) or callable(value_and_grad)
+        must = "True, False or a function that returns value and gradient"
+        hint = f"{name} takes maxiter and tol by name."
+        check.argument(ok, "value_and_grad", must, value_and_grad, hint)
         whole = isinstance(maxiter, int) and not isinstance(maxiter, bool) and maxiter >= 0
         check.argument(whole, "maxiter", "an integer of at least 0", maxiter)
         check.in_range("tol", tol, 0.0)
         check.one_of("unroll", unroll, ["auto", True, False])
-        check.argument(
-            not (unroll is True and self.searches_lines),
-            "unroll",
-            '"auto" or False',
-            unroll,
+        ok = not (unroll is True and self.searches_lines)
+        must = '"auto" or False'
+        hint = (
             f"{name} has a line search, whose loop reverse mode cannot differentiate: "
-            "leave implicit_diff=True.",
+            "leave implicit_diff=True."
         )
+        check.argument(ok, "unroll", must, unroll, hint)
         self.fun, self.value_and_grad, self.has_aux = fun, value_and_grad, has_aux
         self.maxiter, self.tol = maxiter, tol
         self.implicit_diff, self.implicit_diff_solve = implicit_diff, implicit_diff_solve
@@ -131,10 +126,8 @@ class Iterative:
 
     def _extras(self, problem: Problem, params: Params) -> dict[str, Any]:
         """Arguments of the optimizer's update besides value, gradient and function."""
-        del params
         names = ("objective", "value_and_grad_fn", "bounds")
-        extras = {name: getattr(problem, name) for name in names}
-        return {name: given for name, given in extras.items() if given is not None}
+        return {name: x for name in names if (x := getattr(problem, name)) is not None}
 
     def _check(self, problem: Problem, params: Params) -> None:
         """Refuses what this solver cannot minimize, beyond `check_problem`."""
@@ -143,16 +136,13 @@ class Iterative:
         self, problem: Problem, params: Params, state: SolverState
     ) -> tuple[Params, SolverState]:
         """What to do to the parameters ahead of an update."""
-        del problem
         return params, state
 
     def _extra(self, aux: Any, delta: PyTree) -> tuple[Any, Any]:
         """`state.extra` and `state.aux`, from an evaluation's aux and the last step."""
-        del delta
         return (), aux
 
     def _converged(self, params: Params, state: SolverState) -> jax.Array:
-        del params
         return state.error <= self.tol
 
     # ------------------------------------------------------------------ jaxopt's methods
@@ -186,9 +176,7 @@ class Iterative:
           (params, state). The parameters can be differentiated with respect to `args` and
           `kwargs`, the state cannot.
         """
-        memory = None
-        if isinstance(init_params, OptStep):
-            memory = init_params.state.internal_state
+        memory = init_params.state.internal_state if isinstance(init_params, OptStep) else None
         params = as_arrays(_params_of(init_params))
         step = self._jit_run(self._traced_fun(), params, memory, args, kwargs)
         if (self.verbose or self.callback) and not isinstance(step.state.status, jax.core.Tracer):
@@ -239,8 +227,6 @@ class Iterative:
         """The norm of `optimality_fun`."""
         return tree.norm(self.optimality_fun(params, *args, **kwargs))
 
-    # ------------------------------------------------------------------ internals
-
     def _traced_fun(self) -> Objective | None:
         """An objective's arrays enter the compiled program as arguments."""
         return self.fun if isinstance(self.fun, Objective) else None
@@ -260,7 +246,7 @@ class Iterative:
         check_problem(problem, params, type(self).__name__)
         self._check(problem, params)
         if problem.bounds is not None:
-            params = box.project(params, problem.bounds)
+            params = jax.tree.map(jnp.clip, params, *problem.bounds)
         return problem, params
 
     def _init(self, fun: Objective | None, params: Params, args: Any, kwargs: Any) -> SolverState:
@@ -305,7 +291,7 @@ class Iterative:
     ) -> OptStep:
         problem = self._at(fun, params, args, kwargs)
         if problem.bounds is not None:
-            given, params = params, box.project(params, problem.bounds)
+            given, params = params, jax.tree.map(jnp.clip, params, *problem.bounds)
             again = lambda: reevaluated(problem, params, state)  # noqa: E731
             state = jax.lax.cond(_differ(given, params), again, lambda: state)
         if fresh or (fresh is None and self.stochastic):
@@ -338,14 +324,12 @@ class Iterative:
 
     def _loop(self, body: Any, first: tuple[Params, SolverState]) -> tuple[Params, SolverState]:
         running = lambda c: c[1].status == ResultCode.RUNNING  # noqa: E731
-        reverse = self.unroll is True or (
-            self.unroll == "auto" and not self.implicit_diff and not self.searches_lines
-        )
+        possible = not self.implicit_diff and not self.searches_lines
         if not self.jit:
             while bool(running(first)):
                 first = body(first)
             return first
-        if not reverse:
+        if not (self.unroll is True or (self.unroll == "auto" and possible)):
             return jax.lax.while_loop(running, lambda c: tuple(body(c)), first)
 
         def step(c: Any, _: None) -> tuple[Any, None]:
@@ -434,12 +418,8 @@ class Iterative:
 def reevaluated(problem: Problem, params: Params, state: SolverState) -> SolverState:
     """The state with value and gradient of these parameters and this problem."""
     value, grad, _ = problem.evaluate(params)
-    return state._replace(
-        value=value,
-        grad=grad,
-        num_fun_eval=state.num_fun_eval + 1,
-        num_grad_eval=state.num_grad_eval + 1,
-    )
+    calls = {"num_fun_eval": state.num_fun_eval + 1, "num_grad_eval": state.num_grad_eval + 1}
+    return state._replace(value=value, grad=grad, **calls)
 
 
 def _accounted(state: SolverState, inner: Any, evaluated: int) -> SolverState:
@@ -488,10 +468,8 @@ def _differ(a: PyTree, b: PyTree) -> jax.Array:
 def _optimality(problem: Problem, params: Params, grad: Params) -> PyTree:
     if problem.bounds is None:
         return grad
-    lower, upper = problem.bounds
-    return jax.tree.map(
-        lambda x, g, low, high: x - jnp.clip(x - g, low, high), params, grad, lower, upper
-    )
+    inside = lambda x, g, low, high: x - jnp.clip(x - g, low, high)  # noqa: E731
+    return jax.tree.map(inside, params, grad, *problem.bounds)
 
 
 def _params_of(params: Any) -> Params:

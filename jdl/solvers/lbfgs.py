@@ -27,9 +27,8 @@ def check_line_search(linesearch: str, maxls: int, max_stepsize: float) -> None:
     """Checks the options of the line search; jaxopt's other searches are refused by name."""
     check.one_of("linesearch", linesearch, ["zoom", "backtracking", "hager-zhang", "hager_zhang"])
     hint = "It separates noise from decrease as Hager and Zhang's search does."
-    check.argument(
-        linesearch == "zoom", "linesearch", "'zoom', the only one here", linesearch, hint
-    )
+    ok = linesearch == "zoom"
+    check.argument(ok, "linesearch", "'zoom', the only one here", linesearch, hint)
     check.positive_int("maxls", maxls)
     check.in_range("max_stepsize", max_stepsize, 0.0, open_low=True)
 
@@ -126,13 +125,9 @@ class LBFGSB(LBFGS):
         return True
 
     def _bounds(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        check.argument(
-            bool(args) and _is_pair(args[0]),
-            "bounds",
-            "a pair (lower, upper), right after the parameters",
-            args[0] if args else None,
-            "Without bounds use LBFGS.",
-        )
+        ok = bool(args) and _is_pair(args[0])
+        must = "a pair (lower, upper), right after the parameters"
+        check.argument(ok, "bounds", must, args[0] if args else None, "Without bounds use LBFGS.")
         return args[0], args[1:]
 
     def run(self, init_params: Any, bounds: Any, *args: Any, **kwargs: Any) -> OptStep:

@@ -36,13 +36,10 @@ class LeastSquares(Iterative):
     """Solvers for residuals r in place of a function: f = ½ ‖r‖²."""
 
     def __init__(self, residual_fun: Any, *rest: Any, **options: Any):
-        check.argument(
-            not isinstance(residual_fun, Objective),
-            "residual_fun",
-            "a function that returns residuals",
-            f"a {type(residual_fun).__name__}",
-            'For Gauss-Newton steps on an objective use HessianFree, method="hessian_free".',
-        )
+        ok = not isinstance(residual_fun, Objective)
+        must = "a function that returns residuals"
+        hint = 'For Gauss-Newton steps on an objective use HessianFree, method="hessian_free".'
+        check.argument(ok, "residual_fun", must, f"a {type(residual_fun).__name__}", hint)
         self.default_solve = implicit.dense
         super().__init__(residual_fun, *rest, **options)
 
@@ -67,12 +64,9 @@ class LeastSquares(Iterative):
     def _check(self, problem: Problem, params: Params) -> None:
         assert problem.residual_fn is not None
         for leaf in jax.tree.leaves(jax.eval_shape(problem.residual_fn, params)):
-            check.argument(
-                jnp.issubdtype(leaf.dtype, jnp.floating),
-                "residual_fun",
-                "a function that returns real floating-point residuals",
-                f"{leaf.dtype}{list(leaf.shape)}",
-            )
+            ok = jnp.issubdtype(leaf.dtype, jnp.floating)
+            must = "a function that returns real floating-point residuals"
+            check.argument(ok, "residual_fun", must, f"{leaf.dtype}{list(leaf.shape)}")
 
     def _extras(self, problem: Problem, params: Params) -> dict[str, Any]:
         """J reduced to its triangular factor R: the residuals R x give the same steps."""

@@ -1,6 +1,7 @@
 """`jdl.minimize`: one problem minimized, with a report."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -130,13 +131,10 @@ def minimize(
     (True, [1.0, 1.0, 1.0], 'CONVERGED')
     """
     leaves = jax.tree.leaves((params, args))
-    check.argument(
-        not any(isinstance(x, jax.core.Tracer) for x in leaves),
-        "params",
-        "concrete arrays",
-        "a traced value",
-        "Inside jit, vmap or grad use a solver: jdl.solvers.LBFGS(fun).run(params).",
-    )
+    ok = not any(isinstance(x, jax.core.Tracer) for x in leaves)
+    must = "concrete arrays"
+    hint = "Inside jit, vmap or grad use a solver: jdl.solvers.LBFGS(fun).run(params)."
+    check.argument(ok, "params", must, "a traced value", hint)
     if maxiter is not None:
         options["maxiter"] = maxiter
     name, solver = _solver(fun, method, tol=tol, **options)
@@ -144,7 +142,10 @@ def minimize(
     if check_gradient:
         check_problem_gradient(solver._at(None, params, args, {}), params)
     begun = time.perf_counter()
-    run = _compiled(solver, params, args)
+    run: Callable[[], Any] = functools.partial(solver.run, params, *args)
+    if solver.jit:
+        given: tuple[Any, ...] = (solver._traced_fun(), params, None, args, {})
+        run = functools.partial(solver._jit_run.lower(*given).compile(), *given)
     compiled = time.perf_counter()
     found, state = jax.block_until_ready(run())
     if solver.verbose or solver.callback:
@@ -178,11 +179,3 @@ def _solver(
     if short in METHODS:
         return name, METHODS[short](fun, **options)
     return name, OptaxSolver(fun, registry.by_name(short), **options)
-
-
-def _compiled(solver: Iterative, params: Params, args: tuple[Any, ...]) -> Callable[[], Any]:
-    if not solver.jit:
-        return lambda: solver.run(params, *args)
-    given: tuple[Any, ...] = (solver._traced_fun(), params, None, args, {})
-    program = solver._jit_run.lower(*given).compile()
-    return lambda: program(*given)

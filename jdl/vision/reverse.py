@@ -112,20 +112,13 @@ def preferred(
     key, start = jax.random.split(jax.random.key(seed))
     shape = (len(channels), how.size, how.size // 2 + 1, 3, 2)
     spectrum = 0.01 * jax.random.normal(start, shape)
-    optimizer = optax.adam(how.learning_rate)
-    state = optimizer.init(spectrum)
+    state = optax.adam(how.learning_rate).init(spectrum)
     wanted = jnp.asarray(channels, jnp.int32)
+    one_step = how._replace(steps=1)  # one program for any number
+    program = {"apply": trunk.apply, "layer": names[0], "how": one_step}
     for i in range(how.steps):
-        spectrum, state = _search(
-            trunk.params,
-            spectrum,
-            state,
-            wanted,
-            jax.random.fold_in(key, i),
-            apply=trunk.apply,
-            layer=names[0],
-            how=how._replace(steps=1),  # one program for any number
-        )
+        step_key = jax.random.fold_in(key, i)
+        spectrum, state = _search(trunk.params, spectrum, state, wanted, step_key, **program)
         if on_step is not None:
             on_step(i + 1, how.steps)
     pictures = np.asarray(picture(spectrum, how.size))

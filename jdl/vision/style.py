@@ -72,39 +72,24 @@ class Weights(NamedTuple):
         """These weights; raises if one is negative, or content and style are both 0."""
         for name, value in self._asdict().items():
             check.in_range(f"weights.{name}", value, 0.0)
-        check.argument(
-            self.content + self.style > 0,
-            "weights",
-            "above 0 for content, style or both",
-            tuple(self),
-        )
+        ok = self.content + self.style > 0
+        check.argument(ok, "weights", "above 0 for content, style or both", tuple(self))
         return self
 
 
 class Palette(NamedTuple):
-    """Statistics of S paintings.
+    """Statistics of S paintings."""
 
-    Attributes:
-      grams: style layer -> Gram matrices [S, C, C].
-      energy: content layer -> mean square of its activations.
-    """
-
-    grams: dict[str, jax.Array]
-    energy: dict[str, jax.Array]
+    grams: dict[str, jax.Array]  # style layer -> Gram matrices [S, C, C]
+    energy: dict[str, jax.Array]  # content layer -> mean square of its activations
 
 
 class Target(NamedTuple):
-    """What B images are compared with.
+    """What B images are compared with."""
 
-    Attributes:
-      content: content layer -> the photographs' activations, [B, h, w, C].
-      energy: content layer -> divisor of their squared difference.
-      grams: style layer -> Gram matrices [B, C, C].
-    """
-
-    content: Features
-    energy: dict[str, jax.Array]
-    grams: dict[str, jax.Array]
+    content: Features  # content layer -> the photographs' activations, [B, h, w, C]
+    energy: dict[str, jax.Array]  # content layer -> divisor of their squared difference
+    grams: dict[str, jax.Array]  # style layer -> Gram matrices [B, C, C]
 
 
 class Terms(NamedTuple):
@@ -121,17 +106,11 @@ class Terms(NamedTuple):
 
 
 class Painted(NamedTuple):
-    """The result of a style transfer.
+    """The result of a style transfer."""
 
-    Attributes:
-      image: float32 [H, W, 3] in [0, 1].
-      losses: the objective before each step and after the last, at the final scale.
-      terms: the terms of the final image before it is clipped.
-    """
-
-    image: np.ndarray
-    losses: np.ndarray
-    terms: Terms
+    image: np.ndarray  # float32 [H, W, 3] in [0, 1]
+    losses: np.ndarray  # the objective before each step and after the last, at the final scale
+    terms: Terms  # the terms of the final image before it is clipped
 
 
 def usual_layers(trunk: Trunk) -> Layers:
@@ -205,13 +184,7 @@ def _compiled_features(
 
 
 def target(palette: Palette, mixture: jax.Array, photographs: Features) -> Target:
-    """The target of images with the content of photographs and a mixture of styles.
-
-    Args:
-      palette: statistics of S paintings.
-      mixture: the share of each style, [B, S].
-      photographs: activations of the photographs at the content layers.
-    """
+    """The target with the content of photographs' activations and a mixture [B, S] of styles."""
     grams = {n: jnp.einsum("bs,scd->bcd", mixture, g) for n, g in palette.grams.items()}
     return Target({n: photographs[n] for n in palette.energy}, palette.energy, grams)
 
@@ -226,11 +199,8 @@ def terms(images: jax.Array, found: Features, target: Target) -> Terms:
         jnp.mean(jnp.square(found[n] - wanted), axis=(1, 2, 3)) / target.energy[n]
         for n, wanted in target.content.items()
     ]
-    style = [
-        jnp.sum(jnp.square(gram(found[n]) - wanted), axis=(1, 2))
-        / jnp.sum(jnp.square(wanted), axis=(1, 2))
-        for n, wanted in target.grams.items()
-    ]
+    square = lambda g: jnp.sum(jnp.square(g), axis=(1, 2))  # noqa: E731
+    style = [square(gram(found[n]) - g) / square(g) for n, g in target.grams.items()]
     return Terms(mean(content), mean(style), variation(images))
 
 
@@ -295,9 +265,8 @@ def transfer(
     whole = _batch(photograph, "photograph")
     pictures = [_batch(p, "painting") for p in paintings]
     least = min(whole.shape[1:3]) // 2 ** (scales - 1)
-    check.argument(
-        least >= 16, "scales", "smaller, so that the first scale has at least 16 pixels", scales
-    )
+    must = "smaller, so that the first scale has at least 16 pixels"
+    check.argument(least >= 16, "scales", must, scales)
     image = None
     for i in reversed(range(scales)):
         here = _resized(whole, tuple(n // 2**i for n in whole.shape[1:3]))
@@ -309,7 +278,15 @@ def transfer(
         else:
             noise = jax.random.uniform(jax.random.key(seed), here.shape)
             image = here if start == "photograph" else noise
-        image, losses = _minimize(run, image, (trunk.params, wanted), steps, hook)
+        state, losses = run.init(image), []
+        for step in range(steps):
+            image, state, value = run.step(image, state, (trunk.params, wanted))
+            losses.append(float(value))
+            if not np.isfinite(losses[-1]):
+                hint = "Use a smaller learning rate."
+                raise check.TrainingError(f"The loss is {losses[-1]} at step {step}. {hint}")
+            if hook is not None:
+                hook(step, losses[-1])
     assert image is not None
     found = run.terms(image, trunk.params, wanted)
     losses.append(float(found.total(weights)[0]))
@@ -376,9 +353,8 @@ def _compiled(
         else:
             value, grad = jax.value_and_grad(value_fn)(image)
         with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(
-                grad, state, image, value=value, grad=grad, value_fn=value_fn
-            )
+            more = {"value": value, "grad": grad, "value_fn": value_fn}
+            updates, state = optimizer.update(grad, state, image, **more)
         return optax.apply_updates(image, updates), state, value
 
     return _Compiled(
@@ -390,28 +366,6 @@ def _compiled(
 
 
 _usual_optimizer = functools.cache(lbfgs)
-
-
-def _minimize(
-    run: _Compiled,
-    image: jax.Array,
-    fixed: Any,
-    steps: int,
-    hook: Callable[[int, float], None] | None,
-) -> tuple[jax.Array, list[float]]:
-    """The image after `steps` steps, and the loss before each."""
-    state = run.init(image)
-    losses = []
-    for i in range(steps):
-        image, state, value = run.step(image, state, fixed)
-        losses.append(float(value))
-        if not np.isfinite(losses[-1]):
-            raise check.TrainingError(
-                f"The loss is {losses[-1]} at step {i}. Use a smaller learning rate."
-            )
-        if hook is not None:
-            hook(i, losses[-1])
-    return image, losses
 
 
 def _batch(picture: ArrayLike, name: str) -> jax.Array:

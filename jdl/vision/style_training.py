@@ -46,12 +46,8 @@ def build_estimator(
 ) -> Estimator:
     """An Estimator that trains on batches {"image": [B, H, W, 3]} of photographs.
 
-    Args:
-      config: the run's settings.
-      trunk: the network that measures content and style.
-      paintings: one for each style, [h, w, 3]; their size sets the size of the strokes.
-      workdir: the run directory.
-      **options: further ones of `Estimator`.
+    The trunk measures content and style. The paintings [h, w, 3], one for each style, set the size
+    of the strokes by their own.
     """
     given = tuple(digest(painting) for painting in paintings)
     check.argument(given == config.paintings, "paintings", "those of this run", given)
@@ -110,7 +106,6 @@ def taking_turns(net: StyleNet) -> Model:
         key: Key | None = None,
         train: bool = False,
     ) -> tuple[Outputs, ModelState]:
-        del train
         first = 0 if key is None else jax.random.randint(key, (), 0, net.styles)
         mixture = turns(len(images), first)
         painting, _ = net.apply({"params": params}, images, mixture)

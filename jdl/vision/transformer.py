@@ -35,11 +35,6 @@ class StyleNet(nn.Module):
     instead of the image's own, except where they are NaN. With those of a whole picture, a part is
     painted as it would be in the whole (Chen et al. 2022, thumbnail instance normalization).
 
-    Attributes:
-      filters: numbers of filters at full, half and quarter size.
-      blocks: number of residual blocks at quarter size.
-      styles: number of styles S; `mixture` is [B, S].
-
     >>> net = StyleNet(filters=(4, 8, 8), blocks=1, styles=2)
     >>> images, mixture = jnp.ones((1, 16, 12, 3)), jnp.array([[0.5, 0.5]])
     >>> key = jax.random.key(0)
@@ -55,9 +50,9 @@ class StyleNet(nn.Module):
       Odena, Dumoulin and Olah, Deconvolution and checkerboard artifacts, Distill 2016.
     """
 
-    filters: Sequence[int] = (32, 64, 128)
-    blocks: int = 5
-    styles: int = 1
+    filters: Sequence[int] = (32, 64, 128)  # numbers of filters at full, half and quarter size
+    blocks: int = 5  # number of residual blocks at quarter size
+    styles: int = 1  # number of styles S; `mixture` is [B, S]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -82,14 +77,10 @@ class StyleNet(nn.Module):
         self, images: jax.Array, mixture: jax.Array, statistics: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """The paintings and the statistics used; heights and widths must be multiples of 4."""
-        check.argument(
-            images.ndim == 4 and images.shape[3] == 3, "images", "of shape [B, H, W, 3]",
-            images.shape,
-        )  # fmt: skip
-        check.argument(
-            mixture.ndim == 2 and mixture.shape[1] == self.styles, "mixture",
-            f"of shape [B, {self.styles}]", mixture.shape,
-        )  # fmt: skip
+        ok = images.ndim == 4 and images.shape[3] == 3
+        check.argument(ok, "images", "of shape [B, H, W, 3]", images.shape)
+        ok = mixture.ndim == 2 and mixture.shape[1] == self.styles
+        check.argument(ok, "mixture", f"of shape [B, {self.styles}]", mixture.shape)
         full, half, quarter = self.filters
         norms = _Norms(self.styles, mixture, statistics)
         x = norms(conv(full, 9)(2.0 * images - 1.0), relu=True)
@@ -122,16 +113,13 @@ class _Norms:
 class InstanceNorm(nn.Module):
     """Conditional instance normalization of [B, H, W, C]; also returns means and variances.
 
-    Attributes:
-      styles: number of scales and shifts.
-
     >>> norm, x = InstanceNorm(1), jnp.arange(8.0).reshape(1, 4, 2, 1)
     >>> y, used = norm.apply(norm.init(jax.random.key(0), x, jnp.ones((1, 1))), x, jnp.ones((1, 1)))
     >>> used.tolist(), round(float(y.std()), 4)
     ([[3.5, 5.25]], 1.0)
     """
 
-    styles: int
+    styles: int  # number of scales and shifts
 
     @nn.compact
     def __call__(
@@ -183,7 +171,6 @@ def by_rows(
     >>> by_rows(x, kernel, (1, 1), "VALID")[0, :, 0, 0].tolist()
     [18.0, 18.0, 18.0, 18.0]
     """
-    del strides, padding, options
     canonical = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
     rows, columns, inputs, outputs = kernel.shape
     b, height, width = x.shape[0], x.shape[1] - rows + 1, x.shape[2] - columns + 1

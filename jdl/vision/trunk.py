@@ -82,11 +82,7 @@ class Trunk(NamedTuple):
         return self.head
 
     def class_number(self, wanted: int | str) -> int:
-        """The number of a class, given by number or name.
-
-        Raises:
-          ArgumentError: for an unknown class, with the nearest names.
-        """
+        """The number of a class, given by number or name; an error has the nearest names."""
         self.with_head()
         text = str(wanted)
         if text in self.classes:
@@ -162,15 +158,8 @@ def of_linen(
     """The trunk of a trained Linen module.
 
     Its layers are its submodules' paths, such as "Conv_0" or "encoder/Dense_1", and "output".
-
-    Args:
-      module: called with images [N, *image_shape].
-      params: of the module.
-      state: its other collections, such as batch statistics.
-      image_shape: (height, width, channels) of the training images; images are resized to it, and
-        converted to gray for one channel.
-      name: the trunk's name; by default the module's class.
-      classes: names of its outputs, if it is a classifier.
+    Images are resized to `image_shape`, (height, width, channels), and made gray for one channel.
+    `state` are the module's other collections; a classifier's outputs have the names `classes`.
 
     >>> from jdl.models import CNN
     >>> cnn = CNN(num_classes=3, units=8)
@@ -189,11 +178,9 @@ def of_linen(
             return out + edits[path] if context.method_name == "__call__" and path in edits else out
 
         with nn.intercept_methods(edited):
+            x = as_trained(images, image_shape)
             out, caught = module.apply(
-                variables,
-                as_trained(images, image_shape),
-                capture_intermediates=True,
-                mutable=["intermediates"],
+                variables, x, capture_intermediates=True, mutable=["intermediates"]
             )
         found: Features = {}
         _collect(caught["intermediates"], (), found)
@@ -201,10 +188,8 @@ def of_linen(
             found["output"] = out
         return found
 
-    return _of_function(
-        outputs, {"params": params, **(state or {})}, image_shape, name or type(module).__name__,
-        classes,
-    )  # fmt: skip
+    name = name or type(module).__name__
+    return _of_function(outputs, {"params": params, **(state or {})}, image_shape, name, classes)
 
 
 def of_model(
@@ -231,18 +216,15 @@ def of_model(
 
     def outputs(variables: Any, images: jax.Array, edits: Edits) -> Features:
         x = as_trained(images, image_shape)
-        program, shape = jax.make_jaxpr(
-            lambda v, x: model.apply(v["params"], v["state"], x)[0], return_shape=True
-        )(variables, x)
+        run = lambda v, x: model.apply(v["params"], v["state"], x)[0]  # noqa: E731
+        program, shape = jax.make_jaxpr(run, return_shape=True)(variables, x)
         leaves, found = _record(program, jax.tree.leaves((variables, x)), edits)
         if isinstance(shape, jax.ShapeDtypeStruct):
             found["output"] = leaves[0]
         return found
 
-    return _of_function(
-        outputs, {"params": params, "state": {} if state is None else state}, image_shape, name,
-        classes,
-    )  # fmt: skip
+    variables = {"params": params, "state": {} if state is None else state}
+    return _of_function(outputs, variables, image_shape, name, classes)
 
 
 def as_trained(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
@@ -252,8 +234,7 @@ def as_trained(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Arra
         images = images @ jnp.asarray(_LUMA, images.dtype).reshape(3, 1)
     if images.shape[1:3] == (height, width):
         return images
-    shape = (images.shape[0], height, width, channels)
-    return jax.image.resize(images, shape, "linear")
+    return jax.image.resize(images, (images.shape[0], height, width, channels), "linear")
 
 
 def _of_function(
@@ -264,12 +245,8 @@ def _of_function(
     classes: Sequence[str],
 ) -> Trunk:
     """The trunk of a function that computes every layer; XLA removes what is not used."""
-    check.argument(
-        len(image_shape) == 3 and image_shape[2] in (1, 3),
-        "image_shape",
-        "(height, width, channels) with 1 or 3 channels",
-        image_shape,
-    )
+    ok = len(image_shape) == 3 and image_shape[2] in (1, 3)
+    check.argument(ok, "image_shape", "(height, width, channels) with 1 or 3 channels", image_shape)
     height, width = image_shape[:2]
     order: list[str] = []
 

@@ -147,12 +147,7 @@ def _with_arrays(tree: Any, left: Iterator[int], depth: int = 0) -> Any:
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors file, by name.
-
-    Raises:
-      DataError: if the file is damaged or of another kind.
-      MissingExtraError: if the package safetensors is not installed.
-    """
+    """The tensors of a .safetensors file, by name; a `DataError` if it cannot be read."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:

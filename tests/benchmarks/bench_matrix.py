@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 from matrix_nets import nets
 
 from jdl.core.objective import Objective
@@ -38,21 +37,15 @@ def scheduled(name, rate, steps):
     """An optimizer with warm-up, and cosine decay unless it is schedule-free."""
     warm = max(1, steps // 20)
     if name.startswith("schedule_free"):
-        return by_name(name, optax.linear_schedule(0.0, rate, warm))
+        return by_name(name, rate, warmup_steps=warm)
     rate = optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1), rate / 50)
     return by_name(name, rate, **OPTIONS.get(name, {}))
 
 
 def weights(params, opt_state):
-    """The weights to evaluate: the last ones, and their average where there is one."""
-    if isinstance(opt_state, ema.AveragingState):
-        return [params, ema.average(opt_state)]
-    free = [x for x in jax.tree.leaves(opt_state, is_leaf=_schedule_free) if _schedule_free(x)]
-    return [optax.contrib.schedule_free_eval_params(free[0], params)] if free else [params]
-
-
-def _schedule_free(x):
-    return isinstance(x, optax.contrib.ScheduleFreeState)
+    """The weights to evaluate: with an average the last ones too, before it."""
+    chosen = ema.weights_of(opt_state, params)
+    return [params, chosen] if isinstance(opt_state, ema.AveragingState) else [chosen]
 
 
 class Run:

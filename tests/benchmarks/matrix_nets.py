@@ -198,11 +198,16 @@ def nets(data, share=1.0):
 
     softmax = losses.softmax_cross_entropy
     pixels = functools.partial(losses.sigmoid_cross_entropy, target="image")
-    both = {"adamw": (1e-3, 3e-3), "muon": (1e-2, 2e-2), "soap": (1e-3, 3e-3)}
-    text_rates = {"adamw": (3e-3, 6e-3), "muon": (1e-2, 2e-2), "soap": (3e-3, 6e-3)}
-    lstm_rates = {"adamw": (3e-3, 1e-2), "muon": (1e-2, 2e-2), "soap": (1e-3, 3e-3)}
-    for rates in (both, text_rates, lstm_rates):
-        rates["shampoo"] = rates["adamw"]  # whose norms its steps have
+    both = {
+        "adamw": (1e-3, 3e-3),
+        "schedule_free_adamw": (3e-3, 1e-2),
+        "muon": (1e-2, 2e-2),
+        "shampoo": (1e-3, 3e-3),
+        "soap": (1e-3, 3e-3),
+    }
+    of_adam = ("adamw", "shampoo", "soap")
+    text_rates = both | dict.fromkeys(of_adam, (3e-3, 6e-3))
+    lstm_rates = both | {"adamw": (3e-3, 1e-2)}
     made = {
         "transformer": lambda: Text(
             LanguageModel(), share, (32, 32), max(4, int(share * 300)), text_rates

@@ -119,6 +119,14 @@ def test_a_run_that_blows_up_rolls_back_and_goes_on_with_a_smaller_step(tmp_path
         estimator().train(feed, steps=400)
 
 
+def test_no_rollback_halves_the_rate_of_a_schedule(tmp_path):
+    feed, estimator = growing(optax.constant_schedule(2.5))
+    run = estimator(workdir=tmp_path, on_nonfinite="rollback", save_every=100)
+    run.train(feed, max_steps=1)
+    with pytest.raises(check.TrainingError, match="by name with a number"):
+        run.train(feed, max_steps=400)
+
+
 def test_data_that_is_not_finite_ends_the_run_after_some_rollbacks(tmp_path):
     poisoned = data(n=64, poisoned=[40])  # in the third batch of every epoch
     run = make("sgd", workdir=tmp_path, on_nonfinite="rollback", save_every=2, log_every=1)
@@ -138,6 +146,9 @@ def test_the_range_test_finds_a_rate_and_leaves_the_estimator_alone():
     jax.tree.map(np.testing.assert_array_equal, estimator.params, before)
     with pytest.raises(check.ArgumentError, match="inject_hyperparams"):
         range_test.learning_rate_range_test(make(optax.sgd(0.1)), data())
+    scheduled = make(registry.by_name("adam", optax.constant_schedule(0.1)))
+    with pytest.raises(check.ArgumentError, match="by name with a number"):
+        range_test.learning_rate_range_test(scheduled, data())
 
 
 def test_norms_and_a_trace_are_written(tmp_path):

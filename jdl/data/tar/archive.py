@@ -51,26 +51,17 @@ def is_url(path: str) -> bool:
 
 
 class Archive(abc.ABC):
-    """The bytes of one tar.
+    """The bytes of one tar."""
 
-    Attributes:
-      path: the file, the URL, or "-".
-      size: the tar's bytes; `UNKNOWN` until a reader in order has reached the end.
-      mode: "random", "seekable" or "stream".
-      rewinds: whether earlier bytes can be read again, at whatever cost.
-      problem: why the bytes end too early, if they do.
-      wide, narrow, stride: bytes that a scan reads at once where headers are close together and
-        where they are not, and the distance up to which they are close.
-      file: the file that holds it, or None for standard input.
-    """
-
-    path: str
-    size: int
-    mode = "random"
-    rewinds = True
-    problem = ""
+    path: str  # the file, the URL, or "-"
+    size: int  # the tar's bytes; `UNKNOWN` until a reader in order has reached the end
+    mode = "random"  # or "seekable" or "stream"
+    rewinds = True  # whether earlier bytes can be read again, at whatever cost
+    problem = ""  # why the bytes end too early, if they do
+    # Bytes that a scan reads at once where headers are close together and where they are not, and
+    # the distance up to which they are close.
     wide, narrow, stride = 1 << 20, 1 << 12, 1 << 15
-    file: "StoredFile | None" = None
+    file: "StoredFile | None" = None  # that holds it; None for standard input
 
     @abc.abstractmethod
     def pread(self, size: int, offset: int) -> bytes:
@@ -99,13 +90,9 @@ class Archive(abc.ABC):
 
 
 class StoredFile(Archive):
-    """The bytes of a file as it is stored: an archive by itself if it is a plain tar.
+    """The bytes of a file as it is stored: an archive by itself if it is a plain tar."""
 
-    Attributes:
-      ranges: whether any part of it can be read by itself.
-    """
-
-    ranges = True
+    ranges = True  # whether any part of it can be read by itself
 
     @abc.abstractmethod
     def reader(self) -> inflate.Readable:
@@ -172,12 +159,8 @@ class LocalFile(StoredFile):
 class Stream(Archive):
     """Bytes that come in order: decompressed, or from a server without ranges.
 
-    Later bytes are reached by reading on, earlier ones by starting again.
-
-    Args:
-      path: the file, the URL, or "-".
-      reader: opens the stored bytes at their beginning.
-      file: the file that holds it, or None for standard input.
+    Later bytes are reached by reading on, earlier ones by starting again: `reader` opens the stored
+    bytes at their beginning.
     """
 
     mode = "stream"

@@ -38,25 +38,15 @@ _TYPES = ("int64", "int64", "uint8", "int32", "int64", "uint8", "int64", "uint8"
 
 @dataclass(eq=False)
 class TarIndex:
-    """The members of one archive.
+    """The members of one archive."""
 
-    Attributes:
-      path: the archive.
-      columns: the members.
-      damage: the archive's defects.
-      stamp: what distinguishes the archive (see `Archive.stamp`).
-      size: the tar's bytes, decompressed.
-      file: the file that holds it, or None if there is none.
-      mode: how the archive can be read (see `archive`).
-    """
-
-    path: str
-    columns: Columns
-    damage: tuple[Damage, ...]
-    stamp: dict[str, Any]
-    size: int
-    file: str | None = None
-    mode: str = "random"
+    path: str  # the archive
+    columns: Columns  # the members
+    damage: tuple[Damage, ...]  # the archive's defects
+    stamp: dict[str, Any]  # what distinguishes the archive (see `Archive.stamp`)
+    size: int  # the tar's bytes, decompressed
+    file: str | None = None  # the file that holds it, or None if there is none
+    mode: str = "random"  # how the archive can be read (see `archive`)
 
     def __len__(self) -> int:
         return len(self.columns.sizes)
@@ -81,19 +71,14 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
     """The index of the archive at `path`, read from its file or made.
 
     A file that is not a tar gets an empty index whose `damage` says so. Offsets in a compressed
-    archive are those in the decompressed tar.
-
-    Args:
-      path: the archive.
-      keep: whether to store an index that had to be made: beside the archive or, if that is not
-        allowed, in the cache directory.
+    archive are those in the decompressed tar. With `keep` an index that had to be made is stored:
+    beside the archive or, if that is not allowed, in the cache directory.
 
     Raises:
       DataError: if the archive is missing or cannot be read.
     """
-    files = [cached(path)] if is_url(path) else [path + SUFFIX, cached(path)]
-    if path == STDIN:
-        files = []
+    beside = [] if is_url(path) else [path + SUFFIX]
+    files = [] if path == STDIN else [*beside, cached(path)]
     archive = open_archive(path)
     try:
         stamp = archive.stamp()
@@ -129,9 +114,8 @@ def open_index(path: str, *, keep: bool = True) -> TarIndex:
 
 def cached(path: str) -> str:
     """The place of the index of `path` when it cannot be beside it."""
-    root = os.environ.get("JDL_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jdl"
-    )
+    usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = os.environ.get("JDL_CACHE") or os.path.join(usual, "jdl")
     name = path if is_url(path) else os.path.realpath(path)
     name = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     return os.path.join(root, "index", name + SUFFIX)
@@ -140,12 +124,7 @@ def cached(path: str) -> str:
 def save(index: TarIndex, file: str) -> None:
     """Writes the index atomically: no reader sees half of it."""
     lengths = {field: len(array) for field, array in index.columns._asdict().items()}
-    header = {
-        "stamp": index.stamp,
-        "size": index.size,
-        "damage": index.damage,
-        "lengths": lengths,
-    }
+    header = {"stamp": index.stamp, "size": index.size, "damage": index.damage, "lengths": lengths}
     start = json.dumps(header).encode()
     with atomic_file(file, sync=False) as out:
         out.write(_MAGIC + len(start).to_bytes(8, "little") + start)
@@ -155,12 +134,7 @@ def save(index: TarIndex, file: str) -> None:
 
 
 def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
-    """The index in `file`, if it is valid and of the archive with that stamp.
-
-    Raises:
-      ValueError: if it is not.
-      OSError: if it cannot be read.
-    """
+    """The index in `file`; a `ValueError` unless it is valid and of the archive with that stamp."""
     if not os.path.isfile(file):
         raise FileNotFoundError(file)
     large = os.path.getsize(file) > _READ
@@ -196,8 +170,7 @@ def _load(path: str, file: str, stamp: dict[str, Any], mode: str) -> TarIndex:
 def _check_columns(columns: Columns, size: int) -> None:
     """Checks that all members lie inside the archive, since the index file is untrusted."""
     n = len(columns.sizes)
-    same = all(len(c) == n for c in columns[:5])
-    _require(same, "its columns differ in length")
+    _require(all(len(c) == n for c in columns[:5]), "its columns differ in length")
     _require(_rising(columns.base_ends, len(columns.bases)), "its names do not add up")
     _require(_rising(columns.folder_ends, len(columns.folders)), "its folders do not add up")
     for start in range(0, n, _ROWS):

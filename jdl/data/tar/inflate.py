@@ -95,10 +95,7 @@ def pieces(file: Readable, size: int) -> Iterator[Piece]:
 
 
 def _at_least(count: int, file: Readable, size: int, data: bytes | None = None) -> bytes:
-    """At least so many bytes if the file has them: pipes return few at once.
-
-    If some come after compressed `data`, zeros before them are skipped.
-    """
+    """At least so many bytes if the file has them, without zeros after compressed `data`."""
     padded = data is not None
     data = (data or b"").lstrip(b"\0")
     while len(data) < count:

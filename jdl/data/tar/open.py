@@ -10,11 +10,7 @@ from jdl.data.tar.seekable import SEEK_SUFFIX, Seekable
 
 
 def open_archive(path: str) -> Archive:
-    """The archive at `path`: a file, a URL, or "-" for standard input.
-
-    Raises:
-      DataError: if it cannot be opened.
-    """
+    """The archive at `path`, a file, a URL, or "-"; a `DataError` if it cannot be opened."""
     if path == STDIN:
         return Stream(path, lambda: sys.stdin.buffer, None)
     file: StoredFile = RemoteFile(path) if is_url(path) else LocalFile(path)

@@ -211,11 +211,7 @@ def _merged(spans: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[i
 
 
 def retried(what: str, action: Callable[[], Any]) -> Any:
-    """The result of `action`, retried a few times with growing pauses.
-
-    Raises:
-      DataError: with the last failure; at once if the file does not exist or may not be read.
-    """
+    """The result of `action`, retried with growing pauses; a `DataError` with the last failure."""
     failures = 0
     while True:
         try:

@@ -120,10 +120,7 @@ def _follow(
 
 
 def _in_order(columns: sc.Columns) -> sc.Columns:
-    """The same members by offset, links after their targets.
-
-    Otherwise a compressed archive would be read again from its beginning for each link.
-    """
+    """The same members by offset, so that a compressed archive is not read again for each link."""
     order = np.argsort(columns.offsets, kind="stable")
     lengths = np.diff(columns.base_ends, prepend=0)[order]
     bases = np.frombuffer(b"".join(map(columns.base, order.tolist())), np.uint8)

@@ -23,17 +23,12 @@ _FILES = (scan.IMAGE, scan.OTHER, scan.OLDER)
 
 
 class Sample(NamedTuple):
-    """The rows of images and, by extension, of their sidecars.
-
-    Attributes:
-      problem: why it is unclear whether these are their sidecars.
-      twice: why it is unclear whether the sample, which comes again, is meant to.
-    """
+    """The rows of images and, by extension, of their sidecars."""
 
     images: list[int]
     sidecars: dict[bytes, int]
-    problem: str = ""
-    twice: str = ""
+    problem: str = ""  # why it is unclear whether these are their sidecars
+    twice: str = ""  # why it is unclear whether the sample, which comes again, is meant to
 
 
 def samples(index: TarIndex, endings: Collection[bytes]) -> Iterator[Sample]:
@@ -73,9 +68,7 @@ def runs(
 ) -> Iterator[tuple[tuple[_Key, bytes], dict[bytes, _Member]]]:
     """Adjacent members of one key, by extension; without macOS's `._` and names without a dot.
 
-    Args:
-      members: (folder, base name, what is to be returned).
-      most: members in a run.
+    `members` are (folder, base name, what is to be returned), `most` of them in a run.
     """
     key, run = None, dict[bytes, _Member]()
     for folder, base, member in members:

@@ -13,45 +13,26 @@ IMAGE_EXTENSIONS = frozenset(
 
 
 class Damage(NamedTuple):
-    """One defect of an archive.
+    """One defect of an archive."""
 
-    Attributes:
-      word: "checksum", "truncated", "damaged", "sparse", "concatenated", "link" or "duplicate".
-      offset: its place in the archive, in bytes.
-      name: the member concerned, if it is known.
-      detail: a sentence.
-      lost: whether something cannot be read because of it.
-    """
-
-    word: str
-    offset: int
-    name: str
-    detail: str
-    lost: bool
+    word: str  # "checksum", "truncated", "damaged", "sparse", "concatenated", "link" or "duplicate"
+    offset: int  # its place in the archive, in bytes
+    name: str  # the member concerned, if it is known
+    detail: str  # a sentence
+    lost: bool  # whether something cannot be read because of it
 
 
 class Columns(NamedTuple):
-    """An archive's n members as arrays; names are `folder/base` (see `format.plain`).
+    """An archive's n members as arrays; names are `folder/base` (see `format.plain`)."""
 
-    Attributes:
-      offsets: int64 [n], where each member's contents begin.
-      sizes: int64 [n].
-      kinds: uint8 [n], IMAGE, OTHER, ….
-      folder_ids: int32 [n], into the folders.
-      base_ends: int64 [n], where each base name ends in `bases`.
-      bases: uint8, all base names, concatenated.
-      folder_ends: int64 [folders], where each folder's name ends in `folders`.
-      folders: uint8, all folders' names, concatenated.
-    """
-
-    offsets: np.ndarray
-    sizes: np.ndarray
-    kinds: np.ndarray
-    folder_ids: np.ndarray
-    base_ends: np.ndarray
-    bases: np.ndarray
-    folder_ends: np.ndarray
-    folders: np.ndarray
+    offsets: np.ndarray  # int64 [n], where each member's contents begin
+    sizes: np.ndarray  # int64 [n]
+    kinds: np.ndarray  # uint8 [n], IMAGE, OTHER, …
+    folder_ids: np.ndarray  # int32 [n], into the folders
+    base_ends: np.ndarray  # int64 [n], where each base name ends in `bases`
+    bases: np.ndarray  # uint8, all base names, concatenated
+    folder_ends: np.ndarray  # int64 [folders], where each folder's name ends in `folders`
+    folders: np.ndarray  # uint8, all folders' names, concatenated
 
     def folder_names(self) -> list[bytes]:
         """The folders' names, in the order of `folder_ids`."""

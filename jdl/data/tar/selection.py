@@ -7,10 +7,7 @@ _AT_ONCE = 4096
 
 
 class Selection:
-    """The wanted rows of {0 … n−1}, numbered 0, 1, … in their order.
-
-    Args:
-      wanted: bool [n].
+    """The wanted rows of {0 … n−1}, bool [n], numbered 0, 1, … in their order.
 
     >>> chosen = Selection(np.array([False, True, True, False, True]))
     >>> len(chosen), chosen.rows(np.array([0, 2])).tolist(), chosen.all().tolist()

@@ -286,9 +286,8 @@ class TarSource:
     def _named(self, label: lb.Label, table: Table) -> list[list[Any]]:
         """For each archive, each folder's or row's class or value; None where there is none."""
         sidecar, as_class = lb.sidecar(label), self.target == "class"
-        self._label_is_by_folder = (
-            table is None and not sidecar and isinstance(label, str | int | None)
-        )
+        in_name = table is None and not sidecar
+        self._label_is_by_folder = in_name and isinstance(label, str | int | None)
         rows = [chosen.all() for chosen in self._rows]
         if table is not None:
             return by_table(table, self.indexes, rows, as_class)

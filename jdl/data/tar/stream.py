@@ -12,17 +12,11 @@ MAX_MEMBER = 1 << 28  # bytes; larger members are skipped
 
 
 class Member(NamedTuple):
-    """One regular file.
+    """One regular file."""
 
-    Attributes:
-      name: in the archive, as text.
-      image: whether it has an image's extension.
-      data: its bytes.
-    """
-
-    name: str
-    image: bool
-    data: bytes
+    name: str  # in the archive, as text
+    image: bool  # whether it has an image's extension
+    data: bytes  # its bytes
 
 
 class MemberStream:
@@ -30,15 +24,12 @@ class MemberStream:
 
     Links cannot be followed, nor can it be known that a later member of the same name replaces one:
     each link that is named as an image is noted, and members of equal names all come.
-
-    Attributes:
-      damage: the defects found so far.
     """
 
     def __init__(self, archive: Archive):
         self._archive, self._walk = archive, Walk(archive)
         self._walk.many = 1  # yields each member before reading what follows it
-        self.damage = self._walk.damage
+        self.damage = self._walk.damage  # found so far
 
     def __iter__(self) -> Iterator[Member]:
         walk = self._walk

@@ -344,9 +344,8 @@ class Walk:
     def note(self, word: str, at: int, name: bytes, detail: str, lost: bool = True) -> None:
         """Notes one defect."""
         if len(self.damage) < _MAX_DAMAGE:
-            self.damage.append(
-                scan.Damage(word, at, scan.text(fmt.plain(name)[:200]), detail, lost)
-            )
+            name_text = scan.text(fmt.plain(name)[:200])
+            self.damage.append(scan.Damage(word, at, name_text, detail, lost))
         else:
             self.unlisted[word, lost] += 1
 
@@ -395,10 +394,7 @@ class Walk:
         return found
 
     def beyond(self, at: int, block: bytes) -> int | None:
-        """Where the member of a bad header ends, if its size is right nonetheless.
-
-        It is if another header, or an end marker, is exactly there.
-        """
+        """Where a bad header's member ends, if another header or an end marker is exactly there."""
         try:
             after = at + BLOCK + fmt.padded(fmt.number(block[124:136]))
         except ValueError:
