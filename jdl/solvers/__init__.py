@@ -6,7 +6,19 @@
 `jdl.minimize` minimizes one function and reports how it went.
 
 A run has converged when the norm of the gradient is at most `tol`. The defaults of the classes are
-those of jaxopt where it has the class; `minimize` is stricter, with `tol` 1e-4.
+those of jaxopt where it has the class; `minimize` is stricter:
+
+    solver              maxiter  tol
+    LBFGS                   500  1e-3
+    LBFGSB                  500  1e-3
+    NonlinearCG             100  1e-3
+    GradientDescent         500  1e-3
+    Newton                  100  1e-3
+    HessianFree             200  1e-3
+    GaussNewton              30  1e-5
+    LevenbergMarquardt       30  1e-3
+    OptaxSolver             500  1e-3
+    minimize        the class's  1e-4
 """
 
 from typing import Any
