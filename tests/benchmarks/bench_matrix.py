@@ -130,7 +130,7 @@ def matrix(name, net, args):
     """All runs on a net, those of --out as they are there."""
     seen = args.out.read_text().splitlines() if args.out.exists() else []
     known = {tuple(line["run"]): line for line in map(json.loads, seen)}
-    source = "text" if name == "transformer" else args.source
+    source = {"transformer": "text", "autoencoder": "mnist"}.get(name, args.source)
 
     def run(optimizer, rate, seed, make):
         key = (name, source, args.share, optimizer, rate, seed)
@@ -163,11 +163,14 @@ def matrix(name, net, args):
     return runs
 
 
-def spread(values, digits=".4g"):
-    """The median, and the range where there are several."""
-    middle = f"{statistics.median(values):{digits}}"
-    some = len(values) > 1
-    return middle + some * f" ({min(values):{digits}} … {max(values):{digits}})"
+def brief(x):
+    return f"{x:.0f}" if x >= 1000 else f"{x:.4g}"
+
+
+def spread(values):
+    """The median, and the range where they differ."""
+    middle, low, high = map(brief, (statistics.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} … {high})"
 
 
 def row(runs, name, target, column):
@@ -180,9 +183,9 @@ def row(runs, name, target, column):
     if ways:
         way = [spread([x[i] for x in ways]) + missing for i in (0, 1)]
     else:
-        way = [f"> {min(run[key] for run in runs):.4g}" for key in ("steps", "seconds")]
+        way = [f"> {brief(min(run[key] for run in runs))}" for key in ("steps", "seconds")]
     middle = {
-        key: f"{statistics.median(run[key] for run in runs):.3g}"
+        key: brief(statistics.median(run[key] for run in runs))
         for key in ("ms_median", "ms_p99", "memory", "compile_s")
     }
     rate = runs[0]["run"][4]
@@ -230,7 +233,7 @@ def main():
             print(json.dumps({"net": name, "skipped": f"no images under {args.data}"}))
             continue
         target, lines = table(matrix(name, made[name](), args))
-        print(f"\n{name}, to a loss of {target:.4g}; {args.seeds} seeds; the runs: {args.out}\n")
+        print(f"\n{name}, to a loss of {target:.4g}; seeds: {args.seeds}; the runs: {args.out}\n")
         print("\n".join(lines), flush=True)
 
 
