@@ -215,7 +215,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nets", default="transformer,vit,resnet,lstm,autoencoder")
     parser.add_argument(
-        "--optimizers", default="adamw,muon,shampoo,soap,kfac", help="of the registry, adamw first"
+        "--optimizers",
+        default="adamw,schedule_free_adamw,muon,shampoo,soap,kfac",
+        help="of the registry, adamw first",
     )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--data", default="data", help="folder of mnist/ and fashion/")
