@@ -8,8 +8,8 @@
                                            /result.json   its outcome; written last
     <workdir>/<problem>/tuning/<optimizer>/<k>/           the k-th value tried, likewise
 
-A trial with a `result.json` and the same `config.toml` is done and is not run again; one with other
-settings is moved aside, never overwritten.
+A trial with a `result.json` and the same settings in `config.toml` is done and is not run again;
+one with other settings is moved aside, never overwritten.
 """
 
 import json
@@ -29,7 +29,8 @@ from jdl.compare import results as res
 from jdl.compare import tuning as tune
 from jdl.compare.budget import Budget
 from jdl.compare.feeds import Evaluation, step_rows
-from jdl.compare.optimizers import TUNED, Entry, as_entry, plain
+from jdl.compare.identity import fingerprint, plain
+from jdl.compare.optimizers import TUNED, Entry, as_entry
 from jdl.compare.problems import Problem
 from jdl.compare.results import Results, Row, Trial
 from jdl.compare.trial import Outcome, Task
@@ -235,7 +236,7 @@ class Study:
             return
         config = self._config(problem, entry, seed)
         done = store.load_trial(directory, problem.name, name, seed)
-        if done.status not in ("missing", "failed") and done.settings == config:
+        if done.status not in ("missing", "failed") and store.same_trial(done.settings, config):
             self._on_event(event._replace(kind="skip", status=done.status, words=done.words))
             return
         self._on_event(event)
@@ -309,7 +310,7 @@ class Study:
         config = self._config(task.problem, task.entry, tune.SEED)
         config |= {"budget": budget._asdict(), "tuning": of_tuning}
         found = store.load_trial(directory, *own)
-        if found.status not in ("missing", "failed") and found.settings == config:
+        if found.status not in ("missing", "failed") and store.same_trial(found.settings, config):
             return found
         rows: list[Row] = list(found.evaluations) if found.settings == config else []
 
@@ -372,9 +373,13 @@ class Study:
             ) from error
 
     def _config(self, problem: Problem, entry: Entry, seed: int) -> dict[str, Any]:
-        """Everything that determines a trial; two trials of one config are the same trial."""
+        """Everything that determines a trial, and the machine; see `store.same_trial`."""
         described = _described(problem)
         del described["target"]  # it does not change the rows
+        functions = ("model", "loss", "metrics", "inputs", "regularizer")
+        described |= {name: fingerprint(getattr(problem, name)) for name in functions}
+        optimizer = {"name": entry.name, "settings": entry.settings()}
+        optimizer["make"] = entry.of or fingerprint(entry.make)
         return {
             "format": store.FORMAT,
             "seed": seed,
@@ -383,7 +388,7 @@ class Study:
             "evaluations": self.evaluations,
             "devices": len(self._devices),
             "problem": described,
-            "optimizer": {"name": entry.name, "settings": entry.settings()},
+            "optimizer": optimizer,
             "rows_of_a_step": step_rows(problem, entry),
             "machine": machine.describe(),
         }
