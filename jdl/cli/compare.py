@@ -109,7 +109,14 @@ def run(args: Args) -> None:
 
 
 def _listed(option: str, text: str) -> list[str]:
-    names = [name for name in text.replace(" ", "").split(",") if name]
+    """The names between commas; of a file that exists, commas are part of its name."""
+    parts, names = text.split(","), []
+    while parts:
+        joined = {n: ",".join(parts[:n]).strip() for n in range(len(parts), 0, -1)}
+        count = next((n for n, name in joined.items() if Path(name).is_file()), 1)
+        names.append(joined[count])
+        del parts[:count]
+    names = [name for name in names if name]
     check.argument(bool(names), option, "names separated by commas", text)
     return names
 

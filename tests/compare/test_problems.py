@@ -318,3 +318,18 @@ def test_mistakes_in_a_problem_file_are_reported_in_a_line(write, text, message)
 def test_a_problem_file_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="There is no problem file"):
         by_name(str(tmp_path / "none.py"))
+
+
+def test_a_problem_file_may_have_spaces_and_commas_in_its_path(tmp_path, monkeypatch):
+    from jdl.cli.compare import _listed
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my probs, new").mkdir()
+    for name in ("my problem.py", "a,b.py"):
+        (tmp_path / "my probs, new" / name).write_text("")
+    text = " digits-cnn,my probs, new/my problem.py , my probs, new/a,b.py,, logistic"
+    paths = ["my probs, new/my problem.py", "my probs, new/a,b.py"]
+    assert _listed("--problem", text) == ["digits-cnn", *paths, "logistic"]
+    assert _listed("--optimizers", "sgd, adam") == ["sgd", "adam"]
+    with pytest.raises(ArgumentError, match="names separated by commas"):
+        _listed("--problem", " ,")
