@@ -225,3 +225,8 @@ def _show(results: "Results", workdir: Path) -> None:
         print(headline(results, name))
     print(f"report:  {write_report(workdir)}")
     print(f"metrics: {workdir / 'metrics.jsonl'}")
+    failed = [trial for trial in results.trials if trial.status == "failed"]
+    if failed and all(trial.status in ("failed", "missing") for trial in results.trials):
+        first = failed[0]
+        where = f"{first.optimizer} on {first.problem}, seed {first.seed}"
+        raise check.UserError(f"Every trial failed; the first, {where}: {first.words}")

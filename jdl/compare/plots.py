@@ -18,6 +18,7 @@ from jdl.compare.results import (
     Trial,
     Tuned,
     cost_to_target,
+    is_accuracy,
     reached,
     tuning_cost,
     tunings,
@@ -43,7 +44,7 @@ class Panel(NamedTuple):
 
         On a log axis an error shows the difference between 98 and 99 %.
         """
-        return max(100.0 * (1.0 - y), 0.05) if self.y.endswith("accuracy") else max(y, FLOOR)
+        return max(100.0 * (1.0 - y), 0.05) if is_accuracy(self.y) else max(y, FLOOR)
 
 
 def panels(results: Results, problem: str) -> list[Panel]:
@@ -54,8 +55,8 @@ def panels(results: Results, problem: str) -> list[Panel]:
 
     def against_time(metric: str) -> Panel:
         words = metric.replace("_", " ")
-        words = words.replace("accuracy", "error")
-        unit = " (%)" if metric.endswith("accuracy") else ""
+        words = words.replace("accuracy", "error") if is_accuracy(metric) else words
+        unit = " (%)" if is_accuracy(metric) else ""
         title = f"{words.capitalize()} against time"
         return Panel("seconds", metric, title, UNITS["seconds"], words + unit)
 

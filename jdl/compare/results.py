@@ -54,6 +54,25 @@ class Target(NamedTuple):
         return f"{self.metric.replace('_', ' ')} {sign} {value}"
 
 
+def lower_is_better(column: str, target: Target, declared: Mapping[str, str]) -> bool | None:
+    """Whether small values of an evaluation's column are good; None where nothing declares it.
+
+    Args:
+      column: such as "test_coverage".
+      target: whose goal holds for its own metric, on any part of the data.
+      declared: metric -> "max" or "min", by `jdl.metrics.direction`.
+
+    >>> target = Target("test_coverage", "at least", 0.9)
+    >>> [lower_is_better(f"test_{x}", target, {}) for x in ("coverage", "loss", "length")]
+    [False, True, None]
+    """
+    metric = column.partition("_")[2]
+    if metric == target.metric.partition("_")[2]:
+        return target.goal == "at most"
+    best = {"loss": "min", "accuracy": "max", **declared}.get(metric)
+    return None if best is None else best == "min"
+
+
 class Trial(NamedTuple):
     """One optimizer on one problem from one seed.
 
@@ -120,13 +139,21 @@ class Results(NamedTuple):
         """The problem's target."""
         return Target(**self.problem(problem)["target"])
 
+    def lower_is_better(self, problem: str, column: str) -> bool | None:
+        """Whether small values of a column are good; see `lower_is_better`."""
+        declared = self.problem(problem).get("directions", {})
+        return lower_is_better(column, self.target(problem), declared)
+
     def of(self, problem: str, optimizer: str) -> tuple[Trial, ...]:
         """The trials of one optimizer on one problem, by seed."""
         return tuple(t for t in self.trials if (t.problem, t.optimizer) == (problem, optimizer))
 
 
 class Spread(NamedTuple):
-    """Median, smallest and largest over seeds. A miss counts as ∞ where small is good."""
+    """Median, smallest and largest over seeds.
+
+    A lost value counts as ∞ where small is good, −∞ where large is; else all three are NaN.
+    """
 
     median: float
     low: float
@@ -140,6 +167,8 @@ class Spread(NamedTuple):
         Spread(median=3.0, low=2.0, high=inf)
         """
         values = [float(value) for value in values]
+        if any(math.isnan(value) for value in values):
+            return cls(math.nan, math.nan, math.nan)
         return cls(statistics.median(values), min(values), max(values))
 
 
@@ -192,8 +221,10 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
         return Spread.of(math.inf if row is None else row[column] for row in first)
 
     def final(column: str) -> Spread:
-        # A trial that diverged has no final value: an earlier one does not count.
-        lost = -math.inf if column.endswith("accuracy") else math.inf
+        # A trial that diverged has no final value: an earlier one does not count. Of a metric
+        # without a direction no median can then be given.
+        worst = {True: math.inf, False: -math.inf, None: math.nan}
+        lost = worst[results.lower_is_better(problem, column)]
         return Spread.of(
             lost if trial.status == "diverged" or (value := row.get(column)) is None else value
             for trial, row in zip(trials, last, strict=True)
@@ -226,9 +257,17 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
 # ------------------------------------------------------------------ tuning
 
 
-def criterion_curve(rows: Iterable[Row], criterion: str, budget: Budget) -> Curve:
-    """The criterion against the cost so far; small values are good."""
-    sign = -1.0 if criterion.endswith("accuracy") else 1.0
+def criterion_curve(rows: Iterable[Row], tuning: Mapping[str, Any], budget: Budget) -> Curve:
+    """The criterion against the cost so far; small values are good.
+
+    Args:
+      rows: evaluations.
+      tuning: the `criterion`, a column, and which of its values are `best`, "min" or "max".
+      budget: whose column counts the cost.
+    """
+    criterion = tuning["criterion"]
+    best = tuning.get("best", "max" if criterion.endswith("_accuracy") else "min")
+    sign = -1.0 if best == "max" else 1.0
     return Curve(
         tuple(
             (float(row[budget.column]), sign * float(value))
@@ -244,7 +283,7 @@ def final_value(trial: Trial) -> float:
     if trial.status != "done" or tuning is None:
         return math.inf
     budget = Budget(**trial.settings["budget"])
-    points = criterion_curve(trial.within(budget), tuning["criterion"], budget).points
+    points = criterion_curve(trial.within(budget), tuning, budget).points
     return points[-1][1] if points else math.inf
 
 
@@ -292,7 +331,7 @@ def tunings(results: Results, problem: str) -> dict[str, Tuned]:
         tuning = trials[0].settings["tuning"]
         ends = []
         for trial in trials:
-            points = criterion_curve(trial.evaluations, tuning["criterion"], results.budget).points
+            points = criterion_curve(trial.evaluations, tuning, results.budget).points
             last = points[-1][1] if points and trial.status != "diverged" else math.inf
             ends.append((float(trial.settings["tuning"]["value"]), abs(last), trial.status))
         cost = tuning_cost(trials, results.budget.column)
@@ -385,15 +424,20 @@ def ending(results: Results, problem: str) -> str:
     return text + "."
 
 
+def is_accuracy(column: str) -> bool:
+    """Whether the column is a share of right answers, in [0, 1]."""
+    return column.endswith("_accuracy")
+
+
 def formatted(metric: str, value: float, digits: int = 3) -> str:
     """A value of that metric: accuracies in percent.
 
     >>> formatted("test_accuracy", 0.9721), formatted("train_loss", 0.00123456)
     ('97.2 %', '0.00123')
     """
-    if math.isinf(value):
+    if not math.isfinite(value):
         return "∞" if value > 0 else "–"
-    if metric.endswith("accuracy"):
+    if is_accuracy(metric):
         return f"{100 * value:.{digits}g} %"
     if metric in ("step", "epoch"):
         return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
@@ -407,9 +451,10 @@ def shown(spread: Spread, metric: str) -> str:
     '97.2 % (97–98)'
     """
     text = formatted(metric, spread.median)
-    if spread.low == spread.high or text == "–":
+    if spread.low == spread.high or math.isnan(spread.median):
         return text
     low, high = (formatted(metric, x).removesuffix(" %") for x in (spread.low, spread.high))
+    low = "lost" if spread.low == -math.inf else low
     return text if low == high else f"{text} ({low}–{high})"
 
 

@@ -109,6 +109,27 @@ def check_format(workdir: Path, study: Mapping[str, Any]) -> None:
         )
 
 
+def same_trial(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two `config.toml` are of one trial.
+
+    The machine is part of a trial with a budget in seconds; of others, only the precision of its
+    products, as their rows differ in their seconds alone.
+
+    >>> here, there = {"machine": {"cores": 2}}, {"machine": {"cores": 8}}
+    >>> kinds = [{"budget": {"kind": kind}} for kind in ("steps", "seconds")]
+    >>> tuple(same_trial(kind | here, kind | there) for kind in kinds)
+    (True, False)
+    """
+
+    def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(config)
+        if found.get("budget", {}).get("kind") != "seconds":
+            found["machine"] = found.get("machine", {}).get("matmul_precision")
+        return found
+
+    return identity(one) == identity(other)
+
+
 def load_trial(directory: Path, problem: str, optimizer: str, seed: int) -> Trial:
     """The trial in a directory; one without a `result.json` has not ended."""
     try:

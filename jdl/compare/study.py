@@ -8,8 +8,8 @@
                                            /result.json   its outcome; written last
     <workdir>/<problem>/tuning/<optimizer>/<k>/           the k-th value tried, likewise
 
-A trial with a `result.json` and the same `config.toml` is done and is not run again; one with other
-settings is moved aside, never overwritten.
+A trial with a `result.json` and the same settings in `config.toml` is done and is not run again;
+one with other settings is moved aside, never overwritten.
 """
 
 import json
@@ -29,13 +29,15 @@ from jdl.compare import results as res
 from jdl.compare import tuning as tune
 from jdl.compare.budget import Budget
 from jdl.compare.feeds import Evaluation, step_rows
-from jdl.compare.optimizers import TUNED, Entry, as_entry, plain
+from jdl.compare.identity import fingerprint, plain
+from jdl.compare.optimizers import TUNED, Entry, as_entry
 from jdl.compare.problems import Problem
 from jdl.compare.results import Results, Row, Trial
 from jdl.compare.trial import Outcome, Task
 from jdl.compare.tuning import Tuning
 from jdl.core import check
 from jdl.core.files import write_atomically
+from jdl.train.writers import directions
 
 logger = logging.getLogger("jdl.compare")
 
@@ -128,6 +130,11 @@ class Study:
         self.budget = Budget.checked(*(budget or (default, "seconds")))
         self.evaluations = check.positive_int("evaluations", evaluations)
         self.tuning = None if tuning is None else tuning.checked()
+        for problem in () if self.tuning is None else self.problems:
+            criterion = self.tuning.criterion_of(problem.split is not None)  # type: ignore[union-attr]
+            known = _lower_is_better(problem, criterion) is not None
+            must = "a metric with a direction, see jdl.metrics.direction"
+            check.argument(known, f"criterion for {problem.name}", must, criterion)
         self.clock = check.one_of("clock", clock, CLOCKS)
         self.workdir = Path(workdir)
         self._devices = jax.devices()[:1] if devices is None else list(devices)
@@ -235,7 +242,7 @@ class Study:
             return
         config = self._config(problem, entry, seed)
         done = store.load_trial(directory, problem.name, name, seed)
-        if done.status not in ("missing", "failed") and done.settings == config:
+        if done.status not in ("missing", "failed") and store.same_trial(done.settings, config):
             self._on_event(event._replace(kind="skip", status=done.status, words=done.words))
             return
         self._on_event(event)
@@ -277,8 +284,9 @@ class Study:
             place = store.tuning_directory(self.workdir, *own, number)
             task = self._task(inner, tuned(value), tune.SEED, budget)
             of_tuning = {"parameter": search.parameter, "value": value, "criterion": criterion}
+            of_tuning["best"] = "min" if _lower_is_better(problem, criterion) else "max"
             found = self._tuning_trial(place, entry.name, task, of_tuning, earlier, held)
-            earlier.append(res.criterion_curve(found.within(budget), criterion, budget))
+            earlier.append(res.criterion_curve(found.within(budget), of_tuning, budget))
             last = earlier[-1].points[-1][1] if earlier[-1].points else math.nan
             words = f"{search.parameter} = {value:g}: {criterion.replace('_', ' ')} {last:.4g}"
             ending = "" if found.status == "done" else f" ({found.status})"
@@ -304,18 +312,18 @@ class Study:
         held: "_Held",
     ) -> Trial:
         """One tuning trial, unless it is done; cut where the earlier ones' curves are better."""
-        budget, criterion = task.budget, of_tuning["criterion"]
+        budget = task.budget
         own = task.problem.name, name, tune.SEED
         config = self._config(task.problem, task.entry, tune.SEED)
         config |= {"budget": budget._asdict(), "tuning": of_tuning}
         found = store.load_trial(directory, *own)
-        if found.status not in ("missing", "failed") and found.settings == config:
+        if found.status not in ("missing", "failed") and store.same_trial(found.settings, config):
             return found
         rows: list[Row] = list(found.evaluations) if found.settings == config else []
 
         def cut(row: Row) -> bool:
             rows.append(row)
-            curve = res.criterion_curve(rows, criterion, budget)
+            curve = res.criterion_curve(rows, of_tuning, budget)
             return tune.hopeless(curve, earlier, budget.amount)
 
         record.run(directory, _toml(config), task._replace(cut=cut), held.tuning_evaluation)
@@ -372,9 +380,13 @@ class Study:
             ) from error
 
     def _config(self, problem: Problem, entry: Entry, seed: int) -> dict[str, Any]:
-        """Everything that determines a trial; two trials of one config are the same trial."""
+        """Everything that determines a trial, and the machine; see `store.same_trial`."""
         described = _described(problem)
-        del described["target"]  # it does not change the rows
+        del described["target"], described["directions"]  # they do not change the rows
+        functions = ("model", "loss", "metrics", "inputs", "regularizer")
+        described |= {name: fingerprint(getattr(problem, name)) for name in functions}
+        optimizer = {"name": entry.name, "settings": entry.settings()}
+        optimizer["make"] = entry.of or fingerprint(entry.make)
         return {
             "format": store.FORMAT,
             "seed": seed,
@@ -383,7 +395,7 @@ class Study:
             "evaluations": self.evaluations,
             "devices": len(self._devices),
             "problem": described,
-            "optimizer": {"name": entry.name, "settings": entry.settings()},
+            "optimizer": optimizer,
             "rows_of_a_step": step_rows(problem, entry),
             "machine": machine.describe(),
         }
@@ -429,12 +441,17 @@ class _Held:
         return self._made[kind]
 
 
+def _lower_is_better(problem: Problem, column: str) -> bool | None:
+    return res.lower_is_better(column, problem.target, directions(problem.metrics))
+
+
 def _described(problem: Problem) -> dict[str, Any]:
     return {
         "name": problem.name,
         "version": problem.version,
         "examples": problem.size,
         "target": problem.target._asdict(),
+        "directions": directions(problem.metrics),
         "about": {name: plain(value) for name, value in problem.about.items()},
     }
 

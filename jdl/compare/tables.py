@@ -48,8 +48,19 @@ def settings(results: Results) -> list[tuple[str, str]]:
                 + (f" on {problem}" if len(values) > 1 else "")
                 for problem, t in values.items()
             )
-        found.append((entry["name"], ", ".join(f"{k} = {value(v)}" for k, v in own.items())))
+        found.append((entry["name"], ", ".join(f"{k} = {setting(v)}" for k, v in own.items())))
     return found
+
+
+def setting(given: Any) -> str:
+    """A setting as text; of a schedule its function and its first value.
+
+    >>> setting({"function": "cosine_decay_schedule(init_value=0.1)", "values": [0.1, 0.0999]})
+    'cosine_decay_schedule(init_value=0.1), 0.1 at step 0'
+    """
+    if isinstance(given, dict) and "function" in given:
+        return f"{given['function']}, {given['values'][0]:g} at step 0"
+    return value(given)
 
 
 def named(results: Results, problem: str) -> str:

@@ -34,7 +34,7 @@ class Tuning(NamedTuple):
     Attributes:
       trials: the number of values tried for each optimizer.
       share: the budget of a tuning trial as a share of a reported trial's, in (0, 1].
-      criterion: the column to minimize (to maximize if it ends in accuracy); the training loss for
+      criterion: a column, minimized or maximized by its metric's direction; the training loss for
         a problem without validation data.
       defaults: whether the untuned optimizers are reported too.
 

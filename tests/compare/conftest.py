@@ -1,5 +1,6 @@
 """A problem that takes milliseconds, and studies planted on disk."""
 
+import itertools
 import json
 
 import jax
@@ -41,33 +42,44 @@ def problem():
 
 @pytest.fixture
 def plant(tmp_path):
-    """Writes a study of these rows: {(optimizer, seed): [(seconds, loss, accuracy), …]}."""
+    """Writes a study of these rows: {(optimizer, seed): [(seconds, loss, metric), …]}."""
 
     def planted(
-        rows, *, target=("train_loss", "at most", 0.1), statuses=None, steps=None, words=""
+        rows,
+        *,
+        target=("train_loss", "at most", 0.1),
+        statuses=None,
+        steps=None,
+        words="",
+        metric="test_accuracy",
+        directions=None,
+        kind="seconds",
+        problems=("planted",),
     ):
         statuses, steps = statuses or {}, steps or {}
         optimizers = list(dict.fromkeys(name for name, _ in rows))
         seeds = sorted({seed for _, seed in rows})
         study = {
             "format": FORMAT,
-            "budget": {"amount": 10.0, "kind": "seconds"},
+            "budget": {"amount": 10.0, "kind": kind},
             "evaluations": 3,
             "seeds": seeds,
             "problems": [
                 {
-                    "name": "planted",
+                    "name": problem,
                     "examples": 10,
                     "target": dict(zip(("metric", "goal", "threshold"), target, strict=True)),
+                    "directions": directions or {},
                     "about": {"note": words},
                 }
+                for problem in problems
             ],
             "optimizers": [{"name": name, "settings": {"batch_size": 5}} for name in optimizers],
             "machine": describe(),
         }
         (tmp_path / "study.toml").write_text(tomli_w.dumps(study))
-        for (name, seed), points in rows.items():
-            directory = tmp_path / "planted" / f"{name}-seed{seed}"
+        for problem, ((name, seed), points) in itertools.product(problems, rows.items()):
+            directory = tmp_path / problem / f"{name}-seed{seed}"
             directory.mkdir(parents=True)
             lines = [
                 {
@@ -77,9 +89,9 @@ def plant(tmp_path):
                     "epoch": 5.0 * i,
                     "work": 2.0 * seconds,
                     "train_loss": loss,
-                    "test_accuracy": accuracy,
+                    metric: value,
                 }
-                for i, (seconds, loss, accuracy) in enumerate(points)
+                for i, (seconds, loss, value) in enumerate(points)
             ] + steps.get(name, [])
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (directory / "metrics.jsonl").write_text(text)

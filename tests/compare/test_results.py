@@ -58,6 +58,32 @@ def test_divergence_takes_the_last_value_away(plant):
 
 
 @pytest.mark.parametrize(
+    ("target", "directions"),
+    [
+        (("test_coverage", "at least", 0.8), {}),
+        (("train_loss", "at most", 0.1), {"coverage": "max"}),
+    ],
+)
+def test_a_diverged_seed_never_improves_a_metric(plant, target, directions):
+    values = [0.88, 0.9, 0.92, 0.94, 0.99]
+    rows = {("a", s): [(0.0, 2.0, 0.1), (2.0, 0.5, v)] for s, v in enumerate(values)}
+    options = {"target": target, "directions": directions, "metric": "test_coverage"}
+    statuses = {("a", 4): "diverged"}
+    results = load_results(plant(rows, statuses=statuses, **options))
+    assert only(results, "a").test["test_coverage"] == (0.9, -math.inf, 0.94)
+    header, (row,) = table(results, "planted")
+    assert row[header.index("test coverage")] == "0.9 (lost–0.94)"
+
+
+def test_without_a_direction_a_lost_value_leaves_no_median(plant):
+    rows = {("a", s): [(0.0, 2.0, 0.1), (2.0, 0.5, 0.9)] for s in range(3)}
+    results = load_results(plant(rows, metric="test_size", statuses={("a", 1): "diverged"}))
+    header, (row,) = table(results, "planted")
+    assert row[header.index("test size")] == "–"
+    assert results.lower_is_better("planted", "test_size") is None
+
+
+@pytest.mark.parametrize(
     ("rows", "expected"),
     [
         ({("a", 0): NEVER}, "No optimizer reached train loss ≤ 0.1 within 10 s"),
