@@ -117,6 +117,12 @@ class ResNet(nn.Module):
 
 
 def _conv(x: jax.Array, width: int, size: int, stride: int) -> jax.Array:
-    how = {"use_bias": False, "conv_general_dilated": conv_general_dilated}
-    how |= {"kernel_init": nn.initializers.variance_scaling(2.0, "fan_out", "normal")}
-    return nn.Conv(width, (size, size), (stride, stride), padding=size // 2, **how)(x)
+    return nn.Conv(
+        width,
+        (size, size),
+        (stride, stride),
+        padding=size // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        conv_general_dilated=conv_general_dilated,
+    )(x)
