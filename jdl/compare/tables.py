@@ -1,5 +1,6 @@
 """The tables and sentences of a report, shared by `report.html` and `report.md`."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ RULES = (
     "inverses.",
     "Final values are those of the last evaluation within the budget, not the best. Over several "
     "seeds: the median, and (smallest–largest). Misses and divergences count as ∞.",
+    "Meets target at end: whether the mean over seeds of the final values meets it; yes at a p of "
+    f"{res.LEVEL:g} or less by a one-sided t test, for two seeds a z test with the standard "
+    "deviation pooled over optimizers.",
 )
 
 
@@ -80,10 +84,13 @@ def caption(results: Results) -> str:
 
 def troubles(results: Results, problem: str) -> list[str]:
     """A sentence for each trial that failed and each difference between the trials' conditions."""
+    seeds: dict[tuple[str, str], list[int]] = {}  # (optimizer, words) -> the seeds
+    for trial in results.trials:
+        if trial.problem == problem and trial.status != "done":
+            seeds.setdefault((trial.optimizer, trial.words), []).append(trial.seed)
     found = [
-        f"{line.optimizer}, {trouble}"
-        for line in res.lines(results, problem)
-        for trouble in line.troubles
+        f"{name}, seed{'s' if len(of) > 1 else ''} {', '.join(map(str, of))}: {words}"
+        for (name, words), of in seeds.items()
     ]
     for seed in results.study["seeds"]:
         initial = {
@@ -153,37 +160,110 @@ def tuning_table(results: Results, problem: str) -> Table | None:
     return Table(header, rows, note)
 
 
+def negatives(results: Results, problem: str) -> list[str]:
+    """What did not work: sentences on misses, divergences, and tuning that did not help."""
+    found = res.lines(results, problem)
+    seeds = len(results.study["seeds"])
+
+    def listed(words: str, counts: dict[str, int]) -> list[str]:
+        names = [name if n == seeds else f"{name} ({n} of {seeds})" for name, n in counts.items()]
+        return [f"{words}: {', '.join(names)}."] if names else []
+
+    said = listed(
+        f"Did not reach {results.target(problem)} within {results.budget}",
+        {line.optimizer: line.trials - line.reached for line in found if line.reached < seeds},
+    )
+    lost = {line.optimizer: line.statuses.count("diverged") for line in found}
+    said += listed("Diverged", {name: n for name, n in lost.items() if n})
+    costs = {line.optimizer: line.cost.median for line in found}
+    worse = [
+        name
+        for name, cost in costs.items()
+        if name.endswith("-tuned") and cost > costs.get(name.removesuffix("-tuned"), np.inf)
+    ]
+    if worse:
+        said.append(f"Slower to the target than with default settings: {', '.join(worse)}.")
+    return said
+
+
+def _by_problem(results: Results) -> dict[str, list[np.ndarray]]:
+    """Optimizer -> of each problem, the costs to the target over seeds."""
+    found = {problem: res.lines(results, problem) for problem in results.problems}
+    return {
+        name: [np.array(found[problem][i].each) for problem in results.problems]
+        for i, name in enumerate(results.optimizers)
+    }
+
+
 def standings(results: Results) -> Table | None:
-    """Pairwise comparisons over problems and seeds; None for fewer than three pairs of them."""
-    costs = res.cost_to_target(results)
+    """Each optimizer over all problems and seeds; None for fewer than three pairs of them."""
+    costs = {name: np.concatenate(of) for name, of in _by_problem(results).items()}
     trials = len(next(iter(costs.values())))
     if trials < 3 or len(costs) < 2:
         return None
     profiles = statistics.performance_profiles(costs)
-    duels = statistics.win_matrix(costs)
-    header = ["optimizer", "reached", "profile score", *(f"against {x}" for x in costs)]
-
-    def against(one: str, other: str) -> str:
-        if one == other:
-            return "–"
-        found = duels[one, other]
-        return f"{found.wins}–{found.losses} (p {found.p_value:.2g})"
-
     rows = [
-        [
-            name,
-            f"{int(np.isfinite(cost).sum())} of {trials}",
-            f"{profiles[name].score:.2f}",
-            *(against(name, other) for other in costs),
-        ]
-        for name, cost in costs.items()
+        [name, f"{int(np.isfinite(cost).sum())} of {trials}", f"{profiles[name].score:.2f}"]
+        for name, cost in sorted(costs.items(), key=lambda item: -profiles[item[0]].score)
     ]
     note = (
-        f"{trials} pairs of problem and seed. Wins and losses by {results.budget.kind} to the "
-        "target; a miss loses to any that reached it. p by the exact two-sided sign test for one "
-        "pair, not corrected for multiple comparisons. Profile score: the mean share of trials "
-        "solved within τ times the best optimizer's cost, over τ from 1 to 4."
+        f"{trials} pairs of problem and seed. Profile score: the mean share of trials solved "
+        f"within τ times the best optimizer's cost, over τ from 1 to 4. {power(results)}"
     )
+    return Table(["optimizer", "reached", "profile score"], rows, note)
+
+
+def power(results: Results) -> str:
+    """The smallest difference that so many seeds can show."""
+    seeds = len(results.study["seeds"])
+    factor = 200 ** (1 / max(results.study["evaluations"] - 1, 1))
+    told = (
+        f"Evaluations are a factor {factor:.2f} apart in cost: smaller differences show as ties "
+        "or not at all."
+    )
+    samples = [x for of in _by_problem(results).values() for x in of]
+    with np.errstate(divide="ignore"):
+        deviation = statistics.pooled_deviation([np.log(x) for x in samples])
+    if not deviation or seeds < 2:
+        return told
+    ratio = statistics.detectable_ratio(deviation, seeds)
+    return (
+        f"With {seeds} seeds, differences below {100 * (ratio - 1):.2g} % in cost on one problem "
+        f"cannot be told at p {res.LEVEL:g} with power 0.8 (the logarithm of a cost has a standard "
+        f"deviation of {deviation:.2g} over seeds, pooled). {told}"
+    )
+
+
+def pairs(results: Results) -> Table | None:
+    """Every two optimizers over all problems and seeds; None where there are no `standings`."""
+    if (over_all := standings(results)) is None:
+        return None
+    costs = _by_problem(results)
+    rows = []
+    for one, other in itertools.combinations([row[0] for row in over_all.rows], 2):
+        duel = statistics.duel(np.concatenate(costs[one]), np.concatenate(costs[other]))
+        chance = statistics.probability_of_improvement(costs[one], costs[other])
+        ratio = statistics.cost_ratio(costs[one], costs[other])
+        rows.append(
+            [
+                one,
+                other,
+                f"{duel.wins}–{duel.losses}",
+                f"{duel.p_value:.2g}",
+                "–" if ratio is None else "{:.3g} ({:.3g}–{:.3g})".format(*ratio),
+                "{:.2f} ({:.2f}–{:.2f})".format(*chance),
+            ]
+        )
+    kind = results.budget.kind
+    note = (
+        f"Wins and losses by {kind} to the target, seed by seed; a miss loses to any that reached "
+        "it. p by the exact two-sided sign test, not corrected for multiple comparisons. Cost "
+        f"ratio: the second's {kind} to the target over the first's, the geometric mean over "
+        "problems and seeds, with Student's 95 % interval; – where one missed. P(faster): the "
+        "probability that the first's cost is smaller, for any two seeds of a problem, ties as "
+        "half; 95 % interval by a bootstrap over seeds, stratified by problem."
+    )
+    header = ["optimizer", "against", "won–lost", "p", "cost ratio", "P(faster)"]
     return Table(header, rows, note)
 
 

@@ -58,14 +58,16 @@ def test_twice_the_time_of_a_step_is_twice_the_time_to_the_target(problem, tmp_p
     assert (once.reached, twice.reached) == (1, 1)
     # Equal but for the points of evaluation, a factor of 200^(1/59) apart.
     factor = 200 ** (1 / 59)
-    assert 2 / factor < twice.seconds.median / once.seconds.median < 2 * factor
-    assert 1 / factor < twice.work.median / once.work.median < factor
+    assert 2 / factor < twice.costs["seconds"].median / once.costs["seconds"].median < 2 * factor
+    assert 1 / factor < twice.costs["work"].median / once.costs["work"].median < factor
     assert headline(results, "blobs").startswith("once reached train loss ≤ 0.45 first")
     results = Study(problem, entries, budget=work, evaluations=60, workdir=tmp_path / "w").run()
     once, twice = lines(results, "blobs")
     assert once.reached == 1
-    assert once.work == twice.work
-    assert twice.seconds.median == pytest.approx(2 * once.seconds.median, rel=1e-9)
+    assert once.costs["work"] == twice.costs["work"]
+    assert twice.costs["seconds"].median == pytest.approx(
+        2 * once.costs["seconds"].median, rel=1e-9
+    )
 
 
 @pytest.mark.slow
