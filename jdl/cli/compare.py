@@ -24,6 +24,7 @@ Optimizers:
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -54,6 +55,8 @@ class Args:
     """a budget in passes over the data, instead of seconds"""
     work: float | None = None
     """a budget in gradients of the whole training set, instead of seconds"""
+    ends: str = "1"
+    """shares of the budget, such as 1/4,1/2,1: each trial is also run with these alone"""
     trials: int = 0
     """values of learning rate or damping to try for each optimizer; 0 for the defaults alone"""
     tuning_share: float = 1.0
@@ -103,6 +106,7 @@ def run(args: Args) -> None:
         tuning=Tuning(args.trials, args.tuning_share) if args.trials else None,
         clock=args.clock,
         share=share,
+        ends=_ends(args.ends),
     )
     if failures:
         raise check.UserError("Some problems could not be made: " + " ".join(failures))
@@ -119,6 +123,16 @@ def _listed(option: str, text: str) -> list[str]:
     names = [name for name in names if name]
     check.argument(bool(names), option, "names separated by commas", text)
     return names
+
+
+def _ends(text: str) -> tuple[float, ...]:
+    must = "shares of the budget above 0 and at most 1, such as 1/4,1/2,1"
+    try:
+        found = [float(Fraction(part)) for part in text.replace(" ", "").split(",")]
+    except (ValueError, ZeroDivisionError):
+        found = []
+    check.argument(bool(found) and all(0 < x <= 1 for x in found), "--ends", must, text)
+    return tuple(found)
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -179,6 +193,7 @@ def study(
     tuning: "Tuning | None" = None,
     clock: str = "wall",
     share: tuple[int, int] = (1, 1),
+    ends: tuple[float, ...] = (1.0,),
 ) -> None:
     """Runs a study with progress on stderr, and prints the results."""
     from jdl.compare import Budget, Study
@@ -188,6 +203,7 @@ def study(
         optimizers,
         seeds=seeds,
         budget=Budget(*budget),
+        ends=ends,
         workdir=workdir,
         tuning=tuning,
         clock=clock,
@@ -198,6 +214,7 @@ def study(
 
 def _print_event(event: "Event") -> None:
     where = f"[{event.number}/{event.total}] {event.problem}: {event.optimizer}"
+    where += "" if event.share == 1.0 else f", {event.share:g} of the budget,"
     if event.kind == "row" and event.row is not None:
         numbers = [f"seed {event.seed}", f"{event.row['seconds']:6.1f} s"]
         for name, digits in (("train_loss", ".3g"), ("test_accuracy", ".3f")):
@@ -225,3 +242,8 @@ def _show(results: "Results", workdir: Path) -> None:
         print(headline(results, name))
     print(f"report:  {write_report(workdir)}")
     print(f"metrics: {workdir / 'metrics.jsonl'}")
+    failed = [trial for trial in results.trials if trial.status == "failed"]
+    if failed and all(trial.status in ("failed", "missing") for trial in results.trials):
+        first = failed[0]
+        where = f"{first.optimizer} on {first.problem}, seed {first.seed}"
+        raise check.UserError(f"Every trial failed; the first, {where}: {first.words}")

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import optax
 
+from jdl.compare.identity import setting
 from jdl.core import check
 from jdl.optim.registry import TuningRange
 from jdl.optim.transformation import ScalarOrSchedule
@@ -26,10 +27,11 @@ class Entry(NamedTuple):
       curvature_batch_size: examples for curvature products; None for the whole batch.
       microbatches: slices that a batch is cut into, to bound memory; None to choose it for a full
         batch, and for one slice otherwise.
-      options: the settings in `make`, for the report. A resumed study compares them, not `make`, to
-        decide whether a trial is done: list what you may change.
+      options: the settings in `make`, for the report. A resumed study compares them, and `make`
+        itself as `jdl.compare.identity` sees it, to decide whether a trial is done.
       search: what to tune, and over which range; None for nothing.
       tuned: `tuned(value)` returns the entry with another value of it.
+      of: its name in the registry; empty for an optimizer of your own.
 
     >>> entry = Entry("sgd", lambda: optax.sgd(0.1), batch_size=32, options={"learning_rate": 0.1})
     >>> entry.settings()
@@ -44,6 +46,7 @@ class Entry(NamedTuple):
     options: Mapping[str, Any] = {}
     search: TuningRange | None = None
     tuned: Callable[[float], "Entry"] | None = None
+    of: str = ""
 
     def settings(self) -> dict[str, Any]:
         """All settings, as plain values for TOML."""
@@ -52,7 +55,7 @@ class Entry(NamedTuple):
             own["curvature_batch_size"] = self.curvature_batch_size
         if self.microbatches is not None:
             own["microbatches"] = self.microbatches
-        return own | {name: plain(value) for name, value in self.options.items()}
+        return own | {name: setting(value) for name, value in self.options.items()}
 
 
 def named(
@@ -104,7 +107,9 @@ def named(
             **{"learning_rate": learning_rate, **options, known.search.parameter: value},
         )
 
-    entry = Entry(label or name, make, batch_size, curvature_batch_size, microbatches, settings)
+    entry = Entry(
+        label or name, make, batch_size, curvature_batch_size, microbatches, settings, of=name
+    )
     if callable(learning_rate) and known.search.parameter == "learning_rate":
         return entry
     return entry._replace(search=known.search, tuned=tuned)
@@ -140,22 +145,3 @@ def check_batch_size(value: Any) -> None:
     """Raises unless `value` is a batch size."""
     if value != "full":
         check.positive_int("batch_size", value)
-
-
-def plain(value: Any) -> Any:
-    """`value` as TOML can store it; other objects than numbers, text and lists by their name.
-
-    >>> plain((1, 2.5, None)), plain(optax.sgd)
-    ([1, 2.5, 'none'], 'sgd')
-    """
-    if isinstance(value, str | int | float):
-        return value
-    if value is None:
-        return "none"
-    if isinstance(value, Mapping):
-        return {str(key): plain(x) for key, x in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return [plain(x) for x in value]
-    shown = getattr(value, "__name__", None) or repr(value)
-    # An address differs in every process, so that a resumed study would seem to be another.
-    return type(value).__name__ if " at 0x" in shown else shown

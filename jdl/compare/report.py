@@ -186,6 +186,10 @@ def _problem(results: Results, problem: str, place: int, charts: list[plots.Char
     found.append(_table(tables.Table(header, rows), results))
     drawn = [*plots.curve_charts(results, problem), plots.rank_chart(results, problem)]
     found += [_pictures(drawn, charts), _note(tables.caption(results))]
+    costs = tables.costs(results, problem)
+    found += ["<h3>Cost</h3>", _table(costs, results), _note(costs.note)]
+    if (ends := tables.at_ends(results, problem)) is not None:
+        found += ["<h3>At the end of each budget</h3>", _table(ends, results), _note(ends.note)]
     if negatives := tables.negatives(results, problem):
         found.append(f"<h3>What did not work</h3>{_list(negatives)}")
     if (steps := tables.describe_steps(results, problem)) is not None:
@@ -316,7 +320,12 @@ def markdown(results: Results) -> str:
         found += [f"- **{trouble}**" for trouble in tables.troubles(results, problem)]
         found += ["", f"![Training curves](curves{suffix}.png)", "", tables.caption(results), ""]
         found += [*_pipes(tables.Table(*res.table(results, problem))), ""]
-        found += [*(f"- {said}" for said in tables.negatives(results, problem)), ""]
+        costs = tables.costs(results, problem)
+        found += ["## Cost", "", *_pipes(costs), "", costs.note, ""]
+        if (ends := tables.at_ends(results, problem)) is not None:
+            found += ["## At the end of each budget", "", *_pipes(ends), "", ends.note, ""]
+        if said := tables.negatives(results, problem):
+            found += ["## What did not work", "", *(f"- {text}" for text in said), ""]
         if (steps := tables.describe_steps(results, problem)) is not None:
             found += ["Medians over the steps of the second-order methods:", "", *_pipes(steps)]
             found += ["", f"![Steps](steps{suffix}.png)", ""]

@@ -87,6 +87,11 @@ class Trial(NamedTuple):
       steps: the rows of a second-order method's steps.
       compile_seconds: not part of the budget.
       settings: its `config.toml`.
+      share: its budget as a share of the study's, in (0, 1].
+      state_bytes: the optimizer's state on one device; like the next three None if not measured.
+      evaluation_seconds: of all evaluations, by the training clock but not on it.
+      step_seconds: the mean of its steps, on the training clock.
+      gradient_seconds: of one value and gradient of the same batch, compiled by itself.
     """
 
     problem: str
@@ -98,6 +103,11 @@ class Trial(NamedTuple):
     steps: tuple[Row, ...]
     compile_seconds: float
     settings: Mapping[str, Any]
+    share: float = 1.0
+    state_bytes: int | None = None
+    evaluation_seconds: float | None = None
+    step_seconds: float | None = None
+    gradient_seconds: float | None = None
 
     def within(self, budget: Budget) -> tuple[Row, ...]:
         """The evaluations within the budget."""
@@ -110,13 +120,20 @@ class Results(NamedTuple):
 
     Attributes:
       study: its settings, as in `study.toml`.
-      trials: in the order they ran.
+      trials: those of the whole budget, in the order they ran.
       tuned: (problem, optimizer) -> the trials that tuned it.
+      shorter: the trials with a share of the budget, runs of their own.
     """
 
     study: Mapping[str, Any]
     trials: tuple[Trial, ...]
     tuned: Mapping[tuple[str, str], tuple[Trial, ...]] = {}
+    shorter: tuple[Trial, ...] = ()
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The shares of the budget with which each trial was run, ascending to 1."""
+        return tuple(self.study.get("ends", (1.0,)))
 
     @property
     def budget(self) -> Budget:
@@ -146,9 +163,12 @@ class Results(NamedTuple):
         declared = self.problem(problem).get("directions", {})
         return lower_is_better(column, self.target(problem), declared)
 
-    def of(self, problem: str, optimizer: str) -> tuple[Trial, ...]:
-        """The trials of one optimizer on one problem, by seed."""
-        return tuple(t for t in self.trials if (t.problem, t.optimizer) == (problem, optimizer))
+    def of(self, problem: str, optimizer: str, share: float = 1.0) -> tuple[Trial, ...]:
+        """The trials of one optimizer on one problem, by seed, with that share of the budget."""
+        own = problem, optimizer, share
+        return tuple(
+            t for t in self.trials + self.shorter if (t.problem, t.optimizer, t.share) == own
+        )
 
 
 class Spread(NamedTuple):
@@ -185,9 +205,6 @@ class Line(NamedTuple):
     train_loss: Spread  # at the last evaluation within the budget
     test: dict[str, Spread]  # likewise, of each test metric and the target's metric
     ends: dict[str, tuple[float, ...]]  # column -> each trial's value there
-    steps: Spread
-    epochs: Spread
-    compile_seconds: Spread
     statuses: tuple[str, ...]  # how each trial ended
 
     @property
@@ -226,19 +243,7 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
         return Spread.of(math.inf if row is None else row[column] for row in first)
 
     def final(column: str) -> tuple[float, ...]:
-        # A trial that diverged has no final value: an earlier one does not count. Of a metric
-        # without a direction no median can then be given.
-        worst = {True: math.inf, False: -math.inf, None: math.nan}
-        lost = worst[results.lower_is_better(problem, column)]
-        return tuple(
-            lost
-            if trial.status == "diverged" or (value := row.get(column)) is None
-            else float(value)
-            for trial, row in zip(trials, last, strict=True)
-        )
-
-    def count(column: str) -> Spread:
-        return Spread.of(row.get(column, 0.0) for row in last)
+        return _final(results, problem, trials, budget, column)
 
     tests = sorted({c for row in last for c in row if c.startswith("test_") and c != "test_loss"})
     if target.metric not in ("train_loss", *tests):
@@ -253,11 +258,38 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
         train_loss=Spread.of(ends["train_loss"]),
         test={name: Spread.of(ends[name]) for name in tests},
         ends=ends,
-        steps=count("step"),
-        epochs=count("epoch"),
-        compile_seconds=Spread.of(trial.compile_seconds for trial in trials),
         statuses=tuple(trial.status for trial in trials),
     )
+
+
+def _final(
+    results: Results, problem: str, trials: tuple[Trial, ...], budget: Budget, column: str
+) -> tuple[float, ...]:
+    """The column at each trial's last evaluation within the budget."""
+    # A trial that diverged has no final value: an earlier one does not count. Of a metric without a
+    # direction no median can then be given.
+    worst = {True: math.inf, False: -math.inf, None: math.nan}
+    lost = worst[results.lower_is_better(problem, column)]
+    last = [(trial, (trial.within(budget) or ({},))[-1]) for trial in trials]
+    return tuple(
+        lost if trial.status == "diverged" or (value := row.get(column)) is None else float(value)
+        for trial, row in last
+    )
+
+
+def at_ends(results: Results, problem: str) -> dict[str, tuple[Spread, ...]]:
+    """Optimizer -> the target's metric at the end of each share of the budget, see `Results.ends`.
+
+    Each is of runs of its own, whose schedules ended there.
+    """
+    metric, budget = results.target(problem).metric, results.budget
+
+    def at(optimizer: str, share: float) -> Spread:
+        trials = results.of(problem, optimizer, share)
+        end = Budget(budget.amount * share, budget.kind)
+        return Spread.of(_final(results, problem, trials, end, metric))
+
+    return {name: tuple(at(name, share) for share in results.ends) for name in results.optimizers}
 
 
 # ------------------------------------------------------------------ tuning

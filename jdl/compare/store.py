@@ -13,9 +13,12 @@ from jdl.train.writers import read_jsonl
 FORMAT = 4  # of a study's directory; changes when old ones can no longer be read
 
 
-def trial_directory(workdir: str | Path, problem: str, optimizer: str, seed: int) -> Path:
-    """The directory of a trial."""
-    return Path(workdir) / problem / f"{optimizer}-seed{seed}"
+def trial_directory(
+    workdir: str | Path, problem: str, optimizer: str, seed: int, share: float = 1.0
+) -> Path:
+    """The directory of a trial; of one with a share of the budget with that in its name."""
+    name = f"{optimizer}-seed{seed}" + ("" if share == 1.0 else f"-share{share:g}")
+    return Path(workdir) / problem / name
 
 
 def tuning_directory(workdir: str | Path, problem: str, optimizer: str, number: int) -> Path:
@@ -58,7 +61,9 @@ def load_results(workdir: str | Path) -> Results:
     check_format(workdir, study)
     problems, entries = study["problems"], study["optimizers"]
     names = [entry["name"] for entry in entries]
-    trials = load_trials(workdir, [problem["name"] for problem in problems], names, study["seeds"])
+    ends = study.get("ends", [1.0])
+    on = [problem["name"] for problem in problems]
+    trials = load_trials(workdir, on, names, study["seeds"], ends)
     tuned = {
         (problem["name"], entry["name"]): load_tuning(
             workdir, problem["name"], entry["search"]["of"], study["tuning"]["trials"]
@@ -67,20 +72,26 @@ def load_results(workdir: str | Path) -> Results:
         for entry in entries
         if "search" in entry
     }
-    return Results(study, tuple(trials), tuned)
+    whole = tuple(trial for trial in trials if trial.share == 1.0)
+    return Results(study, whole, tuned, tuple(trial for trial in trials if trial.share < 1.0))
 
 
 def load_trials(
-    workdir: Path, problems: Iterable[str], optimizers: Sequence[str], seeds: Sequence[int]
+    workdir: Path,
+    problems: Iterable[str],
+    optimizers: Sequence[str],
+    seeds: Sequence[int],
+    ends: Sequence[float] = (1.0,),
 ) -> list[Trial]:
     """All trials of a study, in the order in which they run.
 
     Seed by seed, so that an interrupted study has compared all optimizers on its first seeds.
     """
     return [
-        load_trial(trial_directory(workdir, problem, name, seed), problem, name, seed)
+        load_trial(trial_directory(workdir, problem, name, seed, share), problem, name, seed, share)
         for problem in problems
         for seed in seeds
+        for share in ends
         for name in optimizers
     ]
 
@@ -109,22 +120,52 @@ def check_format(workdir: Path, study: Mapping[str, Any]) -> None:
         )
 
 
-def load_trial(directory: Path, problem: str, optimizer: str, seed: int) -> Trial:
+def same_trial(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two `config.toml` are of one trial.
+
+    The machine is part of a trial with a budget in seconds; of others, only the precision of its
+    products, as their rows differ in their seconds alone.
+
+    >>> here, there = {"machine": {"cores": 2}}, {"machine": {"cores": 8}}
+    >>> kinds = [{"budget": {"kind": kind}} for kind in ("steps", "seconds")]
+    >>> tuple(same_trial(kind | here, kind | there) for kind in kinds)
+    (True, False)
+    """
+
+    def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(config)
+        if found.get("budget", {}).get("kind") != "seconds":
+            found["machine"] = found.get("machine", {}).get("matmul_precision")
+        return found
+
+    return identity(one) == identity(other)
+
+
+def load_trial(
+    directory: Path, problem: str, optimizer: str, seed: int, share: float = 1.0
+) -> Trial:
     """The trial in a directory; one without a `result.json` has not ended."""
     try:
         result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         result = {"status": "missing", "words": "has not run to its end"}
     rows = read_jsonl(directory / "metrics.jsonl")
+    evaluations = tuple(row for row in rows if row["split"] == EVALUATION)
+    one = result.get("evaluation_seconds")
     return Trial(
         problem,
         optimizer,
         seed,
         status=result["status"],
         words=result["words"],
-        evaluations=tuple(row for row in rows if row["split"] == EVALUATION),
+        evaluations=evaluations,
         # A first-order optimizer logs only the loss of its steps.
         steps=tuple(row for row in rows if row["split"] == STEP and "termination" in row),
         compile_seconds=result.get("compile_seconds", 0.0),
         settings=read_toml(directory / "config.toml"),
+        share=share,
+        state_bytes=result.get("state_bytes"),
+        evaluation_seconds=None if one is None else one * len(evaluations),
+        step_seconds=result.get("step_seconds"),
+        gradient_seconds=result.get("gradient_seconds"),
     )

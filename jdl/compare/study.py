@@ -6,12 +6,14 @@
                                            /metrics.jsonl its rows
                                            /checkpoints/  from which it is resumed
                                            /result.json   its outcome; written last
+    <workdir>/<problem>/<optimizer>-seed<k>-share0.5/     one with half the budget, likewise
     <workdir>/<problem>/tuning/<optimizer>/<k>/           the k-th value tried, likewise
 
-A trial with a `result.json` and the same `config.toml` is done and is not run again; one with other
-settings is moved aside, never overwritten.
+A trial with a `result.json` and the same settings in `config.toml` is done and is not run again;
+one with other settings is moved aside, never overwritten.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -28,8 +30,9 @@ from jdl.compare import machine, record, store
 from jdl.compare import results as res
 from jdl.compare import tuning as tune
 from jdl.compare.budget import Budget
-from jdl.compare.feeds import Evaluation, step_rows
-from jdl.compare.optimizers import TUNED, Entry, as_entry, plain
+from jdl.compare.feeds import Evaluation, Training, gradient_seconds, step_rows
+from jdl.compare.identity import fingerprint, plain
+from jdl.compare.optimizers import TUNED, Entry, as_entry
 from jdl.compare.problems import Problem
 from jdl.compare.results import Results, Row, Trial
 from jdl.compare.trial import Outcome, Task
@@ -56,6 +59,7 @@ class Event(NamedTuple):
       number, total: the trial's number among all, from 1.
       row: the evaluation, for "row".
       status, words: the trial's outcome, for "end", "skip" and "tune"; what is prepared.
+      share: the trial's budget as a share of the study's.
 
     >>> event = Event("begin", "digits-cnn", "adam", seed=0, number=3, total=8)
     >>> f"{event.number}/{event.total} {event.optimizer}"
@@ -71,6 +75,7 @@ class Event(NamedTuple):
     row: Row | None = None
     status: str = ""
     words: str = ""
+    share: float = 1.0
 
 
 class Study:
@@ -87,6 +92,8 @@ class Study:
       seeds: their number, or the seeds themselves.
       seconds: each trial's budget, on the training clock; 30 if no budget is given.
       budget: a budget of another kind, in place of `seconds`.
+      ends: shares of the budget, in (0, 1]: each trial is also run with these alone, tuned values
+        being those of the whole budget.
       workdir: the study's directory; a study started there again runs the missing trials.
       evaluations: number of evaluations of each trial, besides the one before the first step.
       tuning: how settings are chosen; None for no tuning.
@@ -111,6 +118,7 @@ class Study:
         seeds: int | Sequence[int] = 1,
         seconds: float | None = None,
         budget: Budget | None = None,
+        ends: Sequence[float] = (1.0,),
         workdir: str | Path,
         evaluations: int = 30,
         tuning: Tuning | None = None,
@@ -127,6 +135,8 @@ class Study:
         check.argument(one, "seconds", "left out where a budget is given", seconds)
         default = 30.0 if seconds is None else seconds
         self.budget = Budget.checked(*(budget or (default, "seconds")))
+        shares = {check.in_range("ends", float(x), 0.0, 1.0, open_low=True) for x in ends}
+        self.ends = tuple(sorted(shares | {1.0}))
         self.evaluations = check.positive_int("evaluations", evaluations)
         self.tuning = None if tuning is None else tuning.checked()
         for problem in () if self.tuning is None else self.problems:
@@ -149,7 +159,7 @@ class Study:
     def trials(self) -> list[Trial]:
         """All trials, as the directory has them now, in the order in which they run."""
         problems = [problem.name for problem in self.problems]
-        return store.load_trials(self.workdir, problems, self._names(), self.seeds)
+        return store.load_trials(self.workdir, problems, self._names(), self.seeds, self.ends)
 
     def run(self, share: tuple[int, int] = (1, 1)) -> Results:
         """Runs the trials that have not run yet, and returns all results.
@@ -164,7 +174,7 @@ class Study:
         k, n = share
         check.argument(1 <= k <= n, "share", "(k, n) with 1 ≤ k ≤ n", share)
         self._take_directory()
-        total = len(self.problems) * len(self.seeds) * len(self._names())
+        total = len(self.problems) * len(self.seeds) * len(self.ends) * len(self._names())
         for i, problem in enumerate(self.problems):
             # Pairs of problem and optimizer are dealt out one after another.
             mine = [
@@ -176,9 +186,10 @@ class Study:
             contestants = self._contestants(problem, mine, held)
             for place, seed in enumerate(self.seeds):
                 # The order alternates, so that no optimizer is always first.
-                for name, entry, words in contestants[:: -1 if place % 2 else 1]:
-                    number = 1 + self._number(problem, name, seed)
-                    event = Event("begin", problem.name, name, seed, number, total)
+                ordered = contestants[:: -1 if place % 2 else 1]
+                for end, (name, entry, words) in itertools.product(self.ends, ordered):
+                    number = 1 + self._number(problem, name, seed, end)
+                    event = Event("begin", problem.name, name, seed, number, total, share=end)
                     self._one(problem, name, entry, seed, held, event, words)
         self._merge()
         if n == 1:
@@ -196,11 +207,11 @@ class Study:
                 found.append(entry.name + TUNED)
         return found
 
-    def _number(self, problem: Problem, name: str, seed: int) -> int:
+    def _number(self, problem: Problem, name: str, seed: int, share: float) -> int:
         """The trial's number among all, from 0."""
         names = self._names()
         place = self.problems.index(problem) * len(self.seeds) + self.seeds.index(seed)
-        return place * len(names) + names.index(name)
+        return (place * len(self.ends) + self.ends.index(share)) * len(names) + names.index(name)
 
     def _contestants(
         self, problem: Problem, entries: Sequence[Entry], held: "_Held"
@@ -232,21 +243,25 @@ class Study:
         words: str,
     ) -> None:
         """One reported trial, unless it is done."""
-        directory = store.trial_directory(self.workdir, problem.name, name, seed)
+        share = event.share
+        directory = store.trial_directory(self.workdir, problem.name, name, seed, share)
         if entry is None:
             if not (directory / "result.json").exists():
                 self._on_event(event)
                 record.write(directory, Outcome("failed", words))
                 self._on_event(event._replace(kind="end", status="failed", words=words))
             return
-        config = self._config(problem, entry, seed)
+        budget = Budget(self.budget.amount * share, self.budget.kind)
+        config = self._config(problem, entry, seed, budget)
         done = store.load_trial(directory, problem.name, name, seed)
-        if done.status not in ("missing", "failed") and done.settings == config:
+        if done.status not in ("missing", "failed") and store.same_trial(done.settings, config):
             self._on_event(event._replace(kind="skip", status=done.status, words=done.words))
             return
         self._on_event(event)
 
-        task = self._task(problem, entry, seed, self.budget)
+        task = self._task(problem, entry, seed, budget)
+        if len(self._devices) == 1:
+            task = task._replace(gradient_seconds=held.gradient_seconds)
         on_row = lambda row: self._on_event(event._replace(kind="row", row=row))  # noqa: E731
         ended = record.run(directory, _toml(config), task, held.evaluation, on_row)
         self._on_event(event._replace(kind="end", status=ended.status, words=ended.words))
@@ -313,10 +328,10 @@ class Study:
         """One tuning trial, unless it is done; cut where the earlier ones' curves are better."""
         budget = task.budget
         own = task.problem.name, name, tune.SEED
-        config = self._config(task.problem, task.entry, tune.SEED)
-        config |= {"budget": budget._asdict(), "tuning": of_tuning}
+        config = self._config(task.problem, task.entry, tune.SEED, budget)
+        config["tuning"] = of_tuning
         found = store.load_trial(directory, *own)
-        if found.status not in ("missing", "failed") and found.settings == config:
+        if found.status not in ("missing", "failed") and store.same_trial(found.settings, config):
             return found
         rows: list[Row] = list(found.evaluations) if found.settings == config else []
 
@@ -357,6 +372,7 @@ class Study:
         study: dict[str, Any] = {
             "format": store.FORMAT,
             "budget": self.budget._asdict(),
+            "ends": list(self.ends),
             "clock": self.clock,
             "evaluations": self.evaluations,
             "seeds": list(self.seeds),
@@ -378,19 +394,23 @@ class Study:
                 "trials are kept; the same command continues from there."
             ) from error
 
-    def _config(self, problem: Problem, entry: Entry, seed: int) -> dict[str, Any]:
-        """Everything that determines a trial; two trials of one config are the same trial."""
+    def _config(self, problem: Problem, entry: Entry, seed: int, budget: Budget) -> dict[str, Any]:
+        """Everything that determines a trial, and the machine; see `store.same_trial`."""
         described = _described(problem)
         del described["target"], described["directions"]  # they do not change the rows
+        functions = ("model", "loss", "metrics", "inputs", "regularizer")
+        described |= {name: fingerprint(getattr(problem, name)) for name in functions}
+        optimizer = {"name": entry.name, "settings": entry.settings()}
+        optimizer["make"] = entry.of or fingerprint(entry.make)
         return {
             "format": store.FORMAT,
             "seed": seed,
-            "budget": self.budget._asdict(),
+            "budget": budget._asdict(),
             "clock": self.clock,
             "evaluations": self.evaluations,
             "devices": len(self._devices),
             "problem": described,
-            "optimizer": {"name": entry.name, "settings": entry.settings()},
+            "optimizer": optimizer,
             "rows_of_a_step": step_rows(problem, entry),
             "machine": machine.describe(),
         }
@@ -398,7 +418,11 @@ class Study:
     def _merge(self) -> None:
         """Writes the rows of all trials into one file, each with its trial."""
         lines = [
-            json.dumps({"problem": t.problem, "optimizer": t.optimizer, "seed": t.seed, **row})
+            json.dumps(
+                {"problem": t.problem, "optimizer": t.optimizer, "seed": t.seed}
+                | ({} if t.share == 1.0 else {"share": t.share})
+                | row
+            )
             for t in self.trials
             for row in sorted(
                 (*t.evaluations, *t.steps), key=lambda row: (row["step"], row["split"])
@@ -416,6 +440,15 @@ class _Held:
     def __init__(self, study: Study, problem: Problem):
         self._study, self._problem = study, problem
         self._made: dict[str, Any] = {}
+        self._gradients: dict[tuple[int, int], float] = {}
+
+    def gradient_seconds(self, rows: int, train_on: Training, params: Any, state: Any) -> float:
+        """Of a batch of `rows`, measured once."""
+        key = rows, train_on.microbatches
+        if key not in self._gradients:
+            clock = CLOCKS[self._study.clock]
+            self._gradients[key] = gradient_seconds(self._problem, train_on, params, state, clock)
+        return self._gradients[key]
 
     def evaluation(self) -> Any:
         """On training and test data."""

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +52,19 @@ def settings(results: Results) -> list[tuple[str, str]]:
                 + (f" on {problem}" if len(values) > 1 else "")
                 for problem, t in values.items()
             )
-        found.append((entry["name"], ", ".join(f"{k} = {value(v)}" for k, v in own.items())))
+        found.append((entry["name"], ", ".join(f"{k} = {setting(v)}" for k, v in own.items())))
     return found
+
+
+def setting(given: Any) -> str:
+    """A setting as text; of a schedule its function and its first value.
+
+    >>> setting({"function": "cosine_decay_schedule(init_value=0.1)", "values": [0.1, 0.0999]})
+    'cosine_decay_schedule(init_value=0.1), 0.1 at step 0'
+    """
+    if isinstance(given, dict) and "function" in given:
+        return f"{given['function']}, {given['values'][0]:g} at step 0"
+    return value(given)
 
 
 def named(results: Results, problem: str) -> str:
@@ -158,6 +169,65 @@ def tuning_table(results: Results, problem: str) -> Table | None:
         f"the end, with a separate seed. {tuning.RULE}"
     )
     return Table(header, rows, note)
+
+
+def costs(results: Results, problem: str) -> Table:
+    """What each optimizer's trials took, medians over seeds."""
+    header = ["optimizer", "steps", "epochs", "work", "seconds", "evaluation", "compilation s"]
+    header += ["step ms", "step / gradient", "state MB"]
+    rows = []
+    for optimizer in results.optimizers:
+        trials = results.of(problem, optimizer)
+        last = [(trial.within(results.budget) or ({},))[-1] for trial in trials]
+
+        def median(found: Iterable[Any], form: str = ".3g") -> str:
+            known = [value for value in found if value is not None]
+            return format(float(np.median(known)), form) if known else "–"
+
+        counts = [
+            res.formatted(column, float(np.median([row.get(column, 0.0) for row in last])))
+            for column in ("step", "epoch", "work", "seconds")
+        ]
+        evaluated = [
+            (t.evaluation_seconds * len(t.evaluations), row.get("seconds", 0.0))
+            for t, row in zip(trials, last, strict=True)
+            if t.evaluation_seconds
+        ]
+        rows.append(
+            [
+                optimizer,
+                *counts,
+                median((100 * own / (own + rest) for own, rest in evaluated), ".2g") + " %",
+                median(trial.compile_seconds for trial in trials),
+                median(t.step_seconds and 1e3 * t.step_seconds for t in trials),
+                median(
+                    t.gradient_seconds and t.step_seconds and t.step_seconds / t.gradient_seconds
+                    for t in trials
+                ),
+                median(t.state_bytes and t.state_bytes / 1e6 for t in trials),
+            ]
+        )
+    note = (
+        "Medians over seeds at the end of the budget. Evaluation: its share of all seconds but "
+        "compilation. Step / gradient: a step's seconds in those of one value and gradient of the "
+        "same batch, compiled by itself. State: the optimizer's own, on one device; –: not measured."
+    )
+    return Table(header, rows, note)
+
+
+def at_ends(results: Results, problem: str) -> Table | None:
+    """The target's metric at the end of each budget; None where there is one budget."""
+    if len(results.ends) < 2:
+        return None
+    metric, kind = results.target(problem).metric, results.budget.kind
+    amounts = [results.budget.amount * share for share in results.ends]
+    found = res.at_ends(results, problem)
+    rows = [[name, *(res.shown(x, metric) for x in spreads)] for name, spreads in found.items()]
+    note = (
+        f"The {metric.replace('_', ' ')} at the end; each budget is a run of its own, whose "
+        "schedules end there."
+    )
+    return Table(["optimizer", *(f"{amount:.3g} {kind}" for amount in amounts)], rows, note)
 
 
 def negatives(results: Results, problem: str) -> list[str]:

@@ -5,11 +5,13 @@ expected to end beyond the budget is not started. With a directory, a trial that
 from its last checkpoint, which is less than a minute old.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +41,16 @@ SAVE_SECONDS, STRETCH_SECONDS = 45.0, 10.0  # between checkpoints; without a loo
 
 
 class Outcome(NamedTuple):
-    """How a trial ended; see `results.Trial`."""
+    """How a trial ended, and what was measured beside its rows; see `results.Trial`."""
 
     status: str
     words: str = ""
     compile_seconds: float = 0.0
     initial_params: str = ""  # a digest, equal for all optimizers of a seed; empty if resumed
+    state_bytes: int | None = None
+    evaluation_seconds: float | None = None  # of one, on average
+    step_seconds: float | None = None
+    gradient_seconds: float | None = None
 
 
 class Task(NamedTuple):
@@ -59,6 +65,8 @@ class Task(NamedTuple):
       devices: to train on, as for `Estimator`.
       clock: reads the training clock.
       cut: called with the row of each evaluation; whether to end the trial.
+      gradient_seconds: `f(rows, train_on, params, model_state)`, the seconds of one gradient of
+        such a batch; None not to measure them.
     """
 
     problem: Problem
@@ -69,6 +77,7 @@ class Task(NamedTuple):
     devices: Sequence[jax.Device] | None = None
     clock: Callable[[], float] = time.perf_counter
     cut: Callable[[Row], bool] = lambda row: False
+    gradient_seconds: Callable[[int, Training, Any, Any], float] | None = None
 
 
 def schedule(amount: float, evaluations: int) -> list[float]:
@@ -105,7 +114,9 @@ def run(
     estimator, budget = running.estimator, task.budget
 
     def measured() -> Row:
-        row = running.row() | evaluate(estimator.evaluation_params, estimator.model_state)
+        with running.evaluating():
+            values = evaluate(estimator.evaluation_params, estimator.model_state)
+        row = running.row() | values
         write(row)
         return row
 
@@ -141,7 +152,9 @@ class _Running:
 
     def __init__(self, task: Task, train_on: Training, directory: Path | None):
         problem, entry = task.problem, task.entry
+        self._task, self._train_on = task, train_on
         self._budget, self._data = task.budget, train_on.data
+        self._evaluations: list[float] = []  # seconds of each
         self._passes = step_rows(problem, entry) / problem.size  # over the data, by one step
         optimizer = entry.make()
         shape = _state_shape(problem, optimizer, self._data)
@@ -167,7 +180,31 @@ class _Running:
         self.step_cost = 0.0  # of the last steps, in the budget's unit
 
     def ended(self, status: str, words: str = "") -> Outcome:
-        return Outcome(status, words, self.estimator.compile_seconds, self._digest)
+        estimator, task, times = self.estimator, self._task, self._evaluations
+        gradient = None
+        if task.gradient_seconds is not None:
+            rows, state = step_rows(task.problem, task.entry), estimator.state
+            gradient = task.gradient_seconds(rows, self._train_on, state.params, state.model_state)
+        return Outcome(
+            status,
+            words,
+            estimator.compile_seconds,
+            self._digest,
+            sum(
+                x.addressable_shards[0].data.nbytes
+                for x in jax.tree.leaves(estimator.state.opt_state)
+            ),
+            statistics.mean(times[1:] or times) if times else None,  # the first may compile
+            estimator.seconds / estimator.step if estimator.step else None,
+            gradient,
+        )
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Measures the seconds of an evaluation, which is not on the training clock."""
+        began = self._task.clock()
+        yield
+        self._evaluations.append(self._task.clock() - began)
 
     def save(self) -> None:
         try:

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jdl.cli.main import main
-from jdl.compare import Budget, Entry, Study, load_results, record
+from jdl.compare import Budget, Entry, Study, feeds, load_results, record
 from jdl.train.lock import run_lock
 
 
@@ -91,6 +91,20 @@ def test_a_problem_file_that_fails_leaves_the_other_problems(tmp_path, capsys):
     assert main(["compare", "--report", "--workdir", str(tmp_path / "study")]) == 0
     assert "quadratic" in report.read_text()
     assert main(["compare", "--report", "--workdir", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_study_whose_trials_all_failed_fails(tmp_path, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("the belt tore")
+
+    monkeypatch.setattr(feeds, "training", fails)
+    options = ["--problem", "quadratic", "--optimizers", "sgd,adam", "--work", "1"]
+    assert main(["compare", *options, "--workdir", str(tmp_path)]) != 0
+    told = "Every trial failed; the first, sgd on quadratic, seed 0: RuntimeError: the belt tore"
+    assert told in capsys.readouterr().err
+    assert (tmp_path / "report.html").exists()
+    assert main(["compare", "--report", "--workdir", str(tmp_path)]) != 0
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

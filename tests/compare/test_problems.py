@@ -315,6 +315,106 @@ def test_mistakes_in_a_problem_file_are_reported_in_a_line(write, text, message)
     assert "\n" not in str(told.value)
 
 
+TOLD = {  # what a file of 10 lines adds from its line 11 on, and what is said about it
+    "strings": ("data['label'] = np.array(['a', 'b'] * 15)", "line 10: .*asks for 'label'.*unique"),
+    "objects": ("data['label'] = np.array([{}] * 30)", "line 10: `label` must be an array of num"),
+    "ragged": ("data['image'] = [[1, 2]] * 29 + [[3]]", "line 10: ValueError: .*inhomogeneous"),
+    "rows": ("data = {'image': x, 'label': x[:4, 0]}", "line 11: .*equal length"),
+    "none": ("data = {'image': x[:0]}", "line 11: .*at least 1"),
+    "large": ("data['label'][9] = 2**40", "line 10: `label` must be integers of 32 bits"),
+    "classes": ("data['label'][9] = 7", r"line 10: .*class numbers in \[0, 2\), got \[7\]"),
+    "negative": ("data['label'][9] = -1", r"line 10: .*class numbers in \[0, 2\), got \[-1\]"),
+    "in test": (
+        "test = {'image': x, 'label': data['label'] + 1}",
+        r"line 11: .*class numbers in \[0, 2\), got \[2\]",
+    ),
+    "another shape": ("test = {'image': x[:, :2], 'label': data['label']}", "line 11: Scope"),
+    "floats": ("data['label'] = data['label'] * 1.0", "line 10: .*must be of an integer type"),
+    "nan": ("x[9, 1] = np.nan", "line 9: `loss` must be finite.* image from nan to nan"),
+    "infinite": ("data['image'][9, 1] = np.inf", "line 9: `loss` must be finite.* to inf"),
+    "mean loss": ("def loss(o, b):\n    return (o * o).mean()", r"line 11: .*an example.*got \(\)"),
+    "fixed loss": (
+        "def loss(o, b):\n    return np.asarray(o).sum(axis=1)",
+        "line 12: TracerArrayConversionError",
+    ),
+    "no loss": ("loss = 3", "line 11: `loss` must be a function or a name, got 3"),
+    "model": ("model = lambda: MLP(wide=3)", "line 11: TypeError: .*'wide'"),
+    "class": ("model = MLP", "line 11: .*It is a class"),
+    "too small": ("from jdl.models import CNN\nmodel = CNN()", r"line 12: .*\[B, H, W, C\]"),
+    "no metric": ("metrics = {'f': 1}", "line 11: `metrics` must be a dict of functions, or"),
+    "metric": (
+        "metrics = {'m': lambda o, b: o.mean()}",
+        r"line 11: .*an example.*got \(\).*\['m'\]",
+    ),
+    "metric error": ("metrics = {'m': lambda o, b: b['x']}", "line 11: .*asks for 'x'"),
+    "one metric": ("def metrics(o, b):\n    return o[:, 0]", "line 11: .*that returns a dict"),
+    "taken": ("metrics = {'loss': lambda o, b: o[:, 0]}", "line 11: .*named other than 'loss'"),
+    "target": ("target = ('train_acuracy', 'at least', 1)", "line 11: .*mean 'train_accuracy'"),
+    "goal": ("target = ('train_loss', 'below', 1)", "line 11: .*one of at least, at most"),
+    "number": ("target = ('train_loss', 'at most', 'x')", "line 11: ValueError"),
+    "validation": ("validation = 2", r"line 11: .*a number in \[0.0, 0.9\], got 2"),
+    "version": ("version = '1'", "line 11: `version` must be an integer"),
+    "name": ("name = 'my problem'", "line 11: `name` must be letters"),
+}
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_mistakes_are_found_before_anything_is_trained(write, kind):
+    more, message = TOLD[kind]
+    path = write(GOOD + more + "\n")
+    with pytest.raises(DataError, match=message) as told:
+        by_name(path)
+    assert str(told.value).startswith(f"{path}, line ")
+    assert "\n" not in str(told.value)
+
+
+def test_text_beside_the_numbers_stays_out_as_in_the_estimator(write):
+    problem = by_name(write(GOOD + "data['name'] = ['someone'] * 30\n"))
+    assert sorted(next(iter(problem.train(4, 0, 1)))) == ["image", "label", "mask"]
+
+
+def test_one_function_may_give_all_metrics_as_in_the_estimator(write):
+    from jdl.compare.feeds import Evaluation
+    from jdl.train.writers import directions
+
+    problem = by_name(
+        write(
+            GOOD
+            + """
+import jdl.metrics
+
+@jdl.metrics.direction({"margin": "max"})
+def metrics(outputs, batch):
+    return {"margin": outputs[:, 0] - outputs[:, 1], "first": outputs[:, 0]}
+
+target = ("train_margin", "at least", 1)
+"""
+        )
+    )
+    assert directions(problem.metrics)["margin"] == "max"
+    variables = problem.model().init(jax.random.key(1), jnp.ones((1, 3)))
+    outputs = problem.model().apply(variables, jnp.asarray(rows(problem.train(7, 0, 1))))
+    found = Evaluation(problem)(variables["params"], {})
+    expected = np.asarray(outputs[:, 0] - outputs[:, 1]).mean()
+    assert found["train_margin"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_problem_file_may_have_a_model_of_its_own_with_annotations(write):
+    net = """
+import flax.linen as nn
+
+class Net(nn.Module):
+    units: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.units)(x)
+
+model = Net()
+"""
+    assert by_name(write("from __future__ import annotations\n" + GOOD + net)).size == 30
+
+
 def test_a_problem_file_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="There is no problem file"):
         by_name(str(tmp_path / "none.py"))

@@ -1,19 +1,23 @@
+import functools
 import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import optax
 import pytest
 
-from jdl import optim
+from jdl import losses, optim
 from jdl.cli import runs
-from jdl.compare import Budget, Entry, Study, Target, machine, named, table
+from jdl.compare import Budget, Entry, Study, Target, load_results, machine, named, table, tables
 from jdl.compare.feeds import Repeated, training
 from jdl.compare.optimizers import as_entry
 from jdl.compare.results import headline
 from jdl.compare.trial import schedule
 from jdl.core.check import ArgumentError, DataError
 from jdl.optim.registry import REGISTRY
+
+RATES = (0.1,)
 
 
 def run(problem, optimizers, workdir, **options):
@@ -109,6 +113,75 @@ def test_trials_of_other_settings_are_moved_aside(problem, tmp_path):
     assert "begin" in {event.kind for event in events}
     moved = tmp_path / "blobs" / "earlier" / "sgd-seed0-1" / "metrics.jsonl"
     assert moved.read_text() == before
+
+
+def scheduled(rate):
+    return Entry("sgd", lambda: optax.sgd(rate), 9, options={"learning_rate": rate})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            scheduled(optax.cosine_decay_schedule(0.1, 50)),
+            scheduled(optax.cosine_decay_schedule(0.1, 60)),
+        ),
+        (scheduled(lambda step: 0.1 / (1 + step)), scheduled(lambda step: 0.2 / (1 + step))),
+        (
+            scheduled(functools.partial(lambda at, step: at, 0.1)),
+            scheduled(functools.partial(lambda at, step: at, 0.2)),
+        ),
+        (Entry("sgd", lambda: optax.sgd(0.1), 9), Entry("sgd", lambda: optax.sgd(0.2), 9)),
+        (
+            Entry("sgd", lambda: optax.sgd(RATES[0]), 9, options={"rates": np.array([0.1, 0.2])}),
+            Entry("sgd", lambda: optax.sgd(RATES[0]), 9, options={"rates": np.array([0.1, 0.3])}),
+        ),
+        (named("adam", label="sgd", batch_size=9), named("nadam", label="sgd", batch_size=9)),
+    ],
+)
+def test_two_trials_of_one_label_are_the_same_only_if_their_settings_are(
+    one, other, problem, tmp_path
+):
+    kinds = []
+    for entry in (one, one, other):
+        _, events = run(problem, [entry], tmp_path, budget=Budget(3, "steps"), evaluations=1)
+        kinds.append({event.kind for event in events} & {"begin", "skip"})
+    assert kinds == [{"begin"}, {"skip"}, {"begin"}]
+
+
+def test_another_loss_is_another_trial(problem, tmp_path):
+    def kinds(loss):
+        changed = problem._replace(loss=loss)
+        _, events = run(changed, [sgd()], tmp_path, budget=Budget(3, "steps"), evaluations=1)
+        return {event.kind for event in events} & {"begin", "skip"}
+
+    smooth = functools.partial(losses.softmax_cross_entropy, label_smoothing=0.1)
+    assert kinds(losses.softmax_cross_entropy) == {"begin"}
+    assert kinds(smooth) == {"begin"}
+    assert kinds(functools.partial(losses.softmax_cross_entropy, label_smoothing=0.1)) == {"skip"}
+
+
+@pytest.mark.parametrize(("kind", "again"), [("steps", "skip"), ("seconds", "begin")])
+def test_another_machine_is_another_trial_only_for_budgets_in_seconds(
+    kind, again, problem, tmp_path, monkeypatch
+):
+    budget = Budget(0.05 if kind == "seconds" else 3, kind)
+    run(problem, [sgd()], tmp_path, budget=budget, evaluations=1)
+    other = machine.describe() | {"cores": 64, "xla_flags": "--xla_other"}
+    monkeypatch.setattr(machine, "describe", lambda: other)
+    _, events = run(problem, [sgd(), sgd("new")], tmp_path, budget=budget, evaluations=1)
+    assert again in {event.kind for event in events if event.optimizer == "sgd"}
+    results = load_results(tmp_path)
+    told = tables.troubles(results, "blobs")
+    assert any("2 different machines" in words for words in told) == (kind == "steps")
+
+
+def test_a_schedule_is_named_in_the_settings(problem, tmp_path):
+    entry = scheduled(optax.cosine_decay_schedule(0.25, 50))
+    results, _ = run(problem, [entry], tmp_path, budget=Budget(2, "steps"), evaluations=1)
+    told = dict(tables.settings(results))["sgd"]
+    assert "cosine_decay_schedule(alpha=0.0, decay_steps=50" in told
+    assert "0.25 at step 0" in told
 
 
 def test_a_failing_or_diverging_trial_does_not_stop_the_others(problem, tmp_path):
