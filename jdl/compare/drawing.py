@@ -94,7 +94,7 @@ def leave_room(axes: Any) -> None:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Name -> a label for pictures: long ones without what they share, then without the middle.
+    """Name -> a label for pictures; "…" is what long ones share, or the middle of one.
 
     Labels stay different from each other.
 
@@ -104,11 +104,12 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     """
     found = list(names)
     if max(map(len, names)) > LONGEST and len(names) > 1:
-        same = itertools.takewhile(lambda x: len(set(x)) == 1, zip(*found, strict=False))
-        prefix = re.match(r".*[-_+=]", "".join(letters[0] for letters in same))
-        start = len(prefix.group()) if prefix else 0
-        # "…" stands for what is left out.
-        found = [f"…{name[start:]}" if start > 2 else name for name in found]
+        for _ in range(2):  # what they share at the beginning, then at the end
+            same = itertools.takewhile(lambda x: len(set(x)) == 1, zip(*found, strict=False))
+            shared = re.match(r".*[-_+=]", "".join(letters[0] for letters in same))
+            if shared and shared.end() > 2:
+                found = [f"…{name[shared.end() :]}" for name in found]
+            found = [name[::-1] for name in found]
     for kept in range(LONGEST // 2, max(map(len, found))):
         shorter = [
             x if len(x) <= 2 * kept + 1 else f"{x[:kept]}…{x[len(x) - kept :]}" for x in found

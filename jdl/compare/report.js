@@ -3,7 +3,7 @@
 const { lines, charts } = JSON.parse(document.getElementById("data").textContent);
 const hidden = new Set();
 const NS = "http://www.w3.org/2000/svg";
-const NAMED = 10; // more lines than these are not named at their ends
+const NAMED = 20; // more lines than these are not named at their ends
 
 function element(parent, name, attributes = {}, text = "") {
   const made = document.createElementNS(NS, name);
@@ -30,7 +30,7 @@ function path(chart, X, Y, s, key) {
 }
 
 // Heights at which names do not overlap, near where their lines end.
-function apart(heights, bottom, gap = 13) {
+function apart(heights, bottom, gap = 12.5) {
   const order = heights.map((_, i) => i).sort((a, b) => heights[a] - heights[b]);
   const found = [...heights];
   order.forEach((i, n) => { if (n) found[i] = Math.max(found[i], found[order[n - 1]] + gap); });
@@ -46,7 +46,7 @@ function draw(figure) {
   const shown = chart.series.filter((s) => !hidden.has(s.line));
   const names = shown.length <= NAMED ? shown.map((s) => lines[s.line].short) : [];
   const W = 480, H = 300, left = 52, top = 8, bottom = H - 40;
-  const right = W - 12 - 6.6 * Math.max(0, ...names.map((n) => n.length));
+  const right = W - 10 - 7.4 * Math.max(0, ...names.map((n) => n.length));
   const X = place(chart.x, left, right), Y = place(chart.y, bottom, top);
   const label = `${chart.title}. Arrow keys read the values; the tables have the numbers.`;
   const svg = element(figure, "svg", {
@@ -169,21 +169,12 @@ document.querySelectorAll("thead tr").forEach((row) =>
 // ---------------------------------------------------------------- which optimizers are shown
 
 const bar = document.getElementById("bar"), toggles = [...bar.querySelectorAll("button")];
-const seen = new IntersectionObserver((entries) => {
-  for (const entry of entries) if (entry.isIntersecting) ready(entry.target);
-}, { rootMargin: "600px" });
-
-function ready(figure) {
-  seen.unobserve(figure);
-  draw(figure);
-}
-
 function refresh() {
   toggles.forEach((button, i) => button.setAttribute("aria-pressed", String(!hidden.has(i))));
   document.querySelectorAll("tr[data-line]").forEach((row) => {
     row.hidden = row.dataset.line.split(" ").some((i) => hidden.has(Number(i)));
   });
-  document.querySelectorAll("figure[data-chart]").forEach((figure) => seen.observe(figure));
+  document.querySelectorAll("figure[data-chart]").forEach(draw);
 }
 
 toggles.forEach((button, i) =>
@@ -200,7 +191,6 @@ bar.querySelector("input").addEventListener("input", (event) => {
 });
 addEventListener("beforeprint", () => {
   document.querySelectorAll("details").forEach((x) => { x.open = true; });
-  document.querySelectorAll("figure[data-chart]").forEach(ready);
 });
 bar.hidden = false;
 refresh();

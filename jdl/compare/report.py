@@ -36,7 +36,7 @@ h3 { font-size: 1.05rem; margin: 2rem 0 .5rem }
 p, li { max-width: 50rem } .note { color: var(--muted); font-size: .9rem }
 .trouble { border-left: 3px solid #d55e00; max-height: 12rem; overflow: auto }
 .figures { display: grid; gap: 1.4rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)) }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 0; position: relative; min-height: 13rem; break-inside: avoid }
 figcaption { font-weight: 600; font-size: .92rem } svg { width: 100%; height: auto; display: block }
 svg text { fill: var(--ink); font-size: 11px } svg .muted { fill: var(--muted) }
@@ -64,7 +64,7 @@ thead th { color: var(--muted); font-weight: 600; vertical-align: bottom } i { f
 .key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em }
 a { color: inherit } code { font-size: .9em }
 @page { size: A4; margin: 13mm }
-@media print { #bar { display: none } body { padding: 0; font-size: 9pt }
+@media print { #bar { display: none } :root { font-size: 9pt } body { padding: 0 }
   .scroll, .trouble { overflow: visible; max-height: none } table { font-size: 7.5pt; width: 100% }
   th, td { padding: .2rem .3rem } i { white-space: normal } .wide, th:first-child { min-width: 0 }
   .figures { grid-template-columns: 1fr 1fr } tr, figure { break-inside: avoid }

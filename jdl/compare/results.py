@@ -7,7 +7,9 @@ A trial reaches its target at the first evaluation within the budget that meets 
 interpolation between evaluations.
 """
 
+import bisect
 import math
+import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -110,9 +112,10 @@ class Trial(NamedTuple):
     gradient_seconds: float | None = None
 
     def within(self, budget: Budget) -> tuple[Row, ...]:
-        """The evaluations within the budget."""
+        """The evaluations within the budget; costs never fall from one to the next."""
         most = float(budget.amount) * (1.0 + 1e-9)
-        return tuple(row for row in self.evaluations if row[budget.column] <= most)
+        cost = operator.itemgetter(budget.column)
+        return self.evaluations[: bisect.bisect_right(self.evaluations, most, key=cost)]
 
 
 class Results(NamedTuple):
@@ -417,7 +420,7 @@ def _met(line: Line, target: Target, deviation: float | None) -> str:
     p_value = target_p_value(values, target.threshold, at_most, deviation)
     if p_value is None:
         return "yes, of one seed" if len(values) == 1 else "yes"
-    return f"{'yes' if p_value <= LEVEL else 'undecided'} (p {p_value:.2g})"
+    return f"{'yes' if p_value <= LEVEL else 'undecided'} ({p_text(p_value)})"
 
 
 def headline(results: Results, problem: str) -> str:
@@ -476,7 +479,9 @@ def _verdict(one: Line, other: Line) -> str:
     """Whether the costs of the same seeds separate two optimizers, by the sign test."""
     found = duel(np.array(one.each), np.array(other.each))
     names = f"{one.optimizer} against {other.optimizer}"
-    told = f"Seed by seed, {names}: {found.wins}–{found.losses} (sign test, p {found.p_value:.2g})"
+    told = (
+        f"Seed by seed, {names}: {found.wins}–{found.losses} (sign test, {p_text(found.p_value)})"
+    )
     if found.p_value <= LEVEL:
         ahead = one if found.wins > found.losses else other
         return f"{told}: {ahead.optimizer} was ahead."
@@ -516,8 +521,17 @@ def _best(found: Sequence[Line], column: str, lower: bool, words: str) -> str:
         return told
     one, other = (sign * np.array(line.ends[column]) for line in (best, ranked[1]))
     pair = duel(one, other)
-    against = f"against {ranked[1].optimizer} {pair.wins}–{pair.losses}, p {pair.p_value:.2g}"
+    against = f"against {ranked[1].optimizer} {pair.wins}–{pair.losses}, {p_text(pair.p_value)}"
     return f"{told} ({against}{'' if pair.p_value <= LEVEL else ': undecided'})"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value in words.
+
+    >>> p_text(0.0312), p_text(0.0)
+    ('p 0.031', 'p < 1e-12')
+    """
+    return "p < 1e-12" if p_value < 1e-12 else f"p {p_value:.2g}"
 
 
 def is_accuracy(column: str) -> bool:

@@ -165,8 +165,8 @@ def probability_of_improvement(
     value, resampled = 0.0, np.zeros(draws)
     for x, y in zip(one, other, strict=True):
         better = (x[:, None] < y[None, :]) + 0.5 * (x[:, None] == y[None, :])
-        counts = [rng.multinomial(len(z), np.full(len(z), 1 / len(z)), draws) for z in (x, y)]
-        resampled += np.einsum("di,ij,dj->d", counts[0], better, counts[1]) / better.size
+        i, j = (rng.integers(0, len(z), (draws, len(z))) for z in (x, y))
+        resampled += better[i[:, :, None], j[:, None, :]].mean(axis=(1, 2))
         value += float(better.mean())
     low, high = np.quantile(resampled, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Interval(*(float(v) / len(one) for v in (value, low, high)))

@@ -86,9 +86,11 @@ def caption(results: Results) -> str:
     """What the curves show."""
     several = len(results.study["seeds"]) > 1
     lines = "Lines: the median over seeds; bands: smallest to largest. " if several else ""
+    dots = "one for each seed, which need not lie on the median's line" if several else ""
     return (
-        f"{lines}Dots: the target is reached. Dashed: first order; solid: second order. All axes "
-        "are logarithmic, and begin with the first evaluation after a step; losses below "
+        f"{lines}Dots: the first evaluation that meets the target{dots and ', '}{dots}. Crosses: "
+        "diverged. Dashed: first order; solid: second order. Axes are logarithmic unless a value "
+        "is negative, and begin with the first evaluation after a step; losses below "
         f"{plots.FLOOR:g} are drawn at that value."
     )
 
@@ -189,7 +191,7 @@ def costs(results: Results, problem: str) -> Table:
             for column in ("step", "epoch", "work", "seconds")
         ]
         evaluated = [
-            (t.evaluation_seconds * len(t.evaluations), row.get("seconds", 0.0))
+            (t.evaluation_seconds, row.get("seconds", 0.0))
             for t, row in zip(trials, last, strict=True)
             if t.evaluation_seconds
         ]
@@ -197,7 +199,7 @@ def costs(results: Results, problem: str) -> Table:
             [
                 optimizer,
                 *counts,
-                median((100 * own / (own + rest) for own, rest in evaluated), ".2g") + " %",
+                median((own / (own + rest) for own, rest in evaluated), ".0%").replace("%", " %"),
                 median(trial.compile_seconds for trial in trials),
                 median(t.step_seconds and 1e3 * t.step_seconds for t in trials),
                 median(
@@ -210,7 +212,7 @@ def costs(results: Results, problem: str) -> Table:
     note = (
         "Medians over seeds at the end of the budget. Evaluation: its share of all seconds but "
         "compilation. Step / gradient: a step's seconds in those of one value and gradient of the "
-        "same batch, compiled by itself. State: the optimizer's own, on one device; –: not measured."
+        "same batch, compiled by itself. State: the optimizer's, on one device. –: not measured."
     )
     return Table(header, rows, note)
 
@@ -319,7 +321,7 @@ def pairs(results: Results) -> Table | None:
                 one,
                 other,
                 f"{duel.wins}–{duel.losses}",
-                f"{duel.p_value:.2g}",
+                res.p_text(duel.p_value).removeprefix("p "),
                 "–" if ratio is None else "{:.3g} ({:.3g}–{:.3g})".format(*ratio),
                 "{:.2f} ({:.2f}–{:.2f})".format(*chance),
             ]
