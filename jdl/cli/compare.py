@@ -44,7 +44,7 @@ class Args:
     problem: str = ""
     """names of problems above, separated by commas; by default --model on --data"""
     model: str = "cnn"
-    """mlp, cnn, rnn or dbn"""
+    """mlp, cnn, rnn, vit, resnet or dbn"""
     optimizers: str = "sgd,adam,lbfgs,cg,hf"
     """names of optimizers above, separated by commas"""
     seeds: int = 1

@@ -233,7 +233,7 @@ def _tried(file: _File, model: Any, inputs: Any, parts: Mapping[str, Arrays]) ->
         size = len(next(iter(arrays.values())))
         rows = [*np.random.default_rng(0).permutation(size)[:SOME]]
         for each in [x.reshape(size, -1) for x in arrays.values() if x.size]:
-            rows += [each.min(axis=1).argmin(), each.max(axis=1).argmax()]
+            rows += [int(np.argmin(each.min(axis=1))), int(np.argmax(each.max(axis=1)))]
         with file.doing("model" if part == "train" else "test"):
             some = {key: jnp.asarray(x[rows]) for key, x in arrays.items()}
             batch = step.scale_images(some, inputs)
