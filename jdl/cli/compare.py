@@ -44,7 +44,7 @@ class Args:
     problem: str = ""
     """names of problems above, separated by commas; by default --model on --data"""
     model: str = "cnn"
-    """mlp, cnn, rnn or dbn"""
+    """mlp, cnn, rnn, vit, resnet or dbn"""
     optimizers: str = "sgd,adam,lbfgs,cg,hf"
     """names of optimizers above, separated by commas"""
     seeds: int = 1
@@ -58,7 +58,9 @@ class Args:
     ends: str = "1"
     """shares of the budget, such as 1/4,1/2,1: each trial is also run with these alone"""
     trials: int = 0
-    """values of learning rate or damping to try for each optimizer; 0 for the defaults alone"""
+    """tuning trials of each optimizer; 0 for the defaults alone"""
+    tune: Literal["all", "main"] = "all"
+    """the numbers tuned: all of each optimizer's, or its learning rate or damping alone"""
     tuning_share: float = 1.0
     """budget of each tuning trial, as a share of a trial's"""
     clock: Literal["wall", "cpu"] = "wall"
@@ -94,6 +96,7 @@ def run(args: Args) -> None:
     check.argument(len(given) <= 1, "--epochs, --work", "given one at a time", given)
     kind, amount = next(iter(given.items()), ("seconds", args.seconds))
     share = _share(args.share)
+    tuning = Tuning(args.trials, args.tuning_share, numbers=args.tune)
     why = "--problem has data of its own"
     options.check_left_out(args, not args.problem, why, "label", "include", "exclude")
     problems, failures = _named_problems(args) if args.problem else ([_problem(args)], [])
@@ -103,7 +106,7 @@ def run(args: Args) -> None:
         args.seeds,
         (amount, kind),
         args.workdir,
-        tuning=Tuning(args.trials, args.tuning_share) if args.trials else None,
+        tuning=tuning if args.trials else None,
         clock=args.clock,
         share=share,
         ends=_ends(args.ends),

@@ -204,8 +204,8 @@ def _train(args: Train) -> None:
     from jdl.recipes.style_config import StyleConfig
     from jdl.train.plot import draw
     from jdl.vision import images, painter, pretrained
+    from jdl.vision.painter_net import STRIDE
     from jdl.vision.style_training import build_estimator, digest
-    from jdl.vision.transformer import STRIDE
 
     sizes = ("max_steps", "batch_size", "size", "style_size", "blocks", "save_every")
     options.check_positive(args, *sizes)

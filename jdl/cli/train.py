@@ -36,7 +36,8 @@ class Args:
     """The options of `jdl train`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """mlp, cnn, rnn (of an image's rows), autoencoder, denoising, rbm, dbn, recursive, gan"""
+    """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, rbm, dbn, recursive,
+    gan"""
     data: str | None = None
     """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits, or generated trees"""
     optimizer: str | None = None

@@ -1,7 +1,7 @@
 """The optimizers of a study, with all settings for the report."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import optax
@@ -29,8 +29,8 @@ class Entry(NamedTuple):
         batch, and for one slice otherwise.
       options: the settings in `make`, for the report. A resumed study compares them, and `make`
         itself as `jdl.compare.identity` sees it, to decide whether a trial is done.
-      search: what to tune, and over which range; None for nothing.
-      tuned: `tuned(value)` returns the entry with another value of it.
+      search: what to tune, and over which range, or several, the main one first; None for nothing.
+      tuned: `tuned(values)` returns the entry with these values, by parameter, instead of its own.
       of: its name in the registry; empty for an optimizer of your own.
 
     >>> entry = Entry("sgd", lambda: optax.sgd(0.1), batch_size=32, options={"learning_rate": 0.1})
@@ -44,9 +44,23 @@ class Entry(NamedTuple):
     curvature_batch_size: int | None = None
     microbatches: int | None = None
     options: Mapping[str, Any] = {}
-    search: TuningRange | None = None
-    tuned: Callable[[float], "Entry"] | None = None
+    search: TuningRange | tuple[TuningRange, ...] | None = None
+    tuned: Callable[[dict[str, int | float]], "Entry"] | None = None
     of: str = ""
+
+    @property
+    def space(self) -> tuple[TuningRange, ...]:
+        """What to tune; empty for nothing."""
+        if self.search is None or self.tuned is None:
+            return ()
+        return (self.search,) if isinstance(self.search, TuningRange) else self.search
+
+    def defaults(self, space: Sequence[TuningRange]) -> dict[str, int | float] | None:
+        """Its own values of these numbers; None unless `settings` has them all."""
+        own = self.settings()
+        found = {x.parameter: own.get(x.parameter) for x in space}
+        numbers = {name: x for name, x in found.items() if isinstance(x, int | float)}
+        return numbers if len(numbers) == len(found) else None
 
     def settings(self) -> dict[str, Any]:
         """All settings, as plain values for TOML."""
@@ -97,22 +111,24 @@ def named(
     rate = known.learning_rate if learning_rate is None else learning_rate
     settings = _defaults(known.make) | {"learning_rate": rate} | options
 
-    def tuned(value: float) -> Entry:
-        return named(
-            name,
-            label=f"{label or name}{TUNED}",
-            batch_size=batch_size,
-            curvature_batch_size=curvature_batch_size,
-            microbatches=microbatches,
-            **{"learning_rate": learning_rate, **options, known.search.parameter: value},
-        )
+    def tuned(values: dict[str, int | float]) -> Entry:
+        given: dict[str, Any] = {
+            "batch_size": batch_size,
+            "curvature_batch_size": curvature_batch_size,
+            "microbatches": microbatches,
+            "learning_rate": learning_rate,
+        }
+        return named(name, label=f"{label or name}{TUNED}", **(given | options | values))
 
     entry = Entry(
         label or name, make, batch_size, curvature_batch_size, microbatches, settings, of=name
     )
-    if callable(learning_rate) and known.search.parameter == "learning_rate":
+    space = tuple(
+        x for x in known.space if not (x.parameter == "learning_rate" and callable(learning_rate))
+    )
+    if known.search not in space:
         return entry
-    return entry._replace(search=known.search, tuned=tuned)
+    return entry._replace(search=space, tuned=tuned)
 
 
 def _defaults(make: Callable[..., Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from jdl.compare.results import (
     tunings,
 )
 from jdl.compare.statistics import performance_profiles
+from jdl.optim.registry import TuningRange
 
 UNITS = {"seconds": "seconds of training", "epoch": "epochs", "work": "work", "step": "steps"}
 FLOOR = 1e-8  # smaller losses, rounding of a float32 mean, are drawn at this value
@@ -418,51 +419,67 @@ def step_charts(results: Results, problem: str) -> list[Chart]:
 
 
 def sensitivity(results: Results, problem: str) -> Any | None:
-    """The criterion at the end for each value tried, one panel per parameter; None without tuning.
+    """The criterion at the end for each value tried, one panel per number; None without tuning.
 
     Rings are trials that were cut; crosses, on the upper edge, ones that diverged or failed; the
     large dot is the value chosen.
     """
     found = tunings(results, problem)
-    parameters = list(dict.fromkeys(t.parameter for t in found.values()))
-    if not parameters:
+    ranges = {x.parameter: x for tuned in found.values() for x in tuned.space}
+    if not ranges:
         return None
-    draws = [_values_of(results, found, parameter) for parameter in parameters]
-    return _figure(draws, 4.8 * len(parameters), 3.4, columns=len(parameters))
+    columns = min(3, len(ranges))
+    draws = [_values_of(results, found, x) for x in ranges.values()]
+    return _figure(draws, 4.8 * columns, 3.4, columns=columns)
 
 
-def _values_of(results: Results, found: dict[str, Tuned], parameter: str) -> Callable[[Any], None]:
+def _values_of(results: Results, found: dict[str, Tuned], x: TuningRange) -> Callable[[Any], None]:
+    falls = x.scale == "one minus log"
+    name = x.parameter.replace("_", " ")
+
     def draw(axes: Any) -> None:
-        axes.set_xscale("log")
+        axes.set_xscale("linear" if x.scale == "linear" else "log")
         axes.set_yscale("log")
-        for name, tuned in found.items():
-            if tuned.parameter == parameter:
-                color = drawing.LINES[drawing.color_of(results.optimizers, name)]
-                _values_tried(axes, tuned, name.removesuffix("-tuned"), color)
+        for optimizer, tuned in found.items():
+            if x.parameter in {y.parameter for y in tuned.space}:
+                color = drawing.LINES[drawing.color_of(results.optimizers, optimizer)]
+                label = optimizer.removesuffix("-tuned")
+                _values_tried(axes, tuned, x.parameter, falls, label=label, color=color)
         criterion = next(t.criterion for t in found.values())
-        axes.set_title(f"Sensitivity to the {parameter.replace('_', ' ')}", pad=6)
-        axes.set_xlabel(parameter.replace("_", " "))
+        axes.set_title(f"Sensitivity to the {name}", pad=6)
+        axes.set_xlabel(f"1 − {name}" if falls else name)
         axes.set_ylabel(criterion.replace("_", " ") + " at the end")
-        drawing.leave_room(axes)
+        if axes.get_lines() and x.scale != "linear":
+            drawing.leave_room(axes)
 
     return draw
 
 
-def _values_tried(axes: Any, tuned: Tuned, name: str, color: str) -> None:
-    ordered = sorted(tuned.trials)
-    lost = [value for value, last, _ in ordered if not math.isfinite(last)]
+def _values_tried(
+    axes: Any, tuned: Tuned, parameter: str, falls: bool, *, label: str, color: str
+) -> None:
+    """The trials by one number; they are joined where no other was tuned."""
+
+    def at(values: dict[str, int | float]) -> int | float:
+        return 1.0 - values[parameter] if falls else values[parameter]
+
+    ordered = sorted(tuned.trials, key=lambda trial: at(trial[0]))
+    lost = [at(values) for values, last, _ in ordered if not math.isfinite(last)]
     if lost:
         at_top = axes.get_xaxis_transform()
         axes.plot(lost, np.ones(len(lost)), "x", color=color, transform=at_top, clip_on=False)
-    kept = [(value, max(last, FLOOR), status) for value, last, status in ordered if last < math.inf]
+    kept = [
+        (values, max(last, FLOOR), status) for values, last, status in ordered if last < math.inf
+    ]
     if not kept:
         return
-    x, y, _ = zip(*kept, strict=True)
-    axes.plot(x, y, color=color, label=name, linewidth=1.2)
-    for value, last, status in kept:
-        size = 8 if value == tuned.value else 4.5
+    x, y = zip(*((at(values), last) for values, last, _ in kept), strict=True)
+    joined = "-" if len(tuned.space) == 1 else ""
+    axes.plot(x, y, joined, color=color, label=label, linewidth=1.2)
+    for values, last, status in kept:
+        size = 8 if values == tuned.values else 4.5
         face = color if status == "done" else drawing.PAPER
-        axes.plot(value, last, "o", color=color, markersize=size, markerfacecolor=face)
+        axes.plot(at(values), last, "o", color=color, markersize=size, markerfacecolor=face)
 
 
 def profiles(results: Results) -> Any | None:

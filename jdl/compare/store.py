@@ -10,7 +10,7 @@ from jdl.compare.results import EVALUATION, STEP, Results, Trial
 from jdl.core import check
 from jdl.train.writers import read_jsonl
 
-FORMAT = 4  # of a study's directory; changes when old ones can no longer be read
+FORMAT = 5  # of a study's directory; changes when old ones can no longer be read
 
 
 def trial_directory(

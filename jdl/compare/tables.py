@@ -47,11 +47,12 @@ def settings(results: Results) -> list[tuple[str, str]]:
         own = dict(entry["settings"])
         if search := entry.get("search"):
             values = {p: res.tunings(results, p).get(entry["name"]) for p in results.problems}
-            own[search["parameter"]] = ", ".join(
-                f"{'none' if t is None or t.value is None else format(t.value, '.4g')}"
-                + (f" on {problem}" if len(values) > 1 else "")
-                for problem, t in values.items()
-            )
+            for parameter in (x["parameter"] for x in search["space"]):
+                own[parameter] = ", ".join(
+                    ("none" if t is None or t.values is None else f"{t.values[parameter]:.4g}")
+                    + (f" on {problem}" if len(values) > 1 else "")
+                    for problem, t in values.items()
+                )
         found.append((entry["name"], ", ".join(f"{k} = {setting(v)}" for k, v in own.items())))
     return found
 
@@ -139,24 +140,29 @@ def rules_of(results: Results) -> list[str]:
 
 
 def tuning_table(results: Results, problem: str) -> Table | None:
-    """The value chosen for each tuned optimizer, and its cost; None where nothing was tuned."""
+    """The values chosen for each tuned optimizer, and their cost; None where nothing was tuned."""
     found = res.tunings(results, problem)
     if not found:
         return None
     unit = results.budget.kind
-    header = ["optimizer", "parameter", "chosen", "range tried", "trials", "cut", "diverged"]
+    header = ["optimizer", "chosen", "range tried", "importance", "trials", "cut", "diverged"]
     header += [f"{unit} of tuning", f"{unit} to target, tuning included"]
     rows = []
     for name, tuned in found.items():
-        values = [value for value, _, _ in tuned.trials]
+        names = [x.parameter for x in tuned.space]
         ends = Counter(status for _, _, status in tuned.trials)
+        tried = {name: [values[name] for values, _, _ in tuned.trials] for name in names}
+        shares = {
+            name: "–" if share is None else f"{100 * share:.0f} %"
+            for name, share in res.importance(tuned).items()
+        }
         rows.append(
             [
                 name,
-                tuned.parameter.replace("_", " "),
-                "none" if tuned.value is None else f"{tuned.value:.4g}",
-                f"{min(values):.2g}–{max(values):.2g}",
-                str(len(values)),
+                "none" if tuned.values is None else _each(names, tuned.values, "{:.4g}"),
+                _each(names, {k: f"{min(x):.2g}–{max(x):.2g}" for k, x in tried.items()}, "{}"),
+                _each(names, shares, "{}"),
+                str(len(tuned.trials)),
                 str(ends["cut"]),
                 str(ends["diverged"] + ends["failed"]),
                 res.formatted(results.budget.column, tuned.cost),
@@ -168,9 +174,17 @@ def tuning_table(results: Results, problem: str) -> Table | None:
     note = (
         f"{how['trials']} trials for every optimizer, the default first and then quasi-random "
         f"values, each with {100 * how['share']:g} % of the budget, chosen by the {criterion} at "
-        f"the end, with a separate seed. {tuning.RULE}"
+        f"the end, with a separate seed. {tuning.RULE} Importance: the share of the variance of "
+        "the trials' ranks that a quadratic function of that number alone explains, adjusted for "
+        "their number; – for fewer than 10 trials, or 5 for each number."
     )
     return Table(header, rows, note)
+
+
+def _each(names: Sequence[str], values: Any, form: str) -> str:
+    """A value for each number, with its name."""
+    shown = [f"{name.replace('_', ' ')} {form.format(values[name])}" for name in names]
+    return "; ".join(shown)
 
 
 def costs(results: Results, problem: str) -> Table:

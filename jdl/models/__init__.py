@@ -9,7 +9,9 @@ from jdl.models.layers import RandomShift
 from jdl.models.mlp import MLP
 from jdl.models.rbm import RBM
 from jdl.models.recursive import RecursiveNet, TreeLSTM
+from jdl.models.resnet import ResNet
 from jdl.models.rnn import RNN
+from jdl.models.transformer import LanguageModel, ViT
 
 __all__ = [
     "CNN",
@@ -21,9 +23,12 @@ __all__ = [
     "Autoencoder",
     "ConvAutoencoder",
     "Function",
+    "LanguageModel",
     "RandomShift",
     "RecursiveNet",
+    "ResNet",
     "TreeLSTM",
     "Variational",
+    "ViT",
     "param",
 ]

@@ -23,7 +23,9 @@ from jdl.models.layers import sparse_init
 from jdl.models.mlp import MLP
 from jdl.models.rbm import RBM
 from jdl.models.recursive import TreeLSTM
+from jdl.models.resnet import ResNet
 from jdl.models.rnn import RNN
+from jdl.models.transformer import ViT
 from jdl.optim import diagnostics
 from jdl.recipes import formulas, pictures
 from jdl.recipes.gan_pictures import draw_samples, samples_over_time
@@ -31,7 +33,7 @@ from jdl.recipes.tree_pictures import draw_trees
 from jdl.train import boltzmann, premade
 from jdl.train.estimator import Estimator
 
-Net = MLP | CNN | RNN | Autoencoder | RBM | TreeLSTM | GAN | Model
+Net = MLP | CNN | RNN | ViT | ResNet | Autoencoder | RBM | TreeLSTM | GAN | Model
 
 Shape = tuple[int, ...]
 LABELLED = ("classifier", "trees")  # kinds of models that learn labels
@@ -77,6 +79,20 @@ def _is_large(image_shape: Shape) -> bool:
 
 def _cnn(image_shape: Shape, num_classes: int) -> CNN:
     return CNN(num_classes=num_classes, units=1024 if min(image_shape[:2]) >= 64 else 128)
+
+
+def vit(image_shape: Shape, num_classes: int) -> ViT:
+    """A vision transformer of at most 8 × 8 patches of the shorter side."""
+    patch = max(2, -(-min(image_shape[:2]) // 8))
+    width, depth = (192, 6) if min(image_shape[:2]) >= 64 else (64, 4)
+    return ViT(num_classes, patch=patch, width=width, depth=depth, heads=4)
+
+
+def resnet(image_shape: Shape, num_classes: int) -> ResNet:
+    """ResNet-18 of half the width; for small images of three groups, and without the pooling."""
+    if min(image_shape[:2]) >= 64:
+        return ResNet(num_classes, widths=(32, 64, 128, 256))
+    return ResNet(num_classes, (2, 2, 2), (16, 32, 64), stem=(3, 1), pool=False)
 
 
 def _autoencoder(image_shape: Shape, num_classes: int) -> Autoencoder:
@@ -202,6 +218,8 @@ RECIPES = {
     "mlp": Recipe(lambda _, k: MLP(num_outputs=k, widths=(500, 500)), "classifier", 400),
     "cnn": Recipe(_cnn, "classifier", 400),
     "rnn": Recipe(lambda _, k: RNN(num_outputs=k), "classifier", 600),
+    "vit": Recipe(vit, "classifier", 600),
+    "resnet": Recipe(resnet, "classifier", 400),
     "autoencoder": Recipe(_autoencoder, "autoencoder", 1500, pictures=_autoencoder_pictures),
     "denoising": Recipe(
         _denoising, "autoencoder", 1500, estimator=_denoising_estimator, pictures=_reconstructions

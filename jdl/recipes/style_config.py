@@ -20,7 +20,7 @@ class StyleConfig:
     content: float  # the weight of this term of the loss
     style: float  # likewise
     variation: float  # likewise
-    filters: tuple[int, ...]  # of the trained network, as `jdl.vision.transformer.StyleNet`
+    filters: tuple[int, ...]  # of the trained network, as `jdl.vision.painter_net.StyleNet`
     blocks: int  # likewise
     learning_rate: float  # Adam's
     batch_size: int  # photographs in a batch

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 # public name -> the module that defines it
 _NAMES = {"Trunk": "trunk", "load_trunk": "pretrained"}
 _MODULES = (
-    *("activations", "dream", "images", "painter", "pretrained"),
-    *("reverse", "style", "style_training", "transformer", "trunk"),
+    *("activations", "dream", "images", "painter", "painter_net", "pretrained"),
+    *("reverse", "style", "style_training", "trunk"),
 )
 
 __all__ = [*_NAMES, *_MODULES]

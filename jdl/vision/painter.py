@@ -18,8 +18,8 @@ from jdl.core import check
 from jdl.recipes.style_config import StyleConfig
 from jdl.vision import style_training
 from jdl.vision.images import as_image, resized
+from jdl.vision.painter_net import STRIDE, StyleNet
 from jdl.vision.style import mixed
-from jdl.vision.transformer import STRIDE, StyleNet
 
 TILE = 1024
 SMALLEST = 2 * STRIDE  # pixels, for the network's reflected edges

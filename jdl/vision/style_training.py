@@ -26,7 +26,7 @@ from jdl.train.estimator import Estimator
 from jdl.train.step import Metrics
 from jdl.vision import style as st
 from jdl.vision.images import as_image
-from jdl.vision.transformer import StyleNet
+from jdl.vision.painter_net import StyleNet
 from jdl.vision.trunk import Trunk
 
 EMA = 0.99  # decay of the parameters' average, which paints

@@ -382,7 +382,7 @@ def untrained(filters, blocks):
     import jax.numpy as jnp
 
     from jdl.vision import painter
-    from jdl.vision.transformer import StyleNet
+    from jdl.vision.painter_net import StyleNet
 
     net = StyleNet(filters, blocks)
     init = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.ones((1, 1)))

@@ -13,7 +13,7 @@ import optax
 
 import jdl
 from jdl import losses
-from jdl.models import RNN, Autoencoder
+from jdl.models import RNN, Autoencoder, LanguageModel, ResNet, ViT
 from jdl.models.layers import sparse_init
 
 FOLDERS = {"mnist": ("mnist",), "fashion": ("fashion", "fashion-mnist")}
@@ -48,65 +48,14 @@ def text(size=4_000_000):
     return np.minimum(np.concatenate(found), VOCABULARY - 1).astype(np.int32)
 
 
-class Block(nn.Module):
-    """A transformer's block, norms first."""
+class Square(nn.Module):
+    """A network on flat images of 28 × 28."""
 
-    heads: int = 4
-    causal: bool = False
+    net: nn.Module
 
-    @nn.compact
-    def __call__(self, x):
-        mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
-        h = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
-        return x + nn.Dense(x.shape[-1])(h)
-
-
-class LanguageModel(nn.Module):
-    width: int = 128
-    depth: int = 4
-
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(VOCABULARY, self.width)(tokens)
-        x = x + self.param("positions", nn.initializers.normal(0.02), (tokens.shape[1], self.width))
-        for _ in range(self.depth):
-            x = Block(causal=True)(x)
-        return nn.Dense(VOCABULARY)(nn.LayerNorm()(x))
-
-
-class ViT(nn.Module):
-    width: int = 128
-    depth: int = 5
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(self.width, (4, 4), (4, 4))(x.reshape(-1, 28, 28, 1))
-        x = x.reshape(x.shape[0], -1, self.width)
-        x = x + self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
-        for _ in range(self.depth):
-            x = Block()(x)
-        return nn.Dense(10)(nn.LayerNorm()(x).mean(axis=1))
-
-
-class ResNet(nn.Module):
-    widths: tuple[int, ...] = (40, 80, 160)
-
-    @nn.compact
     def __call__(self, x, train=False):
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
-        x = nn.Conv(self.widths[0], (3, 3), (2, 2), use_bias=False)(x.reshape(-1, 28, 28, 1))
-        x = nn.relu(norm()(x))
-        for i, width in enumerate(self.widths):
-            strides = (2, 2) if i else (1, 1)
-            y = nn.relu(norm()(nn.Conv(width, (3, 3), strides, use_bias=False)(x)))
-            y = norm()(nn.Conv(width, (3, 3), use_bias=False)(y))
-            if i:
-                x = norm()(nn.Conv(width, (1, 1), strides, use_bias=False)(x))
-            x = nn.relu(x + y)
-            y = nn.relu(norm()(nn.Conv(width, (3, 3), use_bias=False)(x)))
-            x = nn.relu(x + norm()(nn.Conv(width, (3, 3), use_bias=False)(y)))
-        return nn.Dense(10)(x.mean(axis=(1, 2)))
+        x = x.reshape(-1, 28, 28, 1)
+        return self.net(x, train=train) if isinstance(self.net, ResNet) else self.net(x)
 
 
 class Rows(nn.Module):
@@ -210,10 +159,22 @@ def nets(data, share=1.0):
     lstm_rates = both | {"adamw": (3e-3, 1e-2)}
     made = {
         "transformer": lambda: Text(
-            LanguageModel(), share, (32, 32), max(4, int(share * 300)), text_rates
+            LanguageModel(VOCABULARY), share, (32, 32), max(4, int(share * 300)), text_rates
         ),
-        "vit": lambda: images(ViT(), softmax, (128, 128), 300, both),
-        "resnet": lambda: images(ResNet(), softmax, (128, 128), 300, both),
+        "vit": lambda: images(
+            Square(ViT(10, patch=4, width=128, depth=5, heads=4, class_token=False)),
+            softmax,
+            (128, 128),
+            300,
+            both,
+        ),
+        "resnet": lambda: images(
+            Square(ResNet(10, (2, 2, 2), (40, 80, 160), stem=(3, 2), pool=False)),
+            softmax,
+            (128, 128),
+            300,
+            both,
+        ),
         "lstm": lambda: images(Rows(), softmax, (128, 128), 600, lstm_rates),
         "autoencoder": lambda: images(
             Autoencoder(widths=(1000, 500, 250, 30), kernel_init=sparse_init(15)),

@@ -19,8 +19,8 @@ from jdl.recipes.style_config import StyleConfig
 from jdl.vision import painter as pt
 from jdl.vision import style
 from jdl.vision.layers import addressable, conv
+from jdl.vision.painter_net import InstanceNorm, StyleNet, by_rows, doubled, reflected
 from jdl.vision.style_training import build_estimator, digest, taking_turns
-from jdl.vision.transformer import InstanceNorm, StyleNet, by_rows, doubled, reflected
 from jdl.vision.trunk import Trunk
 
 NET = StyleNet(filters=(4, 8, 8), blocks=1, styles=2)
