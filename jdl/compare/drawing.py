@@ -1,4 +1,4 @@
-"""The style of all plots: colours, names beside lines, and SVG for pages.
+"""The style of all plots: colours, dashes, names beside lines, ticks.
 
 The colours are Okabe and Ito's, which the colour-blind can distinguish; lines are named at their
 ends instead of in a legend; text becomes paths, so that a picture looks the same everywhere.
@@ -8,8 +8,6 @@ To draw your own pictures in this style, use `LINES`, the colours in order; `STY
 `plt.rcParams.update`; `name_lines`, `leave_room` and `plain_ticks`.
 """
 
-import html
-import io
 import itertools
 import math
 import re
@@ -234,46 +232,6 @@ def save(figure: Any, path: str | Path) -> None:
     metadata = {"Date": None} if Path(path).suffix == ".svg" else None
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=200, metadata=metadata)
-
-
-def inline_svg(figure: Any, prefix: str, description: str) -> str:
-    """The figure as an SVG element for a page, its colours replaced by CSS variables.
-
-    Args:
-      figure: the matplotlib figure.
-      prefix: put before every id, so that several pictures can share a page.
-      description: for screen readers.
-    """
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', _keep_inner, svg)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
-    for name, color in [
-        *((f"line-{i}", c) for i, c in enumerate(LINES)),
-        ("ink", INK),
-        ("muted", MUTED),
-        ("grid", GRID),
-        ("paper", PAPER),
-    ]:
-        svg = svg.replace(color, f"var(--{name})")
-    label = html.escape(description, quote=True)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
-
-
-def _keep_inner(match: re.Match[str]) -> str:
-    """Removes namespaces everywhere, and sizes from the root, whose viewBox scales it."""
-    attribute = match.group(0)
-    is_size = attribute.lstrip().startswith(("width", "height"))
-    return attribute if is_size and not attribute.rstrip('"').endswith("pt") else ""
 
 
 @contextmanager

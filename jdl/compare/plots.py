@@ -5,9 +5,8 @@ page. Second-order methods are drawn solid, first-order ones dashed; an untuned 
 thin where its tuned version is shown too.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,21 +26,32 @@ from jdl.compare.results import (
     tunings,
 )
 from jdl.compare.statistics import performance_profiles
-from jdl.optim.registry import TuningRange
 
 UNITS = {"seconds": "seconds of training", "epoch": "epochs", "work": "work", "step": "steps"}
 FLOOR = 1e-8  # smaller losses, rounding of a float32 mean, are drawn at this value
 MOST = 60  # points of a line on the page
+# The marker and its size of each kind of mark; the ring of "cut" is empty.
+MARKS = {"reached": ("o", 4.5), "tried": ("o", 4.5), "cut": ("o", 4.5), "chosen": ("o", 8.0)}
+MARKS |= {"diverged": ("x", 7.0)}
 
 
 class Series(NamedTuple):
-    """One optimizer's line: points, a band or None, and marks (x, y, "reached" or "diverged")."""
+    """One optimizer's line.
+
+    Attributes:
+      name: the optimizer.
+      x, y: its points, in order.
+      band: the lower and upper edge; None for none.
+      marks: (x, y, kind), y ∞ for the upper edge; the kinds are those of `MARKS`.
+      joined: whether a line joins the points.
+    """
 
     name: str
     x: np.ndarray
     y: np.ndarray
     band: tuple[np.ndarray, np.ndarray] | None = None
     marks: tuple[tuple[float, float, str], ...] = ()
+    joined: bool = True
 
 
 class Chart(NamedTuple):
@@ -123,34 +133,21 @@ def panels(results: Results, problem: str) -> list[Panel]:
 # ------------------------------------------------------------------ drawing by matplotlib
 
 
-def _figure(
-    draws: Iterable[Callable[[Any], None]], width: float, height: float, columns: int = 1
-) -> Any:
-    """A figure with a pair of axes for each function, lines named at their ends.
-
-    Args:
-      draws: each draws into the axes given to it.
-      width: of the figure, in inches.
-      height: of each row of axes, in inches.
-      columns: axes beside each other.
-    """
-    draws = list(draws)
-    rows = math.ceil(len(draws) / columns)
+def _drawn(results: Results, charts: Iterable[Chart | None], height: float = 3.5) -> Any | None:
+    """The charts in one figure of a page's width; None where there are none."""
+    kept = [chart for chart in charts if chart is not None and any(len(s.x) for s in chart.series)]
+    if not kept:
+        return None
+    columns = min(len(kept), 2)
+    rows = math.ceil(len(kept) / columns)
     with drawing.figures() as figure_module:
-        figure = figure_module.Figure(figsize=(width, height * rows))
-        for place, draw in enumerate(draws, 1):
-            draw(figure.add_subplot(rows, columns, place))
+        figure = figure_module.Figure(figsize=(4.8 * columns, height * rows))
+        for place, chart in enumerate(kept, 1):
+            _draw(results, chart, figure.add_subplot(rows, columns, place))
         figure.tight_layout(w_pad=2.0, h_pad=1.5)
         for axes in figure.axes:
             drawing.name_lines(figure, axes)
         return figure
-
-
-def _drawn(results: Results, charts: Iterable[Chart | None], height: float = 3.5) -> Any | None:
-    """The charts in one figure of a page's width; None where there are none."""
-    draws = [functools.partial(_draw, results, chart) for chart in charts if chart is not None]
-    columns = min(len(draws), 2)
-    return _figure(draws, 4.8 * columns, height, columns) if draws else None
 
 
 def _draw(results: Results, chart: Chart, axes: Any) -> None:
@@ -159,17 +156,25 @@ def _draw(results: Results, chart: Chart, axes: Any) -> None:
     where = "steps-post" if chart.drawn == "steps" else "default"
     for series in chart.series:
         style = _style(results, series.name)
+        if not len(series.x):
+            continue
+        if not series.joined:
+            style["linestyle"] = ""
         axes.plot(series.x, series.y, zorder=3, drawstyle=where, **style)
-        mark = {"color": style["color"], "zorder": 5, "markeredgewidth": 0.9}
         if series.band is not None:
             axes.fill_between(
                 series.x, *series.band, color=style["color"], alpha=0.16, linewidth=0, zorder=2
             )
         for x, y, kind in series.marks:
-            if kind == "reached":
-                axes.plot(x, y, "o", markersize=4.5, markeredgecolor=drawing.PAPER, **mark)
-            else:
-                axes.plot(x, y, "x", markersize=7, **mark)
+            marker, size = MARKS[kind]
+            drawn: dict[str, Any] = {"marker": marker, "markersize": size, "zorder": 5}
+            drawn |= {"color": style["color"], "clip_on": False}
+            if marker == "o":
+                drawn["markeredgecolor"] = drawing.PAPER
+            if kind == "cut":
+                drawn |= {"markerfacecolor": drawing.PAPER, "markeredgecolor": style["color"]}
+            at = axes.transData if math.isfinite(y) else axes.get_xaxis_transform()
+            axes.plot([x], [y if math.isfinite(y) else 1.0], transform=at, **drawn)
     if chart.level is not None:
         _target_line(axes, chart.level)
     axes.set_title(chart.title, pad=7)
@@ -235,7 +240,8 @@ def data(results: Results, chart: Chart) -> dict[str, Any]:
 
 
 def _series_data(results: Results, series: Series) -> dict[str, Any]:
-    kept = np.unique(np.linspace(0, len(series.x) - 1, MOST).round().astype(int))
+    kept = np.unique(np.linspace(0, max(len(series.x) - 1, 0), MOST).round().astype(int))
+    kept = kept[: len(series.x)]
 
     def short(values: np.ndarray) -> list[float]:
         return [float(f"{value:.4g}") for value in values[kept]]
@@ -247,7 +253,11 @@ def _series_data(results: Results, series: Series) -> dict[str, Any]:
         "y": short(series.y),
         "low": None if low is None else short(low),
         "high": None if high is None else short(high),
-        "marks": [[float(f"{x:.4g}"), float(f"{y:.4g}"), kind] for x, y, kind in series.marks],
+        "marks": [
+            [float(f"{x:.4g}"), float(f"{y:.4g}") if math.isfinite(y) else None, kind]
+            for x, y, kind in series.marks
+        ],
+        "joined": series.joined,
     }
 
 
@@ -419,67 +429,49 @@ def step_charts(results: Results, problem: str) -> list[Chart]:
 
 
 def sensitivity(results: Results, problem: str) -> Any | None:
-    """The criterion at the end for each value tried, one panel per number; None without tuning.
+    """As `sensitivity_charts`, in one figure; None without tuning."""
+    return _drawn(results, sensitivity_charts(results, problem))
 
-    Rings are trials that were cut; crosses, on the upper edge, ones that diverged or failed; the
-    large dot is the value chosen.
+
+def sensitivity_charts(results: Results, problem: str) -> list[Chart]:
+    """The criterion at the end for each value tried, a chart for each number.
+
+    Trials are joined where no other number was tuned.
     """
     found = tunings(results, problem)
     ranges = {x.parameter: x for tuned in found.values() for x in tuned.space}
-    if not ranges:
-        return None
-    columns = min(3, len(ranges))
-    draws = [_values_of(results, found, x) for x in ranges.values()]
-    return _figure(draws, 4.8 * columns, 3.4, columns=columns)
+    ends = [end for tuned in found.values() for _, end, _ in tuned.trials]
+    log_y = all(end >= 0.0 for end in ends)
+    charts = []
+    for x in ranges.values():
+        falls, name = x.scale == "one minus log", x.parameter.replace("_", " ")
+        logs = x.scale != "linear", log_y
+        series = tuple(
+            _tried(optimizer, tuned, x.parameter, falls, logs)
+            for optimizer, tuned in found.items()
+            if x in tuned.space
+        )
+        criterion = next(t.criterion for t in found.values()).replace("_", " ")
+        title, at_end = f"Sensitivity to the {name}", f"{criterion} at the end"
+        charts.append(Chart(title, f"1 − {name}" if falls else name, at_end, series, logs))
+    return charts
 
 
-def _values_of(results: Results, found: dict[str, Tuned], x: TuningRange) -> Callable[[Any], None]:
-    falls = x.scale == "one minus log"
-    name = x.parameter.replace("_", " ")
-
-    def draw(axes: Any) -> None:
-        axes.set_xscale("linear" if x.scale == "linear" else "log")
-        axes.set_yscale("log")
-        for optimizer, tuned in found.items():
-            if x.parameter in {y.parameter for y in tuned.space}:
-                color = drawing.LINES[drawing.color_of(results.optimizers, optimizer)]
-                label = optimizer.removesuffix("-tuned")
-                _values_tried(axes, tuned, x.parameter, falls, label=label, color=color)
-        criterion = next(t.criterion for t in found.values())
-        axes.set_title(f"Sensitivity to the {name}", pad=6)
-        axes.set_xlabel(f"1 − {name}" if falls else name)
-        axes.set_ylabel(criterion.replace("_", " ") + " at the end")
-        if axes.get_lines() and x.scale != "linear":
-            drawing.leave_room(axes)
-
-    return draw
-
-
-def _values_tried(
-    axes: Any, tuned: Tuned, parameter: str, falls: bool, *, label: str, color: str
-) -> None:
-    """The trials by one number; they are joined where no other was tuned."""
-
-    def at(values: dict[str, int | float]) -> int | float:
-        return 1.0 - values[parameter] if falls else values[parameter]
-
-    ordered = sorted(tuned.trials, key=lambda trial: at(trial[0]))
-    lost = [at(values) for values, last, _ in ordered if not math.isfinite(last)]
-    if lost:
-        at_top = axes.get_xaxis_transform()
-        axes.plot(lost, np.ones(len(lost)), "x", color=color, transform=at_top, clip_on=False)
-    kept = [
-        (values, max(last, FLOOR), status) for values, last, status in ordered if last < math.inf
-    ]
-    if not kept:
-        return
-    x, y = zip(*((at(values), last) for values, last, _ in kept), strict=True)
-    joined = "-" if len(tuned.space) == 1 else ""
-    axes.plot(x, y, joined, color=color, label=label, linewidth=1.2)
-    for values, last, status in kept:
-        size = 8 if values == tuned.values else 4.5
-        face = color if status == "done" else drawing.PAPER
-        axes.plot(at(values), last, "o", color=color, markersize=size, markerfacecolor=face)
+def _tried(
+    optimizer: str, tuned: Tuned, parameter: str, falls: bool, logs: tuple[bool, bool]
+) -> Series:
+    """One optimizer's tuning trials by one number; a lost one's criterion is ∞."""
+    marks = []
+    for values, end, status in tuned.trials:
+        x = float(1.0 - values[parameter] if falls else values[parameter])
+        kind = "chosen" if values == tuned.values else "tried" if status == "done" else "cut"
+        lost = not math.isfinite(end)
+        if x > 0.0 or not logs[0]:
+            y = math.inf if lost else max(end, FLOOR) if logs[1] else end
+            marks.append((x, y, "diverged" if lost else kind))
+    marks.sort()
+    points = np.array([(x, y) for x, y, _ in marks if math.isfinite(y)]).reshape(-1, 2)
+    return Series(optimizer, *points.T, None, tuple(marks), joined=len(tuned.space) == 1)
 
 
 def profiles(results: Results) -> Any | None:

@@ -43,7 +43,7 @@ function apart(heights, bottom, gap = 12.5) {
 function draw(figure) {
   const chart = charts[figure.dataset.chart];
   figure.querySelector("svg")?.remove();
-  const shown = chart.series.filter((s) => !hidden.has(s.line));
+  const shown = chart.series.filter((s) => !hidden.has(s.line) && s.x.length);
   const names = shown.length <= NAMED ? shown.map((s) => lines[s.line].short) : [];
   const W = 480, H = 300, left = 52, top = 8, bottom = H - 40;
   const right = W - 10 - 7.4 * Math.max(0, ...names.map((n) => n.length));
@@ -77,17 +77,16 @@ function draw(figure) {
       const lower = path(chart, X, Y, back, "low").replace("M", "L");
       element(group, "path", { class: "band", d: `${path(chart, X, Y, s, "high")}${lower}Z` });
     }
-    const line = { class: "line", d: path(chart, X, Y, s, "y"), "stroke-dasharray": dashes.join(" ") };
-    element(group, "path", { ...line, "stroke-width": thin ? 1 : 1.9 });
+    const line = { class: "line", d: path(chart, X, Y, s, "y"), "stroke-width": thin ? 1 : 1.9 };
+    if (s.joined) element(group, "path", { ...line, "stroke-dasharray": dashes.join(" ") });
     for (const [x, y, kind] of s.marks) {
-      const at = { cx: X(x), cy: Y(y), r: 3 };
-      const cross = `M${at.cx - 4} ${at.cy - 4}l8 8m0-8l-8 8`;
-      if (kind === "reached") element(group, "circle", { class: "dot", ...at });
-      else element(group, "path", { class: "line", d: cross, "stroke-width": 1.6 });
+      const cx = X(x), cy = y === null ? top : Y(y), r = kind === "chosen" ? 5 : 3;
+      if (kind !== "diverged") element(group, "circle", { class: `dot ${kind}`, cx, cy, r });
+      else element(group, "path", { class: "line", d: `M${cx - 4} ${cy - 4}l8 8m0-8l-8 8` });
     }
     if (!names.length) return;
-    const from = [X(s.x.at(-1)), Y(s.y.at(-1))];
-    element(group, "path", { class: "line", d: `M${from}L${right + 3} ${ends[i]}`, "stroke-width": 0.6 });
+    const leader = `M${X(s.x.at(-1))} ${Y(s.y.at(-1))}L${right + 3} ${ends[i]}`;
+    element(group, "path", { class: "line", d: leader, "stroke-width": 0.6 });
     element(group, "text", { class: "name", x: right + 5, y: ends[i] + 3.5 }, names[i]);
   });
   follow(figure, svg, shown, X, [left, right, top, bottom], chart);

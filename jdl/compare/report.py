@@ -43,6 +43,7 @@ svg text { fill: var(--ink); font-size: 11px } svg .muted { fill: var(--muted) }
 .grid { stroke: var(--grid) } .target { stroke: var(--muted); stroke-dasharray: 2 2 }
 .cursor { stroke: var(--muted) } .line { stroke: var(--c); fill: none; stroke-linejoin: round }
 .band { fill: var(--c); opacity: .15 } .dot { fill: var(--c); stroke: var(--page) }
+.cut { fill: var(--page); stroke: var(--c) }
 svg text.name { fill: var(--c); font-weight: 600 }
 output { position: absolute; z-index: 2; left: 0; right: 0; top: 100%; padding: .3rem .5rem;
   background: var(--soft); font-size: .82rem; border-radius: .3rem } output:empty { display: none }
@@ -121,9 +122,7 @@ def page(results: Results) -> str:
     """`report.html`: everything in one file, all text from outside escaped."""
     charts: list[plots.Chart] = []
     body = _bar(results)
-    body += "".join(
-        _problem(results, problem, i, charts) for i, problem in enumerate(results.problems)
-    )
+    body += "".join(_problem(results, problem, charts) for problem in results.problems)
     body += _standings(results, charts) + _settings(results) + _foot(results)
     colors = [
         base + "".join(f" --line-{i}: {color};" for i, color in enumerate(line))
@@ -176,7 +175,7 @@ def _bar(results: Results) -> str:
     )
 
 
-def _problem(results: Results, problem: str, place: int, charts: list[plots.Chart]) -> str:
+def _problem(results: Results, problem: str, charts: list[plots.Chart]) -> str:
     title = tables.named(results, problem) + res.headline(results, problem)
     found = [f"<h2>{_escape(title)}</h2>", f"<p>{_escape(tables.question(results, problem))}</p>"]
     if troubles := tables.troubles(results, problem):
@@ -197,10 +196,7 @@ def _problem(results: Results, problem: str, place: int, charts: list[plots.Char
         found += [_pictures(plots.step_charts(results, problem), charts), _note(steps.note)]
     if (tuning := tables.tuning_table(results, problem)) is not None:
         found += ["<h3>Tuning</h3>", _table(tuning, results), _note(tuning.note)]
-        figure, about = plots.sensitivity(results, problem), "What each value tried ended with."
-        if figure is not None:
-            svg = drawing.inline_svg(figure, f"p{place}t", about)
-            found.append(f"<div class='scroll'><div style='min-width:34rem'>{svg}</div></div>")
+        found.append(_pictures(plots.sensitivity_charts(results, problem), charts))
         marks = "Large dots: chosen. Rings: cut early. Crosses on the upper edge: "
         found.append(_note(marks + "diverged or failed."))
     found.append(f"<h3>The problem</h3>{_facts(results.problem(problem))}")
@@ -211,7 +207,7 @@ def _pictures(drawn: Iterable[plots.Chart | None], charts: list[plots.Chart]) ->
     """Places for the charts that `report.js` draws, and the charts added to the page's."""
     found = []
     for chart in drawn:
-        if chart is not None:
+        if chart is not None and any(len(series.x) for series in chart.series):
             found.append(
                 f'<figure data-chart="{len(charts)}"><figcaption>{_escape(chart.title)}'
                 '</figcaption><output aria-live="polite"></output></figure>'
