@@ -471,7 +471,8 @@ def _tried(
             marks.append((x, y, "diverged" if lost else kind))
     marks.sort()
     points = np.array([(x, y) for x, y, _ in marks if math.isfinite(y)]).reshape(-1, 2)
-    return Series(optimizer, *points.T, None, tuple(marks), joined=len(tuned.space) == 1)
+    joined = len(tuned.space) == 1
+    return Series(optimizer, points[:, 0], points[:, 1], None, tuple(marks), joined)
 
 
 def profiles(results: Results) -> Any | None:
