@@ -79,10 +79,14 @@ function draw(figure) {
     }
     const line = { class: "line", d: path(chart, X, Y, s, "y"), "stroke-width": thin ? 1 : 1.9 };
     if (s.joined) element(group, "path", { ...line, "stroke-dasharray": dashes.join(" ") });
-    for (const [x, y, kind] of s.marks) {
-      const cx = X(x), cy = y === null ? top : Y(y), r = kind === "chosen" ? 5 : 3;
-      if (kind !== "diverged") element(group, "circle", { class: `dot ${kind}`, cx, cy, r });
-      else element(group, "path", { class: "line", d: `M${cx - 4} ${cy - 4}l8 8m0-8l-8 8` });
+    for (const kind of new Set(s.marks.map((mark) => mark[2]))) {
+      const r = kind === "chosen" ? 5 : 3;
+      const d = s.marks
+        .filter((mark) => mark[2] === kind)
+        .map(([x, y]) => [X(x), y === null ? top : Y(y)])
+        .map(([x, y]) => (kind === "diverged" ? `M${x - 4} ${y - 4}l8 8m0-8l-8 8`
+          : `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0`));
+      element(group, "path", { class: kind === "diverged" ? "line" : `dot ${kind}`, d: d.join("") });
     }
     if (!names.length) return;
     const leader = `M${X(s.x.at(-1))} ${Y(s.y.at(-1))}L${right + 3} ${ends[i]}`;
@@ -129,7 +133,9 @@ function follow(figure, svg, shown, X, [left, right, top, bottom], chart) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
-    show(at + step);
+    let next = at + step; // a few points further on
+    while (grid[next + step] && at >= 0 && Math.abs(X(grid[next]) - X(grid[at])) < 8) next += step;
+    show(next);
   });
 }
 
@@ -168,12 +174,22 @@ document.querySelectorAll("thead tr").forEach((row) =>
 // ---------------------------------------------------------------- which optimizers are shown
 
 const bar = document.getElementById("bar"), toggles = [...bar.querySelectorAll("button")];
+const figures = [...document.querySelectorAll("figure[data-chart]")];
+let waiting = 0;
+
 function refresh() {
   toggles.forEach((button, i) => button.setAttribute("aria-pressed", String(!hidden.has(i))));
   document.querySelectorAll("tr[data-line]").forEach((row) => {
     row.hidden = row.dataset.line.split(" ").some((i) => hidden.has(Number(i)));
   });
-  document.querySelectorAll("figure[data-chart]").forEach(draw);
+  clearTimeout(waiting);
+  drawn(figures);
+}
+
+// The first charts at once, the others when the page is shown.
+function drawn(left) {
+  left.slice(0, 4).forEach(draw);
+  if (left.length > 4) waiting = setTimeout(drawn, 0, left.slice(4));
 }
 
 toggles.forEach((button, i) =>
@@ -190,6 +206,7 @@ bar.querySelector("input").addEventListener("input", (event) => {
 });
 addEventListener("beforeprint", () => {
   document.querySelectorAll("details").forEach((x) => { x.open = true; });
+  figures.forEach(draw);
 });
 bar.hidden = false;
 refresh();

@@ -354,8 +354,8 @@ def _pipes(table: tables.Table) -> list[str]:
 def csv_text(results: Results) -> str:
     """Every evaluation in a line, with its trial."""
     rows = [
-        {"problem": t.problem, "optimizer": t.optimizer, "seed": t.seed, **row}
-        for t in results.trials
+        {name: getattr(t, name) for name in res.IDENTITY} | row
+        for t in (*results.trials, *results.shorter)
         for row in t.evaluations
     ]
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "split"))

@@ -106,6 +106,12 @@ def troubles(results: Results, problem: str) -> list[str]:
         f"{name}, seed{'s' if len(of) > 1 else ''} {', '.join(map(str, of))}: {words}"
         for (name, words), of in seeds.items()
     ]
+    if against := results.study.get("against"):
+        seeds_of = ", ".join(map(str, results.study["seeds"]))
+        found.append(
+            f"Beside this study is {against}: its target and budget are this study's, its seconds "
+            f"can be compared only if its machine was equal. Seeds that both have: {seeds_of}."
+        )
     for seed in results.study["seeds"]:
         initial = {
             trial.evaluations[0]["train_loss"]
