@@ -133,7 +133,7 @@ def same_trial(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """
 
     def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-        found = dict(config)
+        found = {**config, "optimizer": {**config.get("optimizer", {}), "call": ""}}
         if found.get("budget", {}).get("kind") != "seconds":
             found["machine"] = found.get("machine", {}).get("matmul_precision")
         return found

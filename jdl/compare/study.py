@@ -20,7 +20,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,8 @@ class Study:
       clock: "wall", or "cpu" for the process's CPU time divided by the number of cores, which is
         less affected by other work on the machine.
       devices: to train on; None for one, so that "full" need not be a multiple of several.
+      sources: problem -> the options of `jdl compare` that make it, so that the report can say how
+        to run each row again.
       on_event: called with each `Event`; by default failures are logged as warnings.
 
     Example:
@@ -124,6 +126,7 @@ class Study:
         tuning: Tuning | None = None,
         clock: str = "wall",
         devices: Sequence[jax.Device] | None = None,
+        sources: Mapping[str, Sequence[str]] = {},
         on_event: Callable[[Event], None] | None = None,
     ):
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
@@ -146,6 +149,7 @@ class Study:
             check.argument(known, f"criterion for {problem.name}", must, criterion)
         self.clock = check.one_of("clock", clock, CLOCKS)
         self.workdir = Path(workdir)
+        self._sources = {name: list(options) for name, options in sources.items()}
         self._devices = jax.devices()[:1] if devices is None else list(devices)
         self._on_event = on_event or _warn
         _check_names("problems", [problem.name for problem in self.problems])
@@ -379,7 +383,9 @@ class Study:
             "evaluations": self.evaluations,
             "seeds": list(self.seeds),
             "problems": [
-                _described(problem) | {"validates": problem.split is not None}
+                _described(problem)
+                | {"validates": problem.split is not None}
+                | {"source": self._sources.get(problem.name, [])}
                 for problem in self.problems
             ],
             "optimizers": optimizers,
@@ -402,8 +408,8 @@ class Study:
         del described["target"], described["directions"]  # they do not change the rows
         functions = ("model", "loss", "metrics", "inputs", "regularizer")
         described |= {name: fingerprint(getattr(problem, name)) for name in functions}
-        optimizer = {"name": entry.name, "settings": entry.settings()}
-        optimizer["make"] = entry.of or fingerprint(entry.make)
+        optimizer: dict[str, Any] = {"name": entry.name, "settings": entry.settings()}
+        optimizer |= {"make": entry.of or fingerprint(entry.make), "call": entry.call}
         return {
             "format": store.FORMAT,
             "seed": seed,
