@@ -3,7 +3,8 @@
 Examples:
   jdl compare --seconds 10
   jdl compare --data photos.tar --model cnn --optimizers sgd,adam,lbfgs,hf --seeds 3 --seconds 30
-  jdl compare --problem digits-cnn,logistic,mine.py --trials 8 --seeds 3
+  jdl compare --problem digits-cnn,logistic,mine.py --trials 8 --seeds 3 --schedule cosine
+  jdl compare --optimizers "adamw(learning_rate=3e-3, schedule='cosine', warmup=0.05), kfac"
   jdl compare --problem autoencoder-mnist --data FOLDER --optimizers kfac,adam --seconds 600
 
 Problems:
@@ -29,13 +30,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jdl.cli import options, output
 from jdl.core import check
 
 if TYPE_CHECKING:
-    from jdl.compare import Entry, Event, Problem, Results, Tuning
+    from jdl.compare import Entry, Event, Problem, Results
+
+    Sources = Sequence[tuple[Problem, Sequence[str]]]  # problems, and the options that make them
 
 
 @dataclass
@@ -49,7 +52,11 @@ class Args:
     model: str = "cnn"
     """mlp, cnn, rnn, vit, resnet or dbn"""
     optimizers: str = "sgd,adam,lbfgs,cg,hf"
-    """names of optimizers above, separated by commas"""
+    """names of optimizers above, separated by commas, with settings as in the last example"""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """of the learning rates, to the end of the budget; wsd is constant but for the last fifth"""
+    warmup: float = 0.0
+    """share of the budget over which the learning rates rise from 0, such as 0.05"""
     seeds: int = 1
     """number of seeds; at least 3 for a published result"""
     seconds: float = 30.0
@@ -58,16 +65,22 @@ class Args:
     """a budget in passes over the data, instead of seconds"""
     work: float | None = None
     """a budget in gradients of the whole training set, instead of seconds"""
+    steps: int | None = None
+    """a budget in steps, instead of seconds"""
     ends: str = "1"
     """shares of the budget, such as 1/4,1/2,1: each trial is also run with these alone"""
     trials: int = 0
-    """values of learning rate or damping to try for each optimizer; 0 for the defaults alone"""
+    """tuning trials of each optimizer; 0 for the defaults alone"""
+    tune: Literal["all", "main"] = "all"
+    """the numbers tuned: all of each optimizer's, or its learning rate or damping alone"""
     tuning_share: float = 1.0
     """budget of each tuning trial, as a share of a trial's"""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu: the process's CPU time divided by the cores, for a machine that others use too"""
     share: str = "1/1"
     """K/N: run only the K-th of N shares, for several processes or hosts with one --workdir"""
+    against: Path | None = None
+    """another study's results.csv; with --report its results are laid beside this one's"""
     report: bool = False
     """write the report of the trials in --workdir, and run nothing"""
     size: options.Size = None
@@ -81,32 +94,32 @@ class Args:
 
 def run(args: Args) -> None:
     """Runs the trials, prints the tables, writes the report."""
-    from jdl.compare import Tuning, load_results
-    from jdl.optim import registry
+    from jdl.compare import Tuning, load_results, optimizers
 
     if args.report:
-        _show(load_results(args.workdir), args.workdir)
+        _show(load_results(args.workdir), args.workdir, args.against)
         return
+    check.argument(args.against is None, "--against", "given with --report", str(args.against))
     options.check_positive(args, "seeds")
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     check.argument(args.trials >= 0, "--trials", "0 or more", args.trials)
-    names = _listed("--optimizers", args.optimizers)
-    names = [registry.short_name(name, "--optimizers") for name in names]
-    others = {"epochs": args.epochs, "work": args.work}
+    entries = optimizers.listed(args.optimizers, schedule=args.schedule, warmup=args.warmup)
+    others = {"epochs": args.epochs, "work": args.work, "steps": args.steps}
     given = {kind: amount for kind, amount in others.items() if amount is not None}
-    check.argument(len(given) <= 1, "--epochs, --work", "given one at a time", given)
+    check.argument(len(given) <= 1, "--epochs, --work, --steps", "given one at a time", given)
     kind, amount = next(iter(given.items()), ("seconds", args.seconds))
     share = _share(args.share)
+    tuning = Tuning(args.trials, args.tuning_share, numbers=args.tune)
     why = "--problem has data of its own"
     options.check_left_out(args, not args.problem, why, "label", "include", "exclude")
-    problems, failures = _named_problems(args) if args.problem else ([_problem(args)], [])
+    sources, failures = _named_problems(args) if args.problem else (_problem(args), [])
     study(
-        problems,
-        names,
-        args.seeds,
+        sources,
+        entries,
         (amount, kind),
         args.workdir,
-        tuning=Tuning(args.trials, args.tuning_share) if args.trials else None,
+        seeds=args.seeds,
+        tuning=tuning if args.trials else None,
         clock=args.clock,
         share=share,
         ends=_ends(args.ends),
@@ -146,7 +159,16 @@ def _share(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _named_problems(args: Args) -> "tuple[list[Problem], list[str]]":
+def _words(args: Args, *names: str) -> list[str]:
+    """The options of these names as they were given, without those at their defaults."""
+    found = []
+    for name in names:
+        if (value := getattr(args, name)) != getattr(Args, name):
+            found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return found
+
+
+def _named_problems(args: Args) -> "tuple[Sources, list[str]]":
     """The problems that can be made, and the errors of the others."""
     from jdl.compare import CATALOGUE, by_name
 
@@ -157,7 +179,8 @@ def _named_problems(args: Args) -> "tuple[list[Problem], list[str]]":
     made, failures = [], []
     for name in names:
         try:
-            made.append(by_name(name, None if args.data == "digits" else args.data))
+            problem = by_name(name, None if args.data == "digits" else args.data)
+            made.append((problem, ["--problem", name, *_words(args, "data")]))
         except check.UserError as error:
             failures.append(str(error))
             if len(names) > 1:
@@ -167,7 +190,7 @@ def _named_problems(args: Args) -> "tuple[list[Problem], list[str]]":
     return made, failures
 
 
-def _problem(args: Args) -> "Problem":
+def _problem(args: Args) -> "Sources":
     """The problem of `--model` and `--data`."""
     from jdl.compare import digits_cnn, tar_problem
     from jdl.data import resolve
@@ -179,38 +202,44 @@ def _problem(args: Args) -> "Problem":
     check.argument(args.label != "none", "--label", "given: a classifier needs classes", "none")
     which = choice(args.label, args.include, args.exclude)
     if args.data == "digits" and args.model == "cnn" and args.size is None and not which:
-        return digits_cnn()
+        return [(digits_cnn(), ["--problem", "digits-cnn"])]
     size = parse_size(args.size, args.data)
-    return tar_problem(
+    made = tar_problem(
         resolve(args.data), chosen.build, size=size, grayscale=not args.color, **which
     )
+    names = ("data", "model", "size", "color", "label", "include", "exclude")
+    return [(made, _words(args, *names))]
 
 
 def study(
-    problems: "Sequence[Problem]",
+    problems: "Sources",
     optimizers: "Sequence[str | Entry]",
-    seeds: int,
-    budget: tuple[float, str],
+    budget: tuple[int | float, str],
     workdir: Path,
     *,
-    tuning: "Tuning | None" = None,
-    clock: str = "wall",
     share: tuple[int, int] = (1, 1),
-    ends: tuple[float, ...] = (1.0,),
+    **options: Any,
 ) -> None:
-    """Runs a study with progress on stderr, and prints the results."""
+    """Runs a study with progress on stderr, and prints the results.
+
+    Args:
+      problems: each with the options that make it.
+      optimizers: as for `Study`, like `workdir` and the further options.
+      budget: amount and kind.
+      workdir: the study's directory.
+      share: as for `Study.run`.
+      **options: of `Study`.
+    """
     from jdl.compare import Budget, Study
 
     results = Study(
-        problems,
+        [problem for problem, _ in problems],
         optimizers,
-        seeds=seeds,
         budget=Budget(*budget),
-        ends=ends,
         workdir=workdir,
-        tuning=tuning,
-        clock=clock,
+        sources={problem.name: words for problem, words in problems},
         on_event=_print_event,
+        **options,
     ).run(share)
     _show(results, workdir)
 
@@ -231,19 +260,20 @@ def _print_event(event: "Event") -> None:
         print(f"{where} {words}".rstrip(), file=sys.stderr)
 
 
-def _show(results: "Results", workdir: Path) -> None:
+def _show(results: "Results", workdir: Path, against: Path | None = None) -> None:
     """Prints the tables, and writes the report."""
     from jdl.compare import table, write_report
-    from jdl.compare.results import headline
+    from jdl.compare.results import beside, headline
     from jdl.compare.tables import tuning_table
 
+    results = results if against is None else beside(results, against)
     for name in results.problems:
         header, rows = table(results, name)
         output.table(header, rows, name)
         if (tuned := tuning_table(results, name)) is not None:
             output.table(tuned[0], tuned[1], f"{name}: tuning")
         print(headline(results, name))
-    print(f"report:  {write_report(workdir)}")
+    print(f"report:  {write_report(workdir, results)}")
     print(f"metrics: {workdir / 'metrics.jsonl'}")
     failed = [trial for trial in results.trials if trial.status == "failed"]
     if failed and all(trial.status in ("failed", "missing") for trial in results.trials):

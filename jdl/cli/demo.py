@@ -35,4 +35,5 @@ def run(args: Args) -> None:
     # Curvature from a quarter of the data and a bounded inner solve; the report says both.
     hf = named("hf", curvature_batch_size=360, max_cg_iterations=20)
     optimizers = ("sgd", "adam", "lbfgs", "cg", hf)
-    compare.study([digits_cnn()], optimizers, 1, (args.seconds, "seconds"), args.workdir)
+    problems = [(digits_cnn(), ("--problem", "digits-cnn"))]
+    compare.study(problems, optimizers, (args.seconds, "seconds"), args.workdir)

@@ -1,4 +1,4 @@
-"""The style of all plots: colours, names beside lines, and SVG for pages.
+"""The style of all plots: colours, dashes, names beside lines, ticks.
 
 The colours are Okabe and Ito's, which the colour-blind can distinguish; lines are named at their
 ends instead of in a legend; text becomes paths, so that a picture looks the same everywhere.
@@ -8,20 +8,28 @@ To draw your own pictures in this style, use `LINES`, the colours in order; `STY
 `plt.rcParams.update`; `name_lines`, `leave_room` and `plain_ticks`.
 """
 
-import html
-import io
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Dashes: TypeAlias = tuple[tuple[float, ...], ...]
 
 # Okabe and Ito, "Color Universal Design", 2008, in the order of use.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 # The same hues for a dark page, lighter for contrast.
 LINES_DARK = ("#4aa8e0", "#ff8a3d", "#2fd3a2", "#e6a3c9", "#f5b933", "#8fd0f5", "#a9a9a9")
+# Dashes of first- and second-order methods' lines: the first, and where the colours recur.
+DASHED: Dashes = ((4.5, 1.6), (1.2, 1.2), (6.0, 1.5, 1.2, 1.5))
+SOLID: Dashes = ((), (12.0, 1.5), (12.0, 1.5, 1.2, 1.5))
 INK, MUTED, GRID, PAPER = "#1b1d22", "#5a5e68", "#e4e5e9", "#fffffe"
+
+LONGEST = 20  # letters of a label
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -59,7 +67,7 @@ STYLE: dict[Any, Any] = {
 
 
 def leave_room(axes: Any) -> None:
-    """Widens a logarithmic x axis, so that names fit inside the figure; sets both axes' ticks.
+    """Widens the x axis, so that names fit inside the figure; sets both axes' ticks.
 
     Args:
       axes: with labelled lines, before `name_lines`.
@@ -70,16 +78,43 @@ def leave_room(axes: Any) -> None:
     >>> bool(axes.get_xlim()[1] > 200)
     True
     """
-    from matplotlib import ticker
-
     low, high = axes.get_xlim()
     names = [line.get_label() for line in axes.get_lines()]
     longest = max((len(name) for name in names if not name.startswith("_")), default=0)
-    axes.set_xlim(low, high * (high / low) ** max(0.17, 0.021 * longest))
+    width = axes.bbox.width * 72 / axes.figure.dpi
+    share = min(max(0.15, (5.6 * longest + 20.0) / width), 0.7)  # 5.6 points a letter
+    if axes.get_xscale() == "log":
+        axes.set_xlim(low, high * (high / low) ** (share / (1.0 - share)))
+    else:
+        axes.set_xlim(low, high + (high - low) * share / (1.0 - share))
     plain_ticks(axes.xaxis, low, high)
-    if axes.get_yscale() == "log":
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-        plain_ticks(axes.yaxis, *axes.get_ylim())
+    plain_ticks(axes.yaxis, *axes.get_ylim())
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Name -> a label for pictures; "…" is what long ones share, or the middle of one.
+
+    Labels stay different from each other.
+
+    >>> names = ["adam-with-a-long-schedule-0.1", "adam-with-a-long-schedule-0.01", "hf"]
+    >>> list(short_names(names[:2]).values()), short_names(names)["hf"]
+    (['…0.1', '…0.01'], 'hf')
+    """
+    found = list(names)
+    if max(map(len, names)) > LONGEST and len(names) > 1:
+        for _ in range(2):  # what they share at the beginning, then at the end
+            same = itertools.takewhile(lambda x: len(set(x)) == 1, zip(*found, strict=False))
+            shared = re.match(r".*[-_+=]", "".join(letters[0] for letters in same))
+            if shared and shared.end() > 2:
+                found = [f"…{name[shared.end() :]}" for name in found]
+            found = [name[::-1] for name in found]
+    for kept in range(LONGEST // 2, max(map(len, found))):
+        shorter = [
+            x if len(x) <= 2 * kept + 1 else f"{x[:kept]}…{x[len(x) - kept :]}" for x in found
+        ]
+        if len(set(shorter)) == len(names):
+            return dict(zip(names, shorter, strict=True))
+    return dict(zip(names, found, strict=True))
 
 
 def name_lines(figure: Any, axes: Any) -> None:
@@ -139,14 +174,19 @@ def name_lines(figure: Any, axes: Any) -> None:
         text.set_path_effects(halo)
 
 
-def color_of(optimizers: Sequence[str], optimizer: str) -> int:
-    """The index of an optimizer's colour; tuned and untuned share one.
+def place_of(optimizers: Sequence[str], optimizer: str) -> int:
+    """The place of an optimizer among the colours; tuned and untuned share one.
 
-    >>> [color_of(["adam", "adam-tuned", "hf"], x) for x in ("adam", "adam-tuned", "hf")]
+    >>> [place_of(["adam", "adam-tuned", "hf"], x) for x in ("adam", "adam-tuned", "hf")]
     [0, 0, 1]
     """
     bases = list(dict.fromkeys(name.removesuffix("-tuned") for name in optimizers))
-    return bases.index(optimizer.removesuffix("-tuned")) % len(LINES)
+    return bases.index(optimizer.removesuffix("-tuned"))
+
+
+def color_of(optimizers: Sequence[str], optimizer: str) -> int:
+    """The index of an optimizer's colour in `LINES`."""
+    return place_of(optimizers, optimizer) % len(LINES)
 
 
 def spread(
@@ -194,46 +234,6 @@ def save(figure: Any, path: str | Path) -> None:
         figure.savefig(path, dpi=200, metadata=metadata)
 
 
-def inline_svg(figure: Any, prefix: str, description: str) -> str:
-    """The figure as an SVG element for a page, its colours replaced by CSS variables.
-
-    Args:
-      figure: the matplotlib figure.
-      prefix: put before every id, so that several pictures can share a page.
-      description: for screen readers.
-    """
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', _keep_inner, svg)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
-    for name, color in [
-        *((f"line-{i}", c) for i, c in enumerate(LINES)),
-        ("ink", INK),
-        ("muted", MUTED),
-        ("grid", GRID),
-        ("paper", PAPER),
-    ]:
-        svg = svg.replace(color, f"var(--{name})")
-    label = html.escape(description, quote=True)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
-
-
-def _keep_inner(match: re.Match[str]) -> str:
-    """Removes namespaces everywhere, and sizes from the root, whose viewBox scales it."""
-    attribute = match.group(0)
-    is_size = attribute.lstrip().startswith(("width", "height"))
-    return attribute if is_size and not attribute.rstrip('"').endswith("pt") else ""
-
-
 @contextmanager
 def figures() -> Iterator[Any]:
     """matplotlib's figure module, in this style."""
@@ -245,11 +245,11 @@ def figures() -> Iterator[Any]:
 
 
 def plain_ticks(axis: Any, low: float, high: float) -> None:
-    """Ticks 1, 2, 5, 10, … on a log axis, within the range shown.
+    """Ticks at round numbers, within the range shown; see `ticks`.
 
     Args:
-      axis: an x or y axis on a log scale.
-      low: the smallest value shown, > 0.
+      axis: an x or y axis.
+      low: the smallest value shown; > 0 on a log scale.
       high: the largest.
 
     >>> from matplotlib.figure import Figure
@@ -260,12 +260,48 @@ def plain_ticks(axis: Any, low: float, high: float) -> None:
     """
     from matplotlib import ticker
 
-    decades = math.log10(max(high / low, 1.0))
-    if decades > 5:
-        return  # powers of ten, as matplotlib writes them
-    steps = (1, 2, 5) if decades < 2.6 else (1,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**power for power in powers for step in steps]
-    axis.set_major_locator(ticker.FixedLocator([t for t in ticks if low <= t <= high * 1.001]))
+    found = ticks(low, high, axis.get_scale() == "log")
+    axis.set_major_locator(ticker.FixedLocator([at for at, _ in found]))
     axis.set_minor_locator(ticker.NullLocator())
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_major_formatter(ticker.FixedFormatter([text for _, text in found]))
+
+
+def ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
+    """(value, text) of two to eight round numbers in [low, high].
+
+    >>> ticks(3.0, 7.0, True)
+    [(3.0, '3'), (4.0, '4'), (5.0, '5'), (6.0, '6'), (7.0, '7')]
+    >>> [text for _, text in ticks(1e-8, 1.0, True)]
+    ['10⁻⁸', '10⁻⁶', '10⁻⁴', '10⁻²', '10⁰']
+    """
+    slack = 1e-9 * (high - low)
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for steps in ((1,), (1, 2, 5)):
+            found = [step * 10.0**power for power in powers for step in steps]
+            found = [t for t in found if low - slack <= t <= high * 1.001]
+            if len(steps) == 1 and len(found) > 5:
+                raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+                found = found[:: math.ceil(len(found) / 7)]
+                return [(t, "10" + str(round(math.log10(t))).translate(raised)) for t in found]
+            if len(found) >= (3 if len(steps) == 1 else 4):
+                return [(t, f"{t:,.6g}") for t in found]
+    raw = (high - low) / 6.0
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * x for x in (1, 2, 2.5, 5, 10) if unit * x >= raw)
+    first, last = math.ceil((low - slack) / step), math.floor((high + slack) / step)
+    return [(t, f"{t:,.6g}") for t in (float(f"{k * step:.9g}") for k in range(first, last + 1))]
+
+
+def limits(values: np.ndarray, log: bool) -> tuple[float, float]:
+    """The ends of an axis: the values' range and 4 % more on each side.
+
+    >>> limits(np.array([1.0, np.nan, 3.0]), log=False)
+    (0.92, 3.08)
+    """
+    values = values[np.isfinite(values)]
+    scaled = np.log(values) if log else values
+    low, high = float(scaled.min()), float(scaled.max())
+    room = 0.04 * (high - low) or 0.05 * (abs(low) or 1.0)
+    low, high = low - room, high + room
+    return (math.exp(low), math.exp(high)) if log else (low, high)

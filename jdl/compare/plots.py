@@ -1,11 +1,12 @@
-"""The pictures of a study: curves over seeds, second-order steps, tuning, performance profiles.
+"""The pictures of a study: curves over seeds, second-order steps, tuning, ranks, profiles.
 
-Second-order methods are drawn solid, first-order ones dashed; an untuned optimizer is drawn thin
-where its tuned version is shown too.
+A picture is a `Chart`, plain data, drawn by matplotlib for the files and by `report.js` for the
+page. Second-order methods are drawn solid, first-order ones dashed; an untuned optimizer is drawn
+thin where its tuned version is shown too.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from jdl.compare.results import (
     Tuned,
     cost_to_target,
     is_accuracy,
+    lines,
     reached,
     tuning_cost,
     tunings,
@@ -27,6 +29,49 @@ from jdl.compare.statistics import performance_profiles
 
 UNITS = {"seconds": "seconds of training", "epoch": "epochs", "work": "work", "step": "steps"}
 FLOOR = 1e-8  # smaller losses, rounding of a float32 mean, are drawn at this value
+MOST = 60  # points of a line on the page
+# The marker and its size of each kind of mark; the ring of "cut" is empty.
+MARKS = {"reached": ("o", 4.5), "tried": ("o", 4.5), "cut": ("o", 4.5), "chosen": ("o", 8.0)}
+MARKS |= {"diverged": ("x", 7.0)}
+
+
+class Series(NamedTuple):
+    """One optimizer's line.
+
+    Attributes:
+      name: the optimizer.
+      x, y: its points, in order.
+      band: the lower and upper edge; None for none.
+      marks: (x, y, kind), y ∞ for the upper edge; the kinds are those of `MARKS`.
+      joined: whether a line joins the points.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    band: tuple[np.ndarray, np.ndarray] | None = None
+    marks: tuple[tuple[float, float, str], ...] = ()
+    joined: bool = True
+
+
+class Chart(NamedTuple):
+    """One pair of axes and its lines.
+
+    Attributes:
+      logs: whether x and y are logarithmic.
+      level: the target's height; None for none.
+      ticks: (value, text) of x and of y, in place of ones at round numbers.
+      drawn: how points are joined, "line" or "steps", right-continuous.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    logs: tuple[bool, bool] = (True, True)
+    level: float | None = None
+    ticks: tuple[Sequence[tuple[float, str]] | None, ...] = (None, None)
+    drawn: str = "line"
 
 
 class Panel(NamedTuple):
@@ -37,6 +82,7 @@ class Panel(NamedTuple):
     title: str
     x_label: str
     y_label: str
+    log: bool = True  # the y axis; not where a value is negative
     charged: bool = False  # whether curves begin after the cost of tuning
 
     def value(self, y: float) -> float:
@@ -44,21 +90,28 @@ class Panel(NamedTuple):
 
         On a log axis an error shows the difference between 98 and 99 %.
         """
-        return max(100.0 * (1.0 - y), 0.05) if is_accuracy(self.y) else max(y, FLOOR)
+        if is_accuracy(self.y):
+            return max(100.0 * (1.0 - y), 0.05)
+        return max(y, FLOOR) if self.log else y
 
 
 def panels(results: Results, problem: str) -> list[Panel]:
     """Training loss against seconds, epochs and work, and the test metric against seconds."""
+    rows = [r for t in results.trials if t.problem == problem for r in t.within(results.budget)]
 
-    def loss(x: str, title: str, x_label: str, charged: bool = False) -> Panel:
-        return Panel(x, "train_loss", title, x_label, "training loss", charged)
+    def panel(x: str, y: str, title: str, x_label: str, y_label: str) -> Panel:
+        negative = any((value := row.get(y)) is not None and value < 0.0 for row in rows)
+        return Panel(x, y, title, x_label, y_label, log=not negative)
+
+    def loss(x: str, title: str, x_label: str) -> Panel:
+        return panel(x, "train_loss", title, x_label, "training loss")
 
     def against_time(metric: str) -> Panel:
         words = metric.replace("_", " ")
         words = words.replace("accuracy", "error") if is_accuracy(metric) else words
         unit = " (%)" if is_accuracy(metric) else ""
         title = f"{words.capitalize()} against time"
-        return Panel("seconds", metric, title, UNITS["seconds"], words + unit)
+        return panel("seconds", metric, title, UNITS["seconds"], words + unit)
 
     found = [
         loss("seconds", "Loss against time", UNITS["seconds"]),
@@ -67,103 +120,70 @@ def panels(results: Results, problem: str) -> list[Panel]:
     ]
     if results.tuned:
         column = results.budget.column
-        found.append(loss(column, "Loss, tuning included", f"{UNITS[column]}, after tuning", True))
+        charged = loss(column, "Loss, tuning included", f"{UNITS[column]}, after tuning")
+        found.append(charged._replace(charged=True))
     metric = results.target(problem).metric
     if metric not in ("train_loss", "test_accuracy"):
         found.insert(0, against_time(metric))
-    columns = {c for t in results.trials if t.problem == problem for r in t.evaluations for c in r}
-    if "test_accuracy" in columns:
+    if any("test_accuracy" in row for row in rows):
         found.insert(1, against_time("test_accuracy"))
     return found
 
 
-def _figure(
-    draws: Iterable[Callable[[Any], None]], width: float, height: float, columns: int = 1
-) -> Any:
-    """A figure with a pair of axes for each function, lines named at their ends.
+# ------------------------------------------------------------------ drawing by matplotlib
 
-    Args:
-      draws: each draws into the axes given to it.
-      width: of the figure, in inches.
-      height: of each row of axes, in inches.
-      columns: axes beside each other.
-    """
-    draws = list(draws)
-    rows = math.ceil(len(draws) / columns)
+
+def _drawn(results: Results, charts: Iterable[Chart | None], height: float = 3.5) -> Any | None:
+    """The charts in one figure of a page's width; None where there are none."""
+    kept = [chart for chart in charts if chart is not None and any(len(s.x) for s in chart.series)]
+    if not kept:
+        return None
+    columns = min(len(kept), 2)
+    rows = math.ceil(len(kept) / columns)
     with drawing.figures() as figure_module:
-        figure = figure_module.Figure(figsize=(width, height * rows))
-        for place, draw in enumerate(draws, 1):
-            draw(figure.add_subplot(rows, columns, place))
+        figure = figure_module.Figure(figsize=(4.8 * columns, height * rows))
+        for place, chart in enumerate(kept, 1):
+            _draw(results, chart, figure.add_subplot(rows, columns, place))
         figure.tight_layout(w_pad=2.0, h_pad=1.5)
         for axes in figure.axes:
             drawing.name_lines(figure, axes)
         return figure
 
 
-def curves(results: Results, problem: str) -> Any:
-    """All panels in one figure of a page's width."""
-    draws = [_curves_of(results, problem, panel) for panel in panels(results, problem)]
-    return _figure(draws, 9.6, 3.5, columns=2)
-
-
-def panel_figure(results: Results, problem: str, panel: Panel) -> Any:
-    """One panel in a figure narrow enough for a phone."""
-    return _figure([_curves_of(results, problem, panel)], 5.0, 3.5)
-
-
-def _style(results: Results, optimizer: str) -> dict[str, Any]:
-    """Colour, dashes and width of an optimizer's line."""
-    second = any(trial.steps for trial in results.trials if trial.optimizer == optimizer)
-    return {
-        "color": drawing.LINES[drawing.color_of(results.optimizers, optimizer)],
-        "linestyle": "-" if second else (0, (4.5, 1.6)),
-        "linewidth": 0.9 if f"{optimizer}-tuned" in results.optimizers else None,
-        "label": optimizer,
-    }
-
-
-def _curves_of(results: Results, problem: str, panel: Panel) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        target = results.target(problem)
-        axes.set_yscale("log")
-        axes.set_xscale("log")
-        for optimizer in results.optimizers:
-            _curve(axes, results, problem, optimizer, panel)
-        if target.metric == panel.y:
-            _target_line(axes, panel.value(target.threshold))
-        axes.set_title(panel.title, pad=7)
-        axes.set_xlabel(panel.x_label)
-        axes.set_ylabel(panel.y_label)
-        drawing.leave_room(axes)
-
-    return draw
-
-
-def _curve(axes: Any, results: Results, problem: str, optimizer: str, panel: Panel) -> None:
-    """The median over seeds, their range, and where the target was reached or a trial diverged."""
-    trials, style = results.of(problem, optimizer), _style(results, optimizer)
-    before = 0.0
-    if panel.charged:
-        before = tuning_cost(results.tuned.get((problem, optimizer), ()), panel.x)
-    grid, values = _on_one_grid(trials, panel, results.budget)
-    if not len(grid):
-        return
-    axes.plot(grid + before, np.nanmedian(values, axis=0), zorder=3, **style)
-    color = style["color"]
-    if len(values) > 1:
-        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        axes.fill_between(grid + before, low, high, color=color, alpha=0.16, linewidth=0, zorder=2)
-    mark = {"color": color, "zorder": 5}
-    paper = {"markeredgecolor": drawing.PAPER, "markeredgewidth": 0.9}
-    for trial in trials:
-        row = reached(trial, results.target(problem), results.budget)
-        if row is not None and row[panel.x] > 0:
-            x, y = _point(row, panel)
-            axes.plot(x + before, y, "o", markersize=5.5, **mark, **paper)
-        last = _usable(trial, panel, results.budget)[-1:]
-        if trial.status == "diverged" and last:
-            x, y = _point(last[0], panel)
-            axes.plot(x + before, y, "x", markersize=7, **mark)
+def _draw(results: Results, chart: Chart, axes: Any) -> None:
+    axes.set_xscale("log" if chart.logs[0] else "linear")
+    axes.set_yscale("log" if chart.logs[1] else "linear")
+    where = "steps-post" if chart.drawn == "steps" else "default"
+    for series in chart.series:
+        style = _style(results, series.name)
+        if not len(series.x):
+            continue
+        if not series.joined:
+            style["linestyle"] = ""
+        axes.plot(series.x, series.y, zorder=3, drawstyle=where, **style)
+        if series.band is not None:
+            axes.fill_between(
+                series.x, *series.band, color=style["color"], alpha=0.16, linewidth=0, zorder=2
+            )
+        for x, y, kind in series.marks:
+            marker, size = MARKS[kind]
+            drawn: dict[str, Any] = {"marker": marker, "markersize": size, "zorder": 5}
+            drawn |= {"color": style["color"], "clip_on": False}
+            if marker == "o":
+                drawn["markeredgecolor"] = drawing.PAPER
+            if kind == "cut":
+                drawn |= {"markerfacecolor": drawing.PAPER, "markeredgecolor": style["color"]}
+            at = axes.transData if math.isfinite(y) else axes.get_xaxis_transform()
+            axes.plot([x], [y if math.isfinite(y) else 1.0], transform=at, **drawn)
+    if chart.level is not None:
+        _target_line(axes, chart.level)
+    axes.set_title(chart.title, pad=7)
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    drawing.leave_room(axes)
+    for axis, ticks in zip((axes.xaxis, axes.yaxis), chart.ticks, strict=True):
+        if ticks is not None:
+            axis.set_ticks([at for at, _ in ticks], [text for _, text in ticks])
 
 
 def _target_line(axes: Any, level: float) -> None:
@@ -179,12 +199,147 @@ def _target_line(axes: Any, level: float) -> None:
     )
 
 
+def _style(results: Results, optimizer: str) -> dict[str, Any]:
+    """Colour, dashes, width and label of an optimizer's line."""
+    color, dashes = style_of(results, optimizer)
+    return {
+        "color": drawing.LINES[color],
+        "linestyle": (0, dashes) if dashes else "-",
+        "linewidth": 0.9 if f"{optimizer}-tuned" in results.optimizers else None,
+        "label": drawing.short_names(results.optimizers)[optimizer],
+    }
+
+
+def style_of(results: Results, optimizer: str) -> tuple[int, tuple[float, ...]]:
+    """The index of an optimizer's colour, and its dashes; where colours recur, other dashes."""
+    second = any(trial.steps for trial in results.trials if trial.optimizer == optimizer)
+    place = drawing.place_of(results.optimizers, optimizer)
+    dashes = drawing.SOLID if second else drawing.DASHED
+    return place % len(drawing.LINES), dashes[place // len(drawing.LINES) % len(dashes)]
+
+
+# ------------------------------------------------------------------ as data for the page
+
+
+def data(results: Results, chart: Chart) -> dict[str, Any]:
+    """The chart as plain lists for `report.js`: limits, ticks, and at most `MOST` points a line."""
+    ys = [y for s in chart.series for y in (s.y, *(s.band or ()), [m[1] for m in s.marks])]
+    xs = [x for s in chart.series for x in (s.x, [m[0] for m in s.marks])]
+    if chart.level is not None:
+        ys.append(np.array([chart.level]))
+    found: dict[str, Any] = {"title": chart.title, "drawn": chart.drawn, "level": chart.level}
+    of_axes = zip(
+        "xy", (chart.x_label, chart.y_label), (xs, ys), chart.logs, chart.ticks, strict=True
+    )
+    for key, label, values, log, ticks in of_axes:
+        low, high = drawing.limits(np.concatenate(values), log)
+        ticks = drawing.ticks(low, high, log) if ticks is None else ticks
+        found[key] = {"label": label, "log": log, "low": low, "high": high, "ticks": ticks}
+    found["series"] = [_series_data(results, series) for series in chart.series]
+    return found
+
+
+def _series_data(results: Results, series: Series) -> dict[str, Any]:
+    kept = np.unique(np.linspace(0, max(len(series.x) - 1, 0), MOST).round().astype(int))
+    kept = kept[: len(series.x)]
+
+    def short(values: np.ndarray) -> list[float]:
+        return [float(f"{value:.4g}") for value in values[kept]]
+
+    low, high = series.band or (None, None)
+    return {
+        "line": results.optimizers.index(series.name),
+        "x": short(series.x),
+        "y": short(series.y),
+        "low": None if low is None else short(low),
+        "high": None if high is None else short(high),
+        "marks": [
+            [float(f"{x:.4g}"), float(f"{y:.4g}") if math.isfinite(y) else None, kind]
+            for x, y, kind in series.marks
+        ],
+        "joined": series.joined,
+    }
+
+
+# ------------------------------------------------------------------ curves
+
+
+def curves(results: Results, problem: str) -> Any:
+    """All curves, and how ranks move with the unit of cost, in one figure."""
+    return _drawn(results, [*curve_charts(results, problem), rank_chart(results, problem)])
+
+
+def curve_charts(results: Results, problem: str) -> list[Chart]:
+    """A chart for each of `panels`."""
+    target, found = results.target(problem), []
+    for panel in panels(results, problem):
+        series = [_curve(results, problem, name, panel) for name in results.optimizers]
+        level = panel.value(target.threshold) if target.metric == panel.y else None
+        logs = True, panel.log
+        kept = tuple(s for s in series if s is not None)
+        if kept:
+            found.append(Chart(panel.title, panel.x_label, panel.y_label, kept, logs, level))
+    return found
+
+
+def _curve(results: Results, problem: str, optimizer: str, panel: Panel) -> Series | None:
+    """The median over seeds, their range, and where a seed reached the target or diverged."""
+    trials = results.of(problem, optimizer)
+    before = 0.0
+    if panel.charged:
+        before = tuning_cost(results.tuned.get((problem, optimizer), ()), panel.x)
+    grid, values = _on_one_grid(trials, panel, results.budget)
+    if not len(grid):
+        return None
+    marks = []
+    for trial in trials:
+        row = reached(trial, results.target(problem), results.budget)
+        if row is not None and row[panel.x] > 0:
+            marks.append((row, "reached"))
+        last = _usable(trial, panel, results.budget)[-1:]
+        if trial.status == "diverged" and last:
+            marks.append((last[0], "diverged"))
+    points = [(*_point(row, panel), kind) for row, kind in marks]
+    return Series(
+        optimizer,
+        grid + before,
+        np.nanmedian(values, axis=0),
+        (np.nanmin(values, axis=0), np.nanmax(values, axis=0)) if len(values) > 1 else None,
+        tuple((x + before, y, kind) for x, y, kind in points),
+    )
+
+
+def rank_chart(results: Results, problem: str) -> Chart | None:
+    """How ranks by the median cost to the target move from steps to work to seconds.
+
+    None for fewer than two optimizers that reached it in most seeds.
+    """
+    columns = ("step", "work", "seconds")
+    found = [line for line in lines(results, problem) if math.isfinite(line.cost.median)]
+    if len(found) < 2:
+        return None
+    costs = np.array([[line.costs[column].median for column in columns] for line in found])
+    ranks = 1 + np.sum(costs[None] < costs[:, None], axis=1)  # equal costs, equal ranks
+    places = np.arange(3.0)
+    return Chart(
+        "Ranks by the cost to the target",
+        "",
+        "rank, 1 is best",
+        tuple(Series(x.optimizer, places, -1.0 * r) for x, r in zip(found, ranks, strict=True)),
+        (False, False),
+        ticks=(
+            list(zip(places.tolist(), ("steps", "work", "seconds"), strict=True)),
+            [(-float(r), str(r)) for r in range(1, len(found) + 1, 1 + len(found) // 8)],
+        ),
+    )
+
+
 def _point(row: Row, panel: Panel) -> tuple[float, float]:
-    return row[panel.x], panel.value(row[panel.y])
+    return float(row[panel.x]), panel.value(row[panel.y])
 
 
 def _usable(trial: Trial, panel: Panel, budget: Budget) -> list[Row]:
-    """The evaluations that can be drawn on log axes."""
+    """The evaluations that can be drawn on a logarithmic x axis."""
     return [
         row
         for row in trial.within(budget)
@@ -195,7 +350,7 @@ def _usable(trial: Trial, panel: Panel, budget: Budget) -> list[Row]:
 def _on_one_grid(
     trials: Sequence[Trial], panel: Panel, budget: Budget
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The seeds' curves [seed, x] at common places x, interpolated linearly on log axes.
+    """The seeds' curves [seed, x] at common places x, interpolated linearly on the axes drawn.
 
     A trial that ended keeps its last value; one that diverged has none after its end.
     """
@@ -207,8 +362,9 @@ def _on_one_grid(
     values = []
     for trial, p in drawn:
         right = np.nan if trial.status == "diverged" else None
-        line = np.interp(np.log(grid), np.log(p[:, 0]), np.log(p[:, 1]), left=np.nan, right=right)
-        values.append(np.exp(line))
+        y = np.log(p[:, 1]) if panel.log else p[:, 1]
+        line = np.interp(np.log(grid), np.log(p[:, 0]), y, left=np.nan, right=right)
+        values.append(np.exp(line) if panel.log else line)
     kept = ~np.all(np.isnan(values), axis=0)
     return grid[kept], np.asarray(values)[:, kept]
 
@@ -249,108 +405,93 @@ def step_values(trial: Trial, field: Field) -> list[tuple[float, float]]:
 
 def steps(results: Results, problem: str) -> Any | None:
     """What each second-order step did, against time; None where there is no such method."""
+    return _drawn(results, step_charts(results, problem), height=2.7)
 
-    def points(trial: Trial, field: Field) -> list[tuple[float, float]]:
-        return [point for point in step_values(trial, field) if not field.log or point[1] > 0]
 
-    drawn = []
+def step_charts(results: Results, problem: str) -> list[Chart]:
+    """A chart for each of `FIELDS` that a method logged, of its first seed."""
+    found = []
     for field in FIELDS:
-        lines = {
-            optimizer: found
-            for optimizer in results.optimizers
-            for trial in results.of(problem, optimizer)[:1]  # one seed: steps do not average
-            if (found := points(trial, field))
-        }
-        if lines:
-            drawn.append(_steps_of(results, field, lines))
-    return _figure(drawn, 9.6, 2.7, columns=2) if drawn else None
-
-
-def _steps_of(
-    results: Results, field: Field, lines: dict[str, list[tuple[float, float]]]
-) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        axes.set_xscale("log")
-        if field.log:
-            axes.set_yscale("log")
-        for optimizer, points in lines.items():
-            seconds, values = zip(*points, strict=True)
-            color = drawing.LINES[drawing.color_of(results.optimizers, optimizer)]
-            marker = {"marker": "o" if len(points) < 60 else "", "markersize": 2.5}
-            axes.plot(seconds, values, color=color, label=optimizer, linewidth=1.1, **marker)
-        axes.set_title(field.title, pad=6)
-        axes.set_xlabel(UNITS["seconds"])
-        drawing.leave_room(axes)
-
-    return draw
+        series = []
+        for optimizer in results.optimizers:
+            for trial in results.of(problem, optimizer)[:1]:  # one seed: steps do not average
+                points = [p for p in step_values(trial, field) if p[0] > 0]
+                points = [p for p in points if not field.log or p[1] > 0]
+                if points:
+                    series.append(Series(optimizer, *np.array(points).T))
+        if series:
+            chart = Chart(field.title, UNITS["seconds"], "", tuple(series), (True, field.log))
+            found.append(chart)
+    return found
 
 
 # ------------------------------------------------------------------ tuning, and all problems
 
 
 def sensitivity(results: Results, problem: str) -> Any | None:
-    """The criterion at the end for each value tried, one panel per parameter; None without tuning.
+    """As `sensitivity_charts`, in one figure; None without tuning."""
+    return _drawn(results, sensitivity_charts(results, problem))
 
-    Rings are trials that were cut; crosses, on the upper edge, ones that diverged or failed; the
-    large dot is the value chosen.
+
+def sensitivity_charts(results: Results, problem: str) -> list[Chart]:
+    """The criterion at the end for each value tried, a chart for each number.
+
+    Trials are joined where no other number was tuned.
     """
     found = tunings(results, problem)
-    parameters = list(dict.fromkeys(t.parameter for t in found.values()))
-    if not parameters:
-        return None
-    draws = [_values_of(results, found, parameter) for parameter in parameters]
-    return _figure(draws, 4.8 * len(parameters), 3.4, columns=len(parameters))
+    ranges = {x.parameter: x for tuned in found.values() for x in tuned.space}
+    ends = [end for tuned in found.values() for _, end, _ in tuned.trials]
+    log_y = all(end >= 0.0 for end in ends)
+    charts = []
+    for x in ranges.values():
+        falls, name = x.scale == "one minus log", x.parameter.replace("_", " ")
+        logs = x.scale != "linear", log_y
+        series = tuple(
+            _tried(optimizer, tuned, x.parameter, falls, logs)
+            for optimizer, tuned in found.items()
+            if x in tuned.space
+        )
+        criterion = next(t.criterion for t in found.values()).replace("_", " ")
+        title, at_end = f"Sensitivity to the {name}", f"{criterion} at the end"
+        charts.append(Chart(title, f"1 − {name}" if falls else name, at_end, series, logs))
+    return charts
 
 
-def _values_of(results: Results, found: dict[str, Tuned], parameter: str) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for name, tuned in found.items():
-            if tuned.parameter == parameter:
-                color = drawing.LINES[drawing.color_of(results.optimizers, name)]
-                _values_tried(axes, tuned, name.removesuffix("-tuned"), color)
-        criterion = next(t.criterion for t in found.values())
-        axes.set_title(f"Sensitivity to the {parameter.replace('_', ' ')}", pad=6)
-        axes.set_xlabel(parameter.replace("_", " "))
-        axes.set_ylabel(criterion.replace("_", " ") + " at the end")
-        drawing.leave_room(axes)
-
-    return draw
-
-
-def _values_tried(axes: Any, tuned: Tuned, name: str, color: str) -> None:
-    ordered = sorted(tuned.trials)
-    lost = [value for value, last, _ in ordered if not math.isfinite(last)]
-    if lost:
-        at_top = axes.get_xaxis_transform()
-        axes.plot(lost, np.ones(len(lost)), "x", color=color, transform=at_top, clip_on=False)
-    kept = [(value, max(last, FLOOR), status) for value, last, status in ordered if last < math.inf]
-    if not kept:
-        return
-    x, y, _ = zip(*kept, strict=True)
-    axes.plot(x, y, color=color, label=name, linewidth=1.2)
-    for value, last, status in kept:
-        size = 8 if value == tuned.value else 4.5
-        face = color if status == "done" else drawing.PAPER
-        axes.plot(value, last, "o", color=color, markersize=size, markerfacecolor=face)
+def _tried(
+    optimizer: str, tuned: Tuned, parameter: str, falls: bool, logs: tuple[bool, bool]
+) -> Series:
+    """One optimizer's tuning trials by one number; a lost one's criterion is ∞."""
+    marks = []
+    for values, end, status in tuned.trials:
+        x = float(1.0 - values[parameter] if falls else values[parameter])
+        kind = "chosen" if values == tuned.values else "tried" if status == "done" else "cut"
+        lost = not math.isfinite(end)
+        if x > 0.0 or not logs[0]:
+            y = math.inf if lost else max(end, FLOOR) if logs[1] else end
+            marks.append((x, y, "diverged" if lost else kind))
+    marks.sort()
+    points = np.array([(x, y) for x, y, _ in marks if math.isfinite(y)]).reshape(-1, 2)
+    joined = len(tuned.space) == 1
+    return Series(optimizer, points[:, 0], points[:, 1], None, tuple(marks), joined)
 
 
 def profiles(results: Results) -> Any | None:
     """Performance profiles over problems and seeds; None for fewer than three pairs of them."""
+    return _drawn(results, [profile_chart(results)])
+
+
+def profile_chart(results: Results) -> Chart | None:
+    """As `profiles`, as a chart."""
     costs = cost_to_target(results)
-    trials = len(next(iter(costs.values())))
-    if trials < 3 or len(costs) < 2:
+    if len(next(iter(costs.values()))) < 3 or len(costs) < 2:
         return None
-
-    def draw(axes: Any) -> None:
-        for name, profile in performance_profiles(costs).items():
-            axes.step(profile.ratios, profile.shares, where="post", **_style(results, name))
-        axes.set_xlim(1.0, 5.2)
-        axes.set_xticks([1, 2, 3, 4])
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_title("Performance profile", pad=6)
-        axes.set_xlabel("cost to the target, in units of the best optimizer's")
-        axes.set_ylabel("share of problems and seeds")
-
-    return _figure([draw], 5.0, 3.4)
+    found = performance_profiles(costs).items()
+    return Chart(
+        "Performance profile",
+        "cost to the target, in units of the best optimizer's",
+        "share of problems and seeds",
+        tuple(Series(name, np.array(p.ratios), np.array(p.shares)) for name, p in found),
+        (False, False),
+        ticks=([(float(x), str(x)) for x in (1, 2, 3, 4)], None),
+        drawn="steps",
+    )

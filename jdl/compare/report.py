@@ -9,6 +9,8 @@ results.csv   every evaluation
 import csv
 import html
 import io
+import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,32 +22,56 @@ from jdl.compare.results import Results
 from jdl.core import check
 from jdl.core.files import write_atomically
 
+PAPER = "--page: #ffffff; --soft: #f1f3f6; --ink: #1b1d22; --muted: #5a5e68; --grid: #e4e5e9;"
+NIGHT = "--page: #15171b; --soft: #22262c; --ink: #e8e9ec; --muted: #a0a5b0; --grid: #33373f;"
 STYLE = """
-:root { color-scheme: light dark; --page: #ffffff; --soft: #f5f6f8;
-  --ink: #1b1d22; --muted: #5a5e68; --grid: #e4e5e9; --paper: #ffffff; %s }
-@media (prefers-color-scheme: dark) { :root { --page: #15171b; --soft: #1e2126;
-  --ink: #e8e9ec; --muted: #a0a5b0; --grid: #33373f; --paper: #15171b; %s } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1.1rem 4rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
+:root { color-scheme: light dark; @light }
+@media screen and (prefers-color-scheme: dark) { :root { @dark } }
+* { box-sizing: border-box } [hidden] { display: none !important }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1.1rem 4rem; background: var(--page);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.1rem; color: var(--muted); font-weight: 600; margin: 0 0 1.2rem }
-h2 { font-size: 1.45rem; line-height: 1.3; margin: 2.2rem 0 .6rem; max-width: 46rem }
+h2 { font-size: 1.45rem; line-height: 1.3; margin: 2.2rem 0 .6rem; max-width: 50rem }
 h3 { font-size: 1.05rem; margin: 2rem 0 .5rem }
-p, li { max-width: 46rem } .note { color: var(--muted); font-size: .9rem }
-.trouble { border-left: 3px solid #d55e00; padding-left: .7rem }
+p, li { max-width: 50rem } .note { color: var(--muted); font-size: .9rem }
+.trouble { border-left: 3px solid #d55e00; max-height: 12rem; overflow: auto }
 .figures { display: grid; gap: 1.4rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%%, 24rem), 1fr)) }
-svg { width: 100%%; height: auto; display: block }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
+figure { margin: 0; position: relative; min-height: 13rem; break-inside: avoid }
+figcaption { font-weight: 600; font-size: .92rem } svg { width: 100%; height: auto; display: block }
+svg text { fill: var(--ink); font-size: 11px } svg .muted { fill: var(--muted) }
+.grid { stroke: var(--grid) } .target { stroke: var(--muted); stroke-dasharray: 2 2 }
+.cursor { stroke: var(--muted) } .line { stroke: var(--c); fill: none; stroke-linejoin: round }
+.band { fill: var(--c); opacity: .15 } .dot { fill: var(--c); stroke: var(--page) }
+.cut { fill: var(--page); stroke: var(--c) }
+svg text.name { fill: var(--c); font-weight: 600 }
+output { position: absolute; z-index: 2; left: 0; right: 0; top: 100%; padding: .3rem .5rem;
+  background: var(--soft); font-size: .82rem; border-radius: .3rem } output:empty { display: none }
+#bar { display: flex; flex-wrap: wrap; gap: .3rem; padding: .4rem 0; background: var(--page) }
+@media (min-width: 60rem) { #bar { position: sticky; top: 0; z-index: 3 } }
+button, input { font: inherit; font-size: .85rem; color: inherit; background: var(--soft);
+  border: 1px solid var(--grid); border-radius: .4rem; padding: .15rem .5rem }
+button[aria-pressed=false] { opacity: .45; text-decoration: line-through }
+th button { all: unset; cursor: pointer } th button:focus-visible { outline: 2px solid }
+th[aria-sort=ascending] button::after { content: " ↑" }
+th[aria-sort=descending] button::after { content: " ↓" }
 .scroll { overflow-x: auto; margin-bottom: 1rem }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--grid);
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--grid) }
+th:first-child { text-align: left; padding-left: 0; min-width: 8rem; overflow-wrap: anywhere }
+thead th { color: var(--muted); font-weight: 600; vertical-align: bottom } i { font-style: normal;
   white-space: nowrap }
-th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 600 }
-th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal }
-.wide { text-align: left; white-space: normal; min-width: 15rem; font-size: .85rem }
-.key { display: inline-block; width: .7em; height: .7em; border-radius: 50%%; margin-right: .5em }
+.wide { text-align: left; min-width: 15rem; font-size: .85rem }
+.key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em }
 a { color: inherit } code { font-size: .9em }
+@page { size: A4; margin: 13mm }
+@media print { #bar { display: none } :root { font-size: 9pt } body { padding: 0 }
+  .scroll, .trouble { overflow: visible; max-height: none } table { font-size: 7.5pt; width: 100% }
+  th, td { padding: .2rem .3rem } i { white-space: normal } .wide, th:first-child { min-width: 0 }
+  .figures { grid-template-columns: 1fr 1fr } tr, figure { break-inside: avoid }
+  h2, h3 { break-after: avoid } * { print-color-adjust: exact } }
 """
+SMALL = 200_000  # letters of a results.csv that the page holds
 
 
 def write(workdir: str | Path, results: Results | None = None) -> Path:
@@ -94,65 +120,112 @@ def _save(figure: Any | None, stem: Path) -> None:
 
 def page(results: Results) -> str:
     """`report.html`: everything in one file, all text from outside escaped."""
+    charts: list[plots.Chart] = []
+    body = _bar(results)
+    body += "".join(_problem(results, problem, charts) for problem in results.problems)
+    body += _standings(results, charts) + _settings(results) + _foot(results)
     colors = [
-        " ".join(f"--line-{i}: {color};" for i, color in enumerate(line))
-        for line in (drawing.LINES, drawing.LINES_DARK)
+        base + "".join(f" --line-{i}: {color};" for i, color in enumerate(line))
+        for base, line in ((PAPER, drawing.LINES), (NIGHT, drawing.LINES_DARK))
     ]
-    body = "".join(_problem(results, problem, i) for i, problem in enumerate(results.problems))
-    body += _standings(results) + _settings(results) + _foot(results)
+    style = STYLE.replace("@light", colors[0]).replace("@dark", colors[1])
+    script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_title(results)}</title><style>{STYLE % tuple(colors)}</style></head><body>\n"
-        f"<h1>{_title(results)}</h1>\n{body}</body></html>\n"
+        f"<title>{_title(results)}</title><style>{style}</style></head><body>\n"
+        f"<h1>{_title(results)}</h1>\n{body}\n"
+        f'<script type="application/json" id="data">{_data(results, charts)}</script>\n'
+        f"<script>\n{script}</script></body></html>\n"
     )
 
 
+def _data(results: Results, charts: Iterable[plots.Chart]) -> str:
+    """The lines and charts as JSON that cannot end its element."""
+    short = drawing.short_names(results.optimizers)
+    lines = []
+    for name in results.optimizers:
+        color, dashes = plots.style_of(results, name)
+        thin = f"{name}-tuned" in results.optimizers
+        line = {"name": name, "short": short[name], "color": color, "dashes": dashes, "thin": thin}
+        lines.append(line)
+    found = {"lines": lines, "charts": [plots.data(results, chart) for chart in charts]}
+    text = json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
 def _title(results: Results) -> str:
-    names = ", ".join(results.optimizers)
-    return _escape(f"{names} on {', '.join(results.problems)}")
+    names = results.optimizers
+    told = ", ".join(names) if len(names) <= 8 else f"{len(names)} optimizers"
+    return _escape(f"{told} on {', '.join(results.problems)}")
 
 
-def _problem(results: Results, problem: str, place: int) -> str:
+def _bar(results: Results) -> str:
+    """Chooses which optimizers are shown; hidden where no script runs."""
+    buttons = "".join(
+        f'<button aria-pressed="true">{_key(results, name)}{_escape(name)}</button>'
+        for name in results.optimizers
+    )
+    label = "Show optimizers whose name contains"
+    return (
+        f'<div id="bar" role="group" aria-label="Optimizers shown" hidden>'
+        f'<input type="search" aria-label="{label}" placeholder="Filter">{buttons}</div>\n'
+        "<noscript><p>The pictures here need JavaScript; they are also beside this page, as "
+        "PNG and SVG.</p></noscript>\n"
+    )
+
+
+def _problem(results: Results, problem: str, charts: list[plots.Chart]) -> str:
     title = tables.named(results, problem) + res.headline(results, problem)
     found = [f"<h2>{_escape(title)}</h2>", f"<p>{_escape(tables.question(results, problem))}</p>"]
-    for trouble in tables.troubles(results, problem):
-        found.append(f'<p class="trouble">{_escape(trouble)}</p>')
-    panels = [
-        _picture(
-            plots.panel_figure(results, problem, panel),
-            f"p{place}f{i}",
-            f"{panel.title}: {panel.y_label} against {panel.x_label}, one line per optimizer. "
-            "The table below has the numbers.",
-        )
-        for i, panel in enumerate(plots.panels(results, problem))
-    ]
-    found += ['<div class="figures">', *panels, "</div>", _note(tables.caption(results))]
+    if troubles := tables.troubles(results, problem):
+        found.append(f'<div class="trouble">{_list(troubles)}</div>')
     header, rows = res.table(results, problem)
     found.append(f"<h3>Final values, and the way to {_escape(str(results.target(problem)))}</h3>")
     found.append(_table(tables.Table(header, rows), results))
+    drawn = [*plots.curve_charts(results, problem), plots.rank_chart(results, problem)]
+    found += [_pictures(drawn, charts), _note(tables.caption(results))]
+    costs = tables.costs(results, problem)
+    found += ["<h3>Cost</h3>", _table(costs, results), _note(costs.note)]
+    if (ends := tables.at_ends(results, problem)) is not None:
+        found += ["<h3>At the end of each budget</h3>", _table(ends, results), _note(ends.note)]
+    if negatives := tables.negatives(results, problem):
+        found.append(f"<h3>What did not work</h3>{_list(negatives)}")
     if (steps := tables.describe_steps(results, problem)) is not None:
         found += ["<h3>What each second-order step did</h3>", _table(steps, results)]
-        figure, about = plots.steps(results, problem), "What each second-order step did."
-        found += [_wide_picture(figure, f"p{place}s", about), _note(steps.note)]
+        found += [_pictures(plots.step_charts(results, problem), charts), _note(steps.note)]
     if (tuning := tables.tuning_table(results, problem)) is not None:
         found += ["<h3>Tuning</h3>", _table(tuning, results), _note(tuning.note)]
-        figure, about = plots.sensitivity(results, problem), "What each value tried ended with."
-        found.append(_wide_picture(figure, f"p{place}t", about))
+        found.append(_pictures(plots.sensitivity_charts(results, problem), charts))
         marks = "Large dots: chosen. Rings: cut early. Crosses on the upper edge: "
         found.append(_note(marks + "diverged or failed."))
     found.append(f"<h3>The problem</h3>{_facts(results.problem(problem))}")
     return "\n".join(found) + "\n"
 
 
-def _standings(results: Results) -> str:
-    table = tables.standings(results)
-    if table is None:
+def _pictures(drawn: Iterable[plots.Chart | None], charts: list[plots.Chart]) -> str:
+    """Places for the charts that `report.js` draws, and the charts added to the page's."""
+    found = []
+    for chart in drawn:
+        if chart is not None and any(len(series.x) for series in chart.series):
+            found.append(
+                f'<figure data-chart="{len(charts)}"><figcaption>{_escape(chart.title)}'
+                '</figcaption><output aria-live="polite"></output></figure>'
+            )
+            charts.append(chart)
+    return f'<div class="figures">{"".join(found)}</div>'
+
+
+def _standings(results: Results, charts: list[plots.Chart]) -> str:
+    table, pairs = tables.standings(results), tables.pairs(results)
+    if table is None or pairs is None:
         return ""
-    about = "Performance profiles; the scores above sum them up."
+    every = f"{_table(pairs, results)}{_note(pairs.note)}"
+    if len(pairs.rows) > 15:
+        every = f"<details><summary>{len(pairs.rows)} pairs</summary>{every}</details>"
     return (
         f"<h3>Over all problems and seeds</h3>{_table(table, results)}{_note(table.note)}"
-        + _picture(plots.profiles(results), "profile", about, "max-width:30rem")
+        f"{_pictures([plots.profile_chart(results)], charts)}<h3>Every pair</h3>{every}"
     )
 
 
@@ -161,35 +234,30 @@ def _settings(results: Results) -> str:
     return "<h3>Settings</h3>" + _table(table, results)
 
 
-def _picture(figure: Any, prefix: str, description: str, style: str = "") -> str:
-    svg = drawing.inline_svg(figure, prefix, description)
-    return f"<figure style='margin:0;{style}'>{svg}</figure>"
-
-
-def _wide_picture(figure: Any | None, prefix: str, description: str) -> str:
-    """A picture that scrolls on narrow screens."""
-    if figure is None:
-        return ""
-    return f"<div class='scroll'>{_picture(figure, prefix, description, 'min-width:34rem')}</div>"
-
-
 def _note(text: str) -> str:
     return f'<p class="note">{_escape(text)}</p>'
 
 
 def _foot(results: Results) -> str:
     where = results.study["machine"]
-    rules = "".join(f"<li>{_escape(rule)}</li>" for rule in tables.rules_of(results))
     flags = f" XLA_FLAGS: {where['xla_flags']}." if where["xla_flags"] else ""
-    data = "data:text/csv;charset=utf-8," + quote(csv_text(results))
+    data, where_from = csv_text(results), "lies beside this page"
+    address = "results.csv"
+    if len(data) <= SMALL:
+        address = "data:text/csv;charset=utf-8," + quote(data)
+        where_from = "is part of this page"
     return (
-        f"<h3>How it was measured</h3><ul>{rules}</ul>"
+        f"<h3>How it was measured</h3>{_list(tables.rules_of(results))}"
         f"<h3>Machine and versions</h3><p>{_escape(machine.sentence(where))}.{_escape(flags)}</p>"
         f"<p>{_escape(_versions(results))}.</p>"
-        f'<h3>Data</h3><p><a download="results.csv" href="{data}">results.csv</a>, every '
-        "evaluation, is part of this page; <code>metrics.jsonl</code> beside it also has every "
-        "step.</p>"
+        f'<h3>Data</h3><p><a download="results.csv" href="{address}">results.csv</a>, every '
+        f"evaluation, {where_from}; <code>metrics.jsonl</code> beside it also has every step.</p>"
     )
+
+
+def _key(results: Results, optimizer: str) -> str:
+    color = drawing.color_of(results.optimizers, optimizer)
+    return f'<span class="key" style="background:var(--line-{color})"></span>'
 
 
 def _table(table: tables.Table, results: Results) -> str:
@@ -197,17 +265,22 @@ def _table(table: tables.Table, results: Results) -> str:
     wide = {"settings", "how steps ended"}  # columns of sentences
     kinds = [' class="wide"' if name in wide else "" for name in table.header]
     pairs = zip(kinds, table.header, strict=True)
-    head = "".join(f"<th{kind}>{_escape(name)}</th>" for kind, name in pairs)
+    head = "".join(f'<th scope="col"{kind}>{_escape(name)}</th>' for kind, name in pairs)
+    places = {name: i for i, name in enumerate(results.optimizers)}
     lines = []
     for row in table.rows:
-        color = drawing.color_of(results.optimizers, row[0])
-        key = f'<span class="key" style="background:var(--line-{color})"></span>'
-        cells = [f"<td>{key}{_escape(row[0])}</td>"]
+        cells = [f'<th scope="row">{_key(results, row[0])}{_escape(row[0])}</th>']
         pairs = zip(kinds[1:], row[1:], strict=True)
-        cells += [f"<td{kind}>{_escape(cell)}</td>" for kind, cell in pairs]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+        cells += [f"<td{kind}>{_cell(cell)}</td>" for kind, cell in pairs]
+        of = " ".join(str(places[cell]) for cell in row[:2] if cell in places)
+        lines.append(f'<tr data-line="{of}">{"".join(cells)}</tr>')
     head, body = f"<thead><tr>{head}</tr></thead>", "\n".join(lines)
-    return f'<div class="scroll"><table>{head}\n<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table>{head}\n<tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """A range in parentheses stays in one line."""
+    return re.sub(r"\([^()]{1,24}\)", r"<i>\g<0></i>", _escape(text))
 
 
 def _versions(results: Results) -> str:
@@ -219,8 +292,11 @@ def _versions(results: Results) -> str:
 
 def _facts(problem: Mapping[str, Any]) -> str:
     facts = {"training examples": problem["examples"], **problem["about"]}
-    items = "".join(f"<li>{_escape(f'{k}: {tables.value(v)}')}</li>" for k, v in facts.items())
-    return f"<ul>{items}</ul>"
+    return _list(f"{k}: {tables.value(v)}" for k, v in facts.items())
+
+
+def _list(sentences: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{_escape(text)}</li>' for text in sentences)}</ul>"
 
 
 def _escape(text: str) -> str:
@@ -240,6 +316,12 @@ def markdown(results: Results) -> str:
         found += [f"- **{trouble}**" for trouble in tables.troubles(results, problem)]
         found += ["", f"![Training curves](curves{suffix}.png)", "", tables.caption(results), ""]
         found += [*_pipes(tables.Table(*res.table(results, problem))), ""]
+        costs = tables.costs(results, problem)
+        found += ["## Cost", "", *_pipes(costs), "", costs.note, ""]
+        if (ends := tables.at_ends(results, problem)) is not None:
+            found += ["## At the end of each budget", "", *_pipes(ends), "", ends.note, ""]
+        if said := tables.negatives(results, problem):
+            found += ["## What did not work", "", *(f"- {text}" for text in said), ""]
         if (steps := tables.describe_steps(results, problem)) is not None:
             found += ["Medians over the steps of the second-order methods:", "", *_pipes(steps)]
             found += ["", f"![Steps](steps{suffix}.png)", ""]
@@ -249,6 +331,8 @@ def markdown(results: Results) -> str:
     if (over_all := tables.standings(results)) is not None:
         found += ["## Over all problems and seeds", "", *_pipes(over_all), "", over_all.note, ""]
         found += ["![Performance profile](profiles.png)", ""]
+        if (every := tables.pairs(results)) is not None:
+            found += [*_pipes(every), "", every.note, ""]
     found += ["## Settings", ""]
     found += [f"- **{name}**: {settings}" for name, settings in tables.settings(results)]
     found += ["", "## How it was measured", "", *(f"- {rule}" for rule in tables.rules_of(results))]
@@ -270,8 +354,8 @@ def _pipes(table: tables.Table) -> list[str]:
 def csv_text(results: Results) -> str:
     """Every evaluation in a line, with its trial."""
     rows = [
-        {"problem": t.problem, "optimizer": t.optimizer, "seed": t.seed, **row}
-        for t in results.trials
+        {name: getattr(t, name) for name in res.IDENTITY} | row
+        for t in (*results.trials, *results.shorter)
         for row in t.evaluations
     ]
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "split"))

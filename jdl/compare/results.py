@@ -7,20 +7,32 @@ A trial reaches its target at the first evaluation within the budget that meets 
 interpolation between evaluations.
 """
 
+import bisect
+import csv
 import math
+import operator
+import shlex
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdl.compare.budget import Budget
-from jdl.compare.statistics import median_interval
+from jdl.compare.budget import KINDS, Budget
+from jdl.compare.statistics import duel, median_interval, pooled_deviation, target_p_value
 from jdl.compare.tuning import Curve
+from jdl.core import check
+from jdl.optim.registry import TuningRange
 
 Row = dict[str, Any]  # one line of metrics.jsonl
 
 EVALUATION, STEP = "evaluate", "train"  # the `split` of a row
+LEVEL = 0.05  # of significance
+MAX_CSV = 1 << 26  # bytes of a results.csv that is read
+IDENTITY = ("problem", "optimizer", "seed", "share", "status")  # its first columns
+COSTS = tuple(column for column, _ in KINDS.values())
 
 
 class Target(NamedTuple):
@@ -108,9 +120,10 @@ class Trial(NamedTuple):
     gradient_seconds: float | None = None
 
     def within(self, budget: Budget) -> tuple[Row, ...]:
-        """The evaluations within the budget."""
+        """The evaluations within the budget; costs never fall from one to the next."""
         most = float(budget.amount) * (1.0 + 1e-9)
-        return tuple(row for row in self.evaluations if row[budget.column] <= most)
+        cost = operator.itemgetter(budget.column)
+        return self.evaluations[: bisect.bisect_right(self.evaluations, most, key=cost)]
 
 
 class Results(NamedTuple):
@@ -169,6 +182,78 @@ class Results(NamedTuple):
         )
 
 
+# ------------------------------------------------------------------ another study's results.csv
+
+
+def read_csv(path: str | Path) -> tuple[Trial, ...]:
+    """The trials of a `results.csv`, those of the whole budget, by problem, optimizer and seed.
+
+    Raises:
+      DataError: it is missing, larger than 64 MiB, or not such a file; the message has the line.
+    """
+    path, number = Path(path), 1
+    rows: dict[tuple[str, str, int], list[Row]] = {}
+    statuses: dict[tuple[str, str, int], str] = {}
+    try:
+        if path.stat().st_size > MAX_CSV:
+            raise check.DataError(f"{path} is larger than {MAX_CSV >> 20} MiB.")
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            lacking = [name for name in IDENTITY + COSTS if name not in (reader.fieldnames or ())]
+            if lacking:
+                raise ValueError(f"the column {lacking[0]!r} is missing")
+            for line in reader:
+                number = reader.line_num
+                if None in line or None in line.values():
+                    raise ValueError("it has not as many values as the first line")
+                if float(line.pop("share")) != 1.0:
+                    continue
+                own = line.pop("problem"), line.pop("optimizer"), int(line.pop("seed"))
+                statuses[own] = line.pop("status")
+                rows.setdefault(own, []).append({k: float(v) for k, v in line.items() if v})
+    except OSError as error:
+        raise check.DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, csv.Error) as error:
+        raise check.DataError(f"{path} is not a results.csv: line {number}: {error}.") from error
+    return tuple(
+        Trial(*own, status, "" if status == "done" else status, tuple(rows[own]), (), 0.0, {})
+        for own, status in sorted(statuses.items())
+    )
+
+
+def beside(results: Results, path: str | Path) -> Results:
+    """The results, and beside them those of another study's `results.csv`, marked with its name.
+
+    Target and budget are this study's. Only the seeds that both have are kept.
+
+    Raises:
+      DataError: as `read_csv`, or the studies share no problem or no seed.
+    """
+    path = Path(path)
+    mark = f" ({path.parent.name or path.stem})"
+    others = [t for t in read_csv(path) if t.problem in results.problems]
+    seeds = [s for s in results.study["seeds"] if s in {t.seed for t in others}]
+    if not seeds:
+        raise check.DataError(
+            f"{path} has no problem and seed of this study: {', '.join(results.problems)}; "
+            f"{', '.join(map(str, results.study['seeds']))}."
+        )
+    names = list(dict.fromkeys(t.optimizer for t in others))
+    found = {(t.problem, t.optimizer + mark, t.seed): t for t in others}
+    missing = Trial("", "", 0, "missing", f"is not in {path.name}", (), (), 0.0, {})
+    more = [
+        found.get((p, n + mark, s), missing)._replace(problem=p, optimizer=n + mark, seed=s)
+        for p in results.problems
+        for s in seeds
+        for n in names
+    ]
+    entries = [{"name": name + mark, "settings": {"from": str(path)}} for name in names]
+    study = dict(results.study) | {"seeds": seeds, "against": f"{path}, marked{mark}"}
+    study["optimizers"] = [*results.study["optimizers"], *entries]
+    own = [t for t in results.trials if t.seed in seeds]
+    return results._replace(study=study, trials=(*own, *more))
+
+
 class Spread(NamedTuple):
     """Median, smallest and largest over seeds.
 
@@ -199,16 +284,16 @@ class Line(NamedTuple):
     trials: int
     reached: int  # trials that met the target
     each: tuple[float, ...]  # each trial's cost to the target, in the budget's unit; ∞ for never
-    cost: Spread  # over these
-    seconds: Spread  # to the target
-    work: Spread  # to the target
+    costs: dict[str, Spread]  # to the target, by column: step, seconds, epoch, work
     train_loss: Spread  # at the last evaluation within the budget
     test: dict[str, Spread]  # likewise, of each test metric and the target's metric
-    steps: Spread
-    epochs: Spread
-    compile_seconds: Spread
+    ends: dict[str, tuple[float, ...]]  # column -> each trial's value there
     statuses: tuple[str, ...]  # how each trial ended
-    troubles: tuple[str, ...]  # a sentence for each trial that is not "done"
+
+    @property
+    def cost(self) -> Spread:
+        """Over `each`."""
+        return Spread.of(self.each)
 
 
 def reached(trial: Trial, target: Target, budget: Budget) -> Row | None:
@@ -240,44 +325,37 @@ def _line(results: Results, problem: str, optimizer: str) -> Line:
     def to_target(column: str) -> Spread:
         return Spread.of(math.inf if row is None else row[column] for row in first)
 
-    def final(column: str) -> Spread:
+    def final(column: str) -> tuple[float, ...]:
         return _final(results, problem, trials, budget, column)
 
-    def count(column: str) -> Spread:
-        return Spread.of(row.get(column, 0.0) for row in last)
-
     tests = sorted({c for row in last for c in row if c.startswith("test_") and c != "test_loss"})
-    if target.metric not in ("train_loss", "test_loss", *tests):
+    if target.metric not in ("train_loss", *tests):
         tests.insert(0, target.metric)
+    ends = {column: final(column) for column in ("train_loss", *tests)}
     return Line(
         optimizer=optimizer,
         trials=len(trials),
         reached=sum(row is not None for row in first),
-        each=tuple(math.inf if row is None else row[budget.column] for row in first),
-        cost=to_target(budget.column),
-        seconds=to_target("seconds"),
-        work=to_target("work"),
-        train_loss=final("train_loss"),
-        test={name: final(name) for name in tests},
-        steps=count("step"),
-        epochs=count("epoch"),
-        compile_seconds=Spread.of(trial.compile_seconds for trial in trials),
+        each=tuple(math.inf if row is None else float(row[budget.column]) for row in first),
+        costs={column: to_target(column) for column in COSTS},
+        train_loss=Spread.of(ends["train_loss"]),
+        test={name: Spread.of(ends[name]) for name in tests},
+        ends=ends,
         statuses=tuple(trial.status for trial in trials),
-        troubles=tuple(f"seed {t.seed}: {t.words}" for t in trials if t.status != "done"),
     )
 
 
 def _final(
     results: Results, problem: str, trials: tuple[Trial, ...], budget: Budget, column: str
-) -> Spread:
+) -> tuple[float, ...]:
     """The column at each trial's last evaluation within the budget."""
     # A trial that diverged has no final value: an earlier one does not count. Of a metric without a
     # direction no median can then be given.
     worst = {True: math.inf, False: -math.inf, None: math.nan}
     lost = worst[results.lower_is_better(problem, column)]
     last = [(trial, (trial.within(budget) or ({},))[-1]) for trial in trials]
-    return Spread.of(
-        lost if trial.status == "diverged" or (value := row.get(column)) is None else value
+    return tuple(
+        lost if trial.status == "diverged" or (value := row.get(column)) is None else float(value)
         for trial, row in last
     )
 
@@ -292,7 +370,7 @@ def at_ends(results: Results, problem: str) -> dict[str, tuple[Spread, ...]]:
     def at(optimizer: str, share: float) -> Spread:
         trials = results.of(problem, optimizer, share)
         end = Budget(budget.amount * share, budget.kind)
-        return _final(results, problem, trials, end, metric)
+        return Spread.of(_final(results, problem, trials, end, metric))
 
     return {name: tuple(at(name, share) for share in results.ends) for name in results.optimizers}
 
@@ -330,12 +408,12 @@ def final_value(trial: Trial) -> float:
     return points[-1][1] if points else math.inf
 
 
-def chosen(trials: Iterable[Trial]) -> float | None:
-    """The value of the best tuning trial; None if none is "done"."""
+def chosen(trials: Iterable[Trial]) -> dict[str, int | float] | None:
+    """The values of the best tuning trial, by parameter; None if none is "done"."""
     best = min(trials, key=final_value, default=None)
     if best is None or math.isinf(final_value(best)):
         return None
-    return float(best.settings["tuning"]["value"])
+    return dict(best.settings["tuning"]["values"])
 
 
 def tuning_cost(trials: Iterable[Trial], column: str) -> float:
@@ -347,18 +425,21 @@ class Tuned(NamedTuple):
     """The tuning of one optimizer on one problem.
 
     Attributes:
-      parameter: the name of what was tuned.
-      value: the value chosen; None if no trial is "done".
-      trials: (value, criterion at the end, status) of each, in the order they ran.
-      criterion: the column by which the value was chosen.
+      space: what was tuned, the main number first.
+      values: the values chosen, by parameter; None if no trial is "done".
+      trials: (values, criterion at the end, status) of each, in the order they ran; the criterion
+        is ∞ where a trial diverged or failed.
+      criterion: the column by which the values were chosen.
+      best: which of its values are, "min" or "max".
       cost: the cost of all tuning trials, in the budget's unit.
       charged: the cost to the target over seeds, the cost of tuning added to each.
     """
 
-    parameter: str
-    value: float | None
-    trials: tuple[tuple[float, float, str], ...]
+    space: tuple[TuningRange, ...]
+    values: dict[str, int | float] | None
+    trials: tuple[tuple[dict[str, int | float], float, str], ...]
     criterion: str
+    best: str
     cost: float
     charged: Spread
 
@@ -372,17 +453,82 @@ def tunings(results: Results, problem: str) -> dict[str, Tuned]:
         if not trials:
             continue
         tuning = trials[0].settings["tuning"]
+        best = tuning.get("best", "min")
         ends = []
         for trial in trials:
             points = criterion_curve(trial.evaluations, tuning, results.budget).points
-            last = points[-1][1] if points and trial.status != "diverged" else math.inf
-            ends.append((float(trial.settings["tuning"]["value"]), abs(last), trial.status))
+            lost = not points or trial.status in ("diverged", "failed")
+            last = math.inf if lost else points[-1][1] * (-1.0 if best == "max" else 1.0)
+            ends.append((dict(trial.settings["tuning"]["values"]), last, trial.status))
         cost = tuning_cost(trials, results.budget.column)
         charged = Spread(*(x + cost for x in _line(results, problem, optimizer).cost))
+        entry = next(x for x in results.study["optimizers"] if x["name"] == optimizer)
+        space = tuple(TuningRange(**x) for x in entry["search"]["space"])
         found[optimizer] = Tuned(
-            tuning["parameter"], chosen(trials), tuple(ends), tuning["criterion"], cost, charged
+            space, chosen(trials), tuple(ends), tuning["criterion"], best, cost, charged
         )
     return found
+
+
+def importance(tuned: Tuned) -> dict[str, float | None]:
+    """The share of the variance of the criterion's rank that each number explains by itself.
+
+    R² of the rank regressed on z and z², adjusted for the number of trials, where z is the value on
+    its range's scale. A trial that diverged or failed has the worst rank; one that was cut that of
+    its last value. None for fewer than 10 trials, or 5 for each number.
+
+    Args:
+      tuned: see `tunings`.
+
+    >>> space = TuningRange("rate", 1e-4, 1.0), TuningRange("b", 0.0, 1.0, "linear")
+    >>> ends = [({"rate": 10.0**-k, "b": k * 0.3 % 1}, (k - 2) ** 2, "done") for k in range(11)]
+    >>> tuned = Tuned(space, None, tuple(ends), "train_loss", "min", 0.0, Spread(0, 0, 0))
+    >>> {name: round(share, 2) for name, share in importance(tuned).items()}
+    {'rate': 0.89, 'b': 0.0}
+
+    References:
+      Saltelli et al., Global sensitivity analysis: the primer (2008), section 1.2: ranks.
+      Hutter, Hoos & Leyton-Brown, An efficient approach for assessing hyperparameter importance
+      (2014): the share of one number alone.
+    """
+    n = len(tuned.trials)
+    if n < max(10, 5 * len(tuned.space)):
+        return dict.fromkeys(x.parameter for x in tuned.space)
+    sign = -1.0 if tuned.best == "max" else 1.0
+    ends = np.array(
+        [sign * last if math.isfinite(last) else math.inf for _, last, _ in tuned.trials]
+    )
+    ranks = np.array([np.sum(ends < x) + 0.5 * np.sum(ends == x) for x in ends])
+    total = float(np.sum((ranks - ranks.mean()) ** 2))
+
+    def alone(x: TuningRange) -> float:
+        z = np.clip([x.share(values[x.parameter]) for values, _, _ in tuned.trials], -1.0, 2.0)
+        design = np.stack([np.ones(n), z, z * z], axis=1)
+        left = ranks - design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
+        unexplained = float(np.sum(left**2)) / total if total else 1.0
+        return max(0.0, 1.0 - unexplained * (n - 1) / (n - 3))
+
+    return {x.parameter: alone(x) for x in tuned.space}
+
+
+def command(results: Results, problem: str, optimizer: str) -> str | None:
+    """The line that runs an optimizer's trials again with `jdl compare`, tuned values written out.
+
+    None where the problem or the optimizer was made in Python, or no trial has begun.
+    """
+    source, seeds = results.problem(problem).get("source"), list(results.study["seeds"])
+    trials = [trial for trial in results.of(problem, optimizer) if trial.settings]
+    call = trials[0].settings["optimizer"].get("call") if trials else None
+    if not source or not call or seeds != list(range(len(seeds))):
+        return None
+    call = f'{call[:-1]}{"" if call.endswith("()") else ", "}label="{optimizer}")'
+    line = ["jdl", "compare", *source, "--optimizers", call, "--seeds", str(len(seeds))]
+    line += [f"--{results.budget.kind}", f"{results.budget.amount:g}"]
+    if len(results.ends) > 1:
+        line += ["--ends", ",".join(str(Fraction(x).limit_denominator(1000)) for x in results.ends)]
+    if (clock := results.study.get("clock", "wall")) != "wall":
+        line += ["--clock", clock]
+    return shlex.join([*line, "--workdir", "runs/again"])
 
 
 # ------------------------------------------------------------------ in words
@@ -397,21 +543,36 @@ def table(results: Results, problem: str) -> tuple[list[str], list[list[str]]]:
     """
     found = lines(results, problem)
     tests = list(dict.fromkeys(name for line in found for name in line.test))
+    costs = {"seconds": "seconds", "work": "work"}
+    costs = {results.budget.column: results.budget.kind} | costs  # the budget's own first
     header = ["optimizer", "train loss", *(name.replace("_", " ") for name in tests)]
-    header += ["seconds to target", "work to target", "steps", "epochs", "compile s"]
+    header += [*(f"{kind} to target" for kind in costs.values()), "meets target at end"]
+    metric = results.target(problem).metric
+    deviation = pooled_deviation([np.array(line.ends.get(metric, ())) for line in found])
     rows = []
     for line in found:
         lost = math.isinf(line.train_loss.median)
         row = [line.optimizer, _ended(line) if lost else shown(line.train_loss, "train_loss")]
         row += [shown(line.test[name], name) if name in line.test else "–" for name in tests]
-        row += [_to_target(line, line.seconds), _to_target(line, line.work)]
-        row += [shown(line.steps, "step"), shown(line.epochs, "epoch")]
-        rows.append([*row, f"{line.compile_seconds.median:.1f}"])
+        row += [_to_target(line, line.costs[column]) for column in costs]
+        rows.append([*row, _met(line, results.target(problem), deviation)])
     return header, rows
 
 
+def _met(line: Line, target: Target, deviation: float | None) -> str:
+    """Whether the mean of the last values meets the target, with the p-value of that."""
+    values = line.ends.get(target.metric, ())
+    if not values or not target.met({target.metric: statistics.fmean(values)}):
+        return "no"
+    at_most = target.goal == "at most"
+    p_value = target_p_value(values, target.threshold, at_most, deviation)
+    if p_value is None:
+        return "yes, of one seed" if len(values) == 1 else "yes"
+    return f"{'yes' if p_value <= LEVEL else 'undecided'} ({p_text(p_value)})"
+
+
 def headline(results: Results, problem: str) -> str:
-    """Who reached the target first, and whether the seeds separate the optimizers."""
+    """Who reached the target first, and whether the seeds separate the first two."""
     target, budget = results.target(problem), results.budget
     found = sorted(lines(results, problem), key=lambda line: line.cost.median)
     seeds = max(line.trials for line in found)
@@ -424,16 +585,25 @@ def headline(results: Results, problem: str) -> str:
             f"{x.optimizer} ({x.reached} of {x.trials})" for x in candidates if x.reached
         )
 
-    winner, others = found[0], found[1:]
+    winner = found[0]
     if not any(line.reached for line in found):
         return f"No optimizer reached {target} within {budget}."
     if math.isinf(winner.cost.median):
         return (
             f"No optimizer reached {target} within {budget} in most seeds; some did: {some(found)}."
         )
-    first = f"{winner.optimizer} reached {target} first, after {in_words(winner.cost.median)}"
-    if seeds > 1:
+    level = [line for line in found if line.cost.median == winner.cost.median]
+    others = found[len(level) :]
+    when = "after the same" if len(level) > 1 else "first, after"
+    first = f"{_and(level)} reached {target} {when} {in_words(winner.cost.median)}"
+    if len(level) > 1 and seeds > 1:
+        first += f" (medians of {seeds} seeds)"
+    elif seeds > 1:
         first += f" (median of {seeds} seeds, {budget.in_words(_interval(winner.each))})"
+    if len(level) > 1:
+        split = [line for line in level if line.each != winner.each]
+        seen = _verdict(winner, split[0]) if split else "No difference was seen."
+        return f"{first}. {seen}"
     if not others:
         return f"{first}."
     second = others[0]
@@ -445,26 +615,71 @@ def headline(results: Results, problem: str) -> str:
     first += f"; next {second.optimizer}, after {in_words(second.cost.median)}"
     if seeds == 1:
         return f"{first}. One seed: whether that is luck, only more seeds can tell."
-    if winner.cost.high < min(line.cost.low for line in others):
-        return f"{first}. Its slowest seed beat every other's fastest."
-    return f"{first}. The seeds' ranges overlap, so the order may be luck."
+    return f"{first}. {_verdict(winner, second)}"
+
+
+def _and(found: Sequence[Line]) -> str:
+    names = [line.optimizer for line in found]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _verdict(one: Line, other: Line) -> str:
+    """Whether the costs of the same seeds separate two optimizers, by the sign test."""
+    found = duel(np.array(one.each), np.array(other.each))
+    names = f"{one.optimizer} against {other.optimizer}"
+    told = (
+        f"Seed by seed, {names}: {found.wins}–{found.losses} (sign test, {p_text(found.p_value)})"
+    )
+    if found.p_value <= LEVEL:
+        ahead = one if found.wins > found.losses else other
+        return f"{told}: {ahead.optimizer} was ahead."
+    few = f"; fewer than six seeds cannot reach p {LEVEL:g}" if one.trials < 6 else ""
+    return f"{told}: undecided{few}."
 
 
 def ending(results: Results, problem: str) -> str:
-    """Who had the best loss and accuracy at the end of the budget."""
+    """Who had the best loss and test metric at the end of the budget."""
     found = lines(results, problem)
-    lowest = min(found, key=lambda line: line.train_loss.median)
-    if math.isinf(lowest.train_loss.median):
+    columns = {c for line in found for c in line.test}
+    metric = results.target(problem).metric
+    metric = metric if metric in columns else "test_accuracy"
+    parts = [_best(found, "train_loss", True, "the lowest training loss")]
+    lower = results.lower_is_better(problem, metric)
+    if metric in columns and lower is not None:
+        parts.append(_best(found, metric, lower, f"the best {metric.replace('_', ' ')}"))
+    told = "; ".join(part for part in parts if part)
+    return f"After {results.budget} {told}." if told else ""
+
+
+def _best(found: Sequence[Line], column: str, lower: bool, words: str) -> str:
+    """Who had the best median of the last values, and how the seeds compare it with the next."""
+    sign = 1.0 if lower else -1.0
+
+    def median(line: Line) -> float:
+        return sign * Spread.of(line.ends[column]).median
+
+    ranked = sorted((line for line in found if column in line.ends), key=median)
+    best = ranked[0]
+    if math.isinf(median(best)):
         return ""
-    loss = shown(lowest.train_loss, "train_loss")
-    text = f"After {results.budget} {lowest.optimizer} had the lowest training loss, {loss}"
-    scored = [line for line in found if "test_accuracy" in line.test]
-    if scored:
-        best = max(scored, key=lambda line: line.test["test_accuracy"].median)
-        accuracy = shown(best.test["test_accuracy"], "test_accuracy")
-        also = "also " if best is lowest else f"{best.optimizer} "
-        text += f", and {also}the best test accuracy, {accuracy}"
-    return text + "."
+    level = [line for line in ranked if median(line) == median(best)]
+    had = "both had" if len(level) == 2 else "all had" if len(level) > 2 else "had"
+    told = f"{_and(level)} {had} {words}, {shown(Spread.of(best.ends[column]), column)}"
+    if len(level) == len(ranked) or len(level) > 1 or best.trials == 1:
+        return told
+    one, other = (sign * np.array(line.ends[column]) for line in (best, ranked[1]))
+    pair = duel(one, other)
+    against = f"against {ranked[1].optimizer} {pair.wins}–{pair.losses}, {p_text(pair.p_value)}"
+    return f"{told} ({against}{'' if pair.p_value <= LEVEL else ': undecided'})"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value in words.
+
+    >>> p_text(0.0312), p_text(0.0)
+    ('p 0.031', 'p < 1e-12')
+    """
+    return "p < 1e-12" if p_value < 1e-12 else f"p {p_value:.2g}"
 
 
 def is_accuracy(column: str) -> bool:

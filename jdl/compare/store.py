@@ -10,7 +10,7 @@ from jdl.compare.results import EVALUATION, STEP, Results, Trial
 from jdl.core import check
 from jdl.train.writers import read_jsonl
 
-FORMAT = 4  # of a study's directory; changes when old ones can no longer be read
+FORMAT = 5  # of a study's directory; changes when old ones can no longer be read
 
 
 def trial_directory(
@@ -133,7 +133,7 @@ def same_trial(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """
 
     def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-        found = dict(config)
+        found = {**config, "optimizer": {**config.get("optimizer", {}), "call": ""}}
         if found.get("budget", {}).get("kind") != "seconds":
             found["machine"] = found.get("machine", {}).get("matmul_precision")
         return found

@@ -7,7 +7,7 @@
                                            /checkpoints/  from which it is resumed
                                            /result.json   its outcome; written last
     <workdir>/<problem>/<optimizer>-seed<k>-share0.5/     one with half the budget, likewise
-    <workdir>/<problem>/tuning/<optimizer>/<k>/           the k-th value tried, likewise
+    <workdir>/<problem>/tuning/<optimizer>/<k>/           the k-th values tried, likewise
 
 A trial with a `result.json` and the same settings in `config.toml` is done and is not run again;
 one with other settings is moved aside, never overwritten.
@@ -20,7 +20,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,8 @@ class Study:
       clock: "wall", or "cpu" for the process's CPU time divided by the number of cores, which is
         less affected by other work on the machine.
       devices: to train on; None for one, so that "full" need not be a multiple of several.
+      sources: problem -> the options of `jdl compare` that make it, so that the report can say how
+        to run each row again.
       on_event: called with each `Event`; by default failures are logged as warnings.
 
     Example:
@@ -124,6 +126,7 @@ class Study:
         tuning: Tuning | None = None,
         clock: str = "wall",
         devices: Sequence[jax.Device] | None = None,
+        sources: Mapping[str, Sequence[str]] = {},
         on_event: Callable[[Event], None] | None = None,
     ):
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
@@ -146,6 +149,7 @@ class Study:
             check.argument(known, f"criterion for {problem.name}", must, criterion)
         self.clock = check.one_of("clock", clock, CLOCKS)
         self.workdir = Path(workdir)
+        self._sources = {name: list(options) for name, options in sources.items()}
         self._devices = jax.devices()[:1] if devices is None else list(devices)
         self._on_event = on_event or _warn
         _check_names("problems", [problem.name for problem in self.problems])
@@ -200,7 +204,7 @@ class Study:
         """The names of the report: optimizers as they are, and tuned."""
         found = []
         for entry in self.optimizers:
-            is_tuned = self.tuning is not None and entry.search is not None
+            is_tuned = self.tuning is not None and bool(entry.space)
             if not is_tuned or self.tuning.defaults:  # type: ignore[union-attr]
                 found.append(entry.name)
             if is_tuned:
@@ -219,13 +223,13 @@ class Study:
         """The report's (name, entry, reason if there is no entry) on this problem."""
         found: list[tuple[str, Entry | None, str]] = []
         for entry in entries:
-            if self.tuning is None or entry.search is None or entry.tuned is None:
+            if self.tuning is None or not entry.space or entry.tuned is None:
                 found.append((entry.name, entry, ""))
                 continue
             if self.tuning.defaults:
                 found.append((entry.name, entry, ""))
-            value = self._tune(problem, entry, held)
-            tuned = None if value is None else entry.tuned(value)
+            values = self._tune(problem, entry, held)
+            tuned = None if values is None else entry.tuned(values)
             words = "" if tuned else f"None of {self.tuning.trials} tuning trials came to its end."
             found.append((entry.name + TUNED, tuned, words))
         return found
@@ -280,12 +284,12 @@ class Study:
 
     # ------------------------------------------------------------------ tuning
 
-    def _tune(self, problem: Problem, entry: Entry, held: "_Held") -> float | None:
-        """The value chosen for this optimizer on this problem; None if no trial is "done"."""
-        tuning, search, tuned = self.tuning, entry.search, entry.tuned
+    def _tune(self, problem: Problem, entry: Entry, held: "_Held") -> dict[str, int | float] | None:
+        """The values chosen for this optimizer on this problem; None if no trial is "done"."""
+        tuning, tuned = self.tuning, entry.tuned
         assert tuning is not None
-        assert search is not None
         assert tuned is not None
+        space = tuning.space(entry.space)
         own = problem.name, entry.name
         budget = Budget(self.budget.amount * tuning.share, self.budget.kind)
         criterion = tuning.criterion_of(problem.split is not None)
@@ -293,16 +297,17 @@ class Study:
         if problem.split is not None and criterion.startswith("validation_"):
             inner = problem._replace(train=problem.split.train, size=problem.split.size)
         earlier: list[tune.Curve] = []
-        default = entry.options.get(search.parameter)
-        for number, value in enumerate(tune.values(search, tuning.trials, default)):
+        tried = tune.points(space, tuning.trials, entry.defaults(space))
+        for number, values in enumerate(tried):
             place = store.tuning_directory(self.workdir, *own, number)
-            task = self._task(inner, tuned(value), tune.SEED, budget)
-            of_tuning = {"parameter": search.parameter, "value": value, "criterion": criterion}
+            task = self._task(inner, tuned(values), tune.SEED, budget)
+            of_tuning: dict[str, Any] = {"values": values, "criterion": criterion}
             of_tuning["best"] = "min" if _lower_is_better(problem, criterion) else "max"
             found = self._tuning_trial(place, entry.name, task, of_tuning, earlier, held)
             earlier.append(res.criterion_curve(found.within(budget), of_tuning, budget))
             last = earlier[-1].points[-1][1] if earlier[-1].points else math.nan
-            words = f"{search.parameter} = {value:g}: {criterion.replace('_', ' ')} {last:.4g}"
+            words = ", ".join(f"{name} = {value:g}" for name, value in values.items())
+            words += f": {criterion.replace('_', ' ')} {last:.4g}"
             ending = "" if found.status == "done" else f" ({found.status})"
             self._on_event(
                 Event(
@@ -366,8 +371,9 @@ class Study:
         for name in self._names():
             entry = known.get(name) or known[name.removesuffix(TUNED)]
             described: dict[str, Any] = {"name": name, "settings": entry.settings()}
-            if name not in known and entry.search is not None:
-                described["search"] = {"of": entry.name, **entry.search._asdict()}
+            if name not in known and self.tuning is not None:
+                space = [x._asdict() for x in self.tuning.space(entry.space)]
+                described["search"] = {"of": entry.name, "space": space}
             optimizers.append(described)
         study: dict[str, Any] = {
             "format": store.FORMAT,
@@ -377,7 +383,9 @@ class Study:
             "evaluations": self.evaluations,
             "seeds": list(self.seeds),
             "problems": [
-                _described(problem) | {"validates": problem.split is not None}
+                _described(problem)
+                | {"validates": problem.split is not None}
+                | {"source": self._sources.get(problem.name, [])}
                 for problem in self.problems
             ],
             "optimizers": optimizers,
@@ -400,8 +408,8 @@ class Study:
         del described["target"], described["directions"]  # they do not change the rows
         functions = ("model", "loss", "metrics", "inputs", "regularizer")
         described |= {name: fingerprint(getattr(problem, name)) for name in functions}
-        optimizer = {"name": entry.name, "settings": entry.settings()}
-        optimizer["make"] = entry.of or fingerprint(entry.make)
+        optimizer: dict[str, Any] = {"name": entry.name, "settings": entry.settings()}
+        optimizer |= {"make": entry.of or fingerprint(entry.make), "call": entry.call}
         return {
             "format": store.FORMAT,
             "seed": seed,

@@ -1,8 +1,9 @@
 """The tables and sentences of a report, shared by `report.html` and `report.md`."""
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ RULES = (
     "inverses.",
     "Final values are those of the last evaluation within the budget, not the best. Over several "
     "seeds: the median, and (smallest–largest). Misses and divergences count as ∞.",
+    "Meets target at end: whether the mean over seeds of the final values meets it; yes at a p of "
+    f"{res.LEVEL:g} or less by a one-sided t test, for two seeds a z test with the standard "
+    "deviation pooled over optimizers.",
 )
 
 
@@ -43,11 +47,12 @@ def settings(results: Results) -> list[tuple[str, str]]:
         own = dict(entry["settings"])
         if search := entry.get("search"):
             values = {p: res.tunings(results, p).get(entry["name"]) for p in results.problems}
-            own[search["parameter"]] = ", ".join(
-                f"{'none' if t is None or t.value is None else format(t.value, '.4g')}"
-                + (f" on {problem}" if len(values) > 1 else "")
-                for problem, t in values.items()
-            )
+            for parameter in (x["parameter"] for x in search["space"]):
+                own[parameter] = ", ".join(
+                    ("none" if t is None or t.values is None else f"{t.values[parameter]:.4g}")
+                    + (f" on {problem}" if len(values) > 1 else "")
+                    for problem, t in values.items()
+                )
         found.append((entry["name"], ", ".join(f"{k} = {setting(v)}" for k, v in own.items())))
     return found
 
@@ -82,20 +87,31 @@ def caption(results: Results) -> str:
     """What the curves show."""
     several = len(results.study["seeds"]) > 1
     lines = "Lines: the median over seeds; bands: smallest to largest. " if several else ""
+    dots = "one for each seed, which need not lie on the median's line" if several else ""
     return (
-        f"{lines}Dots: the target is reached. Dashed: first order; solid: second order. All axes "
-        "are logarithmic, and begin with the first evaluation after a step; losses below "
+        f"{lines}Dots: the first evaluation that meets the target{dots and ', '}{dots}. Crosses: "
+        "diverged. Dashed: first order; solid: second order. Axes are logarithmic unless a value "
+        "is negative, and begin with the first evaluation after a step; losses below "
         f"{plots.FLOOR:g} are drawn at that value."
     )
 
 
 def troubles(results: Results, problem: str) -> list[str]:
     """A sentence for each trial that failed and each difference between the trials' conditions."""
+    seeds: dict[tuple[str, str], list[int]] = {}  # (optimizer, words) -> the seeds
+    for trial in results.trials:
+        if trial.problem == problem and trial.status != "done":
+            seeds.setdefault((trial.optimizer, trial.words), []).append(trial.seed)
     found = [
-        f"{line.optimizer}, {trouble}"
-        for line in res.lines(results, problem)
-        for trouble in line.troubles
+        f"{name}, seed{'s' if len(of) > 1 else ''} {', '.join(map(str, of))}: {words}"
+        for (name, words), of in seeds.items()
     ]
+    if against := results.study.get("against"):
+        seeds_of = ", ".join(map(str, results.study["seeds"]))
+        found.append(
+            f"Beside this study is {against}: its target and budget are this study's, its seconds "
+            f"can be compared only if its machine was equal. Seeds that both have: {seeds_of}."
+        )
     for seed in results.study["seeds"]:
         initial = {
             trial.evaluations[0]["train_loss"]
@@ -130,24 +146,29 @@ def rules_of(results: Results) -> list[str]:
 
 
 def tuning_table(results: Results, problem: str) -> Table | None:
-    """The value chosen for each tuned optimizer, and its cost; None where nothing was tuned."""
+    """The values chosen for each tuned optimizer, and their cost; None where nothing was tuned."""
     found = res.tunings(results, problem)
     if not found:
         return None
     unit = results.budget.kind
-    header = ["optimizer", "parameter", "chosen", "range tried", "trials", "cut", "diverged"]
+    header = ["optimizer", "chosen", "range tried", "importance", "trials", "cut", "diverged"]
     header += [f"{unit} of tuning", f"{unit} to target, tuning included"]
     rows = []
     for name, tuned in found.items():
-        values = [value for value, _, _ in tuned.trials]
+        names = [x.parameter for x in tuned.space]
         ends = Counter(status for _, _, status in tuned.trials)
+        tried = {name: [values[name] for values, _, _ in tuned.trials] for name in names}
+        shares = {
+            name: "–" if share is None else f"{100 * share:.0f} %"
+            for name, share in res.importance(tuned).items()
+        }
         rows.append(
             [
                 name,
-                tuned.parameter.replace("_", " "),
-                "none" if tuned.value is None else f"{tuned.value:.4g}",
-                f"{min(values):.2g}–{max(values):.2g}",
-                str(len(values)),
+                "none" if tuned.values is None else _each(names, tuned.values, "{:.4g}"),
+                _each(names, {k: f"{min(x):.2g}–{max(x):.2g}" for k, x in tried.items()}, "{}"),
+                _each(names, shares, "{}"),
+                str(len(tuned.trials)),
                 str(ends["cut"]),
                 str(ends["diverged"] + ends["failed"]),
                 res.formatted(results.budget.column, tuned.cost),
@@ -159,42 +180,182 @@ def tuning_table(results: Results, problem: str) -> Table | None:
     note = (
         f"{how['trials']} trials for every optimizer, the default first and then quasi-random "
         f"values, each with {100 * how['share']:g} % of the budget, chosen by the {criterion} at "
-        f"the end, with a separate seed. {tuning.RULE}"
+        f"the end, with a separate seed. {tuning.RULE} Importance: the share of the variance of "
+        "the trials' ranks that a quadratic function of that number alone explains, adjusted for "
+        "their number; – for fewer than 10 trials, or 5 for each number."
     )
     return Table(header, rows, note)
 
 
+def _each(names: Sequence[str], values: Any, form: str) -> str:
+    """A value for each number, with its name."""
+    shown = [f"{name.replace('_', ' ')} {form.format(values[name])}" for name in names]
+    return "; ".join(shown)
+
+
+def costs(results: Results, problem: str) -> Table:
+    """What each optimizer's trials took, medians over seeds."""
+    header = ["optimizer", "steps", "epochs", "work", "seconds", "evaluation", "compilation s"]
+    header += ["step ms", "step / gradient", "state MB"]
+    rows = []
+    for optimizer in results.optimizers:
+        trials = results.of(problem, optimizer)
+        last = [(trial.within(results.budget) or ({},))[-1] for trial in trials]
+
+        def median(found: Iterable[Any], form: str = ".3g") -> str:
+            known = [value for value in found if value is not None]
+            return format(float(np.median(known)), form) if known else "–"
+
+        counts = [
+            res.formatted(column, float(np.median([row.get(column, 0.0) for row in last])))
+            for column in ("step", "epoch", "work", "seconds")
+        ]
+        evaluated = [
+            (t.evaluation_seconds, row.get("seconds", 0.0))
+            for t, row in zip(trials, last, strict=True)
+            if t.evaluation_seconds
+        ]
+        rows.append(
+            [
+                optimizer,
+                *counts,
+                median((own / (own + rest) for own, rest in evaluated), ".0%").replace("%", " %"),
+                median(trial.compile_seconds for trial in trials),
+                median(t.step_seconds and 1e3 * t.step_seconds for t in trials),
+                median(
+                    t.gradient_seconds and t.step_seconds and t.step_seconds / t.gradient_seconds
+                    for t in trials
+                ),
+                median(t.state_bytes and t.state_bytes / 1e6 for t in trials),
+            ]
+        )
+    note = (
+        "Medians over seeds at the end of the budget. Evaluation: its share of all seconds but "
+        "compilation. Step / gradient: a step's seconds in those of one value and gradient of the "
+        "same batch, compiled by itself. State: the optimizer's, on one device. –: not measured."
+    )
+    return Table(header, rows, note)
+
+
+def at_ends(results: Results, problem: str) -> Table | None:
+    """The target's metric at the end of each budget; None where there is one budget."""
+    if len(results.ends) < 2:
+        return None
+    metric, kind = results.target(problem).metric, results.budget.kind
+    amounts = [results.budget.amount * share for share in results.ends]
+    found = res.at_ends(results, problem)
+    rows = [[name, *(res.shown(x, metric) for x in spreads)] for name, spreads in found.items()]
+    note = (
+        f"The {metric.replace('_', ' ')} at the end; each budget is a run of its own, whose "
+        "schedules end there."
+    )
+    return Table(["optimizer", *(f"{amount:.3g} {kind}" for amount in amounts)], rows, note)
+
+
+def negatives(results: Results, problem: str) -> list[str]:
+    """What did not work: sentences on misses, divergences, and tuning that did not help."""
+    found = res.lines(results, problem)
+    seeds = len(results.study["seeds"])
+
+    def listed(words: str, counts: dict[str, int]) -> list[str]:
+        names = [name if n == seeds else f"{name} ({n} of {seeds})" for name, n in counts.items()]
+        return [f"{words}: {', '.join(names)}."] if names else []
+
+    said = listed(
+        f"Did not reach {results.target(problem)} within {results.budget}",
+        {line.optimizer: line.trials - line.reached for line in found if line.reached < seeds},
+    )
+    lost = {line.optimizer: line.statuses.count("diverged") for line in found}
+    said += listed("Diverged", {name: n for name, n in lost.items() if n})
+    costs = {line.optimizer: line.cost.median for line in found}
+    worse = [
+        name
+        for name, cost in costs.items()
+        if name.endswith("-tuned") and cost > costs.get(name.removesuffix("-tuned"), np.inf)
+    ]
+    if worse:
+        said.append(f"Slower to the target than with default settings: {', '.join(worse)}.")
+    return said
+
+
+def _by_problem(results: Results) -> dict[str, list[np.ndarray]]:
+    """Optimizer -> of each problem, the costs to the target over seeds."""
+    found = {problem: res.lines(results, problem) for problem in results.problems}
+    return {
+        name: [np.array(found[problem][i].each) for problem in results.problems]
+        for i, name in enumerate(results.optimizers)
+    }
+
+
 def standings(results: Results) -> Table | None:
-    """Pairwise comparisons over problems and seeds; None for fewer than three pairs of them."""
-    costs = res.cost_to_target(results)
+    """Each optimizer over all problems and seeds; None for fewer than three pairs of them."""
+    costs = {name: np.concatenate(of) for name, of in _by_problem(results).items()}
     trials = len(next(iter(costs.values())))
     if trials < 3 or len(costs) < 2:
         return None
     profiles = statistics.performance_profiles(costs)
-    duels = statistics.win_matrix(costs)
-    header = ["optimizer", "reached", "profile score", *(f"against {x}" for x in costs)]
-
-    def against(one: str, other: str) -> str:
-        if one == other:
-            return "–"
-        found = duels[one, other]
-        return f"{found.wins}–{found.losses} (p {found.p_value:.2g})"
-
     rows = [
-        [
-            name,
-            f"{int(np.isfinite(cost).sum())} of {trials}",
-            f"{profiles[name].score:.2f}",
-            *(against(name, other) for other in costs),
-        ]
-        for name, cost in costs.items()
+        [name, f"{int(np.isfinite(cost).sum())} of {trials}", f"{profiles[name].score:.2f}"]
+        for name, cost in sorted(costs.items(), key=lambda item: -profiles[item[0]].score)
     ]
     note = (
-        f"{trials} pairs of problem and seed. Wins and losses by {results.budget.kind} to the "
-        "target; a miss loses to any that reached it. p by the exact two-sided sign test for one "
-        "pair, not corrected for multiple comparisons. Profile score: the mean share of trials "
-        "solved within τ times the best optimizer's cost, over τ from 1 to 4."
+        f"{trials} pairs of problem and seed. Profile score: the mean share of trials solved "
+        f"within τ times the best optimizer's cost, over τ from 1 to 4. {power(results)}"
     )
+    return Table(["optimizer", "reached", "profile score"], rows, note)
+
+
+def power(results: Results) -> str:
+    """The smallest difference that so many seeds can show."""
+    seeds = len(results.study["seeds"])
+    factor = 200 ** (1 / max(results.study["evaluations"] - 1, 1))
+    told = (
+        f"Evaluations are a factor {factor:.2f} apart in cost: smaller differences show as ties "
+        "or not at all."
+    )
+    samples = [x for of in _by_problem(results).values() for x in of]
+    with np.errstate(divide="ignore"):
+        deviation = statistics.pooled_deviation([np.log(x) for x in samples])
+    if not deviation or seeds < 2:
+        return told
+    ratio = statistics.detectable_ratio(deviation, seeds)
+    return (
+        f"With {seeds} seeds, differences below {100 * (ratio - 1):.2g} % in cost on one problem "
+        f"cannot be told at p {res.LEVEL:g} with power 0.8 (the logarithm of a cost has a standard "
+        f"deviation of {deviation:.2g} over seeds, pooled). {told}"
+    )
+
+
+def pairs(results: Results) -> Table | None:
+    """Every two optimizers over all problems and seeds; None where there are no `standings`."""
+    if (over_all := standings(results)) is None:
+        return None
+    costs = _by_problem(results)
+    rows = []
+    for one, other in itertools.combinations([row[0] for row in over_all.rows], 2):
+        duel = statistics.duel(np.concatenate(costs[one]), np.concatenate(costs[other]))
+        chance = statistics.probability_of_improvement(costs[one], costs[other])
+        ratio = statistics.cost_ratio(costs[one], costs[other])
+        rows.append(
+            [
+                one,
+                other,
+                f"{duel.wins}–{duel.losses}",
+                res.p_text(duel.p_value).removeprefix("p "),
+                "–" if ratio is None else "{:.3g} ({:.3g}–{:.3g})".format(*ratio),
+                "{:.2f} ({:.2f}–{:.2f})".format(*chance),
+            ]
+        )
+    kind = results.budget.kind
+    note = (
+        f"Wins and losses by {kind} to the target, seed by seed; a miss loses to any that reached "
+        "it. p by the exact two-sided sign test, not corrected for multiple comparisons. Cost "
+        f"ratio: the second's {kind} to the target over the first's, the geometric mean over "
+        "problems and seeds, with Student's 95 % interval; – where one missed. P(faster): the "
+        "probability that the first's cost is smaller, for any two seeds of a problem, ties as "
+        "half; 95 % interval by a bootstrap over seeds, stratified by problem."
+    )
+    header = ["optimizer", "against", "won–lost", "p", "cost ratio", "P(faster)"]
     return Table(header, rows, note)
 
 

@@ -1,7 +1,8 @@
 """One trial: an optimizer on a problem from a seed, through the Estimator, on the training clock.
 
 Evaluations are at points fixed beforehand, the same for every optimizer and denser early. A step
-expected to end beyond the budget is not started. With a directory, a trial that was killed resumes
+expected to end beyond the budget is not started. A schedule of the learning rate ends with the
+budget. With a directory, a trial that was killed resumes
 from its last checkpoint, which is less than a minute old.
 """
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdl.compare import schedules
 from jdl.compare.budget import Budget
 from jdl.compare.feeds import Evaluation, Training, step_rows
 from jdl.compare.optimizers import Entry
@@ -157,8 +159,16 @@ class _Running:
         self._evaluations: list[float] = []  # seconds of each
         self._passes = step_rows(problem, entry) / problem.size  # over the data, by one step
         optimizer = entry.make()
+        if entry.is_scheduled:
+            by_rate = bool(entry.of) and entry.of not in schedules.BY_STEP
+            optimizer = schedules.scheduled(optimizer, by_rate=by_rate)
         shape = _state_shape(problem, optimizer, self._data)
         self._has_diagnostics = diagnostics.read(shape) is not None
+        kind, equal = task.budget.kind, not self._has_diagnostics
+        self._equal_steps = kind in ("steps", "epochs") or (kind == "work" and equal)
+        cost = 1.0 if kind == "steps" else self._passes
+        steps = task.budget.amount / cost if self._equal_steps else schedules.PIECES
+        self._pieces = max(1.0, min(schedules.PIECES, steps))  # with a learning rate each
         self.estimator = Estimator(
             problem.model(),
             problem.loss,
@@ -256,23 +266,36 @@ class _Running:
         if before and began >= until:
             return
         while estimator.step == before or estimator.seconds < until:
-            self._train(seconds=max(min(until - estimator.seconds, STRETCH_SECONDS), 1e-9))
+            left = min(until, self._piece()[1] * (1.0 - 1e-9)) - estimator.seconds
+            self._train(seconds=max(min(left, STRETCH_SECONDS), 1e-9))
         self.step_cost = (estimator.seconds - began) / (estimator.step - before)
 
     def _train_counted(self, point: float) -> None:
         amount = self._budget.amount
-        equal = self._budget.kind != "work" or not self._has_diagnostics  # steps cost the same
         while (began := self.spent()) < point * (1.0 - 1e-9):
             before, steps = self.estimator.step, 1
             if before and began + self.step_cost > amount * (1.0 + 1e-9):
                 return
-            if self.step_cost and equal:
+            if self.step_cost and self._equal_steps:
                 within = math.floor((amount - began) / self.step_cost + 1e-6)
-                steps = min(math.ceil((point - began) / self.step_cost - 1e-6), within)
+                until = min(point, self._piece()[1])
+                steps = min(math.ceil((until - began) / self.step_cost - 1e-6), within)
             self._train(steps=max(steps, 1), seconds=STRETCH_SECONDS)
             self.step_cost = (self.spent() - began) / (self.estimator.step - before)
 
+    def _piece(self) -> tuple[float, float]:
+        """The middle of the present piece of the schedule, as a share, and the cost at its end."""
+        if not self._task.entry.is_scheduled:
+            return 0.0, math.inf
+        share = self.spent() / self._budget.amount
+        k = min(math.floor(share * self._pieces + 1e-6), math.ceil(self._pieces) - 1)
+        return min((k + 0.5) / self._pieces, 1.0), (k + 1) / self._pieces * self._budget.amount
+
     def _train(self, **limit: Any) -> None:
+        entry = self._task.entry
+        if entry.is_scheduled:
+            by = schedules.factor(entry.schedule, entry.warmup, self._piece()[0])
+            self.estimator._run.set_in_optimizer(schedule_factor=jnp.asarray(by, jnp.float32))
         self.estimator.train(self._data, save=False, **limit)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()

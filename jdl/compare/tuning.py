@@ -1,23 +1,24 @@
-"""Equal tuning: the same number of trials for every optimizer, at the same points of its range.
+"""Equal tuning: the same number of trials for every optimizer, at the same points of its space.
 
-The first trial is the default; trial k after it is at the same quasi-random point uₖ of the
-optimizer's own range, on a log scale:
+The first trial is the default; trial k after it is at the same quasi-random point uₖ in [0, 1]ᵈ, by
+Halton's sequence, of the optimizer's own ranges, each on its own scale:
 
-    value = low · (high / low)^uₖ
+    value = low · (high / low)^u    (log)
 
 Settings are chosen on validation data, with a seed that the reported trials do not use.
 """
 
 import itertools
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jdl.core import check
 from jdl.optim.registry import TuningRange
 
-SAME = 0.1  # values closer to the default than this, in logarithm, are skipped
+SAME = 0.01  # points closer to the default than this share of every range are skipped
+PRIMES = (2, 3, 5, 7, 11, 13)
+NUMBERS = ("all", "main")
 SEED = 10_000  # of initial parameters and data order while tuning
 FIRST, FROM = 3, 0.1
 
@@ -37,6 +38,7 @@ class Tuning(NamedTuple):
       criterion: a column, minimized or maximized by its metric's direction; the training loss for
         a problem without validation data.
       defaults: whether the untuned optimizers are reported too.
+      numbers: "all" of each optimizer's space, or its "main" number alone.
 
     >>> Tuning(trials=8, share=0.5).checked().criterion
     'validation_loss'
@@ -46,12 +48,18 @@ class Tuning(NamedTuple):
     share: float = 1.0
     criterion: str = "validation_loss"
     defaults: bool = True
+    numbers: str = "all"
 
     def checked(self) -> "Tuning":
         """The same, if its values are valid."""
         check.positive_int("trials", self.trials)
         check.in_range("share", self.share, 0.0, 1.0, open_low=True)
+        check.one_of("numbers", self.numbers, NUMBERS)
         return self
+
+    def space(self, ranges: Sequence[TuningRange]) -> tuple[TuningRange, ...]:
+        """Those of the ranges that are tuned."""
+        return tuple(ranges[:1] if self.numbers == "main" else ranges)
 
     def criterion_of(self, validates: bool) -> str:
         """The column to use, for a problem with or without validation data."""
@@ -60,35 +68,45 @@ class Tuning(NamedTuple):
         return self.criterion
 
 
-def values(search: TuningRange, trials: int, default: float | None = None) -> list[float]:
-    """The values to try: the default, then log-uniform ones by van der Corput's sequence.
+def points(
+    space: Sequence[TuningRange], trials: int, default: Mapping[str, int | float] | None = None
+) -> list[dict[str, int | float]]:
+    """The values to try, by parameter: the default, then those at the points of Halton's sequence.
 
-    >>> values(TuningRange("learning_rate", 1e-4, 1.0), 4, 0.5)
-    [0.5, 0.01, 0.001, 0.1]
+    Args:
+      space: at most six ranges.
+      trials: how many points.
+      default: the first; None for none.
+
+    >>> space = [TuningRange("learning_rate", 1e-4, 1.0), TuningRange("warmup", 0.0, 0.3, "linear")]
+    >>> points(space, 3, {"learning_rate": 0.5, "warmup": 0.0})[1:]
+    [{'learning_rate': 0.01, 'warmup': 0.1}, {'learning_rate': 0.001, 'warmup': 0.2}]
 
     References:
+      Halton, On the efficiency of certain quasi-random sequences of points (1960).
       Bergstra & Bengio, Random search for hyper-parameter optimization (2012), section 5.
     """
-    ratio = search.high / search.low
-    found = [] if default is None else [float(default)]
+    found = [] if default is None else [dict(default)]
     for k in itertools.count(1):
-        value = float(f"{search.low * ratio ** place(k):.4g}")
         if len(found) >= trials:
             return found
-        if default is None or abs(math.log(value / default)) > SAME:
-            found.append(value)
+        values = {x.parameter: x.at(place(k, base)) for x, base in zip(space, PRIMES, strict=False)}
+        if default is None or any(
+            abs(x.share(values[x.parameter]) - x.share(default[x.parameter])) > SAME for x in space
+        ):
+            found.append(values)
     raise AssertionError("unreachable")
 
 
-def place(k: int) -> float:
-    """The k-th number of van der Corput's sequence in base 2: k's digits mirrored.
+def place(k: int, base: int = 2) -> float:
+    """The k-th number of van der Corput's sequence: k's digits in that base mirrored.
 
     >>> [place(k) for k in (1, 2, 3, 4)]
     [0.5, 0.25, 0.75, 0.125]
     """
-    found, unit = 0.0, 0.5
+    found, unit = 0.0, 1.0 / base
     while k:
-        found, k, unit = found + unit * (k % 2), k // 2, unit / 2
+        found, k, unit = found + unit * (k % base), k // base, unit / base
     return found
 
 

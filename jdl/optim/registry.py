@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -27,15 +28,48 @@ from jdl.optim.transformation import ScalarOrSchedule
 
 
 class TuningRange(NamedTuple):
-    """The one number of an optimizer to tune, and its range, on a logarithmic scale.
+    """One number of an optimizer to tune, and its range.
 
-    It is a field of the optimizer's state: `optax.tree.set(opt_state, **{parameter: x})` tries
-    another value without compiling again.
+    Attributes:
+      parameter: an argument of the optimizer.
+      low: the smallest value.
+      high: the largest.
+      scale: on which values are spread evenly: "log", "linear", or "one minus log" for averages'
+        decays β, where 1 − β is spread on a logarithmic scale.
+      whole: whether only integers are tried.
+
+    >>> TuningRange("b2", 0.9, 0.999, "one minus log").at(0.5), TuningRange("lr", 1e-4, 1.0).at(0.5)
+    (0.99, 0.01)
     """
 
     parameter: str
-    low: float
-    high: float
+    low: int | float
+    high: int | float
+    scale: str = "log"
+    whole: bool = False
+
+    def at(self, share: float) -> int | float:
+        """The value that share of the way from low to high, in [0, 1], to four digits."""
+        low, high = (self._scaled(x) for x in (self.low, self.high))
+        x = low + share * (high - low)
+        x = float(f"{x if self.scale == 'linear' else math.exp(x):.4g}")
+        x = round(1.0 - x, 12) if self.scale == "one minus log" else x
+        return round(x) if self.whole else x
+
+    def share(self, value: int | float) -> int | float:
+        """How far from low to high a value is: the inverse of `at`; −∞ or ∞ for the scale's end.
+
+        >>> TuningRange("lr", 1e-4, 1.0).share(0.1)
+        0.75
+        """
+        low, high, x = (self._scaled(x) for x in (self.low, self.high, value))
+        return (x - low) / (high - low)
+
+    def _scaled(self, value: int | float) -> int | float:
+        if self.scale == "linear":
+            return value
+        x = 1.0 - value if self.scale == "one minus log" else value
+        return math.log(x) if x > 0 else -math.inf
 
 
 class OptimizerSpec(NamedTuple):
@@ -47,14 +81,21 @@ class OptimizerSpec(NamedTuple):
       second_order: whether it uses curvature or a line search, and its state has `Diagnostics`.
       batches: "mini"; or "large" for one that is sensitive to sampling noise and works best on
         large batches, or the whole data set.
-      search: what to tune, and over which range.
+      space: what to tune, and over which ranges, the main number first. That one is a field of the
+        optimizer's state: `optax.tree.set(opt_state, **{parameter: x})` tries another value without
+        compiling again.
     """
 
     make: Callable[..., optax.GradientTransformation]
     learning_rate: float
     second_order: bool
     batches: str
-    search: TuningRange
+    space: tuple[TuningRange, ...]
+
+    @property
+    def search(self) -> TuningRange:
+        """The main number to tune, and its range."""
+        return self.space[0]
 
 
 _momentum = functools.partial(optax.sgd, momentum=0.9)
@@ -79,8 +120,17 @@ def _prodigy(*args: Any, **options: Any) -> optax.GradientTransformationExtraArg
     )
 
 
+_MOMENTUM = TuningRange("momentum", 0.5, 0.99, "one minus log")
+_B1 = TuningRange("b1", 0.5, 0.98, "one minus log")
+_B2 = TuningRange("b2", 0.9, 0.9999, "one minus log")
+_DECAY = TuningRange("weight_decay", 1e-4, 1.0)  # decoupled: a factor on the learning rate
+_SHAMPOO_BETA = TuningRange("shampoo_beta", 0.8, 0.99, "one minus log")
+_BETA = TuningRange("beta", 0.8, 0.99, "one minus log")
+_GRADIENT_DECAY = TuningRange("gradient_decay", 0.5, 0.98, "one minus log")
+
+
 def _first_order(
-    make: Callable[..., Any], learning_rate: float, low: float, high: float
+    make: Callable[..., Any], learning_rate: float, low: float, high: float, *others: TuningRange
 ) -> OptimizerSpec:
     @functools.wraps(make)  # `by_name` checks options by its signature
     def with_rate_as_state(rate: Any, **options: Any) -> optax.GradientTransformation:
@@ -89,50 +139,59 @@ def _first_order(
             learning_rate=rate
         )
 
-    return OptimizerSpec(
-        with_rate_as_state, learning_rate, False, "mini", TuningRange("learning_rate", low, high)
-    )
+    space = (TuningRange("learning_rate", low, high), *others)
+    return OptimizerSpec(with_rate_as_state, learning_rate, False, "mini", space)
+
+
+def _second_order(
+    make: Callable[..., Any], learning_rate: float, batches: str, *space: TuningRange
+) -> OptimizerSpec:
+    return OptimizerSpec(make, learning_rate, True, batches, space)
+
+
+def _rate(low: float, high: float = 1.0) -> TuningRange:
+    return TuningRange("learning_rate", low, high)
+
+
+def _damping(low: float, high: float) -> TuningRange:
+    return TuningRange("damping", low, high)
 
 
 REGISTRY: dict[str, OptimizerSpec] = {
     "sgd": _first_order(optax.sgd, 0.1, 1e-3, 1.0),
-    "momentum": _first_order(_momentum, 0.01, 1e-4, 0.3),
-    "nesterov": _first_order(_nesterov, 0.01, 1e-4, 0.3),
-    "adam": _first_order(optax.adam, 1e-3, 1e-5, 3e-2),
-    "adamw": _first_order(optax.adamw, 1e-3, 1e-5, 3e-2),
-    "nadam": _first_order(optax.nadam, 1e-3, 1e-5, 3e-2),
-    "nadamw": _first_order(optax.nadamw, 1e-3, 1e-5, 3e-2),
-    "radam": _first_order(optax.radam, 1e-3, 1e-5, 3e-2),
-    "rmsprop": _first_order(optax.rmsprop, 1e-3, 1e-5, 3e-2),
+    "momentum": _first_order(_momentum, 0.01, 1e-4, 0.3, _MOMENTUM),
+    "nesterov": _first_order(_nesterov, 0.01, 1e-4, 0.3, _MOMENTUM),
+    "adam": _first_order(optax.adam, 1e-3, 1e-5, 3e-2, _B2, _B1),
+    "adamw": _first_order(optax.adamw, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
+    "nadam": _first_order(optax.nadam, 1e-3, 1e-5, 3e-2, _B2, _B1),
+    "nadamw": _first_order(optax.nadamw, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
+    "radam": _first_order(optax.radam, 1e-3, 1e-5, 3e-2, _B2, _B1),
+    "rmsprop": _first_order(optax.rmsprop, 1e-3, 1e-5, 3e-2, _B2._replace(parameter="decay")),
     "adagrad": _first_order(optax.adagrad, 1e-2, 1e-4, 1.0),
     "adafactor": _first_order(_adafactor, 1e-2, 1e-4, 0.3),
-    "lamb": _first_order(optax.lamb, 1e-3, 1e-5, 3e-2),
-    "lars": _first_order(optax.lars, 0.1, 1e-3, 10.0),
-    "lion": _first_order(optax.lion, 1e-4, 1e-6, 3e-3),
-    "adopt": _first_order(optax.contrib.adopt, 1e-3, 1e-5, 3e-2),
+    "lamb": _first_order(optax.lamb, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
+    "lars": _first_order(optax.lars, 0.1, 1e-3, 10.0, _MOMENTUM),
+    "lion": _first_order(optax.lion, 1e-4, 1e-6, 3e-3, _DECAY, _B2),
+    "adopt": _first_order(optax.contrib.adopt, 1e-3, 1e-5, 3e-2, _B2, _B1),
     # Its slow mean starts at 0 and is not corrected for that, which is a warm-up of its own.
-    "ademamix": _first_order(optax.contrib.ademamix, 1e-3, 1e-5, 3e-2),
-    "prodigy": _first_order(_prodigy, 1.0, 0.1, 10.0),  # a factor on the rate that it estimates
-    "schedule_free_sgd": _first_order(_free_sgd, 1.0, 1e-2, 10.0),
-    "schedule_free_adamw": _first_order(_free_adamw, 2.5e-3, 1e-4, 3e-2),
-    "muon": OptimizerSpec(muon, 2e-2, False, "mini", TuningRange("learning_rate", 1e-4, 0.3)),
-    "sophia": _first_order(_sophia, 1e-3, 1e-5, 3e-2),
-    "soap": _first_order(soap, 3e-3, 1e-4, 3e-2),
-    "shampoo": _first_order(shampoo, 1e-3, 1e-4, 3e-2),
-    "lbfgs": OptimizerSpec(lbfgs, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
-    "cg": OptimizerSpec(nonlinear_cg, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)),
-    "newton": OptimizerSpec(newton, 1.0, True, "large", TuningRange("damping", 1e-4, 10.0)),
-    "hf": OptimizerSpec(hessian_free, 1.0, True, "large", TuningRange("damping", 1e-3, 100.0)),
-    "gauss_newton": OptimizerSpec(
-        gauss_newton, 1.0, True, "large", TuningRange("learning_rate", 1e-2, 1.0)
+    "ademamix": _first_order(optax.contrib.ademamix, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
+    "prodigy": _first_order(_prodigy, 1.0, 0.1, 10.0, _DECAY),  # a factor on the rate it estimates
+    "schedule_free_sgd": _first_order(_free_sgd, 1.0, 1e-2, 10.0, _B1),
+    "schedule_free_adamw": _first_order(_free_adamw, 2.5e-3, 1e-4, 3e-2, _DECAY, _B1),
+    "muon": OptimizerSpec(muon, 2e-2, False, "mini", (_rate(1e-4, 0.3), _DECAY, _BETA)),
+    "sophia": _first_order(_sophia, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
+    "soap": _first_order(soap, 3e-3, 1e-4, 3e-2, _DECAY, _SHAMPOO_BETA),
+    "shampoo": _first_order(shampoo, 1e-3, 1e-4, 3e-2, _DECAY, _SHAMPOO_BETA),
+    "lbfgs": _second_order(lbfgs, 1.0, "large", _rate(1e-2)),
+    "cg": _second_order(nonlinear_cg, 1.0, "large", _rate(1e-2)),
+    "newton": _second_order(newton, 1.0, "large", _damping(1e-4, 10.0)),
+    "hf": _second_order(hessian_free, 1.0, "large", _damping(1e-3, 100.0)),
+    "gauss_newton": _second_order(gauss_newton, 1.0, "large", _rate(1e-2)),
+    "lm": _second_order(levenberg_marquardt, 1.0, "large", _damping(1e-6, 10.0)),
+    "natural_gradient": _second_order(
+        natural_gradient, 0.3, "mini", _rate(1e-2), _damping(1e-2, 10.0)
     ),
-    "lm": OptimizerSpec(
-        levenberg_marquardt, 1.0, True, "large", TuningRange("damping", 1e-6, 10.0)
-    ),
-    "natural_gradient": OptimizerSpec(
-        natural_gradient, 0.3, True, "mini", TuningRange("learning_rate", 1e-2, 1.0)
-    ),
-    "kfac": OptimizerSpec(kfac, 1.0, True, "mini", TuningRange("damping", 1e-4, 10.0)),
+    "kfac": _second_order(kfac, 1.0, "mini", _damping(1e-4, 10.0), _GRADIENT_DECAY, _rate(0.1)),
 }
 
 

@@ -186,8 +186,12 @@ class Run:
 
     def set_learning_rate(self, rate: jax.Array) -> None:
         """Replaces the learning rate in the optimizer's state."""
+        self.set_in_optimizer(learning_rate=rate)
+
+    def set_in_optimizer(self, **fields: jax.Array) -> None:
+        """Replaces fields of the optimizer's state, by name."""
         state = self.current()
-        opt_state = optax.tree.set(state.opt_state, learning_rate=rate)
+        opt_state = optax.tree.set(state.opt_state, **fields)
         self.state = self.placement.put_state(state._replace(opt_state=opt_state))
 
     # ------------------------------------------------------------------ checkpoints

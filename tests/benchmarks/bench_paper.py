@@ -72,7 +72,7 @@ def nesterov_entry(rate: float, name: str = "nesterov") -> Entry:
         200,
         options={"learning_rate": rate, "momentum": "Sutskever's schedule up to 0.99"},
         search=TuningRange("learning_rate", 1e-3, 1e-1),
-        tuned=lambda value: nesterov_entry(value, "nesterov-tuned"),
+        tuned=lambda values: nesterov_entry(values["learning_rate"], "nesterov-tuned"),
     )
 
 
@@ -177,7 +177,7 @@ def lines(results: res.Results) -> dict[str, list[str]]:
             res.shown(line.epochs, "epoch"),
             f"{work.median:.3g}",
             f"{res.tuning_cost(tuned, 'seconds'):.0f}" if tuned else "–",
-            ", ".join(f"{t:.3g}" for t in [res.chosen(tuned)] if t is not None) or "–",
+            ", ".join(f"{x:.3g}" for x in (res.chosen(tuned) or {}).values()) or "–",
         ]
     return found
 

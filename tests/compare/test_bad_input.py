@@ -132,4 +132,4 @@ def test_the_study_of_another_version_is_reported_on_the_command_line(tmp_path, 
     (tmp_path / "study.toml").write_text("format = 2\n")
     code = main(["compare", "--problem", "quadratic", "--workdir", str(tmp_path)])
     assert code == 2
-    assert "is of format 2; this version of jdl reads format 4" in capsys.readouterr().err
+    assert "is of format 2; this version of jdl reads format 5" in capsys.readouterr().err

@@ -1,11 +1,14 @@
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from jdl.compare import load_results, plots, report, tables, write_report
+from jdl.compare import drawing, load_results, plots, report, table, tables, write_report
 from jdl.compare.drawing import spread
+from jdl.compare.results import beside, read_csv
+from jdl.core.check import DataError
 
 FALL = [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.09, 0.9), (9.0, 0.02, 1.0)]
 WORDS = "</script><script>alert('1')</script> & \"more\""
@@ -72,7 +75,9 @@ def test_every_file_is_written(workdir):
     names = {path.name for path in workdir.iterdir() if path.is_file()}
     assert names >= {"report.md", "curves.png", "curves.svg", "steps.png", "results.csv"}
     lines = (workdir / "results.csv").read_text().splitlines()
-    assert lines[0].startswith("problem,optimizer,seed,step,seconds,epoch,work,train_loss")
+    assert lines[0].startswith(
+        "problem,optimizer,seed,share,status,step,seconds,epoch,work,train_loss"
+    )
     assert len(lines) == 1 + 2 * (4 + 4 + 1)
     text = (workdir / "report.md").read_text()
     assert "| sgd | 0.02 |" in text
@@ -89,15 +94,167 @@ def test_the_page_is_whole_and_stands_alone(workdir):
     references = {a[1:] for a in parser.addresses if a.startswith("#")}
     references |= set(re.findall(r"url\(#([^)]+)\)", page))
     assert references <= set(parser.ids)
-    assert not re.search(r"(?:https?:)?//[a-z]", page)
+    namespace = "http://www.w3.org/2000/svg"  # a name, not an address
+    assert not re.search(r"(?:https?:)?//[a-z]", page.replace(namespace, ""))
     assert "prefers-color-scheme: dark" in page
     assert "viewport" in page
 
 
+def embedded(page):
+    """The data that the page's script reads."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    return json.loads(text)
+
+
 def test_words_from_outside_are_escaped(workdir):
     page = report.page(load_results(workdir))
-    assert "<script" not in page
+    assert page.count("<script") == page.count("</script>") == 2  # the data, and the page's own
+    assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
+
+
+def test_names_from_outside_do_not_end_the_data(plant):
+    results = load_results(plant({("a", 0): FALL}))
+    name = "</script><!--<script>"
+    results.study["optimizers"][0]["name"] = name
+    results = results._replace(trials=tuple(t._replace(optimizer=name) for t in results.trials))
+    page = report.page(results)
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<!--" not in page
+    assert embedded(page)["lines"][0]["name"] == name
+
+
+def test_the_page_has_the_curves_of_the_files(workdir):
+    results = load_results(workdir)
+    data = embedded(report.page(results))
+    assert [line["name"] for line in data["lines"]] == ["sgd", "hf", "wild"]
+    chart = next(c for c in data["charts"] if c["title"] == "Loss against time")
+    sgd = chart["series"][0]
+    assert sgd["x"] == [1.0, 2.0, 9.0]
+    assert sgd["y"] == [0.5, 0.09, 0.02]
+    assert sgd["marks"] == [[2.0, 0.09, "reached"]] * 2
+    assert chart["level"] == 0.1
+    for chart in data["charts"]:
+        if chart["title"].startswith("Ranks"):  # all equal here
+            continue
+        for axis in (chart["x"], chart["y"]):
+            shown = [at for at, _ in axis["ticks"] if axis["low"] <= at <= axis["high"]]
+            assert len(shown) >= 2, (chart["title"], axis)
+    assert data["lines"][0]["dashes"] != data["lines"][1]["dashes"] == []
+
+
+def test_negative_losses_are_drawn_on_a_linear_axis(plant):
+    rows = {("a", 0): [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, -3.0, 0.9)]}
+    results = load_results(plant(rows))
+    (chart,) = [c for c in plots.curve_charts(results, "planted") if c.title == "Loss against time"]
+    assert chart.logs == (True, False)
+    assert chart.series[0].y.tolist() == [0.5, -3.0]
+    assert plots.data(results, chart)["y"]["low"] < -3.0
+
+
+def test_ranks_move_with_the_unit_of_cost(plant):
+    """a is faster; b, evaluated at every other step, needs fewer of them."""
+    rows = {("a", s): [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.05, 0.6)] for s in (0, 1)}
+    rows |= {("b", s): [(0.0, 2.0, 0.1), (4.0, 0.05, 0.6)] for s in (0, 1)}
+    chart = plots.rank_chart(load_results(plant(rows)), "planted")
+    ranks = {series.name: series.y.tolist() for series in chart.series}
+    assert ranks == {"a": [-2.0, -1.0, -1.0], "b": [-1.0, -2.0, -2.0]}
+
+
+def test_long_names_are_whole_and_differ():
+    names = [f"adamw-cosine-{x}-weight-decay-0.01" for x in ("0.1", "0.01", "0.001")]
+    short = drawing.short_names(names)
+    assert list(short.values()) == ["…0.1…", "…0.01…", "…0.001…"]
+    for alike in (
+        ["x" * 60 + "1", "x" * 60 + "2"],
+        ["m" * 30 + "1" + "n" * 30, "m" * 30 + "2" + "n" * 30],
+    ):
+        assert len(set(drawing.short_names(alike).values())) == 2
+
+
+def test_long_names_stay_inside_their_axes(plant):
+    names = [f"{letter * 9}-with-{letter * 9}" for letter in "abc"]
+    results = load_results(plant({(name, 0): FALL for name in names}))
+    figure = plots.curves(results, "planted")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for text in axes.texts:
+            if text.get_text() != "target":
+                assert text.get_window_extent().x1 <= axes.bbox.x1 + 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(3.0, 7.0), (0.95, 1.05), (1e-8, 1.0), (4.0, 19.0), (1.0, 1e4), (2e-14, 3e-14)],
+)
+def test_every_axis_has_ticks(low, high):
+    for log in (False, True):
+        found = [at for at, _ in drawing.ticks(low, high, log)]
+        assert 2 <= len(found) <= 9
+        assert all(low * 0.999 <= at <= high * 1.001 for at in found)
+        assert found == sorted(set(found))
+
+
+def test_a_published_study_is_laid_beside(plant, tmp_path):
+    rows = {(name, seed): FALL for name in ("sgd", "hf") for seed in (0, 1)}
+    results = load_results(plant(rows, statuses={("hf", 1): "diverged"}, words="loss is nan"))
+    published = tmp_path / "theirs" / "results.csv"
+    published.parent.mkdir()
+    published.write_text(report.csv_text(results))
+    trials = read_csv(published)
+    assert [(t.optimizer, t.seed, t.status) for t in trials] == [
+        ("hf", 0, "done"),
+        ("hf", 1, "diverged"),
+        ("sgd", 0, "done"),
+        ("sgd", 1, "done"),
+    ]
+    assert [row["seconds"] for row in trials[0].evaluations] == [0.0, 1.0, 2.0, 9.0]
+    both = beside(results, published)
+    assert both.optimizers == ("sgd", "hf", "hf (theirs)", "sgd (theirs)")
+    found = table(both, "planted")[1]
+    assert found[0][1:] == found[3][1:]  # of the same trials the same line
+    assert found[1][1:] == found[2][1:]
+    assert "theirs" in tables.troubles(both, "planted")[-1]
+    page = report.page(both)
+    assert "sgd (theirs)" in page
+    names = [line["name"] for line in embedded(page)["lines"]]
+    assert names == list(both.optimizers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "line 1: the column 'problem' is missing"),
+        ("{head}\nplanted,a,0,1.0,done,1\n", "line 2: it has not as many values"),
+        ("{head}\nplanted,a,zero,1.0,done,1,1,1,1\n", "line 2: invalid literal"),
+        ("{head}\nplanted,a,0,1.0,done,1,1,1,much\n", "line 2: could not convert"),
+        ("{head}\nother,a,0,1.0,done,1,1,1,1\n", "has no problem and seed of this study"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_csv_that_is_none_is_reported(plant, tmp_path, text, message):
+    results = load_results(plant({("a", 0): FALL}))
+    path = tmp_path / "other.csv"
+    if text is not None:
+        head = "problem,optimizer,seed,share,status,step,seconds,epoch,work"
+        path.write_text(text.format(head=head))
+    with pytest.raises(DataError, match=re.escape(message)):
+        beside(results, path)
+
+
+def test_cost_of_what_was_measured(plant):
+    workdir = plant({("a", s): FALL for s in range(3)} | {("b", s): FALL for s in range(3)})
+    for seed, seconds in enumerate((0.1, 0.2, 0.4)):
+        path = workdir / "planted" / f"a-seed{seed}" / "result.json"
+        measured = {"evaluation_seconds": 0.25, "step_seconds": seconds, "gradient_seconds": 0.1}
+        told = json.loads(path.read_text()) | measured | {"state_bytes": 2_000_000}
+        path.write_text(json.dumps(told))
+    header, (a, b), _ = tables.costs(load_results(workdir), "planted")
+    told = dict(zip(header, a, strict=True))
+    assert (told["steps"], told["seconds"], told["step ms"]) == ("30", "9", "200")
+    assert (told["step / gradient"], told["state MB"]) == ("2", "2")
+    assert told["evaluation"] == "10 %"  # 4 of ¼ s, beside 9 s of training
+    assert b[header.index("step / gradient")] == b[header.index("evaluation")] == "–"
 
 
 def test_what_steps_did_is_counted_step_by_step(workdir):
@@ -140,10 +297,14 @@ def test_standings_tell_wins_and_how_surely(plant):
         rows["slow", seed] = [(0.0, 1.0, 0.0), (4.0, 0.05, 0.0), (9.0, 0.03, 0.5)]
     results = load_results(plant(rows))
     header, table_rows, note = tables.standings(results)
-    assert table_rows[0][:3] == ["fast", "5 of 5", "1.00"]
-    assert table_rows[0][header.index("against slow")] == "5–0 (p 0.062)"
-    assert table_rows[1][header.index("against fast")] == "0–5 (p 0.062)"
+    assert table_rows == [["fast", "5 of 5", "1.00"], ["slow", "5 of 5", "0.67"]]
     assert "5 pairs of problem and seed" in note
+    header, (pair,), _ = tables.pairs(results)
+    told = dict(zip(header, pair, strict=True))
+    assert (told["optimizer"], told["against"]) == ("fast", "slow")
+    assert (told["won–lost"], told["p"]) == ("5–0", "0.062")
+    assert told["cost ratio"] == "2 (2–2)"
+    assert told["P(faster)"] == "1.00 (1.00–1.00)"
     assert "Over all problems and seeds" in report.page(results)
     assert (
         tables.standings(

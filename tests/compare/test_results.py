@@ -1,8 +1,10 @@
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from jdl.compare import load_results, table
+from jdl.compare import load_results, table, tables
 from jdl.compare.results import Target, ending, headline, lines
 from jdl.compare.store import FORMAT
 from jdl.core.check import DataError
@@ -19,8 +21,12 @@ def only(results, optimizer):
 
 def test_target_counts_at_the_first_evaluation_that_meets_it(plant):
     line = only(load_results(plant({("a", 0): FAST})), "a")
-    assert line.seconds == (2.0, 2.0, 2.0)  # neither before, nor undone by the rise after it
-    assert line.work.median == 4.0
+    assert line.costs["seconds"] == (
+        2.0,
+        2.0,
+        2.0,
+    )  # neither before, nor undone by the rise after it
+    assert line.costs["work"].median == 4.0
     assert line.train_loss.median == 0.2  # the last, not the best
     assert line.test["test_accuracy"].median == 0.95
 
@@ -37,7 +43,7 @@ def test_misses_count_as_infinite_and_are_reported(plant):
     results = load_results(plant(rows | {("b", 1): NEVER, ("b", 2): NEVER}))
     line = only(results, "a")
     assert (line.reached, line.trials) == (2, 3)
-    assert line.seconds == (8.0, 2.0, math.inf)
+    assert line.costs["seconds"] == (8.0, 2.0, math.inf)
     header, rows = table(results, "planted")
     assert [row[0] for row in rows] == ["a", "b"]
     column = header.index("seconds to target")
@@ -51,7 +57,8 @@ def test_divergence_takes_the_last_value_away(plant):
     header, rows = table(results, "planted")
     assert rows[0][header.index("train loss")] == "diverged"
     assert rows[0][header.index("test accuracy")] == "–"
-    assert only(results, "a").troubles == ("seed 0: loss is nan",)
+    assert tables.troubles(results, "planted") == ["a, seed 0: loss is nan"]
+    assert "Diverged: a." in tables.negatives(results, "planted")
     assert ending(results, "planted").startswith(
         "After 10 s of training b had the lowest training loss, 0.01"
     )
@@ -97,12 +104,90 @@ def test_without_a_direction_a_lost_value_leaves_no_median(plant):
             {("a", 0): SLOW, ("a", 1): SLOW, ("b", 0): FAST, ("b", 1): NEVER},
             "no other reached it in most seeds within 10 s of training, some did: b (1 of 2).",
         ),
-        ({(n, s): r for s in (0, 1) for n, r in (("a", FAST), ("b", SLOW))}, "Its slowest seed"),
-        ({("a", 0): FAST, ("a", 1): SLOW, ("b", 0): SLOW, ("b", 1): SLOW}, "may be luck"),
+        (
+            {(n, s): r for s in range(6) for n, r in (("a", FAST), ("b", SLOW))},
+            "a against b: 6–0 (sign test, p 0.031): a was ahead.",
+        ),
+        (
+            {(n, s): r for s in range(5) for n, r in (("a", FAST), ("b", SLOW))},
+            "5–0 (sign test, p 0.062): undecided; fewer than six seeds cannot reach p 0.05.",
+        ),
+        (
+            {(n, s): r for s in range(6) for n, r in (("b", SLOW), ("a", FAST if s else SLOW))},
+            "a against b: 5–0 (sign test, p 0.062): undecided.",
+        ),
+        (
+            {("a", 0): FAST, ("a", 1): SLOW, ("b", 0): SLOW, ("b", 1): SLOW},
+            "1–0 (sign test, p 1): undecided",
+        ),
+        (
+            {(n, s): SLOW for s in range(7) for n in "abc"},
+            "a, b and c reached train loss ≤ 0.1 after the same 8 s (medians of 7 seeds). "
+            "No difference was seen.",
+        ),
+        (
+            {
+                (n, s): r
+                for s, (r, q) in enumerate([(FAST, SLOW), (SLOW, FAST)])
+                for n, r in zip("ab", (r, q), strict=True)
+            }
+            | {(n, 2): SLOW for n in "ab"},
+            "a and b reached train loss ≤ 0.1 after the same 8 s (medians of 3 seeds). "
+            "Seed by seed, a against b: 1–1 (sign test, p 1): undecided",
+        ),
     ],
 )
 def test_headline(plant, rows, expected):
     assert expected in headline(load_results(plant(rows)), "planted")
+
+
+@pytest.mark.parametrize("kind", ["epochs", "work", "steps"])
+def test_equal_costs_are_a_tie_in_every_unit(plant, kind):
+    """The seconds differ in each seed; the headline's own unit does not."""
+    rows = {(n, s): [(0.0, 2.0, 0.1), (2.0, 0.05, 0.9)] for s in range(6) for n in "ab"}
+    results = load_results(plant(rows, kind=kind))
+    told = headline(results, "planted")
+    assert told.startswith("a and b reached train loss ≤ 0.1 after the same")
+    assert told.endswith("No difference was seen.")
+    assert "a and b" not in ending(results, "planted").replace("a and b both had", "")
+
+
+def test_the_end_says_ties_and_what_is_undecided(plant):
+    rows = {(n, s): [(0.0, 2, 0.1), (2.0, 0.5, 0.9)] for s in range(3) for n in "ab"}
+    assert ending(load_results(plant(rows)), "planted") == (
+        "After 10 s of training a and b both had the lowest training loss, 0.5; "
+        "a and b both had the best test accuracy, 90 %."
+    )
+
+
+def test_the_end_gives_the_pair_s_p(plant):
+    rows = {
+        (n, s): [(0.0, 2, 0.1), (2.0, x, x)] for s in range(3) for n, x in (("a", 0.5), ("b", 0.6))
+    }
+    assert ending(load_results(plant(rows)), "planted") == (
+        "After 10 s of training a had the lowest training loss, 0.5 (against b 3–0, p 0.25: "
+        "undecided); b had the best test accuracy, 60 % (against a 3–0, p 0.25: undecided)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("seeds", "cell"), [(1, "yes, of one seed"), (2, "yes (p "), (5, "yes (p ")]
+)
+def test_the_target_at_the_end_is_tested(plant, seeds, cell):
+    noise = np.random.default_rng(0).normal(size=(2, seeds))
+    rows = {
+        (n, s): [(0.0, 2.0, 0.1), (2.0, mean + 0.005 * noise[i, s], 0.9)]
+        for i, (n, mean) in enumerate((("a", 0.08), ("b", 0.2)))
+        for s in range(seeds)
+    }
+    header, (a, b) = table(load_results(plant(rows)), "planted")
+    column = header.index("meets target at end")
+    assert a[column].startswith(cell)
+    assert b[column] == "no"
+    if seeds == 5:
+        values = [rows["a", s][1][1] for s in range(5)]
+        expected = stats.ttest_1samp(values, 0.1, alternative="less").pvalue
+        assert a[column] == f"yes (p {expected:.2g})"
 
 
 def test_the_headline_of_many_seeds_has_the_medians_interval(plant):

@@ -1,6 +1,7 @@
 """Planted truths: what is so by construction must come out of a whole study."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 from scipy import stats
 
 from jdl.compare import Budget, Entry, Study, Target, load_results, table, write_report
-from jdl.compare.results import cost_to_target, headline, lines
-from jdl.compare.statistics import duel
+from jdl.compare.results import Results, Trial, cost_to_target, headline, lines
+from jdl.compare.statistics import cost_ratio, duel
 from jdl.compare.study import CLOCKS
+from jdl.compare.tables import pairs
 
 
 @pytest.fixture
@@ -58,14 +60,77 @@ def test_twice_the_time_of_a_step_is_twice_the_time_to_the_target(problem, tmp_p
     assert (once.reached, twice.reached) == (1, 1)
     # Equal but for the points of evaluation, a factor of 200^(1/59) apart.
     factor = 200 ** (1 / 59)
-    assert 2 / factor < twice.seconds.median / once.seconds.median < 2 * factor
-    assert 1 / factor < twice.work.median / once.work.median < factor
+    assert 2 / factor < twice.costs["seconds"].median / once.costs["seconds"].median < 2 * factor
+    assert 1 / factor < twice.costs["work"].median / once.costs["work"].median < factor
     assert headline(results, "blobs").startswith("once reached train loss ≤ 0.45 first")
     results = Study(problem, entries, budget=work, evaluations=60, workdir=tmp_path / "w").run()
     once, twice = lines(results, "blobs")
     assert once.reached == 1
-    assert once.work == twice.work
-    assert twice.seconds.median == pytest.approx(2 * once.seconds.median, rel=1e-9)
+    assert once.costs["work"] == twice.costs["work"]
+    assert twice.costs["seconds"].median == pytest.approx(
+        2 * once.costs["seconds"].median, rel=1e-9
+    )
+
+
+def planted(costs):
+    """A study of {optimizer: [problem, seed] costs to the target}."""
+    names = [f"problem{i}" for i in range(len(next(iter(costs.values()))))]
+    seeds = list(range(len(next(iter(costs.values()))[0])))
+    target = {"metric": "train_loss", "goal": "at most", "threshold": 0.1}
+    study = {
+        "budget": {"amount": 1e6, "kind": "seconds"},
+        "evaluations": 1000,
+        "seeds": seeds,
+        "problems": [{"name": name, "target": target} for name in names],
+        "optimizers": [{"name": name, "settings": {}} for name in costs],
+    }
+
+    def trial(optimizer, problem, seed, cost):
+        rows = tuple(
+            {"step": i, "seconds": at, "epoch": at, "work": at, "train_loss": loss}
+            for i, (at, loss) in enumerate([(0.0, 1.0), (float(cost), 0.05)])
+        )
+        return Trial(problem, optimizer, seed, "done", "", rows, (), 0.0, {})
+
+    trials = [
+        trial(optimizer, problem, seed, of[i][seed])
+        for optimizer, of in costs.items()
+        for i, problem in enumerate(names)
+        for seed in seeds
+    ]
+    return Results(study, tuple(trials))
+
+
+def test_ten_percent_more_is_found_and_its_interval_covers_it():
+    """Problems of different costs, seeds that vary by 10 %; nominal coverage is 95 %."""
+    rng, found = np.random.default_rng(0), []
+    scale = np.array([[1.0], [30.0], [700.0]])
+    for _ in range(200):
+        one, other = (
+            rng.lognormal(np.log(scale), 0.1, (3, 5)),
+            rng.lognormal(sigma=0.1, size=(3, 5)),
+        )
+        other = 1.1 * scale * other
+        found.append(cost_ratio(list(one), list(other)))
+    values, low, high = np.array(found).T
+    assert np.mean((low <= 1.1) & (high >= 1.1)) >= 0.9
+    assert stats.gmean(values) == pytest.approx(1.1, rel=0.02)
+    table = pairs(planted({"one": one, "other": other}))  # the report has the last one's
+    told = dict(zip(table.header, table.rows[0], strict=True))
+    values = [float(x) for x in re.findall(r"[\d.]+", told["cost ratio"])]
+    ratio = found[-1] if told["optimizer"] == "one" else (1 / x for x in found[-1])
+    assert sorted(values) == pytest.approx(sorted(ratio), rel=5e-3)
+
+
+@pytest.mark.slow
+def test_one_optimizer_under_two_names_is_rarely_called_different():
+    rng, called = np.random.default_rng(1), 0
+    for _ in range(100):
+        same = rng.lognormal(sigma=0.1, size=(2, 1, 8))
+        told = headline(planted({"one": same[0], "other": same[1]}), "problem0")
+        assert "undecided" in told or "was ahead" in told
+        called += "was ahead" in told
+    assert called <= 5
 
 
 @pytest.mark.slow
