@@ -13,30 +13,25 @@ function element(parent, name, attributes = {}, text = "") {
 }
 
 const number = (v) => String(Number(v.toPrecision(3)));
-const scaled = (axis, v) => (axis.log ? Math.log(v) : v);
 
 function place(axis, from, to) {
-  const low = scaled(axis, axis.low), high = scaled(axis, axis.high);
-  return (v) => from + ((to - from) * (scaled(axis, v) - low)) / (high - low);
+  const scaled = axis.log ? Math.log : (v) => v, low = scaled(axis.low), high = scaled(axis.high);
+  return (v) => from + ((to - from) * (scaled(v) - low)) / (high - low);
 }
 
 function path(chart, X, Y, s, key) {
-  return s.x
-    .map((x, i) => {
-      const right = chart.drawn === "steps" && i ? `H${X(x).toFixed(1)}` : "";
-      return `${right}${i ? "L" : "M"}${X(x).toFixed(1)} ${Y(s[key][i]).toFixed(1)}`;
-    })
-    .join("");
+  const to = chart.drawn === "steps" ? (x) => `H${x}L` : () => "L";
+  const points = s.x.map((x, i) => [X(x).toFixed(1), Y(s[key][i]).toFixed(1)]);
+  return points.map(([x, y], i) => `${i ? to(x) : "M"}${x} ${y}`).join("");
 }
 
 // Heights at which names do not overlap, near where their lines end.
 function apart(heights, bottom, gap = 12.5) {
   const order = heights.map((_, i) => i).sort((a, b) => heights[a] - heights[b]);
   const found = [...heights];
-  order.forEach((i, n) => { if (n) found[i] = Math.max(found[i], found[order[n - 1]] + gap); });
-  order.reverse().forEach((i, n) => {
-    found[i] = Math.min(found[i], n ? found[order[n - 1]] - gap : bottom);
-  });
+  order.forEach((i, n) => (found[i] = Math.max(found[i], n ? found[order[n - 1]] + gap : 0)));
+  order.reverse();
+  order.forEach((i, n) => (found[i] = Math.min(found[i], n ? found[order[n - 1]] - gap : bottom)));
   return found;
 }
 
@@ -49,9 +44,8 @@ function draw(figure) {
   const right = W - 10 - 7.4 * Math.max(0, ...names.map((n) => n.length));
   const X = place(chart.x, left, right), Y = place(chart.y, bottom, top);
   const label = `${chart.title}. Arrow keys read the values; the tables have the numbers.`;
-  const svg = element(figure, "svg", {
-    viewBox: `0 0 ${W} ${H}`, role: "img", tabindex: 0, "aria-label": label,
-  });
+  const box = { viewBox: `0 0 ${W} ${H}`, role: "img", tabindex: 0, "aria-label": label };
+  const svg = element(figure, "svg", box);
   for (const [v, text] of chart.x.ticks) {
     element(svg, "path", { class: "grid", d: `M${X(v)} ${top}V${bottom}` });
     element(svg, "text", { x: X(v), y: bottom + 14, "text-anchor": "middle" }, text);
@@ -116,10 +110,7 @@ function follow(figure, svg, shown, X, [left, right, top, bottom], chart) {
     const where = chart.x.ticks.find(([v]) => v === x)?.[1] ?? number(x);
     told.textContent = `${chart.x.label} ${where}: ${values.join(" · ")}`;
   }
-  function hide() {
-    cursor.removeAttribute("d");
-    told.textContent = "";
-  }
+  const hide = () => { cursor.removeAttribute("d"); told.textContent = ""; };
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const wanted = ((event.clientX - box.left) * 480) / box.width;
@@ -139,12 +130,10 @@ function follow(figure, svg, shown, X, [left, right, top, bottom], chart) {
   });
 }
 
-// ---------------------------------------------------------------- tables
-
 // The number that a cell begins with, or its p; ∞ for none that was reached; else its text.
 function worth(cell) {
   const text = cell.textContent.trim().replaceAll(",", "");
-  const found = parseFloat(text.replace(/^(yes|undecided) \(p /, ""));
+  const found = parseFloat(text.replace(/^(yes|undecided) \(p (< )?/, ""));
   if (!Number.isNaN(found)) return found;
   return /^(–|∞|no$|not reached|diverged|failed|missing)/.test(text) ? Infinity : text;
 }
@@ -154,10 +143,8 @@ function sort(head, column) {
   const up = head.getAttribute("aria-sort") !== "ascending";
   table.querySelectorAll("th").forEach((th) => th.removeAttribute("aria-sort"));
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const compare = (a, b) => {
-    if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
-    return a === b ? 0 : a < b ? -1 : 1;
-  };
+  const before = (a, b) => (typeof a === typeof b ? a < b : typeof a === "number");
+  const compare = (a, b) => Number(before(b, a)) - Number(before(a, b));
   rows.sort((a, b) => (up ? 1 : -1) * compare(worth(a.cells[column]), worth(b.cells[column])));
   table.tBodies[0].append(...rows);
 }
@@ -170,8 +157,6 @@ document.querySelectorAll("thead tr").forEach((row) =>
     head.append(button);
   }),
 );
-
-// ---------------------------------------------------------------- which optimizers are shown
 
 const bar = document.getElementById("bar"), toggles = [...bar.querySelectorAll("button")];
 const figures = [...document.querySelectorAll("figure[data-chart]")];

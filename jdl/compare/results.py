@@ -511,6 +511,26 @@ def importance(tuned: Tuned) -> dict[str, float | None]:
     return {x.parameter: alone(x) for x in tuned.space}
 
 
+def good_trials(tuned: Tuned, within: float = 0.1) -> list[dict[str, int | float]]:
+    """The values of the finished trials whose criterion is within 10 % of the best; see `tunings`.
+
+    Of an accuracy, the error is; of another criterion that is negative, its absolute value.
+
+    >>> space = (TuningRange("rate", 1e-4, 1.0),)
+    >>> ends = [({"rate": 10.0**-k}, 1.0 + 0.08 * abs(k - 2), "done") for k in range(5)]
+    >>> tuned = Tuned(space, None, tuple(ends), "train_loss", "min", 0.0, Spread(0, 0, 0))
+    >>> [values["rate"] for values in good_trials(tuned)]
+    [0.1, 0.01, 0.001]
+    """
+    done = [(values, last) for values, last, status in tuned.trials if status == "done"]
+    if is_accuracy(tuned.criterion):
+        done = [(values, 1.0 - last) for values, last in done]
+    elif tuned.best == "max":
+        done = [(values, -last) for values, last in done]
+    best = min((last for _, last in done), default=math.inf)
+    return [values for values, last in done if last <= best + within * abs(best)]
+
+
 def command(results: Results, problem: str, optimizer: str) -> str | None:
     """The line that runs an optimizer's trials again with `jdl compare`, tuned values written out.
 

@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -9,6 +10,7 @@ from jdl.compare import drawing, load_results, plots, report, table, tables, wri
 from jdl.compare.drawing import spread
 from jdl.compare.results import beside, read_csv
 from jdl.core.check import DataError
+from jdl.optim.registry import TuningRange
 
 FALL = [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.09, 0.9), (9.0, 0.02, 1.0)]
 WORDS = "</script><script>alert('1')</script> & \"more\""
@@ -240,6 +242,39 @@ def test_a_csv_that_is_none_is_reported(plant, tmp_path, text, message):
         path.write_text(text.format(head=head))
     with pytest.raises(DataError, match=re.escape(message)):
         beside(results, path)
+
+
+def test_a_wide_good_region_and_the_gain_of_tuning_are_reported(plant):
+    """Five rates a decade apart; three end within 10 % of the best, and tuning halves the cost."""
+    slow = [(0.0, 2.0, 0.1), (4.0, 0.05, 0.6)]
+    fast = [(0.0, 2.0, 0.1), (2.0, 0.05, 0.6)]
+    results = load_results(plant({("sgd", 0): slow, ("sgd-tuned", 0): fast}))
+    space = [TuningRange("rate", 1e-5, 1.0)._asdict()]
+    results.study["optimizers"][1]["search"] = {"of": "sgd", "space": space}
+    tuning = {"criterion": "train_loss", "best": "min"}
+    ends = {1e-4: 0.3, 1e-3: 0.108, 1e-2: 0.1, 1e-1: 0.109, 1.0: math.nan}
+
+    def trial(rate, end):
+        row = results.trials[0].evaluations[0] | {"train_loss": end}
+        settings = {"budget": {"amount": 10.0}, "tuning": tuning | {"values": {"rate": rate}}}
+        status = "done" if math.isfinite(end) else "diverged"
+        return results.trials[0]._replace(evaluations=(row,), settings=settings, status=status)
+
+    tuned = {("planted", "sgd-tuned"): tuple(trial(*x) for x in ends.items())}
+    results = results._replace(tuned=tuned)
+    (row,) = tables.robustness(results, "planted").rows
+    assert row == ["sgd-tuned", "3 of 5", "rate 2 decades", "2"]
+    (chart,) = plots.sensitivity_charts(results, "planted")
+    (series,) = chart.series
+    assert series.x.tolist() == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert [kind for _, _, kind in series.marks] == [
+        "tried",
+        "tried",
+        "chosen",
+        "tried",
+        "diverged",
+    ]
+    assert plots.data(results, chart)["series"][0]["marks"][-1] == [1.0, None, "diverged"]
 
 
 def test_cost_of_what_was_measured(plant):
