@@ -76,6 +76,8 @@ class Args:
     """cpu: the process's CPU time divided by the cores, for a machine that others use too"""
     share: str = "1/1"
     """K/N: run only the K-th of N shares, for several processes or hosts with one --workdir"""
+    against: Path | None = None
+    """another study's results.csv; with --report its results are laid beside this one's"""
     report: bool = False
     """write the report of the trials in --workdir, and run nothing"""
     size: options.Size = None
@@ -92,8 +94,9 @@ def run(args: Args) -> None:
     from jdl.compare import Tuning, load_results, optimizers
 
     if args.report:
-        _show(load_results(args.workdir), args.workdir)
+        _show(load_results(args.workdir), args.workdir, args.against)
         return
+    check.argument(args.against is None, "--against", "given with --report", str(args.against))
     options.check_positive(args, "seeds")
     check.argument(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     check.argument(args.trials >= 0, "--trials", "0 or more", args.trials)
@@ -254,19 +257,20 @@ def _print_event(event: "Event") -> None:
         print(f"{where} {words}".rstrip(), file=sys.stderr)
 
 
-def _show(results: "Results", workdir: Path) -> None:
+def _show(results: "Results", workdir: Path, against: Path | None = None) -> None:
     """Prints the tables, and writes the report."""
     from jdl.compare import table, write_report
-    from jdl.compare.results import headline
+    from jdl.compare.results import beside, headline
     from jdl.compare.tables import tuning_table
 
+    results = results if against is None else beside(results, against)
     for name in results.problems:
         header, rows = table(results, name)
         output.table(header, rows, name)
         if (tuned := tuning_table(results, name)) is not None:
             output.table(tuned[0], tuned[1], f"{name}: tuning")
         print(headline(results, name))
-    print(f"report:  {write_report(workdir)}")
+    print(f"report:  {write_report(workdir, results)}")
     print(f"metrics: {workdir / 'metrics.jsonl'}")
     failed = [trial for trial in results.trials if trial.status == "failed"]
     if failed and all(trial.status in ("failed", "missing") for trial in results.trials):

@@ -13,30 +13,25 @@ function element(parent, name, attributes = {}, text = "") {
 }
 
 const number = (v) => String(Number(v.toPrecision(3)));
-const scaled = (axis, v) => (axis.log ? Math.log(v) : v);
 
 function place(axis, from, to) {
-  const low = scaled(axis, axis.low), high = scaled(axis, axis.high);
-  return (v) => from + ((to - from) * (scaled(axis, v) - low)) / (high - low);
+  const scaled = axis.log ? Math.log : (v) => v, low = scaled(axis.low), high = scaled(axis.high);
+  return (v) => from + ((to - from) * (scaled(v) - low)) / (high - low);
 }
 
 function path(chart, X, Y, s, key) {
-  return s.x
-    .map((x, i) => {
-      const right = chart.drawn === "steps" && i ? `H${X(x).toFixed(1)}` : "";
-      return `${right}${i ? "L" : "M"}${X(x).toFixed(1)} ${Y(s[key][i]).toFixed(1)}`;
-    })
-    .join("");
+  const to = chart.drawn === "steps" ? (x) => `H${x}L` : () => "L";
+  const points = s.x.map((x, i) => [X(x).toFixed(1), Y(s[key][i]).toFixed(1)]);
+  return points.map(([x, y], i) => `${i ? to(x) : "M"}${x} ${y}`).join("");
 }
 
 // Heights at which names do not overlap, near where their lines end.
 function apart(heights, bottom, gap = 12.5) {
   const order = heights.map((_, i) => i).sort((a, b) => heights[a] - heights[b]);
   const found = [...heights];
-  order.forEach((i, n) => { if (n) found[i] = Math.max(found[i], found[order[n - 1]] + gap); });
-  order.reverse().forEach((i, n) => {
-    found[i] = Math.min(found[i], n ? found[order[n - 1]] - gap : bottom);
-  });
+  order.forEach((i, n) => (found[i] = Math.max(found[i], n ? found[order[n - 1]] + gap : 0)));
+  order.reverse();
+  order.forEach((i, n) => (found[i] = Math.min(found[i], n ? found[order[n - 1]] - gap : bottom)));
   return found;
 }
 
@@ -49,9 +44,8 @@ function draw(figure) {
   const right = W - 10 - 7.4 * Math.max(0, ...names.map((n) => n.length));
   const X = place(chart.x, left, right), Y = place(chart.y, bottom, top);
   const label = `${chart.title}. Arrow keys read the values; the tables have the numbers.`;
-  const svg = element(figure, "svg", {
-    viewBox: `0 0 ${W} ${H}`, role: "img", tabindex: 0, "aria-label": label,
-  });
+  const box = { viewBox: `0 0 ${W} ${H}`, role: "img", tabindex: 0, "aria-label": label };
+  const svg = element(figure, "svg", box);
   for (const [v, text] of chart.x.ticks) {
     element(svg, "path", { class: "grid", d: `M${X(v)} ${top}V${bottom}` });
     element(svg, "text", { x: X(v), y: bottom + 14, "text-anchor": "middle" }, text);
@@ -79,10 +73,14 @@ function draw(figure) {
     }
     const line = { class: "line", d: path(chart, X, Y, s, "y"), "stroke-width": thin ? 1 : 1.9 };
     if (s.joined) element(group, "path", { ...line, "stroke-dasharray": dashes.join(" ") });
-    for (const [x, y, kind] of s.marks) {
-      const cx = X(x), cy = y === null ? top : Y(y), r = kind === "chosen" ? 5 : 3;
-      if (kind !== "diverged") element(group, "circle", { class: `dot ${kind}`, cx, cy, r });
-      else element(group, "path", { class: "line", d: `M${cx - 4} ${cy - 4}l8 8m0-8l-8 8` });
+    for (const kind of new Set(s.marks.map((mark) => mark[2]))) {
+      const r = kind === "chosen" ? 5 : 3;
+      const d = s.marks
+        .filter((mark) => mark[2] === kind)
+        .map(([x, y]) => [X(x), y === null ? top : Y(y)])
+        .map(([x, y]) => (kind === "diverged" ? `M${x - 4} ${y - 4}l8 8m0-8l-8 8`
+          : `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0`));
+      element(group, "path", { class: kind === "diverged" ? "line" : `dot ${kind}`, d: d.join("") });
     }
     if (!names.length) return;
     const leader = `M${X(s.x.at(-1))} ${Y(s.y.at(-1))}L${right + 3} ${ends[i]}`;
@@ -112,10 +110,7 @@ function follow(figure, svg, shown, X, [left, right, top, bottom], chart) {
     const where = chart.x.ticks.find(([v]) => v === x)?.[1] ?? number(x);
     told.textContent = `${chart.x.label} ${where}: ${values.join(" · ")}`;
   }
-  function hide() {
-    cursor.removeAttribute("d");
-    told.textContent = "";
-  }
+  const hide = () => { cursor.removeAttribute("d"); told.textContent = ""; };
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const wanted = ((event.clientX - box.left) * 480) / box.width;
@@ -129,16 +124,16 @@ function follow(figure, svg, shown, X, [left, right, top, bottom], chart) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
-    show(at + step);
+    let next = at + step; // a few points further on
+    while (grid[next + step] && at >= 0 && Math.abs(X(grid[next]) - X(grid[at])) < 8) next += step;
+    show(next);
   });
 }
-
-// ---------------------------------------------------------------- tables
 
 // The number that a cell begins with, or its p; ∞ for none that was reached; else its text.
 function worth(cell) {
   const text = cell.textContent.trim().replaceAll(",", "");
-  const found = parseFloat(text.replace(/^(yes|undecided) \(p /, ""));
+  const found = parseFloat(text.replace(/^(yes|undecided) \(p (< )?/, ""));
   if (!Number.isNaN(found)) return found;
   return /^(–|∞|no$|not reached|diverged|failed|missing)/.test(text) ? Infinity : text;
 }
@@ -148,10 +143,8 @@ function sort(head, column) {
   const up = head.getAttribute("aria-sort") !== "ascending";
   table.querySelectorAll("th").forEach((th) => th.removeAttribute("aria-sort"));
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const compare = (a, b) => {
-    if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
-    return a === b ? 0 : a < b ? -1 : 1;
-  };
+  const before = (a, b) => (typeof a === typeof b ? a < b : typeof a === "number");
+  const compare = (a, b) => Number(before(b, a)) - Number(before(a, b));
   rows.sort((a, b) => (up ? 1 : -1) * compare(worth(a.cells[column]), worth(b.cells[column])));
   table.tBodies[0].append(...rows);
 }
@@ -165,15 +158,23 @@ document.querySelectorAll("thead tr").forEach((row) =>
   }),
 );
 
-// ---------------------------------------------------------------- which optimizers are shown
-
 const bar = document.getElementById("bar"), toggles = [...bar.querySelectorAll("button")];
+const figures = [...document.querySelectorAll("figure[data-chart]")];
+let waiting = 0;
+
 function refresh() {
   toggles.forEach((button, i) => button.setAttribute("aria-pressed", String(!hidden.has(i))));
   document.querySelectorAll("tr[data-line]").forEach((row) => {
     row.hidden = row.dataset.line.split(" ").some((i) => hidden.has(Number(i)));
   });
-  document.querySelectorAll("figure[data-chart]").forEach(draw);
+  clearTimeout(waiting);
+  drawn(figures);
+}
+
+// The first charts at once, the others when the page is shown.
+function drawn(left) {
+  left.slice(0, 4).forEach(draw);
+  if (left.length > 4) waiting = setTimeout(drawn, 0, left.slice(4));
 }
 
 toggles.forEach((button, i) =>
@@ -190,6 +191,7 @@ bar.querySelector("input").addEventListener("input", (event) => {
 });
 addEventListener("beforeprint", () => {
   document.querySelectorAll("details").forEach((x) => { x.open = true; });
+  figures.forEach(draw);
 });
 bar.hidden = false;
 refresh();

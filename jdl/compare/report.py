@@ -63,7 +63,7 @@ thead th { color: var(--muted); font-weight: 600; vertical-align: bottom } i { f
   white-space: nowrap }
 .wide { text-align: left; min-width: 15rem; font-size: .85rem }
 .key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em }
-a { color: inherit } code { font-size: .9em }
+a { color: inherit } code { font-size: .9em; user-select: all }
 @page { size: A4; margin: 13mm }
 @media print { #bar { display: none } :root { font-size: 9pt } body { padding: 0 }
   .scroll, .trouble { overflow: visible; max-height: none } table { font-size: 7.5pt; width: 100% }
@@ -199,7 +199,17 @@ def _problem(results: Results, problem: str, charts: list[plots.Chart]) -> str:
         found.append(_pictures(plots.sensitivity_charts(results, problem), charts))
         marks = "Large dots: chosen. Rings: cut early. Crosses on the upper edge: "
         found.append(_note(marks + "diverged or failed."))
+        if (robust := tables.robustness(results, problem)) is not None:
+            found += ["<h3>Robustness</h3>", _table(robust, results), _note(robust.note)]
     found.append(f"<h3>The problem</h3>{_facts(results.problem(problem))}")
+    lines = {name: res.command(results, problem, name) for name in results.optimizers}
+    again = "".join(
+        f"<li>{_escape(name)}: <code>{html.escape(line)}</code></li>"
+        for name, line in lines.items()
+        if line is not None
+    )
+    if again:
+        found.append(f"<details><summary>Run a row again</summary><ul>{again}</ul></details>")
     return "\n".join(found) + "\n"
 
 
@@ -273,7 +283,8 @@ def _table(table: tables.Table, results: Results) -> str:
         pairs = zip(kinds[1:], row[1:], strict=True)
         cells += [f"<td{kind}>{_cell(cell)}</td>" for kind, cell in pairs]
         of = " ".join(str(places[cell]) for cell in row[:2] if cell in places)
-        lines.append(f'<tr data-line="{of}">{"".join(cells)}</tr>')
+        own = f' data-line="{of}"' if of else ""
+        lines.append(f"<tr{own}>{''.join(cells)}</tr>")
     head, body = f"<thead><tr>{head}</tr></thead>", "\n".join(lines)
     return f'<div class="scroll" tabindex="0"><table>{head}\n<tbody>{body}</tbody></table></div>'
 
@@ -328,6 +339,8 @@ def markdown(results: Results) -> str:
         if (tuning := tables.tuning_table(results, problem)) is not None:
             found += ["## Tuning", "", *_pipes(tuning), "", tuning.note, ""]
             found += [f"![What each value tried ended with](sensitivity{suffix}.png)", ""]
+            if (robust := tables.robustness(results, problem)) is not None:
+                found += [*_pipes(robust), "", robust.note, ""]
     if (over_all := tables.standings(results)) is not None:
         found += ["## Over all problems and seeds", "", *_pipes(over_all), "", over_all.note, ""]
         found += ["![Performance profile](profiles.png)", ""]
@@ -354,8 +367,8 @@ def _pipes(table: tables.Table) -> list[str]:
 def csv_text(results: Results) -> str:
     """Every evaluation in a line, with its trial."""
     rows = [
-        {"problem": t.problem, "optimizer": t.optimizer, "seed": t.seed, **row}
-        for t in results.trials
+        {name: getattr(t, name) for name in res.IDENTITY} | row
+        for t in (*results.trials, *results.shorter)
         for row in t.evaluations
     ]
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "split"))

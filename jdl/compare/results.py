@@ -8,12 +8,14 @@ interpolation between evaluations.
 """
 
 import bisect
+import csv
 import math
 import operator
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +23,15 @@ import numpy as np
 from jdl.compare.budget import KINDS, Budget
 from jdl.compare.statistics import duel, median_interval, pooled_deviation, target_p_value
 from jdl.compare.tuning import Curve
+from jdl.core import check
 from jdl.optim.registry import TuningRange
 
 Row = dict[str, Any]  # one line of metrics.jsonl
 
 EVALUATION, STEP = "evaluate", "train"  # the `split` of a row
 LEVEL = 0.05  # of significance
+MAX_CSV = 1 << 26  # bytes of a results.csv that is read
+IDENTITY = ("problem", "optimizer", "seed", "share", "status")  # its first columns
 COSTS = tuple(column for column, _ in KINDS.values())
 
 
@@ -175,6 +180,78 @@ class Results(NamedTuple):
         return tuple(
             t for t in self.trials + self.shorter if (t.problem, t.optimizer, t.share) == own
         )
+
+
+# ------------------------------------------------------------------ another study's results.csv
+
+
+def read_csv(path: str | Path) -> tuple[Trial, ...]:
+    """The trials of a `results.csv`, those of the whole budget, by problem, optimizer and seed.
+
+    Raises:
+      DataError: it is missing, larger than 64 MiB, or not such a file; the message has the line.
+    """
+    path, number = Path(path), 1
+    rows: dict[tuple[str, str, int], list[Row]] = {}
+    statuses: dict[tuple[str, str, int], str] = {}
+    try:
+        if path.stat().st_size > MAX_CSV:
+            raise check.DataError(f"{path} is larger than {MAX_CSV >> 20} MiB.")
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            lacking = [name for name in IDENTITY + COSTS if name not in (reader.fieldnames or ())]
+            if lacking:
+                raise ValueError(f"the column {lacking[0]!r} is missing")
+            for line in reader:
+                number = reader.line_num
+                if None in line or None in line.values():
+                    raise ValueError("it has not as many values as the first line")
+                if float(line.pop("share")) != 1.0:
+                    continue
+                own = line.pop("problem"), line.pop("optimizer"), int(line.pop("seed"))
+                statuses[own] = line.pop("status")
+                rows.setdefault(own, []).append({k: float(v) for k, v in line.items() if v})
+    except OSError as error:
+        raise check.DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, csv.Error) as error:
+        raise check.DataError(f"{path} is not a results.csv: line {number}: {error}.") from error
+    return tuple(
+        Trial(*own, status, "" if status == "done" else status, tuple(rows[own]), (), 0.0, {})
+        for own, status in sorted(statuses.items())
+    )
+
+
+def beside(results: Results, path: str | Path) -> Results:
+    """The results, and beside them those of another study's `results.csv`, marked with its name.
+
+    Target and budget are this study's. Only the seeds that both have are kept.
+
+    Raises:
+      DataError: as `read_csv`, or the studies share no problem or no seed.
+    """
+    path = Path(path)
+    mark = f" ({path.parent.name or path.stem})"
+    others = [t for t in read_csv(path) if t.problem in results.problems]
+    seeds = [s for s in results.study["seeds"] if s in {t.seed for t in others}]
+    if not seeds:
+        raise check.DataError(
+            f"{path} has no problem and seed of this study: {', '.join(results.problems)}; "
+            f"{', '.join(map(str, results.study['seeds']))}."
+        )
+    names = list(dict.fromkeys(t.optimizer for t in others))
+    found = {(t.problem, t.optimizer + mark, t.seed): t for t in others}
+    missing = Trial("", "", 0, "missing", f"is not in {path.name}", (), (), 0.0, {})
+    more = [
+        found.get((p, n + mark, s), missing)._replace(problem=p, optimizer=n + mark, seed=s)
+        for p in results.problems
+        for s in seeds
+        for n in names
+    ]
+    entries = [{"name": name + mark, "settings": {"from": str(path)}} for name in names]
+    study = dict(results.study) | {"seeds": seeds, "against": f"{path}, marked{mark}"}
+    study["optimizers"] = [*results.study["optimizers"], *entries]
+    own = [t for t in results.trials if t.seed in seeds]
+    return results._replace(study=study, trials=(*own, *more))
 
 
 class Spread(NamedTuple):
@@ -432,6 +509,26 @@ def importance(tuned: Tuned) -> dict[str, float | None]:
         return max(0.0, 1.0 - unexplained * (n - 1) / (n - 3))
 
     return {x.parameter: alone(x) for x in tuned.space}
+
+
+def good_trials(tuned: Tuned, within: float = 0.1) -> list[dict[str, int | float]]:
+    """The values of the finished trials whose criterion is within 10 % of the best; see `tunings`.
+
+    Of an accuracy, the error is; of another criterion that is negative, its absolute value.
+
+    >>> space = (TuningRange("rate", 1e-4, 1.0),)
+    >>> ends = [({"rate": 10.0**-k}, 1.0 + 0.08 * abs(k - 2), "done") for k in range(5)]
+    >>> tuned = Tuned(space, None, tuple(ends), "train_loss", "min", 0.0, Spread(0, 0, 0))
+    >>> [values["rate"] for values in good_trials(tuned)]
+    [0.1, 0.01, 0.001]
+    """
+    done = [(values, last) for values, last, status in tuned.trials if status == "done"]
+    if is_accuracy(tuned.criterion):
+        done = [(values, 1.0 - last) for values, last in done]
+    elif tuned.best == "max":
+        done = [(values, -last) for values, last in done]
+    best = min((last for _, last in done), default=math.inf)
+    return [values for values, last in done if last <= best + within * abs(best)]
 
 
 def command(results: Results, problem: str, optimizer: str) -> str | None:

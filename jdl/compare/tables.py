@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from jdl.compare import plots, statistics, tuning
 from jdl.compare import results as res
 from jdl.compare.results import Results
+from jdl.optim.registry import TuningRange
 from jdl.optim.result import words
 
 RULES = (
@@ -106,6 +108,12 @@ def troubles(results: Results, problem: str) -> list[str]:
         f"{name}, seed{'s' if len(of) > 1 else ''} {', '.join(map(str, of))}: {words}"
         for (name, words), of in seeds.items()
     ]
+    if against := results.study.get("against"):
+        seeds_of = ", ".join(map(str, results.study["seeds"]))
+        found.append(
+            f"Beside this study is {against}: its target and budget are this study's, its seconds "
+            f"can be compared only if its machine was equal. Seeds that both have: {seeds_of}."
+        )
     for seed in results.study["seeds"]:
         initial = {
             trial.evaluations[0]["train_loss"]
@@ -179,6 +187,44 @@ def tuning_table(results: Results, problem: str) -> Table | None:
         "their number; – for fewer than 10 trials, or 5 for each number."
     )
     return Table(header, rows, note)
+
+
+def robustness(results: Results, problem: str) -> Table | None:
+    """How much each optimizer needs its tuning; None where nothing was tuned."""
+    rows, costs = [], {line.optimizer: line.cost.median for line in res.lines(results, problem)}
+    for name, tuned in res.tunings(results, problem).items():
+        good = res.good_trials(tuned)
+
+        def width(x: TuningRange, good: list[dict[str, int | float]] = good) -> str:
+            shares = [x.share(values[x.parameter]) for values in good]
+            shares = [share for share in shares if math.isfinite(share)]
+            if not shares:
+                return "–"
+            spread = max(shares) - min(shares)
+            if x.scale == "linear":
+                return f"{spread * (x.high - x.low):.2g}"
+            ends = (x.high, x.low) if x.scale == "log" else (1.0 - x.low, 1.0 - x.high)
+            return f"{spread * math.log10(ends[0] / ends[1]):.2g} decades"
+
+        default, own = costs.get(name.removesuffix("-tuned"), math.nan), costs[name]
+        known = math.isfinite(default) and math.isfinite(own) and own > 0.0
+        widths = {x.parameter: width(x) for x in tuned.space}
+        rows.append(
+            [
+                name,
+                f"{len(good)} of {len(tuned.trials)}",
+                _each(list(widths), widths, "{}"),
+                f"{default / own:.3g}" if known else "∞" if default == math.inf > own else "–",
+            ]
+        )
+    note = (
+        "Good values: those of trials whose criterion at the end was within 10 % of the best's (of "
+        "an accuracy, its error); the width is from the smallest to the largest tried, so that few "
+        "trials can only show a part of it. Cost: the median to the target with default settings "
+        "over the one with tuned settings."
+    )
+    header = ["optimizer", "good trials", "width of good values", "cost, default / tuned"]
+    return Table(header, rows, note) if rows else None
 
 
 def _each(names: Sequence[str], values: Any, form: str) -> str:

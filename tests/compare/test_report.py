@@ -1,12 +1,16 @@
 import itertools
 import json
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from jdl.compare import drawing, load_results, plots, report, tables, write_report
+from jdl.compare import drawing, load_results, plots, report, table, tables, write_report
 from jdl.compare.drawing import spread
+from jdl.compare.results import beside, read_csv
+from jdl.core.check import DataError
+from jdl.optim.registry import TuningRange
 
 FALL = [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.09, 0.9), (9.0, 0.02, 1.0)]
 WORDS = "</script><script>alert('1')</script> & \"more\""
@@ -73,7 +77,9 @@ def test_every_file_is_written(workdir):
     names = {path.name for path in workdir.iterdir() if path.is_file()}
     assert names >= {"report.md", "curves.png", "curves.svg", "steps.png", "results.csv"}
     lines = (workdir / "results.csv").read_text().splitlines()
-    assert lines[0].startswith("problem,optimizer,seed,step,seconds,epoch,work,train_loss")
+    assert lines[0].startswith(
+        "problem,optimizer,seed,share,status,step,seconds,epoch,work,train_loss"
+    )
     assert len(lines) == 1 + 2 * (4 + 4 + 1)
     text = (workdir / "report.md").read_text()
     assert "| sgd | 0.02 |" in text
@@ -189,6 +195,86 @@ def test_every_axis_has_ticks(low, high):
         assert 2 <= len(found) <= 9
         assert all(low * 0.999 <= at <= high * 1.001 for at in found)
         assert found == sorted(set(found))
+
+
+def test_a_published_study_is_laid_beside(plant, tmp_path):
+    rows = {(name, seed): FALL for name in ("sgd", "hf") for seed in (0, 1)}
+    results = load_results(plant(rows, statuses={("hf", 1): "diverged"}, words="loss is nan"))
+    published = tmp_path / "theirs" / "results.csv"
+    published.parent.mkdir()
+    published.write_text(report.csv_text(results))
+    trials = read_csv(published)
+    assert [(t.optimizer, t.seed, t.status) for t in trials] == [
+        ("hf", 0, "done"),
+        ("hf", 1, "diverged"),
+        ("sgd", 0, "done"),
+        ("sgd", 1, "done"),
+    ]
+    assert [row["seconds"] for row in trials[0].evaluations] == [0.0, 1.0, 2.0, 9.0]
+    both = beside(results, published)
+    assert both.optimizers == ("sgd", "hf", "hf (theirs)", "sgd (theirs)")
+    found = table(both, "planted")[1]
+    assert found[0][1:] == found[3][1:]  # of the same trials the same line
+    assert found[1][1:] == found[2][1:]
+    assert "theirs" in tables.troubles(both, "planted")[-1]
+    page = report.page(both)
+    assert "sgd (theirs)" in page
+    names = [line["name"] for line in embedded(page)["lines"]]
+    assert names == list(both.optimizers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "line 1: the column 'problem' is missing"),
+        ("{head}\nplanted,a,0,1.0,done,1\n", "line 2: it has not as many values"),
+        ("{head}\nplanted,a,zero,1.0,done,1,1,1,1\n", "line 2: invalid literal"),
+        ("{head}\nplanted,a,0,1.0,done,1,1,1,much\n", "line 2: could not convert"),
+        ("{head}\nother,a,0,1.0,done,1,1,1,1\n", "has no problem and seed of this study"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_csv_that_is_none_is_reported(plant, tmp_path, text, message):
+    results = load_results(plant({("a", 0): FALL}))
+    path = tmp_path / "other.csv"
+    if text is not None:
+        head = "problem,optimizer,seed,share,status,step,seconds,epoch,work"
+        path.write_text(text.format(head=head))
+    with pytest.raises(DataError, match=re.escape(message)):
+        beside(results, path)
+
+
+def test_a_wide_good_region_and_the_gain_of_tuning_are_reported(plant):
+    """Five rates a decade apart; three end within 10 % of the best, and tuning halves the cost."""
+    slow = [(0.0, 2.0, 0.1), (4.0, 0.05, 0.6)]
+    fast = [(0.0, 2.0, 0.1), (2.0, 0.05, 0.6)]
+    results = load_results(plant({("sgd", 0): slow, ("sgd-tuned", 0): fast}))
+    space = [TuningRange("rate", 1e-5, 1.0)._asdict()]
+    results.study["optimizers"][1]["search"] = {"of": "sgd", "space": space}
+    tuning = {"criterion": "train_loss", "best": "min"}
+    ends = {1e-4: 0.3, 1e-3: 0.108, 1e-2: 0.1, 1e-1: 0.109, 1.0: math.nan}
+
+    def trial(rate, end):
+        row = results.trials[0].evaluations[0] | {"train_loss": end}
+        settings = {"budget": {"amount": 10.0}, "tuning": tuning | {"values": {"rate": rate}}}
+        status = "done" if math.isfinite(end) else "diverged"
+        return results.trials[0]._replace(evaluations=(row,), settings=settings, status=status)
+
+    tuned = {("planted", "sgd-tuned"): tuple(trial(*x) for x in ends.items())}
+    results = results._replace(tuned=tuned)
+    (row,) = tables.robustness(results, "planted").rows
+    assert row == ["sgd-tuned", "3 of 5", "rate 2 decades", "2"]
+    (chart,) = plots.sensitivity_charts(results, "planted")
+    (series,) = chart.series
+    assert series.x.tolist() == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert [kind for _, _, kind in series.marks] == [
+        "tried",
+        "tried",
+        "chosen",
+        "tried",
+        "diverged",
+    ]
+    assert plots.data(results, chart)["series"][0]["marks"][-1] == [1.0, None, "diverged"]
 
 
 def test_cost_of_what_was_measured(plant):
