@@ -14,6 +14,7 @@ from jdl.compare import mnist, problem_file
 from jdl.compare.curves_dataset import curves
 from jdl.compare.problems import Problem, arrays_problem, tar_problem
 from jdl.compare.results import Target
+from jdl.compare.texts import gpt_bytes, lstm_bytes
 from jdl.core import check
 from jdl.core.model import from_fns
 from jdl.core.types import Batch
@@ -23,8 +24,10 @@ from jdl.models.autoencoder import Autoencoder
 from jdl.models.cnn import CNN, Block
 from jdl.models.layers import sparse_init
 from jdl.models.mlp import MLP
+from jdl.models.resnet import ResNet
 from jdl.models.rnn import RNN
 from jdl.models.sequences import adding
+from jdl.models.transformer import ViT
 
 
 class Named(NamedTuple):
@@ -34,11 +37,13 @@ class Named(NamedTuple):
       make: `make(data)`, or `make()` for one with its own data.
       needs: the data that the user must give; empty for none.
       about: a description in one line.
+      takes: the data that the user may give instead of the problem's own.
     """
 
     make: Callable[..., Problem]
     needs: str
     about: str
+    takes: str = ""
 
 
 def by_name(name: str, data: Paths | None = None) -> Problem:
@@ -58,7 +63,7 @@ def by_name(name: str, data: Paths | None = None) -> Problem:
     if name.endswith(".py"):
         return problem_file.load_problem(name)
     named = CATALOGUE[check.one_of("problem", name, CATALOGUE)]
-    return named.make(data) if named.needs else named.make()
+    return named.make(data) if named.needs or named.takes else named.make()
 
 
 # ------------------------------------------------------------------ classifiers
@@ -79,15 +84,40 @@ def digits_cnn(target: Target | None = None) -> Problem:
         blocks = (Block(filters=16, kernel_size=(3, 3)), Block(filters=32, kernel_size=(3, 3)))
         return CNN(num_classes=num_classes, blocks=blocks, units=64, dropout=0.0)
 
-    return tar_problem(
-        digits_path(),
-        build,
-        name="digits-cnn",
-        target=target or Target("test_accuracy", "at least", 0.95),
-        about={"data": "the 1,797 bundled handwritten digits (UCI / scikit-learn, CC BY 4.0)"},
-        grayscale=True,
-        keep_index=False,
-    )
+    return _images("digits-cnn", build, target or Target("test_accuracy", "at least", 0.95))
+
+
+def vit_images(data: Paths | None = None) -> Problem:
+    """A vision transformer of 64 patches on the images of any tar; on the digits of 16 without.
+
+    Images of a tar are scaled to 64×64; the target is an accuracy of 90 %, of the digits 95 %.
+    """
+
+    def build(image_shape: tuple[int, ...], num_classes: int) -> Any:
+        patch = max(2, image_shape[0] // 8)
+        return ViT(num_classes, patch=patch, width=64, depth=3, heads=4)
+
+    return _images("vit-images", build, Target("test_accuracy", "at least", 0.95), data)
+
+
+def resnet_images(data: Paths | None = None) -> Problem:
+    """A ResNet of three groups with batch normalization; data and target as of `vit_images`."""
+
+    def build(image_shape: tuple[int, ...], num_classes: int) -> Any:
+        large = image_shape[0] >= 64
+        stem = (3, 2) if large else (3, 1)
+        return ResNet(num_classes, (2, 2, 2), (24, 48, 96), stem=stem, pool=large)
+
+    return _images("resnet-images", build, Target("test_accuracy", "at least", 0.98), data)
+
+
+def _images(name: str, build: Any, target: Target, data: Paths | None = None) -> Problem:
+    """A classifier of the images of a tar, or of the bundled digits."""
+    if data is not None:
+        return tar_problem(data, build, name=name, size=(64, 64))
+    about = {"data": "the 1,797 bundled handwritten digits (UCI / scikit-learn, CC BY 4.0)"}
+    options: dict[str, Any] = {"grayscale": True, "keep_index": False}
+    return tar_problem(digits_path(), build, name=name, target=target, about=about, **options)
 
 
 def mnist_mlp(data: Paths | None) -> Problem:
@@ -308,6 +338,64 @@ def adding_rnn() -> Problem:
     )
 
 
+# ------------------------------------------------------------------ an equation
+
+
+def pinn_poisson() -> Problem:
+    """A network that solves Poisson's equation on the unit square: −Δu = f, u = 0 on its border.
+
+        u(x, y) = x (1 − x) y (1 − y) net(x, y),  net: 2-32-32-1 with tanh
+        f = 2 π² sin πx sin πy,  whose solution is sin πx sin πy
+
+    The outputs are the residuals Δu + f, scaled by 1 / 2π², and u; half the squared residual is
+    the loss, and the squared relative error of u a metric: 10⁻⁶ is a relative L2 error of 0.1 %.
+
+    References:
+      Raissi, Perdikaris and Karniadakis, Physics-informed neural networks, Journal of Computational
+      Physics 378, 2019.
+    """
+    net = MLP(widths=(32, 32), num_outputs=1, activation="tanh", kernel_init="glorot")
+    directions = jnp.eye(2)
+
+    def u(params: Any, points: jax.Array) -> jax.Array:
+        border = jnp.prod(4.0 * points * (1.0 - points), axis=1, keepdims=True)
+        return border * jnp.asarray(net.apply({"params": params}, points))
+
+    def outputs(params: Any, points: jax.Array) -> dict[str, jax.Array]:
+        def along(direction: jax.Array) -> jax.Array:
+            """The second derivative of u along an axis."""
+            way = jnp.broadcast_to(direction, points.shape)
+            slope = lambda x: jax.jvp(lambda x: u(params, x), (x,), (way,))[1]  # noqa: E731
+            return jax.jvp(slope, (points,), (way,))[1]
+
+        curvature = along(directions[0]) + along(directions[1])
+        residual = curvature / (2 * jnp.pi**2) + solution(points)
+        return {"residual": residual, "u": u(params, points)}
+
+    def solution(points: Any) -> Any:
+        return jnp.prod(jnp.sin(jnp.pi * points), axis=1, keepdims=True)
+
+    def loss(outputs: Any, batch: Batch) -> jax.Array:
+        return 0.5 * jnp.square(outputs["residual"][:, 0])
+
+    @metrics.direction("min")
+    def relative_squared_error(outputs: Any, batch: Batch) -> jax.Array:
+        error = outputs["u"] - solution(batch["image"])
+        return 4.0 * jnp.square(error[:, 0])  # the mean square of the solution is ¼
+
+    points = np.random.default_rng(0).random((1280, 2)).astype(np.float32)
+    return arrays_problem(
+        "pinn-poisson",
+        lambda: from_fns(lambda key, x: net.init(key, x)["params"], outputs),
+        loss,
+        {"image": points[:1024]},
+        {"image": points[1024:]},
+        target=Target("test_relative_squared_error", "at most", 1e-6),
+        metrics={"relative_squared_error": relative_squared_error},
+        about={"data": "1,024 random points for training, 256 for the test", "model": "2-32-32-1"},
+    )
+
+
 # ------------------------------------------------------------------ for sanity
 
 
@@ -324,6 +412,66 @@ def quadratic(dimension: int = 100, condition: float = 1e4) -> Problem:
 
     about = {"dimension": dimension, "condition": condition}
     return _residuals("quadratic", init, residuals, roots, about)
+
+
+def noisy_quadratic(dimension: int = 100, examples: int = 8192, noise: float = 1e-3) -> Problem:
+    """½ Σ hᵢ (xᵢ − 1 − aᵢ)², hᵢ = 1 / i, the mean over examples with random offsets a.
+
+    Offsets have mean 0 and variance `noise` / hᵢ over the examples, so that the noise of a gradient
+    has the variance `noise` · hᵢ and the smallest mean loss is ½ · dimension · noise. The target
+    is 1.1 times that. What SGD reaches is known: `sgd_excess`.
+
+    References:
+      Zhang et al., Which algorithmic choices matter at which batch sizes? Insights from a noisy
+      quadratic model, NeurIPS 2019.
+    """
+    roots = (np.arange(1, dimension + 1) ** -0.5).astype(np.float32)
+    offsets = np.random.default_rng(0).normal(size=(examples, dimension))
+    offsets = (offsets - offsets.mean(0)) / offsets.std(0) * noise**0.5
+    least = 0.5 * dimension * noise
+
+    def init(key: Any, x: Any) -> Any:
+        del x
+        return {"x": jax.random.normal(key, (dimension,))}
+
+    return arrays_problem(
+        "noisy-quadratic",
+        lambda: from_fns(init, lambda params, x: x * (params["x"] - 1.0)[None]),
+        losses.squared_error,
+        {
+            "image": np.broadcast_to(roots, offsets.shape),
+            "label": offsets.astype(np.float32),
+        },
+        target=Target("train_loss", "at most", 1.1 * least),
+        metrics={},
+        about={"dimension": dimension, "noise": noise, "smallest training loss": least},
+    )
+
+
+def sgd_excess(
+    start: np.ndarray, rate: float, batch_size: int, steps: int, noise: float = 1e-3
+) -> float:
+    """The expected loss of SGD on the noisy quadratic after some steps, above the smallest.
+
+        E[eᵢ²] ← (1 − η hᵢ)² E[eᵢ²] + η² hᵢ · noise / B,  excess = ½ Σ hᵢ E[eᵢ²]
+
+    for batches drawn with replacement, eᵢ = xᵢ − 1.
+
+    Args:
+      start: e at step 0, [d].
+      rate: η.
+      batch_size: B.
+      steps: of SGD.
+      noise: as for `noisy_quadratic`.
+
+    >>> round(sgd_excess(np.ones(2), 1.0, 1, 10**4, noise=0.03), 4)  # ½ Σ η hᵢ noise / (2 − η hᵢ)
+    0.02
+    """
+    h = 1.0 / np.arange(1, len(start) + 1)
+    shrink, added = (1.0 - rate * h) ** 2, rate**2 * h * noise / batch_size
+    power = shrink**steps
+    square = power * start**2 + added * (1.0 - power) / (1.0 - shrink)
+    return float(0.5 * (h * square).sum())
 
 
 def rosenbrock() -> Problem:
@@ -369,6 +517,12 @@ CATALOGUE = {
         autoencoder_faces, "faces", "625-2000-1000-500-30 on any tar of faces"
     ),
     "adding-rnn": Named(adding_rnn, "", "the adding problem over 50 steps, an LSTM"),
+    "gpt-bytes": Named(gpt_bytes, "", "a causal transformer on sums modulo 31, or a text", "text"),
+    "lstm-bytes": Named(lstm_bytes, "", "an LSTM on a Markov chain, or a text", "text"),
+    "vit-images": Named(vit_images, "", "a vision transformer on the digits, or a tar", "images"),
+    "resnet-images": Named(resnet_images, "", "a ResNet on the digits, or a tar", "images"),
+    "pinn-poisson": Named(pinn_poisson, "", "Poisson's equation solved by 2-32-32-1"),
+    "noisy-quadratic": Named(noisy_quadratic, "", "100 dimensions, known noise"),
     "quadratic": Named(quadratic, "", "100 dimensions, condition 10⁴"),
     "rosenbrock": Named(rosenbrock, "", "the banana-shaped valley"),
 }

@@ -20,9 +20,8 @@ from jdl.train.step import as_floats
 
 EVALUATION_BATCH = 1024
 HELD_BYTES = 1 << 30  # larger evaluation data is read again at each evaluation
-# Numbers in the inputs of one slice of a full batch: 256 images of 128×128, whose activations in
-# the default CNN, kept for the gradient, take about 2 GiB.
-MICROBATCH_NUMBERS = 1 << 22
+MICROBATCH_NUMBERS = 1 << 22  # in the inputs of one batch of evaluation
+MICROBATCH_BYTES = 2 << 30  # kept for the gradient of one slice of a full batch
 
 
 class Training(NamedTuple):
@@ -40,8 +39,7 @@ def training(
         return Training(problem.train(rows, seed, None), entry.microbatches or 1)
     # The order within a full batch changes sums by rounding only: one for all seeds.
     whole = next(iter(problem.train(problem.size, 0, 1)))
-    numbers = problem.size * _numbers(problem)
-    slices = entry.microbatches or max(1, -(-numbers // MICROBATCH_NUMBERS))
+    slices = entry.microbatches or -(-problem.size * kept_bytes(problem) // MICROBATCH_BYTES)
     placement = parallel.placement(devices)
     # Equal slices, filled up with masked examples.
     share = slices * placement.num_devices
@@ -53,6 +51,30 @@ def training(
 def step_rows(problem: Problem, entry: Entry) -> int:
     """The number of examples of a step: the batch size, or all there are."""
     return problem.size if entry.batch_size == "full" else min(entry.batch_size, problem.size)
+
+
+def kept_bytes(problem: Problem) -> int:
+    """The bytes that the gradient of the loss keeps of the forward pass, for each example."""
+    model = as_model(problem.model())
+    names = (problem.inputs,) if isinstance(problem.inputs, str) else problem.inputs
+
+    def backward(key: Any, batch: Batch) -> Any:
+        batch = step.scale_images(batch, problem.inputs)
+        given = [batch[name] for name in names]
+        params, state = model.init(key, *given)
+
+        def loss(params: Any) -> Any:
+            return problem.loss(model.apply(params, state, *given, key=key, train=True)[0], batch)
+
+        return jax.vjp(loss, params)[1]
+
+    one = next(iter(problem.train(1, 0, 1)))
+    sizes = []
+    for rows in (1, 2):  # the difference is free of the parameters
+        batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in one.items()}
+        kept = jax.tree.leaves(jax.eval_shape(backward, jax.random.key(0), batch))
+        sizes.append(sum(x.size * x.dtype.itemsize for x in kept))
+    return max(1, sizes[1] - sizes[0])
 
 
 def _numbers(problem: Problem) -> int:
@@ -194,11 +216,14 @@ class _Reread:
 
 
 def _padded(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
-    """The batches filled up to `size` examples, so that one compiled program serves all."""
+    """The batches filled up to `size` examples, so that one compiled program serves all.
+
+    They are filled with their own examples, whose mask is 0, so that the statistics of batch
+    normalization in training are not those of zeros.
+    """
     for batch in batches:
         number = len(next(iter(batch.values())))
         filled = {"mask": np.ones(number, np.float32), **batch}
-        yield {
-            name: np.concatenate([x, np.zeros((size - number, *np.shape(x)[1:]), x.dtype)])
-            for name, x in filled.items()
-        }
+        filled = {name: x[np.arange(size) % number] for name, x in filled.items()}
+        filled["mask"][number:] = 0.0
+        yield filled

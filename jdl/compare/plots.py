@@ -180,6 +180,8 @@ def _draw(results: Results, chart: Chart, axes: Any) -> None:
     axes.set_title(chart.title, pad=7)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
+    axes.set_xlim(*_limits(chart)[0])
+    axes.set_ylim(*_limits(chart)[1])
     drawing.leave_room(axes)
     for axis, ticks in zip((axes.xaxis, axes.yaxis), chart.ticks, strict=True):
         if ticks is not None:
@@ -221,18 +223,24 @@ def style_of(results: Results, optimizer: str) -> tuple[int, tuple[float, ...]]:
 # ------------------------------------------------------------------ as data for the page
 
 
-def data(results: Results, chart: Chart) -> dict[str, Any]:
-    """The chart as plain lists for `report.js`: limits, ticks, and at most `MOST` points a line."""
+def _limits(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The ends of both axes."""
     ys = [y for s in chart.series for y in (s.y, *(s.band or ()), [m[1] for m in s.marks])]
     xs = [x for s in chart.series for x in (s.x, [m[0] for m in s.marks])]
-    if chart.level is not None:
-        ys.append(np.array([chart.level]))
-    found: dict[str, Any] = {"title": chart.title, "drawn": chart.drawn, "level": chart.level}
-    of_axes = zip(
-        "xy", (chart.x_label, chart.y_label), (xs, ys), chart.logs, chart.ticks, strict=True
+    ys += [] if chart.level is None else [np.array([chart.level])]
+    x, y = (
+        drawing.limits(np.concatenate(values), log)
+        for values, log in zip((xs, ys), chart.logs, strict=True)
     )
-    for key, label, values, log, ticks in of_axes:
-        low, high = drawing.limits(np.concatenate(values), log)
+    return x, y
+
+
+def data(results: Results, chart: Chart) -> dict[str, Any]:
+    """The chart as plain lists for `report.js`: limits, ticks, and at most `MOST` points a line."""
+    found: dict[str, Any] = {"title": chart.title, "drawn": chart.drawn, "level": chart.level}
+    labels = chart.x_label, chart.y_label
+    of_axes = zip("xy", labels, _limits(chart), chart.logs, chart.ticks, strict=True)
+    for key, label, (low, high), log, ticks in of_axes:
         ticks = drawing.ticks(low, high, log) if ticks is None else ticks
         found[key] = {"label": label, "log": log, "low": low, "high": high, "ticks": ticks}
     found["series"] = [_series_data(results, series) for series in chart.series]
@@ -278,8 +286,23 @@ def curve_charts(results: Results, problem: str) -> list[Chart]:
         logs = True, panel.log
         kept = tuple(s for s in series if s is not None)
         if kept:
-            found.append(Chart(panel.title, panel.x_label, panel.y_label, kept, logs, level))
+            chart = Chart(panel.title, panel.x_label, panel.y_label, kept, logs)
+            found.append(chart if level is None else _with_target(chart, level, str(target)))
     return found
+
+
+def _with_target(chart: Chart, level: float, words: str) -> Chart:
+    """The chart with the target's line, or in words where it would more than halve the curves."""
+    with_line = chart._replace(level=level)
+
+    def height(chart: Chart) -> float:
+        low, high = _limits(chart)[1]
+        return math.log(high / low) if chart.logs[1] else high - low
+
+    if height(with_line) <= 2.0 * height(chart):
+        return with_line
+    where = "below" if level < _limits(chart)[1][0] else "above"
+    return chart._replace(y_label=f"{chart.y_label} ({words} is {where})")
 
 
 def _curve(results: Results, problem: str, optimizer: str, panel: Panel) -> Series | None:

@@ -236,7 +236,7 @@ def _each(names: Sequence[str], values: Any, form: str) -> str:
 def costs(results: Results, problem: str) -> Table:
     """What each optimizer's trials took, medians over seeds."""
     header = ["optimizer", "steps", "epochs", "work", "seconds", "evaluation", "compilation s"]
-    header += ["step ms", "step / gradient", "state MB"]
+    header += ["step ms", "step / gradient", "state kB"]
     rows = []
     for optimizer in results.optimizers:
         trials = results.of(problem, optimizer)
@@ -266,7 +266,7 @@ def costs(results: Results, problem: str) -> Table:
                     t.gradient_seconds and t.step_seconds and t.step_seconds / t.gradient_seconds
                     for t in trials
                 ),
-                median(t.state_bytes and t.state_bytes / 1e6 for t in trials),
+                median((t.state_bytes and t.state_bytes / 1e3 for t in trials), ",.5g"),
             ]
         )
     note = (
@@ -281,7 +281,7 @@ def at_ends(results: Results, problem: str) -> Table | None:
     """The target's metric at the end of each budget; None where there is one budget."""
     if len(results.ends) < 2:
         return None
-    metric, kind = results.target(problem).metric, results.budget.kind
+    metric = results.target(problem).metric
     amounts = [results.budget.amount * share for share in results.ends]
     found = res.at_ends(results, problem)
     rows = [[name, *(res.shown(x, metric) for x in spreads)] for name, spreads in found.items()]
@@ -289,7 +289,7 @@ def at_ends(results: Results, problem: str) -> Table | None:
         f"The {metric.replace('_', ' ')} at the end; each budget is a run of its own, whose "
         "schedules end there."
     )
-    return Table(["optimizer", *(f"{amount:.3g} {kind}" for amount in amounts)], rows, note)
+    return Table(["optimizer", *(results.budget.in_words(f"{x:.3g}") for x in amounts)], rows, note)
 
 
 def negatives(results: Results, problem: str) -> list[str]:

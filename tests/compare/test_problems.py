@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 from scipy import interpolate
 
-from jdl.compare import CATALOGUE, by_name, catalogue, mnist
+from jdl import losses
+from jdl.compare import CATALOGUE, by_name, catalogue, mnist, texts
 from jdl.compare.curves_dataset import _blurred, curves, spline
 from jdl.compare.problems import arrays_problem
 from jdl.compare.results import Target
 from jdl.core.check import ArgumentError, DataError, UserError
 from jdl.core.model import as_model
+from jdl.models import MLP
 from jdl.train.step import scale_images
 
 
@@ -66,17 +68,17 @@ def test_every_named_problem_gives_a_loss_an_example(name, small_mnist, faces):
     batch = next(iter(problem.train(min(4, problem.size), 0, 1)))
     model = as_model(problem.model())
 
-    def losses(batch):
+    def each(batch):
         batch = scale_images(batch, "image")
         params, state = model.init(jax.random.key(0), batch["image"])
         outputs, _ = model.apply(params, state, batch["image"], key=None, train=False)
         return problem.loss(outputs, batch)
 
     batch = jax.tree.map(jnp.asarray, dict(batch))
-    found = jax.eval_shape(losses, batch)
+    found = jax.eval_shape(each, batch)
     assert found.shape == (min(4, problem.size),)
     if name in ("logistic", "quadratic", "rosenbrock"):
-        assert bool(jnp.isfinite(losses(batch)).all())
+        assert bool(jnp.isfinite(each(batch)).all())
     metrics = {f"{s}_{m}" for s in problem.evaluated() for m in ("loss", *problem.metrics)}
     assert problem.target.metric in metrics
     if problem.split is not None:
@@ -184,6 +186,150 @@ def test_sanity_problems_are_what_they_say():
     outputs, _ = as_model(problem.model()).apply({"x": jnp.zeros(100)}, {}, batch["image"])
     expected = 0.5 * np.geomspace(1, 1e-4, 100).sum()
     assert float(problem.loss(outputs, batch)[0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_sgd_on_the_noisy_quadratic_is_as_its_closed_form_says():
+    problem = catalogue.noisy_quadratic(dimension=20)
+    data = {k: jnp.asarray(x) for k, x in next(iter(problem.train(8192, 0, 1))).items()}
+    apply = problem.model().apply
+
+    def mean_loss(x, rows):
+        batch = {k: data[k][rows] for k in ("image", "label")}
+        return problem.loss(apply({"x": x}, {}, batch["image"])[0], batch).mean()
+
+    least = float(mean_loss(jnp.ones(20), jnp.arange(8192)))
+    assert least == pytest.approx(0.5 * 20 * 1e-3, rel=1e-4)
+    rate, size, steps, start = 0.5, 4, 60, np.linspace(-0.2, 0.3, 20)
+
+    def run(key):
+        def step(x, key):
+            rows = jax.random.randint(key, (size,), 0, 8192)
+            return x - rate * jax.grad(mean_loss)(x, rows), None
+
+        x, _ = jax.lax.scan(step, jnp.asarray(1 + start, jnp.float32), jax.random.split(key, steps))
+        h = 1.0 / jnp.arange(1.0, 21.0)
+        return 0.5 * (h * (x - 1.0) ** 2).sum()
+
+    measured = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 400)))
+    expected = catalogue.sgd_excess(start, rate, size, steps)
+    spread = measured.std() / 400**0.5
+    assert abs(measured.mean() - expected) < 3.5 * spread
+    assert spread < 0.02 * expected
+
+
+def test_the_outputs_for_poisson_s_equation_are_its_residuals():
+    problem = by_name("pinn-poisson")
+    x = jnp.asarray(rows(problem.train(1024, 0, 1))[:5])
+    model = problem.model()
+    params, _ = model.init(jax.random.key(0), x)
+    apply = jax.jit(lambda x: model.apply(params, {}, x)[0])
+    outputs, h = apply(x), 0.03
+    near = [apply(x + h * jnp.asarray(d, jnp.float32)[None])["u"] for d in np.eye(2)]
+    near += [apply(x - h * jnp.asarray(d, jnp.float32)[None])["u"] for d in np.eye(2)]
+    laplacian = (sum(near) - 4 * outputs["u"]) / h**2
+    f = 2 * np.pi**2 * np.prod(np.sin(np.pi * np.asarray(x)), axis=1, keepdims=True)
+    np.testing.assert_allclose(outputs["residual"], (laplacian + f) / (2 * np.pi**2), atol=2e-2)
+    border = apply(jnp.array([[0.0, 0.3], [1.0, 0.2], [0.6, 0.0], [0.1, 1.0]]))["u"]
+    np.testing.assert_allclose(border, 0.0, atol=1e-6)
+
+
+def test_the_least_loss_of_the_markov_chain_is_that_of_its_frequencies():
+    x, least = texts.markov(40_000, 12, np.random.default_rng(3))
+    counts = np.zeros((8, 8, 8))
+    np.add.at(counts, (x[:, :-2], x[:, 1:-1], x[:, 2:]), 1)
+    first = np.zeros((8, 8))
+    np.add.at(first, (x[:, 0], x[:, 1]), 1)
+
+    def conditional(counts):
+        p = counts / counts.sum(-1, keepdims=True).clip(1)
+        return -(counts * np.log(p, where=p > 0, out=np.zeros_like(p))).sum() / counts.sum()
+
+    assert (conditional(first) + 10 * conditional(counts)) / 11 == pytest.approx(least, rel=0.01)
+
+
+def test_all_sums_are_there_and_none_is_in_both_halves():
+    problem = by_name("gpt-bytes")
+    train, test = (rows(d(64, 0, 1)) for d in (problem.train, problem.test))
+    labels = rows(problem.train(64, 0, 1), "label")
+    assert ((train[:, 0] + train[:, 1]) % 31 == labels).all()
+    sums = {tuple(x) for x in np.concatenate([train, test])}
+    assert sums == {(a, b, 31) for a in range(31) for b in range(31)}
+    assert len(train) == 480
+    assert len(test) == 481
+
+
+def test_a_text_is_cut_into_pieces_from_all_of_it(tmp_path):
+    path = tmp_path / "a text, mine.txt"
+    path.write_text("".join(chr(48 + i // 6400 % 60) for i in range(640_000)))
+    problem = by_name("gpt-bytes", path)
+    assert problem.size == 3584
+    x = np.concatenate([rows(d(512, 0, 1)) for d in (problem.train, problem.test)])
+    assert x.shape == (4096, 64)
+    assert set(np.unique(x)) == set(range(48, 108))
+    assert problem.target.metric == "test_loss"
+    path.write_text("ab" * 2048)
+    problem = by_name("lstm-bytes", path)
+    assert problem.size == 56
+    assert problem.target.threshold == pytest.approx(0.75 * np.log(2), rel=5e-3)
+    path.write_bytes(b"a" * 4000)
+    with pytest.raises(DataError, match="at least 4,096 bytes"):
+        by_name("gpt-bytes", path)
+    path.write_bytes(b"\0" * 5000)
+    with pytest.raises(DataError, match="is not text"):
+        by_name("lstm-bytes", path)
+    with pytest.raises(DataError, match="reads a text file"):
+        by_name("lstm-bytes", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit-images", "resnet-images"])
+def test_images_may_be_the_user_s(name, faces):
+    problem = by_name(name, faces)
+    assert problem.size == 40
+    assert str(problem.target) == "train accuracy ≥ 90 %"
+    assert problem.about["image"] == "64×64×3"
+
+
+def test_a_full_batch_is_cut_so_that_what_its_gradient_keeps_fits(tmp_path):
+    from jdl.compare.feeds import MICROBATCH_BYTES, kept_bytes, training
+    from jdl.compare.optimizers import named
+
+    net = MLP(widths=(6,), num_outputs=2, activation="tanh")
+    x = np.ones((9, 5), np.float32)
+    goal = Target("train_loss", "at most", 0.0)
+    data = {"image": x, "label": np.zeros((9, 2), np.float32)}
+    problem = arrays_problem("p", lambda: net, losses.squared_error, data, target=goal)
+    # The input, the tanh's output or slope, the error.
+    assert 4 * (5 + 6 + 2) <= kept_bytes(problem) <= 4 * 3 * (5 + 6 + 2)
+    (tmp_path / "text").write_text("some text " * 40_000)
+    problem = by_name("gpt-bytes", tmp_path / "text")
+    found = training(problem, named("lbfgs"), 0)
+    assert found.microbatches == -(-kept_bytes(problem) * problem.size // MICROBATCH_BYTES) > 1
+
+
+def test_a_batch_is_filled_up_with_its_own_examples():
+    from jdl.compare.feeds import _padded
+
+    (batch,) = _padded([{"image": np.array([[1.0], [2.0]])}], 5)
+    assert batch["image"].ravel().tolist() == [1.0, 2.0, 1.0, 2.0, 1.0]
+    assert batch["mask"].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+TODAY = ("gpt-bytes", "lstm-bytes", "vit-images", "resnet-images", "pinn-poisson")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "kfac", "muon", "soap", "shampoo", "hf", "lbfgs"])
+@pytest.mark.parametrize("name", [*TODAY, "noisy-quadratic"])
+def test_every_kind_of_method_trains_today_s_problems(name, optimizer, tmp_path):
+    from jdl.compare import Budget, Study
+
+    budget = Budget(3, "steps")
+    options = {"budget": budget, "evaluations": 2, "workdir": tmp_path}
+    (trial,) = Study(by_name(name), [optimizer], **options).run().trials
+    assert trial.status == "done", trial.words
+    loss = [row["train_loss"] for row in trial.evaluations]
+    assert np.isfinite(loss).all()
+    assert loss[-1] != loss[0]
 
 
 def test_mnist_is_read_from_files_and_from_a_tar_alike(small_mnist, tmp_path):

@@ -154,6 +154,13 @@ def test_negative_losses_are_drawn_on_a_linear_axis(plant):
     assert plots.data(results, chart)["y"]["low"] < -3.0
 
 
+def test_a_far_target_is_told_instead_of_drawn(plant):
+    results = load_results(plant({("a", 0): FALL}, target=("train_loss", "at most", 1e-9)))
+    chart = plots.curve_charts(results, "planted")[0]
+    assert chart.level is None
+    assert chart.y_label == "training loss (train loss ≤ 1e-09 is below)"
+
+
 def test_ranks_move_with_the_unit_of_cost(plant):
     """a is faster; b, evaluated at every other step, needs fewer of them."""
     rows = {("a", s): [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.05, 0.6)] for s in (0, 1)}
@@ -287,7 +294,7 @@ def test_cost_of_what_was_measured(plant):
     header, (a, b), _ = tables.costs(load_results(workdir), "planted")
     told = dict(zip(header, a, strict=True))
     assert (told["steps"], told["seconds"], told["step ms"]) == ("30", "9", "200")
-    assert (told["step / gradient"], told["state MB"]) == ("2", "2")
+    assert (told["step / gradient"], told["state kB"]) == ("2", "2,000")
     assert told["evaluation"] == "10 %"  # 4 of ¼ s, beside 9 s of training
     assert b[header.index("step / gradient")] == b[header.index("evaluation")] == "–"
 
