@@ -184,11 +184,6 @@ def place_of(optimizers: Sequence[str], optimizer: str) -> int:
     return bases.index(optimizer.removesuffix("-tuned"))
 
 
-def color_of(optimizers: Sequence[str], optimizer: str) -> int:
-    """The index of an optimizer's colour in `LINES`."""
-    return place_of(optimizers, optimizer) % len(LINES)
-
-
 def spread(
     ends: Sequence[tuple[float, float]],
     widths: Sequence[float],
@@ -294,7 +289,7 @@ def ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
 
 
 def limits(values: np.ndarray, log: bool) -> tuple[float, float]:
-    """The ends of an axis: the values' range and 4 % more on each side.
+    """The ends of an axis: the values' range and 4 % more on each side; never within rounding.
 
     >>> limits(np.array([1.0, np.nan, 3.0]), log=False)
     (0.92, 3.08)
@@ -302,6 +297,7 @@ def limits(values: np.ndarray, log: bool) -> tuple[float, float]:
     values = values[np.isfinite(values)]
     scaled = np.log(values) if log else values
     low, high = float(scaled.min()), float(scaled.max())
-    room = 0.04 * (high - low) or 0.05 * (abs(low) or 1.0)
+    least = 0.01 if log else 1e-3 * max(abs(low), abs(high), 1e-9)
+    room = 0.04 * (high - low) if high - low > least else 5.0 * least
     low, high = low - room, high + room
     return (math.exp(low), math.exp(high)) if log else (low, high)

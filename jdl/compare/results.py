@@ -301,14 +301,17 @@ def reached(trial: Trial, target: Target, budget: Budget) -> Row | None:
     return next((row for row in trial.within(budget) if target.met(row)), None)
 
 
-def cost_to_target(results: Results) -> dict[str, np.ndarray]:
-    """Optimizer -> its cost to the target for each (problem, seed), ∞ where it was missed."""
+def costs_by_problem(results: Results) -> dict[str, list[np.ndarray]]:
+    """Optimizer -> of each problem, its cost to the target for each seed, ∞ where it was missed."""
     return {
-        optimizer: np.array(
-            [x for problem in results.problems for x in _line(results, problem, optimizer).each]
-        )
+        optimizer: [np.array(_line(results, p, optimizer).each) for p in results.problems]
         for optimizer in results.optimizers
     }
+
+
+def cost_to_target(results: Results) -> dict[str, np.ndarray]:
+    """As `costs_by_problem`, the problems one after another."""
+    return {name: np.concatenate(of) for name, of in costs_by_problem(results).items()}
 
 
 def lines(results: Results, problem: str) -> list[Line]:

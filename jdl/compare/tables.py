@@ -236,7 +236,7 @@ def _each(names: Sequence[str], values: Any, form: str) -> str:
 def costs(results: Results, problem: str) -> Table:
     """What each optimizer's trials took, medians over seeds."""
     header = ["optimizer", "steps", "epochs", "work", "seconds", "evaluation", "compilation s"]
-    header += ["step ms", "step / gradient", "state MB"]
+    header += ["step ms", "step / gradient", "state kB"]
     rows = []
     for optimizer in results.optimizers:
         trials = results.of(problem, optimizer)
@@ -266,7 +266,7 @@ def costs(results: Results, problem: str) -> Table:
                     t.gradient_seconds and t.step_seconds and t.step_seconds / t.gradient_seconds
                     for t in trials
                 ),
-                median(t.state_bytes and t.state_bytes / 1e6 for t in trials),
+                median((t.state_bytes and t.state_bytes / 1e3 for t in trials), ",.5g"),
             ]
         )
     note = (
@@ -281,7 +281,7 @@ def at_ends(results: Results, problem: str) -> Table | None:
     """The target's metric at the end of each budget; None where there is one budget."""
     if len(results.ends) < 2:
         return None
-    metric, kind = results.target(problem).metric, results.budget.kind
+    metric = results.target(problem).metric
     amounts = [results.budget.amount * share for share in results.ends]
     found = res.at_ends(results, problem)
     rows = [[name, *(res.shown(x, metric) for x in spreads)] for name, spreads in found.items()]
@@ -289,7 +289,7 @@ def at_ends(results: Results, problem: str) -> Table | None:
         f"The {metric.replace('_', ' ')} at the end; each budget is a run of its own, whose "
         "schedules end there."
     )
-    return Table(["optimizer", *(f"{amount:.3g} {kind}" for amount in amounts)], rows, note)
+    return Table(["optimizer", *(results.budget.in_words(f"{x:.3g}") for x in amounts)], rows, note)
 
 
 def negatives(results: Results, problem: str) -> list[str]:
@@ -318,18 +318,9 @@ def negatives(results: Results, problem: str) -> list[str]:
     return said
 
 
-def _by_problem(results: Results) -> dict[str, list[np.ndarray]]:
-    """Optimizer -> of each problem, the costs to the target over seeds."""
-    found = {problem: res.lines(results, problem) for problem in results.problems}
-    return {
-        name: [np.array(found[problem][i].each) for problem in results.problems]
-        for i, name in enumerate(results.optimizers)
-    }
-
-
 def standings(results: Results) -> Table | None:
     """Each optimizer over all problems and seeds; None for fewer than three pairs of them."""
-    costs = {name: np.concatenate(of) for name, of in _by_problem(results).items()}
+    costs = res.cost_to_target(results)
     trials = len(next(iter(costs.values())))
     if trials < 3 or len(costs) < 2:
         return None
@@ -353,7 +344,7 @@ def power(results: Results) -> str:
         f"Evaluations are a factor {factor:.2f} apart in cost: smaller differences show as ties "
         "or not at all."
     )
-    samples = [x for of in _by_problem(results).values() for x in of]
+    samples = [x for of in res.costs_by_problem(results).values() for x in of]
     with np.errstate(divide="ignore"):
         deviation = statistics.pooled_deviation([np.log(x) for x in samples])
     if not deviation or seeds < 2:
@@ -370,7 +361,7 @@ def pairs(results: Results) -> Table | None:
     """Every two optimizers over all problems and seeds; None where there are no `standings`."""
     if (over_all := standings(results)) is None:
         return None
-    costs = _by_problem(results)
+    costs = res.costs_by_problem(results)
     rows = []
     for one, other in itertools.combinations([row[0] for row in over_all.rows], 2):
         duel = statistics.duel(np.concatenate(costs[one]), np.concatenate(costs[other]))

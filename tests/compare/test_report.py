@@ -83,7 +83,7 @@ def test_every_file_is_written(workdir):
     assert len(lines) == 1 + 2 * (4 + 4 + 1)
     text = (workdir / "report.md").read_text()
     assert "| sgd | 0.02 |" in text
-    assert "![Training curves](curves.png)" in text
+    assert "![Curves](curves.png)" in text
 
 
 def test_the_page_is_whole_and_stands_alone(workdir):
@@ -154,6 +154,13 @@ def test_negative_losses_are_drawn_on_a_linear_axis(plant):
     assert plots.data(results, chart)["y"]["low"] < -3.0
 
 
+def test_a_far_target_is_told_instead_of_drawn(plant):
+    results = load_results(plant({("a", 0): FALL}, target=("train_loss", "at most", 1e-9)))
+    chart = plots.curve_charts(results, "planted")[0]
+    assert chart.level is None
+    assert chart.y_label == "training loss (train loss ≤ 1e-09 is below)"
+
+
 def test_ranks_move_with_the_unit_of_cost(plant):
     """a is faster; b, evaluated at every other step, needs fewer of them."""
     rows = {("a", s): [(0.0, 2.0, 0.1), (1.0, 0.5, 0.6), (2.0, 0.05, 0.6)] for s in (0, 1)}
@@ -177,7 +184,7 @@ def test_long_names_are_whole_and_differ():
 def test_long_names_stay_inside_their_axes(plant):
     names = [f"{letter * 9}-with-{letter * 9}" for letter in "abc"]
     results = load_results(plant({(name, 0): FALL for name in names}))
-    figure = plots.curves(results, "planted")
+    figure = plots.figure(results, plots.curve_charts(results, "planted"))
     figure.draw_without_rendering()
     for axes in figure.axes:
         for text in axes.texts:
@@ -287,7 +294,7 @@ def test_cost_of_what_was_measured(plant):
     header, (a, b), _ = tables.costs(load_results(workdir), "planted")
     told = dict(zip(header, a, strict=True))
     assert (told["steps"], told["seconds"], told["step ms"]) == ("30", "9", "200")
-    assert (told["step / gradient"], told["state MB"]) == ("2", "2")
+    assert (told["step / gradient"], told["state kB"]) == ("2", "2,000")
     assert told["evaluation"] == "10 %"  # 4 of ¼ s, beside 9 s of training
     assert b[header.index("step / gradient")] == b[header.index("evaluation")] == "–"
 
@@ -309,7 +316,7 @@ def test_an_unequal_start_is_reported(plant):
 def test_bands_lie_between_the_seeds(plant):
     high = [(s, 2 * loss, a) for s, loss, a in FALL]
     results = load_results(plant({("a", 0): FALL, ("a", 1): high, ("a", 2): high}))
-    (axes, *_) = plots.curves(results, "planted").axes
+    (axes, *_) = plots.figure(results, plots.curve_charts(results, "planted")).axes
     (line,) = [line for line in axes.get_lines() if line.get_label() == "a"]
     assert line.get_ydata() == pytest.approx([1.0, 0.18, 0.04])
     (band,) = axes.collections
