@@ -101,7 +101,7 @@ def vit_images(data: Paths | None = None) -> Problem:
 
 
 def resnet_images(data: Paths | None = None) -> Problem:
-    """A ResNet of three groups with batch normalization; data as of `vit_images`, the digits to 98 %."""
+    """A ResNet of three groups with batch norm; data as of `vit_images`, the digits to 98 %."""
 
     def build(image_shape: tuple[int, ...], num_classes: int) -> Any:
         large = image_shape[0] >= 64
