@@ -1,6 +1,7 @@
 """The named problems, against SciPy and hand-written files; errors for missing data."""
 
 import io
+import itertools
 import struct
 import tarfile
 
@@ -315,12 +316,24 @@ def test_a_batch_is_filled_up_with_its_own_examples():
 
 
 TODAY = ("gpt-bytes", "lstm-bytes", "vit-images", "resnet-images", "pinn-poisson")
+METHODS = ("adamw", "kfac", "muon", "soap", "shampoo", "hf", "lbfgs")
+# Each method and each problem, K-FAC on all; the others before a release.
+OFTEN = (
+    *(("kfac", name) for name in (*TODAY, "noisy-quadratic")),
+    *(("adamw", "noisy-quadratic"), ("lbfgs", "gpt-bytes"), ("shampoo", "gpt-bytes")),
+    *(("hf", "lstm-bytes"), ("hf", "pinn-poisson"), ("muon", "vit-images")),
+    ("soap", "resnet-images"),
+)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "kfac", "muon", "soap", "shampoo", "hf", "lbfgs"])
-@pytest.mark.parametrize("name", [*TODAY, "noisy-quadratic"])
-def test_every_kind_of_method_trains_today_s_problems(name, optimizer, tmp_path):
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [
+        pytest.param(*pair, marks=pytest.mark.slow if pair in OFTEN else pytest.mark.release)
+        for pair in itertools.product(METHODS, (*TODAY, "noisy-quadratic"))
+    ],
+)
+def test_every_kind_of_method_trains_today_s_problems(optimizer, name, tmp_path):
     from jdl.compare import Budget, Study
 
     budget = Budget(3, "steps")
