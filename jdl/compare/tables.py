@@ -93,8 +93,8 @@ def caption(results: Results) -> str:
     dots = "one for each seed, which need not lie on the median's line" if several else ""
     return (
         f"{lines}Dots: the first evaluation that meets the target{dots and ', '}{dots}. Crosses: "
-        f"diverged. Dashed: first order{besides}; solid: second order. Axes are logarithmic unless a value "
-        "is negative, and begin with the first evaluation after a step; losses below "
+        f"diverged. Dashed: first order{besides}; solid: second order. Axes are logarithmic unless "
+        "a value is negative, and begin with the first evaluation after a step; losses below "
         f"{plots.FLOOR:g} are drawn at that value."
     )
 
