@@ -184,11 +184,6 @@ def place_of(optimizers: Sequence[str], optimizer: str) -> int:
     return bases.index(optimizer.removesuffix("-tuned"))
 
 
-def color_of(optimizers: Sequence[str], optimizer: str) -> int:
-    """The index of an optimizer's colour in `LINES`."""
-    return place_of(optimizers, optimizer) % len(LINES)
-
-
 def spread(
     ends: Sequence[tuple[float, float]],
     widths: Sequence[float],

@@ -6,7 +6,7 @@ thin where its tuned version is shown too.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,21 +133,20 @@ def panels(results: Results, problem: str) -> list[Panel]:
 # ------------------------------------------------------------------ drawing by matplotlib
 
 
-def _drawn(results: Results, charts: Iterable[Chart | None], height: float = 3.5) -> Any | None:
+def figure(results: Results, charts: Sequence[Chart]) -> Any | None:
     """The charts in one figure of a page's width; None where there are none."""
-    kept = [chart for chart in charts if chart is not None and any(len(s.x) for s in chart.series)]
-    if not kept:
+    if not charts:
         return None
-    columns = min(len(kept), 2)
-    rows = math.ceil(len(kept) / columns)
+    columns = min(len(charts), 2)
+    rows = math.ceil(len(charts) / columns)
     with drawing.figures() as figure_module:
-        figure = figure_module.Figure(figsize=(4.8 * columns, height * rows))
-        for place, chart in enumerate(kept, 1):
-            _draw(results, chart, figure.add_subplot(rows, columns, place))
-        figure.tight_layout(w_pad=2.0, h_pad=1.5)
-        for axes in figure.axes:
-            drawing.name_lines(figure, axes)
-        return figure
+        drawn = figure_module.Figure(figsize=(4.8 * columns, 3.4 * rows))
+        for place, chart in enumerate(charts, 1):
+            _draw(results, chart, drawn.add_subplot(rows, columns, place))
+        drawn.tight_layout(w_pad=2.0, h_pad=1.5)
+        for axes in drawn.axes:
+            drawing.name_lines(drawn, axes)
+        return drawn
 
 
 def _draw(results: Results, chart: Chart, axes: Any) -> None:
@@ -270,11 +269,6 @@ def _series_data(results: Results, series: Series) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------ curves
-
-
-def curves(results: Results, problem: str) -> Any:
-    """All curves, and how ranks move with the unit of cost, in one figure."""
-    return _drawn(results, [*curve_charts(results, problem), rank_chart(results, problem)])
 
 
 def curve_charts(results: Results, problem: str) -> list[Chart]:
@@ -426,11 +420,6 @@ def step_values(trial: Trial, field: Field) -> list[tuple[float, float]]:
     return found if any(value for _, value in found) else []
 
 
-def steps(results: Results, problem: str) -> Any | None:
-    """What each second-order step did, against time; None where there is no such method."""
-    return _drawn(results, step_charts(results, problem), height=2.7)
-
-
 def step_charts(results: Results, problem: str) -> list[Chart]:
     """A chart for each of `FIELDS` that a method logged, of its first seed."""
     found = []
@@ -449,11 +438,6 @@ def step_charts(results: Results, problem: str) -> list[Chart]:
 
 
 # ------------------------------------------------------------------ tuning, and all problems
-
-
-def sensitivity(results: Results, problem: str) -> Any | None:
-    """As `sensitivity_charts`, in one figure; None without tuning."""
-    return _drawn(results, sensitivity_charts(results, problem))
 
 
 def sensitivity_charts(results: Results, problem: str) -> list[Chart]:
@@ -476,7 +460,8 @@ def sensitivity_charts(results: Results, problem: str) -> list[Chart]:
         )
         criterion = next(t.criterion for t in found.values()).replace("_", " ")
         title, at_end = f"Sensitivity to the {name}", f"{criterion} at the end"
-        charts.append(Chart(title, f"1 − {name}" if falls else name, at_end, series, logs))
+        if any(len(one.x) for one in series):
+            charts.append(Chart(title, f"1 − {name}" if falls else name, at_end, series, logs))
     return charts
 
 
@@ -498,13 +483,8 @@ def _tried(
     return Series(optimizer, points[:, 0], points[:, 1], None, tuple(marks), joined)
 
 
-def profiles(results: Results) -> Any | None:
-    """Performance profiles over problems and seeds; None for fewer than three pairs of them."""
-    return _drawn(results, [profile_chart(results)])
-
-
 def profile_chart(results: Results) -> Chart | None:
-    """As `profiles`, as a chart."""
+    """Performance profiles over problems and seeds; None for fewer than three pairs of them."""
     costs = cost_to_target(results)
     if len(next(iter(costs.values()))) < 3 or len(costs) < 2:
         return None

@@ -11,9 +11,9 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from jdl.compare import drawing, machine, plots, store, tables
@@ -72,6 +72,7 @@ a { color: inherit } code { font-size: .9em; user-select: all }
   h2, h3 { break-after: avoid } * { print-color-adjust: exact } }
 """
 SMALL = 200_000  # letters of a results.csv that the page holds
+MANY = 40  # rows of a table that is folded up
 
 
 def write(workdir: str | Path, results: Results | None = None) -> Path:
@@ -87,12 +88,10 @@ def write(workdir: str | Path, results: Results | None = None) -> Path:
     workdir = Path(workdir)
     results = store.load_results(workdir) if results is None else results
     try:
-        for problem in results.problems:
-            suffix = _suffix(results, problem)
-            drawn = {"curves": plots.curves, "steps": plots.steps, "sensitivity": plots.sensitivity}
-            for name, draw in drawn.items():
-                _save(draw(results, problem), workdir / f"{name}{suffix}")
-        _save(plots.profiles(results), workdir / "profiles")
+        for section in [*(s for p in results.problems for s in _of(results, p)), *_all(results)]:
+            if (figure := plots.figure(results, section.charts)) is not None:
+                for ending in (".png", ".svg"):
+                    drawing.save(figure, workdir / f"{section.picture}{ending}")
         write_atomically(workdir / "results.csv", csv_text(results))
         write_atomically(workdir / "report.md", markdown(results))
         write_atomically(workdir / "report.html", page(results))
@@ -104,15 +103,57 @@ def write(workdir: str | Path, results: Results | None = None) -> Path:
     return workdir / "report.html"
 
 
-def _suffix(results: Results, problem: str) -> str:
-    """What follows a picture's name where there are several problems."""
-    return "" if len(results.problems) == 1 else f"-{problem}"
+class Section(NamedTuple):
+    """A part of the report: a table, charts with a caption, and sentences, as there are.
+
+    Attributes:
+      picture: the name of the file of its charts, without the ending.
+    """
+
+    title: str
+    table: tables.Table | None = None
+    charts: Sequence[plots.Chart] = ()
+    picture: str = ""
+    caption: str = ""
+    said: Sequence[str] = ()
 
 
-def _save(figure: Any | None, stem: Path) -> None:
-    if figure is not None:
-        for ending in (".png", ".svg"):
-            drawing.save(figure, stem.with_name(stem.name + ending))
+def _of(results: Results, problem: str) -> list[Section]:
+    """The parts on one problem that have content."""
+    suffix = "" if len(results.problems) == 1 else f"-{problem}"
+    curves = plots.curve_charts(results, problem)
+    curves += [] if (ranks := plots.rank_chart(results, problem)) is None else [ranks]
+    marks = "Large dots: chosen. Rings: cut early. Crosses on the upper edge: diverged or failed."
+    values = tables.Table(*res.table(results, problem))
+    tried = plots.sensitivity_charts(results, problem)
+    caption = tables.caption(results)
+    found = [
+        Section(f"Final values, and the way to {results.target(problem)}", values),
+        Section("Curves", None, curves, f"curves{suffix}", caption),
+        Section("Cost", tables.costs(results, problem)),
+        Section("At the end of each budget", tables.at_ends(results, problem)),
+        Section("What did not work", said=tables.negatives(results, problem)),
+        Section(
+            "What each second-order step did",
+            tables.describe_steps(results, problem),
+            plots.step_charts(results, problem),
+            f"steps{suffix}",
+        ),
+        Section(
+            "Tuning", tables.tuning_table(results, problem), tried, f"sensitivity{suffix}", marks
+        ),
+        Section("Robustness", tables.robustness(results, problem)),
+    ]
+    return [x for x in found if x.table is not None or x.charts or x.said]
+
+
+def _all(results: Results) -> list[Section]:
+    """The parts on all problems together; none for fewer than three pairs of problem and seed."""
+    standings, chart = tables.standings(results), plots.profile_chart(results)
+    if standings is None or chart is None:
+        return []
+    over_all = Section("Over all problems and seeds", standings, [chart], "profiles")
+    return [over_all, Section("Every pair", tables.pairs(results))]
 
 
 # ------------------------------------------------------------------ the page
@@ -123,7 +164,8 @@ def page(results: Results) -> str:
     charts: list[plots.Chart] = []
     body = _bar(results)
     body += "".join(_problem(results, problem, charts) for problem in results.problems)
-    body += _standings(results, charts) + _settings(results) + _foot(results)
+    body += "".join(_section(results, section, charts) for section in _all(results))
+    body += _settings(results) + _foot(results)
     colors = [
         base + "".join(f" --line-{i}: {color};" for i, color in enumerate(line))
         for base, line in ((PAPER, drawing.LINES), (NIGHT, drawing.LINES_DARK))
@@ -180,27 +222,7 @@ def _problem(results: Results, problem: str, charts: list[plots.Chart]) -> str:
     found = [f"<h2>{_escape(title)}</h2>", f"<p>{_escape(tables.question(results, problem))}</p>"]
     if troubles := tables.troubles(results, problem):
         found.append(f'<div class="trouble">{_list(troubles)}</div>')
-    header, rows = res.table(results, problem)
-    found.append(f"<h3>Final values, and the way to {_escape(str(results.target(problem)))}</h3>")
-    found.append(_table(tables.Table(header, rows), results))
-    drawn = [*plots.curve_charts(results, problem), plots.rank_chart(results, problem)]
-    found += [_pictures(drawn, charts), _note(tables.caption(results))]
-    costs = tables.costs(results, problem)
-    found += ["<h3>Cost</h3>", _table(costs, results), _note(costs.note)]
-    if (ends := tables.at_ends(results, problem)) is not None:
-        found += ["<h3>At the end of each budget</h3>", _table(ends, results), _note(ends.note)]
-    if negatives := tables.negatives(results, problem):
-        found.append(f"<h3>What did not work</h3>{_list(negatives)}")
-    if (steps := tables.describe_steps(results, problem)) is not None:
-        found += ["<h3>What each second-order step did</h3>", _table(steps, results)]
-        found += [_pictures(plots.step_charts(results, problem), charts), _note(steps.note)]
-    if (tuning := tables.tuning_table(results, problem)) is not None:
-        found += ["<h3>Tuning</h3>", _table(tuning, results), _note(tuning.note)]
-        found.append(_pictures(plots.sensitivity_charts(results, problem), charts))
-        marks = "Large dots: chosen. Rings: cut early. Crosses on the upper edge: "
-        found.append(_note(marks + "diverged or failed."))
-        if (robust := tables.robustness(results, problem)) is not None:
-            found += ["<h3>Robustness</h3>", _table(robust, results), _note(robust.note)]
+    found += [_section(results, section, charts) for section in _of(results, problem)]
     found.append(f"<h3>The problem</h3>{_facts(results.problem(problem))}")
     lines = {name: res.command(results, problem, name) for name in results.optimizers}
     again = "".join(
@@ -213,30 +235,26 @@ def _problem(results: Results, problem: str, charts: list[plots.Chart]) -> str:
     return "\n".join(found) + "\n"
 
 
-def _pictures(drawn: Iterable[plots.Chart | None], charts: list[plots.Chart]) -> str:
-    """Places for the charts that `report.js` draws, and the charts added to the page's."""
+def _section(results: Results, section: Section, charts: list[plots.Chart]) -> str:
+    """A part as HTML: places for its charts, which `report.js` draws, are added to the page's."""
     found = []
-    for chart in drawn:
-        if chart is not None and any(len(series.x) for series in chart.series):
-            found.append(
-                f'<figure data-chart="{len(charts)}"><figcaption>{_escape(chart.title)}'
-                '</figcaption><output aria-live="polite"></output></figure>'
-            )
-            charts.append(chart)
-    return f'<div class="figures">{"".join(found)}</div>'
-
-
-def _standings(results: Results, charts: list[plots.Chart]) -> str:
-    table, pairs = tables.standings(results), tables.pairs(results)
-    if table is None or pairs is None:
-        return ""
-    every = f"{_table(pairs, results)}{_note(pairs.note)}"
-    if len(pairs.rows) > 15:
-        every = f"<details><summary>{len(pairs.rows)} pairs</summary>{every}</details>"
-    return (
-        f"<h3>Over all problems and seeds</h3>{_table(table, results)}{_note(table.note)}"
-        f"{_pictures([plots.profile_chart(results)], charts)}<h3>Every pair</h3>{every}"
-    )
+    if section.table is not None:
+        found.append(_table(section.table, results) + _note(section.table.note))
+        if len(section.table.rows) > MANY:
+            count = f"<summary>{len(section.table.rows)} rows</summary>"
+            found = [f"<details>{count}{found[0]}</details>"]
+    places = []
+    for chart in section.charts:
+        places.append(
+            f'<figure data-chart="{len(charts)}"><figcaption>{_escape(chart.title)}'
+            '</figcaption><output aria-live="polite"></output></figure>'
+        )
+        charts.append(chart)
+    if places:
+        found.append(f'<div class="figures">{"".join(places)}</div>{_note(section.caption)}')
+    if section.said:
+        found.append(_list(section.said))
+    return f"<h3>{_escape(section.title)}</h3>\n" + "\n".join(found)
 
 
 def _settings(results: Results) -> str:
@@ -245,7 +263,7 @@ def _settings(results: Results) -> str:
 
 
 def _note(text: str) -> str:
-    return f'<p class="note">{_escape(text)}</p>'
+    return text and f'<p class="note">{_escape(text)}</p>'
 
 
 def _foot(results: Results) -> str:
@@ -266,7 +284,7 @@ def _foot(results: Results) -> str:
 
 
 def _key(results: Results, optimizer: str) -> str:
-    color = drawing.color_of(results.optimizers, optimizer)
+    color = plots.style_of(results, optimizer)[0]
     return f'<span class="key" style="background:var(--line-{color})"></span>'
 
 
@@ -321,31 +339,11 @@ def markdown(results: Results) -> str:
     """`report.md`: headline, table, settings and machine."""
     found = []
     for problem in results.problems:
-        suffix = _suffix(results, problem)
         title = tables.named(results, problem) + res.headline(results, problem)
         found += [f"# {title}", "", tables.question(results, problem), ""]
-        found += [f"- **{trouble}**" for trouble in tables.troubles(results, problem)]
-        found += ["", f"![Training curves](curves{suffix}.png)", "", tables.caption(results), ""]
-        found += [*_pipes(tables.Table(*res.table(results, problem))), ""]
-        costs = tables.costs(results, problem)
-        found += ["## Cost", "", *_pipes(costs), "", costs.note, ""]
-        if (ends := tables.at_ends(results, problem)) is not None:
-            found += ["## At the end of each budget", "", *_pipes(ends), "", ends.note, ""]
-        if said := tables.negatives(results, problem):
-            found += ["## What did not work", "", *(f"- {text}" for text in said), ""]
-        if (steps := tables.describe_steps(results, problem)) is not None:
-            found += ["Medians over the steps of the second-order methods:", "", *_pipes(steps)]
-            found += ["", f"![Steps](steps{suffix}.png)", ""]
-        if (tuning := tables.tuning_table(results, problem)) is not None:
-            found += ["## Tuning", "", *_pipes(tuning), "", tuning.note, ""]
-            found += [f"![What each value tried ended with](sensitivity{suffix}.png)", ""]
-            if (robust := tables.robustness(results, problem)) is not None:
-                found += [*_pipes(robust), "", robust.note, ""]
-    if (over_all := tables.standings(results)) is not None:
-        found += ["## Over all problems and seeds", "", *_pipes(over_all), "", over_all.note, ""]
-        found += ["![Performance profile](profiles.png)", ""]
-        if (every := tables.pairs(results)) is not None:
-            found += [*_pipes(every), "", every.note, ""]
+        found += [*(f"- **{trouble}**" for trouble in tables.troubles(results, problem)), ""]
+        found += [line for section in _of(results, problem) for line in _markdown(section)]
+    found += [line for section in _all(results) for line in _markdown(section)]
     found += ["## Settings", ""]
     found += [f"- **{name}**: {settings}" for name, settings in tables.settings(results)]
     found += ["", "## How it was measured", "", *(f"- {rule}" for rule in tables.rules_of(results))]
@@ -354,6 +352,19 @@ def markdown(results: Results) -> str:
         "Every evaluation: [results.csv](results.csv). Every step: [metrics.jsonl](metrics.jsonl)."
     )
     return "\n".join(found) + "\n"
+
+
+def _markdown(section: Section) -> list[str]:
+    found = [f"## {section.title}", ""]
+    if section.table is not None:
+        found += [
+            *_pipes(section.table),
+            "",
+            *([section.table.note, ""] if section.table.note else []),
+        ]
+    if section.charts:
+        found += [f"![{section.title}]({section.picture}.png)", "", section.caption, ""]
+    return [*found, *(f"- {text}" for text in section.said), ""]
 
 
 def _pipes(table: tables.Table) -> list[str]:

@@ -89,11 +89,12 @@ def caption(results: Results) -> str:
     """What the curves show."""
     several = len(results.study["seeds"]) > 1
     lines = "Lines: the median over seeds; bands: smallest to largest. " if several else ""
+    besides = ", and all of the study beside" if "against" in results.study else ""
     dots = "one for each seed, which need not lie on the median's line" if several else ""
     return (
         f"{lines}Dots: the first evaluation that meets the target{dots and ', '}{dots}. Crosses: "
-        "diverged. Dashed: first order; solid: second order. Axes are logarithmic unless a value "
-        "is negative, and begin with the first evaluation after a step; losses below "
+        f"diverged. Dashed: first order{besides}; solid: second order. Axes are logarithmic unless "
+        "a value is negative, and begin with the first evaluation after a step; losses below "
         f"{plots.FLOOR:g} are drawn at that value."
     )
 
@@ -260,7 +261,7 @@ def costs(results: Results, problem: str) -> Table:
                 optimizer,
                 *counts,
                 median((own / (own + rest) for own, rest in evaluated), ".0%").replace("%", " %"),
-                median(trial.compile_seconds for trial in trials),
+                median(trial.compile_seconds or None for trial in trials),
                 median(t.step_seconds and 1e3 * t.step_seconds for t in trials),
                 median(
                     t.gradient_seconds and t.step_seconds and t.step_seconds / t.gradient_seconds
@@ -318,18 +319,9 @@ def negatives(results: Results, problem: str) -> list[str]:
     return said
 
 
-def _by_problem(results: Results) -> dict[str, list[np.ndarray]]:
-    """Optimizer -> of each problem, the costs to the target over seeds."""
-    found = {problem: res.lines(results, problem) for problem in results.problems}
-    return {
-        name: [np.array(found[problem][i].each) for problem in results.problems]
-        for i, name in enumerate(results.optimizers)
-    }
-
-
 def standings(results: Results) -> Table | None:
     """Each optimizer over all problems and seeds; None for fewer than three pairs of them."""
-    costs = {name: np.concatenate(of) for name, of in _by_problem(results).items()}
+    costs = res.cost_to_target(results)
     trials = len(next(iter(costs.values())))
     if trials < 3 or len(costs) < 2:
         return None
@@ -353,7 +345,7 @@ def power(results: Results) -> str:
         f"Evaluations are a factor {factor:.2f} apart in cost: smaller differences show as ties "
         "or not at all."
     )
-    samples = [x for of in _by_problem(results).values() for x in of]
+    samples = [x for of in res.costs_by_problem(results).values() for x in of]
     with np.errstate(divide="ignore"):
         deviation = statistics.pooled_deviation([np.log(x) for x in samples])
     if not deviation or seeds < 2:
@@ -370,7 +362,7 @@ def pairs(results: Results) -> Table | None:
     """Every two optimizers over all problems and seeds; None where there are no `standings`."""
     if (over_all := standings(results)) is None:
         return None
-    costs = _by_problem(results)
+    costs = res.costs_by_problem(results)
     rows = []
     for one, other in itertools.combinations([row[0] for row in over_all.rows], 2):
         duel = statistics.duel(np.concatenate(costs[one]), np.concatenate(costs[other]))

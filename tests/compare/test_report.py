@@ -83,7 +83,7 @@ def test_every_file_is_written(workdir):
     assert len(lines) == 1 + 2 * (4 + 4 + 1)
     text = (workdir / "report.md").read_text()
     assert "| sgd | 0.02 |" in text
-    assert "![Training curves](curves.png)" in text
+    assert "![Curves](curves.png)" in text
 
 
 def test_the_page_is_whole_and_stands_alone(workdir):
@@ -184,7 +184,7 @@ def test_long_names_are_whole_and_differ():
 def test_long_names_stay_inside_their_axes(plant):
     names = [f"{letter * 9}-with-{letter * 9}" for letter in "abc"]
     results = load_results(plant({(name, 0): FALL for name in names}))
-    figure = plots.curves(results, "planted")
+    figure = plots.figure(results, plots.curve_charts(results, "planted"))
     figure.draw_without_rendering()
     for axes in figure.axes:
         for text in axes.texts:
@@ -228,6 +228,24 @@ def test_a_published_study_is_laid_beside(plant, tmp_path):
     assert "sgd (theirs)" in page
     names = [line["name"] for line in embedded(page)["lines"]]
     assert names == list(both.optimizers)
+
+
+def test_a_study_of_several_ends_is_laid_beside_with_them(plant, tmp_path):
+    results = load_results(plant({("a", 0): FALL}))
+    results = results._replace(
+        study=dict(results.study) | {"ends": [0.5, 1.0]},
+        shorter=(results.trials[0]._replace(share=0.5),),
+    )
+    path = tmp_path / "theirs.csv"
+    path.write_text(report.csv_text(results))
+    path = path.rename(tmp_path / "results.csv")
+    both = beside(results, path)
+    assert [(t.optimizer, t.share) for t in both.shorter] == [
+        ("a", 0.5),
+        (f"a ({tmp_path.name})", 0.5),
+    ]
+    _, rows, _ = tables.at_ends(both, "planted")
+    assert rows[0][1:] == rows[1][1:] == ["0.09", "0.02"]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +334,7 @@ def test_an_unequal_start_is_reported(plant):
 def test_bands_lie_between_the_seeds(plant):
     high = [(s, 2 * loss, a) for s, loss, a in FALL]
     results = load_results(plant({("a", 0): FALL, ("a", 1): high, ("a", 2): high}))
-    (axes, *_) = plots.curves(results, "planted").axes
+    (axes, *_) = plots.figure(results, plots.curve_charts(results, "planted")).axes
     (line,) = [line for line in axes.get_lines() if line.get_label() == "a"]
     assert line.get_ydata() == pytest.approx([1.0, 0.18, 0.04])
     (band,) = axes.collections
