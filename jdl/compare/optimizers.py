@@ -178,12 +178,12 @@ def _call(name: str, given: Mapping[str, Any]) -> str:
     unsaid = {"schedule": "constant", "warmup": 0.0}
     words = []
     for key, value in given.items():
-        if value is None or value == unsaid.get(key, ()):
-            continue
         try:
             ast.literal_eval(repr(value))
         except (ValueError, SyntaxError):
             return ""
+        if value is None or value == unsaid.get(key, ()):
+            continue
         words.append(f"{key}={json.dumps(value) if isinstance(value, str) else repr(value)}")
     return f"{name}({', '.join(words)})"
 

@@ -9,6 +9,7 @@ interpolation between evaluations.
 
 import bisect
 import csv
+import itertools
 import math
 import operator
 import shlex
@@ -186,14 +187,14 @@ class Results(NamedTuple):
 
 
 def read_csv(path: str | Path) -> tuple[Trial, ...]:
-    """The trials of a `results.csv`, those of the whole budget, by problem, optimizer and seed.
+    """The trials of a `results.csv`, by problem, optimizer, seed and share of the budget.
 
     Raises:
       DataError: it is missing, larger than 64 MiB, or not such a file; the message has the line.
     """
     path, number = Path(path), 1
-    rows: dict[tuple[str, str, int], list[Row]] = {}
-    statuses: dict[tuple[str, str, int], str] = {}
+    rows: dict[tuple[str, str, int, float], list[Row]] = {}
+    statuses: dict[tuple[str, str, int, float], str] = {}
     try:
         if path.stat().st_size > MAX_CSV:
             raise check.DataError(f"{path} is larger than {MAX_CSV >> 20} MiB.")
@@ -206,9 +207,8 @@ def read_csv(path: str | Path) -> tuple[Trial, ...]:
                 number = reader.line_num
                 if None in line or None in line.values():
                     raise ValueError("it has not as many values as the first line")
-                if float(line.pop("share")) != 1.0:
-                    continue
-                own = line.pop("problem"), line.pop("optimizer"), int(line.pop("seed"))
+                names, seed = (line.pop("problem"), line.pop("optimizer")), int(line.pop("seed"))
+                own = (*names, seed, float(line.pop("share")))
                 statuses[own] = line.pop("status")
                 rows.setdefault(own, []).append({k: float(v) for k, v in line.items() if v})
     except OSError as error:
@@ -216,7 +216,9 @@ def read_csv(path: str | Path) -> tuple[Trial, ...]:
     except (ValueError, csv.Error) as error:
         raise check.DataError(f"{path} is not a results.csv: line {number}: {error}.") from error
     return tuple(
-        Trial(*own, status, "" if status == "done" else status, tuple(rows[own]), (), 0.0, {})
+        Trial(
+            *own[:3], status, "" if status == "done" else status, tuple(rows[own]), (), 0.0, {}
+        )._replace(share=own[3])
         for own, status in sorted(statuses.items())
     )
 
@@ -239,19 +241,21 @@ def beside(results: Results, path: str | Path) -> Results:
             f"{', '.join(map(str, results.study['seeds']))}."
         )
     names = list(dict.fromkeys(t.optimizer for t in others))
-    found = {(t.problem, t.optimizer + mark, t.seed): t for t in others}
+    found = {(t.problem, t.optimizer, t.seed, t.share): t for t in others}
     missing = Trial("", "", 0, "missing", f"is not in {path.name}", (), (), 0.0, {})
     more = [
-        found.get((p, n + mark, s), missing)._replace(problem=p, optimizer=n + mark, seed=s)
-        for p in results.problems
-        for s in seeds
-        for n in names
+        found.get((p, n, s, share), missing)._replace(
+            problem=p, optimizer=n + mark, seed=s, share=share
+        )
+        for p, s, n, share in itertools.product(results.problems, seeds, names, results.ends)
     ]
     entries = [{"name": name + mark, "settings": {"from": str(path)}} for name in names]
     study = dict(results.study) | {"seeds": seeds, "against": f"{path}, marked{mark}"}
     study["optimizers"] = [*results.study["optimizers"], *entries]
-    own = [t for t in results.trials if t.seed in seeds]
-    return results._replace(study=study, trials=(*own, *more))
+    own = [t for t in (*results.trials, *results.shorter) if t.seed in seeds]
+    whole = tuple(t for t in own + more if t.share == 1.0)
+    shorter = tuple(t for t in own + more if t.share != 1.0)
+    return results._replace(study=study, trials=whole, shorter=shorter)
 
 
 class Spread(NamedTuple):

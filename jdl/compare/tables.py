@@ -89,11 +89,12 @@ def caption(results: Results) -> str:
     """What the curves show."""
     several = len(results.study["seeds"]) > 1
     lines = "Lines: the median over seeds; bands: smallest to largest. " if several else ""
+    besides = ", and all of the study beside" if "against" in results.study else ""
     dots = "one for each seed, which need not lie on the median's line" if several else ""
     return (
         f"{lines}Dots: the first evaluation that meets the target{dots and ', '}{dots}. Crosses: "
-        "diverged. Dashed: first order; solid: second order. Axes are logarithmic unless a value "
-        "is negative, and begin with the first evaluation after a step; losses below "
+        f"diverged. Dashed: first order{besides}; solid: second order. Axes are logarithmic unless "
+        "a value is negative, and begin with the first evaluation after a step; losses below "
         f"{plots.FLOOR:g} are drawn at that value."
     )
 
@@ -260,7 +261,7 @@ def costs(results: Results, problem: str) -> Table:
                 optimizer,
                 *counts,
                 median((own / (own + rest) for own, rest in evaluated), ".0%").replace("%", " %"),
-                median(trial.compile_seconds for trial in trials),
+                median(trial.compile_seconds or None for trial in trials),
                 median(t.step_seconds and 1e3 * t.step_seconds for t in trials),
                 median(
                     t.gradient_seconds and t.step_seconds and t.step_seconds / t.gradient_seconds

@@ -230,6 +230,24 @@ def test_a_published_study_is_laid_beside(plant, tmp_path):
     assert names == list(both.optimizers)
 
 
+def test_a_study_of_several_ends_is_laid_beside_with_them(plant, tmp_path):
+    results = load_results(plant({("a", 0): FALL}))
+    results = results._replace(
+        study=dict(results.study) | {"ends": [0.5, 1.0]},
+        shorter=(results.trials[0]._replace(share=0.5),),
+    )
+    path = tmp_path / "theirs.csv"
+    path.write_text(report.csv_text(results))
+    path = path.rename(tmp_path / "results.csv")
+    both = beside(results, path)
+    assert [(t.optimizer, t.share) for t in both.shorter] == [
+        ("a", 0.5),
+        (f"a ({tmp_path.name})", 0.5),
+    ]
+    _, rows, _ = tables.at_ends(both, "planted")
+    assert rows[0][1:] == rows[1][1:] == ["0.09", "0.02"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -267,6 +267,9 @@ def test_optimizers_are_written_as_calls():
     assert (second.name, second.schedule) == ("adamw", "wsd")
     assert (third.name, third.batch_size) == ("hf", "full")
     assert fourth.schedule == "constant"
+    assert second.call == 'adamw(schedule="wsd", warmup=0.1)'
+    assert named("adam", mu_dtype=jnp.bfloat16).call == ""  # which no list can say
+    assert named("adamw", mask=np.ones(2)).call == ""
     assert listed("kfac(label='my-own-k', damping=0.5)")[0].name == "my-own-k"
 
 

@@ -158,7 +158,7 @@ def test_tuned_and_untuned_are_reported_beside_each_other(tuned_study):
     assert rows[0][header.index("importance")] == "learning rate –"
 
     page = write_report(workdir).read_text()
-    assert "What each value tried ended with" in page
+    assert "Sensitivity to the learning rate" in page
     assert "tuning included" in page
     assert (workdir / "sensitivity.png").stat().st_size > 5000
     assert load_results(workdir).tuned.keys() == results.tuned.keys()
