@@ -376,11 +376,14 @@ def _pipes(table: tables.Table) -> list[str]:
 
 
 def csv_text(results: Results) -> str:
-    """Every evaluation in a line, with its trial."""
+    """Every evaluation of the study's own trials in a line, with its trial and the budget."""
+    beside = {x["name"] for x in results.study["optimizers"] if "from" in x["settings"]}
+    budget = dict(zip(res.BUDGET, results.budget, strict=True))
     rows = [
-        {name: getattr(t, name) for name in res.IDENTITY} | row
+        {name: getattr(t, name) for name in res.IDENTITY} | budget | row
         for t in (*results.trials, *results.shorter)
         for row in t.evaluations
+        if t.optimizer not in beside
     ]
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "split"))
     text = io.StringIO()

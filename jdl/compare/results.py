@@ -32,7 +32,9 @@ Row = dict[str, Any]  # one line of metrics.jsonl
 EVALUATION, STEP = "evaluate", "train"  # the `split` of a row
 LEVEL = 0.05  # of significance
 MAX_CSV = 1 << 26  # bytes of a results.csv that is read
-IDENTITY = ("problem", "optimizer", "seed", "share", "status")  # its first columns
+# Its first columns: the trial, and the whole budget of its study.
+IDENTITY = ("problem", "optimizer", "seed", "share", "status")
+BUDGET = ("budget", "unit")
 COSTS = tuple(column for column, _ in KINDS.values())
 
 
@@ -189,18 +191,22 @@ class Results(NamedTuple):
 def read_csv(path: str | Path) -> tuple[Trial, ...]:
     """The trials of a `results.csv`, by problem, optimizer, seed and share of the budget.
 
+    Their `settings` have the study's budget alone.
+
     Raises:
       DataError: it is missing, larger than 64 MiB, or not such a file; the message has the line.
     """
     path, number = Path(path), 1
     rows: dict[tuple[str, str, int, float], list[Row]] = {}
     statuses: dict[tuple[str, str, int, float], str] = {}
+    budgets: dict[tuple[str, str, int, float], dict[str, Any]] = {}
     try:
         if path.stat().st_size > MAX_CSV:
             raise check.DataError(f"{path} is larger than {MAX_CSV >> 20} MiB.")
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            lacking = [name for name in IDENTITY + COSTS if name not in (reader.fieldnames or ())]
+            needed = IDENTITY + BUDGET + COSTS
+            lacking = [name for name in needed if name not in (reader.fieldnames or ())]
             if lacking:
                 raise ValueError(f"the column {lacking[0]!r} is missing")
             for line in reader:
@@ -210,6 +216,8 @@ def read_csv(path: str | Path) -> tuple[Trial, ...]:
                 names, seed = (line.pop("problem"), line.pop("optimizer")), int(line.pop("seed"))
                 own = (*names, seed, float(line.pop("share")))
                 statuses[own] = line.pop("status")
+                amount, kind = float(line.pop("budget")), line.pop("unit")
+                budgets[own] = {"budget": Budget.checked(amount, kind)._asdict()}
                 rows.setdefault(own, []).append({k: float(v) for k, v in line.items() if v})
     except OSError as error:
         raise check.DataError(f"{path} cannot be read: {error.strerror}.") from error
@@ -217,8 +225,15 @@ def read_csv(path: str | Path) -> tuple[Trial, ...]:
         raise check.DataError(f"{path} is not a results.csv: line {number}: {error}.") from error
     return tuple(
         Trial(
-            *own[:3], status, "" if status == "done" else status, tuple(rows[own]), (), 0.0, {}
-        )._replace(share=own[3])
+            *own[:3],
+            status,
+            "" if status == "done" else status,
+            tuple(rows[own]),
+            (),
+            0.0,
+            budgets[own],
+            share=own[3],
+        )
         for own, status in sorted(statuses.items())
     )
 
@@ -229,7 +244,8 @@ def beside(results: Results, path: str | Path) -> Results:
     Target and budget are this study's. Only the seeds that both have are kept.
 
     Raises:
-      DataError: as `read_csv`, or the studies share no problem or no seed.
+      DataError: as `read_csv`, or the studies share no problem or no seed, or the other's budget is
+        shorter or of another kind.
     """
     path = Path(path)
     mark = f" ({path.parent.name or path.stem})"
@@ -240,6 +256,13 @@ def beside(results: Results, path: str | Path) -> Results:
             f"{path} has no problem and seed of this study: {', '.join(results.problems)}; "
             f"{', '.join(map(str, results.study['seeds']))}."
         )
+    for theirs in {Budget(**t.settings["budget"]) for t in others}:
+        # What they would have reached in the rest of a longer budget is not known.
+        if theirs.kind != results.budget.kind or theirs.amount < results.budget.amount:
+            raise check.DataError(
+                f"{path} has a budget of {theirs}, this study {results.budget}: the other's must "
+                "be of the same kind, and as large or larger."
+            )
     names = list(dict.fromkeys(t.optimizer for t in others))
     found = {(t.problem, t.optimizer, t.seed, t.share): t for t in others}
     missing = Trial("", "", 0, "missing", f"is not in {path.name}", (), (), 0.0, {})
@@ -544,7 +567,7 @@ def command(results: Results, problem: str, optimizer: str) -> str | None:
     None where the problem or the optimizer was made in Python, or no trial has begun.
     """
     source, seeds = results.problem(problem).get("source"), list(results.study["seeds"])
-    trials = [trial for trial in results.of(problem, optimizer) if trial.settings]
+    trials = [t for t in results.of(problem, optimizer) if "optimizer" in t.settings]
     call = trials[0].settings["optimizer"].get("call") if trials else None
     if not source or not call or seeds != list(range(len(seeds))):
         return None

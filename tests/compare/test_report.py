@@ -228,6 +228,7 @@ def test_a_published_study_is_laid_beside(plant, tmp_path):
     assert "sgd (theirs)" in page
     names = [line["name"] for line in embedded(page)["lines"]]
     assert names == list(both.optimizers)
+    assert report.csv_text(both) == report.csv_text(results)  # not what is another's
 
 
 def test_a_study_of_several_ends_is_laid_beside_with_them(plant, tmp_path):
@@ -253,9 +254,12 @@ def test_a_study_of_several_ends_is_laid_beside_with_them(plant, tmp_path):
     [
         ("a,b\n1,2\n", "line 1: the column 'problem' is missing"),
         ("{head}\nplanted,a,0,1.0,done,1\n", "line 2: it has not as many values"),
-        ("{head}\nplanted,a,zero,1.0,done,1,1,1,1\n", "line 2: invalid literal"),
-        ("{head}\nplanted,a,0,1.0,done,1,1,1,much\n", "line 2: could not convert"),
-        ("{head}\nother,a,0,1.0,done,1,1,1,1\n", "has no problem and seed of this study"),
+        ("{head}\nplanted,a,zero,1.0,done,10,seconds,1,1,1,1\n", "line 2: invalid literal"),
+        ("{head}\nplanted,a,0,1.0,done,10,seconds,1,1,1,much\n", "line 2: could not convert"),
+        ("{head}\nplanted,a,0,1.0,done,10,years,1,1,1,1\n", "line 2: `budget` must be one of"),
+        ("{head}\nother,a,0,1.0,done,10,seconds,1,1,1,1\n", "has no problem and seed of this"),
+        ("{head}\nplanted,a,0,1.0,done,9,seconds,1,1,1,1\n", "a budget of 9 s of training, this"),
+        ("{head}\nplanted,a,0,1.0,done,99,steps,1,1,1,1\n", "a budget of 99 steps, this study 10"),
         (None, "cannot be read: No such file"),
     ],
 )
@@ -263,7 +267,7 @@ def test_a_csv_that_is_none_is_reported(plant, tmp_path, text, message):
     results = load_results(plant({("a", 0): FALL}))
     path = tmp_path / "other.csv"
     if text is not None:
-        head = "problem,optimizer,seed,share,status,step,seconds,epoch,work"
+        head = "problem,optimizer,seed,share,status,budget,unit,step,seconds,epoch,work"
         path.write_text(text.format(head=head))
     with pytest.raises(DataError, match=re.escape(message)):
         beside(results, path)
