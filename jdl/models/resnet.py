@@ -15,6 +15,10 @@ Norm = Callable[..., nn.Module]
 def batch_norm(train: bool, **options: Any) -> nn.Module:
     """Normalization over the batch in training, by running averages else.
 
+    Args:
+      train: which of the two.
+      **options: of Linen's `BatchNorm`.
+
     >>> batch_norm(train=False).use_running_average
     True
 

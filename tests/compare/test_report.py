@@ -78,7 +78,7 @@ def test_every_file_is_written(workdir):
     assert names >= {"report.md", "curves.png", "curves.svg", "steps.png", "results.csv"}
     lines = (workdir / "results.csv").read_text().splitlines()
     assert lines[0].startswith(
-        "problem,optimizer,seed,share,status,step,seconds,epoch,work,train_loss"
+        "problem,optimizer,seed,share,status,budget,unit,step,seconds,epoch,work,train_loss"
     )
     assert len(lines) == 1 + 2 * (4 + 4 + 1)
     text = (workdir / "report.md").read_text()
