@@ -176,11 +176,15 @@ def _named_problems(args: Args) -> "tuple[Sources, list[str]]":
     for name in names:
         if not name.endswith(".py"):
             check.one_of("--problem", name, CATALOGUE)
+    reads = [x for x in names if (named := CATALOGUE.get(x)) and (named.needs or named.takes)]
+    unread = args.data != "digits" and not reads
+    check.argument(not unread, "--data", f"left out: {', '.join(names)} has its own", args.data)
     made, failures = [], []
     for name in names:
         try:
             problem = by_name(name, None if args.data == "digits" else args.data)
-            made.append((problem, ["--problem", name, *_words(args, "data")]))
+            given = _words(args, "data") if name in reads else []
+            made.append((problem, ["--problem", name, *given]))
         except check.UserError as error:
             failures.append(str(error))
             if len(names) > 1:

@@ -12,6 +12,7 @@ import numpy as np
 from jdl import losses, metrics
 from jdl.compare import mnist, problem_file
 from jdl.compare.curves_dataset import curves
+from jdl.compare.identity import as_label
 from jdl.compare.problems import Problem, arrays_problem, tar_problem
 from jdl.compare.results import Target
 from jdl.compare.texts import gpt_bytes, lstm_bytes
@@ -19,7 +20,7 @@ from jdl.core import check
 from jdl.core.model import from_fns
 from jdl.core.types import Batch
 from jdl.data import digits, digits_path, splits
-from jdl.data.tar.paths import Paths
+from jdl.data.tar.paths import Paths, expand
 from jdl.models.autoencoder import Autoencoder
 from jdl.models.cnn import CNN, Block
 from jdl.models.layers import sparse_init
@@ -51,7 +52,7 @@ def by_name(name: str, data: Paths | None = None) -> Problem:
 
     Args:
       name: one of `CATALOGUE`, or the path of a Python file, see `jdl.compare.problem_file`.
-      data: the value of `--data`, for those that need it.
+      data: the value of `--data`, for those that need or take it; they are named after it.
 
     Raises:
       ArgumentError: there is no such problem; the message names the nearest.
@@ -97,7 +98,7 @@ def vit_images(data: Paths | None = None) -> Problem:
         patch = max(2, image_shape[0] // 8)
         return ViT(num_classes, patch=patch, width=64, depth=3, heads=4)
 
-    return _images("vit-images", build, Target("test_accuracy", "at least", 0.92), data)
+    return _images("vit-images-digits", build, Target("test_accuracy", "at least", 0.92), data)
 
 
 def resnet_images(data: Paths | None = None) -> Problem:
@@ -108,13 +109,14 @@ def resnet_images(data: Paths | None = None) -> Problem:
         stem = (3, 2) if large else (3, 1)
         return ResNet(num_classes, (2, 2, 2), (24, 48, 96), stem=stem, pool=large)
 
-    return _images("resnet-images", build, Target("test_accuracy", "at least", 0.98), data)
+    return _images("resnet-images-digits", build, Target("test_accuracy", "at least", 0.98), data)
 
 
 def _images(name: str, build: Any, target: Target, data: Paths | None = None) -> Problem:
-    """A classifier of the images of a tar, or of the bundled digits."""
+    """A classifier of the images of a tar, or of the bundled digits, where it has this name."""
     if data is not None:
-        return tar_problem(data, build, name=name, size=(64, 64))
+        label = as_label(name.removesuffix("digits") + Path(str(expand(data)[0])).stem)
+        return tar_problem(data, build, name=label, size=(64, 64))
     about = {"data": "the 1,797 bundled handwritten digits (UCI / scikit-learn, CC BY 4.0)"}
     options: dict[str, Any] = {"grayscale": True, "keep_index": False}
     return tar_problem(digits_path(), build, name=name, target=target, about=about, **options)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import math
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,15 @@ LIBRARIES = ("jdl", "jax", "jaxlib", "optax", "flax", "numpy")  # versions of th
 STEPS = (0, *(int(f * 10**power) for power in range(6) for f in (1, 2, 5)), 10**6)
 SMALL = 16  # numbers of an array that are listed
 LONG = 160  # characters of a fingerprint
+
+
+def as_label(text: str) -> str:
+    """A text as a problem's name, which is also that of a directory.
+
+    >>> as_label("my photos (2)-cnn")
+    'my_photos_2_-cnn'
+    """
+    return re.sub(r"[^A-Za-z0-9._+=-]+", "_", text)
 
 
 def plain(value: Any) -> Any:

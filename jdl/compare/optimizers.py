@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import optax
 
 from jdl.compare import schedules
-from jdl.compare.identity import setting
+from jdl.compare.identity import as_label, setting
 from jdl.core import check
 from jdl.optim.registry import TuningRange
 from jdl.optim.transformation import ScalarOrSchedule
@@ -210,7 +210,7 @@ def listed(text: str, *, schedule: str = "constant", warmup: float = 0.0) -> lis
         several = sum(name == other for other, _ in calls) > 1
         if several and options:
             words = "".join(f"-{key}={value}" for key, value in options.items())
-            options = {"label": name + re.sub(r"[^A-Za-z0-9._+=-]+", "_", words), **options}
+            options = {"label": as_label(name + words), **options}
         if not name.startswith("schedule_free"):
             options = {"schedule": schedule, "warmup": warmup, **options}
         try:

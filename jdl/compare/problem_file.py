@@ -7,8 +7,8 @@
 Optional: `test`, as `data`; `target`, (metric, "at least" or "at most", threshold); `metrics`,
 name -> function, or one function that returns a dict of them; `inputs`, the entry that the model
 takes ("image"); `name`; `version`; `validation`, the share of the data on which settings are
-chosen. When the file changes, its trials are run again; when data that it reads changes, give it
-another `version`, an integer.
+chosen. When the file or its data changes, its trials are run again; when code that it imports
+changes, give it another `version`, an integer.
 
 The file is checked before anything is trained: model, loss and metrics are run on a few hundred
 examples, those with the smallest and largest values among them, and a training step is traced.
@@ -32,6 +32,7 @@ import numpy as np
 import optax
 
 from jdl import losses, metrics
+from jdl.compare.identity import as_label
 from jdl.compare.problems import VALIDATION, Problem, arrays_problem
 from jdl.compare.results import Target
 from jdl.core import check
@@ -81,7 +82,7 @@ def load_problem(path: str | Path) -> Problem:
     with file.doing("validation"):
         check.in_range("validation", validation, 0.0, 0.9)
     file.check(isinstance(version, int), "version", "an integer", version)
-    name = file.get("name", re.sub(r"[^A-Za-z0-9._+=-]+", "_", file.path.stem).lstrip("._+=-"))
+    name = file.get("name", as_label(file.path.stem).lstrip("._+=-"))
     ok = isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", name))
     file.check(ok, "name", "letters, digits and . _ + = -", name)
     problem = arrays_problem(

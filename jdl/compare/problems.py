@@ -1,6 +1,8 @@
 """Problems: a model, a loss, data, and a target."""
 
 import dataclasses
+import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from jdl import losses, metrics
+from jdl.compare.identity import as_label
 from jdl.compare.results import Target
 from jdl.core import check
 from jdl.core.types import Batch, Loss, Metric, Params
@@ -121,6 +124,7 @@ def arrays_problem(
         "test examples": 0 if test is None else len(next(iter(test.values()))),
         "model": one_line(model()),
         "loss": getattr(loss, "__name__", None) or getattr(loss, "func", loss).__name__,
+        "fingerprint of the data": _digest(train, test or {}),
         **fields.pop("about", {}),
     }
     return Problem(
@@ -134,6 +138,17 @@ def arrays_problem(
         split=split,
         **fields,
     )
+
+
+def _digest(*parts: Mapping[str, np.ndarray]) -> str:
+    """Other data makes another problem, whose trials are run again."""
+    found = hashlib.blake2b(digest_size=6)
+    for name, x in (item for part in parts for item in sorted(part.items())):
+        x = np.ascontiguousarray(x)
+        content = x.data if x.dtype.kind in "biufc" else repr(x.tolist()).encode()
+        found.update(f"{name} {x.dtype} {x.shape}".encode())
+        found.update(content)
+    return found.hexdigest()
 
 
 def _batches(source: Callable[..., Iterable[Batch]], *args: Any, **options: Any) -> Data:
@@ -208,11 +223,11 @@ def tar_problem(
         split = Split(data(side("train")), data(side("test")), kept.num_records)
     archives = [Path(path).name for path in expand(paths)]
     if name is None:
-        name = f"{Path(archives[0]).stem}-{type(built).__name__.lower()}"
-        name = re.sub(r"[^A-Za-z0-9._+=-]+", "_", name)
+        name = as_label(f"{Path(archives[0]).stem}-{type(built).__name__.lower()}")
     part = "test" if held_out else "train"
     listed = {
         "archives": archives,
+        "bytes": [os.path.getsize(path) for path in expand(paths) if os.path.exists(path)],
         "image": "×".join(map(str, image_shape)),
         "classes": len(classes or ()),
         "held out": "test/" if held_out else "nothing: the metrics are of the training data",

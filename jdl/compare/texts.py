@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jdl import losses, metrics
+from jdl.compare.identity import as_label
 from jdl.compare.problems import Problem, arrays_problem
 from jdl.compare.results import Target
 from jdl.core import check
@@ -52,7 +53,7 @@ def gpt_bytes(data: Paths | None = None) -> Problem:
         return 0.5 * DECAY * sum((w * w).sum() for w in jax.tree.leaves(params) if w.ndim > 1)
 
     return arrays_problem(
-        "gpt-bytes",
+        "gpt-bytes-sums",
         lambda: net,
         loss,
         {"image": x[:half], "label": y[:half]},
@@ -78,7 +79,7 @@ def lstm_bytes(data: Paths | None = None) -> Problem:
     net = RNN(num_outputs=SYMBOLS, hidden=128, vocabulary=SYMBOLS, every_step=True)
     x, least = markov(MOST, STEPS, np.random.default_rng(0))
     return arrays_problem(
-        "lstm-bytes",
+        "lstm-bytes-chain",
         lambda: net,
         next_step_loss,
         {"image": x[MOST // 8 :]},
@@ -150,7 +151,7 @@ def _text(name: str, net: Any, data: Paths) -> Problem:
     cut = len(x) - len(x) // 8
     single = _entropy(np.bincount(x[:cut].ravel()) / x[:cut].size)
     return arrays_problem(
-        name,
+        as_label(f"{name}-{Path(str(data)).stem}"),
         lambda: net,
         next_step_loss,
         {"image": x[:cut]},

@@ -113,6 +113,7 @@ def test_a_study_whose_trials_all_failed_fails(tmp_path, capsys, monkeypatch):
         (["--problem", "rosenbrok"], "Did you mean 'rosenbrock'"),
         (["--problem", "mnist-mlp"], "needs MNIST. Give --data"),
         (["--problem", "nowhere.py"], "There is no problem file nowhere.py"),
+        (["--problem", "quadratic,logistic", "--data", "x.tar"], "quadratic, logistic has its own"),
         (["--trials", "-1"], "`--trials` must be 0 or more"),
         (["--share", "3/2"], "`--share` must be K/N"),
         (["--share", "half"], "`--share` must be K/N"),

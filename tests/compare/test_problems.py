@@ -64,7 +64,8 @@ def faces(tmp_path_factory):
 def test_every_named_problem_gives_a_loss_an_example(name, small_mnist, faces):
     data = {"MNIST": small_mnist, "faces": faces, "": None}[CATALOGUE[name].needs]
     problem = by_name(name, data)
-    assert problem.name == name
+    own = {"gpt-bytes": "-sums", "lstm-bytes": "-chain"}
+    assert problem.name == name + own.get(name, "-digits" if CATALOGUE[name].takes else "")
     assert problem.version == 1
     batch = next(iter(problem.train(min(4, problem.size), 0, 1)))
     model = as_model(problem.model())
@@ -263,7 +264,7 @@ def test_a_text_is_cut_into_pieces_from_all_of_it(tmp_path):
     path = tmp_path / "a text, mine.txt"
     path.write_text("".join(chr(48 + i // 6400 % 60) for i in range(640_000)))
     problem = by_name("gpt-bytes", path)
-    assert problem.size == 3584
+    assert (problem.name, problem.size) == ("gpt-bytes-a_text_mine", 3584)
     x = np.concatenate([rows(d(512, 0, 1)) for d in (problem.train, problem.test)])
     assert x.shape == (4096, 64)
     assert set(np.unique(x)) == set(range(48, 108))

@@ -12,9 +12,11 @@ from jdl.cli import runs
 from jdl.compare import Budget, Entry, Study, Target, load_results, machine, named, table, tables
 from jdl.compare.feeds import Repeated, training
 from jdl.compare.optimizers import as_entry
+from jdl.compare.problems import arrays_problem
 from jdl.compare.results import headline
 from jdl.compare.trial import schedule
 from jdl.core.check import ArgumentError, DataError
+from jdl.models import MLP
 from jdl.optim.registry import REGISTRY
 
 RATES = (0.1,)
@@ -159,6 +161,24 @@ def test_another_loss_is_another_trial(problem, tmp_path):
     assert kinds(losses.softmax_cross_entropy) == {"begin"}
     assert kinds(smooth) == {"begin"}
     assert kinds(functools.partial(losses.softmax_cross_entropy, label_smoothing=0.1)) == {"skip"}
+
+
+def test_other_data_are_another_trial(tmp_path):
+    def kinds(labels):
+        rows = {"image": np.eye(3, dtype=np.float32), "label": np.array(labels, np.int32)}
+        problem = arrays_problem(
+            "rows",
+            lambda: MLP(widths=(), num_outputs=3),
+            losses.softmax_cross_entropy,
+            rows,
+            target=Target("train_loss", "at most", 0.1),
+        )
+        _, events = run(problem, [sgd()], tmp_path, budget=Budget(3, "steps"), evaluations=1)
+        return {event.kind for event in events} & {"begin", "skip"}
+
+    assert kinds([0, 1, 2]) == {"begin"}
+    assert kinds([0, 1, 1]) == {"begin"}
+    assert kinds([0, 1, 1]) == {"skip"}
 
 
 @pytest.mark.parametrize(("kind", "again"), [("steps", "skip"), ("seconds", "begin")])
