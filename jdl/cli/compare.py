@@ -12,8 +12,8 @@ Problems:
   mnist-mlp, mnist-cnn, autoencoder-mnist  MNIST, named by --data
   autoencoder-faces                        a tar of faces named by --data
   autoencoder-curves, adding-rnn           generated data
-  gpt-bytes, lstm-bytes                    a text named by --data; without, sums, a Markov chain
-  vit-images, resnet-images                a tar named by --data; without, the digits
+  gpt-bytes, lstm-bytes                    a text named by --data, or sums, a chain
+  vit-images, resnet-images                a tar named by --data, or the digits
   pinn-poisson                             an equation
   quadratic, rosenbrock, noisy-quadratic   no data
   mine.py                                  your own file: model, loss, data

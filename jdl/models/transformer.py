@@ -87,7 +87,8 @@ class ViT(nn.Module):
       heads: of each block.
       class_token: whether to classify by a token of its own rather than by the mean of the patches.
 
-    >>> net, image = ViT(num_classes=3, patch=4, width=8, depth=1), jnp.ones((2, 8, 8, 1))
+    >>> net = ViT(num_classes=3, patch=4, width=8, depth=1, heads=2)
+    >>> image = jnp.ones((2, 8, 8, 1))
     >>> net.apply(net.init(jax.random.key(0), image), image).shape
     (2, 3)
 

@@ -373,7 +373,7 @@ def test_other_commands_choose_members_too(tarball, tmp_path, capsys):
         assert main(arguments) == 2
         assert flag in capsys.readouterr().err
     given = ["--data", tarball, "--size", "8", "--include", "s0_*", "--label", "re:_(.)"]
-    problem = compare._problem(parse("compare", compare, given))
+    ((problem, _),) = compare._problem(parse("compare", compare, given))
     assert (problem.size, problem.about["classes"], problem.about["held out"]) == (4, 2, "test/")
     # Part of a trial's settings, so that results of other data are not taken for these.
     assert (problem.about["include"], problem.about["label"].pattern) == (["s0_*"], "_(.)")
