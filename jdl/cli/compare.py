@@ -12,8 +12,8 @@ Problems:
   mnist-mlp, mnist-cnn, autoencoder-mnist  MNIST, named by --data
   autoencoder-faces                        a tar of faces named by --data
   autoencoder-curves, adding-rnn           generated data
-  gpt-bytes, lstm-bytes                    a text named by --data, or sums, a chain
-  vit-images, resnet-images                a tar named by --data, or the digits
+  gpt-bytes, lstm-bytes                    the text --data, or sums, a chain
+  vit-images, resnet-images                the tar --data, or the digits
   pinn-poisson                             an equation
   quadratic, rosenbrock, noisy-quadratic   no data
   mine.py                                  your own file: model, loss, data
@@ -52,7 +52,7 @@ class Args:
     model: str = "cnn"
     """mlp, cnn, rnn, vit, resnet or dbn"""
     optimizers: str = "sgd,adam,lbfgs,cg,hf"
-    """names of optimizers above, separated by commas, with settings as in the last example"""
+    """names of optimizers above, separated by commas, with settings as in an example"""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """of the learning rates, to the end of the budget; wsd is constant but for the last fifth"""
     warmup: float = 0.0
