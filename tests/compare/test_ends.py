@@ -22,6 +22,7 @@ def run(problem, workdir, **options):
     return study.run(), events, study
 
 
+@pytest.mark.slow
 def test_each_end_of_the_budget_is_a_run_of_its_own(problem, tmp_path):
     results, events, study = run(problem, tmp_path, ends=(0.5, 0.25), seeds=2)
     assert results.ends == study.ends == (0.25, 0.5, 1.0)

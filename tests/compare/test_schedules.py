@@ -185,6 +185,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_trial_with_a_schedule_that_was_killed_ends_as_if_it_was_not(
     problem, tmp_path, monkeypatch
 ):

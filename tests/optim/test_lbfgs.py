@@ -181,6 +181,7 @@ def test_arguments_out_of_range(options, name):
         lbfgs(**options)
 
 
+@pytest.mark.slow
 def test_kronecker_factors_scale_a_deep_network():
     x = jax.random.uniform(jax.random.key(1), (64, 12))
     keys = jax.random.split(jax.random.key(2), 6)

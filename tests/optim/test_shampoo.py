@@ -257,6 +257,7 @@ def test_options_out_of_range_are_named(options, words):
         shampoo(**options)
 
 
+@pytest.mark.slow
 def test_devices_share_the_roots_and_keep_the_factors_split(monkeypatch):
     start, *gradients = (arrays(x) for x in (REFERENCE["start"], *REFERENCE["gradients"][:4]))
     optimizer = shampoo(0.1, precondition_every=2, factors_eps=1e-3)

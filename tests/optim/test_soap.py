@@ -248,6 +248,7 @@ def test_weight_decay_without_parameters_is_refused():
         soap().update(params, soap().init(params))
 
 
+@pytest.mark.slow
 def test_devices_share_the_refresh_and_keep_the_factors_split(monkeypatch):
     start, *gradients = (arrays(x) for x in (REFERENCE["start"], *REFERENCE["gradients"][:5]))
     optimizer = soap(0.1, precondition_every=2)

@@ -34,7 +34,7 @@ def test_forward_and_reverse_mode_are_the_inverse(name, float64):
     np.testing.assert_allclose(jax.jacfwd(solution)(jnp.asarray(B)), INVERSE, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_a_leaf_whose_condition_does_not_depend_on_the_argument(dtype):
     x = jax.random.normal(jax.random.key(0), (50, 3))
     y = x @ jnp.arange(3.0) + 1.0

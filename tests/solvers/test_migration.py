@@ -227,6 +227,7 @@ def test_implicit_differentiation_of_least_squares(name, both):
     np.testing.assert_allclose(ours, theirs, rtol=5e-2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_vmap_over_1000_problems(both):
     centers = jnp.asarray(rng.normal(size=(1000, 3)), jnp.float32)
     scales = jnp.array([1.0, 10.0, 30.0])

@@ -81,7 +81,7 @@ def test_an_optimizer_that_waits_is_not_stuck():
     assert int(state.status) == ResultCode.NO_PROGRESS
 
 
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_aux_and_optimizer_states_of_any_type(jit):
     key = jax.random.key(5, impl="rbg")
     aux = {"n": 3, "x": 0.5, "yes": True, "key": key, "small": jnp.int8(-3), "y": np.ones(2)}

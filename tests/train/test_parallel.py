@@ -47,7 +47,7 @@ def test_pmap_gives_the_numbers_of_one_device(optimizer):
     assert one.evaluate(data())["loss"] == pytest.approx(two.evaluate(data())["loss"], rel=rel)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "lbfgs", "hf"])
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs", pytest.param("hf", marks=pytest.mark.slow)])
 def test_fsdp_splits_large_arrays_and_gives_the_numbers_of_one_device(optimizer):
     rule = lambda path, shape, n: split_largest_axis(path, shape, n) if len(shape) > 1 else None  # noqa: E731
     if optimizer == "hf":  # many CG iterations would magnify rounding

@@ -120,7 +120,7 @@ PAIRS = {
 }
 
 
-OFTEN = [("scan = loop", True), ("scan = loop", False), ("vmap = loop", True)]
+OFTEN = [("scan = loop", True), ("scan = loop", False)]
 RARE = [(name, told) for name in PAIRS for told in (True, False) if (name, told) not in OFTEN]
 
 

@@ -215,6 +215,7 @@ def of_heads(outputs, batch, softmax=ours):
     return 2.0 * boxes + 0.5 * softmax(outputs["class"], batch, target="class") + text + scale
 
 
+@pytest.mark.slow
 def test_heads_have_a_route_each():
     with jax.enable_x64(True):
         outputs, batch = jax.tree.map(as_float64, (HEADS, TARGETS))
