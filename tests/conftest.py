@@ -52,10 +52,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """A quick test in one of `ROOMS` compiles fast."""
+    """A quick test in one of `ROOMS` compiles fast, and so does the contract's large matrix."""
     room = item.nodeid.startswith(tuple(f"tests/{room}/" for room in ROOMS))
     full = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "0"
-    full = full or item.get_closest_marker("slow")
+    slow = item.get_closest_marker("slow") and "optim/test_contract.py" not in item.nodeid
+    full = full or slow
     jax.config.update("jax_disable_most_optimizations", bool(room and not full))
 
 

@@ -169,12 +169,15 @@ def lines(results: res.Results) -> dict[str, list[str]]:
             continue
         if set(line.statuses) != {"done"}:
             name += f" ({', '.join(sorted(set(line.statuses) - {'done'}))})"
-        work = res.Spread.of(rows[-1]["work"] if rows else 0.0 for rows in last)
+        step, epoch, work = (
+            res.Spread.of(rows[-1][column] if rows else 0.0 for rows in last)
+            for column in ("step", "epoch", "work")
+        )
         found[name] = [
             res.shown(train, "train_squared_error"),
             res.shown(line.test.get("test_squared_error", train), "test_squared_error"),
-            res.shown(line.steps, "step"),
-            res.shown(line.epochs, "epoch"),
+            res.shown(step, "step"),
+            res.shown(epoch, "epoch"),
             f"{work.median:.3g}",
             f"{res.tuning_cost(tuned, 'seconds'):.0f}" if tuned else "–",
             ", ".join(f"{x:.3g}" for x in (res.chosen(tuned) or {}).values()) or "–",

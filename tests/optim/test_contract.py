@@ -27,8 +27,9 @@ ALL = [*SECOND, "soap", "shampoo", "adam", "muon", "sgd", "sophia", "schedule_fr
 
 
 def each(names):
-    """The names as parameters of the full matrix, in the slow run."""
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """The names as parameters: those of `ALL` in the slow run, the others before a release."""
+    marks = {name: pytest.mark.slow if name in ALL else pytest.mark.release for name in names}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
 
 
 def in_float64(test):
