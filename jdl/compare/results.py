@@ -417,8 +417,7 @@ def criterion_curve(rows: Iterable[Row], tuning: Mapping[str, Any], budget: Budg
       budget: whose column counts the cost.
     """
     criterion = tuning["criterion"]
-    best = tuning.get("best", "max" if criterion.endswith("_accuracy") else "min")
-    sign = -1.0 if best == "max" else 1.0
+    sign = -1.0 if tuning["best"] == "max" else 1.0
     return Curve(
         tuple(
             (float(row[budget.column]), sign * float(value))
@@ -483,7 +482,7 @@ def tunings(results: Results, problem: str) -> dict[str, Tuned]:
         if not trials:
             continue
         tuning = trials[0].settings["tuning"]
-        best = tuning.get("best", "min")
+        best = tuning["best"]
         ends = []
         for trial in trials:
             points = criterion_curve(trial.evaluations, tuning, results.budget).points

@@ -2,8 +2,8 @@
 
 Evaluations are at points fixed beforehand, the same for every optimizer and denser early. A step
 expected to end beyond the budget is not started. A schedule of the learning rate ends with the
-budget. With a directory, a trial that was killed resumes
-from its last checkpoint, which is less than a minute old.
+budget. With a directory, a trial that was killed resumes from its last checkpoint, which is less
+than a minute old.
 """
 
 import contextlib
