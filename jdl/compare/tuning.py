@@ -5,6 +5,9 @@ Halton's sequence, of the optimizer's own ranges, each on its own scale:
 
     value = low · (high / low)^u    (log)
 
+In the first half of the trials only the main number, such as the rate, differs from the default:
+it decides most, and a few points of many dimensions are far from each other.
+
 Settings are chosen on validation data, with a seed that the reported trials do not use.
 """
 
@@ -74,13 +77,14 @@ def points(
     """The values to try, by parameter: the default, then those at the points of Halton's sequence.
 
     Args:
-      space: at most six ranges.
+      space: at most six ranges, the main one first.
       trials: how many points.
-      default: the first; None for none.
+      default: the first; None for none, and for all numbers to vary from the start.
 
     >>> space = [TuningRange("learning_rate", 1e-4, 1.0), TuningRange("warmup", 0.0, 0.3, "linear")]
-    >>> points(space, 3, {"learning_rate": 0.5, "warmup": 0.0})[1:]
-    [{'learning_rate': 0.01, 'warmup': 0.1}, {'learning_rate': 0.001, 'warmup': 0.2}]
+    >>> points(space, 4, {"learning_rate": 0.5, "warmup": 0.0})[1:]  # doctest: +NORMALIZE_WHITESPACE
+    [{'learning_rate': 0.01, 'warmup': 0.0}, {'learning_rate': 0.001, 'warmup': 0.2},
+     {'learning_rate': 0.1, 'warmup': 0.03333}]
 
     References:
       Halton, On the efficiency of certain quasi-random sequences of points (1960).
@@ -91,6 +95,8 @@ def points(
         if len(found) >= trials:
             return found
         values = {x.parameter: x.at(place(k, base)) for x, base in zip(space, PRIMES, strict=False)}
+        if default is not None and len(found) < (trials + 1) // 2:
+            values = {**default, space[0].parameter: values[space[0].parameter]}
         if default is None or any(
             abs(x.share(values[x.parameter]) - x.share(default[x.parameter])) > SAME for x in space
         ):

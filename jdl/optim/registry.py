@@ -161,25 +161,25 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "sgd": _first_order(optax.sgd, 0.1, 1e-3, 1.0),
     "momentum": _first_order(_momentum, 0.01, 1e-4, 0.3, _MOMENTUM),
     "nesterov": _first_order(_nesterov, 0.01, 1e-4, 0.3, _MOMENTUM),
-    "adam": _first_order(optax.adam, 1e-3, 1e-5, 3e-2, _B2, _B1),
-    "adamw": _first_order(optax.adamw, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
-    "nadam": _first_order(optax.nadam, 1e-3, 1e-5, 3e-2, _B2, _B1),
-    "nadamw": _first_order(optax.nadamw, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
-    "radam": _first_order(optax.radam, 1e-3, 1e-5, 3e-2, _B2, _B1),
-    "rmsprop": _first_order(optax.rmsprop, 1e-3, 1e-5, 3e-2, _B2._replace(parameter="decay")),
+    "adam": _first_order(optax.adam, 1e-3, 1e-4, 3e-2, _B2, _B1),
+    "adamw": _first_order(optax.adamw, 1e-3, 1e-4, 3e-2, _DECAY, _B2),
+    "nadam": _first_order(optax.nadam, 1e-3, 1e-4, 3e-2, _B2, _B1),
+    "nadamw": _first_order(optax.nadamw, 1e-3, 1e-4, 3e-2, _DECAY, _B2),
+    "radam": _first_order(optax.radam, 1e-3, 1e-4, 3e-2, _B2, _B1),
+    "rmsprop": _first_order(optax.rmsprop, 1e-3, 1e-4, 3e-2, _B2._replace(parameter="decay")),
     "adagrad": _first_order(optax.adagrad, 1e-2, 1e-4, 1.0),
     "adafactor": _first_order(_adafactor, 1e-2, 1e-4, 0.3),
-    "lamb": _first_order(optax.lamb, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
+    "lamb": _first_order(optax.lamb, 1e-3, 1e-4, 3e-2, _DECAY, _B2),
     "lars": _first_order(optax.lars, 0.1, 1e-3, 10.0, _MOMENTUM),
-    "lion": _first_order(optax.lion, 1e-4, 1e-6, 3e-3, _DECAY, _B2),
-    "adopt": _first_order(optax.contrib.adopt, 1e-3, 1e-5, 3e-2, _B2, _B1),
+    "lion": _first_order(optax.lion, 1e-4, 1e-5, 3e-3, _DECAY, _B2),
+    "adopt": _first_order(optax.contrib.adopt, 1e-3, 1e-4, 3e-2, _B2, _B1),
     # Its slow mean starts at 0 and is not corrected for that, which is a warm-up of its own.
-    "ademamix": _first_order(optax.contrib.ademamix, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
+    "ademamix": _first_order(optax.contrib.ademamix, 1e-3, 1e-4, 3e-2, _DECAY, _B2),
     "prodigy": _first_order(_prodigy, 1.0, 0.1, 10.0, _DECAY),  # a factor on the rate it estimates
     "schedule_free_sgd": _first_order(_free_sgd, 1.0, 1e-2, 10.0, _B1),
     "schedule_free_adamw": _first_order(_free_adamw, 2.5e-3, 1e-4, 3e-2, _DECAY, _B1),
-    "muon": OptimizerSpec(muon, 2e-2, False, "mini", (_rate(1e-4, 0.3), _DECAY, _BETA)),
-    "sophia": _first_order(_sophia, 1e-3, 1e-5, 3e-2, _DECAY, _B2),
+    "muon": OptimizerSpec(muon, 2e-2, False, "mini", (_rate(1e-3, 0.3), _DECAY, _BETA)),
+    "sophia": _first_order(_sophia, 1e-3, 1e-4, 3e-2, _DECAY, _B2),
     "soap": _first_order(soap, 3e-3, 1e-4, 3e-2, _DECAY, _SHAMPOO_BETA),
     "shampoo": _first_order(shampoo, 1e-3, 1e-4, 3e-2, _DECAY, _SHAMPOO_BETA),
     "lbfgs": _second_order(lbfgs, 1.0, "large", _rate(1e-2)),
@@ -191,7 +191,7 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "natural_gradient": _second_order(
         natural_gradient, 0.3, "mini", _rate(1e-2), _damping(1e-2, 10.0)
     ),
-    "kfac": _second_order(kfac, 1.0, "mini", _damping(1e-4, 10.0), _GRADIENT_DECAY, _rate(0.1)),
+    "kfac": _second_order(kfac, 1.0, "mini", _damping(1e-3, 10.0), _GRADIENT_DECAY, _rate(0.1)),
 }
 
 

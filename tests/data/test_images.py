@@ -203,7 +203,7 @@ def test_many_pieces_of_exif_data_take_no_quadratic_time():
     pieces = segment(0xE1, b"Exif\0\0x") * 400_000
     start = time.process_time()
     assert images.jpeg_orientation(b"\xff\xd8" + pieces + b"\xff\xd9") == 1
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 20  # a second or so; quadratic: minutes
 
 
 # ---------------------------------------------------------------------- depths and pages

@@ -165,7 +165,7 @@ def test_ctrl_c_to_all_ends_all_as_interrupted(tmp_path):
     wait_for(lambda: checkpoints(tmp_path), processes[0])
     for process in processes:
         process.send_signal(signal.SIGINT)
-    texts = outputs(processes, timeout=20)
+    texts = outputs(processes, timeout=60)
     assert [p.returncode for p in processes] == [130, 130], texts
     assert all(f"jdl: process {i} was interrupted" in text for i, text in enumerate(texts)), texts
     assert all(map(clean, texts)), texts
@@ -226,7 +226,7 @@ def test_ctrl_c_to_one_command_ends_all(tmp_path):
     processes = command(tmp_path, options, options)
     wait_for(lambda: checkpoints(tmp_path / "run"), processes[0])
     processes[1].send_signal(signal.SIGINT)
-    other, interrupted = outputs(processes, timeout=20)
+    other, interrupted = outputs(processes, timeout=60)
     assert [p.returncode for p in processes] == [1, 130], (other, interrupted)
     assert re.fullmatch(r"jdl train: interrupted after step \d+; .*", interrupted.splitlines()[-1])
     assert other.splitlines()[-1] == "jdl: ended, because process 1 was interrupted"

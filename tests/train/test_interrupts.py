@@ -286,5 +286,5 @@ def test_sigterm_without_a_run_directory_ends_the_program():
     )
     assert process.stdout.readline()  # it trains
     process.terminate()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
