@@ -112,9 +112,7 @@ def run(args: Args) -> None:
     kind, amount = next(iter(given.items()), ("seconds", args.seconds))
     share = _share(args.share)
     check.argument(not args.tuned_only or args.trials > 0, "--trials", "given with --tuned-only", 0)
-    tuning = Tuning(
-        args.trials, args.tuning_share, defaults=not args.tuned_only, numbers=args.tune
-    )
+    tuning = Tuning(args.trials, args.tuning_share, defaults=not args.tuned_only, numbers=args.tune)
     why = "--problem has data of its own"
     options.check_left_out(args, not args.problem, why, "label", "include", "exclude")
     sources, failures = _named_problems(args) if args.problem else (_problem(args), [])
