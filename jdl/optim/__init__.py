@@ -16,10 +16,12 @@ from jdl.optim.natural_gradient import natural_gradient as natural_gradient
 from jdl.optim.newton import newton as newton
 from jdl.optim.nonlinear_cg import nonlinear_cg as nonlinear_cg
 from jdl.optim.registry import by_name as by_name
+from jdl.optim.residuals import Residuals as Residuals
 from jdl.optim.shampoo import shampoo as shampoo
 from jdl.optim.soap import soap as soap
 
 __all__ = [
+    "Residuals",
     "by_name",
     "gauss_newton",
     "hessian_free",

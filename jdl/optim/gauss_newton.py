@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from jdl.core import tree
 from jdl.core.types import Params, PyTree
@@ -54,21 +53,24 @@ def gauss_newton(
     r"""Gauss-Newton with a backtracking line search.
 
     `update` needs `value`, `grad` and one of
-    - `residual_fn`: params -> a pytree of arrays r, with value ½ ‖r‖²;
+    - `residual_fn`: params -> a pytree of arrays r, with value ½ ‖r‖²; `jdl.optim.Residuals` says
+      what an example is, and is differentiated example by example, not parameter by parameter;
     - `objective`: its generalized Gauss-Newton matrix on the curvature batch takes the place of
       Jᵀ J.
     Within a chain the incoming update takes the place of Jᵀ r, while the line search uses `grad`;
     −grad replaces a direction that does not descend.
 
     Memory beyond the gradient's, for n parameters and m residuals: J and the factors of its
-    decomposition, 2 (m n + n²) numbers; with an objective 3 n².
+    decomposition, 2 (m n + n²) numbers; with an objective of many outputs 3 n². Where m and n are
+    both above 256 and `rcond` is None, the step is found by Cholesky in the smaller space, see
+    `least_squares`.
 
     Args:
       learning_rate: the line search's first trial step, > 0, or a schedule.
       rcond: singular values of J below this fraction of the largest count as zero, in [0, 1); None
         for machine precision times the number of parameters.
       max_parameters: the largest n allowed, ≥ 1.
-      chunk_size: columns of J computed at a time, ≥ 1.
+      chunk_size: columns of J, for residuals without examples, computed at a time, ≥ 1.
       c1: sufficient decrease of the line search, in (0, 1).
       max_evaluations: maximum trials of the line search, ≥ 1.
 
@@ -107,25 +109,15 @@ def gauss_newton(
     def direction(ctx: UpdateContext, state: GaussNewtonState) -> _Proposal:
         del state
         curvature = least_squares.curvature("gauss_newton", ctx, chunk_size)
-        flat, unravel = ravel_pytree(ctx.updates)
-        spectrum = curvature.spectrum(jnp.ones(flat.size, ctx.dtype))
-        eps = float(jnp.finfo(ctx.dtype).eps)
-        share = flat.size * eps if rcond is None else rcond
-        # Eigenvalues are squares of J's singular values; a matrix has no digits below eps.
-        floor = share**2 if curvature.is_jacobian else max(share**2, eps)
-        kept = spectrum.values > floor * jnp.max(spectrum.values)
-        slopes = spectral.rotate(spectrum, flat.astype(ctx.dtype))
-        coordinates = jnp.where(kept, -slopes / jnp.where(kept, spectrum.values, 1.0), 0.0)
-        with jax.default_matmul_precision("highest"):
-            wanted = unravel((spectrum.vectors @ coordinates).astype(flat.dtype))
-        direction, descends = descending(wanted, ctx, bounded=True)
-        return _Proposal(
-            direction,
-            descends,
-            jnp.vdot(spectrum.values, coordinates * coordinates),
-            spectrum.sound,
-            curvature.products,
-        )
+        ones = jnp.ones(tree.size(ctx.params), ctx.dtype)
+        if rcond is None and not curvature.is_small:
+            model = least_squares.factored(ctx, curvature, ones)
+        else:
+            model = _inverted(ctx, curvature, curvature.spectrum(ones), rcond)
+        step = model.solve(model.floor)
+        direction, descends = descending(model.step_of(step), ctx, bounded=True)
+        bend = model.curvature(step)
+        return _Proposal(direction, descends, bend, model.sound, curvature.products)
 
     def accept(ctx: UpdateContext, state: GaussNewtonState, proposal: _Proposal) -> Step:
         direction, descends, curvature, sound, products = proposal
@@ -162,6 +154,25 @@ def gauss_newton(
         init=init,
         direction=direction,
         accept=accept,
+    )
+
+
+def _inverted(
+    ctx: UpdateContext,
+    curvature: least_squares.Curvature,
+    spectrum: spectral.Spectrum,
+    rcond: float | None,
+) -> spectral.Model:
+    """The model with the pseudo-inverse: no step along the smallest singular vectors."""
+    eps = float(jnp.finfo(ctx.dtype).eps)
+    share = tree.size(ctx.params) * eps if rcond is None else rcond
+    # Eigenvalues are squares of J's singular values; a matrix has no digits below eps.
+    least = share**2 if curvature.is_jacobian else max(share**2, eps)
+    kept = spectrum.values > least * jnp.max(spectrum.values)
+    curvatures = jnp.where(kept, spectrum.values, jnp.inf)
+    model = spectral.model(ctx, spectrum, curvatures, jnp.zeros((), ctx.dtype))
+    return model._replace(
+        curvature=lambda step: jnp.vdot(jnp.where(kept, spectrum.values, 0.0), step * step)
     )
 
 

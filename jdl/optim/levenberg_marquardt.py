@@ -53,15 +53,16 @@ def levenberg_marquardt(
     r"""Levenberg-Marquardt with damping by the reduction ratio, or in Moré's trust region.
 
     `update` needs `value`, `grad` and one of
-    - `residual_fn`: params -> a pytree of arrays r, with value ½ ‖r‖²;
+    - `residual_fn`: params -> a pytree of arrays r, with value ½ ‖r‖²; `jdl.optim.Residuals` says
+      what an example is, and is differentiated example by example, not parameter by parameter;
     - `objective`: its generalized Gauss-Newton matrix on the curvature batch takes the place of
       Jᵀ J; for `jdl.losses.squared_error` they are the same.
     Within a chain the incoming update is the gradient of the quadratic model; steps are accepted by
     the decrease of f.
 
     Memory beyond the gradient's, for n parameters and m residuals: J and the factors of its
-    decomposition, 2 (m n + n²) numbers; with an objective 3 n². Either is computed `chunk_size`
-    columns at a time.
+    decomposition, 2 (m n + n²) numbers; with an objective of many outputs 3 n². Where m and n are
+    both above 256, steps are found by Cholesky in the smaller space, see `least_squares`.
 
     Args:
       learning_rate: the factor on the step, > 0, or a schedule.
@@ -69,7 +70,7 @@ def levenberg_marquardt(
       scaled: False for D = I.
       trust_region: the first radius Δ > 0 of a region ‖D δ‖ ≤ Δ, in place of damping, or None.
       max_parameters: the largest n allowed, ≥ 1.
-      chunk_size: columns of J computed at once, ≥ 1.
+      chunk_size: columns of J, for residuals without examples, computed at once, ≥ 1.
       max_evaluations: maximum tries per step, ≥ 1.
 
     Returns:
@@ -123,10 +124,14 @@ def levenberg_marquardt(
         grown = jnp.where(jnp.isfinite(column_norms), norms, last.astype(ctx.dtype))
         # A parameter that no residual has depended on yet has no scale of its own.
         units = jnp.where(grown > 0, grown, 1.0) if scaled else jnp.ones_like(grown)
-        spectrum = curvature.spectrum(units)
-        floor = jnp.finfo(ctx.dtype).eps * jnp.max(spectrum.values)
-        curvatures = jnp.maximum(spectrum.values, jnp.where(floor > 0, floor, 1.0))
-        model = spectral.model(ctx, spectrum, curvatures, floor, units)
+        if trust_region is None and not curvature.is_small:
+            model = least_squares.factored(ctx, curvature, units)
+        else:
+            flat = ravel_pytree(ctx.updates)[0].astype(ctx.dtype)
+            spectrum = spectral.completed(curvature.spectrum(units), flat / units)
+            floor = jnp.finfo(ctx.dtype).eps * jnp.max(spectrum.values)
+            curvatures = jnp.maximum(spectrum.values, jnp.where(floor > 0, floor, 1.0))
+            model = spectral.model(ctx, spectrum, curvatures, floor, units)
         return _Proposal(model, unravel(grown.astype(last.dtype)), curvature.products)
 
     def accept(ctx: UpdateContext, state: LevenbergMarquardtState, proposal: _Proposal) -> Step:

@@ -133,7 +133,7 @@ def newton(
             increase=4.0,
             decrease=0.25,
             max_evaluations=max_evaluations,
-            hessian_products=model.slopes.size * ctx.curvature_share(),
+            hessian_products=model.size * ctx.curvature_share(),
         )
         concave &= step.moved
         return step._replace(code=jnp.where(concave, ResultCode.NEGATIVE_CURVATURE, step.code))

@@ -1,9 +1,10 @@
-r"""Steps through a dense curvature matrix's spectrum, for up to some thousands of parameters.
+r"""Damped steps by a dense curvature matrix B, for up to some thousands of parameters.
 
-    δ(λ) = −V (Λ + λI)⁻¹ Vᵀ g,    B = V Λ Vᵀ
+    δ(λ) = −(B + λI)⁻¹ g = −V (Λ + λI)⁻¹ Vᵀ g,    B = V Λ Vᵀ
 
-One decomposition serves every λ: a step that fails is tried again with more damping, or a smaller
-region, at the cost of one evaluation of f and no further derivative.
+A step that fails is tried again with more damping, or in a smaller region, at the cost of one
+evaluation of f and no further derivative. A spectrum serves every λ; larger matrices are factored
+again for each, see `jdl.optim.least_squares`.
 """
 
 from collections.abc import Callable
@@ -29,15 +30,17 @@ class Spectrum(NamedTuple):
 
 
 class Model(NamedTuple):
-    """The quadratic model of f, in the coordinates of the curvature's eigenvectors."""
+    """The quadratic model of f around θ, in coordinates of its own, such as the eigenvectors'."""
 
-    curvatures: jax.Array  # Λ, made positive, [k]
-    slopes: jax.Array  # Vᵀ g of the incoming updates, [k]
-    raw_slopes: jax.Array  # Vᵀ ∇f, [k]
-    floor: jax.Array  # the rounding error of the spectrum; a λ below it has no effect
-    # The step in the parameters' coordinates, from the eigenvectors'.
-    step_of: Callable[[jax.Array], PyTree]
-    sound: jax.Array  # whether the curvature was finite
+    solve: Callable[[jax.Array], jax.Array]  # λ -> the step in these coordinates, [k]
+    slope: Callable[[jax.Array], jax.Array]  # ⟨∇f, δ⟩ of a step
+    curvature: Callable[[jax.Array], jax.Array]  # ⟨δ, B δ⟩
+    step_of: Callable[[jax.Array], PyTree]  # the step in the parameters' coordinates
+    size: int  # k
+    floor: jax.Array  # the rounding error of B; a λ below it has no effect
+    sound: jax.Array  # whether B was finite
+    # Δ -> the λ whose step has that length, where a region bounds the steps.
+    damping_for: Callable[[jax.Array], jax.Array] | None = None
 
 
 class Tried(NamedTuple):
@@ -46,7 +49,7 @@ class Tried(NamedTuple):
     tried: jax.Array  # evaluations made, int32
     damping: jax.Array  # λ
     radius: jax.Array  # Δ
-    step: jax.Array  # δ in the eigenvectors' coordinates
+    step: jax.Array  # δ in the model's coordinates
     value: jax.Array  # f(θ + scale · δ)
     ratio: jax.Array  # ρ
 
@@ -101,6 +104,20 @@ def of_jacobian(jacobian: jax.Array) -> Spectrum:
     return Spectrum(jnp.square(singular), vectors.T, sound)
 
 
+def completed(spectrum: Spectrum, g: jax.Array) -> Spectrum:
+    """With the part of g outside the span of V as one more eigenvector, of eigenvalue 0.
+
+    There is such a part where J has fewer rows than columns, and g is not Jᵀ r: in a chain.
+    """
+    with jax.default_matmul_precision("highest"):
+        other = g - spectrum.vectors @ (spectrum.vectors.T @ g)
+    length = jnp.linalg.norm(other)
+    strays = length > 1e3 * jnp.finfo(g.dtype).eps * jnp.linalg.norm(g)
+    unit = jnp.where(strays, other / jnp.where(strays, length, 1.0), 0.0)
+    values = jnp.append(spectrum.values, 0.0)
+    return Spectrum(values, jnp.column_stack([spectrum.vectors, unit]), spectrum.sound)
+
+
 def rotate(spectrum: Spectrum, x: jax.Array) -> jax.Array:
     """Vᵀ x."""
     with jax.default_matmul_precision("highest"):
@@ -124,14 +141,17 @@ def model(
         with jax.default_matmul_precision("highest"):
             return unravel(scaled(spectrum.vectors @ coordinates).astype(flat.dtype))
 
-    raw = ravel_pytree(ctx.grad)[0]
+    raw = rotate(spectrum, scaled(ravel_pytree(ctx.grad)[0].astype(ctx.dtype)))
+    slopes = rotate(spectrum, scaled(flat.astype(ctx.dtype)))
     return Model(
-        curvatures=curvatures,
-        slopes=rotate(spectrum, scaled(flat.astype(ctx.dtype))),
-        raw_slopes=rotate(spectrum, scaled(raw.astype(ctx.dtype))),
-        floor=floor,
+        solve=lambda lam: -slopes / (curvatures + lam),
+        slope=lambda step: jnp.vdot(raw, step),
+        curvature=lambda step: jnp.vdot(curvatures, step * step),
         step_of=step_of,
+        size=slopes.size,
+        floor=floor,
         sound=spectrum.sound,
+        damping_for=lambda radius: _damping_for(radius, slopes, curvatures),
     )
 
 
@@ -192,22 +212,18 @@ def _search(
     use_radius: bool,
     max_evaluations: int,
 ) -> Tried:
-    curvatures = model.curvatures
-    mean = jnp.mean(curvatures)
-
     def body(t: Tried) -> Tried:
         again = t.tried > 0
-        # A λ far too small, or a Δ far too large, is corrected in few tries.
-        lam = jnp.where(again, jnp.maximum(4.0 * t.damping, 1e-3 * mean), t.damping)
+        # A λ far too small is corrected in few tries, by factors 4, 8, 16 … (Nielsen 1999).
+        more = 2.0 ** (t.tried + 1).astype(ctx.dtype)
+        lam = jnp.where(again, more * jnp.maximum(t.damping, model.floor), t.damping)
         length = jnp.linalg.norm(t.step)
         smaller = jnp.where(again, 0.25 * jnp.minimum(t.radius, length), t.radius)
-        if use_radius:
-            lam = _damping_for(smaller, model.slopes, curvatures)
-        step = -model.slopes / (curvatures + lam)
+        if use_radius and model.damping_for is not None:
+            lam = model.damping_for(smaller)
+        step = model.solve(lam)
         value = ctx.value_fn(tree.add_scaled(ctx.params, scale, model.step_of(step)))
-        # In the eigenvectors' coordinates the model is a sum.
-        predicted = scale * jnp.vdot(model.raw_slopes, step)
-        predicted += 0.5 * scale * scale * jnp.vdot(curvatures, step * step)
+        predicted = scale * model.slope(step) + 0.5 * scale * scale * model.curvature(step)
         ratio = reduction_ratio(ctx.value, value, predicted, ctx.noise)
         return Tried(t.tried + 1, lam, smaller, step, value, ratio)
 
@@ -218,7 +234,7 @@ def _search(
             jnp.zeros((), jnp.int32),
             state.damping.astype(ctx.dtype),
             state.radius.astype(ctx.dtype),
-            jnp.zeros_like(model.slopes),
+            jnp.zeros(model.size, ctx.dtype),
             ctx.value,
             jnp.full_like(ctx.value, jnp.nan),
         ),

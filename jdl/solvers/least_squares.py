@@ -7,14 +7,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
-from jdl.core.derivatives import linearize
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 from jdl.optim.gauss_newton import gauss_newton
+from jdl.optim.least_squares import by_columns
 from jdl.optim.levenberg_marquardt import levenberg_marquardt
+from jdl.optim.residuals import Residuals
 from jdl.solvers import implicit
 from jdl.solvers.iterative import Iterative
 from jdl.solvers.options import split
@@ -59,7 +59,8 @@ class LeastSquares(Iterative):
             r, pull, aux = jax.vjp(residual_and_aux, params, has_aux=True)
             return 0.5 * tree.vdot(r, r), pull(r)[0], (r, aux)
 
-        return Problem(value, evaluate, arguments=(args, kwargs), residual_fn=residual)
+        own = fun if isinstance(fun, Residuals) else residual
+        return Problem(value, evaluate, arguments=(args, kwargs), residual_fn=own)
 
     def _check(self, problem: Problem, params: Params) -> None:
         assert problem.residual_fn is not None
@@ -69,25 +70,20 @@ class LeastSquares(Iterative):
             check.argument(ok, "residual_fun", must, f"{leaf.dtype}{list(leaf.shape)}")
 
     def _extras(self, problem: Problem, params: Params) -> dict[str, Any]:
-        """J reduced to its triangular factor R: the residuals R x give the same steps."""
-        assert problem.residual_fn is not None
-        flat, unravel = ravel_pytree(params)
-        with jax.default_matmul_precision("highest"):
-            _, push, _ = linearize(problem.residual_fn, params)
-            column = lambda v: ravel_pytree(push(unravel(v)))[0]  # noqa: E731
-            basis = jnp.eye(flat.size, dtype=flat.dtype)
-            if flat.size <= CHUNK:
-                jacobian = jax.vmap(column)(basis)
-            else:
-                jacobian = jax.lax.map(column, basis, batch_size=CHUNK)
-            tall = jacobian.shape[1] > 4 * flat.size and jacobian.size > SMALL
-            factor = _triangular_factor(jacobian) if tall else jacobian.T
-
-        def reduced(params: Params) -> jax.Array:
+        """r and J; a tall J reduced to its triangular factor R, which gives the same steps."""
+        fn = problem.residual_fn
+        assert fn is not None
+        known = isinstance(fn, Residuals)
+        found = fn.linearized(params) if known else by_columns(fn, params, CHUNK)
+        m, n = found.jacobian.shape
+        if m > 4 * n and m * n > SMALL:
             with jax.default_matmul_precision("highest"):
-                return factor @ ravel_pytree(params)[0]
-
-        return {"residual_fn": reduced}
+                factor = _triangular_factor(found.jacobian.T)
+                # Of m residuals the model needs n, which R takes to the gradient.
+                slopes = found.jacobian.T @ found.residual
+                rest = jax.scipy.linalg.solve_triangular(factor.T, slopes, lower=True)
+            found = found._replace(jacobian=factor, residual=rest)
+        return {"residual_fn": found}
 
     def _extra(self, aux: Any, delta: PyTree) -> tuple[Any, Any]:
         residual, own = aux
@@ -98,7 +94,8 @@ class GaussNewton(LeastSquares):
     """Gauss-Newton with a line search, for up to some thousands of parameters.
 
     Args:
-      residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays.
+      residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays; or
+        `jdl.optim.Residuals`, whose Jacobian is taken example by example.
       maxiter: maximum number of updates.
       tol: on the norm of the gradient Jᵀ r. (jaxopt's is on the length of the step.)
       has_aux: whether residuals come as `(r, aux)`.
@@ -130,7 +127,8 @@ class LevenbergMarquardt(LeastSquares):
     """Levenberg-Marquardt, for up to some thousands of parameters.
 
     Args:
-      residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays.
+      residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays; or
+        `jdl.optim.Residuals`, whose Jacobian is taken example by example.
       maxiter: maximum number of updates.
       damping_parameter: the first λ, in units of the squared column norms of J.
       stop_criterion: "grad-l2-norm", or "madsen-nielsen": ‖∇f‖∞ ≤ gtol or ‖δ‖ ≤ xtol (‖x‖ + xtol).
