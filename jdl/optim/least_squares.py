@@ -59,12 +59,14 @@ def curvature(optimizer: str, ctx: UpdateContext, chunk_size: int) -> Curvature:
     By rows where examples are known, else `chunk_size` columns at a time.
     """
     size = tree.size(ctx.params)
-    found = ctx.residual_fn
-    if isinstance(found, Residuals):
-        found = found.linearized(ctx.params)
-    elif found is not None and not isinstance(found, Linearized):
-        found = by_columns(found, ctx.params, chunk_size)
-    elif found is None and ctx.objective is not None:
+    fn, found = ctx.residual_fn, None
+    if isinstance(fn, Linearized):
+        found = fn
+    elif isinstance(fn, Residuals):
+        found = fn.linearized(ctx.params)
+    elif fn is not None:
+        found = by_columns(fn, ctx.params, chunk_size)
+    elif ctx.objective is not None:
         found = of_objective(ctx.objective, ctx.params, ctx.dtype)
     if found is not None:
         jacobian, residual = (x.astype(ctx.dtype) for x in found[:2])
@@ -121,7 +123,7 @@ def factored(ctx: UpdateContext, curvature: Curvature, units: jax.Array) -> spec
     def step(lam: jax.Array) -> jax.Array:
         lam = jnp.maximum(lam, floor)
         with jax.default_matmul_precision("highest"):
-            if not in_samples:
+            if not in_samples or r is None:
                 return -solve(lam, g[:, None])[:, 0]
             # What transformations before this one in a chain added to the gradient may not be a
             # combination of J's rows.

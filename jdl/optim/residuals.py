@@ -111,8 +111,11 @@ class Residuals:
         parts = []
         with jax.default_matmul_precision("highest"):
             for one, examples in self._families():
-                of = lambda v, x, one=one: one(unravel(v), x)  # noqa: E731
-                parts.append(by_example(lambda x, of=of: _rows(of, flat, x), examples))
+
+                def of(v: jax.Array, x: Any, one: Any = one) -> jax.Array:
+                    return one(unravel(v), x)
+
+                parts.append(by_example(partial(_rows, of, flat), examples))
         return jnp.concatenate([x.reshape(-1, flat.size) for x in parts])
 
     def linearized(self, params: Params) -> Linearized:

@@ -73,8 +73,10 @@ class LeastSquares(Iterative):
         """r and J; a tall J reduced to its triangular factor R, which gives the same steps."""
         fn = problem.residual_fn
         assert fn is not None
-        known = isinstance(fn, Residuals)
-        found = fn.linearized(params) if known else by_columns(fn, params, CHUNK)
+        if isinstance(fn, Residuals):
+            found = fn.linearized(params)
+        else:
+            found = by_columns(fn, params, CHUNK)
         m, n = found.jacobian.shape
         if m > 4 * n and m * n > SMALL:
             with jax.default_matmul_precision("highest"):
