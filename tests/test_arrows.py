@@ -17,7 +17,7 @@ ARROWS = {
     "metrics": {"core"},
     "models": {"core", "losses"},
     "optim": {"core"},
-    "curvature": {"core"},
+    "curvature": {"core", "optim"},
     "data": {"core"},
     "solvers": {"core", "optim"},
     "train": {"core", "losses", "metrics", "models", "optim"},

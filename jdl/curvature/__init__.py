@@ -2,17 +2,20 @@
 
 Small models: `hessian` and `jacobian`, exact, in chunks. Any size: an `operator` (Hessian,
 Gauss-Newton, empirical Fisher, averaged over the batches of a data set), and `top_eigenpairs`,
-`spectral_density` and `trace` from its products; also `noise_scale` and `sharpness`.
+`spectral_density` and `trace` from its products; also `noise_scale` and `sharpness`. Operators add,
+scale, invert and have submatrices; `kfac_operator` and `decompose` give known eigenvectors.
 """
 
 from jdl.curvature.dense import hessian, jacobian
 from jdl.curvature.density import Density, spectral_density
 from jdl.curvature.hutchinson import Trace, trace
+from jdl.curvature.kronecker import kfac_operator
 from jdl.curvature.lanczos import Eigenpairs, top_eigenpairs
 from jdl.curvature.landscape import Landscape
 from jdl.curvature.neighborhood import Sharpness, sharpness
 from jdl.curvature.noise import NoiseScale, noise_scale
 from jdl.curvature.operators import Operator, operator
+from jdl.curvature.spectral import SpectralOperator, decompose, spectral
 
 __all__ = [
     "Density",
@@ -21,12 +24,16 @@ __all__ = [
     "NoiseScale",
     "Operator",
     "Sharpness",
+    "SpectralOperator",
     "Trace",
+    "decompose",
     "hessian",
     "jacobian",
+    "kfac_operator",
     "noise_scale",
     "operator",
     "sharpness",
+    "spectral",
     "spectral_density",
     "top_eigenpairs",
     "trace",

@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
 from jdl.core.objective import Objective, batch_size
-from jdl.core.types import Batch, Params
+from jdl.core.types import Batch, Params, PyTree
 
 METHODS = {"hessian": "hvp", "gauss_newton": "gnvp", "empirical_fisher": "efvp"}  # kind -> method
 
@@ -128,17 +128,22 @@ class Landscape:
         flats = [jnp.asarray(vector, self.flat.dtype) for vector in vectors]
         return np.asarray([[quotient(o, v) for v in flats] for o in self.objectives()])
 
-    def mean(self, part: Callable[[Objective], jax.Array]) -> jax.Array:
-        """Σ_b w_b part(f_b) / Σ_b w_b."""
+    def mean(self, part: Callable[[Objective], PyTree]) -> Any:
+        """Σ_b w_b part(f_b) / Σ_b w_b, leaf by leaf."""
         total: Any = None
         weight = 0.0
         for objective in self.objectives():
-            w, one = _examples(objective), part(objective)
-            dtype = tree.accumulator(one.dtype)
-            scaled = jnp.asarray(w, dtype) * one.astype(dtype)
-            total = scaled if total is None else total + scaled
+            w = _examples(objective)
+            scaled = jax.tree.map(lambda x, w=w: w * _wide(x), part(objective))
+            total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
             weight += w
-        return total / jnp.asarray(max(weight, 1.0), total.dtype)
+        return jax.tree.map(lambda x: x / max(weight, 1.0), total)
+
+
+def landscape_of(of: Landscape | Objective, params: Params | None) -> Landscape:
+    """The landscape itself, or that of one objective at these parameters."""
+    params = params_of(of, params)
+    return of if isinstance(of, Landscape) else Landscape(lambda _: of, [{}], params)
 
 
 def params_of(of: object, params: Params | None) -> Params:
@@ -148,6 +153,10 @@ def params_of(of: object, params: Params | None) -> Params:
         return of.params
     check.argument(params is not None, "params", "given unless `of` is a Landscape", None)
     return params
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(tree.accumulator(x.dtype))
 
 
 def _examples(objective: Objective) -> float:

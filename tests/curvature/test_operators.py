@@ -1,0 +1,221 @@
+"""Operators' algebra, Kronecker factors and XTrace against dense matrices in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jdl
+from jdl import curvature, losses
+from jdl.core.check import ArgumentError
+
+ROWS = 24
+draw = np.random.default_rng(0)
+IMAGES = draw.normal(size=(ROWS, 4))
+LABELS = draw.integers(0, 3, ROWS).astype(np.int32)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def predict(params, batch):
+    x = batch["image"] * params["scale"][None]
+    for layer in ("a", "b"):
+        x = x @ params[layer]["kernel"] + params[layer]["bias"][None]
+        x = jnp.tanh(x) if layer == "a" else x
+    return x
+
+
+def make(batch):
+    return jdl.Objective.from_fns(predict, losses.softmax_cross_entropy, batch, train=False)
+
+
+def parameters():
+    normal = np.random.default_rng(1).normal
+    shapes = {"a": {"kernel": (4, 5), "bias": (5,)}, "b": {"kernel": (5, 3), "bias": (3,)}}
+    shapes["scale"] = (4,)
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(lambda s: jnp.asarray(normal(size=s)), shapes, is_leaf=is_shape)
+
+
+def landscape():
+    halves = (slice(0, 12), slice(12, ROWS))
+    batches = [{"image": IMAGES[c], "label": LABELS[c]} for c in halves]
+    return curvature.Landscape(make, batches, parameters())
+
+
+def jacobians(params):
+    """∂(outputs of an example)/∂θ, [B, K, n]."""
+    flat, unravel = ravel_pytree(params)
+    f = lambda x: predict(unravel(x), {"image": jnp.asarray(IMAGES)})  # noqa: E731
+    return np.asarray(jax.jacrev(f)(flat))
+
+
+def output_hessians(params):
+    p = np.asarray(jax.nn.softmax(predict(params, {"image": jnp.asarray(IMAGES)})))
+    return np.einsum("bi,ij->bij", p, np.eye(3)) - np.einsum("bi,bj->bij", p, p)
+
+
+def gauss_newton(params):
+    j = jacobians(params)
+    return np.einsum("bin,bij,bjm->nm", j, output_hessians(params), j) / ROWS
+
+
+def matrix_of(op):
+    return np.stack([op.product(e) for e in np.eye(op.size)])
+
+
+def test_operators_add_scale_and_have_submatrices():
+    land = landscape()
+    op = curvature.operator(land, kind="gauss_newton")
+    dense = gauss_newton(land.params)
+    hessian = curvature.operator(land)
+    np.testing.assert_allclose(op.dense(), dense, atol=1e-12)
+    both = matrix_of(0.5 * op + np.float64(2.0) * hessian)
+    np.testing.assert_allclose(both, 0.5 * dense + 2.0 * hessian.dense(), atol=1e-12)
+    # In ravel_pytree's order: a/bias, a/kernel, b/bias, b/kernel, scale.
+    head = op.submatrix("b")
+    np.testing.assert_allclose(matrix_of(head), dense[25:43, 25:43], atol=1e-12)
+    assert head.unravel(np.zeros(18))["b/kernel"].shape == (5, 3)
+    index = [*range(5), *range(43, 47)]
+    two = op.submatrix("scale", "a/bias")
+    np.testing.assert_allclose(matrix_of(two), dense[np.ix_(index, index)], atol=1e-12)
+    np.testing.assert_allclose(matrix_of(two.submatrix("scale")), dense[43:, 43:], atol=1e-12)
+    with pytest.raises(ArgumentError, match="b/kernel"):
+        op.submatrix("b/kernels")
+    with pytest.raises(ArgumentError, match="of size 47"):
+        op + head
+
+
+def test_inverses_by_iteration():
+    op = curvature.operator(landscape(), kind="gauss_newton")
+    dense = matrix_of(op)
+    v = np.random.default_rng(2).normal(size=op.size)
+    for method in ("cg", "lsmr"):
+        found = op.inverse(0.1, method=method, tolerance=1e-12).product(v)
+        np.testing.assert_allclose(found, np.linalg.solve(dense + 0.1 * np.eye(47), v), rtol=1e-8)
+    hessian = curvature.operator(landscape())  # indefinite
+    found = hessian.inverse(method="lsmr", tolerance=1e-13, max_iterations=5000).product(v)
+    # Singular, as softmax does not change with a shift of all outputs.
+    least_squares = np.linalg.pinv(matrix_of(hessian), rcond=1e-10) @ v
+    np.testing.assert_allclose(found, least_squares, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ArgumentError, match="max_iterations"):
+        op.inverse(1e-6, max_iterations=3).product(v)
+
+
+def blocks(params):
+    """K-FAC's matrix, written anew: A ⊗ G of each layer, the exact diagonal of `scale`."""
+    params = jax.tree.map(np.asarray, params)
+    x = IMAGES * params["scale"]
+    hidden = np.tanh(x @ params["a"]["kernel"] + params["a"]["bias"])
+    j, h = jacobians(parameters()), output_hessians(parameters())
+    out = np.zeros((47, 47))
+    biases = {"a": slice(0, 5), "b": slice(25, 28)}
+    places = {"a": np.arange(0, 25), "b": np.arange(25, 43)}
+    for layer, inputs in (("a", x), ("b", hidden)):
+        ones = np.concatenate([inputs, np.ones((ROWS, 1))], axis=1)
+        a = ones.T @ ones / ROWS
+        at_y = j[:, :, biases[layer]]  # the bias's Jacobian is that of the layer's outputs
+        g = np.einsum("bin,bij,bjm->nm", at_y, h, at_y) / ROWS
+        k = len(g)
+        order = np.r_[k : len(places[layer]), 0:k]  # leaf order has the bias first, A has it last
+        at = places[layer][order]
+        out[np.ix_(at, at)] = np.kron(a, g)
+    diagonal = np.diag(gauss_newton(params))[43:]
+    out[range(43, 47), range(43, 47)] = diagonal
+    return out
+
+
+def test_kfac_operator_against_kronecker_products():
+    land = landscape()
+    op = curvature.kfac_operator(land)
+    dense = blocks(land.params)
+    np.testing.assert_allclose(matrix_of(op), dense, atol=1e-12)
+    values = np.linalg.eigvalsh(dense)
+    np.testing.assert_allclose(np.sort(op.eigenvalues), values, atol=1e-12)
+    assert op.trace() == pytest.approx(np.trace(dense), rel=1e-12)
+    damped = dense + 0.03 * np.eye(47)
+    assert op.logdet(0.03) == pytest.approx(np.linalg.slogdet(damped)[1], rel=1e-12)
+    inverse = op.inverse(0.03)
+    np.testing.assert_allclose(matrix_of(inverse), np.linalg.inv(damped), rtol=1e-8, atol=1e-9)
+    root = matrix_of(inverse.map(np.sqrt))
+    np.testing.assert_allclose(root @ root @ damped, np.eye(47), atol=1e-8)
+    assert (ROWS * op).logdet(1.0) == pytest.approx(
+        np.linalg.slogdet(ROWS * dense + np.eye(47))[1], rel=1e-12
+    )
+
+
+def test_ekfac_has_the_best_diagonal_in_its_eigenvectors():
+    land = landscape()
+    plain, corrected = (curvature.kfac_operator(land, eigen=e) for e in (False, True))
+    dense = gauss_newton(land.params)
+    q = np.stack([np.asarray(corrected.back(jnp.asarray(e))) for e in np.eye(47)]).T
+    np.testing.assert_allclose(q.T @ q, np.eye(47), atol=1e-12)
+    np.testing.assert_allclose(corrected.eigenvalues, np.diag(q.T @ dense @ q), atol=1e-12)
+    assert corrected.trace() == pytest.approx(np.trace(dense), rel=1e-12)
+    errors = [np.linalg.norm(matrix_of(op) - dense) for op in (corrected, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_a_kfac_operator_of_wide_sides_has_diagonals_there():
+    land = landscape()
+    op = curvature.kfac_operator(land, max_size=5)
+    dense = blocks(land.params)
+    a = np.einsum("iaja->ij", dense[28:43, 28:43].reshape(5, 3, 5, 3))
+    g = np.einsum("aiaj->ij", dense[28:43, 28:43].reshape(5, 3, 5, 3))
+    expected = np.kron(np.diag(np.diag(a)), g) / np.trace(a)
+    np.testing.assert_allclose(matrix_of(op)[28:43, 28:43], expected, atol=1e-12)
+
+
+def test_decomposed_operators():
+    op = curvature.operator(landscape())
+    dense = matrix_of(op)
+    found = curvature.decompose(op)
+    np.testing.assert_allclose(found.eigenvalues, np.linalg.eigvalsh(dense), atol=1e-12)
+    np.testing.assert_allclose(matrix_of(found), dense, atol=1e-12)
+
+
+def plain(matrix):
+    n = len(matrix)
+    return curvature.Operator(lambda v: matrix @ v, n, np.dtype(np.float64), lambda x: x)
+
+
+def test_xtrace_is_the_mean_of_what_each_vector_says_of_the_others():
+    normal = np.random.default_rng(3).normal
+    q = np.linalg.qr(normal(size=(40, 40)))[0]
+    matrix = (q * 0.8 ** np.arange(40)) @ q.T
+    k = 6
+    omega = np.random.default_rng(7).standard_normal((40, k))
+    each = []
+    for i in range(k):
+        basis = np.linalg.qr(matrix @ np.delete(omega, i, axis=1))[0]
+        rest = omega[:, i] - basis @ (basis.T @ omega[:, i])
+        quotient = rest @ matrix @ rest / (rest @ rest)
+        each.append(np.trace(basis.T @ matrix @ basis) + (40 - k + 1) * quotient)
+    found = curvature.trace(plain(matrix), method="xtrace", products=12, seed=7)
+    assert found.products == 12
+    assert found.value == pytest.approx(np.mean(each), rel=1e-9)
+    assert found.error == pytest.approx(np.std(each, ddof=1) / np.sqrt(k), rel=1e-6)
+
+
+def test_xtrace_is_exact_where_the_rank_is_low_and_beats_the_others_where_it_nearly_is():
+    normal = np.random.default_rng(4).normal
+    factor = normal(size=(100, 5))
+    low = plain(factor @ factor.T)
+    found = curvature.trace(low, method="xtrace", products=20)
+    assert found.value == pytest.approx(np.trace(factor @ factor.T), rel=1e-9)
+    assert curvature.trace(plain(np.zeros((9, 9))), method="xtrace", products=6).value == 0.0
+    q = np.linalg.qr(normal(size=(200, 200)))[0]
+    values = 1.0 / np.arange(1, 201) ** 1.5
+    op = plain((q * values) @ q.T)
+
+    def error(method):
+        found = [curvature.trace(op, method=method, products=30, seed=s).value for s in range(20)]
+        return np.sqrt(np.mean(np.square(np.array(found) - values.sum())))
+
+    errors = {method: error(method) for method in ("xtrace", "hutch++", "hutchinson")}
+    assert errors["xtrace"] < errors["hutch++"] < errors["hutchinson"]
