@@ -12,18 +12,22 @@ from jdl.curvature.hutchinson import Trace, trace
 from jdl.curvature.kronecker import kfac_operator
 from jdl.curvature.lanczos import Eigenpairs, top_eigenpairs
 from jdl.curvature.landscape import Landscape
+from jdl.curvature.laplace import Laplace
 from jdl.curvature.neighborhood import Sharpness, sharpness
 from jdl.curvature.noise import NoiseScale, noise_scale
 from jdl.curvature.operators import Operator, operator
-from jdl.curvature.spectral import SpectralOperator, decompose, spectral
+from jdl.curvature.spectral import SpectralOperator, decompose
+from jdl.curvature.tracking import SharpnessTracker, preconditioned
 
 __all__ = [
     "Density",
     "Eigenpairs",
     "Landscape",
+    "Laplace",
     "NoiseScale",
     "Operator",
     "Sharpness",
+    "SharpnessTracker",
     "SpectralOperator",
     "Trace",
     "decompose",
@@ -32,8 +36,8 @@ __all__ = [
     "kfac_operator",
     "noise_scale",
     "operator",
+    "preconditioned",
     "sharpness",
-    "spectral",
     "spectral_density",
     "top_eigenpairs",
     "trace",

@@ -2,14 +2,14 @@ r"""K-FAC's approximation of the Gauss-Newton matrix as an operator with known e
 
     A ⊗ G = (Q_A ⊗ Q_G) (Λ_A ⊗ Λ_G) (Q_A ⊗ Q_G)ᵀ
 
-for each layer, of the same moments as the optimizer's (`jdl.optim.kronecker`), here averaged over a
-data set. EKFAC replaces Λ_A ⊗ Λ_G by the gradients' second moments in these eigenvectors, which are
-the best of all diagonals there. Parameters outside known layers have a diagonal.
+for each layer, of the optimizer's moments (`jdl.optim.kronecker`) averaged over a data set. EKFAC
+replaces Λ_A ⊗ Λ_G by the curvature in these eigenvectors, the best of all diagonals there.
+Parameters outside known layers have a diagonal.
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ from jax.flatten_util import ravel_pytree
 
 from jdl.core import check
 from jdl.core.objective import Objective
-from jdl.core.types import Key, Params
+from jdl.core.types import Key, Params, PyTree
 from jdl.curvature.landscape import Landscape, landscape_of
-from jdl.curvature.spectral import SpectralOperator, spectral
+from jdl.curvature.spectral import SpectralOperator
 from jdl.optim.kronecker import inverses, moments
-from jdl.optim.kronecker.blocks import Layer
 from jdl.optim.kronecker.factors import times, transposed
+from jdl.optim.kronecker.layers import Layers
 from jdl.optim.kronecker.probes import SHARING, Bases, Probe, dtype_of
 
 
@@ -65,36 +65,65 @@ def kfac_operator(
     check.one_of("curvature", curvature, moments.CURVATURES)
     check.one_of("sharing", sharing, SHARING)
     check.positive_int("max_size", max_size)
-    land = landscape_of(of, params)
-    found = moments.find_layers(next(land.objectives()), land.params)
-    key = jax.random.key(seed)
+    land, key = landscape_of(of, params), jax.random.key(seed)
     options = curvature, sharing, max_size
     factors, diagonals = land.mean(lambda o: _moments(o, land.params, key, None, *options))
     bases, squares = _bases(factors)
     if eigen:
         squares, diagonals = land.mean(lambda o: _moments(o, land.params, key, bases, *options))
+    q = rotation(land, layers_of(land), bases, squares, diagonals)
+    return SpectralOperator(np.maximum(q.coordinates, 0.0), q.into, q.back, land.unravel)
 
-    def rotated(v: jax.Array, inverse: bool) -> jax.Array:
-        leaves, structure = jax.tree.flatten(land.unravel(v))
-        for i, layer in found.known.items():
-            first, last = (transposed(q) if inverse else q for q in bases[i])
-            _set(leaves, layer, times(first, _matrices(leaves, layer), transposed(last)))
+
+class Rotation(NamedTuple):
+    """A matrix Q between flat parameters and coordinates, the latter layer by layer."""
+
+    coordinates: jax.Array  # the values it was made with
+    into: Callable[[jax.Array], jax.Array]  # Qᵀ
+    back: Callable[[jax.Array], jax.Array]  # Q
+
+
+def rotation(
+    land: Landscape, layers: Layers, sides: Mapping[int, Any], values: PyTree, others: PyTree
+) -> Rotation:
+    """V -> P V Rᵀ of each layer's [N, D, K] with these sides P and R, the identity elsewhere.
+
+    `values` are coordinates of each layer, and `others` of each leaf outside of layers. Sides may
+    have coordinates besides the layer's own: those of its parameters are taken.
+    """
+    flat, unravel = ravel_pytree((values, others))
+
+    @jax.default_matmul_precision("highest")
+    def into(v: jax.Array) -> jax.Array:
+        leaves = jax.tree.leaves(land.unravel(v))
+        inner = {}
+        for i, layer in layers.known.items():
+            x, (n, _, k) = layer.matrices(leaves[i]), layer.shape
+            if layer.bias is not None:
+                x = jnp.concatenate([x, leaves[layer.bias].reshape(n, 1, k)], axis=1)
+            room = [(0, most - m) for most, m in zip(values[i].shape, x.shape, strict=True)]
+            inner[i] = times(transposed(sides[i][0]), jnp.pad(x, room), sides[i][1])
+        return ravel_pytree((inner, {i: leaves[i] for i in layers.unknown}))[0]
+
+    @jax.default_matmul_precision("highest")
+    def back(c: jax.Array) -> jax.Array:
+        inner, rest = unravel(c)
+        leaves, structure = jax.tree.flatten(land.params)
+        for i, layer in layers.known.items():
+            x, (_, d, k) = times(sides[i][0], inner[i], transposed(sides[i][1])), layer.shape
+            leaves[i] = layer.leaf(x[:, :d, :k], leaves[i].shape)
+            if layer.bias is not None:
+                leaves[layer.bias] = x[:, d, :k].reshape(leaves[layer.bias].shape)
+        for i in layers.unknown:
+            leaves[i] = rest[i]
         return ravel_pytree(jax.tree.unflatten(structure, leaves))[0]
 
-    with jax.default_matmul_precision("highest"):
-        leaves, structure = jax.tree.flatten(land.params)
-        for i, layer in found.known.items():
-            _set(leaves, layer, squares[i])
-        for i, x in diagonals.items():
-            leaves[i] = x
-        values = ravel_pytree(jax.tree.unflatten(structure, leaves))[0]
-    precise = jax.default_matmul_precision("highest")
-    return spectral(
-        np.maximum(values, 0.0),
-        precise(functools.partial(rotated, inverse=True)),
-        precise(functools.partial(rotated, inverse=False)),
-        land.unravel,
-    )
+    return Rotation(flat, into, back)
+
+
+def layers_of(land: Landscape) -> Layers:
+    """The layers of a landscape's model."""
+    return moments.find_layers(next(land.objectives()), land.params)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -108,24 +137,18 @@ def _moments(
     max_size: int,
 ) -> tuple[dict[int, Any], dict[int, jax.Array]]:
     """Each layer's A and G, or given bases its second moments in them; the others' diagonals."""
-    found = moments.find_layers(objective, params)
-    leaves = jax.tree.leaves(params)
-
-    def zeros(i: int, layer: Layer) -> Probe:
-        n, d, k = _shape(layer)
-
-        def side(size: int, hot: bool) -> jax.Array:
-            shape = (n, size) if hot or size > max_size else (n, size, size)
-            return jnp.zeros(shape, dtype_of(leaves[i]))
-
-        first, last = (side(*each) for each in zip((d, k), layer.one_hot, strict=True))
-        squares = () if bases is None else jnp.zeros((n, d, k), first.dtype)
-        return Probe(first, last, jnp.zeros(n, first.dtype), squares)
-
-    probes = {i: zeros(i, layer) for i, layer in found.known.items()}
-    given = {} if bases is None else bases
+    found, leaves = moments.find_layers(objective, params), jax.tree.leaves(params)
+    probes = {}
+    for i, layer in found.known.items():
+        (n, d, k), zeros = layer.shape, functools.partial(jnp.zeros, dtype=dtype_of(leaves[i]))
+        d += layer.bias is not None
+        first, last = (
+            zeros((n, size) if hot or size > max_size else (n, size, size))
+            for size, hot in zip((d, k), layer.one_hot, strict=True)
+        )
+        probes[i] = Probe(first, last, zeros(n), () if bases is None else zeros((n, d, k)))
     drawn, diagonals = moments.second_moments(
-        objective, params, found, probes, given, key, curvature, sharing=sharing
+        objective, params, found, probes, bases or {}, key, curvature, sharing=sharing
     )
     pick = (lambda p: (p.first, p.last)) if bases is None else (lambda p: p.squares)
     return {i: pick(p) for i, p in drawn.items()}, diagonals
@@ -139,26 +162,3 @@ def _bases(factors: dict[int, Any]) -> tuple[dict[int, Bases], dict[int, jax.Arr
         (first, a), (last, g) = (inverses.eigen(x, x) for x in pair)
         bases[i], squares[i] = Bases(first, last), a[:, :, None] * g[:, None]
     return bases, squares
-
-
-def _shape(layer: Layer) -> tuple[int, int, int]:
-    """N, D with the bias, and K."""
-    n, d, k = layer.shape
-    return n, d + (layer.bias is not None), k
-
-
-def _matrices(leaves: list[Any], layer: Layer) -> jax.Array:
-    """A layer's kernel, and its bias as the last row, [N, D, K]."""
-    v = layer.matrices(leaves[layer.kernel])
-    if layer.bias is None:
-        return v
-    n, _, k = layer.shape
-    return jnp.concatenate([v, leaves[layer.bias].reshape(n, 1, k)], axis=1)
-
-
-def _set(leaves: list[Any], layer: Layer, v: jax.Array) -> None:
-    """The inverse of `_matrices`."""
-    shape = leaves[layer.kernel].shape
-    leaves[layer.kernel] = layer.leaf(v[:, : layer.shape[1]], shape)
-    if layer.bias is not None:
-        leaves[layer.bias] = v[:, -1].reshape(leaves[layer.bias].shape)

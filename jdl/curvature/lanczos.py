@@ -141,6 +141,7 @@ def top_eigenpairs(
     k: int = 10,
     *,
     which: str = "largest",
+    start: np.ndarray | None = None,
     tolerance: float = 1e-3,
     max_products: int = 1000,
     memory: int = 2**31,
@@ -154,6 +155,8 @@ def top_eigenpairs(
       operator: see `operator`.
       k: how many, 1 ≤ k ≤ n.
       which: "largest", "smallest" (by sign too), or "magnitude".
+      start: the first vector, [n], such as an eigenvector of a similar matrix; None for a random
+        one. With it, the search ends with convergence, without a test for repeated eigenvalues.
       tolerance: on a residual relative to its eigenvalue, as in ARPACK, > 0; the eigenvalue's own
         error is about its square.
       max_products: maximum number of products.
@@ -182,8 +185,8 @@ def top_eigenpairs(
     affordable = memory // (n * np.dtype(operator.dtype).itemsize) - 1
     most = int(min(n, max(2 * k + 2, min(affordable, max_products))))
     rng = np.random.default_rng(seed)
-    basis = Basis(operator, most, rng.standard_normal(n))
-    search = _Search(k, which, tolerance)
+    basis = Basis(operator, most, rng.standard_normal(n) if start is None else start)
+    search = _Search(k, which, tolerance, tested=start is None)
     products = 0
     while True:
         growing = basis.grow()
@@ -208,8 +211,8 @@ def top_eigenpairs(
 class _Search:
     """Decides when the k wanted pairs are found, and prepares the basis for the next product."""
 
-    def __init__(self, k: int, which: str, tolerance: float):
-        self.k, self.which, self.tolerance = k, which, tolerance
+    def __init__(self, k: int, which: str, tolerance: float, tested: bool):
+        self.k, self.which, self.tolerance, self.tested = k, which, tolerance, tested
         self.converged = False
         self._tested, self._tests_left = np.empty(0), 0  # the values under test, products to go
         self._next = np.full(1, np.inf)  # the key of the best value that is not wanted
@@ -231,6 +234,8 @@ class _Search:
         before = self._next
         self._next = _key(self._values, self.which)[self._ranked[self.k : self.k + 1]]
         rising = growing and bool(np.any(2 * self._next - before < _key(wanted[-1:], self.which)))
+        if self.converged and not self.tested:
+            return True
         if self.converged and not self._new and self._tests_left <= 0 and not rising:
             return True
         return basis.length >= basis.operator.size and (self.converged or not growing)

@@ -61,7 +61,7 @@ class Landscape:
         self.flat = np.asarray(flat)
         if max_batches is not None:
             check.positive_int("max_batches", max_batches)
-        self._make, self._batches, self._kept_bytes = make, batches, kept_bytes
+        self.objective, self._batches, self._kept_bytes = make, batches, kept_bytes
         self._max_batches = max_batches
         self._kept: list[Objective] | None = None
 
@@ -78,7 +78,7 @@ class Landscape:
         kept: list[Objective] | None = []
         total = 0
         for batch in itertools.islice(self._batches, self._max_batches):
-            objective = self._make(batch)
+            objective = self.objective(batch)
             if kept is not None:
                 total += sum(x.nbytes for x in jax.tree.leaves(objective.batch))
                 if total > self._kept_bytes:

@@ -17,7 +17,7 @@ from jdl.core.types import Params, PyTree
 from jdl.curvature.landscape import METHODS, Landscape, batch_product, params_of
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Operator:
     """A symmetric matrix A, known by its products.
 
@@ -62,14 +62,16 @@ class Operator:
         >>> a.submatrix("b").product(np.ones(1, np.float32)).tolist()
         [2.0]
         """
-        wanted = tuple(check.one_of("paths", path, self._paths()) for path in paths)
-        check.argument(bool(wanted), "paths", "at least one", paths)
-        shapes, parts, at = {}, {}, 0
-        for name, x in self._leaves():
-            if name in wanted or name.startswith(tuple(f"{path}/" for path in wanted)):
-                shapes[name] = np.zeros(x.shape, x.dtype)
-                parts[name] = np.arange(at, at + x.size)
-            at += x.size
+        like = jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))
+        leaves = {path_name(path): x for path, x in jax.tree.leaves_with_path(like)}
+        ends = np.cumsum([x.size for x in leaves.values()])
+        parts = {
+            name: np.arange(end - x.size, end)
+            for (name, x), end in zip(leaves.items(), ends, strict=True)
+            if any(f"{name}/".startswith(f"{path}/") for path in paths)
+        }
+        known = all(any(f"{n}/".startswith(f"{path}/") for n in leaves) for path in paths)
+        check.argument(known and bool(paths), "paths", f"among {', '.join(leaves)}", paths)
         index = np.concatenate([parts[name] for name in sorted(parts)])
 
         def product(v: np.ndarray) -> np.ndarray:
@@ -77,7 +79,8 @@ class Operator:
             whole[index] = v
             return self.product(whole)[index]
 
-        return Operator(product, len(index), self.dtype, ravel_pytree(shapes)[1])
+        chosen = {name: np.zeros(leaves[name].shape, self.dtype) for name in parts}
+        return Operator(product, len(index), self.dtype, ravel_pytree(chosen)[1])
 
     def inverse(
         self,
@@ -87,17 +90,14 @@ class Operator:
         tolerance: float = 1e-6,
         max_iterations: int = 1000,
     ) -> "Operator":
-        """(A + λ)⁻¹, each of whose products is solved for iteratively, by SciPy.
+        """(A + λ)⁻¹, each of whose products SciPy solves for iteratively.
 
         Args:
           damping: λ.
-          method: "cg", conjugate gradients, where A + λ is positive definite; "lsmr" for any other,
-            with two products an iteration: the least-squares solution where it is singular.
+          method: "cg" where A + λ is positive definite; "lsmr" for any other, at two products an
+            iteration: the least-squares solution where it is singular.
           tolerance: on the residual, relative to the vector.
-          max_iterations: for one product.
-
-        Raises:
-          ArgumentError: by a product that takes more iterations.
+          max_iterations: for one product, which raises an ArgumentError where it takes more.
 
         >>> half = operator(lambda x: x @ x, jnp.ones(2)).inverse()
         >>> half.product(np.ones(2, np.float32)).tolist()
@@ -108,19 +108,17 @@ class Operator:
         check.one_of("method", method, ["cg", "lsmr"])
 
         def shifted(v: np.ndarray) -> np.ndarray:
-            v = v.reshape(-1).astype(self.dtype)
-            return self.product(v) + self.dtype.type(damping) * v
+            return self.product(v.astype(self.dtype)) + self.dtype.type(damping) * v
 
-        shape = (self.size, self.size)
-        matrix = linalg.LinearOperator(shape, shifted, shifted, dtype=self.dtype)
-        to = {"maxiter": max_iterations, "atol": 0.0 if method == "cg" else tolerance}
+        matrix = linalg.LinearOperator((self.size,) * 2, shifted, shifted, dtype=self.dtype)
 
         def product(v: np.ndarray) -> np.ndarray:
             if method == "cg":
-                x, code = linalg.cg(matrix, v, rtol=tolerance, **to)
+                x, code = linalg.cg(matrix, v, rtol=tolerance, maxiter=max_iterations)
             else:
-                x, code, *_ = linalg.lsmr(matrix, v, btol=tolerance, conlim=0.0, **to)
-                code = code == 7  # the limit of iterations
+                options = {"atol": tolerance, "btol": tolerance, "conlim": 0.0}
+                x, code, *_ = linalg.lsmr(matrix, v, maxiter=max_iterations, **options)
+                code = code == 7  # SciPy's for the limit of iterations
             hint = "Add damping, or use method='lsmr' where the matrix has negative eigenvalues."
             must = f"enough for a residual of {tolerance:g}"
             check.argument(not code, "max_iterations", must, max_iterations, hint)
@@ -136,17 +134,10 @@ class Operator:
     def _of(self, product: Callable[[np.ndarray], np.ndarray]) -> "Operator":
         return Operator(product, self.size, self.dtype, self.unravel)
 
-    def _leaves(self) -> list[tuple[str, Any]]:
-        tree = jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))
-        return [
-            (jax.tree_util.keystr(path, simple=True, separator="/"), x)
-            for path, x in jax.tree.leaves_with_path(tree)
-        ]
 
-    def _paths(self) -> list[str]:
-        """Those of all arrays and branches."""
-        parts = [name.split("/") for name, _ in self._leaves()]
-        return sorted({"/".join(p[: i + 1]) for p in parts for i in range(len(p))})
+def path_name(path: Any) -> str:
+    """A leaf's path, such as "head/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def operator(

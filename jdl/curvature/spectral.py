@@ -1,10 +1,6 @@
-r"""Operators whose eigenvectors are known, so that functions of them are exact.
-
-A = Q Λ Qᵀ,    f(A) = Q f(Λ) Qᵀ,    Tr f(A) = Σ f(λᵢ)
-"""
+r"""Operators with known eigenvectors: A = Q Λ Qᵀ, so that f(A) = Q f(Λ) Qᵀ is exact."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,26 +10,39 @@ import numpy as np
 from jdl.core.types import PyTree
 from jdl.curvature.operators import Operator
 
-Rotation = Callable[[jax.Array], jax.Array]
 
-
-@dataclass(frozen=True)
 class SpectralOperator(Operator):
-    """A matrix Q Λ Qᵀ; see `spectral`.
+    """A symmetric matrix Q Λ Qᵀ, as `kfac_operator` and `decompose` give it.
 
-    Attributes:
-      eigenvalues: λ, [n], in the order of Q's columns.
+    Args:
+      eigenvalues: λ, [n], in the order of Q's columns; also an attribute, as `into` and `back`.
       into: v -> Qᵀ v of JAX arrays [n].
       back: v -> Q v.
+      unravel: [n] -> a pytree like the parameters.
+
+    >>> double = SpectralOperator(np.float32([2, 2]), lambda v: v, lambda v: v, lambda v: v)
+    >>> double.inverse(damping=2.0).product(np.float32([1, 1])).tolist(), double.trace()
+    ([0.25, 0.25], 4.0)
     """
 
-    eigenvalues: np.ndarray
-    into: Rotation
-    back: Rotation
+    def __init__(
+        self,
+        eigenvalues: np.ndarray,
+        into: Callable[[jax.Array], jax.Array],
+        back: Callable[[jax.Array], jax.Array],
+        unravel: Callable[[Any], PyTree],
+    ):
+        self.eigenvalues, self.into, self.back = np.asarray(eigenvalues), into, back
+        compiled = jax.jit(lambda values, v: back(values * into(v)))
+
+        def product(v: np.ndarray) -> np.ndarray:
+            return np.asarray(compiled(self.eigenvalues, jnp.asarray(v, self.dtype)))
+
+        super().__init__(product, self.eigenvalues.size, self.eigenvalues.dtype, unravel)
 
     def map(self, f: Callable[[np.ndarray], np.ndarray]) -> "SpectralOperator":
         """f(A)."""
-        return spectral(f(self.eigenvalues), self.into, self.back, self.unravel)
+        return SpectralOperator(f(self.eigenvalues), self.into, self.back, self.unravel)
 
     def __mul__(self, factor: int | float) -> "SpectralOperator":
         return self.map(lambda t: t * factor)
@@ -51,33 +60,6 @@ class SpectralOperator(Operator):
         return float(np.sum(self.eigenvalues, dtype=np.float64))
 
 
-def spectral(
-    eigenvalues: np.ndarray, into: Rotation, back: Rotation, unravel: Callable[[Any], PyTree]
-) -> SpectralOperator:
-    """The operator Q Λ Qᵀ.
-
-    Args:
-      eigenvalues: λ, [n].
-      into: v -> Qᵀ v, orthogonal, of JAX arrays [n].
-      back: v -> Q v.
-      unravel: [n] -> a pytree like the parameters.
-
-    >>> double = spectral(np.float32([2, 2]), lambda v: v, lambda v: v, lambda v: v)
-    >>> double.inverse(damping=2.0).product(np.float32([1, 1])).tolist(), double.trace()
-    ([0.25, 0.25], 4.0)
-    """
-    values = np.asarray(eigenvalues)
-
-    @jax.jit
-    def product(values: jax.Array, v: jax.Array) -> jax.Array:
-        return back(values * into(v))
-
-    def of_vector(v: np.ndarray) -> np.ndarray:
-        return np.asarray(product(jnp.asarray(values), jnp.asarray(v, values.dtype)))
-
-    return SpectralOperator(of_vector, len(values), values.dtype, unravel, values, into, back)
-
-
 def decompose(operator: Operator, max_size: int = 10_000) -> SpectralOperator:
     """The same matrix with its eigenvectors, by n products and a dense decomposition.
 
@@ -86,17 +68,11 @@ def decompose(operator: Operator, max_size: int = 10_000) -> SpectralOperator:
       max_size: the largest n allowed.
 
     >>> from jdl.curvature.operators import operator
-    >>> a = operator(lambda x: x[0] * x[1], jnp.ones(2))
-    >>> decompose(a).eigenvalues.round(3).tolist()
+    >>> decompose(operator(lambda x: x[0] * x[1], jnp.ones(2))).eigenvalues.round(3).tolist()
     [-1.0, 1.0]
     """
-    matrix = operator.dense(max_size).astype(np.float64)
-    values, vectors = np.linalg.eigh(0.5 * (matrix + matrix.T))
+    values, vectors = np.linalg.eigh(operator.dense(max_size).astype(np.float64))
     q = jnp.asarray(vectors, operator.dtype)
-    exact = jax.lax.Precision.HIGHEST
-    return spectral(
-        values.astype(operator.dtype),
-        lambda v: jnp.matmul(v, q, precision=exact),
-        lambda v: jnp.matmul(q, v, precision=exact),
-        operator.unravel,
-    )
+    exact = jax.default_matmul_precision("highest")
+    into, back = exact(lambda v: v @ q), exact(lambda v: q @ v)
+    return SpectralOperator(values.astype(operator.dtype), into, back, operator.unravel)

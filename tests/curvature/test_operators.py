@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.stats
 from jax.flatten_util import ravel_pytree
 
 import jdl
@@ -219,3 +221,58 @@ def test_xtrace_is_exact_where_the_rank_is_low_and_beats_the_others_where_it_nea
 
     errors = {method: error(method) for method in ("xtrace", "hutch++", "hutchinson")}
     assert errors["xtrace"] < errors["hutch++"] < errors["hutchinson"]
+
+
+@pytest.mark.parametrize("which", ["full", "kfac", "last layer"])
+def test_laplace_against_the_dense_posterior(which):
+    land = landscape()
+    g, at = gauss_newton(land.params), np.arange(47)
+    op = curvature.operator(land, kind="gauss_newton")
+    if which == "full":
+        matrix = curvature.decompose(op)
+    elif which == "kfac":
+        matrix, g = curvature.kfac_operator(land), blocks(land.params)
+    else:
+        matrix, at = curvature.decompose(op.submatrix("b")), np.arange(25, 43)
+    posterior = curvature.Laplace(land, matrix, precision=0.7)
+    precision = ROWS * g[np.ix_(at, at)] + 0.7 * np.eye(len(at))
+    covariance = np.linalg.inv(precision)
+    np.testing.assert_allclose(matrix_of(posterior.covariance), covariance, atol=1e-9)
+    flat = np.asarray(ravel_pytree(land.params)[0])[at]
+    evidence = -ROWS * land.value() - 0.35 * flat @ flat
+    evidence += 0.5 * len(at) * np.log(0.7) - 0.5 * np.linalg.slogdet(precision)[1]
+    assert posterior.log_marginal_likelihood() == pytest.approx(evidence, rel=1e-10)
+    mean, found = posterior.predict({"image": IMAGES})
+    np.testing.assert_allclose(mean, predict(land.params, {"image": jnp.asarray(IMAGES)}))
+    j = jacobians(land.params)[:, :, at]
+    np.testing.assert_allclose(found, j @ covariance @ j.mT, atol=1e-9)
+
+
+def test_the_laplace_posterior_of_a_linear_model_is_its_posterior():
+    normal = np.random.default_rng(5).normal
+    x, y = normal(size=(12, 3)), normal(size=12)
+    loss = lambda out, batch: 0.5 * (out - batch["y"]) ** 2 + 0.5 * np.log(2 * np.pi)  # noqa: E731
+    make = lambda b: jdl.Objective.from_fns(lambda w, b: b["x"] @ w["w"], loss, b)  # noqa: E731
+    best = np.linalg.solve(x.T @ x + 2.0 * np.eye(3), x.T @ y)
+    land = curvature.Landscape(make, [{"x": x, "y": y}], {"w": jnp.asarray(best)})
+    matrix = curvature.decompose(curvature.operator(land, kind="gauss_newton"))
+    posterior = curvature.Laplace(land, matrix, precision=2.0)
+    exact = scipy.stats.multivariate_normal(np.zeros(12), np.eye(12) + x @ x.T / 2.0).logpdf(y)
+    assert posterior.log_marginal_likelihood() == pytest.approx(exact, rel=1e-10)
+    drawn = np.asarray(posterior.sample(20_000, seed=1)["w"])
+    np.testing.assert_allclose(drawn.mean(axis=0), best, atol=0.01)
+    expected = np.linalg.inv(x.T @ x + 2.0 * np.eye(3))
+    np.testing.assert_allclose(np.cov(drawn.T), expected, atol=0.005)
+    outputs = posterior.predict_sampled({"x": x}, count=7, seed=1)
+    again = np.asarray(posterior.sample(7, seed=1)["w"])
+    np.testing.assert_allclose(outputs, again @ x.T, atol=1e-12)
+
+
+def test_the_most_likely_precision_of_a_posterior():
+    land = landscape()
+    posterior = curvature.Laplace(land, curvature.kfac_operator(land))
+    worse = lambda t: -posterior.log_marginal_likelihood(float(np.exp(t)))  # noqa: E731
+    best = scipy.optimize.minimize_scalar(worse, (-3.0, 3.0), tol=1e-10).x
+    assert posterior.precision == pytest.approx(np.exp(best), rel=1e-4)
+    with pytest.raises(ArgumentError, match="landscape's parameters"):
+        curvature.Laplace(land, curvature.decompose(plain(np.eye(5))))
