@@ -20,7 +20,7 @@ ARROWS = {
     "curvature": {"core", "optim"},
     "data": {"core"},
     "solvers": {"core", "optim"},
-    "train": {"core", "losses", "metrics", "models", "optim"},
+    "train": {"core", "losses", "metrics", "models", "optim", "curvature"},
     "recipes": {"core", "models", "optim", "data", "train"},
     "vision": {"core", "metrics", "models", "optim", "data", "train", "recipes"},
     "compare": {"core", "losses", "metrics", "models", "optim", "data", "train"},

@@ -17,6 +17,7 @@ from jdl.curvature.neighborhood import Sharpness, sharpness
 from jdl.curvature.noise import NoiseScale, noise_scale
 from jdl.curvature.operators import Operator, operator
 from jdl.curvature.spectral import SpectralOperator, decompose
+from jdl.curvature.surface import connect, filter_normalized, loss_plane
 from jdl.curvature.tracking import SharpnessTracker, preconditioned
 
 __all__ = [
@@ -30,10 +31,13 @@ __all__ = [
     "SharpnessTracker",
     "SpectralOperator",
     "Trace",
+    "connect",
     "decompose",
+    "filter_normalized",
     "hessian",
     "jacobian",
     "kfac_operator",
+    "loss_plane",
     "noise_scale",
     "operator",
     "preconditioned",

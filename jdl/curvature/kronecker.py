@@ -56,11 +56,7 @@ def kfac_operator(
     >>> matrix.eigenvalues.tolist(), matrix.trace()
     ([0.5, 2.0], 2.5)
 
-    References:
-      Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate curvature
-      (2015).
-      George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis
-      (2018).
+    References: as for `jdl.optim.kfac`.
     """
     check.one_of("curvature", curvature, moments.CURVATURES)
     check.one_of("sharing", sharing, SHARING)

@@ -114,7 +114,7 @@ class Landscape:
     def product(self, kind: str, vector: Any) -> np.ndarray:
         """M v, [n], for the matrix M of that kind (see `operator`)."""
         of_batch = batch_product(kind)
-        v = self.unravel(jnp.asarray(vector, self.flat.dtype))
+        v = jnp.asarray(vector, self.flat.dtype)
         return np.asarray(self.mean(lambda o: of_batch(o, self.params, v)))
 
     def rayleigh_by_batch(self, kind: str, vectors: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ class Landscape:
         of_batch = batch_product(kind)
 
         def quotient(objective: Objective, v: jax.Array) -> float:
-            product = of_batch(objective, self.params, self.unravel(v))
+            product = of_batch(objective, self.params, v)
             return float(jnp.vdot(v, product) / jnp.vdot(v, v))
 
         flats = [jnp.asarray(vector, self.flat.dtype) for vector in vectors]
@@ -177,12 +177,13 @@ def _gradient(objective: Objective, params: Params) -> jax.Array:
 
 
 @functools.cache
-def batch_product(kind: str) -> Callable[[Objective, Params, Params], jax.Array]:
+def batch_product(kind: str) -> Callable[[Objective, Params, jax.Array], jax.Array]:
     """The compiled function (objective, params, vector) -> product, [n]."""
     method = METHODS[check.one_of("kind", kind, METHODS)]
 
     @jax.jit
-    def product(objective: Objective, params: Params, vector: Params) -> jax.Array:
-        return ravel_pytree(getattr(objective, method)(params, vector))[0]
+    def product(objective: Objective, params: Params, vector: jax.Array) -> jax.Array:
+        v = ravel_pytree(params)[1](vector)
+        return ravel_pytree(getattr(objective, method)(params, v))[0]
 
     return product

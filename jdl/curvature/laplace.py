@@ -50,10 +50,8 @@ class Laplace:
 
     References:
       MacKay, A practical Bayesian framework for backpropagation networks (1992).
-      Ritter, Botev & Barber, A scalable Laplace approximation for neural networks (2018).
       Immer, Korzepa & Bauer, Improving predictions of Bayesian neural nets via local linearization
       (2021).
-      Daxberger et al., Laplace redux: effortless Bayesian deep learning (2021).
     """
 
     def __init__(

@@ -166,7 +166,7 @@ def operator(
         product = functools.partial(of.product, kind)
     elif isinstance(of, Objective):
         objective, of_batch = of, batch_product(kind)
-        product = lambda v: of_batch(objective, params, unravel(v))  # noqa: E731
+        product = lambda v: of_batch(objective, params, v)  # noqa: E731
     else:
         check.argument(callable(of), "of", "a Landscape, a jdl.Objective or a function", of)
         ok = kind == "hessian"

@@ -16,21 +16,22 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jdl.core import check
+from jdl.core import check, tree
 from jdl.core.objective import Objective
 from jdl.core.types import Params
-from jdl.curvature.kronecker import layers_of, rotation
-from jdl.curvature.lanczos import top_eigenpairs
+from jdl.curvature.kronecker import Rotation, layers_of, rotation
+from jdl.curvature.lanczos import Basis
 from jdl.curvature.landscape import Landscape, landscape_of
 from jdl.curvature.operators import Operator, operator
 from jdl.optim.kfac import KfacState
+from jdl.optim.kronecker import inverses
 from jdl.optim.kronecker.layers import Layers
 
 STATES = (optax.ScaleByAdamState, optax.ScaleByRmsState, KfacState)
 
 
 class SharpnessTracker:
-    """λmax of the Hessian and of the preconditioned Hessian, each from the last eigenvector.
+    """λmax of the Hessian and of `preconditioned`, each sought from the last eigenvector.
 
     Where that still holds, it takes one product. Another eigenvector may overtake it unnoticed for
     a few measurements.
@@ -49,11 +50,10 @@ class SharpnessTracker:
 
     References:
       Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability
-      (2021).
-      Cohen et al., Adaptive gradient methods at the edge of stability (2022).
+      (2021); Adaptive gradient methods at the edge of stability (2022).
     """
 
-    def __init__(self, *, tolerance: float = 0.1, max_products: int = 30, **options: float):
+    def __init__(self, *, tolerance: float = 0.2, max_products: int = 30, **options: float):
         self._tolerance, self._most, self._options = tolerance, max_products, options
         self._last: dict[str, np.ndarray] = {}
         self._layers: Layers | None = None
@@ -61,8 +61,8 @@ class SharpnessTracker:
     def __call__(
         self, of: Landscape | Objective, params: Params | None = None, opt_state: Any = None
     ) -> dict[str, float]:
-        """Both values; the second where `preconditioned` knows the optimizer's state."""
-        land, state = landscape_of(of, params), known(opt_state)
+        """Both values; the second where the optimizer's preconditioner is known."""
+        land, state = landscape_of(of, params), _known(opt_state)
         found = {"sharpness": self._top("sharpness", operator(land))}
         if isinstance(state, KfacState) and self._layers is None:
             self._layers = layers_of(land)
@@ -75,10 +75,22 @@ class SharpnessTracker:
         start = self._last.get(name)
         if start is None:
             start = np.random.default_rng(0).standard_normal(matrix.size)
-        options: Any = {"tolerance": self._tolerance, "max_products": self._most}
-        found = top_eigenpairs(matrix, 1, start=start, **options)
-        self._last[name] = found.vectors[0]
-        return float(found.values[0])
+        basis, rest, growing = Basis(matrix, min(self._most, matrix.size), start), np.inf, True
+        values = np.zeros(1)
+        while (
+            growing
+            and rest > self._tolerance * abs(values[-1])
+            and basis.length + 1 < len(basis.vectors)
+        ):
+            growing = basis.grow()
+            values, s = basis.ritz()
+            rest = abs(basis.beta * s[-1, -1])  # of A x = θ x + r, with x the Ritz vector
+        vector = s[:, -1] @ basis.vectors[: basis.length]
+        if growing:  # the next start is A x, at no product more
+            along = basis.beta * s[-1, -1] / (abs(values[-1]) or 1.0)
+            vector += along * basis.vectors[basis.length]
+        self._last[name] = vector
+        return float(values[-1])
 
 
 def preconditioned(
@@ -108,42 +120,54 @@ def preconditioned(
     >>> preconditioned(objective, state, jnp.ones(2)).dense().round(3).tolist()
     [[0.5, 0.0], [0.0, 0.25]]
     """
-    land, state = landscape_of(of, params), known(opt_state)
+    land, state = landscape_of(of, params), _known(opt_state)
     must = "one with the state of Adam, RMSprop or K-FAC"
     check.argument(state is not None, "opt_state", must, type(opt_state).__name__)
     if isinstance(state, KfacState):
         root = _kronecker_root(state, land, layers or layers_of(land))
-        scale, into, back = np.asarray(root.coordinates), root.into, root.back
     else:
-        nu, into, back = ravel_pytree(state.nu)[0], (lambda v: v), (lambda v: v)
-        if isinstance(state, optax.ScaleByAdamState):
-            shares = [1.0 - b ** jnp.maximum(state.count, 1) for b in (b1, b2)]
-            scale = np.asarray(shares[0] * (jnp.sqrt(nu / shares[1]) + eps)) ** -0.5
-        else:
-            scale = np.asarray(jnp.sqrt(nu + eps)) ** -0.5
+        root = Rotation(_diagonal_root(state, b1, b2, eps), lambda v: v, lambda v: v)
+    scale = np.asarray(root.coordinates)
 
     def product(c: np.ndarray) -> np.ndarray:
-        return scale * np.asarray(into(land.product("hessian", back(jnp.asarray(scale * c)))))
+        image = land.product("hessian", root.back(jnp.asarray(scale * c)))
+        return scale * np.asarray(root.into(jnp.asarray(image)))
 
-    return Operator(product, scale.size, land.flat.dtype, lambda c: land.unravel(back(scale * c)))
+    unravel = lambda c: land.unravel(root.back(jnp.asarray(scale * c)))  # noqa: E731
+    return Operator(product, scale.size, land.flat.dtype, unravel)
 
 
-def known(opt_state: Any) -> Any:
+def _known(opt_state: Any) -> Any:
     """The first part of a state whose preconditioner is known, or None."""
     parts = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, STATES))
     return next((x for x in parts if isinstance(x, STATES)), None)
 
 
-def _kronecker_root(state: KfacState, land: Landscape, layers: Layers) -> Any:
+@jax.jit
+def _diagonal_root(state: Any, b1: Any, b2: Any, eps: Any) -> jax.Array:
+    nu = ravel_pytree(state.nu)[0]
+    if isinstance(state, optax.ScaleByRmsState):
+        return (nu + eps) ** -0.25
+    count = jnp.maximum(state.count, 1).astype(nu.dtype)
+    return ((1.0 - b1**count) * (jnp.sqrt(nu / (1.0 - b2**count)) + eps)) ** -0.5
+
+
+@jax.jit
+def _root(x: jax.Array) -> jax.Array:
+    """L with L Lᵀ = x of each block."""
+    return jnp.sqrt(x) if x.ndim == 2 else x @ inverses.inverse_root(x).mT
+
+
+def _kronecker_root(state: KfacState, land: Landscape, layers: Layers) -> Rotation:
     """Of each layer's M = P_A ⊗ P_G: Cholesky factors; or eigenvectors, and roots of values."""
-    sides, scales, held = {}, {}, state.kronecker
+    sides, scales, held, damping = {}, {}, state.kronecker, float(state.damping)
     for i in layers.known:
-        pair = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in held.inverses[i]]
+        pair = [x.astype(tree.accumulator(x.dtype)) for x in held.inverses[i]]
         if isinstance(held.squares[i], tuple):
-            pair = [jnp.sqrt(x) if x.ndim == 2 else jnp.linalg.cholesky(x) for x in pair]
+            pair = [_root(x) for x in pair]
             scales[i] = jnp.ones((*pair[0].shape[:2], pair[1].shape[1]), pair[0].dtype)
         else:
-            scales[i] = (held.squares[i] + state.damping) ** -0.5
+            scales[i] = (held.squares[i] + damping) ** -0.5
         sides[i] = pair
-    others = {i: (held.diagonals[i] + state.damping) ** -0.5 for i in layers.unknown}
+    others = {i: (held.diagonals[i] + damping) ** -0.5 for i in layers.unknown}
     return rotation(land, layers, sides, scales, others)

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import scipy.linalg
 import scipy.optimize
 import scipy.stats
 from jax.flatten_util import ravel_pytree
@@ -11,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 import jdl
 from jdl import curvature, losses
 from jdl.core.check import ArgumentError
+from jdl.optim.kronecker import factors, moments
 
 ROWS = 24
 draw = np.random.default_rng(0)
@@ -276,3 +279,102 @@ def test_the_most_likely_precision_of_a_posterior():
     assert posterior.precision == pytest.approx(np.exp(best), rel=1e-4)
     with pytest.raises(ArgumentError, match="landscape's parameters"):
         curvature.Laplace(land, curvature.decompose(plain(np.eye(5))))
+
+
+def optimizer_state(optimizer, steps=3):
+    """A state after a few steps, the parameters there, and the objective."""
+    whole = make({"image": jnp.asarray(IMAGES), "label": jnp.asarray(LABELS)})
+    params = parameters()
+    with jdl.optim.kronecker.told(whole, params):
+        state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        value, grad, _ = whole.value_and_grad(params)
+        extras = {"value": value, "grad": grad, "objective": whole}
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(grad, state, params, **extras)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return whole, params, state
+
+
+def test_the_preconditioned_hessian_of_adam_and_rmsprop():
+    for optimizer in (optax.adam(1e-2, b1=0.8, b2=0.99), optax.rmsprop(1e-2, eps=1e-4)):
+        chained = optax.with_extra_args_support(optax.chain(optax.clip(9.0), optimizer))
+        whole, params, state = optimizer_state(chained)
+        options = {"eps": 1e-4}
+        if isinstance(state[1][0], optax.ScaleByAdamState):
+            nu, options = ravel_pytree(state[1][0].nu)[0], {"b1": 0.8, "b2": 0.99}
+            inverse = (1 - 0.8**3) * (np.sqrt(nu / (1 - 0.99**3)) + 1e-8)
+        else:
+            inverse = np.sqrt(ravel_pytree(state[1][0].nu)[0] + 1e-4)
+        found = curvature.preconditioned(whole, state, params, **options)
+        hessian = curvature.hessian(whole, params)
+        expected = scipy.linalg.eigh(hessian, np.diag(inverse), eigvals_only=True)
+        np.testing.assert_allclose(
+            np.linalg.eigvalsh(matrix_of(found)), expected, rtol=1e-6, atol=1e-9
+        )
+    with pytest.raises(ArgumentError, match="Adam, RMSprop or K-FAC"):
+        curvature.preconditioned(whole, optax.sgd(0.1).init(params), params)
+
+
+@pytest.mark.parametrize("eigen", [False, True])
+def test_the_preconditioned_hessian_of_kfac(eigen):
+    whole, params, state = optimizer_state(jdl.optim.kfac(eigen=eigen, max_size=5))
+    found = moments.find_layers(whole, params)
+    flat, unravel = ravel_pytree(params)
+
+    def applied(v):
+        with jax.numpy_dtype_promotion("standard"):
+            out = factors.apply(found, state.kronecker, unravel(v), state.damping)
+        return ravel_pytree(out)[0]
+
+    m = np.stack([applied(e) for e in jnp.eye(flat.size)])
+    values = np.linalg.eigvals(m @ curvature.hessian(whole, params))
+    op = curvature.preconditioned(whole, state, params)
+    mine = np.linalg.eigvalsh(matrix_of(op))
+    np.testing.assert_allclose(np.sort(values.real), mine, rtol=1e-4, atol=1e-5)
+
+
+def test_sharpness_is_followed_by_a_product_at_a_time():
+    whole, params, state = optimizer_state(optax.with_extra_args_support(optax.adam(1e-2)))
+    track, count = curvature.SharpnessTracker(tolerance=1e-4, max_products=40), []
+    land = curvature.Landscape(lambda _: whole, [{}], params)
+    product = land.product
+    land.product = lambda *args: [count.append(1), product(*args)][1]
+    first = track(land, None, state)
+    top = np.linalg.eigvalsh(curvature.hessian(whole, params))[-1]
+    scaled = np.linalg.eigvalsh(matrix_of(curvature.preconditioned(whole, state, params)))[-1]
+    assert first["sharpness"] == pytest.approx(top, rel=1e-6)
+    assert first["preconditioned_sharpness"] == pytest.approx(scaled, rel=1e-6)
+    before = len(count)
+    assert track(land, None, state) == pytest.approx(first)
+    assert len(count) == before + 2
+
+
+def test_a_curve_avoids_the_barrier_between_two_minima_and_a_plane_shows_it():
+    ring = lambda w, b: b["x"] * (jnp.sum(w * w) - 1.0)  # noqa: E731
+    f = jdl.Objective.from_fns(ring, lambda out, _: out**2, {"x": jnp.ones(1)})
+    ends = jnp.array([1.0, 0.1]), jnp.array([-1.0, 0.1])
+    bend = curvature.connect(f, *ends, steps=800)
+    t, (a, b) = np.linspace(0, 1, 21)[:, None], map(np.asarray, ends)
+    curve = (1 - t) ** 2 * a + 2 * t * (1 - t) * bend + t**2 * b
+    assert max(float(f.value(jnp.asarray(x))) for x in curve) < 0.1
+    x, y = np.array([-1.0, 0.0, 0.5]), np.array([0.0, 2.0])
+    plane = curvature.loss_plane(f, np.eye(2), x, y, jnp.zeros(2))
+    expected = (x[None] ** 2 + y[:, None] ** 2 - 1) ** 2
+    np.testing.assert_allclose(plane, expected, atol=1e-12)
+
+
+def test_filters_of_a_random_direction_have_the_lengths_of_the_parameters():
+    params = parameters()
+    unravel = ravel_pytree(params)[1]
+    first, second = (unravel(curvature.filter_normalized(params, seed)) for seed in (0, 1))
+    for layer in ("a", "b"):
+        own, drawn = (np.linalg.norm(p[layer]["kernel"], axis=0) for p in (params, first))
+        np.testing.assert_allclose(drawn, own, rtol=1e-12)
+        assert not np.any(first[layer]["bias"])
+        assert not np.allclose(first[layer]["kernel"], second[layer]["kernel"])
