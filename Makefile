@@ -81,8 +81,8 @@ bench-classics: $(READY)  ## the classics at full size on MNIST: make bench-clas
 bench-paper: $(READY)  ## two deep autoencoders, every method, the papers' table; resumable: make bench-paper DATA=folder ARGS="--minutes 10"
 	$(BIN)/python tests/benchmarks/bench_paper.py --data $(or $(DATA),data/mnist) $(ARGS)
 
-PROBLEMS ?= gpt-bytes lstm-bytes vit-images resnet-images pinn-poisson noisy-quadratic
-bench-study: $(READY)  ## eight optimizers, tuned, on six problems of today, some 4 hours; resumable, a folder each in runs/study
+PROBLEMS ?= gpt-bytes lstm-bytes vit-images resnet-images pinn-poisson
+bench-study: $(READY)  ## eight optimizers, tuned, on problems of today, some 4 hours; resumable, a folder each in runs/study
 	for problem in $(PROBLEMS); do \
 	  $(BIN)/jdl compare --problem $$problem --workdir runs/study/$$problem \
 	    --optimizers adamw,schedule_free_adamw,muon,soap,shampoo,kfac,hf,lbfgs --schedule cosine \
