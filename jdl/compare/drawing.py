@@ -21,9 +21,18 @@ import numpy as np
 Dashes: TypeAlias = tuple[tuple[float, ...], ...]
 
 # Okabe and Ito, "Color Universal Design", 2008, in the order of use.
-LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c4a2f")
 # The same hues for a dark page, lighter for contrast.
-LINES_DARK = ("#4aa8e0", "#ff8a3d", "#2fd3a2", "#e6a3c9", "#f5b933", "#8fd0f5", "#a9a9a9")
+LINES_DARK = (
+    "#4aa8e0",
+    "#ff8a3d",
+    "#2fd3a2",
+    "#e6a3c9",
+    "#f5b933",
+    "#8fd0f5",
+    "#a9a9a9",
+    "#c9866b",
+)
 # Dashes of first- and second-order methods' lines: the first, and where the colours recur.
 DASHED: Dashes = ((4.5, 1.6), (1.2, 1.2), (6.0, 1.5, 1.2, 1.5))
 SOLID: Dashes = ((), (12.0, 1.5), (12.0, 1.5, 1.2, 1.5))
@@ -94,14 +103,15 @@ def leave_room(axes: Any) -> None:
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Name -> a label for pictures; "…" is what long ones share, or the middle of one.
 
-    Labels stay different from each other.
+    Labels stay different from each other. Where all were tuned, they do not say so.
 
     >>> names = ["adam-with-a-long-schedule-0.1", "adam-with-a-long-schedule-0.01", "hf"]
     >>> list(short_names(names[:2]).values()), short_names(names)["hf"]
     (['…0.1', '…0.01'], 'hf')
     """
-    found = list(names)
-    if max(map(len, names)) > LONGEST and len(names) > 1:
+    tuned = all(name.endswith("-tuned") for name in names)
+    found = [name.removesuffix("-tuned") if tuned else name for name in names]
+    if max(map(len, found)) > LONGEST and len(names) > 1:
         for _ in range(2):  # what they share at the beginning, then at the end
             same = itertools.takewhile(lambda x: len(set(x)) == 1, zip(*found, strict=False))
             shared = re.match(r".*[-_+=]", "".join(letters[0] for letters in same))
