@@ -236,7 +236,7 @@ def _watch(done: threading.Event) -> None:
             cause = _signs.cause()
         else:
             if done.wait(_POLL_SECONDS) or _client() is None:
-                return  # a regular shutdown
+                return  # someone shut the runtime down
             cause = None if _signs.read() else _COORDINATOR_GONE
         if cause is not None:
             _end_because(cause)
@@ -332,9 +332,10 @@ def _catch_terminate() -> Any:
 
 
 def _finish(watch: threading.Thread, done: threading.Event) -> None:
-    """At exit: leaves together with the others, watched till then.
+    """At exit: leaves together with the others, watched till all are done.
 
-    The watch must end first: a thread in JAX's client while Python ends would abort the process.
+    The watch must end before JAX's own shutdown: it would take the end of process 0 for a failure,
+    and a thread in JAX's client while Python ends would abort the process.
     """
     try:
         # JAX's own barrier at shutdown ends all without naming the process that is missing.
@@ -346,11 +347,9 @@ def _finish(watch: threading.Thread, done: threading.Event) -> None:
         reason = _signs.cause() or early
         _tell(reason)
         _end_because(reason)
-    try:
-        jax.distributed.shutdown()
-    finally:
-        done.set()
-        watch.join(SHUTDOWN_SECONDS)
+    done.set()
+    watch.join(SHUTDOWN_SECONDS)
+    jax.distributed.shutdown()
 
 
 def _leave(code: int) -> None:
