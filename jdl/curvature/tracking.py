@@ -44,7 +44,8 @@ class SharpnessTracker:
     >>> data, loss = {"x": jnp.eye(2)}, lambda out, batch: 0.5 * out**2
     >>> objective = Objective.from_fns(lambda w, batch: batch["x"] @ w, loss, data)
     >>> track, params, adam = SharpnessTracker(tolerance=1e-3), jnp.ones(2), optax.adam(0.1)
-    >>> _, state = adam.update(params, adam.init(params))
+    >>> with jax.numpy_dtype_promotion("standard"):
+    ...     _, state = adam.update(params, adam.init(params))
     >>> {name: round(value, 3) for name, value in track(objective, params, state).items()}
     {'sharpness': 0.5, 'preconditioned_sharpness': 5.0}
 

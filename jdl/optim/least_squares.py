@@ -8,6 +8,7 @@ faster, and refined once by products with J itself: the step then has a relative
 ε κ² for the condition κ of J, down to λ = 10 ε tr(J Jᵀ), where ε is the type's precision.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -67,7 +68,8 @@ def curvature(optimizer: str, ctx: UpdateContext, chunk_size: int) -> Curvature:
     elif fn is not None:
         found = by_columns(fn, ctx.params, chunk_size)
     elif ctx.objective is not None:
-        found = of_objective(ctx.objective, ctx.params, ctx.dtype)
+        with contextlib.suppress(NotImplementedError):  # a rule that cannot be batched
+            found = of_objective(ctx.objective, ctx.params, ctx.dtype)
     if found is not None:
         jacobian, residual = (x.astype(ctx.dtype) for x in found[:2])
         return Curvature(jacobian, True, found.products, residual)
@@ -143,6 +145,7 @@ def factored(ctx: UpdateContext, curvature: Curvature, units: jax.Array) -> spec
         curvature=bend,
         step_of=lambda x: unravel((x / units).astype(flat.dtype)),
         size=flat.size,
+        mean=jnp.trace(matrix) / len(matrix),
         floor=floor,
         sound=jnp.all(jnp.isfinite(matrix)),
     )

@@ -37,6 +37,7 @@ class Model(NamedTuple):
     curvature: Callable[[jax.Array], jax.Array]  # ⟨δ, B δ⟩
     step_of: Callable[[jax.Array], PyTree]  # the step in the parameters' coordinates
     size: int  # k
+    mean: jax.Array  # of the eigenvalues of B
     floor: jax.Array  # the rounding error of B; a λ below it has no effect
     sound: jax.Array  # whether B was finite
     # Δ -> the λ whose step has that length, where a region bounds the steps.
@@ -149,6 +150,7 @@ def model(
         curvature=lambda step: jnp.vdot(curvatures, step * step),
         step_of=step_of,
         size=slopes.size,
+        mean=jnp.mean(curvatures),
         floor=floor,
         sound=spectrum.sound,
         damping_for=lambda radius: _damping_for(radius, slopes, curvatures),
@@ -214,9 +216,8 @@ def _search(
 ) -> Tried:
     def body(t: Tried) -> Tried:
         again = t.tried > 0
-        # A λ far too small is corrected in few tries, by factors 4, 8, 16 … (Nielsen 1999).
-        more = 2.0 ** (t.tried + 1).astype(ctx.dtype)
-        lam = jnp.where(again, more * jnp.maximum(t.damping, model.floor), t.damping)
+        # A λ far too small, or a Δ far too large, is corrected in few tries.
+        lam = jnp.where(again, jnp.maximum(4.0 * t.damping, 1e-3 * model.mean), t.damping)
         length = jnp.linalg.norm(t.step)
         smaller = jnp.where(again, 0.25 * jnp.minimum(t.radius, length), t.radius)
         if use_radius and model.damping_for is not None:

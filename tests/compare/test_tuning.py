@@ -157,7 +157,7 @@ def test_tuned_and_untuned_are_reported_beside_each_other(tuned_study):
     assert "5 trials for every optimizer" in note
     assert dict(settings(results))["sgd-tuned"].endswith(f"learning_rate = {best:.4g}")
     assert rows[0][header.index("chosen")] == f"learning rate {best:.4g}"
-    assert rows[0][header.index("importance")] == "learning rate –"
+    assert "importance" not in header  # of fewer than 10 trials
 
     page = write_report(workdir).read_text()
     assert "Sensitivity to the learning rate" in page
