@@ -2,9 +2,9 @@ r"""Gauss-Newton for least squares, for up to some thousands of parameters.
 
     f(θ) = ½ ‖r(θ)‖²,    δ = −J⁺ r,    θ ← θ + α δ,    J = ∂r/∂θ
 
-J⁺ is the pseudo-inverse: δ is the shortest minimizer of ‖J δ + r‖, zero along directions that no
-residual depends on. α is found by backtracking from 1. Where f is far from quadratic or J nearly
-singular, `levenberg_marquardt` gets further.
+J⁺ is a pseudo-inverse: δ is the shortest minimizer of ‖J δ + r‖ in units of the lengths of J's
+columns, zero along directions that no residual depends on. α is found by backtracking from 1. Where
+f is far from quadratic or J nearly singular, `levenberg_marquardt` gets further.
 """
 
 from typing import Any, NamedTuple
@@ -65,8 +65,8 @@ def gauss_newton(
 
     Args:
       learning_rate: the line search's first trial step, > 0, or a schedule.
-      rcond: singular values of J below this fraction of the largest count as zero, in [0, 1); None
-        for machine precision times the number of parameters.
+      rcond: singular values of J, its columns scaled to length 1, below this fraction of the
+        largest count as zero, in [0, 1); None for machine precision times the number of parameters.
       max_parameters: the largest n allowed, ≥ 1.
       chunk_size: columns of J computed at a time, ≥ 1.
       c1: sufficient decrease of the line search, in (0, 1).
@@ -108,17 +108,21 @@ def gauss_newton(
         del state
         curvature = least_squares.curvature("gauss_newton", ctx, chunk_size)
         flat, unravel = ravel_pytree(ctx.updates)
-        spectrum = curvature.spectrum(jnp.ones(flat.size, ctx.dtype))
+        lengths = jnp.sqrt(jnp.maximum(curvature.diagonal, 0.0))
+        # Units of the columns' lengths: which singular values count as zero depends on none.
+        units = jnp.where((lengths > 0) & jnp.isfinite(lengths), lengths, 1.0)
+        spectrum = curvature.spectrum(units)
         eps = float(jnp.finfo(ctx.dtype).eps)
         share = flat.size * eps if rcond is None else rcond
         # Eigenvalues are squares of J's singular values; a matrix has no digits below eps.
         floor = share**2 if curvature.is_jacobian else max(share**2, eps)
         kept = spectrum.values > floor * jnp.max(spectrum.values)
-        slopes = spectral.rotate(spectrum, flat.astype(ctx.dtype))
+        slopes = spectral.rotate(spectrum, flat.astype(ctx.dtype) / units)
         coordinates = jnp.where(kept, -slopes / jnp.where(kept, spectrum.values, 1.0), 0.0)
         with jax.default_matmul_precision("highest"):
-            wanted = unravel((spectrum.vectors @ coordinates).astype(flat.dtype))
-        direction, descends = descending(wanted, ctx, bounded=True)
+            wanted = unravel((spectrum.vectors @ coordinates / units).astype(flat.dtype))
+        norms = tree.norm(coordinates) * tree.norm(ravel_pytree(ctx.grad)[0] / units)
+        direction, descends = descending(wanted, ctx, bounded=True, norms=norms)
         return _Proposal(
             direction,
             descends,
