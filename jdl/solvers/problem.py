@@ -102,7 +102,9 @@ def complex_view(
     sign = -1.0 if conjugate else 1.0
 
     def leaf(x: jax.Array, like: jax.Array) -> jax.Array:
-        return x[(*lead, 0)] + sign * 1j * x[(*lead, 1)] if jnp.iscomplexobj(like) else x
+        if not jnp.iscomplexobj(like):
+            return x
+        return jax.lax.complex(x[(*lead, 0)], sign * x[(*lead, 1)])
 
     return jax.tree.map(leaf, x, like)
 
