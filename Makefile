@@ -8,7 +8,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-classics bench-paper bench-vision device clean
+.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-classics bench-paper bench-study bench-vision device clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -80,6 +80,14 @@ bench-classics: $(READY)  ## the classics at full size on MNIST: make bench-clas
 
 bench-paper: $(READY)  ## two deep autoencoders, every method, the papers' table; resumable: make bench-paper DATA=folder ARGS="--minutes 10"
 	$(BIN)/python tests/benchmarks/bench_paper.py --data $(or $(DATA),data/mnist) $(ARGS)
+
+PROBLEMS ?= gpt-bytes lstm-bytes vit-images resnet-images pinn-poisson
+bench-study: $(READY)  ## eight optimizers, tuned, on problems of today, some 4 hours; resumable, a folder each in runs/study
+	for problem in $(PROBLEMS); do \
+	  $(BIN)/jdl compare --problem $$problem --workdir runs/study/$$problem \
+	    --optimizers adamw,schedule_free_adamw,muon,soap,shampoo,kfac,hf,lbfgs --schedule cosine \
+	    --seeds 6 --trials 6 --tuning-share 0.5 --tuned-only --seconds 20 --clock cpu $(ARGS) || exit; \
+	done
 
 bench-vision: $(READY)  ## pictures optimised against PyTorch, a style network against optimisation
 	$(BIN)/python tests/benchmarks/bench_vision.py $(ARGS)

@@ -7,6 +7,7 @@ and in some rooms XLA optimizes little. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` asks 
 import gc
 import os
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,3 +70,21 @@ def pytest_collection_finish():
 def pytest_report_header():
     names = ("jax", "numpy", "flax", "optax", "grain", "orbax-checkpoint")
     return "stack: " + ", ".join(f"{name} {version(name)}" for name in names)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test(monkeypatch):
+    """A test that fails while it waits for its processes would leave them to slow down others."""
+    started = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -3,6 +3,7 @@
 import gzip
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 
 import jdl
+from jdl.cli.main import main
+from jdl.compare import CATALOGUE, load_results
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
+MAKEFILE = Path(__file__).parent.parent / "Makefile"
 # name -> its smallest run; {data} is a folder with small files in MNIST's format
 SMALLEST = {
     "classics": "--data {data}/mnist --share 0.0005 --only mlp,autoencoder,adding",
@@ -64,3 +68,22 @@ def test_it_runs(name, data):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(re.findall(r"\d", done.stdout)) > 10, done.stdout
+
+
+def test_the_study_runs_and_reports_tuned_optimizers_alone(tmp_path, capsys):
+    recipe = re.search(r"jdl (compare .*?) \$\(ARGS\)", MAKEFILE.read_text(), re.S)[1]
+    words = shlex.split(recipe.replace("\\\n", "").replace("$$problem", "quadratic"))
+    for option, value in {
+        "--workdir": str(tmp_path),
+        "--optimizers": "adamw,lbfgs",
+        "--seeds": "1",
+        "--trials": "2",
+        "--seconds": "0.2",
+    }.items():
+        words[words.index(option) + 1] = value
+    assert main(words) == 0, capsys.readouterr().err
+    results = load_results(tmp_path)
+    assert results.optimizers == ("adamw-tuned", "lbfgs-tuned")
+    assert len(results.tuned["quadratic", "lbfgs-tuned"]) == 2
+    for problem in re.search(r"PROBLEMS \?= (.*)", MAKEFILE.read_text())[1].split():
+        assert problem in CATALOGUE

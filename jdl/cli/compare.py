@@ -75,6 +75,8 @@ class Args:
     """the numbers tuned: all of each optimizer's, or its learning rate or damping alone"""
     tuning_share: float = 1.0
     """budget of each tuning trial, as a share of a trial's"""
+    tuned_only: bool = False
+    """with --trials: report the tuned optimizers alone, not those with default settings too"""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu: the process's CPU time divided by the cores, for a machine that others use too"""
     share: str = "1/1"
@@ -109,7 +111,8 @@ def run(args: Args) -> None:
     check.argument(len(given) <= 1, "--epochs, --work, --steps", "given one at a time", given)
     kind, amount = next(iter(given.items()), ("seconds", args.seconds))
     share = _share(args.share)
-    tuning = Tuning(args.trials, args.tuning_share, numbers=args.tune)
+    check.argument(not args.tuned_only or args.trials > 0, "--trials", "given with --tuned-only", 0)
+    tuning = Tuning(args.trials, args.tuning_share, defaults=not args.tuned_only, numbers=args.tune)
     why = "--problem has data of its own"
     options.check_left_out(args, not args.problem, why, "label", "include", "exclude")
     sources, failures = _named_problems(args) if args.problem else (_problem(args), [])

@@ -1,10 +1,13 @@
 """The curvature of the loss at a trained run's parameters, averaged over batches.
 
 Top eigenvalues with their spread between batches, spectral density, trace, gradient noise scale and
-sharpness. Writes curvature.png and curvature.json into the run directory, or into --out.
+sharpness. Writes curvature.png and curvature.json into the run directory, or into --out. With
+--along, the largest eigenvalue at each checkpoint, of the Hessian and of that which Adam, RMSprop
+or K-FAC see, into curvature-along.png and .json; `jdl train --keep-every` keeps more checkpoints.
 
 Examples:
   jdl curvature --workdir runs/cnn-digits-adam
+  jdl curvature --workdir runs/cnn-digits-adam --along
   jdl curvature --workdir runs/photos --data held-out.tar --images 4096 --matrix gauss_newton
 """
 
@@ -13,6 +16,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +27,6 @@ from jdl.core import check
 if TYPE_CHECKING:
     import numpy as np
 
-    from jdl.core.types import Batch
     from jdl.curvature import Density, Landscape
     from jdl.data import Batches
     from jdl.train.estimator import Estimator
@@ -57,6 +60,8 @@ class Args:
     """limit of matrix-vector products for the eigenvalues, each one pass over the images"""
     rho: float = 0.05
     """radius of the ball in which sharpness seeks the highest loss"""
+    along: bool = False
+    """follow the largest eigenvalue of the Hessian along the run's checkpoints"""
     seed: int = 0
     """random seed for the images drawn and the start vectors"""
     out: Path | None = None
@@ -79,10 +84,40 @@ def run(args: Args) -> None:
     next(iter(estimator.predict_batches(opened.images)))  # restores the checkpoint
     about = {"workdir": str(args.workdir), "step": estimator.step}
     about |= {"data": opened.data, "split": opened.split}
+    if args.along:
+        ok = args.matrix == "hessian"
+        check.argument(
+            ok, "--matrix", "left out with --along, which follows the Hessian", args.matrix
+        )
+        found = about | _follow(args, estimator, opened.images)
+        _write(args, "curvature-along", found, _draw_along)
+        return
     found, by_batch = _measure(args, estimator, opened.images)
     found = about | found | {"seconds": time.perf_counter() - started}
     _print(found)
-    _write(args, found, by_batch)
+    _write(args, "curvature", found, lambda path, found: _draw(path, found, by_batch))
+
+
+def _landscape(args: Args, estimator: "Estimator", images: "Batches", params: Any) -> "Landscape":
+    from jdl.curvature import Landscape
+
+    most = math.ceil(args.images / args.batch_size) if args.images else None
+    return Landscape(estimator.objective, images, params, max_batches=most)
+
+
+def _follow(args: Args, estimator: "Estimator", images: "Batches") -> dict[str, Any]:
+    """The largest eigenvalue at each checkpoint, a list by name."""
+    from jdl.curvature import SharpnessTracker
+
+    track = SharpnessTracker(tolerance=0.02, max_products=args.max_products)
+    rows = []
+    for step in estimator.checkpoints(images):
+        land = _landscape(args, estimator, images, estimator.params)
+        values = track(land, opt_state=estimator.state.opt_state)
+        rows.append({"step": step, "loss": land.value()} | values)
+    names = list(rows[0])
+    output.table(names, [[f"{row[name]:.4g}" for name in names] for row in rows], "hessian")
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def _measure(
@@ -90,16 +125,8 @@ def _measure(
 ) -> tuple[dict[str, Any], "np.ndarray"]:
     """All numbers, and the top eigenvectors' Rayleigh quotients of each batch."""
     from jdl import curvature
-    from jdl.core.objective import Objective
-    from jdl.train.step import scale_images
 
-    def objective(batch: "Batch") -> Objective:
-        scaled = scale_images(batch, "image")
-        state = estimator.model_state
-        return Objective(estimator.model, estimator.loss, state, scaled, train=False)
-
-    most = math.ceil(args.images / args.batch_size) if args.images else None
-    land = curvature.Landscape(objective, images, estimator.evaluation_params, max_batches=most)
+    land = _landscape(args, estimator, images, estimator.evaluation_params)
     batches, examples = land.examples()
     say, seed = _Stages(), args.seed
     op = curvature.operator(land, kind=args.matrix)
@@ -168,21 +195,23 @@ def _print(found: dict[str, Any]) -> None:
     print(f"sharpness: the loss rises by {found['sharpness']:.4g} within {found['rho']:g}")
 
 
-def _write(args: Args, found: dict[str, Any], by_batch: "np.ndarray") -> None:
+def _write(
+    args: Args, name: str, found: dict[str, Any], draw: Callable[[Path, dict[str, Any]], None]
+) -> None:
     from jdl.core.files import write_atomically
     from jdl.train.writers import READ_ONLY
 
     folder = args.out or args.workdir
     try:
-        write_atomically(folder / "curvature.json", json.dumps(_finite(found), indent=1) + "\n")
-        _draw(folder / "curvature.png", found, by_batch)
+        write_atomically(folder / f"{name}.json", json.dumps(_finite(found), indent=1) + "\n")
+        draw(folder / f"{name}.png", found)
     except OSError as error:
         if args.out is not None or error.errno not in READ_ONLY:
             raise
         why = f"{folder} is read-only ({error.strerror}), nothing is written; give --out FOLDER."
         print(f"jdl curvature: {why}", file=sys.stderr)
         return
-    print(f"wrote {folder / 'curvature.png'} and curvature.json")
+    print(f"wrote {folder / name}.png and {name}.json")
 
 
 class _Stages:
@@ -283,5 +312,24 @@ def _draw(path: Path, found: dict[str, Any], by_batch: "np.ndarray") -> None:
             color=INK,
             fontsize=9.0,
         )
+        with atomic_file(path) as file:
+            figure.savefig(file, format="png", dpi=150)
+
+
+def _draw_along(path: Path, found: dict[str, Any]) -> None:
+    """Loss and eigenvalues against steps."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from jdl.compare.drawing import LINES, STYLE
+    from jdl.core.files import atomic_file
+
+    names = [name for name in ("loss", "sharpness", "preconditioned_sharpness") if name in found]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
+        for axes, name, colour in zip(figure.subplots(1, len(names)), names, LINES, strict=False):
+            axes.plot(found["step"], found[name], "o-", color=colour, ms=4)
+            axes.set_title(name.replace("_", " ").capitalize())
+            axes.set_xlabel("step")
         with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=150)

@@ -73,6 +73,8 @@ class Args:
     """the run directory; by default runs/MODEL-DATA-OPTIMIZER"""
     save_every: int = 1000
     """steps between checkpoints"""
+    keep_every: int | None = None
+    """besides the newest checkpoints, keep those whose step is a multiple of this"""
     logs: tuple[Literal["csv", "tensorboard"], ...] = ()
     """logs to write besides metrics.jsonl: metrics.csv, or TensorBoard's event files"""
     compute_dtype: Literal["bfloat16", "float16"] | None = None
@@ -112,15 +114,15 @@ def run(args: Args) -> None:
         parallel.make_deterministic()
     if args.distributed:
         distributed.initialize()
-    names = ("max_steps", "batch_size", "curvature_batch_size", "microbatches", "save_every")
-    options.check_positive(args, *names)
+    sizes = ("batch_size", "curvature_batch_size", "microbatches")
+    options.check_positive(args, "max_steps", *sizes, "save_every", "keep_every")
     job = _job(args)
     if _is_leader():
         found = {name: getattr(job.config, name) for name in ("data", "optimizer", "batch_size")}
         resolved = dataclasses.replace(args, max_steps=job.max_steps, **found)
         job.config.save(job.workdir, config_file.as_table(resolved))
     with contextlib.nullcontext() if _is_leader() else _silence():
-        names = ("save_every", "logs", "remat", "on_nonfinite", "parallel")
+        names = ("save_every", "keep_every", "logs", "remat", "on_nonfinite", "parallel")
         _train(job, **{name: getattr(args, name) for name in names})
 
 

@@ -17,7 +17,9 @@ from jdl.optim.transformation import ScalarOrSchedule
 
 BatchSize: TypeAlias = int | Literal["full"]
 
-MINI_BATCH = 64  # examples of a step, for methods that work with small batches
+# Examples of a step, for methods that work with small batches: of first order, and of second, whose
+# model of a smaller batch fits that batch alone.
+MINI_BATCH, CURVATURE_BATCH = 64, 256
 WARMUP = TuningRange("warmup", 0.0, 0.2, "linear")
 TUNED = "-tuned"  # suffix of the name of an entry whose setting was tuned
 
@@ -110,7 +112,8 @@ def named(
       name: sgd, momentum, nesterov, adam, adamw, lbfgs, cg, newton, hf …; see `jdl.optim.by_name`
       label: the entry's name, if an optimizer appears with several settings.
       batch_size: examples of a step, at most all of them; None for "full" for methods with a line
-        search or curvature products, which are sensitive to sampling noise, and 64 for the others.
+        search or curvature products, which are sensitive to sampling noise, 256 for `kfac` and
+        `natural_gradient`, and 64 for the others.
       curvature_batch_size: examples for curvature products; None for the whole batch.
       microbatches: as for `Entry`.
       learning_rate: None for the optimizer's default; a function of the step is not tuned.
@@ -144,7 +147,8 @@ def named(
         **options,
     }
     if batch_size is None:
-        batch_size = "full" if known.batches == "large" else MINI_BATCH
+        mini = CURVATURE_BATCH if known.second_order else MINI_BATCH
+        batch_size = "full" if known.batches == "large" else mini
     rate = known.learning_rate if learning_rate is None else learning_rate
     settings = _defaults(known.make) | {"learning_rate": rate} | options
 

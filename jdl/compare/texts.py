@@ -24,8 +24,8 @@ PRIME, DECAY = 31, 1e-3  # of the sums
 def gpt_bytes(data: Paths | None = None) -> Problem:
     """A causal transformer on a text, or without one on sums: (a + b) mod 31.
 
-    Of all sums half are for training. They are learned by heart first, and with them half of the
-    others, a + b being b + a; the rule is found later, with weight decay, which is part of the
+    Of all sums 70 % are for training. They are learned by heart first, and with them two thirds of
+    the others, a + b being b + a; the rule is found later, with weight decay, which is part of the
     training loss: ½ · 10⁻³ · ‖W‖².
 
     Args:
@@ -40,7 +40,7 @@ def gpt_bytes(data: Paths | None = None) -> Problem:
     net = LanguageModel(PRIME + 1, width=128, depth=1)
     a, b = np.divmod(np.random.default_rng(0).permutation(PRIME**2), PRIME)
     x = np.stack([a, b, np.full_like(a, PRIME)], axis=1).astype(np.int32)
-    y, half = ((a + b) % PRIME).astype(np.int32), PRIME**2 // 2
+    y, cut = ((a + b) % PRIME).astype(np.int32), PRIME**2 * 7 // 10
 
     def loss(outputs: jax.Array, batch: Batch) -> jax.Array:
         return losses.softmax_cross_entropy(outputs[:, -1], batch)
@@ -56,9 +56,9 @@ def gpt_bytes(data: Paths | None = None) -> Problem:
         "gpt-bytes-sums",
         lambda: net,
         loss,
-        {"image": x[:half], "label": y[:half]},
-        {"image": x[half:], "label": y[half:]},
-        target=Target("test_accuracy", "at least", 0.8),
+        {"image": x[:cut], "label": y[:cut]},
+        {"image": x[cut:], "label": y[cut:]},
+        target=Target("test_accuracy", "at least", 0.97),
         metrics={"accuracy": accuracy},
         regularizer=regularizer,
         about={"data": f"all sums of two numbers modulo {PRIME}, generated"},

@@ -82,9 +82,8 @@ def points(
       default: the first; None for none, and for all numbers to vary from the start.
 
     >>> space = [TuningRange("learning_rate", 1e-4, 1.0), TuningRange("warmup", 0.0, 0.3, "linear")]
-    >>> points(space, 4, {"learning_rate": 0.5, "warmup": 0.0})[1:]  # doctest: +NORMALIZE_WHITESPACE
-    [{'learning_rate': 0.01, 'warmup': 0.0}, {'learning_rate': 0.001, 'warmup': 0.2},
-     {'learning_rate': 0.1, 'warmup': 0.03333}]
+    >>> points(space, 3, {"learning_rate": 0.5, "warmup": 0.0})[1:]
+    [{'learning_rate': 0.01, 'warmup': 0.0}, {'learning_rate': 0.001, 'warmup': 0.2}]
 
     References:
       Halton, On the efficiency of certain quasi-random sequences of points (1960).

@@ -10,18 +10,6 @@ A Krylov space holds one eigenvector of each eigenvalue, whatever its multiplici
 pairs are tested: the wanted Ritz vectors stay, a random vector orthogonal to them replaces r, and
 log n further products, more while another value still rises, must bring nothing new to the wanted
 end. A repeated eigenvalue that is close to the k-th may be missed.
-
-Measured against matfree 0.6.3 (`decomp.tridiag_sym`, full reorthogonalization), ten largest
-eigenvalues of the Hessian of `tests/benchmarks/bench_solvers.py`, 1,800 parameters, largest error
-relative to the first:
-
-    top_eigenpairs(tolerance=1e-3)      82 products     2e-6
-    matfree, m = 60                     60 products     9e-4
-    matfree, m = 80                     80 products     2e-7
-
-So both need as many products. But matfree needs m in advance, has no test of convergence and no
-restart, and needs products that JAX can trace, which an average over a data set is not. On a matrix
-of rank 3, largest eigenvalue 10, it gave 3,064 after 28 steps; this one ends after 7.
 """
 
 from typing import Any, NamedTuple

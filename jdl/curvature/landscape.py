@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 from jdl.core import check, tree
 from jdl.core.objective import Objective, batch_size
-from jdl.core.types import Batch, Params
+from jdl.core.types import Batch, Params, PyTree
 
 METHODS = {"hessian": "hvp", "gauss_newton": "gnvp", "empirical_fisher": "efvp"}  # kind -> method
 
@@ -61,7 +61,7 @@ class Landscape:
         self.flat = np.asarray(flat)
         if max_batches is not None:
             check.positive_int("max_batches", max_batches)
-        self._make, self._batches, self._kept_bytes = make, batches, kept_bytes
+        self.objective, self._batches, self._kept_bytes = make, batches, kept_bytes
         self._max_batches = max_batches
         self._kept: list[Objective] | None = None
 
@@ -78,7 +78,7 @@ class Landscape:
         kept: list[Objective] | None = []
         total = 0
         for batch in itertools.islice(self._batches, self._max_batches):
-            objective = self._make(batch)
+            objective = self.objective(batch)
             if kept is not None:
                 total += sum(x.nbytes for x in jax.tree.leaves(objective.batch))
                 if total > self._kept_bytes:
@@ -114,7 +114,7 @@ class Landscape:
     def product(self, kind: str, vector: Any) -> np.ndarray:
         """M v, [n], for the matrix M of that kind (see `operator`)."""
         of_batch = batch_product(kind)
-        v = self.unravel(jnp.asarray(vector, self.flat.dtype))
+        v = jnp.asarray(vector, self.flat.dtype)
         return np.asarray(self.mean(lambda o: of_batch(o, self.params, v)))
 
     def rayleigh_by_batch(self, kind: str, vectors: np.ndarray) -> np.ndarray:
@@ -122,23 +122,28 @@ class Landscape:
         of_batch = batch_product(kind)
 
         def quotient(objective: Objective, v: jax.Array) -> float:
-            product = of_batch(objective, self.params, self.unravel(v))
+            product = of_batch(objective, self.params, v)
             return float(jnp.vdot(v, product) / jnp.vdot(v, v))
 
         flats = [jnp.asarray(vector, self.flat.dtype) for vector in vectors]
         return np.asarray([[quotient(o, v) for v in flats] for o in self.objectives()])
 
-    def mean(self, part: Callable[[Objective], jax.Array]) -> jax.Array:
-        """Σ_b w_b part(f_b) / Σ_b w_b."""
+    def mean(self, part: Callable[[Objective], PyTree]) -> Any:
+        """Σ_b w_b part(f_b) / Σ_b w_b, leaf by leaf."""
         total: Any = None
         weight = 0.0
         for objective in self.objectives():
-            w, one = _examples(objective), part(objective)
-            dtype = tree.accumulator(one.dtype)
-            scaled = jnp.asarray(w, dtype) * one.astype(dtype)
-            total = scaled if total is None else total + scaled
+            w = _examples(objective)
+            scaled = jax.tree.map(lambda x, w=w: w * _wide(x), part(objective))
+            total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
             weight += w
-        return total / jnp.asarray(max(weight, 1.0), total.dtype)
+        return jax.tree.map(lambda x: x / max(weight, 1.0), total)
+
+
+def landscape_of(of: Landscape | Objective, params: Params | None) -> Landscape:
+    """The landscape itself, or that of one objective at these parameters."""
+    params = params_of(of, params)
+    return of if isinstance(of, Landscape) else Landscape(lambda _: of, [{}], params)
 
 
 def params_of(of: object, params: Params | None) -> Params:
@@ -148,6 +153,10 @@ def params_of(of: object, params: Params | None) -> Params:
         return of.params
     check.argument(params is not None, "params", "given unless `of` is a Landscape", None)
     return params
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(tree.accumulator(x.dtype))
 
 
 def _examples(objective: Objective) -> float:
@@ -168,12 +177,13 @@ def _gradient(objective: Objective, params: Params) -> jax.Array:
 
 
 @functools.cache
-def batch_product(kind: str) -> Callable[[Objective, Params, Params], jax.Array]:
+def batch_product(kind: str) -> Callable[[Objective, Params, jax.Array], jax.Array]:
     """The compiled function (objective, params, vector) -> product, [n]."""
     method = METHODS[check.one_of("kind", kind, METHODS)]
 
     @jax.jit
-    def product(objective: Objective, params: Params, vector: Params) -> jax.Array:
-        return ravel_pytree(getattr(objective, method)(params, vector))[0]
+    def product(objective: Objective, params: Params, vector: jax.Array) -> jax.Array:
+        v = ravel_pytree(params)[1](vector)
+        return ravel_pytree(getattr(objective, method)(params, v))[0]
 
     return product

@@ -149,17 +149,23 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ reading
 
-    def restore(self, state: PyTree, shardings: PyTree) -> Restored | None:
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints."""
+        return sorted(_steps(self.directory) - self._damaged)
+
+    def restore(self, state: PyTree, shardings: PyTree, step: int | None = None) -> Restored | None:
         """The newest whole checkpoint in the structure of `state`, or None if there is none.
 
         Args:
           state: arrays, or `jax.ShapeDtypeStruct`s, of the structure expected.
           shardings: of its arrays, in the same structure.
+          step: of `steps`, for that checkpoint instead.
 
         Raises:
           DataError: the checkpoint is of another model or optimizer, or none can be read.
         """
-        return self._newest(partial(self._read, state=state, shardings=shardings))
+        read = partial(self._read, state=state, shardings=shardings)
+        return self._newest(read) if step is None else read(step)
 
     def meta(self) -> dict[str, Any] | None:
         """All but the arrays of the newest whole checkpoint, or None if there is none."""

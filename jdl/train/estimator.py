@@ -18,6 +18,7 @@ import optax
 
 from jdl.core import check
 from jdl.core.model import Model, ModelLike, as_model, with_compute_dtype, with_remat
+from jdl.core.objective import Objective
 from jdl.core.types import Batch, Key, Loss, Metric, Mode, ModelState, Outputs, Params
 from jdl.optim import registry
 from jdl.train.compiled import CompiledSteps, Step
@@ -32,7 +33,7 @@ from jdl.train.profile import Profile
 from jdl.train.run import Run
 from jdl.train.run_directory import RunDirectory
 from jdl.train.signals import Stopped
-from jdl.train.step import Metrics, TrainState, build
+from jdl.train.step import Metrics, TrainState, build, scale_images
 from jdl.train.writers import directions
 
 logger = logging.getLogger("jdl.train")
@@ -137,7 +138,7 @@ class Estimator:
         # Absolute, so that a later os.chdir does not split the run.
         self.workdir = None if workdir is None else Path(workdir).absolute()
         self.seed = seed
-        inputs = inputs if isinstance(inputs, str) else tuple(inputs)
+        self._inputs = inputs = inputs if isinstance(inputs, str) else tuple(inputs)
         placed = placement(devices, parallel, split_rule)._replace(inputs=inputs)
         program = build(
             self.model,
@@ -289,6 +290,17 @@ class Estimator:
         self._run.restore_best(data)
         return self
 
+    def checkpoints(self, data: Data) -> Iterator[int]:
+        """Restores the run's checkpoints one by one, the oldest first, and gives their steps.
+
+        Args:
+          data: as for `predict`.
+        """
+        next(iter(self._run.once(data)))  # restores the newest
+        for step in self._directory.steps():
+            self._run.restore(step=step)
+            yield step
+
     def save(self) -> "Estimator":
         """Writes a checkpoint of this step into the run directory, if there is one."""
         with self._run.signals, self._directory.writing():
@@ -306,6 +318,14 @@ class Estimator:
         return self
 
     # ------------------------------------------------------------------ EVALUATE
+
+    def objective(self, batch: Batch) -> Objective:
+        """The loss that `evaluate` has on a batch, as a function of parameters: for curvature."""
+        inputs = self._inputs
+        scaled = scale_images(batch, inputs)
+        return Objective(
+            self.model, self.loss, self.model_state, scaled, inputs=inputs, train=False
+        )
 
     def evaluate(
         self, data: Data, *, name: str | None = None, sums: Sums | None = None

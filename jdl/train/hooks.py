@@ -21,6 +21,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.core.types import Batch
+from jdl.curvature.tracking import SharpnessTracker
 from jdl.train.dead_units import dead_shares
 from jdl.train.log_row import Hook as Hook
 from jdl.train.log_row import StopTraining as StopTraining
@@ -255,6 +256,40 @@ def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
         row.update({f"dead/{i}": float(share) for i, share in enumerate(shares)})
 
     return StatefulHook(lambda earlier: _each_training_row(every, earlier, measure), "train")
+
+
+def sharpness(batch: Batch, *, every: int = 1, **options: Any) -> Hook:
+    """Adds to training rows the largest eigenvalue of the Hessian on a batch.
+
+    The entry is `sharpness`; for Adam, RMSprop and K-FAC `preconditioned_sharpness` is that of the
+    Hessian as their steps see it. See `jdl.curvature.SharpnessTracker`.
+
+    Args:
+      batch: the examples to measure on, as the model takes them.
+      every: rows between two measurements.
+      **options: of `SharpnessTracker`, such as Adam's b1, b2 and eps.
+
+    >>> import jdl
+    >>> rows, x = [], np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    >>> data = {"image": x, "label": np.arange(8) % 2}
+    >>> hooks = [sharpness(data), rows.append]
+    >>> net = jdl.models.MLP(widths=(4,), num_outputs=2)
+    >>> _ = jdl.classifier(net, "adam", hooks=hooks, log_every=1).train([data], steps=1)
+    >>> 0.0 < rows[0]["sharpness"] < rows[0]["preconditioned_sharpness"]
+    True
+    """
+    check.positive_int("every", every)
+
+    def make(earlier: Sequence[Row]) -> Hook:
+        track = SharpnessTracker(**options)
+
+        def measure(row: Any) -> None:
+            run = row.estimator
+            row.update(track(run.objective(batch), run.params, run.state.opt_state))
+
+        return _each_training_row(every, earlier, measure)
+
+    return StatefulHook(make, "train")
 
 
 def _each_training_row(every: int, earlier: Sequence[Row], act: Hook) -> Hook:

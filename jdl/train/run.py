@@ -196,11 +196,11 @@ class Run:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def restore(self, *, best: bool = False) -> bool:
-        """Restores the newest checkpoint, or the best; returns whether there is one."""
+    def restore(self, *, best: bool = False, step: int | None = None) -> bool:
+        """Restores the newest checkpoint, the best, or one; returns whether there is one."""
         assert self._shapes is not None
         shardings = self.placement.shardings(self._shapes)
-        restored = self.directory.restore(self._shapes, shardings, best=best)
+        restored = self.directory.restore(self._shapes, shardings, best=best, step=step)
         if restored is None:
             return False
         self.state, meta = restored

@@ -144,8 +144,12 @@ class RunDirectory:
             self._checkpoints.close()
             self._best.close()
 
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints."""
+        return [] if self.workdir is None else self._checkpoints.steps()
+
     def restore(
-        self, expected: PyTree, shardings: PyTree, *, best: bool = False
+        self, expected: PyTree, shardings: PyTree, *, best: bool = False, step: int | None = None
     ) -> Restored | None:
         """The newest checkpoint, or the best one; None where there is none.
 
@@ -153,10 +157,11 @@ class RunDirectory:
           expected: the shapes of the state.
           shardings: those of its arrays.
           best: whether to restore the one in `best/`.
+          step: that of `steps` to restore instead of the newest.
         """
         if self.workdir is None:
             return None
-        found = (self._best if best else self._checkpoints).restore(expected, shardings)
+        found = (self._best if best else self._checkpoints).restore(expected, shardings, step)
         if jax.process_count() > 1:  # a damaged one may be readable to another process
             step = -1 if found is None else int(found.state.step)
             multihost_utils.assert_equal(np.int32(step), "the processes read different checkpoints")

@@ -5,9 +5,9 @@
 CURVES (784-400-200-100-50-25-6, 20,000 generated images) and MNIST (784-1000-500-250-30, 60,000
 images), from Martens' sparse initialization; the same minutes of training for each method, without
 compilation and evaluation. The measure is that of the papers: squared error summed over pixels,
-mean per image. Nesterov's method (with Sutskever's momentum schedule) and Adam have their learning
-rates chosen by the training error of `--trials` shorter runs, whose cost is in the table. All
-others have their defaults, and the batch sizes below.
+mean per image. Nesterov's method (with Sutskever's momentum schedule), Adam and SOAP have their
+learning rates chosen by the training error of `--trials` shorter runs, whose cost is in the table.
+All others have their defaults, and the batch sizes below.
 
 A run that was stopped resumes when it is started again; `paper.md` and `paper.png` in the work
 directory contain the results so far, `report.html` all details.
@@ -96,9 +96,10 @@ def entries(curvature: int) -> list[Entry]:
         options={**settings, "preconditioner": "kronecker, refreshed every 20 steps"},
     )
     adam = named("adam", batch_size=200)._replace(search=TuningRange("learning_rate", 1e-4, 1e-2))
+    soap = named("soap", batch_size=1000)._replace(search=TuningRange("learning_rate", 3e-4, 3e-2))
     fixed = [named("kfac", batch_size=1000), mini, named("lbfgs"), named("cg"), hf]
     fixed = [entry._replace(search=None, tuned=None) for entry in fixed]
-    return [fixed[0], nesterov_entry(0.01), adam, *fixed[1:]]
+    return [fixed[0], nesterov_entry(0.01), adam, soap, *fixed[1:]]
 
 
 def studies(args: argparse.Namespace) -> list[Study]:

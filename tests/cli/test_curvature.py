@@ -38,3 +38,20 @@ def test_writes_a_picture_and_the_numbers(tmp_path, capsys):
 def test_mistakes_are_told_in_one_line(options, said, capsys):
     assert main(["curvature", "--workdir", "nowhere", *options]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_follows_sharpness_along_checkpoints(tmp_path, capsys):
+    run = tmp_path / "run"
+    often = ["--save-every", "1", "--keep-every", "1", "--workdir", str(run)]
+    assert main(["train", "mlp", "--optimizer", "adam", "--steps", "5", *often]) == 0
+    options = ["--images", "80", "--batch-size", "40", "--along"]
+    assert main(["curvature", "--workdir", str(run), *options]) == 0
+    found = json.loads((run / "curvature-along.json").read_text())
+    assert found["step"] == [1, 2, 3, 4, 5]
+    both = zip(found["sharpness"], found["preconditioned_sharpness"], strict=True)
+    assert all(0 < x < y for x, y in both)
+    with Image.open(run / "curvature-along.png") as picture:
+        assert picture.size[0] > 1000
+    assert "preconditioned_sharpness" in capsys.readouterr().out
+    assert main(["curvature", "--workdir", str(run), *options, "--matrix", "gauss_newton"]) == 2

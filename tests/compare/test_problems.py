@@ -256,8 +256,8 @@ def test_all_sums_are_there_and_none_is_in_both_halves():
     assert ((train[:, 0] + train[:, 1]) % 31 == labels).all()
     sums = {tuple(x) for x in np.concatenate([train, test])}
     assert sums == {(a, b, 31) for a in range(31) for b in range(31)}
-    assert len(train) == 480
-    assert len(test) == 481
+    assert len(train) == 672
+    assert len(test) == 289
 
 
 def test_a_text_is_cut_into_pieces_from_all_of_it(tmp_path):

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jdl
+from jdl import curvature
 from jdl.core import check
 from jdl.data import from_arrays
 from jdl.models import GAN, MLP
@@ -186,6 +187,30 @@ def test_dead_units_are_counted_by_layer():
     net._hooks = (hooks.dead_units({"image": x}), seen.append)
     net.train(data(), steps=1)
     assert seen[0]["dead/0"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "kfac"])
+def test_sharpness_is_logged(optimizer, tmp_path):
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    batch = {"image": x, "label": np.arange(32) % 2}
+    tops = []
+
+    def exact(row):
+        run = row.estimator
+        values = np.linalg.eigvalsh(curvature.hessian(run.objective(batch), run.params))
+        tops.append((row["step"], values[-1]))
+
+    watch = [hooks.sharpness(batch, every=2, tolerance=1e-3), exact]
+    net = MLP(widths=(3,), num_outputs=2, activation="tanh")
+    options = {"hooks": watch, "log_every": 1, "workdir": tmp_path}
+    jdl.classifier(net, optimizer, devices=jax.devices()[:1], **options).train([batch] * 4, steps=4)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row for row in rows if "sharpness" in row}
+    assert list(found) == [2, 4]
+    for step, top in tops:
+        if step in found:
+            assert found[step]["sharpness"] == pytest.approx(top, rel=1e-3)
+            assert ("preconditioned_sharpness" in found[step]) == (optimizer != "sgd")
 
 
 def dead(f, *inputs):

@@ -408,22 +408,23 @@ def _applied(
     v = jnp.pad(v, pads)
     if isinstance(state.squares[i], tuple):
         # Inverses are symmetric: a transpose would only cost a copy of them each step.
-        v = _times(first, v, last)
+        v = times(first, v, last)
     else:
-        inner = _times(_transposed(first), v, last)
+        inner = times(transposed(first), v, last)
         scaled = inner / (state.squares[i] + damping.astype(first.dtype))
-        v = _times(first, scaled, _transposed(last))
+        v = times(first, scaled, transposed(last))
     return layer.leaf(v[:, :d, :k], kernel.shape), (
         None if bias is None else v[:, d, :k].reshape(bias.shape)
     )
 
 
-def _transposed(x: jax.Array) -> jax.Array:
+def transposed(x: jax.Array) -> jax.Array:
+    """Each block's transpose; an array of two axes holds diagonal matrices."""
     return x.mT if x.ndim == 3 else x
 
 
-def _times(first: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
-    """P v Q of each block, where an array of two axes holds diagonal matrices."""
+def times(first: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
+    """P v Q of each block, with P and Q as for `transposed`."""
     v = first[:, :, None] * v if first.ndim == 2 else first @ v
     return v * last[:, None] if last.ndim == 2 else v @ last
 
