@@ -2,9 +2,10 @@ r"""Gauss-Newton for least squares, for up to some thousands of parameters.
 
     f(θ) = ½ ‖r(θ)‖²,    δ = −J⁺ r,    θ ← θ + α δ,    J = ∂r/∂θ
 
-J⁺ is a pseudo-inverse: δ is the shortest minimizer of ‖J δ + r‖ in units of the lengths of J's
-columns, zero along directions that no residual depends on. α is found by backtracking from 1. Where
-f is far from quadratic or J nearly singular, `levenberg_marquardt` gets further.
+J⁺ is the pseudo-inverse: δ is the shortest minimizer of ‖J δ + r‖, zero along directions that no
+residual depends on; in units of the lengths of J's columns where these differ widely. α is found by
+backtracking from 1. Where f is far from quadratic or J nearly singular, `levenberg_marquardt` gets
+further.
 """
 
 from typing import Any, NamedTuple
@@ -65,8 +66,9 @@ def gauss_newton(
 
     Args:
       learning_rate: the line search's first trial step, > 0, or a schedule.
-      rcond: singular values of J, its columns scaled to length 1, below this fraction of the
-        largest count as zero, in [0, 1); None for machine precision times the number of parameters.
+      rcond: singular values of J below this fraction of the largest count as zero, in [0, 1); None
+        for machine precision times the number of parameters. Columns whose lengths differ by more
+        than its root are scaled to length 1 first.
       max_parameters: the largest n allowed, ≥ 1.
       chunk_size: columns of J computed at a time, ≥ 1.
       c1: sufficient decrease of the line search, in (0, 1).
@@ -108,12 +110,15 @@ def gauss_newton(
         del state
         curvature = least_squares.curvature("gauss_newton", ctx, chunk_size)
         flat, unravel = ravel_pytree(ctx.updates)
-        lengths = jnp.sqrt(jnp.maximum(curvature.diagonal, 0.0))
-        # Units of the columns' lengths: which singular values count as zero depends on none.
-        units = jnp.where((lengths > 0) & jnp.isfinite(lengths), lengths, 1.0)
-        spectrum = curvature.spectrum(units)
         eps = float(jnp.finfo(ctx.dtype).eps)
         share = flat.size * eps if rcond is None else rcond
+        lengths = jnp.sqrt(jnp.maximum(curvature.diagonal, 0.0))
+        known = (lengths > 0) & jnp.isfinite(lengths)
+        shortest = jnp.min(jnp.where(known, lengths, jnp.inf))
+        # Columns so unlike would decide by their units which singular values count as zero.
+        unlike = shortest < share**0.5 * jnp.max(jnp.where(known, lengths, 0.0))
+        units = jnp.where(known & unlike, lengths, 1.0)
+        spectrum = curvature.spectrum(units)
         # Eigenvalues are squares of J's singular values; a matrix has no digits below eps.
         floor = share**2 if curvature.is_jacobian else max(share**2, eps)
         kept = spectrum.values > floor * jnp.max(spectrum.values)
