@@ -71,8 +71,8 @@ def curvature(optimizer: str, ctx: UpdateContext, chunk_size: int) -> Curvature:
         with contextlib.suppress(NotImplementedError):  # a rule that cannot be batched
             found = of_objective(ctx.objective, ctx.params, ctx.dtype)
     if found is not None:
-        jacobian, residual = (x.astype(ctx.dtype) for x in found[:2])
-        return Curvature(jacobian, True, found.products, residual)
+        residual = None if found.residual is None else found.residual.astype(ctx.dtype)
+        return Curvature(found.jacobian.astype(ctx.dtype), True, found.products, residual)
     check.argument(
         ctx.objective is not None,
         "residual_fn",

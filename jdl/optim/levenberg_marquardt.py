@@ -127,8 +127,10 @@ def levenberg_marquardt(
         if trust_region is None and not curvature.is_small:
             model = least_squares.factored(ctx, curvature, units)
         else:
-            flat = ravel_pytree(ctx.updates)[0].astype(ctx.dtype)
-            spectrum = spectral.completed(curvature.spectrum(units), flat / units)
+            spectrum = curvature.spectrum(units)
+            if len(curvature.matrix) < len(units):
+                flat = ravel_pytree(ctx.updates)[0].astype(ctx.dtype)
+                spectrum = spectral.completed(spectrum, flat / units)
             floor = jnp.finfo(ctx.dtype).eps * jnp.max(spectrum.values)
             curvatures = jnp.maximum(spectrum.values, jnp.where(floor > 0, floor, 1.0))
             model = spectral.model(ctx, spectrum, curvatures, floor, units)

@@ -30,15 +30,15 @@ class Linearized(NamedTuple):
 
     Attributes:
       jacobian: J, [m, n], its columns in `ravel_pytree`'s order.
-      residual: r, [m], or, where there are more residuals than parameters, any with the same Jᵀ r.
+      residual: r, [m]; None for a J reduced to a square factor, whose steps do not need it.
       products: what J cost, in Gauss-Newton products.
     """
 
     jacobian: jax.Array
-    residual: jax.Array
+    residual: jax.Array | None
     products: float
 
-    def __call__(self, params: Params) -> jax.Array:
+    def __call__(self, params: Params) -> jax.Array | None:
         """r."""
         del params
         return self.residual

@@ -81,10 +81,7 @@ class LeastSquares(Iterative):
         if m > 4 * n and m * n > SMALL:
             with jax.default_matmul_precision("highest"):
                 factor = _triangular_factor(found.jacobian.T)
-                # Of m residuals the model needs n, which R takes to the gradient.
-                slopes = found.jacobian.T @ found.residual
-                rest = jax.scipy.linalg.solve_triangular(factor.T, slopes, lower=True)
-            found = found._replace(jacobian=factor, residual=rest)
+            found = found._replace(jacobian=factor, residual=None)
         return {"residual_fn": found}
 
     def _extra(self, aux: Any, delta: PyTree) -> tuple[Any, Any]:
