@@ -37,6 +37,24 @@ def norm(a: PyTree) -> jax.Array:
     return jnp.sqrt(vdot(a, a))
 
 
+def scaled_norm(a: PyTree) -> jax.Array:
+    """‖a‖₂ where its square may overflow or vanish, at the cost of a second pass.
+
+    >>> print(f"{scaled_norm([jnp.array([3e-30, 4e-30])]):.3g}")
+    5e-30
+    """
+    most = largest(a)
+    unit = jnp.where((most > 0) & jnp.isfinite(most), most, 1.0)
+    return unit * norm(jax.tree.map(lambda x: x.astype(unit.dtype) / unit, a))
+
+
+def largest(a: PyTree) -> jax.Array:
+    """max |aᵢ| over all leaves, in at least float32; NaN with a NaN among them."""
+    dtype = accumulator(*(x.dtype for x in jax.tree.leaves(a)))
+    parts = [jnp.max(jnp.abs(x), initial=0.0) for (x,) in packed(dtype, a)]
+    return jax.lax.cummax(jnp.stack(parts))[-1] if parts else jnp.zeros((), dtype)
+
+
 def add_scaled(a: PyTree, scale: jax.Array | float, b: PyTree) -> PyTree:
     """a + scale·b, in the types of `a`'s leaves."""
     return jax.tree.map(lambda x, y: x + (jnp.asarray(scale, x.dtype) * y.astype(x.dtype)), a, b)

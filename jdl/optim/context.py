@@ -14,7 +14,7 @@ from jdl.core import check, tree
 from jdl.core.derivatives import hvp
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
-from jdl.optim.masking import Part, restricted
+from jdl.optim.masking import Flat, Part, restricted
 
 
 class UpdateContext(NamedTuple):
@@ -98,6 +98,7 @@ def gather(
       ArgumentError: if an argument is missing or does not fit the parameters.
     """
     del others
+    updates, params, grad = (numbers_as_arrays(x) for x in (updates, params, grad))
     if value_fn is None and residual_fn is not None:
         value_fn = _half_square(residual_fn)
     if value_fn is None and objective is not None:
@@ -111,17 +112,20 @@ def gather(
             "`residual_fn`, for least squares, or `objective` can replace value_fn."
         )
     assert value_fn is not None  # among `needed`
-    part = None
+    part: Part | None = None
     structure: Any = jax.tree.structure(params)
-    if jax.tree.structure(grad) != structure and whole_params is not None:
+    if jax.tree.structure(grad) != structure and whole_params is None:
+        part = Flat.of_gradient(params, grad)
+    elif jax.tree.structure(grad) != structure:
         part = Part(params, whole_params)
+    if part is not None:
         grad, value_fn = part.of(grad), part.function(value_fn)
         residual_fn = None if residual_fn is None else part.function(residual_fn)
         objective = None if objective is None else restricted(objective, part)
         check.argument(
             value_and_grad_fn is None,
             "value_and_grad_fn",
-            "left out where optax.masked or optax.partition pass part of the parameters",
+            "left out where optax.masked, optax.partition or optax.flatten change the parameters",
             value_and_grad_fn,
         )
     _check_structure(optimizer, params, updates=updates, grad=grad)
@@ -139,10 +143,15 @@ def gather(
         residual_fn=residual_fn,
         noise=noise_floor(value, params),
         finite=jnp.isfinite(value) & tree.all_finite(grad),
-        stationary=tree.vdot(grad, grad) == 0,
+        stationary=tree.largest(grad) == 0,
         objective=objective,
         fill=(lambda p: p) if part is None else part.filled,
     )
+
+
+def numbers_as_arrays(x: PyTree) -> PyTree:
+    """The tree with arrays in the place of Python's floats."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, x)
 
 
 def _half_square(residual_fn: Callable[[Params], PyTree]) -> Callable[[Params], jax.Array]:

@@ -38,7 +38,7 @@ class Diagnostics(NamedTuple):
       evaluations: evaluations of the objective, with or without its gradient, int32.
       gradient_equivalents: Σ count × nominal cost of `COSTS`, plus `factor_work`, float32.
       step_size: the factor on the last direction; 0 where the update took no step.
-      damping: λ of the last step; 0 for methods without.
+      last_damping: λ of the last step, also `damping`; 0 for methods without.
       reduction_ratio: ρ, actual over predicted reduction of the last step; NaN where unknown.
       linear_iterations: iterations of the inner linear solver, int32.
       termination: how the last update ended, a `ResultCode`, int32.
@@ -57,7 +57,7 @@ class Diagnostics(NamedTuple):
     evaluations: jax.Array
     gradient_equivalents: jax.Array
     step_size: jax.Array
-    damping: jax.Array
+    last_damping: jax.Array  # `optax.tree.get(state, "damping")` is the state's own
     reduction_ratio: jax.Array
     linear_iterations: jax.Array
     termination: jax.Array
@@ -68,11 +68,16 @@ class Diagnostics(NamedTuple):
     factor_work: jax.Array
     left_out: jax.Array
 
+    @property
+    def damping(self) -> jax.Array:
+        """λ of the last step."""
+        return self.last_damping
+
 
 def init(damping: Number = 0.0) -> Diagnostics:
     """The diagnostics of a state before its first update."""
     counts = ("iterations", "evaluations", "linear_iterations", "termination", "left_out")
-    first = {"damping": damping, "reduction_ratio": jnp.nan}
+    first = {"last_damping": damping, "reduction_ratio": jnp.nan}
 
     def leaf(name: str) -> jax.Array:
         # A new array each: a state whose fields share a buffer cannot be donated.
@@ -126,7 +131,7 @@ def advance(
         evaluations=(counts["values"] + counts["gradients"]).astype(jnp.int32),
         gradient_equivalents=total,
         step_size=number(step_size),
-        damping=number(damping),
+        last_damping=number(damping),
         reduction_ratio=number(reduction_ratio),
         linear_iterations=last.linear_iterations + jnp.asarray(linear_iterations, jnp.int32),
         termination=jnp.asarray(termination, jnp.int32),

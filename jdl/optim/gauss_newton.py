@@ -3,8 +3,9 @@ r"""Gauss-Newton for least squares, for up to some thousands of parameters.
     f(θ) = ½ ‖r(θ)‖²,    δ = −J⁺ r,    θ ← θ + α δ,    J = ∂r/∂θ
 
 J⁺ is the pseudo-inverse: δ is the shortest minimizer of ‖J δ + r‖, zero along directions that no
-residual depends on. α is found by backtracking from 1. Where f is far from quadratic or J nearly
-singular, `levenberg_marquardt` gets further.
+residual depends on; in units of the lengths of J's columns where these differ widely. α is found by
+backtracking from 1. Where f is far from quadratic or J nearly singular, `levenberg_marquardt` gets
+further.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from jdl.core import tree
 from jdl.core.types import Params, PyTree
@@ -68,7 +70,8 @@ def gauss_newton(
     Args:
       learning_rate: the line search's first trial step, > 0, or a schedule.
       rcond: singular values of J below this fraction of the largest count as zero, in [0, 1); None
-        for machine precision times the number of parameters.
+        for machine precision times the number of parameters. Columns whose lengths differ by more
+        than its root are scaled to length 1 first.
       max_parameters: the largest n allowed, ≥ 1.
       chunk_size: columns of J, for residuals without examples, computed at a time, ≥ 1.
       c1: sufficient decrease of the line search, in (0, 1).
@@ -109,13 +112,14 @@ def gauss_newton(
     def direction(ctx: UpdateContext, state: GaussNewtonState) -> _Proposal:
         del state
         curvature = least_squares.curvature("gauss_newton", ctx, chunk_size)
-        ones = jnp.ones(tree.size(ctx.params), ctx.dtype)
+        units = _units(ctx, curvature, rcond)
         if rcond is None and not curvature.is_small:
-            model = least_squares.factored(ctx, curvature, ones)
+            model = least_squares.factored(ctx, curvature, units)
         else:
-            model = _inverted(ctx, curvature, curvature.spectrum(ones), rcond)
+            model = _inverted(ctx, curvature, units, rcond)
         step = model.solve(model.floor)
-        direction, descends = descending(model.step_of(step), ctx, bounded=True)
+        norms = tree.norm(step) * tree.norm(ravel_pytree(ctx.grad)[0] / units)
+        direction, descends = descending(model.step_of(step), ctx, bounded=True, norms=norms)
         bend = model.curvature(step)
         return _Proposal(direction, descends, bend, model.sound, curvature.products)
 
@@ -157,20 +161,39 @@ def gauss_newton(
     )
 
 
+def _share(ctx: UpdateContext, rcond: float | None) -> float:
+    """Singular values below this share of the largest count as zero."""
+    return tree.size(ctx.params) * float(jnp.finfo(ctx.dtype).eps) if rcond is None else rcond
+
+
+def _units(
+    ctx: UpdateContext, curvature: least_squares.Curvature, rcond: float | None
+) -> jax.Array:
+    """The lengths of J's columns where they are very unlike, else 1.
+
+    Else their units would decide which singular values count as zero.
+    """
+    lengths = jnp.sqrt(jnp.maximum(curvature.diagonal, 0.0))
+    known = (lengths > 0) & jnp.isfinite(lengths)
+    shortest = jnp.min(jnp.where(known, lengths, jnp.inf))
+    unlike = shortest < _share(ctx, rcond) ** 0.5 * jnp.max(jnp.where(known, lengths, 0.0))
+    return jnp.where(known & unlike, lengths, 1.0)
+
+
 def _inverted(
     ctx: UpdateContext,
     curvature: least_squares.Curvature,
-    spectrum: spectral.Spectrum,
+    units: jax.Array,
     rcond: float | None,
 ) -> spectral.Model:
     """The model with the pseudo-inverse: no step along the smallest singular vectors."""
+    spectrum, share = curvature.spectrum(units), _share(ctx, rcond)
     eps = float(jnp.finfo(ctx.dtype).eps)
-    share = tree.size(ctx.params) * eps if rcond is None else rcond
     # Eigenvalues are squares of J's singular values; a matrix has no digits below eps.
     least = share**2 if curvature.is_jacobian else max(share**2, eps)
     kept = spectrum.values > least * jnp.max(spectrum.values)
     curvatures = jnp.where(kept, spectrum.values, jnp.inf)
-    model = spectral.model(ctx, spectrum, curvatures, jnp.zeros((), ctx.dtype))
+    model = spectral.model(ctx, spectrum, curvatures, jnp.zeros((), ctx.dtype), units)
     return model._replace(
         curvature=lambda step: jnp.vdot(jnp.where(kept, spectrum.values, 0.0), step * step)
     )

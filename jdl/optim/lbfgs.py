@@ -16,17 +16,20 @@ import optax
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
-from jdl.optim import kronecker, linesearch
+from jdl.optim import kronecker
 from jdl.optim.context import UpdateContext, scalar_dtype
 from jdl.optim.diagnostics import Diagnostics
+from jdl.optim.linesearch import LineSearchResult
 from jdl.optim.transformation import (
     ScalarOrSchedule,
+    Search,
     Step,
     along,
     bounded_scale,
     check_options,
     descending,
     second_order,
+    wolfe,
 )
 
 
@@ -71,6 +74,7 @@ def lbfgs(
     c1: float = 1e-4,
     c2: float = 0.9,
     max_evaluations: int = 20,
+    search: Search = wolfe,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limited-memory BFGS.
 
@@ -83,12 +87,12 @@ def lbfgs(
     Args:
       learning_rate: the line search's first trial step, > 0, or a schedule. While the history is
         empty, −grad is scaled to this length where it is longer.
-      memory_size: m ≥ 1, how many pairs.
+      memory_size: m ≥ 0, how many pairs; 0 for steepest descent.
       memory_dtype: the type pairs are stored in; None for the parameters' own, at least float32.
       scaling: "diagonal" for a D updated by BFGS on the diagonal, for badly scaled parameters;
-        "scalar" for D = I, which needs one gradient's memory less; "kronecker" for Kronecker
-        factors of the model (D = (F + λ)⁻¹), which needs `objective` and K-FAC's memory, and on
-        deep networks with large batches is worth it many times over.
+        "scalar" for D = I, which needs one gradient's memory less; "none" for H₀ = I; "kronecker"
+        for Kronecker factors of the model (D = (F + λ)⁻¹), which needs `objective` and K-FAC's
+        memory, and on deep networks with large batches is worth it many times over.
       damping: λ > 0 of `scaling="kronecker"`, in units of the curvature of the mean loss.
       factors_every: steps from one refresh of those factors to the next, ≥ 1.
       guard: "cautious" leaves out pairs of negligible or negative curvature; "powell" corrects
@@ -97,6 +101,7 @@ def lbfgs(
       c1: sufficient decrease of the line search, in (0, c2).
       c2: curvature of the line search, in (c1, 1).
       max_evaluations: maximum trials of the line search, ≥ 1.
+      search: the line search, a `jdl.optim.transformation.Search`.
 
     Returns:
       An optax transformation, whose updates are the whole step α d.
@@ -126,13 +131,13 @@ def lbfgs(
       (2007): both gradients of a pair on one batch.
     """
     check_options(
-        memory_size=memory_size,
+        memory_size=memory_size or 1,
         max_evaluations=max_evaluations,
         cautious=cautious,
         c2=c2,
         factors_every=factors_every,
     )
-    check.one_of("scaling", scaling, ["diagonal", "scalar", "kronecker"])
+    check.one_of("scaling", scaling, ["diagonal", "scalar", "none", "kronecker"])
     check.in_range("damping", damping, 0.0, open_low=True)
     factors = kronecker.preconditioner(every=factors_every) if scaling == "kronecker" else None
     check.one_of("guard", guard, ["cautious", "powell"])
@@ -166,7 +171,8 @@ def lbfgs(
             key = jax.random.fold_in(jax.random.key(0), k)
             scale, scaled = factors.step(scale, ctx, None, lam, k, key, ctx.active)
         first = scaled if factors is not None else lambda x: x
-        step = tree.scale(-1.0, _two_loop(ctx.updates, state, scaled, first))
+        fitted = scaling != "none"
+        step = tree.scale(-1.0, _two_loop(ctx.updates, state, scaled, first, fitted))
         return *descending(step, ctx), scale
 
     def accept(
@@ -177,19 +183,9 @@ def lbfgs(
         # Without curvature −grad has no scale of its own: the first trial goes at most `rate` far.
         rate = state.learning_rate.astype(ctx.dtype)
         unscaled = ((state.stored == 0) & (factors is None)) | ~descends
-        found = linesearch.strong_wolfe(
-            ctx.value_and_grad,
-            ctx.params,
-            direction,
-            ctx.value,
-            ctx.grad,
-            initial_step=jnp.where(unscaled, bounded_scale(direction, ctx, rate), rate),
-            noise=ctx.noise,
-            c1=c1,
-            c2=c2,
-            max_evaluations=max_evaluations,
-            active=ctx.active,
-        )
+        first = jnp.where(unscaled, bounded_scale(direction, ctx, rate), rate)
+        limits = {"c1": c1, "c2": c2, "max_evaluations": max_evaluations}
+        found = search(ctx, direction, first, state.diagnostics, **limits)
         fields = remembered(ctx, state, direction, descends, found)
         own = 0.0 if factors is None else factors.gradients * ctx.curvature_share()
         work = found.evaluations.astype(jnp.float32) + own
@@ -200,7 +196,7 @@ def lbfgs(
         state: LBFGSState,
         direction: PyTree,
         descends: jax.Array,
-        found: linesearch.LineSearchResult,
+        found: LineSearchResult,
     ) -> dict[str, Any]:
         """The next state's fields: the history with the pair of this step in it."""
         assert found.grad is not None  # backtracking alone gives none
@@ -235,15 +231,17 @@ def lbfgs(
 
 
 def _two_loop(
-    grad: PyTree, state: LBFGSState, scaled: Callable[[PyTree], PyTree], first: Any
+    grad: PyTree, state: LBFGSState, scaled: Callable[[PyTree], PyTree], first: Any, fitted: bool
 ) -> PyTree:
-    """H g by the two-loop recursion over the pairs stored, newest first, then oldest first.
+    """H g by the two-loop recursion over all m slots, newest first, then oldest first.
 
-    `scaled` is D, `first` H without pairs.
+    `scaled` is D, `first` H without pairs; not `fitted`, H₀ is always `first`. Empty slots have
+    ρ = 0 and change nothing; a fixed count is a loop that reverse mode can differentiate.
     """
     m = state.rho.shape[0]
     dtype = state.rho.dtype
-    used = jnp.minimum(state.stored, m)
+    if m == 0:
+        return first(grad)
 
     def pair(ring: PyTree, slot: jax.Array) -> PyTree:
         return jax.tree.map(
@@ -259,17 +257,18 @@ def _two_loop(
         return tree.add_scaled(q, -alpha, pair(state.y, slot)), alphas.at[slot].set(alpha)
 
     def oldest_first(j: jax.Array, r: PyTree, alphas: jax.Array) -> PyTree:
-        slot = (state.stored - used + j) % m
+        slot = (state.stored + j) % m
         beta = state.rho[slot] * tree.vdot(pair(state.y, slot), r).astype(dtype)
         return tree.add_scaled(r, alphas[slot] - beta, pair(state.s, slot))
 
-    start = (grad, jnp.zeros((m,), dtype))
-    q, alphas = jax.lax.fori_loop(jnp.zeros_like(used), used, newest_first, start)
-    newest = pair(state.y, (state.stored - 1) % m)
-    rho_yy = state.rho[(state.stored - 1) % m] * tree.vdot(newest, scaled(newest)).astype(dtype)
-    known = rho_yy > 0
-    q = tree.where(known, tree.scale(1.0 / jnp.where(known, rho_yy, 1.0), scaled(q)), first(q))
-    return jax.lax.fori_loop(jnp.zeros_like(used), used, lambda j, r: oldest_first(j, r, alphas), q)
+    q, alphas = jax.lax.fori_loop(0, m, newest_first, (grad, jnp.zeros((m,), dtype)))
+    if fitted:
+        newest = pair(state.y, (state.stored - 1) % m)
+        rho_yy = state.rho[(state.stored - 1) % m] * tree.vdot(newest, scaled(newest)).astype(dtype)
+        known = rho_yy > 0
+        scale = 1.0 / jnp.where(known, rho_yy, 1.0)
+        q = tree.where(known, tree.scale(scale, scaled(q)), first(q))
+    return jax.lax.fori_loop(0, m, lambda j, r: oldest_first(j, r, alphas), q)
 
 
 def _rescale(scale: PyTree, s: PyTree, y: PyTree) -> PyTree:
@@ -303,6 +302,8 @@ def _remember(
 ) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
     """The history with the pair (s, y), if its curvature is large enough."""
     dtype = state.rho.dtype
+    if not state.rho.size:
+        return state.s, state.y, state.rho, state.stored
     sy, ss, yy = (tree.vdot(a, b).astype(dtype) for a, b in ((s, y), (s, s), (y, y)))
     good = moved & (sy > cautious * jnp.sqrt(ss) * jnp.sqrt(yy)) & jnp.isfinite(1.0 / sy)
     slot = state.stored % state.rho.shape[0]
@@ -310,6 +311,6 @@ def _remember(
     def write(ring: jax.Array, x: jax.Array) -> jax.Array:
         return ring.at[slot].set(jnp.where(good, x.astype(ring.dtype), ring[slot]))
 
-    rho = state.rho.at[slot].set(jnp.where(good, 1.0 / sy, state.rho[slot]))
+    rho = state.rho.at[slot].set(jnp.where(good, 1.0 / jnp.where(good, sy, 1.0), state.rho[slot]))
     stored = state.stored + good.astype(jnp.int32)
     return jax.tree.map(write, state.s, s), jax.tree.map(write, state.y, y), rho, stored

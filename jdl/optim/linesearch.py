@@ -13,6 +13,7 @@ once, and the loop ends after `max_evaluations` for any f. A trial whose value o
 finite counts as too far.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,7 +67,9 @@ def strong_wolfe(
     c1: float = 1e-4,
     c2: float = 0.9,
     max_evaluations: int = 20,
+    max_step: Number = jnp.inf,
     active: jax.Array | bool = True,
+    unrolled: bool = False,
 ) -> LineSearchResult:
     """A step that satisfies the strong Wolfe conditions, by bracketing and zooming.
 
@@ -86,7 +89,9 @@ def strong_wolfe(
       c1: sufficient decrease, 0 < c₁ < c₂.
       c2: curvature, c₁ < c₂ < 1; the smaller, the closer to the line's minimum.
       max_evaluations: maximum trials, ≥ 1; after them the best point so far is taken.
+      max_step: the longest step, > 0.
       active: False to do nothing, and take step 0.
+      unrolled: True for a loop of `max_evaluations` trials that reverse mode can differentiate.
 
     Returns:
       The step, with value and gradient there.
@@ -110,7 +115,7 @@ def strong_wolfe(
     resolution = _resolution(params, direction, dtype)
     possible = jnp.asarray(active) & jnp.isfinite(value) & jnp.isfinite(slope0) & (slope0 < 0)
     initial = _State(
-        trial=jnp.asarray(initial_step).astype(dtype),
+        trial=jnp.minimum(jnp.asarray(initial_step), max_step).astype(dtype),
         low=start,
         high=nowhere,
         width=nowhere.step,
@@ -135,8 +140,9 @@ def strong_wolfe(
         high = tree.where(too_high, new, tree.where(past, s.low, s.high))
         low = tree.where(too_high, s.low, new)
 
-        inside = _between(low, high, s.width, noise)
-        outside = _beyond(s.low, new, noise)
+        inside = _smooth(_between, low, high, s.width, noise)
+        outside = _smooth(_beyond, s.low, new, noise)
+        outside = jnp.minimum(outside, max_step).astype(dtype)
         trial = jnp.where(jnp.isfinite(high.step), inside, outside)
         width = jnp.abs(high.step - low.step)
         tiny = 4 * jnp.finfo(dtype).eps * jnp.maximum(low.step, high.step)
@@ -156,7 +162,12 @@ def strong_wolfe(
             termination=termination.astype(jnp.int32),
         )
 
-    end = jax.lax.while_loop(lambda s: s.termination == 0, body, initial)
+    searching = lambda s: s.termination == 0  # noqa: E731
+    if unrolled:
+        step = lambda s, _: (jax.lax.cond(searching(s), body, lambda s: s, s), None)  # noqa: E731
+        end = jax.lax.scan(step, initial, length=max_evaluations)[0]
+    else:
+        end = jax.lax.while_loop(searching, body, initial)
     return LineSearchResult(*end.low, end.grad, end.evaluations, end.termination)
 
 
@@ -248,6 +259,23 @@ def _resolution(params: Params, direction: Params, dtype: Any) -> jax.Array:
 
     found = [shortest(*pair) for pair in tree.packed(dtype, spacing, direction)]
     return jax.lax.cummin(jnp.stack(found))[-1]  # for XLA no chain of operations: see `tree`
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _smooth(formula: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    """`formula(*args)`, all scalars, with derivatives of 0 where they are not finite.
+
+    Without this a formula that does not apply, at an end that is infinite, would spoil the
+    derivative of the one that does.
+    """
+    return formula(*args)
+
+
+@_smooth.defjvp
+def _smooth_jvp(formula: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    slopes = jax.grad(lambda args: formula(*args))(primals)
+    slopes = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), slopes)
+    return formula(*primals), tree.vdot(slopes, tangents).astype(primals[-1].dtype)
 
 
 def _minimizer(a: Point, b: Point, noise: jax.Array) -> jax.Array:

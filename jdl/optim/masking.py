@@ -1,4 +1,4 @@
-"""Updates of part of the parameters, inside optax.masked and optax.partition.
+"""Updates of part of the parameters, inside optax.masked and optax.partition, or of a flat array.
 
 A function of all parameters becomes one of the part, the others kept constant. A part has the
 structure of the whole, with `optax.MaskedNode()` for each leaf or branch that is not in it.
@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import optax
+from jax.flatten_util import ravel_pytree
 
-from jdl.core import check
+from jdl.core import check, tree
 from jdl.core.objective import Objective
 from jdl.core.types import Params, PyTree
 
@@ -54,6 +55,33 @@ class Part:
     def function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the whole as one of the part."""
         return lambda part: fn(self.filled(part))
+
+
+class Flat(Part):
+    """The conversions between parameters and the one array that optax.flatten makes of them.
+
+    >>> import jax.numpy as jnp
+    >>> flat = Flat.of_gradient(jnp.zeros(3), {"a": jnp.ones(2), "b": jnp.ones(1)})
+    >>> flat.filled(jnp.arange(3.0))["b"].tolist()
+    [2.0]
+    """
+
+    def __init__(self, like: PyTree):
+        self.like = like
+
+    @classmethod
+    def of_gradient(cls, params: PyTree, grad: PyTree) -> "Flat | None":
+        """The conversions, where `params` are the array of a tree like `grad`; else None."""
+        flat = isinstance(params, jax.Array) and params.ndim == 1
+        return cls(grad) if flat and tree.size(grad) == params.size else None
+
+    def filled(self, part: PyTree) -> PyTree:
+        """The array as a tree."""
+        return ravel_pytree(self.like)[1](part)
+
+    def of(self, whole: PyTree) -> PyTree:
+        """A tree as the array."""
+        return ravel_pytree(whole)[0]
 
 
 def restricted(objective: Objective, part: Part) -> Objective:

@@ -15,20 +15,21 @@ import optax
 
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
-from jdl.optim import linesearch
 from jdl.optim.context import UpdateContext, scalar_dtype
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.transformation import (
     ScalarOrSchedule,
+    Search,
     Step,
     along,
     bounded_scale,
     check_options,
     descending,
     second_order,
+    wolfe,
 )
 
-METHODS = ("polak_ribiere", "hestenes_stiefel", "dai_yuan", "hager_zhang")
+METHODS = ("polak_ribiere", "fletcher_reeves", "hestenes_stiefel", "dai_yuan", "hager_zhang")
 
 
 class NonlinearCGState(NamedTuple):
@@ -66,12 +67,14 @@ def nonlinear_cg(
     c1: float = 1e-4,
     c2: float = 0.1,
     max_evaluations: int = 20,
+    search: Search = wolfe,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Nonlinear conjugate gradients with a strong Wolfe line search.
 
     With y = g⁺ − g over the last step along d:
 
         polak_ribiere     β = max(0, ⟨g⁺, y⟩ / ⟨g, g⟩)
+        fletcher_reeves   β = ⟨g⁺, g⁺⟩ / ⟨g, g⟩
         hestenes_stiefel  β = max(0, ⟨g⁺, y⟩ / ⟨d, y⟩)
         dai_yuan          β = ⟨g⁺, g⁺⟩ / ⟨d, y⟩
         hager_zhang       β = max(η, ⟨y − 2 d ⟨y, y⟩ / ⟨d, y⟩, g⁺⟩ / ⟨d, y⟩)
@@ -91,6 +94,7 @@ def nonlinear_cg(
       c1: sufficient decrease of the line search, in (0, c2).
       c2: curvature of the line search, in (c1, 0.5).
       max_evaluations: maximum trials of the line search, ≥ 1.
+      search: the line search, a `jdl.optim.transformation.Search`.
 
     Returns:
       An optax transformation, whose updates are the whole step α d.
@@ -147,19 +151,9 @@ def nonlinear_cg(
         # The first-order change is expected to be that of the last step.
         ratio = jnp.where(slope < 0, state.slope / jnp.where(slope < 0, slope, 1.0), 1.0)
         next_step = state.step * jnp.clip(ratio, 1.0 / growth, growth)
-        found = linesearch.strong_wolfe(
-            ctx.value_and_grad,
-            ctx.params,
-            direction,
-            ctx.value,
-            ctx.grad,
-            initial_step=jnp.where(next_step > 0, next_step, first),
-            noise=ctx.noise,
-            c1=c1,
-            c2=c2,
-            max_evaluations=max_evaluations,
-            active=ctx.active,
-        )
+        first = jnp.where(next_step > 0, next_step, first)
+        limits = {"c1": c1, "c2": c2, "max_evaluations": max_evaluations}
+        found = search(ctx, direction, first, state.diagnostics, **limits)
         assert found.grad is not None  # backtracking alone gives none
         moved = found.step > 0
         beta = _beta(method, direction, ctx.grad, found.grad)
@@ -195,6 +189,8 @@ def _beta(method: str, d: PyTree, g: PyTree, g_new: PyTree) -> jax.Array:
     gy = tree.vdot(g_new, y)
     if method == "polak_ribiere":
         return jnp.maximum(gy / tree.vdot(g, g), 0.0)
+    if method == "fletcher_reeves":
+        return tree.vdot(g_new, g_new) / tree.vdot(g, g)
     dy = tree.vdot(d, y)
     if method == "hestenes_stiefel":
         return jnp.maximum(gy / dy, 0.0)

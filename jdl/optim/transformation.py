@@ -16,11 +16,14 @@ import optax
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim import diagnostics as diag
-from jdl.optim.context import UpdateContext, gather
-from jdl.optim.linesearch import LineSearchResult
+from jdl.optim.context import UpdateContext, gather, numbers_as_arrays
+from jdl.optim.linesearch import LineSearchResult, strong_wolfe
 from jdl.optim.result import ResultCode
 
 ScalarOrSchedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
+# (context, direction, first trial step, diagnostics, c1, c2, max_evaluations) -> the step found,
+# with the gradient there; `wolfe` is one.
+Search: TypeAlias = Callable[..., LineSearchResult]
 # The ranges of options that several optimizers share, and those that may be None.
 RANGES = {
     "b1": "[0, 1)",
@@ -71,6 +74,20 @@ class Step(NamedTuple):
     sound: jax.Array | bool = True  # False where the curvature was not finite
 
 
+def wolfe(
+    ctx: UpdateContext,
+    direction: PyTree,
+    first: jax.Array,
+    last: diag.Diagnostics | None = None,
+    **limits: Any,
+) -> LineSearchResult:
+    """`linesearch.strong_wolfe` from the context of an update, with its noise."""
+    del last
+    here = (ctx.value_and_grad, ctx.params, direction, ctx.value, ctx.grad)
+    options = {"noise": ctx.noise, "active": ctx.active, **limits}
+    return strong_wolfe(*here, initial_step=first, **options)
+
+
 def along(
     direction: PyTree,
     found: LineSearchResult,
@@ -118,6 +135,7 @@ def second_order(
         check.in_range("learning_rate", learning_rate, 0.0, open_low=True)
 
     def init_fn(params: Params) -> State:
+        params = numbers_as_arrays(params)
         check_params(name, params)
         asked = not jax.tree.leaves(params)  # by optax.tree.map_params
         return state_type(
@@ -163,14 +181,15 @@ def _marked(init: Callable[[Params], Mapping[str, Any]], mark: PyTree) -> dict[s
 
 
 def descending(
-    direction: PyTree, ctx: UpdateContext, *, bounded: bool = False
+    direction: PyTree, ctx: UpdateContext, *, bounded: bool = False, norms: Any = None
 ) -> tuple[PyTree, jax.Array]:
     """The direction, or −∇f if it is not finite or does not descend; and whether it does.
 
-    −∇f has no scale of its own: with `bounded` it is shortened to a length of at most 1.
+    −∇f has no scale of its own: with `bounded` it is shortened to a length of at most 1. `norms` is
+    ‖D d‖ ‖D⁻¹ ∇f‖ in units D of one's own, against which the slope is compared.
     """
     slope = tree.vdot(direction, ctx.grad)
-    norms = tree.norm(direction) * tree.norm(ctx.grad)
+    norms = tree.norm(direction) * tree.norm(ctx.grad) if norms is None else norms
     descends = (-slope > jnp.finfo(slope.dtype).eps * norms) & tree.all_finite(direction)
     direction = tree.where(descends, direction, tree.scale(-1.0, ctx.grad))
     if bounded:

@@ -11,6 +11,7 @@ those of jaxopt where it has the class; `minimize` is stricter:
     solver              maxiter  tol
     LBFGS                   500  1e-3
     LBFGSB                  500  1e-3
+    BFGS                    500  1e-3
     NonlinearCG             100  1e-3
     GradientDescent         500  1e-3
     Newton                  100  1e-3
@@ -21,9 +22,12 @@ those of jaxopt where it has the class; `minimize` is stricter:
     minimize        the class's  1e-4
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
+from jdl.core import check
 from jdl.optim.result import ResultCode
+from jdl.solvers import implicit as implicit_diff
+from jdl.solvers.bfgs import BFGS
 from jdl.solvers.gradient_check import check_gradient
 from jdl.solvers.gradient_descent import GradientDescent
 from jdl.solvers.hessian_free import HessianFree
@@ -34,10 +38,13 @@ from jdl.solvers.newton import Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG
 from jdl.solvers.optax_solver import OptaxSolver
 from jdl.solvers.state import OptStep, SolverState
+from jdl.solvers.steps import BacktrackingLineSearch
 
 __all__ = [
+    "BFGS",
     "LBFGS",
     "LBFGSB",
+    "BacktrackingLineSearch",
     "GaussNewton",
     "GradientDescent",
     "HessianFree",
@@ -50,22 +57,56 @@ __all__ = [
     "ResultCode",
     "SolverState",
     "check_gradient",
+    "implicit_diff",
     "minimize",
 ]
 
-_PROJECTION = "Use LBFGS(bounds=...) for a box, OptaxSolver(pre_update=...) for other projections"
-_ALTERNATIVES = {
-    "ProjectedGradient": _PROJECTION,
-    "ScipyBoundedMinimize": _PROJECTION,
-    "MirrorDescent": _PROJECTION,
-    "ProximalGradient": "There is no proximal method here; keep jaxopt for it, or smooth the term",
-    "BFGS": "Use LBFGS, or Newton for few parameters",
-    "ScipyMinimize": "Use jdl.minimize, or scipy.optimize itself",
-    "ArmijoSGD": "Use OptaxSolver with one of optax's line searches",
-    "PolyakSGD": "Use OptaxSolver with optax.polyak_sgd",
+# What to use in the place of jaxopt's other names.
+_INSTEAD = {
+    "optimistix.fixed_point(fn, optimistix.FixedPointIteration(rtol, atol), y0)": (
+        "AndersonAcceleration AndersonWrapper FixedPointIteration"
+    ),
+    "optimistix.root_find(fn, optimistix.Newton(rtol, atol), y0)": "Broyden ScipyRootFinding",
+    "optimistix.root_find(fn, optimistix.Bisection(rtol, atol), y0)": "Bisection",
+    "OptaxSolver(fun, optax.chain(optax.sgd(1.0), "
+    "optax.scale_by_backtracking_linesearch(15, slope_rtol=0.1)))": "ArmijoSGD",
+    "OptaxSolver(fun, optax.polyak_sgd(max_stepsize, f_min=fun_min, eps=delta))": "PolyakSGD",
+    "LBFGSB for a box, or OptaxSolver(fun, opt, pre_update=f), f a projection of optax.projections "
+    "or a proximity operator": "MirrorDescent ProjectedGradient ProximalGradient prox",
+    "LBFGSB, or scipy.optimize.minimize": "ScipyBoundedMinimize",
+    "jdl.minimize, or scipy.optimize.minimize": "ScipyMinimize",
+    "scipy.optimize.least_squares": "ScipyBoundedLeastSquares ScipyLeastSquares",
+    "skglm": "BlockCoordinateDescent",
+    "qpax.solve_qp": "BoxCDQP BoxOSQP CvxpyQP OSQP",
+    "lineax.linear_solve": "EqualityConstrainedQP IterativeRefinement linear_solve",
+    'linesearch="zoom" or "hager-zhang" in a solver': "HagerZhangLineSearch ZoomLineSearch",
+    "sklearn.isotonic": "isotonic",
+    "equinox.internal.while_loop": "loop",
+    "optax.losses, whose arguments are (prediction, label)": "loss objective",
+    "optax.perturbations": "perturbations",
+    "optax.projections": "projection",
+    "optax.tree": "tree_util",
+    "jdl.solvers.OptStep": "base",
 }
+_ELSEWHERE = {name: text for text, names in _INSTEAD.items() for name in names.split()}
+
+
+class _Elsewhere:
+    """A name of jaxopt's that is not here: each use says where to go."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise check.ArgumentError(f"jdl.solvers has no {self._name}: use {_ELSEWHERE[self._name]}.")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self()
 
 
 def __getattr__(name: str) -> Any:
-    hint = f" {_ALTERNATIVES[name]}." if name in _ALTERNATIVES else ""
-    raise AttributeError(f"jdl.solvers has no {name!r}.{hint} It has {', '.join(__all__)}.")
+    if name in _ELSEWHERE:
+        return _Elsewhere(name)
+    raise AttributeError(f"jdl.solvers has no {name!r}. It has {', '.join(__all__)}.")

@@ -7,6 +7,7 @@ P clips to the box. Variables in A stay fixed; H_FF is L-BFGS's inverse Hessian 
 built from the pairs' free coordinates alone, so that d and, for small α, P(x + α d) descend.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -46,11 +47,20 @@ class _Trial(NamedTuple):
 
 
 def projected_lbfgs(
-    learning_rate: float = 1.0, *, memory_size: int = 10, max_evaluations: int = 30
+    learning_rate: float = 1.0,
+    *,
+    memory_size: int = 10,
+    max_evaluations: int = 30,
+    use_gamma: bool = True,
+    shrink: float = 0.5,
+    first_step: Callable[[jax.Array, Diagnostics], jax.Array] | None = None,
+    stepsize: Callable[[Diagnostics], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """L-BFGS whose updates stay in a box, given to `update` as `bounds=(lower, upper)`.
 
-    `learning_rate` is the line search's first trial step, `max_evaluations` its maximum of trials.
+    `learning_rate` is the line search's first trial step, `max_evaluations` its maximum of trials,
+    `shrink` their ratio; `first_step` changes the first one, `stepsize` gives a length instead of a
+    search, each by the diagnostics before. Without `use_gamma` H₀ = I.
 
     References:
       Bertsekas, Projected Newton methods for optimization problems with simple constraints (1982).
@@ -85,7 +95,7 @@ def projected_lbfgs(
         free = ~(((x <= lower) & (gradient > 0)) | ((x >= upper) & (gradient < 0)))
         s, y = (jnp.where(free[None], ring, 0.0) for ring in (state.s, state.y))
         downhill = -jnp.where(free, gradient, 0.0)
-        direction, scaled = _inverse_product(s, y, downhill)
+        direction, scaled = _inverse_product(s, y, downhill, use_gamma)
         descends = (jnp.vdot(direction, downhill) > 0) & jnp.all(jnp.isfinite(direction))
         direction = jnp.where(descends, direction, downhill)
         length = jnp.linalg.norm(direction).astype(dtype)
@@ -93,7 +103,12 @@ def projected_lbfgs(
         # Without curvature −g has no scale of its own.
         first = jnp.where(scaled & descends, rate, rate / jnp.maximum(1.0, length))
         active = here.finite & (length > 0)
-        end = _projected_search(here, direction, (lower, upper), first, max_evaluations, active)
+        if first_step is not None:
+            first = first_step(first, state.diagnostics)
+        trials = (max_evaluations, shrink)
+        if stepsize is not None:
+            first, trials = jnp.asarray(stepsize(state.diagnostics), dtype), (1, -jnp.inf)
+        end = _projected_search(here, direction, (lower, upper), first, trials, active)
         s = jnp.where(end.good, ravel_pytree(end.params)[0] - x, 0.0)
         y = jnp.where(end.good, ravel_pytree(end.grad)[0] - gradient, 0.0)
         lost = active & ~end.good  # after a failure the history is dropped
@@ -121,26 +136,30 @@ def _projected_search(
     direction: jax.Array,
     bounds: tuple[jax.Array, jax.Array],
     first: jax.Array,
-    max_evaluations: int,
+    trials: tuple[int, float],
     active: jax.Array,
 ) -> _Trial:
-    """Backtracking along P(x + α d) from the step `first`; direction and bounds are raveled."""
+    """Backtracking along P(x + α d) from the step `first`; direction and bounds are raveled.
+
+    `trials` is their maximum and their ratio; of a ratio −∞ the first one is taken as it is.
+    """
+    most, shrink = trials
     dtype = here.value.dtype
     x, unravel = ravel_pytree(here.params)
     gradient = ravel_pytree(here.grad)[0]
 
     def body(t: _Trial) -> _Trial:
-        step = jnp.where(t.tried == 0, first, 0.5 * t.step)
+        step = jnp.where(t.tried == 0, first, shrink * t.step)
         new = jnp.clip(x + step.astype(x.dtype) * direction, *bounds)
         slope = jnp.vdot(gradient, new - x).astype(dtype)
         value, grad = here.value_and_grad(unravel(new))
         good = (value <= here.value + C1 * slope + here.noise) & (slope < 0)
-        good &= tree.all_finite(grad)
+        good = (good | (shrink < 0)) & tree.all_finite(grad)
         return _Trial(step, unravel(new), value, grad, t.tried + 1, good)
 
     none, false = jnp.zeros((), jnp.int32), jnp.asarray(False)
     start = _Trial(jnp.zeros((), dtype), here.params, here.value, here.grad, none, false)
-    return jax.lax.while_loop(lambda t: active & ~t.good & (t.tried < max_evaluations), body, start)
+    return jax.lax.while_loop(lambda t: active & ~t.good & (t.tried < most), body, start)
 
 
 def check_order(bounds: Any) -> None:
@@ -189,7 +208,9 @@ def fitted(bounds: tuple[Any, Any], params: Params) -> tuple[Params, Params]:
     return fit("lower", bounds[0]), fit("upper", bounds[1])
 
 
-def _inverse_product(s: jax.Array, y: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _inverse_product(
+    s: jax.Array, y: jax.Array, g: jax.Array, use_gamma: bool
+) -> tuple[jax.Array, jax.Array]:
     """H g by the two-loop recursion, newest pair first; and whether any pair was usable."""
     sy, ss, yy = (jnp.einsum("mn,mn->m", a, b) for a, b in ((s, y), (s, s), (y, y)))
     good = (sy > CAUTIOUS * jnp.sqrt(ss) * jnp.sqrt(yy)) & jnp.isfinite(1.0 / sy)
@@ -207,6 +228,7 @@ def _inverse_product(s: jax.Array, y: jax.Array, g: jax.Array) -> tuple[jax.Arra
     q, alpha = jax.lax.scan(down, g, (s, y, rho))
     newest = jnp.argmax(good)
     scale = jnp.where(good[newest], sy[newest] / jnp.where(good[newest], yy[newest], 1.0), 1.0)
+    scale = scale if use_gamma else jnp.ones_like(scale)
     r, _ = jax.lax.scan(up, scale * q, (s, y, rho, alpha), reverse=True)
     return r, jnp.any(good)
 

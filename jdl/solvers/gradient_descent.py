@@ -112,14 +112,16 @@ def _searched(
     # Growing steps where noise hides whether they descend would end in divergence.
     predicted = 0.5 * last * tree.vdot(updates, here.grad).astype(dtype)
     visible = predicted > 10.0 * here.noise
+    # In derivatives the step counts as a constant: reverse mode cannot pass the search's loop.
+    fixed = jax.lax.stop_gradient
     found = linesearch.backtracking(
-        here.value_fn,
-        here.params,
-        down,
-        here.value,
-        tree.vdot(down, here.grad),
-        initial_step=jnp.where(visible, 1.0 / decrease_factor, 1.0) * last,
-        noise=here.noise,
+        lambda params: fixed(here.value_fn(params)),
+        fixed(here.params),
+        fixed(down),
+        fixed(here.value),
+        fixed(tree.vdot(down, here.grad)),
+        initial_step=fixed(jnp.where(visible, 1.0 / decrease_factor, 1.0) * last),
+        noise=fixed(here.noise),
         c1=0.5,  # f lies below the parabola of curvature 1/s: FISTA's condition
         shrink=decrease_factor,
         max_evaluations=max_evaluations,
@@ -163,10 +165,10 @@ class GradientDescent(Iterative):
         decrease_factor: float = 0.5,
         **options: Unpack[SolverOptions],
     ):
-        self.searches_lines = not callable(stepsize) and stepsize <= 0
         super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **options)
         check.positive_int("maxls", maxls)
         check.in_range("decrease_factor", decrease_factor, 0.0, 1.0, open_low=True, open_high=True)
+        self.rescales = not callable(stepsize) and stepsize <= 0
         self.stepsize, self.maxls, self.acceleration = stepsize, maxls, acceleration
         self.decrease_factor = decrease_factor
         self.optimizer = gradient_descent(

@@ -29,6 +29,8 @@ class HessianFree(Iterative):
     [1.0, 1.0]
     """
 
+    searches_lines = rescales = True
+
     def __init__(
         self,
         fun: Callable[..., Any] | Objective,
@@ -38,7 +40,7 @@ class HessianFree(Iterative):
         tol: float = 1e-3,
         **options: Any,
     ):
-        own, of_optimizer = split(options, self.refusals)
+        own, of_optimizer = split(options)
         super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **own)
         if not isinstance(fun, Objective):
             ok = of_optimizer.get("curvature") != "gauss_newton"

@@ -8,6 +8,7 @@ at the cost of one linear system, however many iterations found x*. Forward and 
 also for arrays that the function closes over.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,58 @@ def root(
 
     params, rest = jax.lax.custom_root(optimality, guess, as_floats, tangent_solve, has_aux=True)
     return params, jax.tree.map(_from_floats, shapes, rest)
+
+
+def custom_root(
+    optimality_fun: Callable[..., PyTree],
+    has_aux: bool = False,
+    solve: Solve | None = None,
+    reference_signature: Any = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for solvers `solver(init, *args, **kwargs)` of optimality_fun(sol, *args) = 0.
+
+    Derivatives with respect to `args` and `kwargs`, forward and reverse, are those of the root;
+    `init` has none. With `has_aux` the solver returns `(sol, aux)`. Arguments go to both functions
+    as they were given, so that `reference_signature` is not needed.
+
+    >>> sqrt = custom_root(lambda x, a: x * x - a)(lambda init, a: jnp.sqrt(a))
+    >>> float(jax.grad(lambda a: sqrt(None, a))(4.0))
+    0.25
+    """
+    del reference_signature
+
+    def decorated(solver_fun: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(solver_fun)
+        def solver(init: Any, *args: Any, **kwargs: Any) -> Any:
+            fixed = jax.lax.stop_gradient
+            found = solver_fun(fixed(init), *fixed(args), **fixed(kwargs))
+            sol, aux = fixed(found if has_aux else (found, None))
+            optimality = lambda x: optimality_fun(x, *args, **kwargs)  # noqa: E731
+            sol, aux = root(optimality, sol, lambda _: (sol, aux), solve, symmetric=False)
+            return (sol, aux) if has_aux else sol
+
+        return solver
+
+    return decorated
+
+
+def custom_fixed_point(
+    fixed_point_fun: Callable[..., PyTree],
+    has_aux: bool = False,
+    solve: Solve | None = None,
+    reference_signature: Any = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`custom_root` for solvers of fixed_point_fun(sol, *args) = sol.
+
+    >>> halving = custom_fixed_point(lambda x, a: 0.5 * (x + a))(lambda init, a: 1.0 * a)
+    >>> float(jax.grad(lambda a: halving(None, a))(4.0))
+    1.0
+    """
+
+    def moved(x: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        return tree.add_scaled(fixed_point_fun(x, *args, **kwargs), -1.0, x)
+
+    return custom_root(moved, has_aux, solve, reference_signature)
 
 
 def conjugate_gradients(product: Product, b: PyTree) -> PyTree:

@@ -23,9 +23,21 @@ from jdl.optim import diagnostics as diag
 from jdl.optim.context import noise_floor, scalar_dtype
 from jdl.optim.result import ResultCode
 from jdl.solvers import box, implicit
-from jdl.solvers.options import SolverOptions
-from jdl.solvers.problem import Problem, as_arrays, check_problem, make_problem, shapes
+from jdl.solvers.options import SolverOptions, split
+from jdl.solvers.problem import (
+    Problem,
+    as_arrays,
+    check_problem,
+    complex_view,
+    make_problem,
+    real_problem,
+    real_view,
+    shapes,
+)
 from jdl.solvers.state import OptStep, SolverState
+from jdl.solvers.steps import Steps
+
+STEPS = Steps.__dataclass_fields__
 
 
 class Iterative:
@@ -40,16 +52,16 @@ class Iterative:
       has_aux: whether values come as `(value, aux)`.
       maxiter: maximum number of updates, ≥ 0.
       tol: a run has converged when `state.error` ≤ tol, ≥ 0.
-      **refused: keywords of jaxopt that have no meaning here; the error says what to use instead.
     """
 
-    searches_lines: bool = True  # in loops that reverse mode cannot differentiate
+    searches_lines: bool = False  # in loops that reverse mode cannot differentiate
+    stepping: ClassVar[bool] = False  # takes the options of `Steps`
     stochastic: ClassVar[bool] = False  # `update` gets other data each time
     symmetric: ClassVar[bool] = True  # the optimality condition's derivative is a Hessian
-    evaluates: ClassVar[bool] = False  # the optimizer's state has value and grad at the new point
+    # Functions of extreme gradients are minimized times a power of two.
+    rescales: bool = False
+    evaluates: bool = False  # the optimizer's state has value and grad at the new point
     default_solve: implicit.Solve | None = None  # None: conjugate gradients
-    refusals: ClassVar[dict[str, str]] = {}  # keyword of jaxopt -> what to do instead
-    redundant: ClassVar[dict[str, Any]] = {}  # keyword of jaxopt -> the one value accepted
     optimizer: optax.GradientTransformationExtraArgs
     implicit_diff: bool = True
     # After the first failure an optimizer drops its history; the second is that of −gradient.
@@ -70,14 +82,10 @@ class Iterative:
         unroll: str | bool = "auto",
         verbose: bool | int = False,
         callback: Callable[[Params, SolverState], None] | None = None,
-        **refused: Any,
+        **unknown: Any,
     ):
         name = type(self).__name__
-        for keyword, given in refused.items():
-            if keyword in self.redundant and self.redundant[keyword] == given:
-                continue
-            if keyword in self.refusals:
-                raise check.ArgumentError(f"{name} takes no `{keyword}`: {self.refusals[keyword]}")
+        for keyword in unknown:
             raise TypeError(f"{name} got an unexpected keyword argument {keyword!r}")
         ok = callable(fun) or isinstance(fun, Objective)
         check.argument(ok, "fun", "a function or a jdl.Objective", fun)
@@ -92,7 +100,7 @@ class Iterative:
         ok = not (unroll is True and self.searches_lines)
         must = '"auto" or False'
         hint = (
-            f"{name} has a line search, whose loop reverse mode cannot differentiate: "
+            f"{name} has inner loops, which reverse mode cannot differentiate: "
             "leave implicit_diff=True."
         )
         check.argument(ok, "unroll", must, unroll, hint)
@@ -113,11 +121,20 @@ class Iterative:
         if "options" in own:
             shared = inspect.signature(Iterative.__init__).parameters
             _, *first, last = own.values()
+            if cls.stepping:
+                lengths = inspect.signature(Steps).parameters.values()
+                first += [p.replace(kind=p.KEYWORD_ONLY) for p in lengths]
             more = [
                 shared[name].replace(default=getattr(cls, name, shared[name].default))
                 for name in SolverOptions.__annotations__
             ]
             setattr(cls, "__signature__", inspect.Signature([*first, *more, last]))  # noqa: B010
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether a run is a loop of fixed length, which reverse mode can differentiate."""
+        auto = not self.implicit_diff and not self.searches_lines
+        return auto if self.unroll == "auto" else bool(self.unroll)
 
     # ------------------------------------------------------------------ what a solver defines
 
@@ -220,20 +237,23 @@ class Iterative:
 
     def optimality_fun(self, params: Params, *args: Any, **kwargs: Any) -> PyTree:
         """The condition that is zero at a solution: ∇f, or x − P(x − ∇f) with bounds."""
-        problem = self._at(None, params, args, kwargs)
-        return _optimality(problem, params, problem.evaluate(params)[1])
+        like, problem = params, self._at(None, params, args, kwargs)
+        params = real_view(params)
+        found = _optimality(problem, params, problem.evaluate(params)[1])
+        return complex_view(found, like, conjugate=True)
 
     def l2_optimality_error(self, params: Params, *args: Any, **kwargs: Any) -> jax.Array:
         """The norm of `optimality_fun`."""
-        return tree.norm(self.optimality_fun(params, *args, **kwargs))
+        return tree.norm(real_view(self.optimality_fun(params, *args, **kwargs)))
 
     def _traced_fun(self) -> Objective | None:
         """An objective's arrays enter the compiled program as arguments."""
         return self.fun if isinstance(self.fun, Objective) else None
 
     def _at(self, fun: Any, params: Params, args: tuple[Any, ...], kwargs: Any) -> Problem:
-        """The problem, with bounds in the parameters' structure."""
+        """The problem in the real view of `params`, with bounds in their structure."""
         problem = self._problem(self.fun if fun is None else fun, args, kwargs)
+        problem = real_problem(problem, params)
         if problem.bounds is None:
             return problem
         return problem._replace(bounds=box.fitted(problem.bounds, params))
@@ -241,23 +261,25 @@ class Iterative:
     def _checked(
         self, fun: Objective | None, params: Params, args: Any, kwargs: Any
     ) -> tuple[Problem, Params]:
-        """The problem, checked, and the initial parameters within its bounds."""
-        problem = self._at(fun, params, args, kwargs)
-        check_problem(problem, params, type(self).__name__)
-        self._check(problem, params)
+        """The problem, checked, and the real view of the parameters, within its bounds."""
+        problem, params = self._at(fun, params, args, kwargs), real_view(params)
+        if self.jit:  # in Python each call of the function counts
+            check_problem(problem, params, type(self).__name__)
+            self._check(problem, params)
         if problem.bounds is not None:
             params = jax.tree.map(jnp.clip, params, *problem.bounds)
         return problem, params
 
     def _init(self, fun: Objective | None, params: Params, args: Any, kwargs: Any) -> SolverState:
-        return self._start(*self._checked(fun, params, args, kwargs), None)
+        like, state = params, self._start(*self._checked(fun, params, args, kwargs), None)
+        return state._replace(grad=complex_view(state.grad, like, conjugate=True))
 
     def _start(self, problem: Problem, params: Params, memory: Any) -> SolverState:
         value, grad, aux = problem.evaluate(params)
         dtype = scalar_dtype(params)
         extra, aux = self._extra(aux, jax.tree.map(jnp.zeros_like, params))
-        error = tree.norm(_optimality(problem, params, grad)).astype(dtype)
-        one, zero = (jnp.asarray(x, jnp.int32) for x in (1, 0))
+        error = _error(problem, params, grad).astype(dtype)
+        one, zero = jnp.asarray(1), jnp.asarray(0)
         if memory is None:
             with jax.numpy_dtype_promotion("standard"):  # optax itself is not strict
                 memory = self.optimizer.init(params)
@@ -276,9 +298,13 @@ class Iterative:
             best_value=value,
             best_error=error,
             internal_state=memory,
+            scale=_scale_of(grad) if self._scales(problem) else jnp.ones((), dtype),
             extra=extra,
         )
         return state._replace(status=self._status(params, state))
+
+    def _scales(self, problem: Problem) -> bool:
+        return self.rescales and problem.objective is None
 
     def _update(
         self,
@@ -289,18 +315,23 @@ class Iterative:
         kwargs: Any,
         fresh: bool | None = None,
     ) -> OptStep:
-        problem = self._at(fun, params, args, kwargs)
+        like, problem = params, self._at(fun, params, args, kwargs)
+        params, state = (
+            real_view(params),
+            state._replace(grad=real_view(state.grad, conjugate=True)),
+        )
         if problem.bounds is not None:
             given, params = params, jax.tree.map(jnp.clip, params, *problem.bounds)
             again = lambda: reevaluated(problem, params, state)  # noqa: E731
             state = jax.lax.cond(_differ(given, params), again, lambda: state)
         if fresh or (fresh is None and self.stochastic):
             state = reevaluated(problem, params, state)
-        return self._with_aux(problem, *self._advance(problem, params, state))
+        return _seen(*self._with_aux(problem, *self._advance(problem, params, state)), like)
 
     def _run(
         self, fun: Objective | None, params: Params, memory: Any, args: Any, kwargs: Any
     ) -> OptStep:
+        like = params
         problem, params = self._checked(fun, params, args, kwargs)
 
         def find(params: Params) -> tuple[Params, SolverState]:
@@ -309,27 +340,30 @@ class Iterative:
             return tuple(self._with_aux(problem, params, state))
 
         if not self.implicit_diff:
-            return OptStep(*find(params))
-        guess = jax.lax.stop_gradient(params)
-        known = None if self.jit else jax.lax.stop_gradient(find(guess))  # a Python loop
-        return OptStep(
-            *implicit.root(
-                lambda x: _optimality(problem, x, problem.evaluate(x)[1]),
-                guess,
-                find if known is None else lambda _: known,
-                self.implicit_diff_solve or self.default_solve,
-                symmetric=self.symmetric and problem.bounds is None,
-            )
+            return _seen(*find(params), like)
+        guess, known = jax.lax.stop_gradient(params), None
+        if not self.jit:  # a Python loop
+            known = find(guess)
+            leaves = jax.tree.leaves((known, args, kwargs))
+            if not any(isinstance(x, jax.core.Tracer) for x in leaves):
+                return _seen(*known, like)
+            known = jax.lax.stop_gradient(known)
+        found = implicit.root(
+            lambda x: _optimality(problem, x, problem.evaluate(x)[1]),
+            guess,
+            find if known is None else lambda _: known,
+            self.implicit_diff_solve or self.default_solve,
+            symmetric=self.symmetric and problem.bounds is None,
         )
+        return _seen(*found, like)
 
     def _loop(self, body: Any, first: tuple[Params, SolverState]) -> tuple[Params, SolverState]:
         running = lambda c: c[1].status == ResultCode.RUNNING  # noqa: E731
-        possible = not self.implicit_diff and not self.searches_lines
         if not self.jit:
             while bool(running(first)):
                 first = body(first)
             return first
-        if not (self.unroll is True or (self.unroll == "auto" and possible)):
+        if not self.unrolled:
             return jax.lax.while_loop(running, lambda c: tuple(body(c)), first)
 
         def step(c: Any, _: None) -> tuple[Any, None]:
@@ -340,25 +374,29 @@ class Iterative:
     def _advance(self, problem: Problem, params: Params, state: SolverState) -> OptStep:
         """One update and its status; `aux` is stale where the optimizer did the evaluation."""
         params, state = self._before(problem, params, state)
+        value, grad, there = state.value, state.grad, problem
+        if self._scales(problem):
+            there, value, grad = _scaled(problem, state.scale, value, grad)
         with jax.numpy_dtype_promotion("standard"):
             updates, inner = self.optimizer.update(
-                state.grad,
+                grad,
                 state.internal_state,
                 params,
                 reused=True,
-                value=state.value,
-                grad=state.grad,
-                value_fn=problem.value,
-                **self._extras(problem, params),
+                value=value,
+                grad=grad,
+                value_fn=there.value,
+                **self._extras(there, params),
             )
             new = optax.apply_updates(params, updates)
         extra, aux = state.extra, state.aux
         if self.evaluates:
-            value, grad = inner.value, inner.grad
+            value = (inner.value / state.scale.astype(inner.value.dtype)).astype(state.value.dtype)
+            grad = tree.scale(1.0 / state.scale, inner.grad)
         else:
             value, grad, aux = problem.evaluate(new)
             extra, aux = self._extra(aux, updates)
-        error = tree.norm(_optimality(problem, new, grad)).astype(state.error.dtype)
+        error = _error(problem, new, grad).astype(state.error.dtype)
         state = _accounted(state, inner, int(not self.evaluates))
         lower, smaller = _improvements(state, (params, inner), new, value, error)
         state = state._replace(
@@ -415,6 +453,37 @@ class Iterative:
         return f"{words} (error {error:.3g}, tol {self.tol:.3g}, {dtype})"
 
 
+def _scale_of(grad: Params) -> jax.Array:
+    """1, or the power of two that brings a gradient near 1 whose square over- or underflows."""
+    most = tree.largest(grad)
+    limits = jnp.finfo(most.dtype)
+    extreme = (most > 1e-4 * limits.max**0.5) | (most < 1e4 * limits.tiny**0.5)
+    extreme &= (most > 0) & jnp.isfinite(most)
+    power = jnp.clip(jnp.round(jnp.log2(jnp.where(extreme, most, 1.0))), limits.minexp, 120)
+    return jnp.exp2(-power)
+
+
+def _scaled(
+    problem: Problem, scale: jax.Array, value: jax.Array, grad: Params
+) -> tuple[Problem, jax.Array, Params]:
+    """The problem times `scale`, with value and gradient."""
+    own = problem.value_and_grad_fn
+
+    def times(out: Any) -> Any:
+        return scale.astype(out.dtype) * out
+
+    def value_and_grad(params: Params) -> Any:
+        assert own is not None
+        f, g, aux = own(params)
+        return times(f), tree.scale(scale, g), aux
+
+    there = problem._replace(
+        value=lambda params, **_: times(problem.value(params)),
+        value_and_grad_fn=None if own is None else value_and_grad,
+    )
+    return there, times(value), tree.scale(scale, grad)
+
+
 def reevaluated(problem: Problem, params: Params, state: SolverState) -> SolverState:
     """The state with value and gradient of these parameters and this problem."""
     value, grad, _ = problem.evaluate(params)
@@ -428,12 +497,13 @@ def _accounted(state: SolverState, inner: Any, evaluated: int) -> SolverState:
     `evaluated` is 1 where the solver evaluated value and gradient at the new parameters itself.
     """
     after, before = diag.read(inner), diag.read(state.internal_state)
-    gradients = values = jnp.asarray(0, jnp.int32)
+    count = state.num_fun_eval.dtype
+    gradients = values = jnp.asarray(0, count)
     stepsize = jnp.full_like(state.stepsize, jnp.nan)
     failed = jnp.asarray(False)
     if after is not None and before is not None:
-        gradients = (after.gradients - before.gradients).astype(jnp.int32)
-        values = (after.values - before.values).astype(jnp.int32)
+        gradients = (after.gradients - before.gradients).astype(count)
+        values = (after.values - before.values).astype(count)
         stepsize = after.step_size.astype(stepsize.dtype)
         failed = after.termination == ResultCode.NO_DECREASE
     return state._replace(
@@ -472,6 +542,17 @@ def _optimality(problem: Problem, params: Params, grad: Params) -> PyTree:
     return jax.tree.map(inside, params, grad, *problem.bounds)
 
 
+def _seen(params: Params, state: SolverState, like: Params) -> OptStep:
+    """The step as the caller sees it: with complex leaves where `like` has them."""
+    grad = complex_view(state.grad, like, conjugate=True)
+    return OptStep(complex_view(params, like), state._replace(grad=grad))
+
+
+def _error(problem: Problem, params: Params, grad: Params) -> jax.Array:
+    """`state.error`; a constant in derivatives, as a norm has none at 0."""
+    return tree.scaled_norm(jax.lax.stop_gradient(_optimality(problem, params, grad)))
+
+
 def _params_of(params: Any) -> Params:
     return params.params if isinstance(params, OptStep) else params
 
@@ -481,3 +562,18 @@ def _print_row(name: str, i: Any, value: Any, error: Any, step: Any, evaluations
         print(f"{name}\n{'iteration':>9} {'value':>14} {'error':>12} {'step':>10} {'calls':>7}")
     step = "" if np.isnan(step) else f"{float(step):.3g}"
     print(f"{int(i):9d} {float(value):14.7g} {float(error):12.4g} {step:>10} {int(evaluations):7d}")
+
+
+class Stepping(Iterative):
+    """Solvers whose steps `jdl.solvers.steps.Steps` describes, and whose optimizers search."""
+
+    stepping = True
+    evaluates = True
+
+    def __init__(self, *args: Any, **options: Any):
+        steps, others = split(options, STEPS)
+        self.steps = Steps(**steps)
+        vars(self).update(vars(self.steps))
+        super().__init__(*args, **others)
+        self.rescales = not self.steps.given
+        self.failures_allowed = 1 if self.steps.stop_if_linesearch_fails else 2

@@ -1,39 +1,20 @@
 """L-BFGS run to convergence, with or without bounds."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Unpack
+from typing import Any
+
+import jax.numpy as jnp
 
 from jdl.core import check
 from jdl.core.objective import Objective
 from jdl.optim import lbfgs
 from jdl.solvers import box
-from jdl.solvers.iterative import Iterative
-from jdl.solvers.options import SolverOptions
+from jdl.solvers.iterative import Stepping
 from jdl.solvers.problem import Problem
 from jdl.solvers.state import OptStep
 
-# Keywords of jaxopt's own line searches.
-LINE_SEARCH_REFUSALS = {
-    "linesearch_init": "each search starts from max_stepsize, or from the last steps. "
-    "Leave it out.",
-    "increase_factor": "its line search interpolates. Leave it out.",
-    "decrease_factor": "its line search interpolates. Leave it out.",
-    "min_stepsize": "its line search ends where a step would move no parameter. Leave it out.",
-    "condition": "its line search ensures the strong Wolfe conditions. Leave it out.",
-}
 
-
-def check_line_search(linesearch: str, maxls: int, max_stepsize: float) -> None:
-    """Checks the options of the line search; jaxopt's other searches are refused by name."""
-    check.one_of("linesearch", linesearch, ["zoom", "backtracking", "hager-zhang", "hager_zhang"])
-    hint = "It separates noise from decrease as Hager and Zhang's search does."
-    ok = linesearch == "zoom"
-    check.argument(ok, "linesearch", "'zoom', the only one here", linesearch, hint)
-    check.positive_int("maxls", maxls)
-    check.in_range("max_stepsize", max_stepsize, 0.0, open_low=True)
-
-
-class LBFGS(Iterative):
+class LBFGS(Stepping):
     r"""Limited-memory BFGS with a strong Wolfe line search; with bounds, by projection.
 
     Arguments that are not listed are those of `jdl.solvers.iterative.Iterative`.
@@ -41,13 +22,12 @@ class LBFGS(Iterative):
     Args:
       tol: on the norm of the gradient, or of x − P(x − ∇f) with bounds.
       bounds: (lower, upper): numbers, or pytrees of arrays like the parameters; ±inf for none.
-      linesearch: "zoom".
-      stop_if_linesearch_fails: whether the first failed line search ends the run; if not, one along
-        −gradient is tried.
-      maxls: maximum trials of a line search.
-      max_stepsize: a line search's first trial.
-      history_size: how many pairs of steps and gradient differences to keep.
-      **options: see `jdl.solvers.options.SolverOptions`.
+      history_size: how many pairs of steps and gradient differences to keep; 0 for steepest
+        descent.
+      use_gamma: True for H₀ = γ I, γ = ⟨s, y⟩ / ⟨y, y⟩; False for H₀ = I; None for a diagonal H₀,
+        or γ I for steps of given length or within bounds.
+      **options: see `jdl.solvers.steps.Steps` and `jdl.solvers.options.SolverOptions`; with bounds
+        each line search is one of backtracking along the projection.
 
     >>> import jax.numpy as jnp
     >>> f = lambda x, center: jnp.sum(jnp.square(x - center) * jnp.array([1.0, 10.0]))
@@ -63,14 +43,6 @@ class LBFGS(Iterative):
       Nocedal & Wright, Numerical Optimization (2006), algorithm 7.5. See `jdl.optim.lbfgs`.
     """
 
-    evaluates = True
-    refusals = LINE_SEARCH_REFUSALS | {
-        "use_gamma": "its first inverse Hessian is always scaled. Leave it out.",
-        "stepsize": "it always uses a line search. For steps of fixed length use "
-        "OptaxSolver(fun, optax.lbfgs(learning_rate, linesearch=None)).",
-    }
-    redundant: ClassVar[dict[str, Any]] = {"stepsize": 0.0}
-
     def __init__(
         self,
         fun: Callable[..., Any] | Objective,
@@ -80,33 +52,44 @@ class LBFGS(Iterative):
         tol: float = 1e-3,
         *,
         bounds: tuple[Any, Any] | None = None,
-        linesearch: str = "zoom",
-        stop_if_linesearch_fails: bool = False,
-        maxls: int = 30,
-        max_stepsize: float = 1.0,
         history_size: int = 10,
-        **options: Unpack[SolverOptions],
+        use_gamma: bool | None = None,
+        **options: Any,
     ):
-        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **options)
-        check_line_search(linesearch, maxls, max_stepsize)
-        check.positive_int("history_size", history_size)
         if _is_pair(bounds):
             box.check_order(bounds)
-        self.failures_allowed = 1 if stop_if_linesearch_fails else 2
-        self.bounds, self.history_size, self.maxls = bounds, history_size, maxls
-        self.max_stepsize = max_stepsize
-        make = box.projected_lbfgs if self._boxed() else lbfgs
-        self.optimizer = make(max_stepsize, memory_size=history_size, max_evaluations=maxls)
+        self.bounds = bounds
+        self.searches_lines = self._boxed()  # in a loop of its own
+        super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **options)
+        steps = self.steps
+        if self._boxed() or history_size:
+            check.positive_int("history_size", history_size)
+        self.history_size, self.use_gamma = history_size, use_gamma
+        common: dict[str, Any] = {"memory_size": history_size, "max_evaluations": steps.maxls}
+        if self._boxed():
+            self.optimizer = box.projected_lbfgs(
+                steps.first,
+                use_gamma=use_gamma is not False,
+                shrink=steps.decrease_factor or 0.5,
+                first_step=steps.start if steps.asked else None,
+                stepsize=steps.length if steps.given else None,
+                **common,
+            )
+            return
+        scaling = {None: "scalar" if steps.given or self.unrolled else "diagonal", True: "scalar"}
+        self.optimizer = lbfgs(
+            steps.first,
+            scaling=scaling.get(use_gamma, "none"),
+            cautious=0.0 if steps.given else 1e-6,
+            search=steps.search(self.unrolled),
+            **common,
+        )
 
     def _boxed(self) -> bool:
         return self.bounds is not None
 
-    def _bounds(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        return self.bounds, args
-
     def _problem(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
-        bounds, args = self._bounds(args)
-        return super()._problem(fun, args, kwargs)._replace(bounds=bounds)
+        return super()._problem(fun, args, kwargs)._replace(bounds=self.bounds)
 
 
 class LBFGSB(LBFGS):
@@ -124,11 +107,15 @@ class LBFGSB(LBFGS):
     def _boxed(self) -> bool:
         return True
 
-    def _bounds(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        ok = bool(args) and _is_pair(args[0])
-        must = "a pair (lower, upper), right after the parameters"
-        check.argument(ok, "bounds", must, args[0] if args else None, "Without bounds use LBFGS.")
-        return args[0], args[1:]
+    def _problem(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
+        if "bounds" in kwargs:
+            args = (kwargs["bounds"], *args)
+            kwargs = {name: x for name, x in kwargs.items() if name != "bounds"}
+        ok = bool(args) and (args[0] is None or _is_pair(args[0]))
+        must = "a pair (lower, upper) or None, right after the parameters"
+        check.argument(ok, "bounds", must, args[0] if args else "nothing")
+        bounds = (-jnp.inf, jnp.inf) if args[0] is None else args[0]
+        return super()._problem(fun, args[1:], kwargs)._replace(bounds=bounds)
 
     def run(self, init_params: Any, bounds: Any, *args: Any, **kwargs: Any) -> OptStep:
         """Iterates to the end, within `bounds`; see `Iterative.run`."""

@@ -3,7 +3,8 @@ r"""Gauss-Newton and Levenberg-Marquardt run to convergence.
 f(x) = ½ ‖r(x)‖²,    ∇f = Jᵀ r,    J = ∂r/∂x
 """
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jdl.optim.levenberg_marquardt import levenberg_marquardt
 from jdl.optim.residuals import Residuals
 from jdl.solvers import implicit
 from jdl.solvers.iterative import Iterative
+from jdl.solvers.madsen_nielsen import Solver, conjugate_gradients, madsen_nielsen
 from jdl.solvers.options import split
 from jdl.solvers.problem import Problem
 from jdl.solvers.state import SolverState
@@ -35,13 +37,18 @@ class LeastSquaresExtra(NamedTuple):
 class LeastSquares(Iterative):
     """Solvers for residuals r in place of a function: f = ½ ‖r‖²."""
 
+    jac_fun: Callable[..., Any] | None = None
+
     def __init__(self, residual_fun: Any, *rest: Any, **options: Any):
         ok = not isinstance(residual_fun, Objective)
         must = "a function that returns residuals"
         hint = 'For Gauss-Newton steps on an objective use HessianFree, method="hessian_free".'
         check.argument(ok, "residual_fun", must, f"a {type(residual_fun).__name__}", hint)
         self.default_solve = implicit.dense
+        self.searches_lines = False
         super().__init__(residual_fun, *rest, **options)
+        self.residual_fun, self.plain = residual_fun, self.unrolled  # decomposes no J, has no loop
+        self.searches_lines = not self.plain
 
     def _problem(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
         def residual_and_aux(params: Params) -> tuple[PyTree, Any]:
@@ -73,6 +80,11 @@ class LeastSquares(Iterative):
         """r and J; a tall J reduced to its triangular factor R, which gives the same steps."""
         fn = problem.residual_fn
         assert fn is not None
+        if self.plain:
+            args, kwargs = problem.arguments
+            own = self.jac_fun
+            jac_fn = None if own is None else lambda p: own(p, *args, **kwargs)
+            return {"residual_fn": fn, "jac_fn": jac_fn}
         if isinstance(fn, Residuals):
             found = fn.linearized(params)
         else:
@@ -96,7 +108,7 @@ class GaussNewton(LeastSquares):
       residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays; or
         `jdl.optim.Residuals`, whose Jacobian is taken example by example.
       maxiter: maximum number of updates.
-      tol: on the norm of the gradient Jᵀ r. (jaxopt's is on the length of the step.)
+      tol: on the norm of the gradient Jᵀ r, and on the length of the last step.
       has_aux: whether residuals come as `(r, aux)`.
       **options: `jdl.solvers.options.SolverOptions`, and the arguments of `jdl.optim.gauss_newton`:
         rcond, max_parameters …
@@ -117,9 +129,17 @@ class GaussNewton(LeastSquares):
         has_aux: bool = False,
         **options: Any,
     ):
-        own, of_optimizer = split(options, self.refusals)
+        own, of_optimizer = split(options)
         super().__init__(residual_fun, False, has_aux, maxiter, tol, **own)
-        self.optimizer = gauss_newton(**of_optimizer)
+        if self.plain:
+            self.optimizer = madsen_nielsen(0.0, solver=conjugate_gradients)
+        else:
+            self.optimizer = gauss_newton(**of_optimizer)
+
+    def _converged(self, params: Params, state: SolverState) -> jax.Array:
+        rounding = 4 * jnp.finfo(state.error.dtype).eps * tree.norm(params)
+        short = (state.iter_num == 0) | (tree.norm(state.delta) <= self.tol + rounding)
+        return super()._converged(params, state) & short
 
 
 class LevenbergMarquardt(LeastSquares):
@@ -129,14 +149,19 @@ class LevenbergMarquardt(LeastSquares):
       residual_fun: `residual_fun(params, *args, **kwargs) -> r`, a pytree of arrays; or
         `jdl.optim.Residuals`, whose Jacobian is taken example by example.
       maxiter: maximum number of updates.
-      damping_parameter: the first λ, in units of the squared column norms of J.
+      damping_parameter: the first λ in units of the largest entry of Jᵀ J's diagonal; None for 1e-3
+        in units of each one's.
       stop_criterion: "grad-l2-norm", or "madsen-nielsen": ‖∇f‖∞ ≤ gtol or ‖δ‖ ≤ xtol (‖x‖ + xtol).
       tol: on the norm of the gradient Jᵀ r.
       xtol: on the step, for "madsen-nielsen".
       gtol: on the largest entry of the gradient, for "madsen-nielsen".
+      solver, geodesic, jac_fun, contribution_ratio_threshold: see
+        `jdl.solvers.madsen_nielsen.madsen_nielsen`, which runs where one of them,
+        `damping_parameter` or `materialize_jac` is given. `jac_fun(params, *args, **kwargs) -> J`.
+      materialize_jac: accepted; only a function as `solver` does without J.
       has_aux: whether residuals come as `(r, aux)`.
       **options: `jdl.solvers.options.SolverOptions`, and the arguments of
-        `jdl.optim.levenberg_marquardt`: scaled, trust_region, max_parameters …
+        `jdl.optim.levenberg_marquardt`, which runs then: scaled, trust_region, max_parameters …
 
     >>> def residuals(x):  # Rosenbrock's
     ...     return jnp.stack([10.0 * (x[1] - x[0] ** 2), 1.0 - x[0]])
@@ -144,34 +169,49 @@ class LevenbergMarquardt(LeastSquares):
     [1.0, 1.0]
     """
 
-    refusals: ClassVar[dict[str, str]] = {
-        "solver": "it decomposes J itself, as accurately as 'qr'. Leave it out.",
-        "geodesic": "it has no geodesic acceleration. Leave it out.",
-        "jac_fun": "it differentiates `residual_fun`. Give that a jax.custom_jvp instead.",
-        "materialize_jac": "its Jacobian is always dense; for many parameters use HessianFree.",
-    }
-    redundant: ClassVar[dict[str, Any]] = {"materialize_jac": True}
-
     def __init__(
         self,
         residual_fun: Any,
         maxiter: int = 30,
-        damping_parameter: float = 1e-3,
+        damping_parameter: float | None = None,
         stop_criterion: str = "grad-l2-norm",
         tol: float = 1e-3,
         xtol: float = 1e-3,
         gtol: float = 1e-3,
+        solver: Solver | None = None,
+        geodesic: bool = False,
         *,
+        jac_fun: Callable[..., Any] | None = None,
+        materialize_jac: bool | None = None,
+        contribution_ratio_threshold: float = 0.75,
         has_aux: bool = False,
         **options: Any,
     ):
-        own, of_optimizer = split(options, self.refusals)
+        own, of_optimizer = split(options)
         super().__init__(residual_fun, False, has_aux, maxiter, tol, **own)
         check.one_of("stop_criterion", stop_criterion, ["grad-l2-norm", "madsen-nielsen"])
         check.in_range("xtol", xtol, 0.0)
         check.in_range("gtol", gtol, 0.0)
         self.stop_criterion, self.xtol, self.gtol = stop_criterion, xtol, gtol
-        self.optimizer = levenberg_marquardt(damping=damping_parameter, **of_optimizer)
+        self.damping_parameter = 1e-3 if damping_parameter is None else damping_parameter
+        self.solver, self.geodesic, self.materialize_jac = solver, geodesic, materialize_jac
+        self.jac_fun = jac_fun
+        self.plain |= geodesic or any(
+            given is not None for given in (damping_parameter, solver, jac_fun, materialize_jac)
+        )
+        self.plain &= not of_optimizer
+        if not self.plain:
+            self.optimizer = levenberg_marquardt(damping=self.damping_parameter, **of_optimizer)
+            return
+        ok = solver != "qr" or materialize_jac is not False
+        check.argument(ok, "materialize_jac", "True for solver='qr'", materialize_jac)
+        self.searches_lines, self.patience = False, maxiter + 1  # many tries may fail
+        self.optimizer = madsen_nielsen(
+            self.damping_parameter,
+            solver="cholesky" if solver is None else solver,
+            geodesic=geodesic,
+            largest_ratio=contribution_ratio_threshold,
+        )
 
     def _converged(self, params: Params, state: SolverState) -> jax.Array:
         if self.stop_criterion == "grad-l2-norm":

@@ -26,6 +26,8 @@ class Newton(Iterative):
     ([1.0, 1.0], True)
     """
 
+    searches_lines = rescales = True
+
     def __init__(
         self,
         fun: Callable[..., Any] | Objective,
@@ -35,7 +37,7 @@ class Newton(Iterative):
         tol: float = 1e-3,
         **options: Any,
     ):
-        own, of_optimizer = split(options, self.refusals)
+        own, of_optimizer = split(options)
         super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **own)
         self.default_solve = implicit.dense
         self.optimizer = newton(**of_optimizer)

@@ -1,28 +1,22 @@
 """Nonlinear conjugate gradients run to convergence."""
 
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any
 
-from jdl.core import check
 from jdl.core.objective import Objective
 from jdl.optim import nonlinear_cg
-from jdl.solvers.iterative import Iterative
-from jdl.solvers.lbfgs import LINE_SEARCH_REFUSALS, check_line_search
-from jdl.solvers.options import SolverOptions
+from jdl.solvers.iterative import Stepping
 
 
-class NonlinearCG(Iterative):
+class NonlinearCG(Stepping):
     """Nonlinear conjugate gradients with a strong Wolfe line search.
 
     Arguments that are not listed are those of `jdl.solvers.iterative.Iterative`.
 
     Args:
-      method: the formula for β: "hager-zhang", "polak-ribiere", "hestenes-stiefel" or "dai-yuan",
-        with hyphens or underscores.
-      linesearch: "zoom".
-      maxls: maximum trials of a line search.
-      max_stepsize: the length of the very first trial.
-      **options: see `jdl.solvers.options.SolverOptions`.
+      method: the formula for β: "hager-zhang", "polak-ribiere", "fletcher-reeves",
+        "hestenes-stiefel" or "dai-yuan", with hyphens or underscores.
+      **options: see `jdl.solvers.steps.Steps` and `jdl.solvers.options.SolverOptions`.
 
     >>> import jax.numpy as jnp
     >>> solver = NonlinearCG(lambda x: jnp.sum(jnp.square(x - 1.0) * jnp.array([1.0, 10.0])))
@@ -34,9 +28,6 @@ class NonlinearCG(Iterative):
       `jdl.optim.nonlinear_cg`.
     """
 
-    evaluates = True
-    refusals = LINE_SEARCH_REFUSALS
-
     def __init__(
         self,
         fun: Callable[..., Any] | Objective,
@@ -46,15 +37,13 @@ class NonlinearCG(Iterative):
         tol: float = 1e-3,
         *,
         method: str = "hager-zhang",
-        linesearch: str = "zoom",
-        maxls: int = 30,
-        max_stepsize: float = 1.0,
-        **options: Unpack[SolverOptions],
+        **options: Any,
     ):
         super().__init__(fun, value_and_grad, has_aux, maxiter, tol, **options)
-        hint = "Fletcher and Reeves's β can stall; dai-yuan converges without that."
-        refused = method in ("fletcher-reeves", "fletcher_reeves")
-        check.argument(not refused, "method", "another formula for β", method, hint)
-        check_line_search(linesearch, maxls, max_stepsize)
-        self.method, self.maxls, self.max_stepsize = method, maxls, max_stepsize
-        self.optimizer = nonlinear_cg(max_stepsize, method=method, max_evaluations=maxls)
+        self.method = method
+        self.optimizer = nonlinear_cg(
+            self.steps.first,
+            method=method,
+            max_evaluations=self.steps.maxls,
+            search=self.steps.search(self.unrolled),
+        )

@@ -14,13 +14,13 @@ class SolverOptions(TypedDict, total=False):
     Attributes:
       implicit_diff: True (the default, except for `OptaxSolver`): `run` differentiates the solution
         by the implicit function theorem, at the cost of one linear system. False: the iterations
-        are differentiated, in forward mode only if the optimizer has a line search.
+        are differentiated; see `unroll`.
       implicit_diff_solve: `solve(matvec, b)` for that linear system. None (the default): LU of the
         dense Hessian for Newton and the least-squares solvers, conjugate gradients for the others.
       jit: True (the default): compile. False: run updates one by one in Python, to debug `fun`.
-      unroll: True: a loop of exactly `maxiter` updates, which reverse mode can differentiate; not
-        for solvers with a line search. "auto" (the default): True where `implicit_diff` is False
-        and unrolling is possible.
+      unroll: True: a loop of exactly `maxiter` updates, which reverse mode can differentiate too;
+        the lengths of searched steps count as constants. Not for Newton, HessianFree and boxes.
+        "auto" (the default): True where `implicit_diff` is False and unrolling is possible.
       verbose: True: print a row of a table after each update. Default False.
       callback: called as `callback(params, state)` after each update, with NumPy arrays. Default
         None.
@@ -37,11 +37,13 @@ class SolverOptions(TypedDict, total=False):
     callback: Callable[[Params, SolverState], None] | None
 
 
-def split(options: dict[str, Any], others: Container[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of a solver, `others` among them, and those of its optimizer.
+def split(
+    options: dict[str, Any], names: Container[str] = SolverOptions.__annotations__
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a solver, those called `names`, and the others.
 
-    >>> split({"jit": False, "damping": 1.0}, ())
+    >>> split({"jit": False, "damping": 1.0})
     ({'jit': False}, {'damping': 1.0})
     """
-    own = {k: v for k, v in options.items() if k in SolverOptions.__annotations__ or k in others}
+    own = {k: v for k, v in options.items() if k in names}
     return own, {k: v for k, v in options.items() if k not in own}

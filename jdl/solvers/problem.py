@@ -78,6 +78,56 @@ def make_problem(
     return Problem(value, evaluate, value_and_grad_fn=own, arguments=(args, kwargs))
 
 
+def real_view(x: PyTree, *, conjugate: bool = False) -> PyTree:
+    """Complex leaves as real ones with a leading axis of 2: real and imaginary parts.
+
+    `conjugate` for gradients: JAX's of a real function is ∂f/∂x − i ∂f/∂y.
+
+    >>> real_view([jnp.array([1.0 + 2.0j])])
+    [Array([[1.],
+           [2.]], dtype=float32)]
+    """
+    sign = -1.0 if conjugate else 1.0
+
+    def leaf(x: jax.Array) -> jax.Array:
+        return jnp.stack([x.real, sign * x.imag]) if jnp.iscomplexobj(x) else x
+
+    return jax.tree.map(leaf, x)
+
+
+def complex_view(
+    x: PyTree, like: PyTree, *, conjugate: bool = False, lead: tuple[Any, ...] = ()
+) -> PyTree:
+    """The inverse of `real_view`, for leaves of the types of `like`, after `lead` axes."""
+    sign = -1.0 if conjugate else 1.0
+
+    def leaf(x: jax.Array, like: jax.Array) -> jax.Array:
+        if not jnp.iscomplexobj(like):
+            return x
+        return jax.lax.complex(x[(*lead, 0)], sign * x[(*lead, 1)])
+
+    return jax.tree.map(leaf, x, like)
+
+
+def real_problem(problem: Problem, like: Params) -> Problem:
+    """The problem as a function of `real_view(like)`."""
+    if not any(jnp.iscomplexobj(x) for x in jax.tree.leaves(like)):
+        return problem
+    check.argument(problem.bounds is None, "bounds", "None with complex parameters", "bounds")
+
+    def evaluate(params: Params) -> tuple[jax.Array, Params, Any]:
+        value, grad, aux = problem.evaluate(complex_view(params, like))
+        return value, real_view(grad, conjugate=True), aux
+
+    residual_fn = problem.residual_fn
+    return problem._replace(
+        value=lambda params, **_: problem.value(complex_view(params, like)),
+        evaluate=evaluate,
+        value_and_grad_fn=None if problem.value_and_grad_fn is None else evaluate,
+        residual_fn=residual_fn and (lambda params: residual_fn(complex_view(params, like))),
+    )
+
+
 def check_problem(problem: Problem, params: Params, name: str) -> None:
     """Refuses parameters and values that are not real, and gradients of another shape."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -86,9 +136,7 @@ def check_problem(problem: Problem, params: Params, name: str) -> None:
         kind = jnp.asarray(leaf).dtype
         where = f"init_params{jax.tree_util.keystr(path)}"
         hint = f"{name} optimizes real parameters only."
-        if jnp.issubdtype(kind, jnp.complexfloating):
-            hint += " Give real and imaginary parts as two arrays."
-        elif not jnp.issubdtype(kind, jnp.floating):
+        if not jnp.issubdtype(kind, jnp.floating):
             hint += " Convert it with .astype(jnp.float32)."
         real = jnp.issubdtype(kind, jnp.floating)
         check.argument(real, where, "an array of floating-point numbers", str(kind), hint)

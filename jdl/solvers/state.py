@@ -3,9 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from jdl.core import tree
 from jdl.core.types import Params
 from jdl.optim.result import ResultCode
+from jdl.solvers.problem import complex_view
 
 
 class SolverState(NamedTuple):
@@ -26,6 +29,8 @@ class SolverState(NamedTuple):
       best_value: f when it last decreased by more than its rounding noise.
       best_error: the error when it last decreased by 5 %.
       internal_state: the optimizer's own state.
+      scale: what the optimizer sees f times; 1 but where the first gradient's square would over- or
+        underflow.
       extra: additional fields of least-squares solvers; () for the others.
 
     >>> import jax.numpy as jnp
@@ -49,6 +54,7 @@ class SolverState(NamedTuple):
     best_value: jax.Array
     best_error: jax.Array
     internal_state: Any
+    scale: jax.Array
     extra: Any = ()
 
     @property
@@ -57,24 +63,52 @@ class SolverState(NamedTuple):
         return self.status == ResultCode.LINE_SEARCH_FAILED
 
     @property
-    def gradient(self) -> Params:
-        """Jaxopt's second name for `grad`."""
-        return self.grad
+    def num_linesearch_iter(self) -> jax.Array:
+        """Trials of line searches so far."""
+        return self.num_fun_eval - 1
 
     @property
-    def residual(self) -> Any:
-        """r(x) of a least-squares solver."""
-        return self.extra.residual
+    def gamma(self) -> jax.Array:
+        """⟨s, y⟩ / ⟨y, y⟩ of the last pair of L-BFGS; 1 without one."""
+        memory = self.internal_state
+        if not tree.size(memory.y):
+            return jnp.ones(())
+        if not hasattr(memory, "stored"):  # within bounds, newest first and raveled
+            sy, yy = jnp.vdot(memory.s[0], memory.y[0]), jnp.vdot(memory.y[0], memory.y[0])
+            return jnp.where(yy > 0, sy / jnp.where(yy > 0, yy, 1.0), 1.0)
+        slot = (memory.stored - 1) % memory.rho.shape[0]
+        last = jax.tree.map(lambda ring: ring[slot], memory.y)
+        product = memory.rho[slot] * tree.vdot(last, last)
+        return jnp.where(product > 0, 1.0 / jnp.where(product > 0, product, 1.0), 1.0)
 
     @property
-    def delta(self) -> Any:
-        """The last step of a least-squares solver."""
-        return self.extra.delta
+    def theta(self) -> jax.Array:
+        """1 / γ."""
+        return 1.0 / self.gamma
 
-    @property
-    def damping_factor(self) -> jax.Array:
-        """λ for the next step, for solvers with damping."""
-        return self.internal_state.damping
+    def __getattr__(self, name: str) -> Any:
+        """jaxopt's other fields, where the solver has them."""
+        for source in (self, self.extra, self.internal_state):
+            field = NAMES.get(name, name)
+            if field in getattr(source, "_fields", ()):
+                found = getattr(source, field)
+                rings = name.endswith("y_history") or name == "s_history"
+                boxed = not hasattr(source, "stored")  # within bounds: raveled
+                if not rings or boxed:
+                    return found
+                return complex_view(found, self.grad, lead=(slice(None),))
+        raise AttributeError(f"The state of this solver has no field {name!r}")
+
+
+# jaxopt's fields under other names here.
+NAMES = {
+    "gradient": "grad",
+    "s_history": "s",
+    "y_history": "y",
+    "rho_history": "rho",
+    "damping_factor": "damping",
+    "descent_direction": "direction",
+}
 
 
 class OptStep(NamedTuple):

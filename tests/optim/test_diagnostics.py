@@ -11,7 +11,7 @@ UNIFORM = (
     "evaluations",
     "gradient_equivalents",
     "step_size",
-    "damping",
+    "last_damping",
     "reduction_ratio",
     "linear_iterations",
     "termination",

@@ -166,7 +166,7 @@ def test_an_ascent_direction_from_a_chain_falls_back(minimize):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"memory_size": 0}, "memory_size"),
+        ({"memory_size": -1}, "memory_size"),
         ({"guard": "brave"}, "guard"),
         ({"scaling": "matrix"}, "scaling"),
         ({"scaling": "kronecker", "damping": 0.0}, "damping"),

@@ -165,3 +165,11 @@ def test_what_it_does_without_is_named():
 def test_arguments_out_of_range(make, options, name):
     with pytest.raises(ArgumentError, match=f"`{name}`"):
         make(**options)
+
+
+@pytest.mark.parametrize("ratio", [1e6, 1e10])
+def test_columns_of_any_lengths_are_columns(ratio):
+    low, high = 1.0 / ratio**0.5, ratio**0.5
+    f = lambda p: jnp.stack([low * p[0] - 1, high * p[1] - 1, low * p[0] + high * p[1] - 2])  # noqa: E731
+    x, _ = run(gauss_newton(), f, jnp.zeros(2), steps=3)[:2]
+    np.testing.assert_allclose(x * jnp.array([low, high]), 1.0, rtol=1e-5)

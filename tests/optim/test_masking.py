@@ -8,6 +8,7 @@ import pytest
 
 from jdl.core.check import ArgumentError
 from jdl.core.objective import Objective
+from jdl.optim import lbfgs
 from jdl.optim.masking import Part, restricted
 
 OUT = optax.MaskedNode()
@@ -61,3 +62,20 @@ def test_a_restricted_objective_has_the_parts_gradient_and_block():
         value, grad, _ = mine.value_and_grad(params)
         np.testing.assert_allclose(value, objective.value(whole), rtol=1e-12)
         np.testing.assert_allclose(grad["w"], objective.grad(whole)["w"], rtol=1e-12)
+
+
+def test_optax_flatten_makes_one_array_of_the_parameters():
+    params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+
+    def f(p):
+        return jnp.sum(jnp.square(p["a"] - 2.0)) + jnp.sum(jnp.square(p["b"]))
+
+    steps = []
+    for optimizer in (lbfgs(), optax.flatten(lbfgs())):
+        p, state = params, optimizer.init(params)
+        for _ in range(3):
+            value, grad = jax.value_and_grad(f)(p)
+            updates, state = optimizer.update(grad, state, p, value=value, grad=grad, value_fn=f)
+            p = optax.apply_updates(p, updates)
+        steps.append(p)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *steps)

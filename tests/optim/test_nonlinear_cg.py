@@ -43,6 +43,7 @@ def betas(g, g_new, d):
     dy = d @ y
     return {
         "polak_ribiere": max(g_new @ y / (g @ g), 0.0),
+        "fletcher_reeves": g_new @ g_new / (g @ g),
         "hestenes_stiefel": max(g_new @ y / dy, 0.0),
         "dai_yuan": g_new @ g_new / dy,
         "hager_zhang": max(

@@ -143,3 +143,25 @@ def test_map_params_sees_through_factors_that_precondition():
         found = []
         optax.tree.map_params(optimizer, found.append, optimizer.init(params))
         assert [x.shape for x in found] == count * [(7,), (3, 5)]
+
+
+DAMPED = ("hf", "newton", "lm", "natural_gradient", "kfac")
+
+
+@pytest.mark.parametrize("name", DAMPED)
+def test_optax_finds_and_sets_the_one_damping_of_a_state(name):
+    state = by_name(name, damping=0.25).init({"w": jnp.ones((3, 2))})
+    assert float(optax.tree.get(state, "damping")) == 0.25
+    state = optax.tree.set(state, damping=jnp.asarray(0.5, jnp.float32))
+    assert float(optax.tree.get(state, "damping")) == 0.5
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "cg", "newton", "hf", "lm", "gauss_newton"])
+def test_python_s_numbers_are_parameters(name):
+    optimizer, params = by_name(name), {"a": 3.0, "b": jnp.ones(2)}
+    residuals = lambda p: jnp.append(p["b"], p["a"] - 1.0)  # noqa: E731
+    f = lambda p: 0.5 * jnp.sum(jnp.square(residuals(p)))  # noqa: E731
+    value, grad = jax.value_and_grad(f)(params)
+    extras = {"value": value, "grad": grad, "value_fn": f, "residual_fn": residuals}
+    updates, _ = optimizer.update(grad, optimizer.init(params), params, **extras)
+    assert float(updates["a"]) < 0.0
