@@ -14,15 +14,16 @@ Problems:
   autoencoder-curves, adding-rnn           generated data
   gpt-bytes, lstm-bytes                    the text --data, or sums, a chain
   vit-images, resnet-images                the tar --data, or the digits
-  pinn-poisson                             an equation
-  quadratic, rosenbrock, noisy-quadratic   no data
+  pinn-poisson, pinn-burgers               an equation
+  curve-fit, quadratic, rosenbrock,
+  noisy-quadratic                          no data
   mine.py                                  your own file: model, loss, data
 
 Optimizers:
   sgd momentum nesterov adam adamw nadam nadamw radam rmsprop adagrad adafactor
   lamb lars lion adopt ademamix prodigy schedule_free_sgd schedule_free_adamw
-  sophia, all optax's; muon soap shampoo lbfgs cg newton hf gauss_newton lm
-  natural_gradient kfac
+  sophia, all optax's; muon soap shampoo lbfgs bfgs ssbroyden cg newton hf
+  gauss_newton lm natural_gradient kfac
 """
 
 import sys

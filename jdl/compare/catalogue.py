@@ -12,6 +12,7 @@ import numpy as np
 from jdl import losses, metrics
 from jdl.compare import mnist, problem_file
 from jdl.compare.curves_dataset import curves
+from jdl.compare.equations import curve_fit, pinn_burgers, pinn_poisson
 from jdl.compare.identity import as_label
 from jdl.compare.problems import Problem, arrays_problem, tar_problem
 from jdl.compare.results import Target
@@ -340,64 +341,6 @@ def adding_rnn() -> Problem:
     )
 
 
-# ------------------------------------------------------------------ an equation
-
-
-def pinn_poisson() -> Problem:
-    """A network that solves Poisson's equation on the unit square: −Δu = f, u = 0 on its border.
-
-        u(x, y) = x (1 − x) y (1 − y) net(x, y),  net: 2-32-32-1 with tanh
-        f = 2 π² sin πx sin πy,  whose solution is sin πx sin πy
-
-    The outputs are the residuals Δu + f, scaled by 1 / 2π², and u; half the squared residual is
-    the loss, and the squared relative error of u a metric: 10⁻⁹ is a relative L2 error of 3·10⁻⁵.
-
-    References:
-      Raissi, Perdikaris and Karniadakis, Physics-informed neural networks, Journal of Computational
-      Physics 378, 2019.
-    """
-    net = MLP(widths=(32, 32), num_outputs=1, activation="tanh", kernel_init="glorot")
-    directions = jnp.eye(2)
-
-    def u(params: Any, points: jax.Array) -> jax.Array:
-        border = jnp.prod(4.0 * points * (1.0 - points), axis=1, keepdims=True)
-        return border * jnp.asarray(net.apply({"params": params}, points))
-
-    def outputs(params: Any, points: jax.Array) -> dict[str, jax.Array]:
-        def along(direction: jax.Array) -> jax.Array:
-            """The second derivative of u along an axis."""
-            way = jnp.broadcast_to(direction, points.shape)
-            slope = lambda x: jax.jvp(lambda x: u(params, x), (x,), (way,))[1]  # noqa: E731
-            return jax.jvp(slope, (points,), (way,))[1]
-
-        curvature = along(directions[0]) + along(directions[1])
-        residual = curvature / (2 * jnp.pi**2) + solution(points)
-        return {"residual": residual, "u": u(params, points)}
-
-    def solution(points: Any) -> Any:
-        return jnp.prod(jnp.sin(jnp.pi * points), axis=1, keepdims=True)
-
-    def loss(outputs: Any, batch: Batch) -> jax.Array:
-        return 0.5 * jnp.square(outputs["residual"][:, 0])
-
-    @metrics.direction("min")
-    def relative_squared_error(outputs: Any, batch: Batch) -> jax.Array:
-        error = outputs["u"] - solution(batch["image"])
-        return 4.0 * jnp.square(error[:, 0])  # the mean square of the solution is ¼
-
-    points = np.random.default_rng(0).random((1280, 2)).astype(np.float32)
-    return arrays_problem(
-        "pinn-poisson",
-        lambda: from_fns(lambda key, x: net.init(key, x)["params"], outputs),
-        loss,
-        {"image": points[:1024]},
-        {"image": points[1024:]},
-        target=Target("test_relative_squared_error", "at most", 1e-9),
-        metrics={"relative_squared_error": relative_squared_error},
-        about={"data": "1,024 random points for training, 256 for the test", "model": "2-32-32-1"},
-    )
-
-
 # ------------------------------------------------------------------ for sanity
 
 
@@ -524,6 +467,8 @@ CATALOGUE = {
     "vit-images": Named(vit_images, "", "a vision transformer on the digits, or a tar", "images"),
     "resnet-images": Named(resnet_images, "", "a ResNet on the digits, or a tar", "images"),
     "pinn-poisson": Named(pinn_poisson, "", "Poisson's equation solved by 2-32-32-1"),
+    "pinn-burgers": Named(pinn_burgers, "", "Burgers' equation, a front, solved by 2-32-32-1"),
+    "curve-fit": Named(curve_fit, "", "a sum of three exponentials, ill-conditioned"),
     "noisy-quadratic": Named(noisy_quadratic, "", "100 dimensions, known noise"),
     "quadratic": Named(quadratic, "", "100 dimensions, condition 10⁴"),
     "rosenbrock": Named(rosenbrock, "", "the banana-shaped valley"),

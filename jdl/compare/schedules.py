@@ -25,7 +25,7 @@ SCHEDULES = {
 }
 PIECES = 100
 # Their line searches choose the length of the step whatever the rate, so the step itself is scaled.
-BY_STEP = ("lbfgs", "cg")
+BY_STEP = ("lbfgs", "bfgs", "ssbroyden", "cg")
 
 
 def checked(schedule: str, warmup: float) -> None:

@@ -5,6 +5,7 @@ arguments of an update, `kronecker` the factors of K-FAC. The modules are all im
 importing one later would replace the function of the same name.
 """
 
+from jdl.optim.bfgs import bfgs as bfgs
 from jdl.optim.gauss_newton import gauss_newton as gauss_newton
 from jdl.optim.hessian_free import hessian_free as hessian_free
 from jdl.optim.kfac import kfac as kfac
@@ -22,6 +23,7 @@ from jdl.optim.soap import soap as soap
 
 __all__ = [
     "Residuals",
+    "bfgs",
     "by_name",
     "gauss_newton",
     "hessian_free",

@@ -12,6 +12,7 @@ import optax
 import optax.contrib
 
 from jdl.core import check
+from jdl.optim.bfgs import bfgs
 from jdl.optim.gauss_newton import gauss_newton
 from jdl.optim.hessian_free import hessian_free
 from jdl.optim.kfac import kfac
@@ -183,6 +184,10 @@ REGISTRY: dict[str, OptimizerSpec] = {
     "soap": _first_order(soap, 3e-3, 1e-4, 3e-2, _DECAY, _SHAMPOO_BETA),
     "shampoo": _first_order(shampoo, 1e-3, 1e-4, 3e-2, _DECAY, _SHAMPOO_BETA),
     "lbfgs": _second_order(lbfgs, 1.0, "large", _rate(1e-2)),
+    "bfgs": _second_order(bfgs, 1.0, "large", _rate(1e-2)),
+    "ssbroyden": _second_order(
+        functools.partial(bfgs, update="ssbroyden"), 1.0, "large", _rate(1e-2)
+    ),
     "cg": _second_order(nonlinear_cg, 1.0, "large", _rate(1e-2)),
     "newton": _second_order(newton, 1.0, "large", _damping(1e-4, 10.0)),
     "hf": _second_order(hessian_free, 1.0, "large", _damping(1e-3, 100.0)),
@@ -231,9 +236,10 @@ def by_name(
         adafactor, lamb, lars, lion, adopt, ademamix, prodigy, schedule_free_sgd,
         schedule_free_adamw, sophia (all optax's; sophia's update needs `objective`, `value_fn` or
         `obj_fn` too, see `jdl.optim.sophia.curvature_diagonal`), muon, soap, shampoo, lbfgs,
-        cg or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or levenberg_marquardt,
-        natural_gradient, kfac. Evaluate a schedule-free one as an Estimator does, not at the
-        parameters that it trains but at `jdl.train.ema.weights_of(opt_state, params)`.
+        bfgs, ssbroyden, cg or nonlinear_cg, newton, hf or hessian_free, gauss_newton, lm or
+        levenberg_marquardt, natural_gradient, kfac. Evaluate a schedule-free one as an Estimator
+        does, not at the parameters that it trains but at
+        `jdl.train.ema.weights_of(opt_state, params)`.
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
         it scales the first trial step, and is best left alone. It is part of the state; a run that
         the Estimator resumes continues with the rate given last.

@@ -19,6 +19,9 @@ those of jaxopt where it has the class; `minimize` is stricter:
     GaussNewton              30  1e-5
     LevenbergMarquardt       30  1e-3
     OptaxSolver             500  1e-3
+    PolyakSGD               500  1e-3
+    ProximalGradient        500  1e-3
+    ProjectedGradient       500  1e-3
     minimize        the class's  1e-4
 """
 
@@ -27,6 +30,7 @@ from typing import Any, NoReturn
 from jdl.core import check
 from jdl.optim.result import ResultCode
 from jdl.solvers import implicit as implicit_diff
+from jdl.solvers import projection, prox
 from jdl.solvers.bfgs import BFGS
 from jdl.solvers.gradient_check import check_gradient
 from jdl.solvers.gradient_descent import GradientDescent
@@ -36,7 +40,8 @@ from jdl.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from jdl.solvers.minimize import Result, minimize
 from jdl.solvers.newton import Newton
 from jdl.solvers.nonlinear_cg import NonlinearCG
-from jdl.solvers.optax_solver import OptaxSolver
+from jdl.solvers.optax_solver import OptaxSolver, PolyakSGD
+from jdl.solvers.proximal import ProjectedGradient, ProximalGradient
 from jdl.solvers.state import OptStep, SolverState
 from jdl.solvers.steps import BacktrackingLineSearch
 
@@ -53,12 +58,17 @@ __all__ = [
     "NonlinearCG",
     "OptStep",
     "OptaxSolver",
+    "PolyakSGD",
+    "ProjectedGradient",
+    "ProximalGradient",
     "Result",
     "ResultCode",
     "SolverState",
     "check_gradient",
     "implicit_diff",
     "minimize",
+    "projection",
+    "prox",
 ]
 
 # What to use in the place of jaxopt's other names.
@@ -70,9 +80,7 @@ _INSTEAD = {
     "optimistix.root_find(fn, optimistix.Bisection(rtol, atol), y0)": "Bisection",
     "OptaxSolver(fun, optax.chain(optax.sgd(1.0), "
     "optax.scale_by_backtracking_linesearch(15, slope_rtol=0.1)))": "ArmijoSGD",
-    "OptaxSolver(fun, optax.polyak_sgd(max_stepsize, f_min=fun_min, eps=delta))": "PolyakSGD",
-    "LBFGSB for a box, or OptaxSolver(fun, opt, pre_update=f), f a projection of optax.projections "
-    "or a proximity operator": "MirrorDescent ProjectedGradient ProximalGradient prox",
+    "ProjectedGradient with the projection": "MirrorDescent",
     "LBFGSB, or scipy.optimize.minimize": "ScipyBoundedMinimize",
     "jdl.minimize, or scipy.optimize.minimize": "ScipyMinimize",
     "scipy.optimize.least_squares": "ScipyBoundedLeastSquares ScipyLeastSquares",
@@ -84,7 +92,6 @@ _INSTEAD = {
     "equinox.internal.while_loop": "loop",
     "optax.losses, whose arguments are (prediction, label)": "loss objective",
     "optax.perturbations": "perturbations",
-    "optax.projections": "projection",
     "optax.tree": "tree_util",
     "jdl.solvers.OptStep": "base",
 }

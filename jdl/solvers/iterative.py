@@ -143,7 +143,7 @@ class Iterative:
 
     def _extras(self, problem: Problem, params: Params) -> dict[str, Any]:
         """Arguments of the optimizer's update besides value, gradient and function."""
-        names = ("objective", "value_and_grad_fn", "bounds")
+        names = ("objective", "value_and_grad_fn", "bounds", "prox")
         return {name: x for name in names if (x := getattr(problem, name)) is not None}
 
     def _check(self, problem: Problem, params: Params) -> None:
@@ -154,6 +154,10 @@ class Iterative:
     ) -> tuple[Params, SolverState]:
         """What to do to the parameters ahead of an update."""
         return params, state
+
+    def _answer(self, params: Params, state: SolverState) -> Params:
+        """What to return after an update that led to `params`."""
+        return params
 
     def _extra(self, aux: Any, delta: PyTree) -> tuple[Any, Any]:
         """`state.extra` and `state.aux`, from an evaluation's aux and the last step."""
@@ -413,7 +417,7 @@ class Iterative:
         )
         state = state._replace(status=self._status(new, state))
         self._report(new, state)
-        return OptStep(new, state)
+        return OptStep(self._answer(new, state), state)
 
     def _status(self, params: Params, state: SolverState) -> jax.Array:
         """The stopping rules: the status of a run in this state."""
@@ -536,6 +540,9 @@ def _differ(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def _optimality(problem: Problem, params: Params, grad: Params) -> PyTree:
+    if problem.prox is not None:
+        moved = problem.prox(jax.tree.map(jnp.subtract, params, grad), 1.0)
+        return jax.tree.map(jnp.subtract, params, moved)
     if problem.bounds is None:
         return grad
     inside = lambda x, g, low, high: x - jnp.clip(x - g, low, high)  # noqa: E731

@@ -15,6 +15,7 @@ from jdl.core.objective import Objective
 from jdl.core.types import Params
 from jdl.optim import registry
 from jdl.optim.result import ResultCode
+from jdl.solvers.bfgs import BFGS
 from jdl.solvers.gradient_check import check_problem_gradient
 from jdl.solvers.gradient_descent import GradientDescent
 from jdl.solvers.hessian_free import HessianFree
@@ -30,6 +31,8 @@ from jdl.solvers.state import SolverState
 # The registry's names of optimizers that have a solver class; others run in `OptaxSolver`.
 METHODS: dict[str, Callable[..., Iterative]] = {
     "lbfgs": LBFGS,
+    "bfgs": BFGS,
+    "ssbroyden": functools.partial(BFGS, update="ssbroyden"),
     "cg": NonlinearCG,
     "newton": Newton,
     "hf": HessianFree,
@@ -112,9 +115,9 @@ def minimize(
         the function of the residuals.
       params: where to start, a pytree of floating-point arrays.
       *args: passed to `fun`.
-      method: "lbfgs", "nonlinear_cg", "newton", "hessian_free", "gradient_descent", for residuals
-        "gauss_newton" and "levenberg_marquardt"; any other name of `jdl.optim.by_name`, or an
-        optax transformation.
+      method: "lbfgs", "bfgs", "ssbroyden", "nonlinear_cg", "newton", "hessian_free",
+        "gradient_descent", for residuals "gauss_newton" and "levenberg_marquardt"; any other name
+        of `jdl.optim.by_name`, or an optax transformation.
       tol: on the norm of the gradient, ≥ 0.
       maxiter: maximum number of updates; None for the method's own default.
       check_gradient: whether to compare the gradient with differences of values first.

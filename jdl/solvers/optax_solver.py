@@ -62,3 +62,49 @@ class OptaxSolver(Iterative):
         args, kwargs = problem.arguments
         params, state = self.pre_update(params, state, *args, **kwargs)
         return params, reevaluated(problem, params, state)
+
+
+class PolyakSGD(OptaxSolver):
+    """Gradient descent with Polyak's step sizes, by `optax.polyak_sgd`.
+
+        s = min((f − fun_min) / (‖∇f‖² + delta), max_stepsize)
+
+    Arguments that are not listed are those of `OptaxSolver`.
+
+    Args:
+      fun_min: the least value of f.
+      variant: "SPS_max", or "SPS+", which takes no step where f < fun_min.
+      max_stepsize: the longest step, > 0; of "SPS_max".
+      delta: see above, ≥ 0.
+      momentum: of heavy-ball momentum, in [0, 1).
+
+    References:
+      Loizou et al., Stochastic Polyak step-size for SGD (2021).
+
+    >>> import jax.numpy as jnp
+    >>> solver = PolyakSGD(lambda x: jnp.sum(jnp.square(x - 1.0)))
+    >>> solver.run(jnp.zeros(2)).params.round(2).tolist()
+    [1.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        fun: Callable[..., Any] | Objective,
+        value_and_grad: bool | Callable[..., Any] = False,
+        has_aux: bool = False,
+        fun_min: float = 0.0,
+        variant: str = "SPS_max",
+        max_stepsize: float = 1.0,
+        delta: float = 0.0,
+        momentum: float = 0.0,
+        pre_update: Callable[..., tuple[Params, Any]] | None = None,
+        maxiter: int = 500,
+        tol: float = 1e-3,
+        **options: Unpack[SolverOptions],
+    ):
+        check.one_of("variant", variant, ["SPS_max", "SPS+"])
+        kind = {"SPS_max": "sps", "SPS+": "sps+"}[variant]
+        step = optax.polyak_sgd(max_stepsize, f_min=fun_min, eps=delta, variant=kind)
+        opt = optax.chain(step, optax.trace(momentum)) if momentum else step
+        more: Any = {"has_aux": has_aux, **options}
+        super().__init__(fun, opt, value_and_grad, pre_update, maxiter, tol, **more)

@@ -22,6 +22,8 @@ class Problem(NamedTuple):
     value_and_grad_fn: Callable[[Params], tuple[jax.Array, Params, Any]] | None = None
     # (lower, upper), pytrees of the parameters' structure, or None
     bounds: tuple[Params, Params] | None = None
+    # (x, s) -> argmin_y ½ ‖x − y‖² + s g(y), for f + g; else None
+    prox: Callable[[Params, Any], Params] | None = None
     # params -> r, for least squares; else None
     residual_fn: Callable[[Params], PyTree] | None = None
     # (args, kwargs), the arguments of the function beyond the parameters

@@ -235,6 +235,40 @@ def test_the_outputs_for_poisson_s_equation_are_its_residuals():
     np.testing.assert_allclose(border, 0.0, atol=1e-6)
 
 
+def test_the_outputs_for_burgers_equation_are_its_residuals():
+    problem = by_name("pinn-burgers")
+    points = jnp.asarray(rows(problem.train(1024, 0, 1))[:5])
+    model = problem.model()
+    params, _ = model.init(jax.random.key(0), points)
+    apply = jax.jit(lambda x: model.apply(params, {}, x)[0])
+    outputs, h = apply(points), 0.01
+    u = np.asarray(outputs["u"])
+    right, left, later, earlier = (
+        np.asarray(apply(points + jnp.asarray([step], jnp.float32))["u"])
+        for step in ((h, 0), (-h, 0), (0, h), (0, -h))
+    )
+    slope, bend = (right - left) / (4 * h), (right + left - 2 * u) / (2 * h) ** 2  # x = 2 p - 1
+    residual = (later - earlier) / (2 * h) + u * slope - 0.05 * bend
+    np.testing.assert_allclose(outputs["residual"], residual, atol=2e-2)
+    # At t = 0 and at the ends it has the solution's values.
+    edge = np.array([[0.3, 0.0], [0.9, 0.0], [0.0, 0.6], [1.0, 0.8]], np.float32)
+    x, t = 2 * edge[:, :1] - 1, edge[:, 1:]
+    front = 0.5 - 0.5 * np.tanh((x - t / 2) / 0.2)
+    np.testing.assert_allclose(apply(jnp.asarray(edge))["u"], front, atol=1e-6)
+
+
+def test_the_curve_fit_is_that_of_nist():
+    """Lanczos1: y(0) = 2.5134, y(1.15) = 0.0623932 …; the certified parameters give no residual."""
+    problem = by_name("curve-fit")
+    (batch,) = problem.train(24, 0, 1)
+    order = np.argsort(batch["image"][:, 0])
+    y = np.asarray(batch["label"])[order]
+    np.testing.assert_allclose(y[[0, 1, -1]], [2.5134, 2.04433337, 0.0623931], rtol=1e-5)
+    params = {"amplitude": jnp.array([0.0951, 0.8607, 1.5576]), "rate": jnp.array([1.0, 3.0, 5.0])}
+    outputs, _ = problem.model().apply(params, {}, jnp.asarray(batch["image"]))
+    assert float(jnp.mean(problem.loss(outputs, batch))) < 1e-13
+
+
 def test_the_least_loss_of_the_markov_chain_is_that_of_its_frequencies():
     x, least = texts.markov(40_000, 12, np.random.default_rng(3))
     counts = np.zeros((8, 8, 8))

@@ -66,6 +66,8 @@ OPTIMIZERS = {
     "optax_lbfgs": lambda: optax.lbfgs(),
     "sophia": lambda: optax.contrib.sophia(0.01),
     "lbfgs": lambda: optim.lbfgs(),
+    "bfgs": lambda: optim.bfgs(),
+    "ssbroyden": lambda: optim.bfgs(update="ssbroyden"),
     "nonlinear_cg": lambda: optim.nonlinear_cg(),
     "hessian_free": lambda: optim.hessian_free(),
     "newton": lambda: optim.newton(),
