@@ -8,7 +8,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-classics bench-paper bench-study bench-vision device clean
+.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-pinn bench-classics bench-paper bench-study bench-vision device clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -82,6 +82,9 @@ bench-paper: $(READY)  ## two deep autoencoders, every method, the papers' table
 	$(BIN)/python tests/benchmarks/bench_paper.py --data $(or $(DATA),data/mnist) $(ARGS)
 
 PROBLEMS ?= gpt-bytes lstm-bytes vit-images resnet-images pinn-poisson
+bench-pinn: $(READY)  ## Poisson's equation by a small network: error against seconds, 25 minutes
+	$(BIN)/python tests/benchmarks/bench_pinn.py $(ARGS)
+
 bench-study: $(READY)  ## eight optimizers, tuned, on problems of today, some 4 hours; resumable, a folder each in runs/study
 	for problem in $(PROBLEMS); do \
 	  $(BIN)/jdl compare --problem $$problem --workdir runs/study/$$problem \

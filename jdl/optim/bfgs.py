@@ -147,9 +147,10 @@ def bfgs(
         fitted = new & good & scaled
         h = jnp.where(fitted, sy / jnp.where(good, yy, 1.0), 1.0) * state.H
         # H⁻¹ s is −α u, but not along −grad, nor for a matrix of another scale.
-        known = descends & ~fitted & (update == "ssbroyden")
+        known = good & descends & ~fitted
+        sbs = jnp.where(known, -found.step * jnp.vdot(s, u), sy) if update == "ssbroyden" else None
         with jax.default_matmul_precision("highest"):
-            inverse = _updated(h, s, y, jnp.where(known, -found.step * jnp.vdot(s, u), jnp.nan))
+            inverse = _updated(h, s, y, jnp.where(good, sy, 1.0), sbs, known)
         failed = ctx.active & ~moved  # the matrix is not trusted any more
         kept = jnp.where(failed, jnp.eye(s.size, dtype=h.dtype), state.H)
         fields = {
@@ -164,19 +165,33 @@ def bfgs(
     return second_order("bfgs", BFGSState, learning_rate, **parts)
 
 
-def _updated(h: jax.Array, s: jax.Array, y: jax.Array, sbs: jax.Array) -> jax.Array:
-    """H⁺ for ⟨s, y⟩ > 0 by the self-scaled Broyden method; by BFGS where ⟨s, H⁻¹ s⟩ is NaN."""
-    hy, rho = h @ y, 1.0 / jnp.vdot(s, y)
+def _updated(
+    h: jax.Array,
+    s: jax.Array,
+    y: jax.Array,
+    sy: jax.Array,
+    sbs: jax.Array | None = None,
+    known: jax.Array | bool = True,
+) -> jax.Array:
+    """H⁺, for sy = ⟨s, y⟩ > 0.
+
+    By BFGS; by the self-scaled Broyden method for sbs = ⟨s, H⁻¹ s⟩, where that is known.
+    """
+    hy, rho = h @ y, 1.0 / sy
     yhy = jnp.vdot(y, hy)
-    phi, tau = _scaled_broyden(sbs * rho, yhy * rho, s.size)
-    of_hy = jnp.where(phi == 1, 0.0, (phi - 1) / yhy)
     both = jnp.outer(s, hy)
-    change = of_hy * jnp.outer(hy, hy) - phi * rho * (both + both.T)
+    if sbs is None:
+        return h - rho * (both + both.T) + rho * (1.0 + rho * yhy) * jnp.outer(s, s)
+    known &= yhy > 0
+    safe = jnp.where(known, yhy, sy)
+    phi, tau = _scaled_broyden(jnp.where(known, sbs, sy) * rho, safe * rho, s.size)
+    phi, tau = (jnp.where(known & (tau > 0), x, 1.0) for x in (phi, tau))
+    change = (phi - 1.0) / safe * jnp.outer(hy, hy) - phi * rho * (both + both.T)
     return (h + change) / tau + rho * (1.0 + phi * rho * yhy / tau) * jnp.outer(s, s)
 
 
 def _scaled_broyden(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """φ and τ from b = ⟨s, H⁻¹ s⟩ / ⟨s, y⟩ and h = ⟨y, H y⟩ / ⟨s, y⟩; 1 and 1 where b is no number.
+    """φ and τ from b = ⟨s, H⁻¹ s⟩ / ⟨s, y⟩ and h = ⟨y, H y⟩ / ⟨s, y⟩.
 
     b h ≥ 1, by Cauchy and Schwarz. θ is the parameter of Broyden's class for H⁻¹, in its interval.
     """
@@ -189,6 +204,4 @@ def _scaled_broyden(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.
     most = jnp.where(positive, 1.0 / jnp.where(positive, theta, 1.0), jnp.inf)
     shrunk = jnp.minimum(1.0, 1.0 / b)
     tau = jnp.where(positive, shrunk * jnp.minimum(root, most), jnp.minimum(shrunk * root, sigma))
-    phi = (1.0 - theta) / sigma
-    good = (b > 0) & jnp.isfinite(phi) & jnp.isfinite(tau) & (tau > 0)
-    return jnp.where(good, phi, 1.0), jnp.where(good, tau, 1.0)
+    return (1.0 - theta) / sigma, tau

@@ -331,7 +331,7 @@ def test_an_objective_is_minimized_with_gauss_newton_products():
 def test_the_table_of_defaults_is_what_the_constructors_have():
     rows = [line.split() for line in solvers.__doc__.splitlines()]
     table = {row[0]: row[1:] for row in rows if row and hasattr(solvers, row[0])}
-    assert len(table) == 11
+    assert len(table) == 14
     for name, (*maxiter, tol) in table.items():
         parameters = inspect.signature(getattr(solvers, name)).parameters
         assert parameters["tol"].default == float(tol), name
