@@ -16,6 +16,7 @@ from jdl.compare.budget import Budget
 from jdl.compare.results import (
     Results,
     Row,
+    Target,
     Trial,
     Tuned,
     cost_to_target,
@@ -28,7 +29,7 @@ from jdl.compare.results import (
 from jdl.compare.statistics import performance_profiles
 
 UNITS = {"seconds": "seconds of training", "epoch": "epochs", "work": "work", "step": "steps"}
-FLOOR = 1e-8  # smaller losses, rounding of a float32 mean, are drawn at this value
+FLOOR = 1e-8  # the rounding of a float32 mean of losses near 1
 MOST = 60  # points of a line on the page
 # The marker and its size of each kind of mark; the ring of "cut" is empty.
 MARKS = {"reached": ("o", 4.5), "tried": ("o", 4.5), "cut": ("o", 4.5), "chosen": ("o", 8.0)}
@@ -84,6 +85,7 @@ class Panel(NamedTuple):
     y_label: str
     log: bool = True  # the y axis; not where a value is negative
     charged: bool = False  # whether curves begin after the cost of tuning
+    floor: float = FLOOR  # smaller values are drawn here on a log axis
 
     def value(self, y: float) -> float:
         """The column's value as drawn: accuracies as errors in percent.
@@ -92,7 +94,17 @@ class Panel(NamedTuple):
         """
         if is_accuracy(self.y):
             return max(100.0 * (1.0 - y), 0.05)
-        return max(y, FLOOR) if self.log else y
+        return max(y, self.floor) if self.log else y
+
+
+def floor_of(target: Target) -> float:
+    """Where smaller values are drawn: `FLOOR`, or a thousandth of the target if that is less.
+
+    >>> [floor_of(Target("test_loss", "at most", x)) for x in (1e-9, 0.1)]
+    [1e-12, 1e-08]
+    """
+    low = target.goal == "at most" and target.threshold > 0.0
+    return min(FLOOR, float(f"{1e-3 * target.threshold:.6g}")) if low else FLOOR
 
 
 def panels(results: Results, problem: str) -> list[Panel]:
@@ -101,7 +113,8 @@ def panels(results: Results, problem: str) -> list[Panel]:
 
     def panel(x: str, y: str, title: str, x_label: str, y_label: str) -> Panel:
         negative = any((value := row.get(y)) is not None and value < 0.0 for row in rows)
-        return Panel(x, y, title, x_label, y_label, log=not negative)
+        floor = floor_of(results.target(problem))
+        return Panel(x, y, title, x_label, y_label, log=not negative, floor=floor)
 
     def loss(x: str, title: str, x_label: str) -> Panel:
         return panel(x, "train_loss", title, x_label, "training loss")
@@ -336,7 +349,8 @@ def rank_chart(results: Results, problem: str) -> Chart | None:
     if len(found) < 2:
         return None
     costs = np.array([[line.costs[column].median for column in columns] for line in found])
-    ranks = 1 + np.sum(costs[None] < costs[:, None], axis=1)  # equal costs, equal ranks
+    # Costs that differ by less than 1 %, as those of one evaluation do, have equal ranks.
+    ranks = 1 + np.sum(1.01 * costs[None] < costs[:, None], axis=1)
     places = np.arange(3.0)
     return Chart(
         "Ranks by the cost to the target",
@@ -448,13 +462,14 @@ def sensitivity_charts(results: Results, problem: str) -> list[Chart]:
     found = tunings(results, problem)
     ranges = {x.parameter: x for tuned in found.values() for x in tuned.space}
     ends = [end for tuned in found.values() for _, end, _ in tuned.trials]
+    floor = floor_of(results.target(problem))
     log_y = all(end >= 0.0 for end in ends)
     charts = []
     for x in ranges.values():
         falls, name = x.scale == "one minus log", x.parameter.replace("_", " ")
         logs = x.scale != "linear", log_y
         series = tuple(
-            _tried(optimizer, tuned, x.parameter, falls, logs)
+            _tried(optimizer, tuned, x.parameter, falls, logs, floor)
             for optimizer, tuned in found.items()
             if x in tuned.space
         )
@@ -466,7 +481,12 @@ def sensitivity_charts(results: Results, problem: str) -> list[Chart]:
 
 
 def _tried(
-    optimizer: str, tuned: Tuned, parameter: str, falls: bool, logs: tuple[bool, bool]
+    optimizer: str,
+    tuned: Tuned,
+    parameter: str,
+    falls: bool,
+    logs: tuple[bool, bool],
+    floor: float,
 ) -> Series:
     """One optimizer's tuning trials by one number; a lost one's criterion is ∞."""
     marks = []
@@ -475,7 +495,7 @@ def _tried(
         kind = "chosen" if values == tuned.values else "tried" if status == "done" else "cut"
         lost = not math.isfinite(end)
         if x > 0.0 or not logs[0]:
-            y = math.inf if lost else max(end, FLOOR) if logs[1] else end
+            y = math.inf if lost else max(end, floor) if logs[1] else end
             marks.append((x, y, "diverged" if lost else kind))
     marks.sort()
     points = np.array([(x, y) for x, y, _ in marks if math.isfinite(y)]).reshape(-1, 2)

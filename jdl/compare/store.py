@@ -159,8 +159,7 @@ def load_trial(
         status=result["status"],
         words=result["words"],
         evaluations=evaluations,
-        # A first-order optimizer logs only the loss of its steps.
-        steps=tuple(row for row in rows if row["split"] == STEP and "termination" in row),
+        steps=_decided(rows),
         compile_seconds=result.get("compile_seconds", 0.0),
         settings=read_toml(directory / "config.toml"),
         share=share,
@@ -169,3 +168,12 @@ def load_trial(
         step_seconds=result.get("step_seconds"),
         gradient_seconds=result.get("gradient_seconds"),
     )
+
+
+def _decided(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The rows of a second-order method's steps, which evaluates f to decide how far to go.
+
+    A first-order method logs the loss of its steps, and SOAP, Shampoo and Muon one evaluation each.
+    """
+    found = tuple(row for row in rows if row["split"] == STEP and "termination" in row)
+    return found if any(row["evaluations"] > row["iterations"] for row in found) else ()

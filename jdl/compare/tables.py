@@ -95,7 +95,7 @@ def caption(results: Results) -> str:
         f"{lines}Dots: the first evaluation that meets the target{dots and ', '}{dots}. Crosses: "
         f"diverged. Dashed: first order{besides}; solid: second order. Axes are logarithmic unless "
         "a value is negative, and begin with the first evaluation after a step; losses below "
-        f"{plots.FLOOR:g} are drawn at that value."
+        f"{plots.FLOOR:g}, or below a thousandth of the target if that is less, are drawn there."
     )
 
 

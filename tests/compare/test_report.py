@@ -27,6 +27,8 @@ def steps():
             "loss": 1.0 / i,
             "gradient_equivalents": 10.0 * i,
             "linear_iterations": 7 * i,
+            "iterations": i,
+            "evaluations": 2 * i,
             "damping": 1.0 / i,
             "reduction_ratio": None if i == 1 else 0.9,
             "step_size": 1.0,
@@ -159,6 +161,35 @@ def test_a_far_target_is_told_instead_of_drawn(plant):
     chart = plots.curve_charts(results, "planted")[0]
     assert chart.level is None
     assert chart.y_label == "training loss (train loss ≤ 1e-09 is below)"
+
+
+def test_a_target_below_the_floor_is_drawn_where_it_is(plant):
+    rows = {("a", s): [(0.0, 1.0, 0.1), (1.0, 1e-6, 0.6), (2.0, 3e-10, 0.6)] for s in (0, 1)}
+    results = load_results(plant(rows, target=("train_loss", "at most", 1e-9)))
+    chart = plots.curve_charts(results, "planted")[0]
+    assert chart.level == 1e-9
+    assert chart.series[0].y[-1] == pytest.approx(3e-10)
+
+
+def test_costs_of_the_same_evaluation_have_equal_ranks(plant):
+    rows = {("a", s): [(0.0, 2.0, 0.1), (4.0, 0.05, 0.6)] for s in (0, 1)}
+    rows |= {("b", s): [(0.0, 2.0, 0.1), (4.01, 0.05, 0.6)] for s in (0, 1)}
+    rows |= {("c", s): [(0.0, 2.0, 0.1), (5.0, 0.05, 0.6)] for s in (0, 1)}
+    chart = plots.rank_chart(load_results(plant(rows)), "planted")
+    assert {series.name: series.y[2] for series in chart.series} == {"a": -1, "b": -1, "c": -3}
+
+
+def test_steps_that_decide_nothing_are_those_of_first_order(plant):
+    """SOAP and Muon report their steps too, but evaluate each once."""
+    kept = {"split": "train", "seconds": 0.1, "termination": 1.0}
+    both = {
+        name: [kept | {"step": k, "iterations": float(k), "evaluations": each * k} for k in (1, 2)]
+        for name, each in (("soap", 1.0), ("lbfgs", 1.5))
+    }
+    results = load_results(plant({(name, 0): FALL for name in both}, steps=both))
+    assert {t.optimizer: len(t.steps) for t in results.trials} == {"soap": 0, "lbfgs": 2}
+    assert plots.style_of(results, "soap")[1] != ()
+    assert plots.style_of(results, "lbfgs")[1] == ()
 
 
 def test_ranks_move_with_the_unit_of_cost(plant):
