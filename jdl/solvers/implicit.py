@@ -80,8 +80,13 @@ def custom_root(
     """A decorator for solvers `solver(init, *args, **kwargs)` of optimality_fun(sol, *args) = 0.
 
     Derivatives with respect to `args` and `kwargs`, forward and reverse, are those of the root;
-    `init` has none. With `has_aux` the solver returns `(sol, aux)`. Arguments go to both functions
-    as they were given, so that `reference_signature` is not needed.
+    `init` has none. Arguments go to both functions as they were given.
+
+    Args:
+      optimality_fun: what is zero at the solution.
+      has_aux: whether the solver returns `(sol, aux)`.
+      solve: `solve(product, b)` for the linear system; None for conjugate gradients.
+      reference_signature: accepted, and not needed.
 
     >>> sqrt = custom_root(lambda x, a: x * x - a)(lambda init, a: jnp.sqrt(a))
     >>> float(jax.grad(lambda a: sqrt(None, a))(4.0))
@@ -111,6 +116,12 @@ def custom_fixed_point(
     reference_signature: Any = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`custom_root` for solvers of fixed_point_fun(sol, *args) = sol.
+
+    Args:
+      fixed_point_fun: what gives the solution back.
+      has_aux: see `custom_root`.
+      solve: likewise.
+      reference_signature: likewise.
 
     >>> halving = custom_fixed_point(lambda x, a: 0.5 * (x + a))(lambda init, a: 1.0 * a)
     >>> float(jax.grad(lambda a: halving(None, a))(4.0))

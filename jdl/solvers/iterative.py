@@ -52,6 +52,7 @@ class Iterative:
       has_aux: whether values come as `(value, aux)`.
       maxiter: maximum number of updates, ≥ 0.
       tol: a run has converged when `state.error` ≤ tol, ≥ 0.
+      **unknown: other keywords, which are an error.
     """
 
     searches_lines: bool = False  # in loops that reverse mode cannot differentiate
@@ -572,7 +573,12 @@ def _print_row(name: str, i: Any, value: Any, error: Any, step: Any, evaluations
 
 
 class Stepping(Iterative):
-    """Solvers whose steps `jdl.solvers.steps.Steps` describes, and whose optimizers search."""
+    """Solvers whose optimizers search along a direction.
+
+    The keywords stepsize, linesearch, linesearch_init, stop_if_linesearch_fails, condition, maxls,
+    decrease_factor, increase_factor, max_stepsize and min_stepsize are those of
+    `jdl.solvers.steps.Steps`.
+    """
 
     stepping = True
     evaluates = True

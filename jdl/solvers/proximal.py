@@ -217,8 +217,9 @@ class ProjectedGradient(ProximalGradient):
 
     >>> from jdl.solvers.projection import projection_simplex
     >>> f = lambda x: 0.5 * jnp.sum(jnp.square(x - jnp.array([1.0, 0.5, -2.0])))
-    >>> ProjectedGradient(f, projection_simplex).run(jnp.ones(3) / 3, 1.0).params.round(3)
-    Array([0.75, 0.25, 0.  ], dtype=float32)
+    >>> solver = ProjectedGradient(f, projection_simplex)
+    >>> [round(float(x), 3) for x in solver.run(jnp.ones(3) / 3, 1.0).params]
+    [0.75, 0.25, 0.0]
     """
 
     hyperparams = "hyperparams_proj"

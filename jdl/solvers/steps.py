@@ -28,14 +28,13 @@ class BacktrackingLineSearch:
     are accepted and have no effect.
 
     Args:
-      fun: not used.
+      fun, value_and_grad, has_aux, tol, verbose, jit, unroll: not used.
       maxiter: maximum number of trials.
       condition: "strong-wolfe", "wolfe", "armijo" or "goldstein".
       c1: sufficient decrease.
       c2: curvature.
       decrease_factor: r, in (0, 1).
       max_stepsize: the longest step.
-      **others: not used.
 
     >>> from jdl.solvers import LBFGS
     >>> search = BacktrackingLineSearch(condition="armijo", decrease_factor=0.5)
