@@ -116,6 +116,8 @@ def real_problem(problem: Problem, like: Params) -> Problem:
     if not any(jnp.iscomplexobj(x) for x in jax.tree.leaves(like)):
         return problem
     check.argument(problem.bounds is None, "bounds", "None with complex parameters", "bounds")
+    must = "real, where there is a proximity operator or a projection"
+    check.argument(problem.prox is None, "init_params", must, "complex")
 
     def evaluate(params: Params) -> tuple[jax.Array, Params, Any]:
         value, grad, aux = problem.evaluate(complex_view(params, like))
