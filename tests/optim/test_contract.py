@@ -22,8 +22,17 @@ from jdl.optim.transformation import OPTIONAL, RANGES, check_options
 
 EVERY = sorted(REGISTRY)
 SECOND = [name for name in EVERY if REGISTRY[name].second_order]
-# optax's own are trusted to optax, but for one of each kind.
-ALL = [*SECOND, "soap", "shampoo", "adam", "muon", "sgd", "sophia", "schedule_free_adamw"]
+# optax's own are trusted to optax, but for one of each kind; bfgs shares ssbroyden's code.
+ALL = [
+    *(x for x in SECOND if x != "bfgs"),
+    "soap",
+    "shampoo",
+    "adam",
+    "muon",
+    "sgd",
+    "sophia",
+    "schedule_free_adamw",
+]
 
 
 def each(names):

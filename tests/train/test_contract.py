@@ -122,7 +122,7 @@ def test_learns_compiles_once_and_repeats(model, optimizer):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "optax_lbfgs" else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("optax_lbfgs", "bfgs") else ())
         for name in OPTIMIZERS
         if name != "sophia"
     ],
