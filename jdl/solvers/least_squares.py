@@ -155,9 +155,11 @@ class LevenbergMarquardt(LeastSquares):
       tol: on the norm of the gradient Jᵀ r.
       xtol: on the step, for "madsen-nielsen".
       gtol: on the largest entry of the gradient, for "madsen-nielsen".
-      solver, geodesic, jac_fun, contribution_ratio_threshold: see
-        `jdl.solvers.madsen_nielsen.madsen_nielsen`, which runs where one of them,
-        `damping_parameter` or `materialize_jac` is given. `jac_fun(params, *args, **kwargs) -> J`.
+      solver: see `jdl.solvers.madsen_nielsen.madsen_nielsen`, which runs where this, `geodesic`,
+        `jac_fun`, `damping_parameter` or `materialize_jac` is given.
+      geodesic: likewise.
+      jac_fun: `jac_fun(params, *args, **kwargs) -> J`.
+      contribution_ratio_threshold: `largest_ratio` of `madsen_nielsen`.
       materialize_jac: accepted; only a function as `solver` does without J.
       has_aux: whether residuals come as `(r, aux)`.
       **options: `jdl.solvers.options.SolverOptions`, and the arguments of

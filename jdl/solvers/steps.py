@@ -24,11 +24,11 @@ WOLFE = ["zoom", "hager-zhang", "hager_zhang"]
 class BacktrackingLineSearch:
     """The first of the steps α₀, α₀ r, α₀ r² … that satisfies `condition`; else the last trial.
 
-    For a solver's `linesearch`, whose own function counts; the other arguments of jaxopt's class
-    are accepted and have no effect.
+    For a solver's `linesearch`, whose own function counts: value_and_grad, has_aux, tol, verbose,
+    jit and unroll are accepted, as by jaxopt's class, and have no effect.
 
     Args:
-      fun, value_and_grad, has_aux, tol, verbose, jit, unroll: not used.
+      fun: not used.
       maxiter: maximum number of trials.
       condition: "strong-wolfe", "wolfe", "armijo" or "goldstein".
       c1: sufficient decrease.
