@@ -33,7 +33,6 @@ class ProximalState(NamedTuple):
     x: Params  # the last proximal step, which the solver returns
     velocity: Params  # y, where the next gradient is taken
     t: jax.Array  # Nesterov's sequence, 1 after a restart
-    iteration: jax.Array  # updates made
     stepsize: jax.Array  # the last s
     diagnostics: Diagnostics  # see `jdl.optim.diagnostics`
 
@@ -51,7 +50,7 @@ def proximal_gradient(
     def init(params: Params) -> ProximalState:
         one = jnp.ones((), scalar_dtype(params))
         here = jax.tree.map(jnp.array, params)
-        return ProximalState(here, here, one, jnp.zeros((), jnp.int32), one, diag.init())
+        return ProximalState(here, here, one, one, diag.init())
 
     def update(
         updates: PyTree,
@@ -64,7 +63,8 @@ def proximal_gradient(
         here = gather("proximal_gradient", updates, params, **extras)
         trials: Any = 1
         if callable(stepsize) or stepsize > 0:
-            length = stepsize(state.iteration) if callable(stepsize) else stepsize
+            count = state.diagnostics.iterations
+            length = stepsize(count) if callable(stepsize) else stepsize
             step = jnp.asarray(length, state.stepsize.dtype)
         else:
             # In derivatives the step counts as a constant: reverse mode cannot pass the loop.
@@ -89,8 +89,7 @@ def proximal_gradient(
             state.diagnostics, step_size=step, values=trials, termination=code, reused=reused
         )
         change = jax.tree.map(jnp.subtract, velocity, here.params)
-        count = state.iteration + 1
-        return change, ProximalState(new, velocity, t, count, step, diagnostics)
+        return change, ProximalState(new, velocity, t, step, diagnostics)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -137,7 +136,8 @@ class ProximalGradient(Iterative):
 
     Its methods take the prox's `hyperparams_prox` after the parameters. `state.value`,
     `state.grad` and `state.error`, the length of y − prox(y − ∇f(y), 1), are those of the point y
-    where the last gradient was taken. Arguments that are not listed are those of
+    where the last gradient was taken; a run has converged when x, which is returned, is as near to
+    y. Arguments that are not listed are those of
     `jdl.solvers.iterative.Iterative`.
 
     Args:
@@ -201,6 +201,14 @@ class ProximalGradient(Iterative):
     def _start(self, problem: Problem, params: Params, memory: Any) -> SolverState:
         del memory  # momentum begins anew
         return super()._start(problem, params, None)
+
+    def _converged(self, params: Params, state: SolverState) -> jax.Array:
+        # Momentum may carry y past a solution that x has not reached: a step s moves the gradient
+        # by up to 1/s of itself.
+        inner = state.internal_state
+        apart = tree.norm(jax.tree.map(jnp.subtract, inner.velocity, inner.x))
+        near = apart <= self.tol * jnp.minimum(inner.stepsize, 1.0)
+        return super()._converged(params, state) & near
 
     def _answer(self, params: Params, state: SolverState) -> Params:
         return state.internal_state.x

@@ -104,6 +104,16 @@ def test_a_constrained_solution_and_its_derivatives_are_jaxopts(name, both):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
 
 
+def test_what_converged_is_what_is_returned():
+    """Momentum may put the last gradient's point at the solution, and the iterate beside it."""
+    solver = solvers.ProximalGradient(
+        lambda w: 0.5 * jnp.square(w - 1.0), stepsize=0.05, tol=2e-2, maxiter=2000
+    )
+    found = jax.vmap(solver.run, in_axes=(0, None))(jnp.linspace(-3.0, 0.5, 200), None)
+    assert (np.asarray(found.state.status) == solvers.ResultCode.CONVERGED).all()
+    np.testing.assert_allclose(found.params, 1.0, atol=2.5e-2)
+
+
 def test_the_hyperparameters_may_be_given_by_name_and_a_run_goes_on():
     solver = solvers.ProximalGradient(least_squares, solvers.prox.prox_lasso, tol=1e-9)
     once = solver.run(jnp.zeros(6), hyperparams_prox=0.1).params
