@@ -3,6 +3,7 @@
 import itertools
 import operator
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from jdl.core import check
 from jdl.core.objective import batch_size
 from jdl.core.types import Batch
 from jdl.train import positions
+from jdl.train.dispatch import Stack, stacked
 from jdl.train.parallel import Placement
 from jdl.train.signals import Stopped
 
@@ -36,16 +38,16 @@ class Feed:
       position: where in the data the next `take` reads: the iterator's own state, as JSON can hold
         it; None for iterables that keep none.
       wait_seconds: how long `take` and `prefetch` have waited for the data.
-      ended: whether the data has ended.
     """
 
     def __init__(self, data: Iterable[Batch], placement: Placement, position: Any = None):
         self._iterator: Iterator[Batch] = iter(data)
         self._is_jdl = is_dataset(data) and hasattr(data, "plan")  # its states are JSON already
         self._placement = placement
-        self._ahead: tuple[Batch, Any] | None = None
+        self._ahead: deque[tuple[Batch, Any]] = deque()  # batches read, and positions after them
+        self._placed: tuple[int, int, Batch | Stack] | None = None  # of `most` and `length`
         self.wait_seconds = 0.0
-        self.ended = False
+        self._at_end = False
         if position is not None and self.resumable:
             positions.restore(self._iterator, position)
         self.position = self._state()
@@ -66,30 +68,63 @@ class Feed:
         state = self._iterator.get_state()  # type: ignore[attr-defined]
         return state if self._is_jdl else positions.to_json(state)
 
-    def prefetch(self) -> Batch | None:
-        """Starts to transfer the next batch, and returns it; None at the end."""
-        if self._ahead is None:
+    @property
+    def ended(self) -> bool:
+        """Whether the data has ended."""
+        return self._at_end and not self._ahead
+
+    def prefetch(self, most: int = 1, length: int = 1) -> Any:
+        """Starts to transfer the next batch, or a stack of several; None at the end.
+
+        Args:
+          most: how many batches at most; fewer where the data ends or their shape changes.
+          length: of the `Stack` that holds them; 1 for a batch as it is.
+        """
+        if self._placed is None or self._placed[:2] != (most, length):
             start = time.perf_counter()
-            try:
+            self._read(most)
+            if not self._ahead:
+                return None
+            self._placed = most, length, self._place(most, length)
+            self.wait_seconds += time.perf_counter() - start
+        return self._placed[2]
+
+    def _read(self, number: int) -> None:
+        try:
+            while len(self._ahead) < number:
                 batch = next(self._iterator, None)
                 if batch is None:
-                    self.ended = True
-                    return None
+                    self._at_end = True
+                    break
                 arrays, _ = entries(batch, self._placement.inputs)
-                self._ahead = (self._placement.put_step_batch(arrays), self._state())
-            except (KeyboardInterrupt, Stopped):
-                if self.resumable:  # the batch being made is not lost
-                    positions.restore(self._iterator, self.position)
-                raise
-            self.wait_seconds += time.perf_counter() - start
-        return self._ahead[0]
+                self._ahead.append((arrays, self._state()))
+        except (KeyboardInterrupt, Stopped):
+            if self.resumable:  # the batch being made is not lost
+                last = self._ahead[-1][1] if self._ahead else self.position
+                positions.restore(self._iterator, last)
+            raise
+
+    def _place(self, most: int, length: int) -> Batch | Stack:
+        if length == 1:
+            return self._placement.put_step_batch(self._ahead[0][0])
+        batches = (batch for batch, _ in self._ahead)
+        return self._placement.put_stack(stacked(batches, most, length))
+
+    def advance(self) -> list[Any]:
+        """Moves behind what `prefetch` returned last; returns the position before each batch."""
+        assert self._placed is not None
+        batch, before = self._placed[2], []
+        for _ in range(batch.number if isinstance(batch, Stack) else 1):
+            before.append(self.position)
+            self.position = self._ahead.popleft()[1]
+        self._placed = None
+        return before
 
     def take(self) -> Batch | None:
         """The next batch, on the device; None at the end."""
         batch = self.prefetch()
-        if self._ahead is not None:
-            self.position = self._ahead[1]
-            self._ahead = None
+        if batch is not None:
+            self.advance()
         return batch
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check
-from jdl.core.types import Mode
+from jdl.core.types import Batch, Mode
 from jdl.train.clock import Clock
 from jdl.train.compiled import CompiledSteps, Step
 from jdl.train.deferred_metrics import DeferredMetrics, Finished
@@ -105,7 +105,7 @@ class TrainLoop:
       profile: traces some steps.
       evaluate: `evaluate(data) -> values`, for validation.
       report: takes each row of the log.
-      log_every, save_every, on_nonfinite: as for `jdl.Estimator`.
+      log_every, save_every, on_nonfinite, steps_per_dispatch: as for `jdl.Estimator`.
     """
 
     def __init__(
@@ -118,11 +118,12 @@ class TrainLoop:
         log_every: int,
         save_every: int | None,
         on_nonfinite: str,
+        steps_per_dispatch: int | None,
     ):
         self._run, self._steps, self._profile = run, steps, profile
         self._evaluate, self._report = evaluate, report
         self._log_every, self._save_every = log_every, save_every
-        self._on_nonfinite = on_nonfinite
+        self._on_nonfinite, self._steps_per_dispatch = on_nonfinite, steps_per_dispatch
 
     def train(
         self,
@@ -152,12 +153,30 @@ class TrainLoop:
             validate_every = steps_per_epoch(data, "validate_every", "given")
         deadline = None if limits.seconds is None else run.clock.seconds + limits.seconds
         call = Call(data, limits, last_step, deadline, validation, validate_every or 1)
-        step = self._steps.for_batch(run.current(), batch)
+        run.steps_per_dispatch = self._length(batch)
+        step = self._steps.for_batch(run.current(), self._next(call, feed))
         try:
             self._run_and_roll_back(call, step, feed)
         except StopTraining as stop:
             logger.info("training ended at step %d: %s", run.step, stop)
         return True
+
+    def _length(self, batch: Batch) -> int:
+        """The most steps in one dispatch: as asked for, as before, or chosen."""
+        found = self._steps_per_dispatch or self._run.steps_per_dispatch
+        most = min(self._log_every, self._save_every or self._log_every)
+        return found or self._steps.choose_length(self._run.current(), batch, most)
+
+    def _next(self, call: Call, feed: Feed) -> Any:
+        """The batch or stack of the next dispatch, which ends where something is due, or None."""
+        step, most, length = self._run.step, 1, self._run.steps_per_dispatch or 1
+        if length > 1:
+            validate_every = call.validate_every if call.validation is not None else None
+            every = [self._log_every, self._save_every, validate_every]
+            due = [n - step % n for n in every if n] + self._profile.due(step)
+            most = min(length, *due, (call.last_step or math.inf) - step)
+        with self._run.signals.window("data"):
+            return feed.prefetch(most, length)
 
     def _run_and_roll_back(self, call: Call, step: Step, feed: Feed) -> None:
         """Runs the steps; after one that is not finite, again from the last checkpoint."""
@@ -192,24 +211,21 @@ class TrainLoop:
     def _loop(self, call: Call, step: Step, feed: Feed, metrics: DeferredMetrics) -> None:
         """Nothing in it waits for the step just dispatched."""
         run, profile, signals = self._run, self._profile, self._run.signals
-        waiting_for_data = signals.window("data")
         deadline = None if call.deadline is None else _Deadline(run.clock, call.deadline)
         while call.last_step is None or run.step < call.last_step:
             signals.check()
-            run.trail.append((run.step, feed.position))
-            with waiting_for_data:
-                batch = feed.prefetch()
-            if batch is None:
+            batches = self._next(call, feed)
+            if batches is None:
                 break
             profile.before(run.step + 1)
-            run.state, logs = step(run.take(), batch)
-            run.step += 1
-            feed.take()
+            run.state, logs = step(run.take(), batches)
+            made = feed.advance()
+            run.trail.extend(enumerate(made, run.step))
+            run.step += len(made)
             run.position = feed.position
-            metrics.push(run.step, logs)
+            metrics.push(run.step, logs, len(made))
             if run.step != call.last_step:
-                with waiting_for_data:
-                    feed.prefetch()  # the next batch travels while the device computes
+                self._next(call, feed)  # travels while the device computes
             metrics.wait_for_earlier_steps()
             if profile.ends(run.step):
                 metrics.flush()

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from jdl.core import check
 from jdl.core.objective import batch_size
 from jdl.core.types import Batch, PyTree
+from jdl.train.dispatch import Stack
 
 MODES = ("jit", "fsdp", "pmap")
 AXIS = "data"
@@ -101,6 +102,20 @@ class Placement(NamedTuple):
         """The same for a training step, which takes host arrays where the device is the host."""
         return dict(batch) if self.is_host else self.put_batch(batch)
 
+    @property
+    def stack(self) -> jax.sharding.Sharding:
+        """That of several batches, stacked along a new first axis."""
+        if not isinstance(self.batch, NamedSharding):
+            return self.batch
+        return NamedSharding(self.batch.mesh, PartitionSpec(None, AXIS))
+
+    def put_stack(self, stack: Stack) -> Stack:
+        """The same for a stack of batches, of one process."""
+        if self.is_host:
+            return stack
+        self._check_divides(jax.tree.map(lambda x: x[0], dict(stack.batches)))
+        return stack._replace(batches=jax.device_put(dict(stack.batches), self.stack))
+
     def _check_divides(self, batch: Batch) -> None:
         size = batch_size(batch, self.inputs)
         check.argument(
@@ -140,24 +155,31 @@ class Placement(NamedTuple):
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
-    def lower_step(self, train: Callable[..., Any], state: PyTree, batch: Batch) -> Any:
-        """The step `(state, batch) -> (state, logs)`, lowered; it reuses the state's memory."""
+    def lower_step(
+        self, train: Callable[..., Any], state: PyTree, batch: Batch | Stack
+    ) -> jax.stages.Lowered:
+        """The step `(state, batch) -> (state, logs)`, lowered; it reuses the state's memory.
+
+        For a stack of batches `(state, batches, number) -> (state, logs)`, of `dispatch.repeated`.
+        """
+        shardings = self.shardings(state)
+        args, placed = (state, batch), (shardings, self.batch)
+        specs = (PartitionSpec(), PartitionSpec(AXIS))
+        if isinstance(batch, Stack):
+            args, placed = (state, *batch.args), (shardings, self.stack, self.state)
+            specs = (PartitionSpec(), PartitionSpec(None, AXIS), PartitionSpec())
         if self.axis_name is not None:
             assert isinstance(self.state, NamedSharding)
             train = jax.shard_map(
                 train,
                 mesh=self.state.mesh,
-                in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+                in_specs=specs,
                 out_specs=PartitionSpec(),
                 check_vma=False,
             )
-        shardings = self.shardings(state)
         return jax.jit(
-            train,
-            in_shardings=(shardings, self.batch),
-            out_shardings=(shardings, self.state),
-            donate_argnums=0,
-        ).lower(state, batch)
+            train, in_shardings=placed, out_shardings=(shardings, self.state), donate_argnums=0
+        ).lower(*args)
 
 
 def placement(
