@@ -12,14 +12,8 @@ import jax.numpy as jnp
 from jdl.core import check
 from jdl.core.objective import batch_size
 from jdl.core.types import Batch
-from jdl.train.dispatch import (
-    Stack,
-    chosen_length,
-    one_of,
-    refuse_changed_types,
-    repeated,
-    shapes_of,
-)
+from jdl.train import dispatch
+from jdl.train.dispatch import Stack, one_of, shapes_of
 from jdl.train.parallel import Placement
 from jdl.train.step import Logs, TrainState
 
@@ -56,10 +50,7 @@ class CompiledSteps:
         has_keys = any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in jax.tree.leaves(batch))
         if most == 1 or has_keys or not self._placement.is_host:
             return 1
-        start = time.perf_counter()
-        length = chosen_length(self._placement.lower_step(self._train, state, batch), most)
-        self.seconds += time.perf_counter() - start
-        return length
+        return dispatch.chosen_length(self._placement.lower_step(self._train, state, batch), most)
 
     def for_batch(self, state: TrainState, batch: Batch | Stack) -> Step:
         """The step for batches of this shape; it reuses the memory of the state it takes.
@@ -70,9 +61,9 @@ class CompiledSteps:
         signature = _signature(batch)
         if signature not in self._steps:
             start = time.perf_counter()
-            train = repeated(self._train) if isinstance(batch, Stack) else self._train
-            lowered = self._placement.lower_step(train, state, batch)
-            refuse_changed_types(state, lowered.out_info[0])
+            train = dispatch.repeated(self._train) if isinstance(batch, Stack) else self._train
+            lowered = self._placement.lower_step(train, state, *_args(batch))
+            dispatch.refuse_changed_types(state, lowered.out_info[0])
             compiled = lowered.compile()
             step = self._any_size(compiled, shapes_of(batch))
             self._steps[signature] = step, compiled.memory_analysis()
@@ -82,9 +73,8 @@ class CompiledSteps:
 
     def _any_size(self, compiled: Any, shapes: Any) -> Step:
         def step(state: TrainState, batch: Batch | Stack) -> tuple[TrainState, Logs]:
-            args = batch.args if isinstance(batch, Stack) else (batch,)
             try:
-                stepped: tuple[TrainState, Logs] = compiled(state, *args)
+                stepped: tuple[TrainState, Logs] = compiled(state, *_args(batch))
                 return stepped
             except TypeError as error:
                 found = shapes_of(batch)
@@ -130,7 +120,9 @@ def _of_an_example(shapes: Any) -> Any:
     return jax.tree.map(lambda x: (x[0][1:], x[1]), shapes, is_leaf=is_leaf)
 
 
+def _args(batch: Batch | Stack) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, Stack) else (batch,)
+
+
 def _signature(batch: Batch | Stack) -> str:
-    """Of the program for it."""
-    length = batch.length if isinstance(batch, Stack) else 0
-    return f"{length} {shapes_of(batch)}"
+    return str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), _args(batch)))

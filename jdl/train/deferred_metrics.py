@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from jdl.train.clock import Clock
@@ -30,11 +29,6 @@ class _Dispatched(NamedTuple):
     number: int
     logs: Logs  # scalars of one step, or [length] of several
     at: float  # perf_counter's time
-
-    def losses(self) -> list[tuple[int, float]]:
-        """Each step's."""
-        losses = np.ravel(jax.device_get(self.logs["loss"]))[: self.number]
-        return [(self.step - self.number + i, float(loss)) for i, loss in enumerate(losses, 1)]
 
 
 class DeferredMetrics:
@@ -63,8 +57,8 @@ class DeferredMetrics:
         """Waits for all steps but those dispatched last."""
         now = time.perf_counter()
         while len(self._in_flight) > 1:
-            oldest, newest = self._in_flight[0], self._in_flight[-1]
-            steps = newest.step - oldest.step + oldest.number
+            oldest = self._in_flight[0]
+            steps = sum(dispatched.number for dispatched in self._in_flight)
             if now - oldest.at < PILE_SECONDS and steps <= PILE_STEPS:
                 break
             self._wait_for_oldest()
@@ -97,7 +91,8 @@ class DeferredMetrics:
         values = as_floats(last.logs, last.number)
         nonfinite = None
         if not math.isfinite(values["loss"]):
-            each = (step for dispatched in since for step in dispatched.losses())
+            losses = [x for d in since for x in np.ravel(d.logs["loss"])[: d.number].tolist()]
+            each = enumerate(losses, last.step - len(losses) + 1)
             nonfinite = next((at, loss) for at, loss in each if not math.isfinite(loss))
         self._on_log(Finished(last.step, seconds, values, nonfinite))
         self._clock.start()

@@ -8,7 +8,7 @@ dispatch that ends early, where something is due, compiles nothing and changes n
 other lengths are other programs, which XLA may round differently, so a run keeps to one length.
 """
 
-import itertools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -24,60 +24,28 @@ _OPERATIONS, _BYTES = 1e11, 5e10  # per second: a few cores'; only the order of 
 
 
 class Stack(NamedTuple):
-    """Batches of one shape for one dispatch.
-
-    Attributes:
-      batches: their entries, [length, B, …]; those after the first `number` are not used.
-      number: how many there are.
-    """
+    """Batches of one shape for one dispatch: entries [length, B, …], of which `number` are used."""
 
     batches: Batch
-    number: int
-
-    @property
-    def length(self) -> int:
-        """The number of batches that there is room for."""
-        return int(jax.tree.leaves(self.batches)[0].shape[0])
-
-    @property
-    def args(self) -> tuple[Batch, np.int32]:
-        """What the function `repeated` takes."""
-        return self.batches, np.int32(self.number)
+    number: np.int32
 
 
-def check_length(steps_per_dispatch: int | None) -> None:
-    """Raises where it is no number of steps, or more than one in one of several processes."""
-    if steps_per_dispatch is not None:
-        check.positive_int("steps_per_dispatch", steps_per_dispatch)
-        check.argument(
-            steps_per_dispatch == 1 or jax.process_count() == 1,
-            "steps_per_dispatch",
-            "1 or None where several processes train together",
-            steps_per_dispatch,
-        )
+def stacked(batches: Iterable[Batch], length: int) -> Stack:
+    """A stack of this length of the first batches that have one shape.
 
-
-def stacked(batches: Iterable[Batch], most: int, length: int) -> Stack:
-    """A stack of this length of the first batches, at most `most`, that have one shape.
-
-    >>> stack = stacked([{"x": np.ones(3)}, {"x": np.zeros(3)}, {"x": np.ones(2)}], 3, 4)
-    >>> stack.batches["x"].shape, stack.number
+    >>> stack = stacked([{"x": np.ones(3)}, {"x": np.zeros(3)}, {"x": np.ones(2)}], 4)
+    >>> stack.batches["x"].shape, int(stack.number)
     ((4, 3), 2)
     """
-    rows: list[list[Any]] = []
-    kind: Any = None
-    for batch in itertools.islice(batches, most):
-        leaves, structure = jax.tree.flatten(batch)
-        found = structure, [(x.shape, x.dtype) for x in leaves]
-        if kind is not None and found != kind:
-            break
-        kind = found
-        rows.append(leaves)
-    arrays = [np.zeros((length, *shape), dtype) for shape, dtype in kind[1]]
-    for i, leaves in enumerate(rows):
-        for array, leaf in zip(arrays, leaves, strict=True):
+    flat = [jax.tree.flatten(batch) for batch in batches]
+    kinds = [(structure, [(x.shape, x.dtype) for x in leaves]) for leaves, structure in flat]
+    number = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
+    structure, leaves = kinds[0]
+    arrays = [np.zeros((length, *shape), dtype) for shape, dtype in leaves]
+    for i in range(number):
+        for array, leaf in zip(arrays, flat[i][0], strict=True):
             array[i] = leaf
-    return Stack(jax.tree.unflatten(kind[0], arrays), len(rows))
+    return Stack(jax.tree.unflatten(structure, arrays), np.int32(number))
 
 
 def one_of(batch: Batch | Stack) -> Batch:
@@ -93,18 +61,14 @@ def shapes_of(batch: Batch | Stack) -> PyTree:
 
 
 def repeated(train: Callable[..., Any]) -> Callable[..., Any]:
-    """The function `(state, batches, number) -> (state, logs[length])`, see above.
-
-    Args:
-      train: `(state, batch) -> (state, logs)`.
-    """
+    """The function `(state, batches, number) -> (state, logs[length])` of a step, see above."""
     train = jax.jit(train, inline=True)  # traced once
 
-    def steps(state: Any, batches: Batch, number: jax.Array) -> tuple[Any, Any]:
-        stack = Stack(batches, 0)
-        after, shapes = jax.eval_shape(train, state, one_of(stack))
+    def steps(state: Any, batches: Batch, number: jax.Array) -> Any:
+        length = jax.tree.leaves(batches)[0].shape[0]
+        after, shapes = jax.eval_shape(train, state, one_of(Stack(batches, np.int32(0))))
         refuse_changed_types(state, after)
-        logs = jax.tree.map(lambda x: jnp.zeros((stack.length, *x.shape), x.dtype), shapes)
+        logs = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
 
         def body(i: jax.Array, carry: Any) -> Any:
             state, logs = carry
@@ -113,8 +77,7 @@ def repeated(train: Callable[..., Any]) -> Callable[..., Any]:
             put = jax.lax.dynamic_update_index_in_dim
             return state, jax.tree.map(lambda x, one: put(x, one, i, 0), logs, new)
 
-        found: tuple[Any, Any] = jax.lax.fori_loop(jnp.int32(0), number, body, (state, logs))
-        return found
+        return jax.lax.fori_loop(jnp.int32(0), number, body, (state, logs))
 
     return steps
 
@@ -136,20 +99,17 @@ def refuse_changed_types(before: Any, after: Any) -> None:
 
 
 def chosen_length(step: Any, most: int) -> int:
-    """How many steps to dispatch at once, of the same length each up to `most` steps.
+    """How many steps to dispatch at once: 1 if one takes 2 ms or more, else 5 ms of them, up to 32.
 
-    1 for a step of 2 ms or more, else what makes 5 ms, up to 32; by XLA's count of a step's
-    operations and bytes, since measured times would differ from run to run.
+    By XLA's count of operations and bytes, since times would differ from run to run.
 
     Args:
       step: the step, lowered.
-      most: steps between two that end a dispatch.
+      most: steps between two that end a dispatch; what is chosen cuts them evenly.
     """
     cost = step.cost_analysis() or {}
-    if "flops" not in cost:
-        return 1
-    seconds = cost["flops"] / _OPERATIONS + cost.get("bytes accessed", 0.0) / _BYTES
+    seconds = cost.get("flops", np.inf) / _OPERATIONS + cost.get("bytes accessed", 0.0) / _BYTES
     if seconds >= LONG_SECONDS:
         return 1
-    length = min(most, MOST_STEPS, -(-ENOUGH_SECONDS // max(seconds, 1e-9)))
-    return int(-(-most // -(-most // length)))
+    length = min(most, MOST_STEPS, math.ceil(ENOUGH_SECONDS / max(seconds, 1e-9)))
+    return math.ceil(most / math.ceil(most / length))

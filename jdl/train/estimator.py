@@ -22,7 +22,6 @@ from jdl.core.objective import Objective
 from jdl.core.types import Batch, Key, Loss, Metric, Mode, ModelState, Outputs, Params
 from jdl.optim import registry
 from jdl.train.compiled import CompiledSteps, Step
-from jdl.train.dispatch import check_length
 from jdl.train.ema import averaging, weights_of
 from jdl.train.evaluate import Evaluator, Sums
 from jdl.train.feed import Data, Feed, for_training
@@ -83,11 +82,10 @@ class Estimator:
         "skip" the step; or "rollback" to the last checkpoint, with half the learning rate.
       log_norms: whether to log the norms of gradients and updates.
       profile: (first, last) step to trace into `profile/`, for TensorBoard or Perfetto.
-      steps_per_dispatch: how many steps the device makes without the host, which speeds up steps
-        shorter than a millisecond; a dispatch ends sooner where a row of the log, a validation or a
-        checkpoint is due, so these stay what they are. Programs of different lengths may round
-        differently. None for 1, or, on one CPU, for more where XLA expects steps of less than 2 ms;
-        a resumed run keeps its number.
+      steps_per_dispatch: the most steps that one device makes without the host, which speeds up
+        steps of less than a millisecond; it stops earlier where a row of the log, a validation or a
+        checkpoint is due. Programs of different lengths may round differently. None for what a
+        resumed run had; else, on one CPU, for several if XLA counts few operations; else for 1.
       clock: reads the time for training seconds; `time.process_time` varies less on a shared
         machine.
       hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
@@ -140,7 +138,6 @@ class Estimator:
         hooks: Sequence[Hook] = (),
     ):
         _check(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
-        check_length(steps_per_dispatch)
         self.model = _prepared_model(model, compute_dtype, remat)
         self.loss = loss
         # Absolute, so that a later os.chdir does not split the run.

@@ -38,6 +38,7 @@ class Feed:
       position: where in the data the next `take` reads: the iterator's own state, as JSON can hold
         it; None for iterables that keep none.
       wait_seconds: how long `take` and `prefetch` have waited for the data.
+      ended: whether the data has ended.
     """
 
     def __init__(self, data: Iterable[Batch], placement: Placement, position: Any = None):
@@ -47,7 +48,7 @@ class Feed:
         self._ahead: deque[tuple[Batch, Any]] = deque()  # batches read, and positions after them
         self._placed: tuple[int, int, Batch | Stack] | None = None  # of `most` and `length`
         self.wait_seconds = 0.0
-        self._at_end = False
+        self.ended = False
         if position is not None and self.resumable:
             positions.restore(self._iterator, position)
         self.position = self._state()
@@ -68,11 +69,6 @@ class Feed:
         state = self._iterator.get_state()  # type: ignore[attr-defined]
         return state if self._is_jdl else positions.to_json(state)
 
-    @property
-    def ended(self) -> bool:
-        """Whether the data has ended."""
-        return self._at_end and not self._ahead
-
     def prefetch(self, most: int = 1, length: int = 1) -> Any:
         """Starts to transfer the next batch, or a stack of several; None at the end.
 
@@ -84,17 +80,25 @@ class Feed:
             start = time.perf_counter()
             self._read(most)
             if not self._ahead:
+                self.ended = True
                 return None
-            self._placed = most, length, self._place(most, length)
+            put, batches = self._placement.put_step_batch, [batch for batch, _ in self._ahead]
+            if length == 1:
+                self._placed = most, length, put(batches[0])
+            else:
+                stack = stacked(batches[:most], length)
+                self._placed = most, length, stack._replace(batches=put(stack.batches))
             self.wait_seconds += time.perf_counter() - start
         return self._placed[2]
 
     def _read(self, number: int) -> None:
         try:
             while len(self._ahead) < number:
+                if self._ahead and not self._is_jdl:  # the iterator may reuse the arrays
+                    last, position = self._ahead.pop()
+                    self._ahead.append((jax.tree.map(np.array, last), position))
                 batch = next(self._iterator, None)
                 if batch is None:
-                    self._at_end = True
                     break
                 arrays, _ = entries(batch, self._placement.inputs)
                 self._ahead.append((arrays, self._state()))
@@ -103,12 +107,6 @@ class Feed:
                 last = self._ahead[-1][1] if self._ahead else self.position
                 positions.restore(self._iterator, last)
             raise
-
-    def _place(self, most: int, length: int) -> Batch | Stack:
-        if length == 1:
-            return self._placement.put_step_batch(self._ahead[0][0])
-        batches = (batch for batch, _ in self._ahead)
-        return self._placement.put_stack(stacked(batches, most, length))
 
     def advance(self) -> list[Any]:
         """Moves behind what `prefetch` returned last; returns the position before each batch."""

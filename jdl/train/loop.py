@@ -85,7 +85,7 @@ class Call(NamedTuple):
       last_step: the number of the last step; None to continue to the end of the data.
       deadline: when to end, in seconds of the training clock; None for no such time.
       validation: data to evaluate on in between; None for none.
-      validate_every: steps between two validations.
+      validate_every: steps between two validations; None for none.
     """
 
     data: Data
@@ -93,7 +93,7 @@ class Call(NamedTuple):
     last_step: int | None
     deadline: float | None
     validation: Data | None
-    validate_every: int
+    validate_every: int | None
 
 
 class TrainLoop:
@@ -120,6 +120,11 @@ class TrainLoop:
         on_nonfinite: str,
         steps_per_dispatch: int | None,
     ):
+        if steps_per_dispatch is not None:
+            ok = check.positive_int("steps_per_dispatch", steps_per_dispatch) == 1
+            must = "1 or None on several devices and with pmap"
+            ok = ok or run.placement.is_single
+            check.argument(ok, "steps_per_dispatch", must, steps_per_dispatch)
         self._run, self._steps, self._profile = run, steps, profile
         self._evaluate, self._report = evaluate, report
         self._log_every, self._save_every = log_every, save_every
@@ -152,7 +157,7 @@ class TrainLoop:
         if validation is not None and validate_every is None:
             validate_every = steps_per_epoch(data, "validate_every", "given")
         deadline = None if limits.seconds is None else run.clock.seconds + limits.seconds
-        call = Call(data, limits, last_step, deadline, validation, validate_every or 1)
+        call = Call(data, limits, last_step, deadline, validation, validate_every)
         run.steps_per_dispatch = self._length(batch)
         step = self._steps.for_batch(run.current(), self._next(call, feed))
         try:
@@ -163,20 +168,20 @@ class TrainLoop:
 
     def _length(self, batch: Batch) -> int:
         """The most steps in one dispatch: as asked for, as before, or chosen."""
-        found = self._steps_per_dispatch or self._run.steps_per_dispatch
-        most = min(self._log_every, self._save_every or self._log_every)
-        return found or self._steps.choose_length(self._run.current(), batch, most)
+        run, most = self._run, min(self._log_every, self._save_every or self._log_every)
+        if not run.placement.is_single:
+            return 1
+        found = self._steps_per_dispatch or run.steps_per_dispatch
+        return found or self._steps.choose_length(run.current(), batch, most)
 
     def _next(self, call: Call, feed: Feed) -> Any:
         """The batch or stack of the next dispatch, which ends where something is due, or None."""
-        step, most, length = self._run.step, 1, self._run.steps_per_dispatch or 1
-        if length > 1:
-            validate_every = call.validate_every if call.validation is not None else None
-            every = [self._log_every, self._save_every, validate_every]
-            due = [n - step % n for n in every if n] + self._profile.due(step)
-            most = min(length, *due, (call.last_step or math.inf) - step)
+        step, length = self._run.step, self._run.steps_per_dispatch or 1
+        due = [n - step % n for n in (self._log_every, self._save_every, call.validate_every) if n]
+        if call.last_step is not None:
+            due.append(call.last_step - step)
         with self._run.signals.window("data"):
-            return feed.prefetch(most, length)
+            return feed.prefetch(min(length, *due, *self._profile.due(step)), length)
 
     def _run_and_roll_back(self, call: Call, step: Step, feed: Feed) -> None:
         """Runs the steps; after one that is not finite, again from the last checkpoint."""
@@ -230,7 +235,7 @@ class TrainLoop:
             if profile.ends(run.step):
                 metrics.flush()
                 profile.stop()
-            if call.validation is not None and run.step % call.validate_every == 0:
+            if call.validation is not None and run.step % (call.validate_every or 1) == 0:
                 metrics.flush()
                 with run.off_clock():
                     self._validate(call.validation)

@@ -23,7 +23,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from jdl.core import check
 from jdl.core.objective import batch_size
 from jdl.core.types import Batch, PyTree
-from jdl.train.dispatch import Stack
 
 MODES = ("jit", "fsdp", "pmap")
 AXIS = "data"
@@ -79,6 +78,11 @@ class Placement(NamedTuple):
         return sum(d.process_index == jax.process_index() for d in self.devices)
 
     @property
+    def is_single(self) -> bool:
+        """Whether it is one device, without a mesh."""
+        return isinstance(self.batch, SingleDeviceSharding)
+
+    @property
     def is_host(self) -> bool:
         """Whether it is one CPU, to which nothing is transferred."""
         return self.num_devices == 1 and self.devices[0].platform == "cpu"
@@ -98,23 +102,9 @@ class Placement(NamedTuple):
             dict(batch),
         )
 
-    def put_step_batch(self, batch: Batch) -> dict[str, Any]:
+    def put_step_batch(self, batch: Batch) -> Batch:
         """The same for a training step, which takes host arrays where the device is the host."""
-        return dict(batch) if self.is_host else self.put_batch(batch)
-
-    @property
-    def stack(self) -> jax.sharding.Sharding:
-        """That of several batches, stacked along a new first axis."""
-        if not isinstance(self.batch, NamedSharding):
-            return self.batch
-        return NamedSharding(self.batch.mesh, PartitionSpec(None, AXIS))
-
-    def put_stack(self, stack: Stack) -> Stack:
-        """The same for a stack of batches, of one process."""
-        if self.is_host:
-            return stack
-        self._check_divides(jax.tree.map(lambda x: x[0], dict(stack.batches)))
-        return stack._replace(batches=jax.device_put(dict(stack.batches), self.stack))
+        return batch if self.is_host else self.put_batch(batch)
 
     def _check_divides(self, batch: Batch) -> None:
         size = batch_size(batch, self.inputs)
@@ -155,31 +145,24 @@ class Placement(NamedTuple):
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
-    def lower_step(
-        self, train: Callable[..., Any], state: PyTree, batch: Batch | Stack
-    ) -> jax.stages.Lowered:
-        """The step `(state, batch) -> (state, logs)`, lowered; it reuses the state's memory.
-
-        For a stack of batches `(state, batches, number) -> (state, logs)`, of `dispatch.repeated`.
-        """
-        shardings = self.shardings(state)
-        args, placed = (state, batch), (shardings, self.batch)
-        specs = (PartitionSpec(), PartitionSpec(AXIS))
-        if isinstance(batch, Stack):
-            args, placed = (state, *batch.args), (shardings, self.stack, self.state)
-            specs = (PartitionSpec(), PartitionSpec(None, AXIS), PartitionSpec())
+    def lower_step(self, train: Callable[..., Any], state: PyTree, *args: Any) -> Any:
+        """The step `(state, *args) -> (state, logs)`, lowered; it reuses the state's memory."""
         if self.axis_name is not None:
             assert isinstance(self.state, NamedSharding)
             train = jax.shard_map(
                 train,
                 mesh=self.state.mesh,
-                in_specs=specs,
+                in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
                 out_specs=PartitionSpec(),
                 check_vma=False,
             )
+        shardings = self.shardings(state)
         return jax.jit(
-            train, in_shardings=placed, out_shardings=(shardings, self.state), donate_argnums=0
-        ).lower(*args)
+            train,
+            in_shardings=(shardings, self.batch, self.state)[: 1 + len(args)],
+            out_shardings=(shardings, self.state),
+            donate_argnums=0,
+        ).lower(state, *args)
 
 
 def placement(

@@ -158,13 +158,25 @@ def test_sigterm_and_stop_training_end_it_with_a_whole_state(tmp_path):
     )
 
 
-@pytest.mark.parametrize("parallel", ["jit", "fsdp", "pmap"])
-def test_several_devices(parallel):
-    runs = [make(n, devices=2, parallel=parallel).train(data(), steps=11) for n in (1, 4)]
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *(r.params for r in runs)
+def test_several_devices(tmp_path):
+    for options in ({"devices": 2}, {"parallel": "pmap"}):
+        with pytest.raises(ArgumentError, match="several devices"):
+            make(4, **options)
+    make(4, workdir=tmp_path).train(data(), steps=2)
+    several = make(None, devices=2, workdir=tmp_path).train(data(), steps=1)
+    assert several._run.steps_per_dispatch == 1
+
+
+def test_data_that_reuses_its_arrays():
+    def batches():
+        batch = {"image": np.zeros((4, 6), np.float32), "label": np.zeros(4, np.int32)}
+        for i in range(11):
+            batch["image"][:], batch["label"][:] = i / 10, i % 3
+            yield batch
+
+    assert_same(
+        make(4).train(batches), make(1).train(lambda: [jax.tree.map(np.copy, b) for b in batches()])
     )
-    assert make(None, devices=2).train(data(), steps=1)._run.steps_per_dispatch == 1
 
 
 def test_the_length_is_chosen_by_the_work_of_a_step():
