@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jdl.core import check
 from jdl.core.objective import batch_size
@@ -47,16 +47,15 @@ class CompiledSteps:
 
     def choose_length(self, state: TrainState, batch: Batch, most: int) -> int:
         """The steps in one dispatch, see `dispatch.chosen_length`; 1 but on one CPU."""
-        has_keys = any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in jax.tree.leaves(batch))
-        if most == 1 or has_keys or not self._placement.is_host:
+        no_keys = all(isinstance(x.dtype, np.dtype) for x in jax.tree.leaves(batch))
+        if most == 1 or not no_keys or not self._placement.is_host:
             return 1
         return dispatch.chosen_length(self._placement.lower_step(self._train, state, batch), most)
 
     def for_batch(self, state: TrainState, batch: Batch | Stack) -> Step:
         """The step for batches of this shape; it reuses the memory of the state it takes.
 
-        For a stack, the steps of one. For a batch of another size, and all else the same, it is
-        compiled once more.
+        For a batch, or stack, of another size, and all else the same, it is compiled once more.
         """
         signature = _signature(batch)
         if signature not in self._steps:

@@ -9,7 +9,7 @@ other lengths are other programs, which XLA may round differently, so a run keep
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +30,8 @@ class Stack(NamedTuple):
     number: np.int32
 
 
-def stacked(batches: Iterable[Batch], length: int) -> Stack:
-    """A stack of this length of the first batches that have one shape.
-
-    >>> stack = stacked([{"x": np.ones(3)}, {"x": np.zeros(3)}, {"x": np.ones(2)}], 4)
-    >>> stack.batches["x"].shape, int(stack.number)
-    ((4, 3), 2)
-    """
+def stacked(batches: list[Batch], length: int, put: Callable[[Batch], Batch]) -> Stack:
+    """A stack of this length of the first batches that have one shape, `put` on the device."""
     flat = [jax.tree.flatten(batch) for batch in batches]
     kinds = [(structure, [(x.shape, x.dtype) for x in leaves]) for leaves, structure in flat]
     number = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
@@ -45,14 +40,12 @@ def stacked(batches: Iterable[Batch], length: int) -> Stack:
     for i in range(number):
         for array, leaf in zip(arrays, flat[i][0], strict=True):
             array[i] = leaf
-    return Stack(jax.tree.unflatten(structure, arrays), np.int32(number))
+    return Stack(put(jax.tree.unflatten(structure, arrays)), np.int32(number))
 
 
 def one_of(batch: Batch | Stack) -> Batch:
-    """A batch as it is; of a stack, the shapes and types of one of its batches."""
-    if not isinstance(batch, Stack):
-        return batch
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(batch.batches))
+    """A batch as it is; of a stack, the first of its batches."""
+    return jax.tree.map(lambda x: x[0], batch.batches) if isinstance(batch, Stack) else batch
 
 
 def shapes_of(batch: Batch | Stack) -> PyTree:
@@ -66,7 +59,7 @@ def repeated(train: Callable[..., Any]) -> Callable[..., Any]:
 
     def steps(state: Any, batches: Batch, number: jax.Array) -> Any:
         length = jax.tree.leaves(batches)[0].shape[0]
-        after, shapes = jax.eval_shape(train, state, one_of(Stack(batches, np.int32(0))))
+        after, shapes = jax.eval_shape(train, state, jax.tree.map(lambda x: x[0], batches))
         refuse_changed_types(state, after)
         logs = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
 
@@ -99,9 +92,9 @@ def refuse_changed_types(before: Any, after: Any) -> None:
 
 
 def chosen_length(step: Any, most: int) -> int:
-    """How many steps to dispatch at once: 1 if one takes 2 ms or more, else 5 ms of them, up to 32.
+    """How many steps to dispatch at once, by XLA's count: measured times would differ by run.
 
-    By XLA's count of operations and bytes, since times would differ from run to run.
+    1 if one is expected to take 2 ms or more, else 5 ms of them, up to 32.
 
     Args:
       step: the step, lowered.

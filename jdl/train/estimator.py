@@ -83,9 +83,8 @@ class Estimator:
       log_norms: whether to log the norms of gradients and updates.
       profile: (first, last) step to trace into `profile/`, for TensorBoard or Perfetto.
       steps_per_dispatch: the most steps that one device makes without the host, which speeds up
-        steps of less than a millisecond; it stops earlier where a row of the log, a validation or a
-        checkpoint is due. Programs of different lengths may round differently. None for what a
-        resumed run had; else, on one CPU, for several if XLA counts few operations; else for 1.
+        short ones; fewer where a row, a validation or a checkpoint is due. Each number may round
+        differently. None for a resumed run's own, else 1; several on one CPU if XLA counts little.
       clock: reads the time for training seconds; `time.process_time` varies less on a shared
         machine.
       hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
@@ -138,6 +137,8 @@ class Estimator:
         hooks: Sequence[Hook] = (),
     ):
         _check(loss, microbatches, log_every, save_every, on_nonfinite, workdir, hooks)
+        if steps_per_dispatch is not None:
+            check.positive_int("steps_per_dispatch", steps_per_dispatch)
         self.model = _prepared_model(model, compute_dtype, remat)
         self.loss = loss
         # Absolute, so that a later os.chdir does not split the run.

@@ -83,11 +83,8 @@ class Feed:
                 self.ended = True
                 return None
             put, batches = self._placement.put_step_batch, [batch for batch, _ in self._ahead]
-            if length == 1:
-                self._placed = most, length, put(batches[0])
-            else:
-                stack = stacked(batches[:most], length)
-                self._placed = most, length, stack._replace(batches=put(stack.batches))
+            found = stacked(batches[:most], length, put) if length > 1 else put(batches[0])
+            self._placed = most, length, found
             self.wait_seconds += time.perf_counter() - start
         return self._placed[2]
 
@@ -268,10 +265,9 @@ def _endless(batches: Any) -> bool:
 
 def once(data: Data, placement: Placement) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """The batches of one pass, on the devices, each with its entries of text."""
-    put = dict if placement.is_host else placement.put_batch
     for batch in one_pass(opened(data)):
         arrays, texts = entries(batch, placement.inputs)
-        yield put(arrays), texts
+        yield placement.put_step_batch(arrays), texts
 
 
 def steps_per_epoch(data: Data, argument: str = "epochs", wanted: str = "left out") -> int:

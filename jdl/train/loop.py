@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jdl.core import check
 from jdl.core.types import Batch, Mode
@@ -120,11 +121,6 @@ class TrainLoop:
         on_nonfinite: str,
         steps_per_dispatch: int | None,
     ):
-        if steps_per_dispatch is not None:
-            ok = check.positive_int("steps_per_dispatch", steps_per_dispatch) == 1
-            must = "1 or None on several devices and with pmap"
-            ok = ok or run.placement.is_single
-            check.argument(ok, "steps_per_dispatch", must, steps_per_dispatch)
         self._run, self._steps, self._profile = run, steps, profile
         self._evaluate, self._report = evaluate, report
         self._log_every, self._save_every = log_every, save_every
@@ -168,11 +164,14 @@ class TrainLoop:
 
     def _length(self, batch: Batch) -> int:
         """The most steps in one dispatch: as asked for, as before, or chosen."""
-        run, most = self._run, min(self._log_every, self._save_every or self._log_every)
-        if not run.placement.is_single:
+        run, asked = self._run, self._steps_per_dispatch
+        if isinstance(run.placement.batch, NamedSharding):
+            must = "1 or None on several devices and with pmap"
+            check.argument(asked in (None, 1), "steps_per_dispatch", must, asked)
             return 1
-        found = self._steps_per_dispatch or run.steps_per_dispatch
-        return found or self._steps.choose_length(run.current(), batch, most)
+        most = min(self._log_every, self._save_every or self._log_every)
+        before = asked or run.steps_per_dispatch
+        return before or self._steps.choose_length(run.current(), batch, most)
 
     def _next(self, call: Call, feed: Feed) -> Any:
         """The batch or stack of the next dispatch, which ends where something is due, or None."""

@@ -78,11 +78,6 @@ class Placement(NamedTuple):
         return sum(d.process_index == jax.process_index() for d in self.devices)
 
     @property
-    def is_single(self) -> bool:
-        """Whether it is one device, without a mesh."""
-        return isinstance(self.batch, SingleDeviceSharding)
-
-    @property
     def is_host(self) -> bool:
         """Whether it is one CPU, to which nothing is transferred."""
         return self.num_devices == 1 and self.devices[0].platform == "cpu"
@@ -103,7 +98,7 @@ class Placement(NamedTuple):
         )
 
     def put_step_batch(self, batch: Batch) -> Batch:
-        """The same for a training step, which takes host arrays where the device is the host."""
+        """The same where the device is not the host, whose programs take host arrays."""
         return batch if self.is_host else self.put_batch(batch)
 
     def _check_divides(self, batch: Batch) -> None:

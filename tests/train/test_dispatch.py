@@ -161,10 +161,16 @@ def test_sigterm_and_stop_training_end_it_with_a_whole_state(tmp_path):
 def test_several_devices(tmp_path):
     for options in ({"devices": 2}, {"parallel": "pmap"}):
         with pytest.raises(ArgumentError, match="several devices"):
-            make(4, **options)
+            make(4, **options).train(data(), steps=1)
     make(4, workdir=tmp_path).train(data(), steps=2)
     several = make(None, devices=2, workdir=tmp_path).train(data(), steps=1)
     assert several._run.steps_per_dispatch == 1
+
+
+def test_batches_that_hold_keys_are_not_stacked():
+    x = np.eye(6, dtype=np.float32)
+    batch = {"image": x, "label": np.arange(6) % 3, "key": jax.random.split(jax.random.key(0), 6)}
+    assert make(None).train([batch] * 3)._run.steps_per_dispatch == 1
 
 
 def test_data_that_reuses_its_arrays():
