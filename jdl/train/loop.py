@@ -164,14 +164,13 @@ class TrainLoop:
 
     def _length(self, batch: Batch) -> int:
         """The most steps in one dispatch: as asked for, as before, or chosen."""
-        run, asked = self._run, self._steps_per_dispatch
+        run, steps, asked = self._run, self._steps, self._steps_per_dispatch
         if isinstance(run.placement.batch, NamedSharding):
             must = "1 or None on several devices and with pmap"
             check.argument(asked in (None, 1), "steps_per_dispatch", must, asked)
             return 1
         most = min(self._log_every, self._save_every or self._log_every)
-        before = asked or run.steps_per_dispatch
-        return before or self._steps.choose_length(run.current(), batch, most)
+        return asked or run.steps_per_dispatch or steps.choose_length(run.current(), batch, most)
 
     def _next(self, call: Call, feed: Feed) -> Any:
         """The batch or stack of the next dispatch, which ends where something is due, or None."""
