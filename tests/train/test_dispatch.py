@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "schedule": lambda: optax.sgd(optax.cosine_decay_schedule(0.1, 40), momentum=0.9),
     "newton": lambda: "newton",
 }
+NEWTON = pytest.param("newton", marks=pytest.mark.slow)
 
 
 def data(batch_size=16, **options):
@@ -54,7 +55,7 @@ def train(estimator, **limit):
     return estimator.train(data(), validation=data(30), validate_every=7, **limit)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["adam", "schedule", NEWTON])
 def test_parameters_rows_and_checkpoints_do_not_depend_on_the_length(optimizer, tmp_path):
     runs = {}
     for length in (1, 3, 8):
@@ -74,7 +75,7 @@ def test_parameters_rows_and_checkpoints_do_not_depend_on_the_length(optimizer, 
         assert runs[length].saved == runs[1].saved == [12, 18, 23]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "newton"])
+@pytest.mark.parametrize("optimizer", ["adam", NEWTON])
 @pytest.mark.parametrize("length", [3, 8])
 def test_a_run_killed_in_the_middle_resumes_as_if_uninterrupted(optimizer, length, tmp_path):
     options = {"log_every": 5, "save_every": 7}
