@@ -41,7 +41,7 @@ class Exciting(NamedTuple):
 
     channel: int  # its number
     scores: np.ndarray  # its largest activation on each image
-    positions: np.ndarray  # positions of the images in the data, from 0
+    positions: np.ndarray  # positions among the images of the data, from 0
     images: np.ndarray  # float32 [n, H, W, 3] in [0, 1]
 
 
@@ -128,17 +128,17 @@ def exciting(
     seen = 0
     for batch in one_pass(data):
         x = np.asarray(batch["image"])
-        mask = np.asarray(batch.get("mask", np.ones(len(x)))) > 0
+        mask = np.asarray(batch.get("mask", np.ones(len(x)))) > 0  # padding is scored with the rest
         x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
         x = np.repeat(x, 3, axis=3) if x.shape[3] == 1 else x
-        largest = np.asarray(_largest(trunk.params, x, apply=trunk.apply, layer=name))
+        largest = np.asarray(_largest(trunk.params, x, apply=trunk.apply, layer=name))[mask]
+        x = x[mask]
         for kept, channel in zip(best, channels, strict=True):
             for i in np.argsort(-largest[:, channel], kind="stable")[:count]:
-                if mask[i]:
-                    kept.append((float(largest[i, channel]), seen + int(i), x[i]))
+                kept.append((float(largest[i, channel]), seen + int(i), x[i]))
             kept.sort(key=lambda each: (-each[0], each[1]))
             del kept[count:]
-        seen += int(mask.sum())
+        seen += len(x)
     if not seen:
         raise check.DataError("`data` must hold at least one image.")
     found = []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jdl.core import check
-from jdl.data import digits
+from jdl.data import digits, from_arrays
 from jdl.vision import activations, reverse
 from jdl.vision.layers import addressable
 from jdl.vision.trunk import Trunk
@@ -54,6 +54,25 @@ def test_exciting_images_are_those_of_all(tiny):
         np.testing.assert_allclose(each.images, images[each.positions], atol=1e-6)
         seen.append(each.channel)
     assert seen == [2, 0]
+
+
+def test_exciting_images_do_not_depend_on_the_batch_size(tiny):
+    """Black padding excites channel 0 most here, in batches that are padded a little or mostly."""
+    kernel = jnp.zeros((3, 3, 3, 4))
+    params = tiny.params | {"conv": {"kernel": kernel.at[1, 1].set(-1.0), "bias": jnp.ones(4)}}
+    x = np.linspace(0.1, 1.0, 20, dtype=np.float32).reshape(20, 1, 1, 1)
+    x = x * np.ones((1, 6, 6, 1), np.float32)
+    for size in (1, 7, 16, 20, 32):
+        data = from_arrays(x, np.zeros(20, np.int32), batch_size=size, drop_remainder=False)
+        (found,) = activations.exciting(tiny._replace(params=params), data, "conv", [0], count=4)
+        assert found.positions.tolist() == [0, 1, 2, 3], size
+    gaps = {"image": np.insert(x, [0, 1], 0.0, axis=0), "mask": np.ones(22)}
+    gaps["mask"][[0, 2]] = 0.0  # as of unreadable photographs
+    data = [gaps, {"image": np.zeros((3, 6, 6, 1), np.float32), "mask": np.zeros(3)}]
+    (found,) = activations.exciting(tiny._replace(params=params), data, "conv", [0], count=30)
+    assert found.positions.tolist() == [*range(20)]
+    with pytest.raises(check.DataError, match="at least one image"):
+        activations.exciting(tiny, data[1:], "conv", [0])
 
 
 def test_grad_cam_of_a_linear_head_is_cam(photograph):
