@@ -175,6 +175,30 @@ def equations(program: Any, closed: str = "") -> Iterator[Any]:
                     yield from equations(inner, closed)
 
 
+def depend(program: Any, marks: Sequence[bool]) -> list[bool]:
+    """For each output of a program, whether it depends on an input that is marked.
+
+    Every output of a loop or a branch depends on all of its inputs.
+
+    >>> both = jax.make_jaxpr(jax.jit(lambda x, y: (2 * x, x + y)))(1.0, 1.0)
+    >>> depend(both, [False, True])
+    [False, True]
+    """
+    jaxpr = getattr(program, "jaxpr", program)
+    marked = dict(zip(jaxpr.invars, marks, strict=True))
+
+    def are_marked(atoms: Sequence[Any]) -> list[bool]:
+        return [not isinstance(x, jex.Literal) and marked.get(x, False) for x in atoms]
+
+    for eqn in jaxpr.eqns:
+        given = are_marked(eqn.invars)
+        found = [any(given)] * len(eqn.outvars)
+        if any(given) and eqn.primitive.name in CALLS + CUSTOM:
+            found = depend(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), given)
+        marked |= zip(eqn.outvars, found, strict=True)
+    return are_marked(jaxpr.outvars)
+
+
 def scans(program: Any) -> Iterator[tuple[Any, int]]:
     """The bodies and lengths of the outermost scans of a program."""
     found = (e.params for e in equations(program, "scan") if e.primitive.name == "scan")

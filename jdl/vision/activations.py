@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 
 from jdl.core import check
 from jdl.core.types import Batch, Params
+from jdl.data.images import CENTER
 from jdl.train.feed import one_pass
 from jdl.vision import images
 from jdl.vision.trunk import Features, Trunk
@@ -160,7 +161,8 @@ def _largest(
 def classify(trunk: Trunk, image: ArrayLike, *, count: int = 5) -> list[tuple[str, float]]:
     """The most probable classes of a picture with their probabilities.
 
-    The middle square of the picture is resized to the size of the training images.
+    The picture's middle, a square for square training images, is resized to their size; all of the
+    picture is stretched to it for a trunk that is `stretched`.
 
     Args:
       trunk: a classifier.
@@ -177,13 +179,8 @@ def classify(trunk: Trunk, image: ArrayLike, *, count: int = 5) -> list[tuple[st
     'red'
     """
     check.positive_int("count", count)
-    x = images.as_image(image)
-    height, width = x.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
     head = trunk.with_head()
-    square = images.resized(x[top : top + side, left : left + side], trunk.size or (side, side))
-    logits = trunk.features(np.clip(square, 0, 1)[None], head)[head][0]
+    logits = trunk.features(_seen(trunk, image).pixels, head)[head][0]
     shares = np.asarray(jax.nn.softmax(logits))
     order = np.argsort(-shares, kind="stable")[:count]
     return [(trunk.class_name(int(i)), float(shares[i])) for i in order]
@@ -196,7 +193,8 @@ def grad_cam(
 
     Args:
       trunk: a classifier.
-      image: [H, W, 3] in [0, 1] or uint8; it is resized to the size of the training images.
+      image: [H, W, 3] in [0, 1] or uint8; the network sees what it does in `classify`, and the
+        heat is 0 elsewhere.
       layer: with activations [N, h, w, C]; late layers respond to objects, early ones to textures.
       wanted: the class's name or number; by default the most probable.
 
@@ -210,13 +208,13 @@ def grad_cam(
     [1.0, 1.0, 0.0, 0.0]
     """
     (name,) = trunk.known(layer)
-    x, size = _as_trained(trunk, image)
-    number = _number(trunk, x, wanted)
+    seen = _seen(trunk, image)
+    number = _number(trunk, seen.pixels, wanted)
     shape = trunk.shapes((name,))[name]
     check.argument(len(shape) == 4, "layer", "one of activations [N, h, w, C]", shape)
     program = {"apply": trunk.apply, "head": trunk.head, "layer": name}
-    heat = _cam(trunk.params, x, jnp.asarray(number), **program)
-    heat = np.clip(images.resized(np.asarray(heat)[:, :, None], size)[:, :, 0], 0, None)
+    heat = seen.placed(_cam(trunk.params, seen.pixels, jnp.asarray(number), **program))
+    heat = np.clip(heat, 0, None)
     return Explained(number, heat / max(float(heat.max()), 1e-12))
 
 
@@ -268,8 +266,8 @@ def saliency(
     """
     check.positive_int("samples", samples)
     check.in_range("noise", float(noise), 0.0, 1.0)
-    x, size = _as_trained(trunk, image)
-    number = _number(trunk, x, wanted)
+    seen = _seen(trunk, image)
+    x, number = seen.pixels, _number(trunk, seen.pixels, wanted)
     program = {"apply": trunk.apply, "head": trunk.with_head()}
     total, rng = np.zeros(x.shape[1:3], np.float32), np.random.default_rng(seed)
     for i in range(samples):
@@ -278,8 +276,9 @@ def saliency(
         shifted = jnp.roll(noisy, shift, axis=(1, 2))
         slope = np.asarray(_slope(trunk.params, shifted, jnp.asarray(number), **program))
         total += np.roll(slope, np.negative(shift), axis=(0, 1))
-    heat = images.resized(total[:, :, None] / samples, size)[:, :, 0]
-    return Explained(number, np.clip(heat / max(float(np.quantile(heat, 0.995)), 1e-12), 0, 1))
+    heat = seen.placed(total / samples)
+    most = max(float(np.quantile(heat[seen.window], 0.995)), 1e-12)
+    return Explained(number, np.clip(heat / most, 0, 1))
 
 
 @partial(jax.jit, static_argnames=("apply", "head"))
@@ -298,11 +297,29 @@ def overlaid(image: ArrayLike, heat: np.ndarray, *, strength: float = 0.6) -> np
     return (1 - share) * (0.3 * x + 0.7 * gray) + share * images.colored(heat, "inferno")
 
 
-def _as_trained(trunk: Trunk, image: ArrayLike) -> tuple[jax.Array, tuple[int, int]]:
-    """The picture resized as the training images, [1, h, w, 3], and its own size."""
+class _Seen(NamedTuple):
+    """What a classifier sees of a picture."""
+
+    pixels: jax.Array  # [1, h, w, 3], of the training images' size
+    window: tuple[slice, slice]  # where they are in the picture
+    shape: tuple[int, int]  # of the picture
+
+    def placed(self, heat: ArrayLike) -> np.ndarray:
+        """Heat of the pixels, [h, w], on the picture, [H, W]."""
+        whole = np.zeros(self.shape, np.float32)
+        size = whole[self.window].shape
+        whole[self.window] = images.resized(np.asarray(heat)[:, :, None], size)[:, :, 0]
+        return whole
+
+
+def _seen(trunk: Trunk, image: ArrayLike) -> _Seen:
     x = images.as_image(image)
-    size = (x.shape[0], x.shape[1])
-    return jnp.asarray(np.clip(images.resized(x, trunk.size or size), 0, 1))[None], size
+    shape = (x.shape[0], x.shape[1])
+    box = (0, 0, *shape) if trunk.stretched else CENTER.box(*shape, trunk.size or (1, 1))
+    top, left, high, wide = map(int, box)
+    window = (slice(top, top + max(high, 1)), slice(left, left + max(wide, 1)))
+    pixels = images.resized(x[window], trunk.size or (high, wide))
+    return _Seen(jnp.asarray(np.clip(pixels, 0, 1))[None], window, shape)
 
 
 def _number(trunk: Trunk, x: jax.Array, wanted: int | str | None) -> int:

@@ -164,6 +164,7 @@ def dream(
 
     Raises:
       ArgumentError: for a picture too small for the layer.
+      UserError: where no step changes the picture.
 
     >>> doubled = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
     >>> gray = np.full((40, 50, 3), 0.5, np.float32)
@@ -175,18 +176,25 @@ def dream(
     base = images.as_image(image)
     sizes = octave_sizes(base.shape[:2], how)
     rng = np.random.default_rng(seed)
-    detail = np.zeros((*sizes[0], 3), np.float32)
+    detail, changed = np.zeros((*sizes[0], 3), np.float32), False
     for i, size in enumerate(sizes):
         start = images.resized(base, size)
-        x = jnp.asarray(np.clip(start + images.resized(detail, size), 0, 1))
+        x = begun = jnp.asarray(np.clip(start + images.resized(detail, size), 0, 1))
         for j in range(how.steps):
             x = step(trunk, x, goal, how, rng)
             if on_step is not None:
                 on_step(i * how.steps + j + 1, len(sizes) * how.steps)
         dreamt = np.asarray(x)
+        changed |= not np.array_equal(dreamt, begun)
         detail = dreamt - start
     if not np.isfinite(dreamt).all():
         raise check.TrainingError("The dream is not finite; check the trunk's weights.")
+    if not changed:
+        layers = " and ".join(goal.layers)
+        raise check.UserError(
+            f"The picture has no pixels whose change increases {layers}: its gradient is 0. "
+            "Use another layer or picture."
+        )
     return np.clip(dreamt, 0, 1)
 
 

@@ -28,7 +28,9 @@ from jdl.core import check
 from jdl.core.model import from_fns
 from jdl.core.types import Params
 from jdl.data import from_arrays
+from jdl.models.gan import GAN
 from jdl.models.rbm import RBM
+from jdl.recipes.registry import denoised_by
 from jdl.recipes.run_config import RunConfig
 from jdl.vision import resnet, squeezenet, vgg, weights
 from jdl.vision.layers import Forward, addressable, names_of
@@ -58,7 +60,8 @@ def load_trunk(name: str | Path) -> Trunk:
         return _packaged_squeezenet()
     path = Path(name)
     if path.is_dir():
-        return _of_run(path)
+        config = RunConfig.load(path)
+        return _of_run(path, config)._replace(stretched=config.crop is None)
     if path.suffix == ".safetensors":
         return of_tensors(weights.read_safetensors(path), path.name)
     ok = False
@@ -312,9 +315,8 @@ def _resnet50(reader: _Reader, name: str) -> Trunk:
 # ---------------------------------------------------------------------- runs of `jdl train`
 
 
-def _of_run(workdir: Path) -> Trunk:
+def _of_run(workdir: Path, config: RunConfig) -> Trunk:
     """The model of a run directory at its last checkpoint."""
-    config = RunConfig.load(workdir)
     if len(config.image_shape) != 3 or config.image_shape[2] not in (1, 3):
         raise check.UserError(f"{workdir} holds a {config.model} that has no image inputs.")
     height, width, channels = config.image_shape
@@ -324,11 +326,15 @@ def _of_run(workdir: Path) -> Trunk:
     data = from_arrays(images, np.zeros(1, np.int32), batch_size=1, epochs=1)
     next(estimator.predict_batches(data))  # restores the checkpoint, and raises where there is none
     params = estimator.evaluation_params
+    state, classes = estimator.model_state, config.classes
     name, module = str(workdir), config.build_model()
     if isinstance(module, RBM):  # its layer is the mean of its hidden units
         model = from_fns(lambda key, x: params, module.transform)
         return of_model(model, params, image_shape=shape, name=name)
-    state, classes = estimator.model_state, config.classes
+    if isinstance(module, GAN):  # its generator sees no picture
+        module, params, state = (x["discriminator"] for x in (vars(module), params, state))
+    elif config.model == "denoising":  # without the noise that it adds
+        module = denoised_by(shape)
     if isinstance(module, nn.Module):
         return of_linen(module, params, state, image_shape=shape, name=name, classes=classes)
     model = estimator.model

@@ -80,21 +80,40 @@ def test_grad_cam_of_a_linear_head_is_cam(photograph):
     weights = np.array([[1.0, -2.0], [0.5, 1.0], [-1.0, 1.0]])
     trunk = averaging(weights)
     found = activations.grad_cam(trunk, photograph, "maps", wanted=1)
-    expected = np.maximum((photograph.astype(np.float64) ** 2) @ weights[:, 1], 0)
-    np.testing.assert_allclose(found.heat, expected / expected.max(), atol=1e-5)
+    square = photograph[:, 10:-10]
+    expected = np.maximum((square.astype(np.float64) ** 2) @ weights[:, 1], 0)
+    np.testing.assert_allclose(found.heat[:, 10:-10], expected / expected.max(), atol=1e-5)
+    assert found.heat[:, :10].max() == found.heat[:, -10:].max() == 0
     assert found.number == 1
     likeliest = activations.grad_cam(trunk, photograph, "maps")
-    assert likeliest.number == np.argmax((photograph**2).mean(axis=(0, 1)) @ weights)
+    assert likeliest.number == np.argmax((square**2).mean(axis=(0, 1)) @ weights)
     with pytest.raises(check.ArgumentError, match=r"\[N, h, w, C\]"):
         activations.grad_cam(trunk, photograph, "logits")
+
+
+@pytest.mark.parametrize("stretched", [False, True])
+@pytest.mark.parametrize("size", [None, (8, 8), (6, 12)])
+def test_the_class_explained_is_the_most_probable(size, stretched):
+    """A red middle between wider blue sides: the square is red, the whole picture blue."""
+    picture = np.zeros((20, 60, 3), np.float32)
+    picture[:, :18, 2] = picture[:, 42:, 2] = picture[:, 18:42, 0] = 1.0
+    trunk = averaging(np.eye(3))._replace(size=size, stretched=stretched, classes=("r", "g", "b"))
+    (name, _), *_ = activations.classify(trunk, picture)
+    assert name == ("b" if stretched else "r")
+    cam = activations.grad_cam(trunk, picture, "maps")
+    pixels = activations.saliency(trunk, picture, samples=2)
+    assert trunk.class_name(cam.number) == trunk.class_name(pixels.number) == name
+    assert cam.heat.shape == pixels.heat.shape == (20, 60)
+    assert (cam.heat[:, :10].max() > 0.5) == (pixels.heat[:, :10].max() > 0.5) == stretched
 
 
 def test_saliency_is_the_gradients_size(photograph):
     weights = np.array([[1.0, -2.0], [0.5, 1.0], [-1.0, 1.0]])
     found = activations.saliency(averaging(weights), photograph, wanted=0, samples=1, noise=0.0)
+    photograph = photograph[:, 10:-10]
     expected = np.abs(2 * photograph * weights[:, 0]).max(axis=2)
     expected = np.clip(expected / np.quantile(expected, 0.995), 0, 1)
-    np.testing.assert_allclose(found.heat, expected, atol=1e-4)
+    np.testing.assert_allclose(found.heat[:, 10:-10], expected, atol=1e-4)
     many = activations.saliency(averaging(weights), photograph, wanted=0, samples=8, noise=0.2)
     assert np.corrcoef(many.heat.ravel(), expected.ravel())[0, 1] > 0.8
 
