@@ -22,7 +22,7 @@ Examples:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -34,14 +34,12 @@ if TYPE_CHECKING:
 
     from jdl.vision.trunk import Trunk
 
-_DATA = ("data", "split", "include", "exclude")
-_SHOWN = ("layer", "channels", "count")
 USED = {  # the options of each picture
-    "maps": _SHOWN,
-    "grad-cam": ("layer", "wanted"),
-    "saliency": ("wanted", "seed"),
-    "preferred": (*_SHOWN, "size", "steps", "seed"),
-    "exciting": (*_SHOWN, *_DATA),
+    "maps": "layer channels count",
+    "grad-cam": "layer wanted",
+    "saliency": "wanted seed",
+    "preferred": "layer channels count size steps seed",
+    "exciting": "layer channels count data split include exclude",
 }
 
 
@@ -77,7 +75,7 @@ class Args:
     seed: int = 0
     """random seed for preferred pictures and for saliency's noise"""
     out: Path = Path("activations.png")
-    """the picture to write"""
+    """the picture to write, a PNG or JPEG"""
 
 
 def run(args: Args) -> None:
@@ -88,43 +86,31 @@ def run(args: Args) -> None:
     images.check_out(args.out)
     options.check_positive(args, "count")
     for what, used in USED.items():
-        unused = {*used} - {*(() if args.names else USED[args.what])}
-        why = "--list draws nothing" if args.names else f"it is for --what {what}"
-        options.check_left_out(args, False, why, *sorted(unused))
+        unused = {*used.split()} - {*("" if args.names else USED[args.what]).split()}
+        options.check_left_out(args, False, f"it is for --what {what}", *sorted(unused))
     if args.names:
         trunk, _ = open_network(args.model, None)
         shapes = trunk.shapes(trunk.layers)
         rows = [[name, " × ".join(map(str, shape[1:]))] for name, shape in shapes.items()]
         return output.table(["layer", "activations"], rows, f"{args.model}: {len(rows)} layers")
-    takes_image = args.what in ("maps", "grad-cam", "saliency")
-    must = f"given for {args.what}"
-    check.argument(args.image is not None or not takes_image, "IMAGE", must, None)
+    ok = args.image is not None or args.what in ("preferred", "exciting")
+    check.argument(ok, "IMAGE", f"given for {args.what}", None)
     photograph = None if args.image is None else images.read(args.image, longest=args.longest)
     trunk, layers = open_network(args.model, args.layer)
     check.argument(len(layers) == 1, "--layer", "one layer", args.layer)
-    if args.what in ("preferred", "exciting"):
-        channels = _channels(args, trunk, layers[0], photograph)
-        draw = _preferred if args.what == "preferred" else _exciting
-        picture = draw(args, trunk, layers[0], channels)
-    else:
-        assert photograph is not None
-        show = _maps if args.what == "maps" else _class
-        picture = show(args, trunk, layers[0], photograph)
-    images.write(args.out, picture)
+    draw = {"maps": _maps, "preferred": _preferred, "exciting": _exciting}.get(args.what, _class)
+    images.write(args.out, draw(args, trunk, layers[0], photograph))
     print(f"picture: {args.out}")
 
 
-def _channels(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None") -> list[int]:
+def _channels(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> list[int]:
     """The channels named; by default the strongest on the photograph, or the first."""
     from jdl.vision import activations
 
-    named = _named(args)
-    if named is not None:
-        return named
     count = args.count or (8 if args.what == "exciting" else 16)
-    if photograph is not None:
+    if args.channels is None and photograph is not None:
         return list(activations.maps(trunk, photograph, layer, count=count).channels)
-    return list(range(min(count, trunk.shapes((layer,))[layer][-1])))
+    return _named(args) or list(range(min(count, trunk.shapes((layer,))[layer][-1])))
 
 
 def _named(args: Args) -> list[int] | None:
@@ -136,7 +122,7 @@ def _named(args: Args) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> "np.ndarray":
+def _maps(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.ndarray":
     from jdl.vision import activations
 
     count = args.count or 16
@@ -146,7 +132,7 @@ def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> "
     return activations.drawn(found)
 
 
-def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> "np.ndarray":
+def _class(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.ndarray":
     from jdl.vision import activations, images
 
     for name, share in activations.classify(trunk, photograph, count=3):
@@ -161,16 +147,17 @@ def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> 
     return images.sheet([photograph, right], columns=2, captions=captions)
 
 
-def _preferred(args: Args, trunk: "Trunk", layer: str, channels: list[int]) -> "np.ndarray":
+def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.ndarray":
     from jdl.vision import images
     from jdl.vision.reverse import PictureSearch, preferred
 
+    channels = _channels(args, trunk, layer, photograph)
     search = PictureSearch(size=args.size, steps=args.steps)
     found = preferred(trunk, layer, channels, search, seed=args.seed, on_step=output.print_tenths)
     return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
 
 
-def _exciting(args: Args, trunk: "Trunk", layer: str, channels: list[int]) -> "np.ndarray":
+def _exciting(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.ndarray":
     from jdl.recipes.datasets import default_split, open_images
     from jdl.vision import activations, images
 
@@ -186,6 +173,7 @@ def _exciting(args: Args, trunk: "Trunk", layer: str, channels: list[int]) -> "n
         **which,
         batch_size=32,
     )
+    channels = _channels(args, trunk, layer, photograph)
     found = activations.exciting(trunk, pictures, layer, channels, count=8)
     tiles = [image for each in found for image in each.images]
     captions = [f"{each.channel}: {score:.3g}" for each in found for score in each.scores]

@@ -79,7 +79,7 @@ class Args:
     seed: int = 0
     """random seed for the shifts"""
     out: Path = Path("dream.png")
-    """the picture to write"""
+    """the picture to write, a PNG or JPEG"""
 
 
 def run(args: Args) -> None:

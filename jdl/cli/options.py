@@ -87,7 +87,6 @@ def check_left_out(args: Any, allowed: bool, why: str, *names: str) -> None:
 
 
 def _flag(name: str) -> str:
-    """The flag of a field; `class` is no name for a field."""
     return f"--{ {'wanted': 'class'}.get(name, name).replace('_', '-') }"
 
 

@@ -138,8 +138,7 @@ def _job(args: Args) -> _Job:
     ok = (source == "trees") == (chosen.data == "trees")
     must = "left out for recursive, which learns generated trees, and images for all others"
     check.argument(ok, "--data", must, source)
-    named = chosen.optimizer if args.optimizer is None else args.optimizer
-    optimizer = registry.short_name(named)
+    optimizer = registry.short_name(chosen.optimizer if args.optimizer is None else args.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
     size = datasets.parse_size(args.size, source)

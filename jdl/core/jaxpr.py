@@ -185,18 +185,14 @@ def depend(program: Any, marks: Sequence[bool]) -> list[bool]:
     [False, True]
     """
     jaxpr = getattr(program, "jaxpr", program)
-    marked = dict(zip(jaxpr.invars, marks, strict=True))
-
-    def are_marked(atoms: Sequence[Any]) -> list[bool]:
-        return [not isinstance(x, jex.Literal) and marked.get(x, False) for x in atoms]
-
+    marked = {id(var) for var, mark in zip(jaxpr.invars, marks, strict=True) if mark}
     for eqn in jaxpr.eqns:
-        given = are_marked(eqn.invars)
+        given = [id(x) in marked for x in eqn.invars]
         found = [any(given)] * len(eqn.outvars)
         if any(given) and eqn.primitive.name in CALLS + CUSTOM:
             found = depend(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), given)
-        marked |= zip(eqn.outvars, found, strict=True)
-    return are_marked(jaxpr.outvars)
+        marked |= {id(var) for var, mark in zip(eqn.outvars, found, strict=True) if mark}
+    return [id(x) in marked for x in jaxpr.outvars]
 
 
 def scans(program: Any) -> Iterator[tuple[Any, int]]:

@@ -78,6 +78,8 @@ def maps(
     check.positive_int("count", count)
     found = np.asarray(trunk.features(images.as_image(image)[None], layer)[layer][0])
     if found.ndim == 1:
+        ok, must = channels is None, "left out for a dense layer, which is drawn whole"
+        check.argument(ok, "channels", must, channels)
         side = math.ceil(math.sqrt(found.size))
         square = np.zeros(side * side, np.float32)
         square[: found.size] = found
@@ -180,7 +182,7 @@ def classify(trunk: Trunk, image: ArrayLike, *, count: int = 5) -> list[tuple[st
     """
     check.positive_int("count", count)
     head = trunk.with_head()
-    logits = trunk.features(_seen(trunk, image).pixels, head)[head][0]
+    logits = trunk.features(_seen(trunk, image)[0], head)[head][0]
     shares = np.asarray(jax.nn.softmax(logits))
     order = np.argsort(-shares, kind="stable")[:count]
     return [(trunk.class_name(int(i)), float(shares[i])) for i in order]
@@ -208,14 +210,12 @@ def grad_cam(
     [1.0, 1.0, 0.0, 0.0]
     """
     (name,) = trunk.known(layer)
-    seen = _seen(trunk, image)
-    number = _number(trunk, seen.pixels, wanted)
+    x, number, placed = _seen(trunk, image, wanted)
     shape = trunk.shapes((name,))[name]
     check.argument(len(shape) == 4, "layer", "one of activations [N, h, w, C]", shape)
     program = {"apply": trunk.apply, "head": trunk.head, "layer": name}
-    heat = seen.placed(_cam(trunk.params, seen.pixels, jnp.asarray(number), **program))
-    heat = np.clip(heat, 0, None)
-    return Explained(number, heat / max(float(heat.max()), 1e-12))
+    heat = _cam(trunk.params, x, jnp.asarray(number), **program)
+    return Explained(number, placed(heat, 1.0))
 
 
 @partial(jax.jit, static_argnames=("apply", "head", "layer"))
@@ -266,9 +266,8 @@ def saliency(
     """
     check.positive_int("samples", samples)
     check.in_range("noise", float(noise), 0.0, 1.0)
-    seen = _seen(trunk, image)
-    x, number = seen.pixels, _number(trunk, seen.pixels, wanted)
-    program = {"apply": trunk.apply, "head": trunk.with_head()}
+    x, number, placed = _seen(trunk, image, wanted)
+    program = {"apply": trunk.apply, "head": trunk.head}
     total, rng = np.zeros(x.shape[1:3], np.float32), np.random.default_rng(seed)
     for i in range(samples):
         shift = rng.integers(-8, 9, 2) if i else (0, 0)
@@ -276,9 +275,7 @@ def saliency(
         shifted = jnp.roll(noisy, shift, axis=(1, 2))
         slope = np.asarray(_slope(trunk.params, shifted, jnp.asarray(number), **program))
         total += np.roll(slope, np.negative(shift), axis=(0, 1))
-    heat = seen.placed(total / samples)
-    most = max(float(np.quantile(heat[seen.window], 0.995)), 1e-12)
-    return Explained(number, np.clip(heat / most, 0, 1))
+    return Explained(number, placed(total / samples, 0.995))
 
 
 @partial(jax.jit, static_argnames=("apply", "head"))
@@ -297,33 +294,26 @@ def overlaid(image: ArrayLike, heat: np.ndarray, *, strength: float = 0.6) -> np
     return (1 - share) * (0.3 * x + 0.7 * gray) + share * images.colored(heat, "inferno")
 
 
-class _Seen(NamedTuple):
-    """What a classifier sees of a picture."""
+def _seen(
+    trunk: Trunk, image: ArrayLike, wanted: int | str | None = None
+) -> tuple[jax.Array, int, Callable[..., np.ndarray]]:
+    """What a classifier sees of a picture, [1, h, w, 3]; the class wanted, or the most probable.
 
-    pixels: jax.Array  # [1, h, w, 3], of the training images' size
-    window: tuple[slice, slice]  # where they are in the picture
-    shape: tuple[int, int]  # of the picture
-
-    def placed(self, heat: ArrayLike) -> np.ndarray:
-        """Heat of the pixels, [h, w], on the picture, [H, W]."""
-        whole = np.zeros(self.shape, np.float32)
-        size = whole[self.window].shape
-        whole[self.window] = images.resized(np.asarray(heat)[:, :, None], size)[:, :, 0]
-        return whole
-
-
-def _seen(trunk: Trunk, image: ArrayLike) -> _Seen:
-    x = images.as_image(image)
+    And the function that places heat [h, w] on the picture, [H, W], with its quantile q as 1.
+    """
+    x, head = images.as_image(image), trunk.with_head()
     shape = (x.shape[0], x.shape[1])
     box = (0, 0, *shape) if trunk.stretched else CENTER.box(*shape, trunk.size or (1, 1))
-    top, left, high, wide = map(int, box)
-    window = (slice(top, top + max(high, 1)), slice(left, left + max(wide, 1)))
-    pixels = images.resized(x[window], trunk.size or (high, wide))
-    return _Seen(jnp.asarray(np.clip(pixels, 0, 1))[None], window, shape)
+    top, left, high, wide = (max(int(n), i // 2) for i, n in enumerate(box))
+    window = (slice(top, top + high), slice(left, left + wide))
 
+    def placed(heat: ArrayLike, q: float) -> np.ndarray:
+        inside = images.resized(np.asarray(heat)[:, :, None], (high, wide))[:, :, 0]
+        whole = np.zeros(shape, np.float32)
+        whole[window] = np.clip(inside / max(float(np.quantile(inside, q)), 1e-12), 0, 1)
+        return whole
 
-def _number(trunk: Trunk, x: jax.Array, wanted: int | str | None) -> int:
+    pixels = jnp.asarray(np.clip(images.resized(x[window], trunk.size or (high, wide)), 0, 1))[None]
     if wanted is not None:
-        return trunk.class_number(wanted)
-    head = trunk.with_head()
-    return int(np.argmax(np.asarray(trunk.features(x, head)[head][0])))
+        return pixels, trunk.class_number(wanted), placed
+    return pixels, int(np.argmax(np.asarray(trunk.features(pixels, head)[head][0]))), placed

@@ -176,25 +176,21 @@ def dream(
     base = images.as_image(image)
     sizes = octave_sizes(base.shape[:2], how)
     rng = np.random.default_rng(seed)
-    detail, changed = np.zeros((*sizes[0], 3), np.float32), False
+    detail = np.zeros((*sizes[0], 3), np.float32)
     for i, size in enumerate(sizes):
-        start = images.resized(base, size)
-        x = begun = jnp.asarray(np.clip(start + images.resized(detail, size), 0, 1))
+        start = np.clip(images.resized(base, size), 0, 1)
+        x = jnp.asarray(np.clip(start + images.resized(detail, size), 0, 1))
         for j in range(how.steps):
             x = step(trunk, x, goal, how, rng)
             if on_step is not None:
                 on_step(i * how.steps + j + 1, len(sizes) * how.steps)
         dreamt = np.asarray(x)
-        changed |= not np.array_equal(dreamt, begun)
         detail = dreamt - start
     if not np.isfinite(dreamt).all():
         raise check.TrainingError("The dream is not finite; check the trunk's weights.")
-    if not changed:
+    if not detail.any():
         layers = " and ".join(goal.layers)
-        raise check.UserError(
-            f"The picture has no pixels whose change increases {layers}: its gradient is 0. "
-            "Use another layer or picture."
-        )
+        raise check.UserError(f"No step changes the picture: {layers} has no gradient there.")
     return np.clip(dreamt, 0, 1)
 
 

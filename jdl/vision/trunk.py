@@ -44,8 +44,7 @@ class Trunk(NamedTuple):
         a gradient even where a logit is 0.
       classes: names of the K classes, or () if unknown.
       size: (height, width) of the training images, or None.
-      stretched: whether a picture is stretched to `size` to be classified, rather than cropped to
-        its middle.
+      stretched: whether a picture that is classified is stretched to `size`, not cropped.
       blind: layers that do not depend on the images, such as those of a GAN's generator.
 
     >>> doubled = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})

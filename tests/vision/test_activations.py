@@ -33,6 +33,8 @@ def test_maps_are_the_strongest_channels(tiny, photograph):
     assert sheet.ndim == 3
     assert sheet.shape[1] >= 80
     assert activations.maps(tiny, photograph, "logits").values.shape == (1, 2, 2)
+    with pytest.raises(check.ArgumentError, match="left out for a dense layer"):
+        activations.maps(tiny, photograph, "logits", channels=[1])
     with pytest.raises(check.ArgumentError, match="0 to 3"):
         activations.maps(tiny, photograph, "relu", channels=[9])
 

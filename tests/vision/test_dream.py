@@ -162,7 +162,7 @@ def test_a_dream_that_changes_nothing_is_refused(tiny, photograph):
         apply=lambda p, x, layers: jax.lax.stop_gradient(tiny.apply(p, x, layers))
     )
     how = dream.Settings(octaves=2, steps=1)
-    with pytest.raises(check.UserError, match=r"increases relu: its gradient is 0\. Use another"):
+    with pytest.raises(check.UserError, match="relu has no gradient there"):
         dream.dream(trunk, photograph, dream.goal(trunk, "relu"), how)
 
 
