@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from jdl.cli.main import main
+from jdl.data import from_arrays
+from jdl.recipes.pictures import some_images
 
 PICTURES = {
     "rbm": ("filters", "reconstructions", "chains", "curves"),
@@ -46,3 +48,11 @@ def test_a_run_reloads_and_leaves_pictures(model, tmp_path, capsys):
             assert saved["hidden"].shape == (359, 128)
             mean = saved["positive"].mean()
             assert mean == pytest.approx(found["free_energy"], rel=1e-4)
+
+
+def test_the_images_drawn_do_not_depend_on_the_batch_size():
+    x = np.arange(2100, dtype=np.float32).reshape(-1, 1, 1, 1)
+    for size in (64, 999, 4000):
+        data = from_arrays(x, np.zeros(2100, np.int32), batch_size=size, drop_remainder=False)
+        images, _ = some_images(data, 10)
+        assert images.ravel().tolist() == [200.0 * i for i in range(10)], size
