@@ -222,11 +222,11 @@ class TrainLoop:
                 break
             profile.before(run.step + 1)
             run.state, logs = step(run.take(), batches)
-            made = feed.advance()
-            run.trail.extend(enumerate(made, run.step))
-            run.step += len(made)
+            positions = feed.advance()
+            run.trail.extend(enumerate(positions, run.step))
+            run.step += len(positions)
             run.position = feed.position
-            metrics.push(run.step, logs, len(made))
+            metrics.push(run.step, logs, len(positions))
             if run.step != call.last_step:
                 self._next(call, feed)  # travels while the device computes
             metrics.wait_for_earlier_steps()

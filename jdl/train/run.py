@@ -50,7 +50,7 @@ class Run:
       clock: the training clock.
       position: where in the data the next step begins.
       trail: (step, position) of recent steps.
-      steps_per_dispatch: the length of its stacks of batches; None before it is known.
+      steps_per_dispatch: the length of the stacks of batches; None before it is known.
       classes: those of the training data, where it has any.
       restores: how often a checkpoint has been restored.
       init_seconds: time spent on the initial state.
@@ -212,7 +212,7 @@ class Run:
         self.position, self._resumed = meta["position"], True
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
         self._rate, self._rate_is_saved = meta["learning_rate"], True
-        self.steps_per_dispatch = meta.get("steps_per_dispatch", 1)
+        self.steps_per_dispatch = self.steps_per_dispatch or meta.get("steps_per_dispatch", 1)
         self._feed = None  # the data restarts from there too
         return True
 

@@ -13,6 +13,7 @@ from jdl.data import from_arrays
 from jdl.models import MLP
 from jdl.train.dispatch import chosen_length
 from jdl.train.hooks import StopTraining
+from jdl.train.run_directory import NonFiniteError
 from jdl.train.signals import Stopped
 
 OPTIMIZERS = {
@@ -123,7 +124,7 @@ def test_where_the_loss_is_not_finite(tmp_path):
     ]
     found = {}
     for length in (1, 8):
-        with pytest.raises(jdl.train.run_directory.NonFiniteError) as caught:
+        with pytest.raises(NonFiniteError) as caught:
             make(length, log_every=10).train(batches)
         skips = make(length, on_nonfinite="skip", hooks=[(rows := []).append], log_every=4)
         found[length] = str(caught.value), skips.train(batches), plain(rows)
@@ -166,6 +167,15 @@ def test_several_devices(tmp_path):
     make(4, workdir=tmp_path).train(data(), steps=2)
     several = make(None, devices=2, workdir=tmp_path).train(data(), steps=1)
     assert several._run.steps_per_dispatch == 1
+
+
+def test_going_back_to_a_checkpoint_of_another_length(tmp_path):
+    make(3, workdir=tmp_path).train(data(), steps=4)
+    bad = [{"image": np.full((4, 6), np.inf, np.float32), "label": np.arange(4) % 3}] * 9
+    other = make(8, workdir=tmp_path, on_nonfinite="rollback", log_every=2)
+    with pytest.raises(NonFiniteError, match="at step 5"):
+        other.train(bad, steps=4)
+    assert other._run.steps_per_dispatch == 8
 
 
 def test_batches_that_hold_keys_are_not_stacked():
