@@ -99,7 +99,7 @@ class DBN:
         return Model(init, apply)
 
     def _up(self, below: Sequence[Params], x: jax.Array) -> jax.Array:
-        h = x.reshape(x.shape[0], -1)
+        h = self.rbm(0).clone(num_classes=0).joined(x)
         for i, params in enumerate(below):
             machine = self.rbm(i)
             ok = h.shape[1] == params["visible_bias"].size

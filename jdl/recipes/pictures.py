@@ -78,9 +78,7 @@ def of_rbm(rbm: RBM, params: Params, data: Batches, workdir: Path) -> list[Path]
     chains = [x]
     for i, steps in enumerate((1, 10, 100, 300, 1000)):
         v = rbm.sample(params, jax.random.fold_in(jax.random.key(0), i), v, steps)
-        hidden = rbm.hidden_mean(rbm.hidden_input(params, v))
-        means = rbm.visible_mean(rbm.visible_input(params, hidden))
-        chains.append(np.asarray(means).reshape(x.shape))
+        chains.append(np.asarray(rbm.mean_field(params, v, 1)).reshape(x.shape))
     return [
         filters(params["kernel"], x.shape[1:], workdir / "filters.png"),
         tiles(rows, workdir / "reconstructions.png"),

@@ -24,6 +24,8 @@ def draw_trees(
     from matplotlib.figure import Figure
 
     some = {name: array[:count] for name, array in packed.items()}
+    leaves = [(0, 0), (0, some["word"].shape[1] - some["children"].shape[1]), (0, 0)]
+    children = np.pad(some["children"], leaves, constant_values=some["word"].shape[1])
     inputs = (some[name] for name in ("word", "children", "schedule"))
     logits = np.asarray(net.apply({"params": params}, *inputs))
     shares = 1.0 / (1.0 + np.exp(logits[..., 0] - logits[..., 1]))
@@ -33,9 +35,9 @@ def draw_trees(
     figure = Figure(figsize=(5.5 * columns, 3.8 * rows), layout="constrained")
     for i in range(len(some["word"])):
         axes = figure.add_subplot(rows, columns, i + 1)
-        places = _places(some["children"][i])
+        places = _places(children[i])
         for node, (x, y) in places.items():
-            for child in some["children"][i][node]:
+            for child in children[i][node]:
                 if child in places:
                     axes.plot([x, places[child][0]], [y, places[child][1]], color="0.7", lw=0.8)
         at = np.array([places[node] for node in places])
