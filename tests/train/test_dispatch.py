@@ -178,12 +178,6 @@ def test_going_back_to_a_checkpoint_of_another_length(tmp_path):
     assert other._run.steps_per_dispatch == 8
 
 
-def test_batches_that_hold_keys_are_not_stacked():
-    x = np.eye(6, dtype=np.float32)
-    batch = {"image": x, "label": np.arange(6) % 3, "key": jax.random.split(jax.random.key(0), 6)}
-    assert make(None).train([batch] * 3)._run.steps_per_dispatch == 1
-
-
 def test_data_that_reuses_its_arrays():
     def batches():
         batch = {"image": np.zeros((4, 6), np.float32), "label": np.zeros(4, np.int32)}
