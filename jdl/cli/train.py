@@ -134,11 +134,11 @@ def _job(args: Args) -> _Job:
     from jdl.recipes.run_config import MIXED, RunConfig
 
     chosen = recipe(args.model)
-    source = args.data or chosen.data
+    source = chosen.data if args.data is None else args.data
     ok = (source == "trees") == (chosen.data == "trees")
     must = "left out for recursive, which learns generated trees, and images for all others"
     check.argument(ok, "--data", must, source)
-    optimizer = registry.short_name(args.optimizer or chosen.optimizer)
+    optimizer = registry.short_name(chosen.optimizer if args.optimizer is None else args.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
     size = datasets.parse_size(args.size, source)

@@ -18,6 +18,7 @@ from jdl.models.layers import Activation, activation
 
 # cell(inputs [B, W, ·], children's states [B, W, K, ·], which exist [B, W, K]) -> states [B, W, ·]
 Cell = Callable[[jax.Array, PyTree, jax.Array], PyTree]
+MOST_NARY = 8192  # children · hidden units, at most
 
 
 def by_level(
@@ -26,15 +27,16 @@ def by_level(
     """The state of every node, [B, N, ·] in the structure of `zeros`; meaningless for padding.
 
     Args:
-      cell: nodes' states from their inputs and their children's states, 0 for absent ones.
+      cell: nodes' states from their inputs and their children's states, 0 for absent ones; it is
+        first called with K = 0, for leaves.
       inputs: float[B, N, ·], of each node.
       zeros: a state of zeros, [·] each.
       children: int[B, N, K], N for none.
       schedule: int[B, L, W], the nodes of each height from 1 on, N for none.
     """
-    size, nodes, most = children.shape
-    leaf = jax.tree.map(lambda z: jnp.zeros((size, nodes, most, *z.shape), z.dtype), zeros)
-    states = cell(inputs, leaf, jnp.zeros(children.shape, bool))
+    size, nodes, _ = children.shape
+    leaf = jax.tree.map(lambda z: jnp.zeros((size, nodes, 0, *z.shape), z.dtype), zeros)
+    states = cell(inputs, leaf, jnp.zeros((size, nodes, 0), bool))
 
     def level(states: PyTree, at: jax.Array) -> tuple[PyTree, None]:
         below = _rows(children, at, nodes)
@@ -125,6 +127,9 @@ class TreeLSTM(nn.Module):
         word, children, schedule = jnp.asarray(word), jnp.asarray(children), jnp.asarray(schedule)
         width, most = self.hidden, children.shape[-1]
         nary = self.kind == "nary"
+        ok = not nary or most * width <= MOST_NARY
+        must = f'"child_sum" for {most} children: those of "nary" have (children · hidden)² weights'
+        check.argument(ok, "kind", must, self.kind)
         x = _embedded(self, word, self.embedding or width)
         inputs = nn.Dense(4 * width, name="input")(x)  # i, o, u and f
         init = nn.initializers.lecun_normal()
@@ -134,10 +139,13 @@ class TreeLSTM(nn.Module):
 
         def cell(x: jax.Array, states: tuple[jax.Array, jax.Array], there: jax.Array) -> Any:
             h, c = states  # [B, W, K, D]
-            joined = h.reshape(*h.shape[:2], -1) if nary else jnp.sum(h, axis=2)
-            i, o, u = jnp.split(x[..., : 3 * width] + joined @ gates, 3, axis=-1)
-            f = (joined @ forget).reshape(h.shape) if nary else h @ forget
-            f = nn.sigmoid(x[..., None, 3 * width :] + f) * there[..., None].astype(c.dtype)
+            a, f = x[..., : 3 * width], x[..., None, 3 * width :]
+            if h.shape[2]:
+                joined = h.reshape(*h.shape[:2], -1) if nary else jnp.sum(h, axis=2)
+                a = a + joined @ gates
+                f = f + ((joined @ forget).reshape(h.shape) if nary else h @ forget)
+            i, o, u = jnp.split(a, 3, axis=-1)
+            f = nn.sigmoid(f) * there[..., None].astype(c.dtype)
             memory = nn.sigmoid(i) * jnp.tanh(u) + jnp.sum(f * c, axis=2)
             return nn.sigmoid(o) * jnp.tanh(memory), memory
 
@@ -184,6 +192,8 @@ class RecursiveNet(nn.Module):
         phi = activation(self.activation)
 
         def cell(x: jax.Array, h: jax.Array, there: jax.Array) -> jax.Array:
+            if not h.shape[2]:
+                return x
             joined = h.reshape(*h.shape[:2], -1) @ kernel
             inner = phi(x + joined + jnp.broadcast_to(bias, joined.shape))
             return jnp.where(jnp.any(there, axis=2)[..., None], inner, x)

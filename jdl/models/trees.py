@@ -13,6 +13,8 @@ highest has levels. `pack` numbers a tree's nodes by decreasing height, the root
 N, K, L and W are a `Layout`. All trees packed in one layout run through one compiled program.
 """
 
+import functools
+import itertools
 import operator
 import re
 from collections import Counter
@@ -27,6 +29,9 @@ from jdl.core import check
 MAX_NODES = 100_000  # of one tree; larger ones are refused
 MAX_DEPTH = 200  # of a generated tree
 _UNKNOWN = 1
+_BLANKS = " \t\r\n\f\v"
+
+OnError = Callable[[check.DataError], None]
 
 
 class Tree(NamedTuple):
@@ -130,6 +135,8 @@ def parse(text: str) -> Tree:
 
         tree = ( label word ) | ( label tree … )
 
+    Blanks are those of ASCII: a no-break space is part of its word.
+
     Raises:
       DataError: empty, unmatched brackets, words beside brackets, text after the end.
 
@@ -147,7 +154,7 @@ def parse(text: str) -> Tree:
         shown = text.strip()
         return check.DataError(f"{problem}: {shown[:60]}{'…' if len(shown) > 60 else ''}")
 
-    for match in re.finditer(r"[()]|[^\s()]+", text):
+    for match in re.finditer(r"[()]|[^ \t\r\n\f\v()]+", text):
         token = match.group()
         if done:
             raise refuse("There is text after a tree's end")
@@ -183,69 +190,85 @@ def parse(text: str) -> Tree:
     return Tree(tuple(w or "" for w in words), tuple(parents), tuple(x or "" for x in labels))
 
 
-def read_bracketed(path: str | Path) -> Iterator[Tree]:
-    """The trees of a file, one bracketed tree or none in each line; an error has its number."""
+def read_bracketed(path: str | Path, on_error: OnError | None = None) -> Iterator[Tree]:
+    """The trees of a file, one bracketed tree or none in each line.
+
+    Args:
+      path: UTF-8 text.
+      on_error: takes the error of each line that is no tree, and the line is left out, as by
+        `bad.append` of a list; None to raise it. The message has the line's number.
+    """
     for number, line in _lines(path):
         if line.strip():
-            try:
-                yield parse(line)
-            except check.DataError as error:
-                raise check.DataError(f"{path}, line {number}: {error}") from error
+            yield from _tree(f"{path}, line {number}", functools.partial(parse, line), on_error)
 
 
-def read_conllu(path: str | Path) -> Iterator[Tree]:
+def read_conllu(path: str | Path, on_error: OnError | None = None) -> Iterator[Tree]:
     """The dependency trees of a CoNLL-U file; nodes are words, labels are relations.
 
     Multiword tokens (1-2) and empty nodes (1.1) are skipped: the basic tree does not need them.
 
-    Raises:
-      DataError: a line is not CoNLL-U, or the heads form no tree; the message has the line.
+    Args:
+      path: UTF-8 text.
+      on_error: as for `read_bracketed`, for each sentence that is not CoNLL-U, or whose heads form
+        no tree. The message has the number of the sentence's first line.
     """
-    rows: list[tuple[str, int, str]] = []
+    rows: list[str] = []
     first = 1
-
-    def tree() -> Tree:
-        words, heads, relations = zip(*rows, strict=True)
-        found = Tree(words, tuple(head - 1 for head in heads), relations)
-        try:
-            heights(found)
-        except check.DataError as error:
-            raise check.DataError(f"{path}, sentence at line {first}: {error}") from error
-        return found
-
-    for number, line in _lines(path):
-        line = line.rstrip("\r\n")
-        if not line.strip():
-            if rows:
-                yield tree()
-            rows, first = [], number + 1
+    for number, line in itertools.chain(_lines(path), [(0, "")]):
+        if line.strip(_BLANKS):
+            if not line.startswith("#") and len(rows) <= MAX_NODES:
+                rows.append(line.rstrip("\r\n"))
             continue
-        if line.startswith("#"):
-            continue
-        fields = line.split("\t")
+        if rows:
+            where = f"{path}, sentence at line {first}"
+            yield from _tree(where, functools.partial(_dependencies, rows), on_error)
+        rows, first = [], number + 1
+
+
+def _dependencies(rows: Sequence[str]) -> Tree:
+    """The tree of a sentence's lines."""
+    if len(rows) > MAX_NODES:
+        raise check.DataError(f"A sentence has over {MAX_NODES} lines.")
+    words: list[str] = []
+    parents: list[int] = []
+    labels: list[str] = []
+    for row in rows:
+        fields = row.split("\t")
         if len(fields) != 10:
             raise check.DataError(
-                f"{path}, line {number}: CoNLL-U has 10 tab-separated fields, got {len(fields)}."
+                f"CoNLL-U has 10 tab-separated fields, got {len(fields)} in {row[:60]!r}."
             )
         if re.fullmatch(r"\d+[-.]\d+", fields[0]):
             continue
         numbers = fields[0].isdecimal() and fields[6].isdecimal()
-        if not numbers or int(fields[0]) != len(rows) + 1:
+        if not numbers or int(fields[0]) != len(words) + 1:
             raise check.DataError(
-                f"{path}, line {number}: the word must be number {len(rows) + 1} and its head a "
-                f"number, got {fields[0]!r} and {fields[6]!r}."
+                f"The word must be number {len(words) + 1} and its head a number, got "
+                f"{fields[0]!r} and {fields[6]!r}."
             )
-        if len(rows) >= MAX_NODES:
-            raise check.DataError(f"{path}, line {number}: a sentence of over {MAX_NODES} words.")
-        rows.append((fields[1], int(fields[6]), fields[7]))
-    if rows:
-        yield tree()
+        words.append(fields[1])
+        parents.append(int(fields[6]) - 1)
+        labels.append(fields[7])
+    found = Tree(tuple(words), tuple(parents), tuple(labels))
+    heights(found)
+    return found
+
+
+def _tree(where: str, read: Callable[[], Tree], on_error: OnError | None) -> Iterator[Tree]:
+    try:
+        yield read()
+    except check.DataError as error:
+        named = check.DataError(f"{where}: {error}")
+        if on_error is None:
+            raise named from error
+        on_error(named)
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     limit = 64 * MAX_NODES
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # without a byte order mark
             number = 0
             while line := file.readline(limit):
                 number += 1

@@ -81,6 +81,7 @@ def some_images(data: Batches, count: int) -> tuple[np.ndarray, np.ndarray]:
         number += len(images[-1])
         if number >= 2000:
             break
+    number = min(number, 2000)  # whatever the batch size
     chosen = np.linspace(0, number, min(count, number), endpoint=False).astype(int)
     x = np.concatenate(images)[chosen]
     x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x

@@ -112,9 +112,14 @@ def _reconstructions(run: Finished) -> list[Path]:
     return [pictures.reconstructions(run.estimator, run.held_out, run.workdir)]
 
 
-def _denoising(image_shape: Shape, num_classes: int) -> Model:
+def denoised_by(image_shape: Shape) -> Autoencoder:
+    """The net that a `denoising` run trains, without the noise."""
     widths = (1000, 500) if _is_large(image_shape) else (256, 128)
-    return denoising(Autoencoder(widths=widths, activation="relu", code_activation="relu"))
+    return Autoencoder(widths=widths, activation="relu", code_activation="relu")
+
+
+def _denoising(image_shape: Shape, num_classes: int) -> Model:
+    return denoising(denoised_by(image_shape))
 
 
 def _denoising_estimator(

@@ -244,6 +244,47 @@ def test_refuses_brackets_that_are_no_tree(line, said, tmp_path):
         list(read_bracketed(path))
 
 
+def test_words_end_at_ascii_blanks_alone(tmp_path):
+    # A word of the Stanford treebank's own train file has a no-break space inside.
+    path = tmp_path / "train.txt"
+    text = "(3 (2 for) (2 8\N{NO-BREAK SPACE}1\\/2))\r\n(1\tbad)\r\n"
+    path.write_bytes(text.encode("utf-8-sig"))
+    first, second = read_bracketed(path)
+    assert first.words == ("", "for", "8\N{NO-BREAK SPACE}1\\/2")
+    assert second.words == ("bad",)
+
+
+def test_trees_that_are_none_are_named_by_line_and_can_be_left_out(tmp_path):
+    brackets, sentences = tmp_path / "a.txt", tmp_path / "a.conllu"
+    brackets.write_text("(1 good)\n(3 (2 a)\n(0 bad)\n", encoding="utf-8")
+    bad = [row(1, 0) + row(2, 0), row(1, "_") + row(2, 1), row(2, 0) + row(2, 0)]
+    sentences.write_text(
+        "\n".join(["\N{ZERO WIDTH NO-BREAK SPACE}# a" + "\n" + CONLLU, *bad, CONLLU]),
+        encoding="utf-8",
+    )
+    for read, path, lines in (
+        (read_bracketed, brackets, ["line 2"]),
+        (read_conllu, sentences, ["line 8", "line 11", "line 14"]),
+    ):
+        with pytest.raises(check.DataError, match=lines[0]):
+            list(read(path))
+        left_out = []
+        assert len(list(read(path, on_error=left_out.append))) == 2
+        assert len(left_out) == len(lines)
+        for error, line in zip(left_out, lines, strict=True):
+            assert f"{path}, {line}" in str(error).replace("sentence at ", "")
+
+
+def test_the_memory_of_a_flat_tree_is_that_of_its_children():
+    n = 1500
+    batch = pack([Tree(("w",) * (n + 1), (-1,) + (0,) * n, ("0",) * (n + 1))], {"w": 2}, ["0"])
+    inputs = [batch[name] for name in INPUTS]
+    net = TreeLSTM(num_outputs=1, vocabulary=3, hidden=64)
+    params = jax.eval_shape(net.init, jax.random.key(0), *inputs)
+    step = jax.jit(jax.grad(lambda p: jnp.sum(net.apply(p, *inputs))))
+    assert step.lower(params).compile().memory_analysis().temp_size_in_bytes < 100e6
+
+
 def row(number, head):
     return f"{number}\tw\tw\tX\t_\t_\t{head}\tdep\t_\t_\n"
 

@@ -183,6 +183,27 @@ def test_the_problems_are_what_they_say():
         assert label == 2 * first + second
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ([3, 1], [3.7]),
+        (np.array([1], np.uint8), np.array([300, 2])),
+        (np.array([1.5], np.float32), np.array([1, 2])),
+    ],
+)
+def test_padding_keeps_every_number(pair):
+    found = sequences.pad(pair)["image"]
+    for row, sequence in zip(found, pair, strict=True):
+        np.testing.assert_array_equal(row[: len(sequence)], sequence)
+
+
+def test_padding_refuses_what_makes_no_array():
+    with pytest.raises(check.ArgumentError, match=r"sequences\[1\]. must be of shape"):
+        sequences.pad([np.ones((2, 3)), np.ones((2, 4))])
+    with pytest.raises(check.ArgumentError, match=r"sequences\[1\]. must be of numbers"):
+        sequences.pad([[1, 2], ["a"]])
+
+
 def test_refuses_empty_and_overlong_sequences():
     net, variables, x = net_and_inputs()
     with pytest.raises(check.ArgumentError, match="at least one step"):

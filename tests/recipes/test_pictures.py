@@ -8,8 +8,10 @@ from PIL import Image
 
 import jdl
 from jdl.cli.main import main
+from jdl.data import from_arrays
 from jdl.models import scores
 from jdl.recipes import pictures, registry
+from jdl.recipes.pictures import some_images
 
 PICTURES = {
     "rbm": ("filters", "reconstructions", "chains", "curves"),
@@ -93,3 +95,11 @@ def test_a_belief_net_s_samples_are_of_all_classes(tmp_path, monkeypatch):
     flat = dreams.reshape(120, -1)
     apart = np.linalg.norm(flat[:, None] - flat[None], axis=-1)
     assert apart.mean() > 2.2  # the digits' own is 3.0; it was 1.3
+
+
+def test_the_images_drawn_do_not_depend_on_the_batch_size():
+    x = np.arange(2100, dtype=np.float32).reshape(-1, 1, 1, 1)
+    for size in (64, 999, 4000):
+        data = from_arrays(x, np.zeros(2100, np.int32), batch_size=size, drop_remainder=False)
+        images, _ = some_images(data, 10)
+        assert images.ravel().tolist() == [200.0 * i for i in range(10)], size
