@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import jdl
@@ -12,6 +13,7 @@ from jdl.data import from_arrays
 from jdl.models import scores
 from jdl.recipes import pictures, registry
 from jdl.recipes.pictures import some_images
+from jdl.train import plot
 
 PICTURES = {
     "rbm": ("filters", "reconstructions", "chains", "curves"),
@@ -103,3 +105,13 @@ def test_the_images_drawn_do_not_depend_on_the_batch_size():
         data = from_arrays(x, np.zeros(2100, np.int32), batch_size=size, drop_remainder=False)
         images, _ = some_images(data, 10)
         assert images.ravel().tolist() == [200.0 * i for i in range(10)], size
+
+
+def test_the_ticks_of_a_loss_are_plain_numbers():
+    axes = Figure().add_subplot()
+    rows = [{"split": "train", "step": i, "loss": 0.65 - 0.02 * i} for i in range(20)]
+    plot._panel(axes, rows, "loss")
+    assert axes.get_yscale() == "log"
+    low, high = axes.get_ylim()
+    shown = zip(axes.get_yticks(), axes.get_yticklabels(which="both"), strict=True)
+    assert [text.get_text() for at, text in shown if low <= at <= high] == ["0.3", "0.5"]
