@@ -20,7 +20,7 @@ Workdir = Annotated[Path, tyro.conf.arg(help="the run directory of `jdl train`")
 RunData = Annotated[
     str | None,
     tyro.conf.arg(
-        help="a tar, a glob, a brace range, or digits; by default the data that the run trained on"
+        help="a tar, a glob, a brace range, or digits; by default what the run trained on"
     ),
 ]
 _SPLIT = "such as {0} or ds/{0}, or a part by hash such as {0}:0.1; by default {0} if there is one"

@@ -105,7 +105,7 @@ class DBN:
 
     def _up(self, below: Sequence[Params], x: jax.Array, key: Key | None = None) -> jax.Array:
         """Features of the layers below: samples with a key, means without."""
-        h = x.reshape(x.shape[0], -1)
+        h = self.rbm(0).clone(num_classes=0).joined(x)
         for i, params in enumerate(below):
             machine = self.rbm(i)
             ok = h.shape[1] == params["visible_bias"].size

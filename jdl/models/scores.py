@@ -44,13 +44,6 @@ def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Featu
     """
     check.argument(len(images) > 0, "images", "at least one image", len(images))
 
-    def scaled(images: Any) -> np.ndarray:
-        found = _pixels("images", images)
-        low, high = float(found.min()), float(found.max())
-        ok = low >= -0.01 and high <= 1.01
-        check.argument(ok, "images", "in [0, 1], or uint8", f"values from {low:g} to {high:g}")
-        return found
-
     @jax.jit
     def see(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         kept = lambda module, _: module.name == "Dropout_0"  # noqa: E731
@@ -59,10 +52,11 @@ def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Featu
         )
         return caught["intermediates"]["Dropout_0"]["__call__"][0], jnp.argmax(logits, axis=1)
 
-    found = [
-        jax.device_get(see(params, scaled(images[at : at + batch_size])))
-        for at in range(0, len(images), batch_size)
-    ]
+    found = []
+    for at in range(0, len(images), batch_size):
+        piece = _pixels("images", images[at : at + batch_size])
+        check.values("images", piece, -0.01, 1.01, "in [0, 1], or uint8")
+        found.append(jax.device_get(see(params, piece)))
     return Features(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 

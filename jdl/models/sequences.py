@@ -1,6 +1,6 @@
 """Sequences as data: padding, text as numbers, and problems with long-term dependencies."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,24 +85,13 @@ def adding(n: int, steps: int, rng: np.random.Generator) -> Arrays:
     References:
       Hochreiter and Schmidhuber, Long short-term memory, Neural Computation 9, 1997, section 5.4.
     """
-    return _marked(n, steps, rng, np.add)
-
-
-def multiplication(n: int, steps: int, rng: np.random.Generator) -> Arrays:
-    """As `adding`, with the product in place of the sum."""
-    return _marked(n, steps, rng, np.multiply)
-
-
-def _marked(
-    n: int, steps: int, rng: np.random.Generator, function: Callable[..., np.ndarray]
-) -> Arrays:
     check.argument(steps >= 2, "steps", "at least 2", steps)
     numbers = rng.uniform(size=(n, steps)).astype(np.float32)
     first = rng.integers(0, steps // 2, n)
     second = rng.integers(steps // 2, steps, n)
     rows, marks = np.arange(n), np.zeros((n, steps), np.float32)
     marks[rows, first] = marks[rows, second] = 1.0
-    targets = function(numbers[rows, first], numbers[rows, second])
+    targets = numbers[rows, first] + numbers[rows, second]
     return np.stack([numbers, marks], axis=-1), targets[:, None]
 
 

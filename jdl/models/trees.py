@@ -5,12 +5,12 @@ independent, so that a net computes them at once; a batch of trees takes as many
 highest has levels. `pack` numbers a tree's nodes by decreasing height, the root first:
 
     word      int32[n, N]     each node's word; 0 for none, 1 for an unknown word
-    children  int32[n, N, K]  each node's children in order; N for none
+    children  int32[n, I, K]  the children of nodes with any, in order; N for none
     schedule  int32[n, L, W]  the nodes of height 1, of height 2, …; N for none
     label     int32[n]        the root's class; −1 for none
     labels    int32[n, N]     each node's class; −1 for none and for padding
 
-N, K, L and W are a `Layout`. All trees packed in one layout run through one compiled program.
+N, K, L, W and I are a `Layout`. All trees packed in one layout run through one compiled program.
 """
 
 import functools
@@ -51,31 +51,33 @@ class Layout(NamedTuple):
       levels: L, the maximum height.
       width: W, the maximum number of nodes of one height, without leaves.
       children: K, the maximum number of children of a node.
+      inner: I, the maximum number of nodes with children.
     """
 
     nodes: int
     levels: int
     width: int
     children: int
+    inner: int
 
     @classmethod
     def of(cls, trees: Iterable[Tree]) -> "Layout":
         """The smallest layout that holds all of these trees.
 
         >>> Layout.of([parse("(3 (2 It) (4 (2 really) (3 works)))")])
-        Layout(nodes=5, levels=2, width=1, children=2)
+        Layout(nodes=5, levels=2, width=1, children=2, inner=2)
         """
         shapes = [_shape(tree, heights(tree)) for tree in trees]
         check.argument(bool(shapes), "trees", "at least one tree", shapes)
         return cls(*(max(sizes) for sizes in zip(*shapes, strict=True)))
 
 
-def _shape(tree: Tree, height: np.ndarray) -> tuple[int, int, int, int]:
+def _shape(tree: Tree, height: np.ndarray) -> tuple[int, ...]:
     widths = np.bincount(height)[1:]
     counts = Counter(tree.parents)
     counts.pop(-1, None)
-    width = int(np.max(widths)) if widths.size else 1
-    return len(height), max(int(height.max()), 1), width, max(counts.values(), default=1)
+    width, most = int(np.max(widths, initial=1)), max(counts.values(), default=1)
+    return len(height), max(int(height.max()), 1), width, most, max(len(counts), 1)
 
 
 def heights(tree: Tree) -> np.ndarray:
@@ -314,13 +316,13 @@ def pack(
 
     >>> packed = pack([parse("(1 (0 no) (1 way))")], {"no": 2, "way": 3}, ["0", "1"])
     >>> packed["word"].tolist(), packed["children"].tolist(), packed["schedule"].tolist()
-    ([[0, 2, 3]], [[[1, 2], [3, 3], [3, 3]]], [[[0]]])
+    ([[0, 2, 3]], [[[1, 2]]], [[[0]]])
     """
     layout = Layout.of(trees) if layout is None else layout
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
     n, nodes = len(trees), layout.nodes
     word = np.zeros((n, nodes), np.int32)
-    children = np.full((n, nodes, layout.children), nodes, np.int32)
+    children = np.full((n, layout.inner, layout.children), nodes, np.int32)
     schedule = np.full((n, layout.levels, layout.width), nodes, np.int32)
     labels = np.full((n, nodes), -1, np.int32)
     for i, tree in enumerate(trees):
@@ -370,20 +372,6 @@ LOGIC = Grammar(
         "xor": (2, operator.xor),
     },
 )
-
-
-def arithmetic(modulus: int = 5) -> Grammar:
-    """Sums, differences and products of 0, …, modulus − 1, modulo `modulus`."""
-    check.argument(2 <= modulus <= 100, "modulus", "an integer from 2 to 100", modulus)
-
-    def wrapped(function: Callable[[int, int], int]) -> tuple[int, Callable[..., int]]:
-        return 2, lambda a, b: function(a, b) % modulus
-
-    functions = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-    return Grammar(
-        {str(value): value for value in range(modulus)},
-        {word: wrapped(function) for word, function in functions.items()},
-    )
 
 
 def grow(grammar: Grammar, depth: int, rng: np.random.Generator, max_nodes: int = 127) -> Tree:

@@ -103,9 +103,7 @@ def of_rbm(rbm: RBM, params: Params, data: Batches, workdir: Path) -> list[Path]
     for before, steps in zip((0, *counts), counts, strict=False):
         key = jax.random.fold_in(jax.random.key(0), steps)
         v = rbm.sample(params, key, v, steps - before)
-        hidden = rbm.hidden_mean(rbm.hidden_input(params, v))
-        means = rbm.visible_mean(rbm.visible_input(params, hidden))
-        chains.append(np.asarray(means).reshape(x.shape))
+        chains.append(np.asarray(rbm.mean_field(params, v, 1)).reshape(x.shape))
     after = ["image", *(f"{steps:,} step{'s' * (steps > 1)}" for steps in counts)]
     return [
         filters(params["kernel"], x.shape[1:], workdir / "filters.png"),

@@ -1,6 +1,5 @@
 """The models that `jdl train` knows by name, with the settings recommended for each."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +25,6 @@ from jdl.models.recursive import TreeLSTM
 from jdl.models.resnet import ResNet
 from jdl.models.rnn import RNN
 from jdl.models.transformer import ViT
-from jdl.optim import diagnostics
 from jdl.recipes import formulas, pictures
 from jdl.recipes.gan_pictures import draw_samples, samples_over_time
 from jdl.recipes.tree_pictures import draw_trees
@@ -187,7 +185,22 @@ def _dbn_pictures(run: Finished) -> list[Path]:
     return [pictures.filters(kernel, x.shape[1:], run.workdir / "filters.png")]
 
 
+def _recursive(shape: Shape, num_classes: int) -> TreeLSTM:
+    """Of generated trees for shapes (vocabulary,), else see `treebanks.learned`."""
+    kind = "child_sum" if shape[1:] == (0,) else "nary"
+    return TreeLSTM(num_classes, shape[0], 48, kind, every_node=len(shape) > 1)
+
+
+def _recursive_estimator(
+    net: TreeLSTM, optimizer: optax.GradientTransformation, **options: Any
+) -> Estimator:
+    nodes: Any = {"target": "labels", "ignore": -1} if net.every_node else {}
+    return premade.classifier(net, optimizer, inputs=formulas.INPUTS, **nodes, **options)
+
+
 def _tree_pictures(run: Finished) -> list[Path]:
+    if run.net.every_node:  # of a file, with any number of classes
+        return []
     net, packed = run.net.clone(every_node=True), formulas.packed_trees("test")
     path = run.workdir / "trees.png"
     return [draw_trees(net, run.estimator.evaluation_params, packed, formulas.WORDS, path)]
@@ -207,11 +220,6 @@ def _gan_estimator(
     ema: float | None = None,
     **options: Any,
 ) -> Estimator:
-    if diagnostics.read(optimizer.init({"x": jnp.zeros(2)})) is not None:
-        raise check.UserError(
-            "A GAN has two losses, one for each network, and second-order methods minimize one. "
-            "Choose a first-order --optimizer, such as adam."
-        )
     return Estimator(
         gan.model,
         gan.loss,
@@ -242,10 +250,10 @@ RECIPES = {
     "rbm": Recipe(_rbm, "rbm", 3000, "momentum", estimator=boltzmann.rbm, pictures=_rbm_pictures),
     "dbn": Recipe(_dbn, "classifier", 3000, prepare=_pretrained, pictures=_dbn_pictures),
     "recursive": Recipe(
-        lambda shape, k: TreeLSTM(num_outputs=k, vocabulary=shape[0], kind="nary", hidden=48),
+        _recursive,
         "trees",
         1500,
-        estimator=functools.partial(premade.classifier, inputs=formulas.INPUTS),
+        estimator=_recursive_estimator,
         pictures=_tree_pictures,
         data="trees",
     ),

@@ -29,6 +29,8 @@ def draw_trees(
     sizes = np.sum(packed["word"][:100] > 0, axis=1)
     chosen = np.argsort(np.abs(sizes - 25), kind="stable")[:count]
     some = {name: array[chosen] for name, array in packed.items()}
+    leaves = [(0, 0), (0, some["word"].shape[1] - some["children"].shape[1]), (0, 0)]
+    children = np.pad(some["children"], leaves, constant_values=some["word"].shape[1])
     inputs = (some[name] for name in ("word", "children", "schedule"))
     logits = np.asarray(net.apply({"params": params}, *inputs))
     shares = 1.0 / (1.0 + np.exp(logits[..., 0] - logits[..., 1]))
@@ -36,14 +38,14 @@ def draw_trees(
     names = {number: {"true": "1", "false": "0"}.get(word, word) for number, word in names.items()}
     # Light enough for black words.
     colors = ListedColormap(0.4 + 0.6 * matplotlib.colormaps["coolwarm"](np.linspace(0, 1, 64)))
-    placed = [_places(children) for children in some["children"]]
+    placed = [_places(own) for own in children]
     widest = max(x for places in placed for x, _ in places.values()) + 1
     figure = Figure(figsize=(max(6.0, 0.34 * widest), 3.2 * len(placed)), layout="constrained")
     every = figure.subplots(len(placed), 1, squeeze=False)[:, 0]
     for axes, tree, places in zip(every, range(len(placed)), placed, strict=True):
         at = np.array(list(places.values()))
         for node, (x, y) in places.items():
-            for child in some["children"][tree][node]:
+            for child in children[tree][node]:
                 if child in places:
                     axes.plot([x, places[child][0]], [y, places[child][1]], color="0.6", lw=0.8)
         own = {"c": shares[tree][list(places)], "cmap": colors, "vmin": 0, "vmax": 1}

@@ -326,3 +326,10 @@ def test_a_conditional_gan_asks_for_labels():
     gan = GAN.of_shape(SHAPE, num_classes=2)
     with pytest.raises(check.ArgumentError, match="label"):
         gan.model.init(jax.random.key(0), jnp.asarray(images(2)))
+    params, state = gan.model.init(jax.random.key(0), jnp.asarray(images(2)), jnp.array([0, 1]))
+    stray = jnp.array([0, -1])
+    with pytest.raises(check.ArgumentError, match=r"`label` must be numbers in \[0, 2\)"):
+        gan.sample(params, state, jnp.zeros((2, 64)), stray)
+    found = jax.jit(gan.model.apply)(params, state, jnp.asarray(images(2)), stray)[0]
+    for x in (found.real, found.fake):
+        assert np.isnan(x).tolist() == [False, True]
