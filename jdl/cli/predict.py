@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from jdl.core.types import Batch
     from jdl.models.autoencoder import Reconstruction
-    from jdl.recipes.run_config import RunConfig
-    from jdl.train.estimator import Estimator
 
 
 @dataclass
@@ -60,10 +58,7 @@ def run(args: Args) -> None:
     must = "left out for a model that predicts no classes"
     check.argument(ok, "--probabilities", must, config.model)
     columns = {
-        "classifier": lambda batch, logits: _classes(logits, config.classes, args.probabilities),
-        "trees": lambda batch, logits: _classes(
-            logits[:, 0] if logits.ndim == 3 else logits, config.classes, args.probabilities
-        ),
+        **dict.fromkeys(LABELLED, lambda _, z: _classes(z, config.classes, args.probabilities)),
         "autoencoder": _reconstructions,
         "gan": lambda _, of: {"score": of.real},
     }
@@ -81,7 +76,7 @@ def run(args: Args) -> None:
     options.print_skipped(images)
 
 
-def _samples(config: "RunConfig", estimator: "Estimator", count: int) -> "np.ndarray":
+def _samples(config: Any, estimator: Any, count: int) -> "np.ndarray":
     """Samples of a GAN; of an RBM means after 1,000 Gibbs steps from noise."""
     import jax
     import numpy as np
@@ -100,6 +95,7 @@ def _samples(config: "RunConfig", estimator: "Estimator", count: int) -> "np.nda
 def _classes(logits: "np.ndarray", classes: tuple[str, ...], probabilities: bool) -> dict[str, Any]:
     import numpy as np
 
+    logits = logits[:, 0] if logits.ndim == 3 else logits  # of a tree's nodes, the root's
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     shares = exponentials / exponentials.sum(axis=1, keepdims=True)
     best = shares.argmax(axis=1)

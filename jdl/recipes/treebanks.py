@@ -15,16 +15,13 @@ logger = logging.getLogger("jdl.data")
 
 @functools.cache
 def read(path: str, on_error: str) -> tuple[Tree, ...]:
-    """The file's trees; with "skip" without lines or sentences that are none, which are logged."""
+    """The file's trees; with "skip" those that can be read, and the log counts the others."""
     bad: list[check.DataError] = []
     reader = read_conllu if path.endswith(".conllu") else read_bracketed
     trees = tuple(reader(path, bad.append if on_error == "skip" else None))
-    for error in bad[:5]:
-        logger.warning("skipped %s", error)
     if bad:
-        logger.warning("skipped %d of %d trees", len(bad), len(bad) + len(trees))
-    if not trees:
-        raise check.DataError(f"{path} holds no tree.")
+        logger.warning("skipped %d of %d trees: %s", len(bad), len(bad) + len(trees), bad[0])
+    check.argument(bool(trees), "--data", "a file with at least one tree", path)
     return trees
 
 
