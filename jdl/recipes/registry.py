@@ -173,8 +173,9 @@ def _dreams(dbn: DBN, params: Any, data: Batches, path: Path, seed: int) -> Path
     x, _ = pictures.some_images(data, 1)
     names = [str(name) for name in (data.classes or range(dbn.num_classes))][:12]
     label = jnp.repeat(jnp.arange(len(names)), 12)
-    how = {"temperature": 0.75, "guidance": 4.0}
-    dreams = dbn.generate(params, jax.random.key(seed), label.size, label=label, **how)
+    dreams = dbn.generate(
+        params, jax.random.key(seed), label.size, label=label, temperature=0.75, guidance=4.0
+    )
     title = "samples of each class: 1,000 steps in the top machine, T = 0.75, labels count fourfold"
     return pictures.tiles(dreams.reshape(-1, 12, *x.shape[1:]), path, title, rows=names)
 
