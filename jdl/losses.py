@@ -2,7 +2,8 @@
 
 Gauss-Newton products need one that is convex in the outputs, or that has an attribute `fisher`. The
 target is an entry of the batch, `label` by default: `functools.partial(squared_error,
-target="image")` is an autoencoder's loss. Sums are computed in at least float32.
+target="image")` is an autoencoder's loss. Sums are computed in at least float32. A loss that has a
+gradient but no meaningful value says why in an attribute `gradient_only`, a text.
 """
 
 import math
@@ -34,7 +35,7 @@ def softmax_cross_entropy(
     the batch's positions. An example without any has loss 0.
 
     A label outside [0, K) that is not `ignore` makes its example's loss NaN; outside of `jit` it
-    raises, if the batch has no mask.
+    raises, of examples that the mask counts.
 
     Args:
       outputs: logits.
@@ -53,16 +54,19 @@ def softmax_cross_entropy(
     check.in_range("z_loss", z_loss, 0.0)
     counted = None
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        _check_classes(logits, target, labels, ignore, "mask" in batch)
+        _check_classes(logits, target, labels, ignore, batch.get("mask"))
         labels = jnp.asarray(labels)
         labels = labels if labels.dtype.itemsize == 8 else labels.astype(jnp.int32)
+        if ignore is not None:
+            counted = labels != ignore
+            logits = jnp.where(counted[..., None], logits, 0.0)  # else NaN has a gradient there
         log_p = jax.nn.log_softmax(logits)
         picked = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
         if label_smoothing:
             picked = (1.0 - label_smoothing) * picked + label_smoothing * jnp.mean(log_p, axis=-1)
         each = jnp.where((labels >= 0) & (labels < logits.shape[-1]), -picked, jnp.nan)
-        counted = None if ignore is None else labels != ignore
     else:
+        check.values(f"batch[{target!r}]", labels, -0.01, 1.01, "probabilities, in [0, 1]")
         check.argument(ignore is None, "ignore", "None with probabilities as targets", ignore)
         _same_shape("outputs", logits, target, labels)
         smoothed = optax.smooth_labels(_at_least_float32(labels), label_smoothing)
@@ -90,6 +94,7 @@ def sigmoid_cross_entropy(
     """
     logits, targets = _at_least_float32(outputs), _at_least_float32(batch[target])
     _same_shape("outputs", logits, target, targets)
+    check.values(f"batch[{target!r}]", batch[target], -0.01, 1.01, "probabilities, in [0, 1]")
     # Rather than optax's log-sigmoids, one softplus: −t·o + log(1 + exp(o)).
     return _per_example(jax.nn.softplus(logits) - targets * logits)
 
@@ -174,7 +179,7 @@ def _same_shape(name: str, a: jax.Array, other: str, b: jax.Array) -> None:
 
 
 def _check_classes(
-    logits: Array, target: str, labels: Array | np.ndarray, ignore: int | None, masked: bool
+    logits: Array, target: str, labels: Array | np.ndarray, ignore: int | None, mask: Any
 ) -> None:
     ok = logits.ndim == 2 or logits.ndim > 2 <= labels.ndim
     must = "of shape [B, K], one number per class"
@@ -183,10 +188,9 @@ def _check_classes(
     ok = labels.shape == logits.shape[:-1]
     must = f"of shape {logits.shape[:-1]}, a class number each"
     check.argument(ok, f"batch[{target!r}]", must, labels.shape)
-    if masked or isinstance(labels, jax.core.Tracer):
-        return
-    if isinstance(labels, np.ndarray) or labels.is_fully_addressable:
+    if check.known(labels, mask):
         found, classes = np.asarray(labels), logits.shape[-1]
+        found = found if mask is None else found[np.asarray(mask) > 0]
         strays = found[((found < 0) | (found >= classes)) & (found != ignore)]
         ok = strays.size == 0
         must = f"class numbers in [0, {classes})"

@@ -118,6 +118,12 @@ def test_a_label_that_is_no_class_is_an_error_and_nan_under_jit(stray, shape):
     assert np.isfinite(grad)
 
 
+def test_targets_that_are_no_probabilities_are_refused():
+    z = jnp.zeros((1, 2))
+    with pytest.raises(check.ArgumentError, match=r"in \[0, 1\], got values from 0 to 16"):
+        losses.sigmoid_cross_entropy(z, {"label": jnp.array([[0.0, 16.0]])})
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

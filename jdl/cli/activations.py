@@ -8,18 +8,21 @@ The pictures that --what can ask for:
   exciting    for each channel, images of --data that excite it most
 
 MODEL is vgg16 or squeezenet (pip install 'jax-jdl[vision]'), a .safetensors file of torchvision's
-or timm's VGG-16, VGG-19, SqueezeNet or ResNet-50, or a run directory of `jdl train`.
+or timm's VGG-16, VGG-19, SqueezeNet or ResNet, or a run directory of `jdl train`. Classes are those
+of IMAGE's middle square, or of all of IMAGE for a run that was trained without --crop.
 
 Examples:
+  jdl activations squeezenet --list
   jdl activations vgg16 photo.jpg --layer relu3_3
   jdl activations squeezenet photo.jpg --what grad-cam --layer fire9 --class 'Egyptian cat'
+  jdl activations runs/cnn-digits-adam digit.png --what grad-cam --layer Conv_1
   jdl activations runs/cnn-digits-adam --what exciting --layer Conv_1 --data digits
   jdl activations vgg16 --what preferred --layer relu4_3 --channels 5,17,80
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -30,6 +33,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jdl.vision.trunk import Trunk
+
+USED = {  # the options of each picture
+    "maps": "layer channels count",
+    "grad-cam": "layer wanted",
+    "saliency": "wanted seed",
+    "preferred": "layer channels count size steps seed",
+    "exciting": "layer channels count data split include exclude",
+}
 
 
 @dataclass
@@ -43,10 +54,12 @@ class Args:
     """the layer's name; by default the network's usual one. An error lists the nearest names"""
     what: Literal["maps", "grad-cam", "saliency", "preferred", "exciting"] = "maps"
     """what to draw"""
+    names: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """draw nothing, but list the layers with the shapes of their activations for one image"""
     channels: str | None = None
     """numbers such as 3,17,80; by default the strongest on IMAGE, or the first"""
-    count: int = 16
-    """number of channels where none are named; at most 8 for exciting"""
+    count: int | None = None
+    """number of channels where none are named; by default 16, and 8 for exciting"""
     wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
     """for grad-cam and saliency: a class's name or number; by default the most probable"""
     data: str | None = None
@@ -62,7 +75,7 @@ class Args:
     seed: int = 0
     """random seed for preferred pictures and for saliency's noise"""
     out: Path = Path("activations.png")
-    """the picture to write"""
+    """the picture to write, a PNG or JPEG"""
 
 
 def run(args: Args) -> None:
@@ -72,27 +85,35 @@ def run(args: Args) -> None:
 
     images.check_out(args.out)
     options.check_positive(args, "count")
-    exciting, names = args.what == "exciting", ("data", "split", "include", "exclude")
-    options.check_left_out(args, exciting, "it is for --what exciting", *names)
-    takes_image = args.what in ("maps", "grad-cam", "saliency")
-    must = f"given for {args.what}"
-    check.argument(args.image is not None or not takes_image, "IMAGE", must, None)
+    for what, used in USED.items():
+        unused = {*used.split()} - {*("" if args.names else USED[args.what]).split()}
+        options.check_left_out(args, False, f"it is for --what {what}", *sorted(unused))
+    if args.names:
+        trunk, _ = open_network(args.model, None)
+        shapes = trunk.shapes(trunk.layers)
+        rows = [[name, " × ".join(map(str, shape[1:]))] for name, shape in shapes.items()]
+        return output.table(["layer", "activations"], rows, f"{args.model}: {len(rows)} layers")
+    ok = args.image is not None or args.what in ("preferred", "exciting")
+    check.argument(ok, "IMAGE", f"given for {args.what}", None)
     photograph = None if args.image is None else images.read(args.image, longest=args.longest)
     trunk, layers = open_network(args.model, args.layer)
     check.argument(len(layers) == 1, "--layer", "one layer", args.layer)
-    if args.what == "preferred":
-        picture = _preferred(args, trunk, layers[0], photograph)
-    elif args.what == "exciting":
-        picture = _exciting(args, trunk, layers[0])
-    else:
-        assert photograph is not None
-        draw = _maps if args.what == "maps" else _class
-        picture = draw(args, trunk, layers[0], photograph)
-    images.write(args.out, picture)
+    draw = {"maps": _maps, "preferred": _preferred, "exciting": _exciting}.get(args.what, _class)
+    images.write(args.out, draw(args, trunk, layers[0], photograph))
     print(f"picture: {args.out}")
 
 
-def _channels(args: Args) -> list[int] | None:
+def _channels(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> list[int]:
+    """The channels named; by default the strongest on the photograph, or the first."""
+    from jdl.vision import activations
+
+    count = args.count or (8 if args.what == "exciting" else 16)
+    if args.channels is None and photograph is not None:
+        return list(activations.maps(trunk, photograph, layer, count=count).channels)
+    return _named(args) or list(range(min(count, trunk.shapes((layer,))[layer][-1])))
+
+
+def _named(args: Args) -> list[int] | None:
     if args.channels is None:
         return None
     parts = [part.strip() for part in args.channels.split(",")]
@@ -101,16 +122,17 @@ def _channels(args: Args) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def _maps(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> "np.ndarray":
+def _maps(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.ndarray":
     from jdl.vision import activations
 
-    found = activations.maps(trunk, photograph, layer, channels=_channels(args), count=args.count)
+    count = args.count or 16
+    found = activations.maps(trunk, photograph, layer, channels=_named(args), count=count)
     height, width = found.values.shape[1:]
     print(f"{layer}: {len(found.channels)} maps of {height} × {width}")
     return activations.drawn(found)
 
 
-def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> "np.ndarray":
+def _class(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.ndarray":
     from jdl.vision import activations, images
 
     for name, share in activations.classify(trunk, photograph, count=3):
@@ -125,38 +147,33 @@ def _class(args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray") -> 
     return images.sheet([photograph, right], columns=2, captions=captions)
 
 
-def _preferred(
-    args: Args, trunk: "Trunk", layer: str, photograph: "np.ndarray | None"
-) -> "np.ndarray":
-    from jdl.vision import activations, images
+def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.ndarray":
+    from jdl.vision import images
     from jdl.vision.reverse import PictureSearch, preferred
 
-    channels = _channels(args)
-    if channels is None and photograph is not None:
-        channels = list(activations.maps(trunk, photograph, layer, count=args.count).channels)
-    if channels is None:
-        channels = list(range(args.count))
+    channels = _channels(args, trunk, layer, photograph)
     search = PictureSearch(size=args.size, steps=args.steps)
     found = preferred(trunk, layer, channels, search, seed=args.seed, on_step=output.print_tenths)
     return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
 
 
-def _exciting(args: Args, trunk: "Trunk", layer: str) -> "np.ndarray":
+def _exciting(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.ndarray":
     from jdl.recipes.datasets import default_split, open_images
     from jdl.vision import activations, images
 
     check.argument(args.data is not None, "--data", "given for exciting", None)
     data = str(args.data)
     which = {"include": args.include, "exclude": args.exclude}
-    channels = _channels(args) or list(range(min(args.count, 8)))
     pictures = open_images(
         data,
         size=trunk.size or (224, 224),
         split=default_split(data, args.split, "test", **which),
         label="none",
+        crop=None if trunk.stretched else "center",
         **which,
         batch_size=32,
     )
+    channels = _channels(args, trunk, layer, photograph)
     found = activations.exciting(trunk, pictures, layer, channels, count=8)
     tiles = [image for each in found for image in each.images]
     captions = [f"{each.channel}: {score:.3g}" for each in found for score in each.scores]

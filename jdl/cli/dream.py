@@ -1,7 +1,7 @@
 """A picture changed until a network sees more in it (Inceptionism); or a class's own picture.
 
 MODEL is vgg16 or squeezenet (pip install 'jax-jdl[vision]'), a .safetensors file of torchvision's
-or timm's VGG-16, VGG-19, SqueezeNet or ResNet-50, or a run directory of `jdl train`. Early layers
+or timm's VGG-16, VGG-19, SqueezeNet or ResNet, or a run directory of `jdl train`. Early layers
 add strokes and patterns, late ones eyes, animals and buildings. The size stays the same.
 
 Without an IMAGE, `--class` draws the picture that a classifier assigns to that class most surely.
@@ -28,6 +28,11 @@ from jdl.core import check
 if TYPE_CHECKING:
     import numpy as np
 
+_FOR_IMAGE = (
+    *("layer", "channel", "guide", "octaves", "scale", "step_size", "jitter", "smoothing"),
+    *("any_colors", "variation", "blur", "tile", "longest", "zoom"),
+)
+
 
 @dataclass
 class Args:
@@ -43,7 +48,7 @@ class Args:
     guide: Path | None = None
     """another picture, whose features are to appear"""
     wanted: Annotated[str | None, tyro.conf.arg(name="class")] = None
-    """a class's name or number, whose picture is made from noise"""
+    """a class's name or number, whose picture is made from noise; with --size, --steps, --seed"""
     octaves: int = 4
     """number of sizes at which the picture is changed, from small to large"""
     scale: float = 1.4
@@ -74,7 +79,7 @@ class Args:
     seed: int = 0
     """random seed for the shifts"""
     out: Path = Path("dream.png")
-    """the picture to write"""
+    """the picture to write, a PNG or JPEG"""
 
 
 def run(args: Args) -> None:
@@ -86,6 +91,9 @@ def run(args: Args) -> None:
     check.argument(args.frames >= 0, "--frames", "0 or more", args.frames)
     ok = args.image is not None or not args.frames
     check.argument(ok, "--frames", "0 with --class", args.frames)
+    why = "it is for an IMAGE" if args.image is None else "it is for --class"
+    options.check_left_out(args, False, why, *(_FOR_IMAGE if args.image is None else ("size",)))
+    options.check_left_out(args, args.frames > 0, "it is for --frames", "zoom")
     images.check_frames_out(args.out) if args.frames else images.check_out(args.out)
     if args.image is None:
         written = [images.write(args.out, _class(args, args.wanted or ""))]

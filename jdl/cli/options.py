@@ -20,7 +20,7 @@ Workdir = Annotated[Path, tyro.conf.arg(help="the run directory of `jdl train`")
 RunData = Annotated[
     str | None,
     tyro.conf.arg(
-        help="a tar, a glob, a brace range, or digits; by default the data that the run trained on"
+        help="a tar, a glob, a brace range, or digits; by default what the run trained on"
     ),
 ]
 _SPLIT = "such as {0} or ds/{0}, or a part by hash such as {0}:0.1; by default {0} if there is one"
@@ -76,15 +76,18 @@ def check_positive(args: Any, *names: str) -> None:
     """Raises unless each of these options is at least 1, or None."""
     for name in names:
         value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')}"
-        check.argument(value is None or value >= 1, flag, "at least 1", value)
+        check.argument(value is None or value >= 1, _flag(name), "at least 1", value)
 
 
 def check_left_out(args: Any, allowed: bool, why: str, *names: str) -> None:
-    """Raises if one of these options is given where it is not allowed."""
+    """Raises if one of these options has not its default where it is not allowed."""
     for name in names:
-        value = getattr(args, name)
-        check.argument(allowed or not value, f"--{name}", f"left out: {why}", value)
+        value, usual = getattr(args, name), getattr(type(args), name)
+        check.argument(allowed or value == usual, _flag(name), f"left out: {why}", value)
+
+
+def _flag(name: str) -> str:
+    return f"--{ {'wanted': 'class'}.get(name, name).replace('_', '-') }"
 
 
 class RunOnData(NamedTuple):
@@ -114,7 +117,7 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
     must = "other than none for a classifier" if learns else "left out: no labels are used"
     ok = given["label"] != "none" if learns else given["label"] is None
     check.argument(ok, "--label", must, config.label)
-    data = args.data or config.data
+    data = config.data if args.data is None else args.data
     chosen = default_split(data, args.split, split, **config.which)
     options = {"labelled": learns} | options
     images = config.images(data, chosen, batch_size=args.batch_size, **options)

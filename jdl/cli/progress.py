@@ -21,7 +21,7 @@ class StepProgress:
     waiting for data. `total` is the run's last step.
     """
 
-    def __init__(self, total: int, batch_size: int):
+    def __init__(self, total: int, batch_size: int | None):  # None without images
         self._console = Console(stderr=True)
         self._total, self._batch_size = total, batch_size
         self._printed = time.monotonic()
@@ -43,7 +43,8 @@ class StepProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # it prints an empty line elsewhere
+            self._bar.stop()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Takes one row of the log."""
@@ -69,8 +70,9 @@ class StepProgress:
         if steps < 1 or seconds <= 0.0:
             return []
         left = (self._total - last.step) * (last.at - first.at) / steps
+        in_step, unit = (self._batch_size, "images") if self._batch_size else (1, "steps")
         return [
-            f"{steps * self._batch_size / seconds:.4g} images/s",
+            f"{steps * in_step / seconds:.4g} {unit}/s",
             f"{_seconds(seconds / steps)}/step",
             f"wait {waited:.0%}",
             f"ETA {_clock(left)}",

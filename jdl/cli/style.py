@@ -8,6 +8,8 @@ Examples:
   jdl style apply runs/painters photos/ --mix mosaic --out painted/
 """
 
+import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +20,6 @@ import tyro
 
 from jdl.cli import options
 from jdl.core import check
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
 
 Paintings = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PAINTINGS", help="image files")
@@ -37,10 +37,10 @@ class Transfer:
     """Paint a photograph in the style of paintings by optimizing its pixels."""
 
     photograph: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOGRAPH")]
-    """a JPEG, PNG, WebP, BMP, GIF, PGM or PPM file"""
+    """an image file"""
     paintings: Paintings
     out: Path = Path("painted.png")
-    """the PNG to write"""
+    """the picture to write, a PNG or JPEG"""
     shares: tuple[float, ...] = ()
     """share of each painting's style; by default equal shares"""
     model: options.Network = "vgg16"
@@ -120,7 +120,7 @@ class Apply:
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """an image, or a folder of images"""
     out: Path
-    """the PNG to write, or a folder"""
+    """the picture to write, a PNG or JPEG, or a folder"""
     mix: tuple[str, ...] = ()
     """STYLE, or several STYLE:SHARE; by default the first style"""
     longest: options.Longest = None
@@ -152,7 +152,9 @@ def _transfer(args: Transfer) -> None:
     from jdl.vision import images, pretrained, style
 
     out = images.check_out(args.out)
-    options.check_positive(args, "steps", "scales", "longest")
+    options.check_positive(args, "steps", "scales", "longest", "style_size")
+    rate = 0.02 if args.learning_rate is None and args.optimizer == "adam" else args.learning_rate
+    optimizer = registry.by_name(args.optimizer, rate)
     check.argument(len(args.paintings) > 0, "PAINTINGS", "at least one file", args.paintings)
     photograph = images.read(args.photograph, longest=args.longest)
     longest = args.style_size or max(photograph.shape[:2])
@@ -164,13 +166,12 @@ def _transfer(args: Transfer) -> None:
     shares = args.shares or None
     style.mixed(shares, len(paintings))
     weights = style.Weights(args.content, args.style, args.variation).checked()
-    rate = args.learning_rate or (0.02 if args.optimizer == "adam" else None)
-    began = time.monotonic()
-    shown = StepProgress(args.steps, 1)
+    began, done = time.monotonic(), itertools.count(1)
+    shown = StepProgress(args.steps * args.scales, None)
 
-    def hook(step: int, loss: float) -> None:
+    def hook(_: int, loss: float) -> None:
         seconds = time.monotonic() - began
-        shown({"split": "train", "step": step + 1, "loss": loss, "seconds": seconds})
+        shown({"split": "train", "step": next(done), "loss": loss, "seconds": seconds})
 
     with shown:
         painted = style.transfer(
@@ -180,7 +181,7 @@ def _transfer(args: Transfer) -> None:
             shares=shares,
             weights=weights,
             layers=layers,
-            optimizer=registry.by_name(args.optimizer, rate),
+            optimizer=optimizer,
             steps=args.steps,
             scales=args.scales,
             start=args.start,
@@ -190,9 +191,10 @@ def _transfer(args: Transfer) -> None:
     kept = args.keep_colors
     images.write(out, style.with_colors_of(photograph, painted.image) if kept else painted.image)
     terms = [f"{name} {float(x[0]):.3g}" for name, x in painted.terms._asdict().items()]
+    scales = f" at each of {args.scales} scales" if args.scales > 1 else ""
     print(
         f"loss {painted.losses[0]:.4g} → {painted.losses[-1]:.4g} "
-        f"({', '.join(terms)}), {args.steps} steps, "
+        f"({', '.join(terms)}), {args.steps} steps{scales}, "
         f"{time.monotonic() - began:.1f} s\npicture: {out}"
     )
 
@@ -285,11 +287,13 @@ def _apply(args: Apply) -> None:
 
 def _folder(source: Path, out: Path, paint: Callable[[Path, Path], None]) -> None:
     """Paints all images of a folder; one that cannot be read does not stop the others."""
+    from jdl.data.tar.scan import image_name
+
     check.argument(not out.is_file(), "--out", "a folder, as the source is one", str(out))
     check.argument(out.resolve() != source.resolve(), "--out", "another folder", str(out))
-    found = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = sorted(p for p in source.iterdir() if image_name(os.fsencode(p.name)) and p.is_file())
     if not found:
-        raise check.DataError(f"{source} holds no image ({' '.join(SUFFIXES)}).")
+        raise check.DataError(f"{source} holds no image, by the endings of its files' names.")
     wrong = []
     for path, name in zip(found, _names(found), strict=True):
         try:
@@ -312,9 +316,10 @@ def _shares(mix: Sequence[str]) -> dict[str, float] | None:
     """Style -> share of `NAME` and `NAME:SHARE`."""
     shares: dict[str, float] = {}
     for part in mix:
-        name, _, share = part.partition(":")
+        name, colon, share = part.partition(":")
+        check.argument(name not in shares, "--mix", "styles, each once", " ".join(mix))
         try:
-            shares[name] = float(share or 1.0)
+            shares[name] = float(share) if colon else 1.0
         except ValueError:
             check.argument(False, "--mix", "STYLE or STYLE:SHARE, such as starry:2", part)
     return shares or None

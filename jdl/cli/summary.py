@@ -51,7 +51,7 @@ def run(args: Args) -> None:
     workdir = Path(args.model)
     if args.model not in RECIPES and workdir.is_dir():
         config = RunConfig.load(workdir)
-        options.check_left_out(args, False, "a run has its own", "size", "color")
+        options.check_left_out(args, False, "a run has its own", "size", "color", "classes")
         model, shape, classes = config.model, config.image_shape, len(config.classes)
         what = f"{config.model} of {workdir}"
     else:

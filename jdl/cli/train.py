@@ -4,6 +4,7 @@ Examples:
   jdl train cnn
   jdl train cnn --data 'photos-*.tar' --optimizer adam --max-steps 500 --workdir runs/photos
   jdl train autoencoder --optimizer hf --batch-size 1024 --max-steps 50
+  jdl train recursive --data trees.txt
   jdl train --config runs/photos/config.toml --seed 1 --workdir runs/photos-1
   mpirun -n 2 jdl train cnn --distributed
 """
@@ -39,7 +40,8 @@ class Args:
     """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, rbm, dbn, recursive,
     gan"""
     data: str | None = None
-    """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits, or generated trees"""
+    """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits. For recursive a file
+    of trees, .txt with one in brackets each line, or .conllu; by default generated trees"""
     optimizer: str | None = None
     """sgd adam lbfgs cg hf kfac, or another of `jdl compare --help`; by default the model's"""
     learning_rate: float | None = None
@@ -129,19 +131,23 @@ def run(args: Args) -> None:
 def _job(args: Args) -> _Job:
     """Opens the data and fills in the defaults."""
     from jdl.optim import registry
-    from jdl.recipes import datasets
+    from jdl.recipes import datasets, treebanks
     from jdl.recipes.registry import LABELLED, recipe
     from jdl.recipes.run_config import MIXED, RunConfig
 
     chosen = recipe(args.model)
-    source = args.data or chosen.data
-    ok = (source == "trees") == (chosen.data == "trees")
-    must = "left out for recursive, which learns generated trees, and images for all others"
+    source = chosen.data if args.data is None else args.data
+    are_trees = datasets.kind(source) != "images"
+    ok = are_trees == (chosen.data == "trees")
+    must = "trees for recursive: a .txt or .conllu file; and images for all others"
     check.argument(ok, "--data", must, source)
-    optimizer = registry.short_name(args.optimizer or chosen.optimizer)
+    optimizer = registry.short_name(chosen.optimizer if args.optimizer is None else args.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
-    size = datasets.parse_size(args.size, source)
+    size: tuple[int, ...] = datasets.parse_size(args.size, source)
+    words: tuple[str, ...] = ()
+    if datasets.kind(source) == "a file of trees":
+        words, size = treebanks.learned(source, args.on_error)
     split = datasets.default_split(source, args.split, "train", **which)
     augmentation = {name: getattr(args, name) for name in ("crop", "flip", "augment", "workers")}
     given = {name: value for name, value in augmentation.items() if value}
@@ -149,7 +155,7 @@ def _job(args: Args) -> _Job:
     must = "without mixup and cutmix for a model that does not learn classes"
     check.argument(not mixed or chosen.kind == "classifier", "--augment", must, mixed)
     names = (*augmentation, *which, "label")
-    options.check_left_out(args, source != "trees", "trees are no images", *names)
+    options.check_left_out(args, not are_trees, "trees are no images", *names)
     label = args.label
     if label is None and chosen.kind not in LABELLED:
         label = datasets.label_if_any(source, **which)
@@ -163,6 +169,7 @@ def _job(args: Args) -> _Job:
             on_error=args.on_error,
             batch_size=batch_size,
             label=label,
+            words=words,
             **which,
             **more,
         )
@@ -186,6 +193,7 @@ def _job(args: Args) -> _Job:
         grayscale=not args.color,
         classes=classes,
         label=label,
+        words=words,
     )
     return _Job(
         config=config,

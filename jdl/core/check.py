@@ -113,6 +113,32 @@ Did you mean 'adam'?
     return value
 
 
+def known(*arrays: Any) -> bool:
+    """Whether the numbers are at hand: not inside `jit`, nor of what several processes share."""
+    import jax
+
+    return all(
+        not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+        for x in arrays
+    )
+
+
+def values(name: str, x: Any, low: Any, high: Any, must: str, hint: str = "") -> None:
+    """Raises for an array that is known and has NaN or values outside [low, high].
+
+    >>> values("tokens", [0, 7], 0, 4, "numbers in [0, 5)")
+    Traceback (most recent call last):
+        ...
+    jdl.core.check.ArgumentError: `tokens` must be numbers in [0, 5), got values from 0 to 7.
+    """
+    import numpy as np
+
+    found = np.asarray(x if known(x) else ())
+    if found.size and not ((found >= low) & (found <= high)).all():
+        got = f"values from {float(found.min()):g} to {float(found.max()):g}"
+        raise ArgumentError(f"`{name}` must be {must}, got {got}." + (f" {hint}" if hint else ""))
+
+
 def _nearest(value: str, names: list[str]) -> str | None:
     """The longest name that `value` begins with, ignoring case and hyphens; or the nearest."""
 

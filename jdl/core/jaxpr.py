@@ -175,6 +175,26 @@ def equations(program: Any, closed: str = "") -> Iterator[Any]:
                     yield from equations(inner, closed)
 
 
+def depend(program: Any, marks: Sequence[bool]) -> list[bool]:
+    """For each output of a program, whether it depends on an input that is marked.
+
+    Every output of a loop or a branch depends on all of its inputs.
+
+    >>> both = jax.make_jaxpr(jax.jit(lambda x, y: (2 * x, x + y)))(1.0, 1.0)
+    >>> depend(both, [False, True])
+    [False, True]
+    """
+    jaxpr = getattr(program, "jaxpr", program)
+    marked = {id(var) for var, mark in zip(jaxpr.invars, marks, strict=True) if mark}
+    for eqn in jaxpr.eqns:
+        given = [id(x) in marked for x in eqn.invars]
+        found = [any(given)] * len(eqn.outvars)
+        if any(given) and eqn.primitive.name in CALLS + CUSTOM:
+            found = depend(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), given)
+        marked |= {id(var) for var, mark in zip(eqn.outvars, found, strict=True) if mark}
+    return [id(x) in marked for x in jaxpr.outvars]
+
+
 def scans(program: Any) -> Iterator[tuple[Any, int]]:
     """The bodies and lengths of the outermost scans of a program."""
     found = (e.params for e in equations(program, "scan") if e.primitive.name == "scan")

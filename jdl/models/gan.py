@@ -23,7 +23,7 @@ With r = D(x), s = D(G(z)):
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,7 @@ import optax
 from jdl.core import check
 from jdl.core.model import Model
 from jdl.core.types import Batch, Key, ModelState, Params
+from jdl.models.layers import embedded, one_hot
 
 GAMES = ("non_saturating", "hinge", "wasserstein")
 PENALTIES = {"r1": 1.0, "gradient": 10.0}  # and their usual weights
@@ -68,8 +69,7 @@ class Generator(nn.Module):
             return nn.relu(x)
 
         if self.num_classes is not None:
-            check.argument(label is not None, "label", "given, with `num_classes`", label)
-            z = jnp.concatenate([z, jax.nn.one_hot(label, self.num_classes, dtype=z.dtype)], axis=1)
+            z = jnp.concatenate([z, one_hot("label", label, self.num_classes, z.dtype)], axis=1)
         x = nn.Dense(height * width * self.widths[0], kernel_init=_WEIGHTS)(z)
         x = finished(x.reshape(x.shape[0], height, width, self.widths[0]))
         for i, filters in enumerate([*self.widths[1:], channels]):
@@ -102,6 +102,7 @@ class Discriminator(nn.Module):
     ) -> jax.Array:
         """Logits [B] of images [B, H, W, C], values in [0, 1], and int[B] labels."""
         check.argument(image.shape[1:] == self.shape, "image", f"{self.shape}", image.shape[1:])
+        check.values("image", image, -0.01, 1.01, "in [0, 1], as samples are", "Scale them.")
         _small(self.shape, self.widths)
 
         def applied(layer: Any, x: jax.Array) -> jax.Array:
@@ -116,9 +117,8 @@ class Discriminator(nn.Module):
         logits = applied(nn.Dense(1), features)[:, 0]
         if self.num_classes is None:
             return logits
-        check.argument(label is not None, "label", "given, with `num_classes`", label)
-        toward = nn.Embed(self.num_classes, features.shape[1], embedding_init=_WEIGHTS)(label)
-        return logits + jnp.sum(toward * features, axis=1)
+        table = nn.Embed(self.num_classes, features.shape[1], embedding_init=_WEIGHTS)
+        return logits + jnp.sum(embedded(table, "label", label) * features, axis=1)
 
 
 def _small(shape: tuple[int, int, int], widths: Sequence[int]) -> tuple[int, int]:
@@ -276,6 +276,10 @@ class GAN:
     def loss(self, outputs: Judged, batch: Batch) -> jax.Array:
         """ℓ_D + ℓ_G, float[B]."""
         return self.discriminator_loss(outputs, batch) + self.generator_loss(outputs, batch)
+
+    cast(
+        Any, loss
+    ).gradient_only = "A GAN has two losses, one for each network, and a value that is neither's."
 
     def discriminator_loss(self, outputs: Judged, batch: Batch) -> jax.Array:
         """ℓ_D with its penalty, float[B]."""

@@ -42,6 +42,29 @@ def activation(name: Activation) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[check.one_of("activation", name, ACTIVATIONS)]
 
 
+def one_hot(name: str, x: Any, count: int, dtype: Any = jnp.float32) -> jax.Array:
+    """One-hot rows of numbers in [0, count); others raise, or inside `jit` have rows of NaN."""
+    x = _numbers(name, x, count)
+    inside = (x < count)[..., None]
+    return jnp.where(inside, jax.nn.one_hot(x, count, dtype=dtype), jnp.asarray(jnp.nan, dtype))
+
+
+def embedded(table: nn.Embed, name: str, x: Any) -> jax.Array:
+    """Rows of a table for numbers in its range; others raise, or inside `jit` are NaN."""
+    return table(_numbers(name, x, table.num_embeddings))
+
+
+def _numbers(name: str, x: Any, count: int) -> jax.Array:
+    """Numbers, those outside [0, count) as `count`: a negative index would count from the end."""
+    must = f"numbers in [0, {count})"
+    check.argument(x is not None, name, must, x)
+    check.values(name, x, 0, count - 1, must)
+    x = jnp.asarray(x)
+    check.argument(jnp.issubdtype(x.dtype, jnp.integer), name, "of an integer type", x.dtype)
+    x = x.astype(jnp.int32)
+    return jnp.where((x < 0) | (x > count), count, x)
+
+
 def max_pool(
     x: Float[Array, "B H W C"], pool_size: Sequence[int], strides: Sequence[int]
 ) -> Float[Array, "B h w C"]:

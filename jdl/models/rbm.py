@@ -16,7 +16,7 @@ visible units are softmax label units, if there are any.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from jdl.core import check
 from jdl.core.types import Batch, Key, Params
+from jdl.models.layers import one_hot
 
 
 class Energies(NamedTuple):
@@ -45,6 +46,10 @@ def contrastive_divergence(outputs: Energies, batch: Batch) -> jax.Array:
     return outputs.positive - outputs.negative
 
 
+_WHY = "Contrastive divergence has a gradient, but no value and no curvature to go by."
+cast(Any, contrastive_divergence).gradient_only = _WHY
+
+
 def sparse_divergence(target: float, cost: float) -> Callable[[Energies, Batch], jax.Array]:
     """Contrastive divergence + cost · Σⱼ cross-entropy(target, P(hⱼ = 1 | v)).
 
@@ -62,6 +67,7 @@ def sparse_divergence(target: float, cost: float) -> Callable[[Energies, Batch],
         entropy = -target * jnp.log(q) - (1 - target) * jnp.log1p(-q)
         return contrastive_divergence(outputs, batch) + cost * jnp.sum(entropy, axis=1)
 
+    cast(Any, loss).gradient_only = _WHY
     return loss
 
 
@@ -181,27 +187,23 @@ class RBM(nn.Module):
 
         Raises:
           ArgumentError: labels are missing or not expected; or, outside of `jit`, values of binary
-            units are not in [0, 1]. Inside `jit` such values give NaN.
+            units are not in [0, 1], or labels no classes. Inside `jit` such values give NaN.
         """
+        if self.visible == "bernoulli":
+            hint = 'Scale them, or use visible="gaussian" on standardized data.'
+            check.values("x", x, 0, 1, "in [0, 1] for binary visible units", hint)
         x = jnp.asarray(x)
         check.argument(x.ndim >= 2, "x", "of shape [B, ...]", x.shape)
         v = x.reshape(x.shape[0], -1)
         v = v if jnp.issubdtype(v.dtype, jnp.floating) else v.astype(jnp.float32)
-        if self.visible == "bernoulli" and not isinstance(v, jax.core.Tracer):
-            low, high = float(jnp.min(v)), float(jnp.max(v))
-            ok = low >= 0 and high <= 1
-            must = "in [0, 1] for binary visible units"
-            hint = 'Scale them, or use visible="gaussian" on standardized data.'
-            check.argument(ok, "x", must, f"values from {low:g} to {high:g}", hint)
         if self.num_classes == 0:
             check.argument(label is None, "label", "None without label units", type(label))
             return v
         must = f"given, for {self.num_classes} label units"
         check.argument(label is not None, "label", must, label)
-        label = jnp.asarray(label)
-        if jnp.issubdtype(label.dtype, jnp.integer):
-            label = jax.nn.one_hot(label, self.num_classes, dtype=v.dtype)
-        return jnp.concatenate([v, label.astype(v.dtype)], axis=1)
+        if jnp.issubdtype(jnp.result_type(label), jnp.integer):
+            label = one_hot("label", label, self.num_classes, v.dtype)
+        return jnp.concatenate([v, jnp.asarray(label, v.dtype)], axis=1)
 
     @nn.nowrap
     def free_energy(self, params: Params, v: jax.Array) -> jax.Array:

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jdl.core import check, tree
+from jdl.core import check
 from jdl.core.types import Batch, PyTree
-from jdl.models.layers import Activation, activation
+from jdl.losses import softmax_cross_entropy
+from jdl.models.layers import Activation, activation, embedded
 
 # cell(inputs [B, W, ·], children's states [B, W, K, ·], which exist [B, W, K]) -> states [B, W, ·]
 Cell = Callable[[jax.Array, PyTree, jax.Array], PyTree]
+MOST_NARY = 8192  # children · hidden units, at most
 
 
 def by_level(
@@ -26,15 +28,16 @@ def by_level(
     """The state of every node, [B, N, ·] in the structure of `zeros`; meaningless for padding.
 
     Args:
-      cell: nodes' states from their inputs and their children's states, 0 for absent ones.
+      cell: nodes' states from their inputs and their children's states, 0 for absent ones; it is
+        first called with K = 0, for leaves.
       inputs: float[B, N, ·], of each node.
       zeros: a state of zeros, [·] each.
-      children: int[B, N, K], N for none.
+      children: int[B, I, K] of the first I nodes, N for none; later ones are leaves.
       schedule: int[B, L, W], the nodes of each height from 1 on, N for none.
     """
-    size, nodes, most = children.shape
-    leaf = jax.tree.map(lambda z: jnp.zeros((size, nodes, most, *z.shape), z.dtype), zeros)
-    states = cell(inputs, leaf, jnp.zeros(children.shape, bool))
+    size, nodes = inputs.shape[:2]
+    leaf = jax.tree.map(lambda z: jnp.zeros((size, nodes, 0, *z.shape), z.dtype), zeros)
+    states = cell(inputs, leaf, jnp.zeros((size, nodes, 0), bool))
 
     def level(states: PyTree, at: jax.Array) -> tuple[PyTree, None]:
         below = _rows(children, at, nodes)
@@ -61,15 +64,13 @@ def tree_cross_entropy(outputs: jax.Array, batch: Batch) -> jax.Array:
     >>> tree_cross_entropy(jnp.zeros((1, 2, 4)), {"labels": jnp.array([[3, -1]])}).round(4)
     Array([1.3863], dtype=float32)
     """
-    labels = jnp.asarray(batch["labels"])
-    logits = outputs.astype(tree.accumulator(outputs.dtype))
-    log_p, places = jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None]
-    picked = jnp.take_along_axis(log_p, places, axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(labels >= 0, picked, 0.0), axis=1)
+    counts = jnp.sum(jnp.asarray(batch["labels"]) != -1, axis=1)
+    means = softmax_cross_entropy(outputs, batch, "labels", ignore=-1)
+    return means * counts.astype(means.dtype)
 
 
 def root_accuracy(outputs: jax.Array, batch: Batch) -> jax.Array:
-    """1 where the root's largest logit is its label, else 0, float[B].
+    """1 where the root's largest logit is its label, else 0, float[B]; NaN where it has none.
 
     Args:
       outputs: logits [B, N, C] of a net with `every_node=True`.
@@ -78,7 +79,8 @@ def root_accuracy(outputs: jax.Array, batch: Batch) -> jax.Array:
     >>> root_accuracy(jnp.zeros((1, 2, 4)), {"label": jnp.array([0])}).tolist()
     [1.0]
     """
-    return (jnp.argmax(outputs[:, 0], axis=-1) == batch["label"]).astype(jnp.float32)
+    hit = (jnp.argmax(outputs[:, 0], axis=-1) == batch["label"]).astype(jnp.float32)
+    return jnp.where(batch["label"] >= 0, hit, jnp.nan)
 
 
 class TreeLSTM(nn.Module):
@@ -122,9 +124,12 @@ class TreeLSTM(nn.Module):
     def __call__(self, word: ArrayLike, children: ArrayLike, schedule: ArrayLike) -> jax.Array:
         """Logits for packed trees."""
         check.one_of("kind", self.kind, ("child_sum", "nary"))
-        word, children, schedule = jnp.asarray(word), jnp.asarray(children), jnp.asarray(schedule)
+        children, schedule = _arrays(word, children, schedule)
         width, most = self.hidden, children.shape[-1]
         nary = self.kind == "nary"
+        ok = not nary or most * width <= MOST_NARY
+        must = f'"child_sum" for {most} children: those of "nary" have (children · hidden)² weights'
+        check.argument(ok, "kind", must, self.kind)
         x = _embedded(self, word, self.embedding or width)
         inputs = nn.Dense(4 * width, name="input")(x)  # i, o, u and f
         init = nn.initializers.lecun_normal()
@@ -134,10 +139,13 @@ class TreeLSTM(nn.Module):
 
         def cell(x: jax.Array, states: tuple[jax.Array, jax.Array], there: jax.Array) -> Any:
             h, c = states  # [B, W, K, D]
-            joined = h.reshape(*h.shape[:2], -1) if nary else jnp.sum(h, axis=2)
-            i, o, u = jnp.split(x[..., : 3 * width] + joined @ gates, 3, axis=-1)
-            f = (joined @ forget).reshape(h.shape) if nary else h @ forget
-            f = nn.sigmoid(x[..., None, 3 * width :] + f) * there[..., None].astype(c.dtype)
+            a, f = x[..., : 3 * width], x[..., None, 3 * width :]
+            if h.shape[2]:
+                joined = h.reshape(*h.shape[:2], -1) if nary else jnp.sum(h, axis=2)
+                a = a + joined @ gates
+                f = f + ((joined @ forget).reshape(h.shape) if nary else h @ forget)
+            i, o, u = jnp.split(a, 3, axis=-1)
+            f = nn.sigmoid(f) * there[..., None].astype(c.dtype)
             memory = nn.sigmoid(i) * jnp.tanh(u) + jnp.sum(f * c, axis=2)
             return nn.sigmoid(o) * jnp.tanh(memory), memory
 
@@ -175,7 +183,7 @@ class RecursiveNet(nn.Module):
     @nn.compact
     def __call__(self, word: ArrayLike, children: ArrayLike, schedule: ArrayLike) -> jax.Array:
         """Logits for packed trees."""
-        word, children, schedule = jnp.asarray(word), jnp.asarray(children), jnp.asarray(schedule)
+        children, schedule = _arrays(word, children, schedule)
         width, most = self.hidden, children.shape[-1]
         x = _embedded(self, word, width)
         init = nn.initializers.lecun_normal()
@@ -184,6 +192,8 @@ class RecursiveNet(nn.Module):
         phi = activation(self.activation)
 
         def cell(x: jax.Array, h: jax.Array, there: jax.Array) -> jax.Array:
+            if not h.shape[2]:
+                return x
             joined = h.reshape(*h.shape[:2], -1) @ kernel
             inner = phi(x + joined + jnp.broadcast_to(bias, joined.shape))
             return jnp.where(jnp.any(there, axis=2)[..., None], inner, x)
@@ -191,12 +201,20 @@ class RecursiveNet(nn.Module):
         return _logits(self, by_level(cell, x, jnp.zeros(width, x.dtype), children, schedule))
 
 
-def _embedded(net: Any, word: jax.Array, width: int) -> jax.Array:
+def _arrays(word: ArrayLike, children: ArrayLike, schedule: ArrayLike) -> tuple[jax.Array, ...]:
+    check.argument(jnp.ndim(word) == 2, "word", "of shape [B, N]", jnp.shape(word))
+    nodes = jnp.shape(word)[1]
+    for name, x in (("children", children), ("schedule", schedule)):
+        check.values(name, x, 0, nodes, f"nodes in [0, {nodes}), {nodes} for none")
+    return jnp.asarray(children), jnp.asarray(schedule)
+
+
+def _embedded(net: Any, word: ArrayLike, width: int) -> jax.Array:
     """Word embeddings [B, N, width]; zeros for nodes without a word."""
-    check.argument(word.ndim == 2, "word", "of shape [B, N]", word.shape)
     init = nn.initializers.normal(0.5)
     table = nn.Embed(net.vocabulary, width, embedding_init=init, name="embedding")
-    return table(word) * (word > 0)[..., None].astype(table.embedding.dtype)
+    rows = embedded(table, "word", word)
+    return rows * (jnp.asarray(word) != 0)[..., None].astype(rows.dtype)
 
 
 def _logits(net: Any, h: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jdl.core import check
 from jdl.core.types import Batch, Key, Params
 from jdl.losses import softmax_cross_entropy
-from jdl.models.layers import sparse_init
+from jdl.models.layers import one_hot, sparse_init
 
 CELLS = {"vanilla": nn.SimpleCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 
@@ -108,16 +108,18 @@ class RNN(nn.Module):
     ) -> tuple[jax.Array, Carry]:
         h, last, carries = self._run(x, lengths, carry)
         outputs = nn.Dense(self.num_outputs, dtype=self.dtype, name="outputs")
-        return outputs(h if every_step else last), carries
+        found = outputs(h if every_step else last)
+        if lengths is not None:  # NaN for lengths that `checked_lengths` could not know
+            right = jnp.asarray(_right(jnp.asarray(lengths), h.shape[1]))
+            found = jnp.where(right.reshape(-1, *[1] * (found.ndim - 1)), found, jnp.nan)
+        return found, carries
 
     @nn.compact
     def _run(
         self, x: ArrayLike, lengths: ArrayLike | None, carry: Carry
     ) -> tuple[jax.Array, jax.Array, Carry]:
         """The last layer's states at every step and at the last, and the carries of all layers."""
-        h = self._inputs(jnp.asarray(x))
-        if lengths is not None:
-            lengths = checked_lengths(lengths, h.shape[:2])
+        h, lengths = self._inputs(x, lengths)
         cell = CELLS[check.one_of("cell", self.cell, CELLS)]
         check.positive_int("layers", self.layers)
         ok = carry is None or len(carry) == self.layers
@@ -142,27 +144,38 @@ class RNN(nn.Module):
         last = [c[1] if isinstance(c, tuple) else c for c, _ in ways]
         return h, jnp.concatenate(last, axis=-1), tuple(carries)
 
-    def _inputs(self, x: jax.Array) -> jax.Array:
+    def _inputs(self, x: Any, lengths: Any) -> tuple[jax.Array, jax.Array | None]:
+        """Inputs of the first layer [B, T, F], zeros in the padding; and the lengths."""
+        at = np if check.known(x, lengths) else jnp  # with NumPy, numbers stay known
+        x = at.asarray(x)
+        whole = jnp.issubdtype(x.dtype, jnp.integer)
         if self.vocabulary is not None:
-            numbers = x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.integer)
-            check.argument(numbers, "x", "int[B, T], as `vocabulary` is given", (x.dtype, x.shape))
-            check.argument(x.shape[1] > 0, "x", "of at least one step", x.shape)
-            return jax.nn.one_hot(x, self.vocabulary, dtype=self.dtype or jnp.float32)
-        check.argument(x.ndim >= 3, "x", "of shape [B, T, F]", x.shape)
+            must = "int[B, T], as `vocabulary` is given"
+            check.argument(x.ndim == 2 and whole, "x", must, (x.dtype, x.shape))
+        else:
+            check.argument(x.ndim >= 3, "x", "of shape [B, T, F]", x.shape)
         check.argument(x.shape[1] > 0, "x", "of at least one step", x.shape)
-        return x.reshape(*x.shape[:2], -1)
+        if lengths is not None:
+            lengths = checked_lengths(lengths, x.shape[:2])
+            # What is in the padding, as −1 or NaN, has no part in the gradient either.
+            there = at.arange(x.shape[1])[None, :] < lengths[:, None]
+            x = at.where(there.reshape(*there.shape, *[1] * (x.ndim - 2)), x, 0)
+            lengths = jnp.asarray(lengths)
+        if self.vocabulary is not None:
+            return one_hot("x", x, self.vocabulary, self.dtype or jnp.float32), lengths
+        return jnp.asarray(x).reshape(*x.shape[:2], -1), lengths
 
 
-def checked_lengths(lengths: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+def checked_lengths(lengths: Any, shape: tuple[int, ...]) -> Any:
     """The lengths as int32[B]; those known before compilation are checked to lie in [1, T]."""
-    if not isinstance(lengths, jax.core.Tracer):
-        known = np.asarray(lengths)
-        least, most = int(known.min()), int(known.max())
-        ok = least >= 1 and most <= shape[1]
-        check.argument(ok, "lengths", f"from 1 to {shape[1]}", (least, most))
-    lengths = jnp.asarray(lengths, jnp.int32)
+    check.values("lengths", lengths, 1, shape[1], f"from 1 to {shape[1]}")
+    lengths = (np if check.known(lengths) else jnp).asarray(lengths, jnp.int32)
     check.argument(lengths.shape == shape[:1], "lengths", f"of shape {shape[:1]}", lengths.shape)
     return lengths
+
+
+def _right(lengths: Any, steps: int) -> Any:
+    return (lengths >= 1) & (lengths <= steps)
 
 
 def echo_init(incoming: int = 15, radius: float = 1.1) -> Callable[..., jax.Array]:
@@ -211,27 +224,32 @@ def spectral_radius(matrix: jax.Array, squarings: int = 12) -> jax.Array:
     return jnp.exp(log_norm / 2**squarings)
 
 
-def next_step_loss(outputs: jax.Array, batch: Batch) -> jax.Array:
+def next_step_loss(outputs: jax.Array, batch: Batch, *, ignore: int | None = None) -> jax.Array:
     """−log p(xₜ₊₁ | x₁ … xₜ), the mean over a sequence's steps, in nats, float[B].
+
+    Numbers that no output stands for, and lengths outside [1, T], are an error, or NaN under `jit`.
 
     Args:
       outputs: logits [B, T, K] of a net with `every_step=True`.
       batch: int[B, T] in `batch["tokens"]`, or else in `batch["image"]`; optionally int[B] in
         `batch["lengths"]`.
+      ignore: the number of steps that do not count, such as −1.
 
     >>> next_step_loss(jnp.zeros((1, 3, 4)), {"tokens": jnp.array([[0, 1, 3]])}).round(4)
     Array([1.3863], dtype=float32)
     """
-    tokens = jnp.asarray(batch.get("tokens", batch.get("image")))
-    steps = tokens.shape[1] - 1
-    check.argument(steps >= 1, "batch", "sequences of at least two steps", tokens.shape)
-    labels, ignore = tokens[:, 1:], None
-    if "lengths" in batch:
-        ends = jnp.asarray(batch["lengths"])[:, None] - 1
-        ignore = int(jnp.iinfo(jnp.int32).min)
-        labels = jnp.where(jnp.arange(steps)[None, :] < ends, labels.astype(jnp.int32), ignore)
+    tokens, lengths = batch.get("tokens", batch.get("image")), batch.get("lengths")
+    at: Any = np if check.known(tokens, lengths) else jnp  # with NumPy, numbers stay known
+    labels, steps = at.asarray(tokens)[:, 1:], jnp.shape(tokens)[1] - 1
+    check.argument(steps >= 1, "batch", "sequences of at least two steps", jnp.shape(tokens))
+    if lengths is not None:
+        lengths = checked_lengths(lengths, jnp.shape(tokens))
+        ignore = int(jnp.iinfo(jnp.int32).min) if ignore is None else ignore
+        there = at.arange(steps)[None, :] < lengths[:, None] - 1
+        labels = at.where(there, labels.astype(jnp.int32), ignore)
     shifted = {**batch, "tokens": labels}
-    return softmax_cross_entropy(outputs[:, :-1], shifted, "tokens", ignore=ignore)
+    losses = softmax_cross_entropy(outputs[:, :-1], shifted, "tokens", ignore=ignore)
+    return losses if lengths is None else jnp.where(_right(lengths, steps + 1), losses, jnp.nan)
 
 
 def generate(

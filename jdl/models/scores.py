@@ -34,7 +34,7 @@ def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Featu
     Args:
       cnn: a classifier of the images.
       params: its parameters.
-      images: float[n, H, W, C], values in [0, 1].
+      images: [n, H, W, C]: floats in [0, 1], or uint8, which is scaled to it.
       batch_size: images at a time.
 
     >>> eye, images = CNN(units=6), jnp.zeros((3, 8, 8, 1))
@@ -42,6 +42,7 @@ def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Featu
     >>> features(eye, params, images).features.shape
     (3, 6)
     """
+    check.argument(len(images) > 0, "images", "at least one image", len(images))
 
     @jax.jit
     def see(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -51,15 +52,31 @@ def features(cnn: CNN, params: Any, images: Any, batch_size: int = 500) -> Featu
         )
         return caught["intermediates"]["Dropout_0"]["__call__"][0], jnp.argmax(logits, axis=1)
 
-    found = [
-        jax.device_get(see(params, jnp.asarray(images[at : at + batch_size], jnp.float32)))
-        for at in range(0, len(images), batch_size)
-    ]
-    check.argument(bool(found), "images", "at least one image", len(images))
+    found = []
+    for at in range(0, len(images), batch_size):
+        piece = _pixels("images", images[at : at + batch_size])
+        check.values("images", piece, -0.01, 1.01, "in [0, 1], or uint8")
+        found.append(jax.device_get(see(params, piece)))
     return Features(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+def _pixels(name: str, images: Any) -> np.ndarray:
+    """Images as finite float32; uint8 is scaled to [0, 1]."""
+    found = _finite(name, images).astype(np.float32)
+    return found / np.float32(255) if getattr(images, "dtype", None) == np.uint8 else found
+
+
+def _finite(name: str, x: Any) -> np.ndarray:
+    try:
+        found = np.asarray(x)
+        ok = bool(np.isfinite(found).all())
+    except (TypeError, ValueError) as error:  # text, or rows of several lengths
+        raise check.ArgumentError(f"`{name}` must be an array of numbers: {error}") from error
+    check.argument(ok, name, "of finite numbers", f"{found.dtype}{[*found.shape]} with others")
+    return found
+
+
+def frechet_distance(a: Any, b: Any) -> float:
     """d² between Gaussians fitted to two sets of features.
 
     Args:
@@ -75,10 +92,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
       equilibrium, NeurIPS 2017; Dowson and Landau, The Fréchet distance between multivariate normal
       distributions, Journal of Multivariate Analysis 12, 1982.
     """
+    a, b = (_finite(name, x).astype(np.float64) for name, x in (("a", a), ("b", b)))
     for name, x in (("a", a), ("b", b)):
         check.argument(x.ndim == 2 and len(x) >= 2, name, "of shape [n, F], n ≥ 2", x.shape)
     check.argument(a.shape[1] == b.shape[1], "b", f"of {a.shape[1]} features", b.shape)
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     one, other = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
     values, vectors = np.linalg.eigh(one)
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
@@ -124,7 +141,7 @@ class Coverage(NamedTuple):
     divergence: float
 
 
-def mode_coverage(classes: np.ndarray, num_classes: int) -> Coverage:
+def mode_coverage(classes: Any, num_classes: int) -> Coverage:
     """How evenly samples are distributed over classes.
 
     Args:
@@ -134,7 +151,12 @@ def mode_coverage(classes: np.ndarray, num_classes: int) -> Coverage:
     >>> mode_coverage(np.array([0, 0, 1, 1]), 4).modes
     2
     """
-    check.argument(len(classes) > 0, "classes", "of at least one sample", len(classes))
+    classes = _finite("classes", classes)
+    check.argument(classes.size > 0, "classes", "of at least one sample", classes.shape)
+    strays = classes[(classes < 0) | (classes >= num_classes)]
+    ok = classes.ndim == 1 and classes.dtype.kind in "iu" and not strays.size
+    got = (strays if strays.size else classes).ravel()[:1].tolist()
+    check.argument(ok, "classes", f"int[n] in [0, {num_classes})", got)
     shares = np.bincount(classes, minlength=num_classes) / len(classes)
     there = shares[shares > 0]
     divergence = float(np.sum(there * np.log(there * num_classes)))
@@ -148,25 +170,25 @@ class Nearest(NamedTuple):
     distance: np.ndarray  # Euclidean, over all pixels, float[n]
 
 
-def nearest(samples: np.ndarray, images: np.ndarray, batch_size: int = 100) -> Nearest:
+def nearest(samples: Any, images: Any, batch_size: int = 100) -> Nearest:
     """The image of `images` [m, …] nearest to each of `samples` [n, …].
 
     The samples of a generator that memorizes are much nearer to its training images than other real
     images are: compare the median distance with that of a test set.
 
     Args:
-      samples: of any shape each.
-      images: of the same shape each.
+      samples: of any shape each; uint8 is scaled to [0, 1].
+      images: of the same shape each, likewise.
       batch_size: samples at a time.
 
     >>> nearest(np.array([[0.9]]), np.array([[0.0], [1.0]])).place.tolist()
     [1]
     """
+    samples, images = _pixels("samples", samples), _pixels("images", images)
     check.argument(len(images) > 0, "images", "at least one image", len(images))
-    table = np.asarray(images, np.float32).reshape(len(images), -1)
-    flat = np.asarray(samples, np.float32).reshape(len(samples), -1)
-    ok = table.shape[1] == flat.shape[1]
-    check.argument(ok, "samples", "of the images' shape", np.shape(samples))
+    ok = images.shape[1:] == samples.shape[1:]
+    check.argument(ok, "samples", "of the images' shape", samples.shape)
+    table, flat = images.reshape(len(images), -1), samples.reshape(len(samples), -1)
     norms = np.square(table).sum(1)
     index = np.empty(len(flat), np.int64)
     for at in range(0, len(flat), batch_size):

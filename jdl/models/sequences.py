@@ -1,6 +1,7 @@
 """Sequences as data: padding, text as numbers, and problems with long-term dependencies."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,18 +10,18 @@ from jdl.core import check
 Arrays = tuple[np.ndarray, np.ndarray]  # sequences float32[n, T, F], targets
 
 
-def pad(sequences: Sequence[np.ndarray], steps: int | None = None) -> dict[str, np.ndarray]:
+def pad(sequences: Sequence[Any], steps: int | None = None) -> dict[str, np.ndarray]:
     """Sequences of different lengths as one array padded with zeros, and their lengths.
 
     Args:
-      sequences: arrays [Tᵢ, …] of one kind, Tᵢ ≥ 1.
+      sequences: arrays [Tᵢ, …], Tᵢ ≥ 1; their types may differ, the result's holds them all.
       steps: T; None for the longest.
 
     Returns:
       `{"image": [n, T, …], "lengths": int32[n]}`.
 
     Raises:
-      ArgumentError: a sequence of length zero, or longer than `steps`.
+      ArgumentError: a sequence of length zero or longer than `steps`, or of another shape per step.
 
     >>> pad([np.ones(2), np.ones(3)])["image"].tolist()
     [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
@@ -31,11 +32,15 @@ def pad(sequences: Sequence[np.ndarray], steps: int | None = None) -> dict[str, 
         ok = array.ndim >= 1 and len(array) > 0
         must = "of at least one step"
         check.argument(ok, f"sequences[{i}]", must, array.shape, "Leave empty sequences out.")
+        check.argument(array.dtype.kind in "biufc", f"sequences[{i}]", "of numbers", sequences[i])
+        each = arrays[0].shape[1:]
+        ok, must = array.shape[1:] == each, f"of shape {('T', *each)}, as the first"
+        check.argument(ok, f"sequences[{i}]", must, array.shape)
     lengths = np.array([len(array) for array in arrays], np.int32)
     longest = int(np.max(lengths))
     steps = longest if steps is None else steps
     check.argument(longest <= steps, "steps", f"at least {longest}", steps)
-    padded = np.zeros((len(arrays), steps, *arrays[0].shape[1:]), arrays[0].dtype)
+    padded = np.zeros((len(arrays), steps, *each), np.result_type(*{x.dtype for x in arrays}))
     for i, array in enumerate(arrays):
         padded[i, : len(array)] = array
     return {"image": padded, "lengths": lengths}
@@ -80,24 +85,13 @@ def adding(n: int, steps: int, rng: np.random.Generator) -> Arrays:
     References:
       Hochreiter and Schmidhuber, Long short-term memory, Neural Computation 9, 1997, section 5.4.
     """
-    return _marked(n, steps, rng, np.add)
-
-
-def multiplication(n: int, steps: int, rng: np.random.Generator) -> Arrays:
-    """As `adding`, with the product in place of the sum."""
-    return _marked(n, steps, rng, np.multiply)
-
-
-def _marked(
-    n: int, steps: int, rng: np.random.Generator, function: Callable[..., np.ndarray]
-) -> Arrays:
     check.argument(steps >= 2, "steps", "at least 2", steps)
     numbers = rng.uniform(size=(n, steps)).astype(np.float32)
     first = rng.integers(0, steps // 2, n)
     second = rng.integers(steps // 2, steps, n)
     rows, marks = np.arange(n), np.zeros((n, steps), np.float32)
     marks[rows, first] = marks[rows, second] = 1.0
-    targets = function(numbers[rows, first], numbers[rows, second])
+    targets = numbers[rows, first] + numbers[rows, second]
     return np.stack([numbers, marks], axis=-1), targets[:, None]
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check
+from jdl.models.layers import embedded
 
 
 class TransformerBlock(nn.Module):
@@ -70,7 +71,7 @@ class LanguageModel(nn.Module):
         """Logits [B, T, K] for tokens int[B, T]."""
         ok = tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
         check.argument(ok, "tokens", "int[B, T]", (tokens.dtype, tokens.shape))
-        x = _with_positions(self, nn.Embed(self.vocabulary, self.width)(tokens))
+        x = _with_positions(self, embedded(nn.Embed(self.vocabulary, self.width), "tokens", tokens))
         for _ in range(self.depth):
             x = TransformerBlock(self.heads, causal=True)(x)
         return nn.Dense(self.vocabulary, name="logits")(nn.LayerNorm()(x))

@@ -5,14 +5,16 @@ independent, so that a net computes them at once; a batch of trees takes as many
 highest has levels. `pack` numbers a tree's nodes by decreasing height, the root first:
 
     word      int32[n, N]     each node's word; 0 for none, 1 for an unknown word
-    children  int32[n, N, K]  each node's children in order; N for none
+    children  int32[n, I, K]  the children of nodes with any, in order; N for none
     schedule  int32[n, L, W]  the nodes of height 1, of height 2, …; N for none
     label     int32[n]        the root's class; −1 for none
     labels    int32[n, N]     each node's class; −1 for none and for padding
 
-N, K, L and W are a `Layout`. All trees packed in one layout run through one compiled program.
+N, K, L, W and I are a `Layout`. All trees packed in one layout run through one compiled program.
 """
 
+import functools
+import itertools
 import operator
 import re
 from collections import Counter
@@ -27,6 +29,9 @@ from jdl.core import check
 MAX_NODES = 100_000  # of one tree; larger ones are refused
 MAX_DEPTH = 200  # of a generated tree
 _UNKNOWN = 1
+_BLANKS = " \t\r\n\f\v"
+
+OnError = Callable[[check.DataError], None]
 
 
 class Tree(NamedTuple):
@@ -46,31 +51,33 @@ class Layout(NamedTuple):
       levels: L, the maximum height.
       width: W, the maximum number of nodes of one height, without leaves.
       children: K, the maximum number of children of a node.
+      inner: I, the maximum number of nodes with children.
     """
 
     nodes: int
     levels: int
     width: int
     children: int
+    inner: int
 
     @classmethod
     def of(cls, trees: Iterable[Tree]) -> "Layout":
         """The smallest layout that holds all of these trees.
 
         >>> Layout.of([parse("(3 (2 It) (4 (2 really) (3 works)))")])
-        Layout(nodes=5, levels=2, width=1, children=2)
+        Layout(nodes=5, levels=2, width=1, children=2, inner=2)
         """
         shapes = [_shape(tree, heights(tree)) for tree in trees]
         check.argument(bool(shapes), "trees", "at least one tree", shapes)
         return cls(*(max(sizes) for sizes in zip(*shapes, strict=True)))
 
 
-def _shape(tree: Tree, height: np.ndarray) -> tuple[int, int, int, int]:
+def _shape(tree: Tree, height: np.ndarray) -> tuple[int, ...]:
     widths = np.bincount(height)[1:]
     counts = Counter(tree.parents)
     counts.pop(-1, None)
-    width = int(np.max(widths)) if widths.size else 1
-    return len(height), max(int(height.max()), 1), width, max(counts.values(), default=1)
+    width, most = int(np.max(widths, initial=1)), max(counts.values(), default=1)
+    return len(height), max(int(height.max()), 1), width, most, max(len(counts), 1)
 
 
 def heights(tree: Tree) -> np.ndarray:
@@ -130,6 +137,8 @@ def parse(text: str) -> Tree:
 
         tree = ( label word ) | ( label tree … )
 
+    Blanks are those of ASCII: a no-break space is part of its word.
+
     Raises:
       DataError: empty, unmatched brackets, words beside brackets, text after the end.
 
@@ -147,7 +156,7 @@ def parse(text: str) -> Tree:
         shown = text.strip()
         return check.DataError(f"{problem}: {shown[:60]}{'…' if len(shown) > 60 else ''}")
 
-    for match in re.finditer(r"[()]|[^\s()]+", text):
+    for match in re.finditer(r"[()]|[^ \t\r\n\f\v()]+", text):
         token = match.group()
         if done:
             raise refuse("There is text after a tree's end")
@@ -183,69 +192,85 @@ def parse(text: str) -> Tree:
     return Tree(tuple(w or "" for w in words), tuple(parents), tuple(x or "" for x in labels))
 
 
-def read_bracketed(path: str | Path) -> Iterator[Tree]:
-    """The trees of a file, one bracketed tree or none in each line; an error has its number."""
+def read_bracketed(path: str | Path, on_error: OnError | None = None) -> Iterator[Tree]:
+    """The trees of a file, one bracketed tree or none in each line.
+
+    Args:
+      path: UTF-8 text.
+      on_error: takes the error of each line that is no tree, and the line is left out, as by
+        `bad.append` of a list; None to raise it. The message has the line's number.
+    """
     for number, line in _lines(path):
         if line.strip():
-            try:
-                yield parse(line)
-            except check.DataError as error:
-                raise check.DataError(f"{path}, line {number}: {error}") from error
+            yield from _tree(f"{path}, line {number}", functools.partial(parse, line), on_error)
 
 
-def read_conllu(path: str | Path) -> Iterator[Tree]:
+def read_conllu(path: str | Path, on_error: OnError | None = None) -> Iterator[Tree]:
     """The dependency trees of a CoNLL-U file; nodes are words, labels are relations.
 
     Multiword tokens (1-2) and empty nodes (1.1) are skipped: the basic tree does not need them.
 
-    Raises:
-      DataError: a line is not CoNLL-U, or the heads form no tree; the message has the line.
+    Args:
+      path: UTF-8 text.
+      on_error: as for `read_bracketed`, for each sentence that is not CoNLL-U, or whose heads form
+        no tree. The message has the number of the sentence's first line.
     """
-    rows: list[tuple[str, int, str]] = []
+    rows: list[str] = []
     first = 1
-
-    def tree() -> Tree:
-        words, heads, relations = zip(*rows, strict=True)
-        found = Tree(words, tuple(head - 1 for head in heads), relations)
-        try:
-            heights(found)
-        except check.DataError as error:
-            raise check.DataError(f"{path}, sentence at line {first}: {error}") from error
-        return found
-
-    for number, line in _lines(path):
-        line = line.rstrip("\r\n")
-        if not line.strip():
-            if rows:
-                yield tree()
-            rows, first = [], number + 1
+    for number, line in itertools.chain(_lines(path), [(0, "")]):
+        if line.strip(_BLANKS):
+            if not line.startswith("#") and len(rows) <= MAX_NODES:
+                rows.append(line.rstrip("\r\n"))
             continue
-        if line.startswith("#"):
-            continue
-        fields = line.split("\t")
+        if rows:
+            where = f"{path}, sentence at line {first}"
+            yield from _tree(where, functools.partial(_dependencies, rows), on_error)
+        rows, first = [], number + 1
+
+
+def _dependencies(rows: Sequence[str]) -> Tree:
+    """The tree of a sentence's lines."""
+    if len(rows) > MAX_NODES:
+        raise check.DataError(f"A sentence has over {MAX_NODES} lines.")
+    words: list[str] = []
+    parents: list[int] = []
+    labels: list[str] = []
+    for row in rows:
+        fields = row.split("\t")
         if len(fields) != 10:
             raise check.DataError(
-                f"{path}, line {number}: CoNLL-U has 10 tab-separated fields, got {len(fields)}."
+                f"CoNLL-U has 10 tab-separated fields, got {len(fields)} in {row[:60]!r}."
             )
         if re.fullmatch(r"\d+[-.]\d+", fields[0]):
             continue
         numbers = fields[0].isdecimal() and fields[6].isdecimal()
-        if not numbers or int(fields[0]) != len(rows) + 1:
+        if not numbers or int(fields[0]) != len(words) + 1:
             raise check.DataError(
-                f"{path}, line {number}: the word must be number {len(rows) + 1} and its head a "
-                f"number, got {fields[0]!r} and {fields[6]!r}."
+                f"The word must be number {len(words) + 1} and its head a number, got "
+                f"{fields[0]!r} and {fields[6]!r}."
             )
-        if len(rows) >= MAX_NODES:
-            raise check.DataError(f"{path}, line {number}: a sentence of over {MAX_NODES} words.")
-        rows.append((fields[1], int(fields[6]), fields[7]))
-    if rows:
-        yield tree()
+        words.append(fields[1])
+        parents.append(int(fields[6]) - 1)
+        labels.append(fields[7])
+    found = Tree(tuple(words), tuple(parents), tuple(labels))
+    heights(found)
+    return found
+
+
+def _tree(where: str, read: Callable[[], Tree], on_error: OnError | None) -> Iterator[Tree]:
+    try:
+        yield read()
+    except check.DataError as error:
+        named = check.DataError(f"{where}: {error}")
+        if on_error is None:
+            raise named from error
+        on_error(named)
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     limit = 64 * MAX_NODES
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # without a byte order mark
             number = 0
             while line := file.readline(limit):
                 number += 1
@@ -291,13 +316,13 @@ def pack(
 
     >>> packed = pack([parse("(1 (0 no) (1 way))")], {"no": 2, "way": 3}, ["0", "1"])
     >>> packed["word"].tolist(), packed["children"].tolist(), packed["schedule"].tolist()
-    ([[0, 2, 3]], [[[1, 2], [3, 3], [3, 3]]], [[[0]]])
+    ([[0, 2, 3]], [[[1, 2]]], [[[0]]])
     """
     layout = Layout.of(trees) if layout is None else layout
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
     n, nodes = len(trees), layout.nodes
     word = np.zeros((n, nodes), np.int32)
-    children = np.full((n, nodes, layout.children), nodes, np.int32)
+    children = np.full((n, layout.inner, layout.children), nodes, np.int32)
     schedule = np.full((n, layout.levels, layout.width), nodes, np.int32)
     labels = np.full((n, nodes), -1, np.int32)
     for i, tree in enumerate(trees):
@@ -347,20 +372,6 @@ LOGIC = Grammar(
         "xor": (2, operator.xor),
     },
 )
-
-
-def arithmetic(modulus: int = 5) -> Grammar:
-    """Sums, differences and products of 0, …, modulus − 1, modulo `modulus`."""
-    check.argument(2 <= modulus <= 100, "modulus", "an integer from 2 to 100", modulus)
-
-    def wrapped(function: Callable[[int, int], int]) -> tuple[int, Callable[..., int]]:
-        return 2, lambda a, b: function(a, b) % modulus
-
-    functions = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-    return Grammar(
-        {str(value): value for value in range(modulus)},
-        {word: wrapped(function) for word, function in functions.items()},
-    )
 
 
 def grow(grammar: Grammar, depth: int, rng: np.random.Generator, max_nodes: int = 127) -> Tree:

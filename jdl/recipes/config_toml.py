@@ -56,7 +56,7 @@ def check_same(workdir: Path, now: Any, before: Any, may_change: Collection[str]
     """Raises unless the settings equal those of the run that the directory holds."""
     mine, theirs = dataclasses.asdict(now), dataclasses.asdict(before)
     differing = [
-        f"{name}: {theirs[name]!r} there, {value!r} now"
+        f"{name}: {theirs[name]!r:.200} there, {value!r:.200} now"
         for name, value in mine.items()
         if theirs[name] != value and name not in may_change
     ]

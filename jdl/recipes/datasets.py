@@ -1,4 +1,4 @@
-"""The data of `--data`: a tar, a glob, a brace range, `digits`, or `trees` for generated trees."""
+"""The data of `--data`: a tar, a glob, a brace range, `digits`; or trees: `trees`, or a file."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,14 @@ def choice(
     return found
 
 
-def open_images(data: str, *, size: tuple[int, ...], **options: Any) -> "Batches":
+def kind(data: str) -> str:
+    """What a `--data` argument names: "images", "generated trees", or "a file of trees"."""
+    if data == "trees":
+        return "generated trees"
+    return "a file of trees" if data.endswith((".txt", ".conllu")) else "images"
+
+
+def open_images(data: str, *, size: tuple[int, ...], words: Any = (), **options: Any) -> "Batches":
     """The data set of a `--data` argument: paths, or the words `digits` and `trees`.
 
     `options` are further ones of `jdl.data.from_tar`; label, include and exclude as the flags.
@@ -38,20 +45,24 @@ def open_images(data: str, *, size: tuple[int, ...], **options: Any) -> "Batches
         from jdl.recipes.formulas import trees_of
 
         return trees_of(**options)
+    if kind(data) != "images":
+        from jdl.recipes.treebanks import batches_of
+
+        return batches_of(data, size=size, words=words, **options)
 
     from jdl.data import from_tar, resolve
 
-    words = {name: options.pop(name, None) for name in ("label", "include", "exclude")}
-    return from_tar(resolve(data), size=(size[0], size[1]), **choice(**words), **options)
+    which = {name: options.pop(name, None) for name in ("label", "include", "exclude")}
+    return from_tar(resolve(data), size=(size[0], size[1]), **choice(**which), **options)
 
 
-def input_shape(data: str, size: tuple[int, int], channels: int) -> tuple[int, ...]:
+def input_shape(data: str, size: tuple[int, ...], channels: int) -> tuple[int, ...]:
     """The shape of one input: (height, width, channels), or that of generated trees."""
     if data == "trees":
         from jdl.recipes.formulas import SHAPE
 
         return SHAPE
-    return (*size, channels)
+    return (*size, channels) if kind(data) == "images" else size
 
 
 def default_split(data: str, wanted: str | None, default: str, **which: str | None) -> str | None:
@@ -59,10 +70,14 @@ def default_split(data: str, wanted: str | None, default: str, **which: str | No
 
     `which` are the words of `--include` and `--exclude`.
     """
+    if kind(data) == "a file of trees":
+        check.argument(
+            wanted in (None, "all"), "--split", "left out: a file of trees is one", wanted
+        )
     if wanted is not None:
         return None if wanted == "all" else wanted
-    if data == "trees":
-        return default
+    if kind(data) != "images":
+        return default if data == "trees" else None
     from jdl.data import resolve, splits
 
     return default if default in splits(resolve(data), **choice(**which)) else None

@@ -16,21 +16,18 @@ CLASSES = ("0", "1")
 SPLITS = {"train": (8000, (1, 2, 3, 4)), "test": (1000, (6, 7, 8))}  # number, depths
 
 
-def trees_of(
-    split: str | None, *, batch_size: int, shuffle: bool = False, seed: int = 0, **_: Any
-) -> Batches:
-    """The formulas of "train" or "test", packed, labelled with their value; shuffled without end.
-
-    Options of images, which `RunConfig.images` always passes, mean nothing here.
-    """
+def trees_of(split: str | None, **options: Any) -> Batches:
+    """The formulas of "train" or "test", labelled with their value; options as for `passes`."""
     check.one_of("--split", split, SPLITS)
-    return from_arrays(
-        packed_trees(split),
-        batch_size=batch_size,
-        epochs=None if shuffle else 1,
-        seed=seed,
-        classes=CLASSES,
-    )
+    return passes(packed_trees(split), **options | {"classes": CLASSES})
+
+
+def passes(
+    arrays: Any, *, classes: Any, batch_size: int, shuffle: bool = False, seed: int = 0, **_: Any
+) -> Batches:
+    """One pass over packed trees; shuffled, passes without end. Other options are of images."""
+    epochs = None if shuffle else 1
+    return from_arrays(arrays, batch_size=batch_size, epochs=epochs, seed=seed, classes=classes)
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """The models that `jdl train` knows by name, with the settings recommended for each."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +25,6 @@ from jdl.models.recursive import TreeLSTM
 from jdl.models.resnet import ResNet
 from jdl.models.rnn import RNN
 from jdl.models.transformer import ViT
-from jdl.optim import diagnostics
 from jdl.recipes import formulas, pictures
 from jdl.recipes.gan_pictures import draw_samples, samples_over_time
 from jdl.recipes.tree_pictures import draw_trees
@@ -112,9 +110,14 @@ def _reconstructions(run: Finished) -> list[Path]:
     return [pictures.reconstructions(run.estimator, run.held_out, run.workdir)]
 
 
-def _denoising(image_shape: Shape, num_classes: int) -> Model:
+def denoised_by(image_shape: Shape) -> Autoencoder:
+    """The net that a `denoising` run trains, without the noise."""
     widths = (1000, 500) if _is_large(image_shape) else (256, 128)
-    return denoising(Autoencoder(widths=widths, activation="relu", code_activation="relu"))
+    return Autoencoder(widths=widths, activation="relu", code_activation="relu")
+
+
+def _denoising(image_shape: Shape, num_classes: int) -> Model:
+    return denoising(denoised_by(image_shape))
 
 
 def _denoising_estimator(
@@ -148,22 +151,33 @@ def _dbn(image_shape: Shape, num_classes: int) -> MLP:
 
 def _pretrained(net: MLP, data: Batches, workdir: Path, seed: int) -> Model:
     """The network, starting from a deep belief network trained layer by layer."""
-    dbn, steps = DBN(widths=net.widths, k=5), 3000
-    print(f"pretraining: {len(net.widths)} layers, {steps} steps each", flush=True)
+    dbn = DBN(widths=net.widths, num_classes=net.num_outputs, samples=True, k=5)
+    steps = [3000] * (len(net.widths) - 1) + [6000]
+    print(f"pretraining: {len(steps)} layers, {', '.join(map(str, steps))} steps", flush=True)
     params = boltzmann.pretrain(
         dbn,
         data,
         steps=steps,
         optimizer=lambda i: boltzmann.momentum_switch(0.3, after=500),
+        cost=1e-4,
         seed=seed,
         workdir=workdir / "pretraining",
         log_every=100,
     )
-    x, _ = pictures.some_images(data, 48)
-    dreams = dbn.generate(params, jax.random.key(seed), 48, steps=300, start=jnp.asarray(x))
-    picture = pictures.tiles(dreams.reshape(4, 12, *x.shape[1:]), workdir / "dreams.png")
-    print(f"picture: {picture}")
+    print(f"picture: {_dreams(dbn, params, data, workdir / 'dreams.png', seed)}")
     return starting_at(net, dbn.unrolled_mlp(params, net.num_outputs)[1])
+
+
+def _dreams(dbn: DBN, params: Any, data: Batches, path: Path, seed: int) -> Path:
+    """Draws samples of each of the first 12 classes."""
+    x, _ = pictures.some_images(data, 1)
+    names = [str(name) for name in (data.classes or range(dbn.num_classes))][:12]
+    label = jnp.repeat(jnp.arange(len(names)), 12)
+    dreams = dbn.generate(
+        params, jax.random.key(seed), label.size, label=label, temperature=0.75, guidance=4.0
+    )
+    title = "samples of each class: 1,000 steps in the top machine, T = 0.75, labels count fourfold"
+    return pictures.tiles(dreams.reshape(-1, 12, *x.shape[1:]), path, title, rows=names)
 
 
 def _dbn_pictures(run: Finished) -> list[Path]:
@@ -172,7 +186,22 @@ def _dbn_pictures(run: Finished) -> list[Path]:
     return [pictures.filters(kernel, x.shape[1:], run.workdir / "filters.png")]
 
 
+def _recursive(shape: Shape, num_classes: int) -> TreeLSTM:
+    """Of generated trees for shapes (vocabulary,), else see `treebanks.learned`."""
+    kind = "child_sum" if shape[1:] == (0,) else "nary"
+    return TreeLSTM(num_classes, shape[0], 48, kind, every_node=len(shape) > 1)
+
+
+def _recursive_estimator(
+    net: TreeLSTM, optimizer: optax.GradientTransformation, **options: Any
+) -> Estimator:
+    nodes: Any = {"target": "labels", "ignore": -1} if net.every_node else {}
+    return premade.classifier(net, optimizer, inputs=formulas.INPUTS, **nodes, **options)
+
+
 def _tree_pictures(run: Finished) -> list[Path]:
+    if run.net.every_node:  # of a file, with any number of classes
+        return []
     net, packed = run.net.clone(every_node=True), formulas.packed_trees("test")
     path = run.workdir / "trees.png"
     return [draw_trees(net, run.estimator.evaluation_params, packed, formulas.WORDS, path)]
@@ -192,11 +221,6 @@ def _gan_estimator(
     ema: float | None = None,
     **options: Any,
 ) -> Estimator:
-    if diagnostics.read(optimizer.init({"x": jnp.zeros(2)})) is not None:
-        raise check.UserError(
-            "A GAN has two losses, one for each network, and second-order methods minimize one. "
-            "Choose a first-order --optimizer, such as adam."
-        )
     return Estimator(
         gan.model,
         gan.loss,
@@ -227,10 +251,10 @@ RECIPES = {
     "rbm": Recipe(_rbm, "rbm", 3000, "momentum", estimator=boltzmann.rbm, pictures=_rbm_pictures),
     "dbn": Recipe(_dbn, "classifier", 3000, prepare=_pretrained, pictures=_dbn_pictures),
     "recursive": Recipe(
-        lambda shape, k: TreeLSTM(num_outputs=k, vocabulary=shape[0], kind="nary", hidden=48),
+        _recursive,
         "trees",
         1500,
-        estimator=functools.partial(premade.classifier, inputs=formulas.INPUTS),
+        estimator=_recursive_estimator,
         pictures=_tree_pictures,
         data="trees",
     ),

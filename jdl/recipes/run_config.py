@@ -10,7 +10,7 @@ from jdl.core.model import Model
 from jdl.data import Batches, cutmix, mixup, one_of
 from jdl.optim import registry
 from jdl.recipes import config_toml
-from jdl.recipes.datasets import open_images
+from jdl.recipes.datasets import kind, open_images
 from jdl.recipes.registry import Net, recipe
 from jdl.train import premade
 from jdl.train.checkpoint import begun
@@ -49,6 +49,7 @@ class RunConfig:
     label: str | None = None
     include: str | None = None
     exclude: str | None = None
+    words: tuple[str, ...] = ()  # the vocabulary of a file of trees
 
     def save(self, workdir: Path, command: Mapping[str, Any]) -> None:
         """Writes the settings; raises where the directory holds a run with other settings.
@@ -126,6 +127,8 @@ class RunConfig:
 
         Batches have labels if `labelled`; `options` are further ones of `jdl.data.from_tar`.
         """
+        wanted = kind(self.data)
+        check.argument(kind(data) == wanted, "--data", f"{wanted} for this {self.model}", data)
         labelled = labelled and self.label != "none"
         options |= {"classes": self.classes, "label": self.label} if labelled else {"label": "none"}
         if self.crop is not None:
@@ -136,6 +139,7 @@ class RunConfig:
             size=self.image_shape[:2],
             grayscale=self.grayscale,
             on_error=self.on_error,
+            words=self.words,
             **self.which,
             **options,
         )

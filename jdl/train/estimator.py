@@ -167,6 +167,7 @@ class Estimator:
             Profile(profile, self.workdir),
             self._means,
             self._report,
+            program.refuse,
             log_every,
             save_every,
             on_nonfinite,

@@ -37,6 +37,7 @@ class Feed:
         it; None for iterables that keep none.
       wait_seconds: how long `take` and `prefetch` have waited for the data.
       ended: whether the data has ended.
+      checked: whether the training has checked its first batch.
     """
 
     def __init__(self, data: Iterable[Batch], placement: Placement, position: Any = None):
@@ -45,7 +46,7 @@ class Feed:
         self._placement = placement
         self._ahead: tuple[Batch, Any] | None = None
         self.wait_seconds = 0.0
-        self.ended = False
+        self.ended = self.checked = False
         if position is not None and self.resumable:
             positions.restore(self._iterator, position)
         self.position = self._state()

@@ -24,6 +24,7 @@ from jdl.core.types import Batch
 from jdl.train.dead_units import dead_shares
 from jdl.train.log_row import Hook as Hook
 from jdl.train.log_row import StopTraining as StopTraining
+from jdl.train.step import scale_images
 from jdl.train.writers import JsonlWriter, Row, is_number, read_jsonl
 
 logger = logging.getLogger("jdl.train")
@@ -232,7 +233,7 @@ def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
     `dead/<layer>`, with layers numbered in the order of computation.
 
     Args:
-      batch: the examples to measure on, as the model takes them.
+      batch: the examples to measure on, as for `Estimator.evaluate`; its mask leaves some out.
       every: rows between two measurements.
       inputs: the entry of the batch that the model takes.
 
@@ -248,10 +249,10 @@ def dead_units(batch: Batch, *, every: int = 1, inputs: str = "image") -> Hook:
     check.positive_int("every", every)
 
     def measure(row: Any) -> None:
-        estimator = row.estimator
-        shares = dead_shares(
-            estimator.model, estimator.params, estimator.model_state, batch[inputs]
-        )
+        x = scale_images(batch, inputs)[inputs]
+        x = x[np.asarray(batch["mask"]) > 0] if "mask" in batch else x
+        run = row.estimator
+        shares = dead_shares(run.model, run.params, run.model_state, x)
         row.update({f"dead/{i}": float(share) for i, share in enumerate(shares)})
 
     return StatefulHook(lambda earlier: _each_training_row(every, earlier, measure), "train")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check
-from jdl.core.types import Mode
+from jdl.core.types import Batch, Mode
 from jdl.train.clock import Clock
 from jdl.train.compiled import CompiledSteps, Step
 from jdl.train.deferred_metrics import DeferredMetrics, Finished
@@ -21,6 +21,7 @@ from jdl.train.profile import Profile
 from jdl.train.run import Run, learning_rate_of
 from jdl.train.run_directory import NonFiniteError
 from jdl.train.signals import Stopped
+from jdl.train.step import TrainState
 
 logger = logging.getLogger("jdl.train")
 
@@ -105,6 +106,7 @@ class TrainLoop:
       profile: traces some steps.
       evaluate: `evaluate(data) -> values`, for validation.
       report: takes each row of the log.
+      refuse: `refuse(state, batch)` raises for the first batch of data, if it must.
       log_every, save_every, on_nonfinite: as for `jdl.Estimator`.
     """
 
@@ -115,12 +117,13 @@ class TrainLoop:
         profile: Profile,
         evaluate: Callable[[Data], dict[str, Any]],
         report: Reporter,
+        refuse: Callable[[TrainState, Batch], None],
         log_every: int,
         save_every: int | None,
         on_nonfinite: str,
     ):
         self._run, self._steps, self._profile = run, steps, profile
-        self._evaluate, self._report = evaluate, report
+        self._evaluate, self._report, self._refuse = evaluate, report, refuse
         self._log_every, self._save_every = log_every, save_every
         self._on_nonfinite = on_nonfinite
 
@@ -146,6 +149,9 @@ class TrainLoop:
         last_step = limits.last_step(run.step, data)
         if last_step is not None and run.step >= last_step:
             return False
+        if not feed.checked:
+            self._refuse(run.current(), batch)
+            feed.checked = True
         run.apply_learning_rate(batch)
         run.classes = getattr(data, "classes", None) or run.classes
         if validation is not None and validate_every is None:

@@ -18,13 +18,18 @@ from jdl.train.estimator import Estimator
 def classifier(
     model: ModelLike,
     optimizer: str | optax.GradientTransformation = "adam",
+    *,
+    target: str = "label",
+    ignore: int | None = None,
     **options: Any,
 ) -> Estimator:
     """An Estimator that learns integer labels: softmax cross-entropy, accuracy.
 
     Args:
-      model: gives logits [B, K]; a `jdl.Model` or a Linen module such as `jdl.models.CNN()`.
+      model: gives logits [B, ..., K]; a `jdl.Model` or a Linen module such as `jdl.models.CNN()`.
       optimizer: any optax transformation, or a name.
+      target: the entry that holds the labels.
+      ignore: the class number of positions that do not count, such as −1.
       **options: as for `Estimator`.
 
     Example:
@@ -35,8 +40,11 @@ def classifier(
       >>> estimator.evaluate(jdl.data.digits("test", batch_size=64))["accuracy"] > 0.85
       True
     """
-    options = {"metrics": {"accuracy": metrics.accuracy}} | options
-    return Estimator(model, losses.softmax_cross_entropy, optimizer, **options)
+    which: Any = {"target": target, "ignore": ignore}
+    accuracy = metrics.direction("max")(functools.partial(metrics.accuracy, **which))
+    options = {"metrics": {"accuracy": accuracy}} | options
+    loss = functools.partial(losses.softmax_cross_entropy, **which)
+    return Estimator(model, loss, optimizer, **options)
 
 
 def autoencoder(

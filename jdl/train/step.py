@@ -23,6 +23,7 @@ from jdl.core.objective import Objective, asked, batch_size, check_mask
 from jdl.core.types import Batch, Key, Loss, Metric, ModelState, Outputs, Params
 from jdl.optim import diagnostics
 from jdl.optim.kronecker import told
+from jdl.train.parallel import own_examples
 
 logger = logging.getLogger("jdl.train")
 
@@ -72,12 +73,15 @@ class Program(NamedTuple):
         of the parameters before it.
       evaluate: `(params, model_state, batch) -> (sums, count)` over the batch's examples.
       predict: `(params, model_state, batch) -> outputs`.
+      refuse: `(state, batch)` raises what the model or the loss raise outside of `jit`, where they
+        know the numbers of the batch.
     """
 
     init: Callable[[Key, Batch], TrainState]
     train: Callable[[TrainState, Batch], tuple[TrainState, Logs]]
     evaluate: Callable[[Params, ModelState, Batch], tuple[Logs, jax.Array]]
     predict: Callable[[Params, ModelState, Batch], Outputs]
+    refuse: Callable[[TrainState, Batch], None]
 
 
 def build(
@@ -125,6 +129,7 @@ def build(
         objective = Objective(model, loss, model_state, batch, key=step_key, inputs=inputs)
         with told(objective, params):
             opt_state = _strongly_typed(optimizer.init(params))
+        _refuse_more_than_gradients(loss, optimizer, opt_state, params)
         return TrainState(zero, params, model_state, opt_state, step_key)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
@@ -186,7 +191,34 @@ def build(
     def predict(params: Params, model_state: ModelState, batch: Batch) -> Outputs:
         return forward(params, model_state, scale_images(batch, inputs))
 
-    return Program(init, train, evaluate, predict)
+    def refuse(state: TrainState, batch: Batch) -> None:
+        batch, key = own_examples(dict(batch)), jax.random.key(0)
+        if "mask" in batch:  # what is filled up counts nothing
+            check_mask(batch["mask"], batch_size(batch, inputs))
+            batch = jax.tree.map(lambda x, rows=batch["mask"] > 0: x[rows], batch)
+        batch = scale_images(jax.tree.map(jnp.asarray, batch), inputs)
+        if batch_transform is not None:
+            batch = jax.jit(lambda batch: _transformed(batch_transform, batch, key))(batch)
+
+        def value(params: Params, state: ModelState) -> jax.Array:
+            return Objective(model, loss, state, batch, key=key, inputs=inputs).value(params)
+
+        jax.eval_shape(value, state.params, state.model_state)  # nothing but the batch is known
+
+    return Program(init, train, evaluate, predict, refuse)
+
+
+def _refuse_more_than_gradients(loss: Loss, optimizer: Any, state: Any, params: Params) -> None:
+    """Raises where a loss has a gradient alone and the optimizer asks for more."""
+    why = getattr(loss, "gradient_only", None)
+    if why is None:
+        return
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(optimizer.update, params, state, params)
+    except Exception as error:
+        hint = "Choose an optimizer that uses the gradient alone, such as adam."
+        raise check.UserError(f"{why} {hint}") from error
 
 
 def _transformed(transform: Any, batch: Batch, key: Key) -> Batch:

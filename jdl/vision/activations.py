@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 
 from jdl.core import check
 from jdl.core.types import Batch, Params
+from jdl.data.images import CENTER
 from jdl.train.feed import one_pass
 from jdl.vision import images
 from jdl.vision.trunk import Features, Trunk
@@ -41,7 +42,7 @@ class Exciting(NamedTuple):
 
     channel: int  # its number
     scores: np.ndarray  # its largest activation on each image
-    positions: np.ndarray  # positions of the images in the data, from 0
+    positions: np.ndarray  # positions among the images of the data, from 0
     images: np.ndarray  # float32 [n, H, W, 3] in [0, 1]
 
 
@@ -77,6 +78,8 @@ def maps(
     check.positive_int("count", count)
     found = np.asarray(trunk.features(images.as_image(image)[None], layer)[layer][0])
     if found.ndim == 1:
+        ok, must = channels is None, "left out for a dense layer, which is drawn whole"
+        check.argument(ok, "channels", must, channels)
         side = math.ceil(math.sqrt(found.size))
         square = np.zeros(side * side, np.float32)
         square[: found.size] = found
@@ -128,17 +131,17 @@ def exciting(
     seen = 0
     for batch in one_pass(data):
         x = np.asarray(batch["image"])
-        mask = np.asarray(batch.get("mask", np.ones(len(x)))) > 0
+        mask = np.asarray(batch.get("mask", np.ones(len(x)))) > 0  # padding is scored with the rest
         x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
         x = np.repeat(x, 3, axis=3) if x.shape[3] == 1 else x
-        largest = np.asarray(_largest(trunk.params, x, apply=trunk.apply, layer=name))
+        largest = np.asarray(_largest(trunk.params, x, apply=trunk.apply, layer=name))[mask]
+        x = x[mask]
         for kept, channel in zip(best, channels, strict=True):
             for i in np.argsort(-largest[:, channel], kind="stable")[:count]:
-                if mask[i]:
-                    kept.append((float(largest[i, channel]), seen + int(i), x[i]))
+                kept.append((float(largest[i, channel]), seen + int(i), x[i]))
             kept.sort(key=lambda each: (-each[0], each[1]))
             del kept[count:]
-        seen += int(mask.sum())
+        seen += len(x)
     if not seen:
         raise check.DataError("`data` must hold at least one image.")
     found = []
@@ -160,7 +163,8 @@ def _largest(
 def classify(trunk: Trunk, image: ArrayLike, *, count: int = 5) -> list[tuple[str, float]]:
     """The most probable classes of a picture with their probabilities.
 
-    The middle square of the picture is resized to the size of the training images.
+    The picture's middle, a square for square training images, is resized to their size; all of the
+    picture is stretched to it for a trunk that is `stretched`.
 
     Args:
       trunk: a classifier.
@@ -177,13 +181,8 @@ def classify(trunk: Trunk, image: ArrayLike, *, count: int = 5) -> list[tuple[st
     'red'
     """
     check.positive_int("count", count)
-    x = images.as_image(image)
-    height, width = x.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
     head = trunk.with_head()
-    square = images.resized(x[top : top + side, left : left + side], trunk.size or (side, side))
-    logits = trunk.features(np.clip(square, 0, 1)[None], head)[head][0]
+    logits = trunk.features(_seen(trunk, image)[0], head)[head][0]
     shares = np.asarray(jax.nn.softmax(logits))
     order = np.argsort(-shares, kind="stable")[:count]
     return [(trunk.class_name(int(i)), float(shares[i])) for i in order]
@@ -196,7 +195,8 @@ def grad_cam(
 
     Args:
       trunk: a classifier.
-      image: [H, W, 3] in [0, 1] or uint8; it is resized to the size of the training images.
+      image: [H, W, 3] in [0, 1] or uint8; the network sees what it does in `classify`, and the
+        heat is 0 elsewhere.
       layer: with activations [N, h, w, C]; late layers respond to objects, early ones to textures.
       wanted: the class's name or number; by default the most probable.
 
@@ -210,14 +210,12 @@ def grad_cam(
     [1.0, 1.0, 0.0, 0.0]
     """
     (name,) = trunk.known(layer)
-    x, size = _as_trained(trunk, image)
-    number = _number(trunk, x, wanted)
+    x, number, placed = _seen(trunk, image, wanted)
     shape = trunk.shapes((name,))[name]
     check.argument(len(shape) == 4, "layer", "one of activations [N, h, w, C]", shape)
     program = {"apply": trunk.apply, "head": trunk.head, "layer": name}
     heat = _cam(trunk.params, x, jnp.asarray(number), **program)
-    heat = np.clip(images.resized(np.asarray(heat)[:, :, None], size)[:, :, 0], 0, None)
-    return Explained(number, heat / max(float(heat.max()), 1e-12))
+    return Explained(number, placed(heat, 1.0))
 
 
 @partial(jax.jit, static_argnames=("apply", "head", "layer"))
@@ -268,9 +266,8 @@ def saliency(
     """
     check.positive_int("samples", samples)
     check.in_range("noise", float(noise), 0.0, 1.0)
-    x, size = _as_trained(trunk, image)
-    number = _number(trunk, x, wanted)
-    program = {"apply": trunk.apply, "head": trunk.with_head()}
+    x, number, placed = _seen(trunk, image, wanted)
+    program = {"apply": trunk.apply, "head": trunk.head}
     total, rng = np.zeros(x.shape[1:3], np.float32), np.random.default_rng(seed)
     for i in range(samples):
         shift = rng.integers(-8, 9, 2) if i else (0, 0)
@@ -278,8 +275,7 @@ def saliency(
         shifted = jnp.roll(noisy, shift, axis=(1, 2))
         slope = np.asarray(_slope(trunk.params, shifted, jnp.asarray(number), **program))
         total += np.roll(slope, np.negative(shift), axis=(0, 1))
-    heat = images.resized(total[:, :, None] / samples, size)[:, :, 0]
-    return Explained(number, np.clip(heat / max(float(np.quantile(heat, 0.995)), 1e-12), 0, 1))
+    return Explained(number, placed(total / samples, 0.995))
 
 
 @partial(jax.jit, static_argnames=("apply", "head"))
@@ -298,15 +294,26 @@ def overlaid(image: ArrayLike, heat: np.ndarray, *, strength: float = 0.6) -> np
     return (1 - share) * (0.3 * x + 0.7 * gray) + share * images.colored(heat, "inferno")
 
 
-def _as_trained(trunk: Trunk, image: ArrayLike) -> tuple[jax.Array, tuple[int, int]]:
-    """The picture resized as the training images, [1, h, w, 3], and its own size."""
-    x = images.as_image(image)
-    size = (x.shape[0], x.shape[1])
-    return jnp.asarray(np.clip(images.resized(x, trunk.size or size), 0, 1))[None], size
+def _seen(
+    trunk: Trunk, image: ArrayLike, wanted: int | str | None = None
+) -> tuple[jax.Array, int, Callable[..., np.ndarray]]:
+    """What a classifier sees of a picture, [1, h, w, 3]; the class wanted, or the most probable.
 
+    And the function that places heat [h, w] on the picture, [H, W], with its quantile q as 1.
+    """
+    x, head = images.as_image(image), trunk.with_head()
+    shape = (x.shape[0], x.shape[1])
+    box = (0, 0, *shape) if trunk.stretched else CENTER.box(*shape, trunk.size or (1, 1))
+    top, left, high, wide = (max(int(n), i // 2) for i, n in enumerate(box))
+    window = (slice(top, top + high), slice(left, left + wide))
 
-def _number(trunk: Trunk, x: jax.Array, wanted: int | str | None) -> int:
+    def placed(heat: ArrayLike, q: float) -> np.ndarray:
+        inside = images.resized(np.asarray(heat)[:, :, None], (high, wide))[:, :, 0]
+        whole = np.zeros(shape, np.float32)
+        whole[window] = np.clip(inside / max(float(np.quantile(inside, q)), 1e-12), 0, 1)
+        return whole
+
+    pixels = jnp.asarray(np.clip(images.resized(x[window], trunk.size or (high, wide)), 0, 1))[None]
     if wanted is not None:
-        return trunk.class_number(wanted)
-    head = trunk.with_head()
-    return int(np.argmax(np.asarray(trunk.features(x, head)[head][0])))
+        return pixels, trunk.class_number(wanted), placed
+    return pixels, int(np.argmax(np.asarray(trunk.features(pixels, head)[head][0]))), placed

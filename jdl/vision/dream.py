@@ -164,6 +164,7 @@ def dream(
 
     Raises:
       ArgumentError: for a picture too small for the layer.
+      UserError: where no step changes the picture.
 
     >>> doubled = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
     >>> gray = np.full((40, 50, 3), 0.5, np.float32)
@@ -177,7 +178,7 @@ def dream(
     rng = np.random.default_rng(seed)
     detail = np.zeros((*sizes[0], 3), np.float32)
     for i, size in enumerate(sizes):
-        start = images.resized(base, size)
+        start = np.clip(images.resized(base, size), 0, 1)
         x = jnp.asarray(np.clip(start + images.resized(detail, size), 0, 1))
         for j in range(how.steps):
             x = step(trunk, x, goal, how, rng)
@@ -187,6 +188,9 @@ def dream(
         detail = dreamt - start
     if not np.isfinite(dreamt).all():
         raise check.TrainingError("The dream is not finite; check the trunk's weights.")
+    if not detail.any():
+        layers = " and ".join(goal.layers)
+        raise check.UserError(f"No step changes the picture: {layers} has no gradient there.")
     return np.clip(dreamt, 0, 1)
 
 

@@ -1,7 +1,7 @@
-"""Reading photographs as float32 [H, W, 3] in [0, 1], and writing PNGs and animations.
+"""Reading photographs as float32 [H, W, 3] in [0, 1]; writing PNGs, JPEGs and animations.
 
-`jdl.data.decode` limits the size of untrusted photographs. Gray becomes RGB, alpha is dropped,
-EXIF's orientation is applied. Files appear only when they are complete.
+`jdl.data.decode` limits the size of untrusted photographs. Gray becomes RGB, pictures with alpha
+are laid on white, EXIF's orientation is applied. Files appear only when they are complete.
 """
 
 import io
@@ -19,6 +19,7 @@ from jdl.core.files import atomic_file
 
 LARGEST_FILE = 1 << 29  # bytes
 LARGEST_SIDE = 16384  # pixels of a sheet
+WRITTEN = (".png", ".jpg", ".jpeg")
 ANIMATED = (".gif", ".webp")
 _GAP = 4  # pixels between pictures on a sheet
 
@@ -45,12 +46,12 @@ def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
         raise check.DataError(f"{path} is larger than the {LARGEST_FILE} bytes allowed.")
     try:
         data = path.read_bytes()
-        pixels = decode(data)
+        pixels = decode(data, on_white=True)
         height, width = pixels.shape[:2]
         if longest is not None and max(height, width) > check.positive_int("longest", longest):
             by = longest / max(height, width)
             size = max(1, round(height * by)), max(1, round(width * by))
-            pixels = decode(data, size=size, exact=True)
+            pixels = decode(data, size=size, exact=True, on_white=True)
     except BadImage as error:
         raise check.DataError(f"{path} is not an image: {str(error).rstrip('.')}.") from error
     except OSError as error:
@@ -61,7 +62,7 @@ def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
 
 
 def as_image(image: ArrayLike, name: str = "image") -> np.ndarray:
-    """An array as float32 [H, W, 3] in [0, 1]: uint8 is scaled, gray repeated, alpha dropped.
+    """An array as float32 [H, W, 3] in [0, 1]: uint8 is scaled, gray repeated, alpha laid on white.
 
     >>> as_image(np.full((2, 2), 255, np.uint8))[0, 0].tolist()
     [1.0, 1.0, 1.0]
@@ -77,7 +78,9 @@ def as_image(image: ArrayLike, name: str = "image") -> np.ndarray:
     check.argument(floating, name, "uint8 or floating", str(array.dtype))
     inside = bool(np.all((array >= 0) & (array <= 1)))
     check.argument(inside, name, "finite and in [0, 1]", "values outside")
-    array = array[:, :, :3].astype(np.float32)
+    array = array.astype(np.float32)
+    if array.shape[2] == 4:
+        array = 1 - (1 - array[:, :, :3]) * array[:, :, 3:]
     return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
 
 
@@ -89,11 +92,12 @@ def eight_bits(image: ArrayLike) -> np.ndarray:
     return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
 
 
-def check_out(path: str | Path, suffixes: Sequence[str] = (".png",)) -> Path:
+def check_out(path: str | Path, suffixes: Sequence[str] = WRITTEN) -> Path:
     """The path; raises, before any work is done, if a picture cannot be written there."""
     path = Path(path)
     ok = path.suffix.lower() in suffixes and not path.is_dir()
-    check.argument(ok, "out", f"a file ending in {' or '.join(suffixes)}", str(path))
+    *others, last = suffixes
+    check.argument(ok, "out", f"a file ending in {', '.join(others)} or {last}", str(path))
     near = path.parent
     while not near.exists():
         near = near.parent
@@ -103,13 +107,13 @@ def check_out(path: str | Path, suffixes: Sequence[str] = (".png",)) -> Path:
 
 
 def write(path: str | Path, image: ArrayLike) -> Path:
-    """Writes values in [0, 1], [H, W, 3] or [H, W], as a PNG."""
+    """Writes values in [0, 1], [H, W, 3] or [H, W], as a PNG or JPEG."""
     from PIL import Image
 
     path = check_out(path)
     picture = Image.fromarray(eight_bits(image))
     with atomic_file(path) as file:
-        picture.save(file, "PNG")
+        picture.save(file, "PNG" if path.suffix.lower() == ".png" else "JPEG", quality=95)
     return path
 
 
@@ -200,8 +204,9 @@ def sheet(
         by = side / max(height, width)
         height, width = max(1, round(height * by)), max(1, round(width * by))
     below = 0 if captions is None else max(14, width // 14)
-    columns = columns or math.ceil(math.sqrt(len(images) * (height + below) / width))
-    columns = min(columns, len(images))
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(images) * (height + below) / width))
+    columns = min(check.positive_int("columns", columns), len(images))
     rows = -(-len(images) // columns)
     total = (rows * (height + below + _GAP) - _GAP, columns * (width + _GAP) - _GAP)
     check.argument(max(total) <= LARGEST_SIDE, "images", "fewer or smaller", total)

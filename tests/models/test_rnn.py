@@ -10,7 +10,7 @@ import jdl
 from jdl import losses
 from jdl.core import check
 from jdl.data import from_arrays
-from jdl.models import RNN, sequences
+from jdl.models import RNN, LanguageModel, sequences
 from jdl.models.rnn import CELLS, echo_init, generate, next_step_loss, spectral_radius
 
 
@@ -157,6 +157,68 @@ def test_next_step_loss_leaves_padding_out():
     assert np.isnan(found).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("junk", [np.nan, -1])
+def test_what_lies_behind_a_sequences_end_has_no_part_in_its_gradient(junk):
+    tokens = np.array([[0, 1, 2, 1], [2, 2, 0, 0]])
+    lengths = np.array([4, 2])
+    if np.isnan(junk):
+        net, x = RNN(num_outputs=3, hidden=4, every_step=True), np.eye(3, dtype=np.float32)[tokens]
+    else:
+        net, x = RNN(num_outputs=3, hidden=4, every_step=True, vocabulary=3), tokens
+    variables = net.init(jax.random.key(0), x)
+
+    def value(variables, x, tokens):
+        outputs = net.apply(variables, x, lengths)
+        return jnp.mean(next_step_loss(outputs, {"tokens": tokens, "lengths": lengths}))
+
+    dirty, other = x.copy(), tokens.copy()
+    dirty[1, 2:], other[1, 2:] = junk, -7
+    step = jax.jit(jax.value_and_grad(value))
+    expected, found = step(variables, x, tokens), step(variables, dirty, other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
+def test_outputs_behind_a_sequences_end_have_no_gradient():
+    logits = jax.random.normal(jax.random.key(0), (1, 3, 4)).at[0, 2].set(jnp.nan)
+    batch = {"tokens": np.array([[0, 1, -1]])}
+    for options, more in (({"ignore": -1}, {}), ({}, {"lengths": np.array([2])})):
+        loss = lambda z, o=options, m=more: next_step_loss(z, batch | m, **o)[0]  # noqa: E731
+        value, slope = jax.value_and_grad(loss)(logits.at[0, 1].set(jnp.nan))
+        assert float(value) == pytest.approx(-float(jax.nn.log_softmax(logits[0, 0])[1]))
+        assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("lengths", [[0, 2], [2, 9]])
+def test_lengths_that_are_none_are_an_error_and_nan_under_jit(lengths):
+    wrong = np.array([1 <= n <= 3 for n in lengths]) == 0
+    tokens, lengths = np.array([[0, 1, 2], [2, 1, 0]]), np.array(lengths)
+    net = RNN(num_outputs=3, hidden=4, vocabulary=3, every_step=True)
+    variables = net.init(jax.random.key(0), tokens)
+    batch = {"tokens": tokens, "lengths": lengths}
+    with pytest.raises(check.ArgumentError, match="`lengths` must be from 1 to 3"):
+        next_step_loss(jnp.zeros((2, 3, 3)), batch)
+    found = jax.jit(net.apply)(variables, tokens, lengths)
+    np.testing.assert_array_equal(np.isnan(found).all((1, 2)), wrong)
+    np.testing.assert_array_equal(np.isnan(jax.jit(next_step_loss)(found * 0, batch)), wrong)
+    np.testing.assert_array_equal(
+        np.isnan(jax.jit(next_step_loss)(jnp.zeros((2, 3, 3)), batch)), wrong
+    )
+
+
+@pytest.mark.parametrize("stray", [-1, 3])
+def test_a_number_outside_the_vocabulary_is_an_error_and_nan_under_jit(stray):
+    tokens = np.array([[0, 1, 2], [2, stray, 0]])
+    for net in (
+        RNN(num_outputs=3, hidden=4, vocabulary=3),
+        LanguageModel(vocabulary=3, width=4, depth=1, heads=1),
+    ):
+        variables = net.init(jax.random.key(0), jnp.asarray(tokens * 0))
+        with pytest.raises(check.ArgumentError, match=r"must be numbers in \[0, 3\), got values"):
+            net.apply(variables, jnp.asarray(tokens))
+        found = jax.jit(net.apply)(variables, tokens).reshape(2, -1)
+        assert np.isnan(found).any(1).tolist() == [False, True]
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_learns_to_add(cell):
     x, y = sequences.adding(4000, 12, np.random.default_rng(0))
@@ -173,14 +235,32 @@ def test_the_problems_are_what_they_say():
     x, y = sequences.adding(500, 20, rng)
     np.testing.assert_allclose((x[..., 0] * x[..., 1]).sum(1), y[:, 0], rtol=1e-6)
     assert np.mean((y - 1) ** 2) == pytest.approx(1 / 6, rel=0.15)
-    x, y = sequences.multiplication(10, 20, rng)
-    picked = np.where(x[..., 1] > 0, x[..., 0], 1.0).prod(1)
-    np.testing.assert_allclose(picked, y[:, 0], rtol=1e-6)
     x, y = sequences.temporal_order(50, 30, rng)
     symbols = x.argmax(-1)
     for row, label in zip(symbols, y, strict=True):
         first, second = row[row < 2]
         assert label == 2 * first + second
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ([3, 1], [3.7]),
+        (np.array([1], np.uint8), np.array([300, 2])),
+        (np.array([1.5], np.float32), np.array([1, 2])),
+    ],
+)
+def test_padding_keeps_every_number(pair):
+    found = sequences.pad(pair)["image"]
+    for row, sequence in zip(found, pair, strict=True):
+        np.testing.assert_array_equal(row[: len(sequence)], sequence)
+
+
+def test_padding_refuses_what_makes_no_array():
+    with pytest.raises(check.ArgumentError, match=r"sequences\[1\]. must be of shape"):
+        sequences.pad([np.ones((2, 3)), np.ones((2, 4))])
+    with pytest.raises(check.ArgumentError, match=r"sequences\[1\]. must be of numbers"):
+        sequences.pad([[1, 2], ["a"]])
 
 
 def test_refuses_empty_and_overlong_sequences():

@@ -189,6 +189,18 @@ def test_dead_units_are_counted_by_layer():
     assert seen[0]["dead/0"] == pytest.approx(0.5)
 
 
+def test_dead_units_of_a_batch_leave_out_padding_and_scale_images():
+    relu = jdl.from_fns(lambda key, x: jnp.ones(()), lambda w, x: jax.nn.relu(w * (2 - 4 * x)))
+    image = np.full((2, 2, 2, 1), 255, np.uint8)  # 1 as the model sees it: the unit is dead
+    padded = {"image": np.concatenate([image, 0 * image]), "mask": np.array([1.0, 1, 0, 0])}
+    loss = lambda outputs, batch: jnp.mean(outputs, axis=(1, 2, 3))  # noqa: E731
+    seen = []
+    watch = [hooks.dead_units(padded), seen.append]
+    run = jdl.Estimator(relu, loss, optax.sgd(0.0), hooks=watch, log_every=1)
+    run.train([{"image": image}], steps=1)
+    assert seen[0]["dead/0"] == 1.0
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "kfac"])
 def test_sharpness_is_logged(optimizer, tmp_path):
     x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)

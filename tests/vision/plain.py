@@ -103,18 +103,24 @@ def batch_norm(x, t, name):
     return scale * (x - mean) / np.sqrt(var + 1e-5) + shift
 
 
-def resnet50(images, t):
+def resnet(images, t, counts):
     """The blocks' outputs and the logits, of torchvision's tensors, normalizing as it goes."""
     x, found = (images.transpose(0, 3, 1, 2) - MEAN) / STD, {}
     x = relu(batch_norm(conv(x, t["conv1.weight"], stride=2, pads=(3, 3, 3, 3)), t, "bn1"))
     x = pool(x, 3, pad=1)
-    for group, count in enumerate((3, 4, 6, 3), 1):
+    for group, count in enumerate(counts, 1):
         for i in range(count):
             at, stride = f"layer{group}.{i}", 2 if group > 1 and i == 0 else 1
-            y = relu(batch_norm(conv(x, t[f"{at}.conv1.weight"]), t, f"{at}.bn1"))
-            y = conv(y, t[f"{at}.conv2.weight"], stride=stride, pads=(1, 1, 1, 1))
-            y = relu(batch_norm(y, t, f"{at}.bn2"))
-            y = batch_norm(conv(y, t[f"{at}.conv3.weight"]), t, f"{at}.bn3")
+            if f"{at}.conv3.weight" in t:
+                y = relu(batch_norm(conv(x, t[f"{at}.conv1.weight"]), t, f"{at}.bn1"))
+                y = conv(y, t[f"{at}.conv2.weight"], stride=stride, pads=(1, 1, 1, 1))
+                y = relu(batch_norm(y, t, f"{at}.bn2"))
+                y = batch_norm(conv(y, t[f"{at}.conv3.weight"]), t, f"{at}.bn3")
+            else:
+                y = conv(x, t[f"{at}.conv1.weight"], stride=stride, pads=(1, 1, 1, 1))
+                y = found[f"{at}/relu1"] = relu(batch_norm(y, t, f"{at}.bn1"))
+                y = conv(y, t[f"{at}.conv2.weight"], pads=(1, 1, 1, 1))
+                y = batch_norm(y, t, f"{at}.bn2")
             if f"{at}.downsample.0.weight" in t:
                 x = conv(x, t[f"{at}.downsample.0.weight"], stride=stride)
                 x = batch_norm(x, t, f"{at}.downsample.1")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jdl.core import check
-from jdl.data import digits
+from jdl.data import digits, from_arrays
 from jdl.vision import activations, reverse
 from jdl.vision.layers import addressable
 from jdl.vision.trunk import Trunk
@@ -33,6 +33,8 @@ def test_maps_are_the_strongest_channels(tiny, photograph):
     assert sheet.ndim == 3
     assert sheet.shape[1] >= 80
     assert activations.maps(tiny, photograph, "logits").values.shape == (1, 2, 2)
+    with pytest.raises(check.ArgumentError, match="left out for a dense layer"):
+        activations.maps(tiny, photograph, "logits", channels=[1])
     with pytest.raises(check.ArgumentError, match="0 to 3"):
         activations.maps(tiny, photograph, "relu", channels=[9])
 
@@ -56,26 +58,64 @@ def test_exciting_images_are_those_of_all(tiny):
     assert seen == [2, 0]
 
 
+def test_exciting_images_do_not_depend_on_the_batch_size(tiny):
+    """Black padding excites channel 0 most here, in batches that are padded a little or mostly."""
+    kernel = jnp.zeros((3, 3, 3, 4))
+    params = tiny.params | {"conv": {"kernel": kernel.at[1, 1].set(-1.0), "bias": jnp.ones(4)}}
+    x = np.linspace(0.1, 1.0, 20, dtype=np.float32).reshape(20, 1, 1, 1)
+    x = x * np.ones((1, 6, 6, 1), np.float32)
+    for size in (1, 7, 16, 20, 32):
+        data = from_arrays(x, np.zeros(20, np.int32), batch_size=size, drop_remainder=False)
+        (found,) = activations.exciting(tiny._replace(params=params), data, "conv", [0], count=4)
+        assert found.positions.tolist() == [0, 1, 2, 3], size
+    gaps = {"image": np.insert(x, [0, 1], 0.0, axis=0), "mask": np.ones(22)}
+    gaps["mask"][[0, 2]] = 0.0  # as of unreadable photographs
+    data = [gaps, {"image": np.zeros((3, 6, 6, 1), np.float32), "mask": np.zeros(3)}]
+    (found,) = activations.exciting(tiny._replace(params=params), data, "conv", [0], count=30)
+    assert found.positions.tolist() == [*range(20)]
+    with pytest.raises(check.DataError, match="at least one image"):
+        activations.exciting(tiny, data[1:], "conv", [0])
+
+
 def test_grad_cam_of_a_linear_head_is_cam(photograph):
     """Over a linear head on means, Grad-CAM is the weighted sum of the maps (Zhou et al. 2016)."""
     weights = np.array([[1.0, -2.0], [0.5, 1.0], [-1.0, 1.0]])
     trunk = averaging(weights)
     found = activations.grad_cam(trunk, photograph, "maps", wanted=1)
-    expected = np.maximum((photograph.astype(np.float64) ** 2) @ weights[:, 1], 0)
-    np.testing.assert_allclose(found.heat, expected / expected.max(), atol=1e-5)
+    square = photograph[:, 10:-10]
+    expected = np.maximum((square.astype(np.float64) ** 2) @ weights[:, 1], 0)
+    np.testing.assert_allclose(found.heat[:, 10:-10], expected / expected.max(), atol=1e-5)
+    assert found.heat[:, :10].max() == found.heat[:, -10:].max() == 0
     assert found.number == 1
     likeliest = activations.grad_cam(trunk, photograph, "maps")
-    assert likeliest.number == np.argmax((photograph**2).mean(axis=(0, 1)) @ weights)
+    assert likeliest.number == np.argmax((square**2).mean(axis=(0, 1)) @ weights)
     with pytest.raises(check.ArgumentError, match=r"\[N, h, w, C\]"):
         activations.grad_cam(trunk, photograph, "logits")
+
+
+@pytest.mark.parametrize("stretched", [False, True])
+@pytest.mark.parametrize("size", [None, (8, 8), (6, 12)])
+def test_the_class_explained_is_the_most_probable(size, stretched):
+    """A red middle between wider blue sides: the square is red, the whole picture blue."""
+    picture = np.zeros((20, 60, 3), np.float32)
+    picture[:, :18, 2] = picture[:, 42:, 2] = picture[:, 18:42, 0] = 1.0
+    trunk = averaging(np.eye(3))._replace(size=size, stretched=stretched, classes=("r", "g", "b"))
+    (name, _), *_ = activations.classify(trunk, picture)
+    assert name == ("b" if stretched else "r")
+    cam = activations.grad_cam(trunk, picture, "maps")
+    pixels = activations.saliency(trunk, picture, samples=2)
+    assert trunk.class_name(cam.number) == trunk.class_name(pixels.number) == name
+    assert cam.heat.shape == pixels.heat.shape == (20, 60)
+    assert (cam.heat[:, :10].max() > 0.5) == (pixels.heat[:, :10].max() > 0.5) == stretched
 
 
 def test_saliency_is_the_gradients_size(photograph):
     weights = np.array([[1.0, -2.0], [0.5, 1.0], [-1.0, 1.0]])
     found = activations.saliency(averaging(weights), photograph, wanted=0, samples=1, noise=0.0)
+    photograph = photograph[:, 10:-10]
     expected = np.abs(2 * photograph * weights[:, 0]).max(axis=2)
     expected = np.clip(expected / np.quantile(expected, 0.995), 0, 1)
-    np.testing.assert_allclose(found.heat, expected, atol=1e-4)
+    np.testing.assert_allclose(found.heat[:, 10:-10], expected, atol=1e-4)
     many = activations.saliency(averaging(weights), photograph, wanted=0, samples=8, noise=0.2)
     assert np.corrcoef(many.heat.ravel(), expected.ravel())[0, 1] > 0.8
 

@@ -1,6 +1,7 @@
 """`jdl activations` and `jdl dream`: pictures; mistakes in one line, nothing written."""
 
 import dataclasses
+import tarfile
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(tiny_model, photo,
         ("dream", photo, *out, "--layer", "rlu"): "The nearest: relu",
         ("dream", photo, *out, "--octaves", "0"): "octaves",
         ("dream", photo, *out, "--channel", "99", "--layer", "relu"): "the channels of relu",
-        ("dream", photo, "--out", str(tmp_path / "out.tiff")): "ending in .png",
+        ("dream", photo, "--out", str(tmp_path / "out.tiff")): "ending in .png, .jpg or .jpeg",
         ("dream", photo, *out, "--frames", "3"): ".gif or .webp",
         ("dream", "--class", "cow", *out): "3 classes of tiny",
         ("activations", "any", *out): "IMAGE",
@@ -106,18 +107,70 @@ def test_a_run_dreams(digits_run, photo, tmp_path):
     assert frames(out) == 2
 
 
+MORE = {
+    "maps": ["--layer", "Conv_1", "--count", "3"],
+    "grad-cam": ["--layer", "Conv_1"],
+    "saliency": ["--class", "3"],
+    "preferred": ["--layer", "Conv_1", "--count", "3", "--steps", "3", "--size", "16"],
+    "exciting": ["--layer", "Conv_1", "--count", "3", "--data", "digits"],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["maps", "grad-cam", "saliency", "preferred", "exciting"])
+@pytest.mark.parametrize("what", MORE)
 def test_activations_of_a_run(digits_run, photo, tmp_path, what):
     out = tmp_path / "picture.png"
-    options = ["--what", what, "--layer", "Conv_1", "--count", "3", "--out", str(out)]
-    options += {
-        "exciting": ["--data", "digits"],
-        "preferred": ["--steps", "3", "--size", "16"],
-    }.get(what, [])
     looks = [photo] if what in ("maps", "grad-cam", "saliency") else []
-    assert main(["activations", str(digits_run), *looks, *options]) == 0
+    command = ["activations", str(digits_run), *looks, "--what", what, *MORE[what]]
+    assert main([*command, "--out", str(out)]) == 0
     assert pixels(out).std() > 5
+
+
+def test_the_layers_are_listed_with_their_shapes(tiny_model, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["activations", "any", "--list"]) == 0
+    told = capfd.readouterr().out.splitlines()
+    assert [line.split() for line in told if "×" in line] == [
+        [name, "224", "×", "224", "×", "4"] for name in ("conv", "relu", "square")
+    ]
+    assert any(line.split() == ["logits", "3"] for line in told)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_exciting_channels_by_default_are_those_there_are(tiny_model, tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for i in range(3):  # fewer than a batch
+            Image.new("RGB", (9, 6), (80 * i, 0, 9)).save(tmp_path / f"{i}.png")
+            tar.add(tmp_path / f"{i}.png", f"{i}.png")
+    out, data = tmp_path / "out.png", ["--data", str(tmp_path / "photos.tar")]
+    assert main(["activations", "any", "--what", "exciting", *data, "--out", str(out)]) == 0
+    assert pixels(out).shape[1] == 3 * 100 - 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("dream", "--class", "cat", "--layer", "relu"),
+        ("dream", "--class", "cat", "--octaves", "2"),
+        ("dream", "--class", "cat", "--any-colors"),
+        ("dream", "--class", "cat", "--guide", "PHOTO"),
+        ("dream", "PHOTO", "--size", "64"),
+        ("dream", "PHOTO", "--zoom", "1.1"),
+        ("activations", "any", "PHOTO", "--class", "cat"),
+        ("activations", "any", "PHOTO", "--what", "saliency", "--layer", "relu"),
+        ("activations", "any", "PHOTO", "--what", "grad-cam", "--count", "3"),
+        ("activations", "any", "--what", "exciting", "--data", "digits", "--steps", "9"),
+        ("activations", "any", "--list", "--channels", "1"),
+    ],
+    ids=" ".join,
+)
+def test_flags_without_an_effect_are_refused(tiny_model, photo, tmp_path, capfd, words):
+    command = [photo if word == "PHOTO" else word for word in words]
+    assert main([*command, "--out", str(tmp_path / "out.png")]) == 2
+    told = capfd.readouterr().err
+    flag = [word for word in words if word.startswith("--")][-1]
+    assert f"`{flag}` must be left out" in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.slow

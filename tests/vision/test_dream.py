@@ -157,6 +157,15 @@ def test_zoom_gives_frames_that_fly_in(pointwise, photograph):
     np.testing.assert_allclose(frames[1][inside], expected[inside], atol=0.02)
 
 
+def test_a_dream_that_changes_nothing_is_refused(tiny, photograph):
+    trunk = tiny._replace(
+        apply=lambda p, x, layers: jax.lax.stop_gradient(tiny.apply(p, x, layers))
+    )
+    how = dream.Settings(octaves=2, steps=1)
+    with pytest.raises(check.UserError, match="relu has no gradient there"):
+        dream.dream(trunk, photograph, dream.goal(trunk, "relu"), how)
+
+
 def test_bad_arguments_are_told(tiny, photograph):
     with pytest.raises(check.ArgumentError, match="0 to 3, the channels of relu"):
         dream.goal(tiny, "relu", channels=4)

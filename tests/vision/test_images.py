@@ -37,6 +37,41 @@ def test_every_kind_of_image_is_three_channels(tmp_path, mode):
         assert x[0, 0, 0] == pytest.approx(51400 / 65535, abs=0.002)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PNG's colour"])
+def test_what_is_seen_through_is_on_white(tmp_path, mode):
+    """As Pillow composes it; a half transparent pixel, and one that hides red."""
+    picture = Image.new("RGBA", (2, 1), (*RED, 128))
+    picture.putpixel((1, 0), (*RED, 0))
+    how = {}
+    if mode == "P":
+        picture = picture.quantize()
+    elif mode == "LA":
+        picture = picture.convert("LA")
+    elif mode != "RGBA":
+        picture, how = Image.new("RGB", (2, 1), RED), {"transparency": RED}
+    path = saved(tmp_path, picture, **how)
+    with Image.open(path) as opened:
+        stored = opened.convert("RGBA")
+    white = Image.new("RGBA", stored.size, "white")
+    expected = np.asarray(Image.alpha_composite(white, stored).convert("RGB"))
+    np.testing.assert_array_equal(np.rint(images.read(path) * 255), expected)
+    assert expected[0, 1].tolist() == [255, 255, 255]
+    array = np.asarray(stored)
+    np.testing.assert_allclose(images.as_image(array) * 255, expected, atol=1.01)
+    assert images.read(path, longest=1).shape == (1, 1, 3)
+
+
+def test_tiff_is_read_and_jpeg_is_written(tmp_path):
+    x = np.linspace(0, 1, 48, dtype=np.float32).reshape(4, 4, 3) * np.ones((1, 1, 3), np.float32)
+    tiff = saved(tmp_path, Image.fromarray(np.uint8(np.rint(x * 255))), "photo.tiff")
+    np.testing.assert_allclose(images.read(tiff), x, atol=0.003)
+    for name in ("x.jpg", "x.JPEG"):
+        path = images.write(tmp_path / name, np.full((8, 8, 3), 0.5))
+        with Image.open(path) as written:
+            assert written.format == "JPEG"
+        np.testing.assert_allclose(images.read(path), 0.5, atol=0.01)
+
+
 def test_large_photographs_are_reduced(tmp_path):
     path = saved(tmp_path, Image.new("RGB", (300, 200), RED))
     assert images.read(path, longest=150).shape == (100, 150, 3)
@@ -104,7 +139,7 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    for wrong in ("x.jpg", "x", "folder.png", "file/x.png"):
+    for wrong in ("x.tiff", "x", "folder.png", "file/x.png"):
         with pytest.raises(check.ArgumentError, match="`out`"):
             images.check_out(tmp_path / wrong)
     for wrong in ("x.png", "x-%s-%d.png", "x-%z.png", "x-%%.png"):
@@ -138,5 +173,7 @@ def test_sheets_hold_their_pictures():
     assert sheet[19, 34, 0] == 1
     captioned = images.sheet(tiles, columns=3, captions=["a", "b", "c"], side=40)
     assert captioned[20:, :40].min() < 0.5  # there is writing
+    with pytest.raises(check.ArgumentError, match="columns"):
+        images.sheet(tiles, columns=0)
     with pytest.raises(check.ArgumentError, match="captions"):
         images.sheet(tiles, captions=["a"])

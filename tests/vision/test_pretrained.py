@@ -74,8 +74,9 @@ def squeezenet_tensors(version):
     return tensors, layers
 
 
-def resnet_tensors():
-    tensors = {"fc.weight": he(5, 2048), "fc.bias": some(5)}
+def resnet_tensors(counts, deep):
+    last = 2048 if deep else 512
+    tensors = {"fc.weight": he(5, last), "fc.bias": some(5)}
 
     def add(conv, norm, *shape):
         tensors[f"{conv}.weight"] = he(*shape)
@@ -88,15 +89,19 @@ def resnet_tensors():
 
     add("conv1", "bn1", 64, 3, 7, 7)
     before = 64
-    for group, (count, width) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True), 1):
+    for group, (count, width) in enumerate(zip(counts, (64, 128, 256, 512), strict=True), 1):
         for i in range(count):
-            at = f"layer{group}.{i}"
-            add(f"{at}.conv1", f"{at}.bn1", width, before, 1, 1)
-            add(f"{at}.conv2", f"{at}.bn2", width, width, 3, 3)
-            add(f"{at}.conv3", f"{at}.bn3", 4 * width, width, 1, 1)
-            if i == 0:
-                add(f"{at}.downsample.0", f"{at}.downsample.1", 4 * width, before, 1, 1)
-            before = 4 * width
+            at, after = f"layer{group}.{i}", 4 * width if deep else width
+            if deep:
+                add(f"{at}.conv1", f"{at}.bn1", width, before, 1, 1)
+                add(f"{at}.conv2", f"{at}.bn2", width, width, 3, 3)
+                add(f"{at}.conv3", f"{at}.bn3", after, width, 1, 1)
+            else:
+                add(f"{at}.conv1", f"{at}.bn1", width, before, 3, 3)
+                add(f"{at}.conv2", f"{at}.bn2", width, width, 3, 3)
+            if before != after:
+                add(f"{at}.downsample.0", f"{at}.downsample.1", after, before, 1, 1)
+            before = after
     return tensors
 
 
@@ -147,19 +152,45 @@ def test_squeezenet_of_torchvision(version, pools):
 
 
 @pytest.mark.slow
-def test_resnet50():
-    tensors = resnet_tensors()
+@pytest.mark.parametrize(
+    ("counts", "deep"),
+    [((2, 2, 2, 2), False), ((3, 4, 6, 3), False), ((3, 4, 6, 3), True), ((3, 4, 11, 3), True)],
+    ids=["18", "34", "50", "more than ten blocks"],
+)
+def test_resnets(counts, deep):
+    tensors = resnet_tensors(counts, deep)
     trunk = pretrained.of_tensors(tensors)
     x = photographs(45)
-    expected = plain.resnet50(x.astype(np.float64), tensors)
+    expected = plain.resnet(x.astype(np.float64), tensors, counts)
     found = trunk.features(x, tuple(expected))
     assert max(plain.closest(found[name], expected[name]) for name in expected) < 1e-4
-    wrong = tensors | {"layer3.2.conv2.weight": he(256, 255, 3, 3)}
-    with pytest.raises(check.DataError, match=r"'layer3\.2\.conv2\.weight' must have the shape"):
+    wrong = tensors | {"layer3.1.conv2.weight": he(256, 255, 3, 3)}
+    with pytest.raises(check.DataError, match=r"'layer3\.1\.conv2\.weight' must have the shape"):
         pretrained.of_tensors(wrong)
-    del wrong["layer3.2.conv2.weight"]
-    with pytest.raises(check.DataError, match=r"lacks the tensor 'layer3\.2\.conv2\.weight'"):
+    del wrong["layer3.1.conv2.weight"]
+    with pytest.raises(check.DataError, match=r"lacks the tensor 'layer3\.1\.conv2\.weight'"):
         pretrained.of_tensors(wrong)
+
+
+def test_names_of_data_parallel_and_tensors_left_over():
+    tensors, _ = squeezenet_tensors("1.1")
+    x = photographs(62)
+    expected = pretrained.of_tensors(tensors).features(x, "logits")["logits"]
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    found = pretrained.of_tensors(wrapped).features(x, "logits")["logits"]
+    np.testing.assert_array_equal(found, expected)
+    attention = tensors | {"features.3.se.fc1.weight": some(4, 4)}
+    with pytest.raises(check.DataError, match=r"has a tensor 'features\.3\.se\.fc1\.weight' that"):
+        pretrained.of_tensors(attention)
+
+
+def test_a_pickle_of_torch_is_refused_with_the_line_that_converts_it(tmp_path):
+    with pytest.raises(check.ArgumentError) as refused:
+        pretrained.load_trunk(tmp_path / "net.pth")
+    line = str(refused.value).split("python -c ")[1].rstrip(".")
+    compile(line.strip('"'), "line", "exec")
+    assert f"torch.load('{tmp_path}/net.pth', weights_only=True)" in line
+    assert f"'{tmp_path}/net.safetensors')" in line
 
 
 def packaged(module, package):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jdl.cli.main import main
-from jdl.vision import pretrained
+from jdl.vision import pretrained, style
 
 LAYERS = ["--content-layers", "relu", "--style-layers", "conv", "relu"]
 
@@ -79,6 +79,24 @@ def test_transfer(folder, tmp_path, capsys):
     assert np.abs(pixels(out) - found["lbfgs"]).mean() > 3
 
 
+def test_steps_are_counted_over_all_scales(folder, tmp_path, capsys, monkeypatch):
+    def transfer(trunk, photograph, paintings, *, steps, scales, hook, **_):
+        for step in [*range(steps)] * scales:
+            hook(step, 1.0)
+        terms = style.Terms(*np.ones((3, 1), np.float32))
+        return style.Painted(photograph, np.ones(steps + 1), terms)
+
+    monkeypatch.setattr(style, "transfer", transfer)
+    command = ["style", "transfer", str(folder / "photo.jpg"), str(folder / "waves.png"), *LAYERS]
+    out = ["--out", str(tmp_path / "out.jpg")]
+    assert main([*command, "--scales", "2", "--steps", "3", *out]) == 0
+    heard = capsys.readouterr()
+    assert "3 steps at each of 2 scales" in heard.out
+    (last,) = [line for line in heard.err.splitlines() if line.startswith("step 6/6")]
+    assert "steps/s" in last
+    assert "images/s" not in last
+
+
 @pytest.mark.slow
 def test_train_goes_on_and_apply_paints(folder, tmp_path, capsys):
     pytest.importorskip("flatbuffers")
@@ -120,6 +138,8 @@ def test_train_goes_on_and_apply_paints(folder, tmp_path, capsys):
     wrong = [
         ([str(run), photo, "--mix", "stoned"], "Did you mean 'stone'"),
         ([str(run), photo, "--mix", "stone:x"], "STYLE:SHARE"),
+        ([str(run), photo, "--mix", "stone:"], "STYLE:SHARE"),
+        ([str(run), photo, "--mix", "stone:1", "stone:3"], "each once"),
         ([str(run), photo, "--tile", "30"], "multiple of 4"),
         ([str(folder), photo], "not a run directory of `jdl style train`"),
         ([photo, photo], "damaged"),
@@ -145,7 +165,10 @@ def test_mistakes_end_in_one_line_and_write_nothing(folder, tmp_path, capsys):
         ([photo, waves, "--style-layers", "rely"], "The nearest: relu"),
         ([photo, waves, "--style", "-1"], "weights.style"),
         ([photo, waves, "--steps", "0"], "at least 1"),
+        ([photo, waves, "--style-size", "0"], "at least 1"),
+        ([photo, waves, *LAYERS, "--learning-rate", "0"], "--learning-rate"),
         ([photo, waves, *LAYERS, "--shares", "1", "2"], "one for each style"),
+        ([photo, waves, *LAYERS, "--scales", "5"], "at least 16 pixels"),
     ]
     for words, told in wrong:
         assert main(["style", "transfer", *words, "--out", str(out)]) == 2

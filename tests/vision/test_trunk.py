@@ -10,6 +10,7 @@ from flax import nnx
 import jdl
 from jdl.core import check
 from jdl.models import CNN
+from jdl.recipes import registry
 from jdl.vision import pretrained, trunk
 
 GRAY = (8, 8, 1)
@@ -100,6 +101,51 @@ def test_layers_within_calls_are_found_and_keep_their_derivatives():
         jnp.pad(x, [(0, 0), (0, 1)], constant_values=1.0),
     )
     np.testing.assert_allclose(jax.jit(output)(images, edits), shifted.sum(), rtol=1e-5)
+
+
+def test_layers_without_a_path_from_the_picture_are_refused():
+    def network(w, x):
+        made = jax.jit(lambda w, x: (w @ w, x @ w))(w, x)  # one call holds both
+        noise = nn.relu(made[0]) @ w
+        return made[1] + noise[:1]
+
+    found = of_function(network, jnp.eye(12))
+    assert (found.layers, found.blind) == (("dot_2", "output"), ("dot_1", "dot_3"))
+    for layer in found.blind:
+        with pytest.raises(check.ArgumentError, match=r"depends on the picture.*without it"):
+            found.features(jnp.ones((1, 2, 2, 3)), layer)
+    with pytest.raises(check.UserError, match="no layers with names that depend"):
+        of_function(lambda w, x: w @ w, jnp.eye(12))
+
+
+@pytest.mark.slow
+def test_a_gans_layers_are_its_discriminators(tmp_path):
+    """They depend on the picture, each has one name, and `blind` ones of the generator are none."""
+    from jdl.cli.main import main
+    from jdl.models.gan import GAN
+
+    command = ["train", "gan", "--steps", "1", "--batch-size", "8", "--workdir", str(tmp_path)]
+    assert main(command) == 0
+    found = pretrained.load_trunk(tmp_path)
+    assert found.layers == ("Conv_0", "Conv_1", "Dense_0", "output")
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
+    gray = images @ jnp.array([[0.299], [0.587], [0.114]])
+    net = GAN.of_shape((8, 8, 1)).discriminator
+    logits = net.apply({"params": found.params["params"]}, gray)
+    np.testing.assert_allclose(found.features(images, "output")["output"], logits, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_denoising_nets_layers_are_those_of_the_picture_without_noise(tmp_path, x):
+    from jdl.cli.main import main
+
+    assert main(["train", "denoising", "--steps", "1", "--workdir", str(tmp_path)]) == 0
+    found = pretrained.load_trunk(tmp_path)
+    assert len({layer.split("#")[0] for layer in found.layers}) == len(found.layers)
+    gray = x @ jnp.array([[0.299], [0.587], [0.114]])
+    gray = jax.image.resize(gray, (len(x), 8, 8, 1), "linear")
+    outputs = registry.denoised_by((8, 8, 1)).apply({"params": found.params["params"]}, gray)
+    np.testing.assert_allclose(found.features(x, "output")["output"], outputs, atol=1e-5)
 
 
 def test_names_of_layers_keep_their_order_through_rematerialization():
