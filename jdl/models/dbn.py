@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jdl.core import check
+from jdl.core import check, tree
 from jdl.core.model import Model, as_model
 from jdl.core.types import Batch, Key, ModelState, Params
 from jdl.models.autoencoder import Autoencoder
@@ -31,6 +31,9 @@ class DBN:
       visible: the lowest machine's visible units, "bernoulli" or "gaussian".
       num_classes: label units added to the top machine's visible ones; 0 for none.
       linear_code: whether the top units are Gaussian, for an autoencoder's linear code.
+      samples: whether a machine learns samples of the features below, as for a stack that is to
+        `generate`, or their means, as for one that is unrolled. Chains of a machine that learned
+        means visit few of the modes.
       k, chains: for training each machine, as for `RBM`.
 
     >>> dbn = DBN(widths=(6, 4))
@@ -50,6 +53,7 @@ class DBN:
     visible: str = "bernoulli"
     num_classes: int = 0
     linear_code: bool = False
+    samples: bool = False
     k: int = 1
     chains: int = 0
 
@@ -92,20 +96,27 @@ class DBN:
             train: bool = False,
         ) -> tuple[Energies, ModelState]:
             x, *label = inputs
-            h = self._up(jax.lax.stop_gradient(state["below"]), x)
+            drawn = jax.random.fold_in(key, 1) if self.samples and key is not None else None
+            h = self._up(jax.lax.stop_gradient(state["below"]), x, drawn)
             outputs, own = base.apply(params, state["own"], h, *label, key=key, train=train)
             return outputs, {"own": own, "below": state["below"]}
 
         return Model(init, apply)
 
-    def _up(self, below: Sequence[Params], x: jax.Array) -> jax.Array:
+    def _up(self, below: Sequence[Params], x: jax.Array, key: Key | None = None) -> jax.Array:
+        """Features of the layers below: samples with a key, means without."""
         h = self.rbm(0).clone(num_classes=0).joined(x)
         for i, params in enumerate(below):
             machine = self.rbm(i)
             ok = h.shape[1] == params["visible_bias"].size
             must = f"of {h.shape[1]} visible units in layer {i}"
             check.argument(ok, "params", must, params["visible_bias"].size)
-            h = machine.hidden_mean(machine.hidden_input(params, h))
+            a = machine.hidden_input(params, h)
+            h = (
+                machine.hidden_mean(a)
+                if key is None
+                else draw_bernoulli(a, jax.random.fold_in(key, i))
+            )
         return h
 
     # ------------------------------------------------------------------ the whole stack
@@ -127,8 +138,10 @@ class DBN:
         steps: int = 1000,
         label: jax.Array | None = None,
         start: jax.Array | None = None,
+        temperature: float = 1.0,
+        guidance: float = 1.0,
     ) -> jax.Array:
-        """Samples of the model, as means of the visible units, [count, V].
+        """Samples of the model, [count, V]: means of the visible units given sampled features.
 
         Args:
           params: of all layers.
@@ -137,12 +150,22 @@ class DBN:
           steps: Gibbs steps in the top machine.
           label: int[count], the classes of the samples; only with label units.
           start: inputs [count, ...] from whose features the chains start; None for random units.
+          temperature: > 0, divides the top machine's energy; below 1 samples are more typical.
+          guidance: > 0, the number of times that each label unit counts; above 1 samples are more
+            like their class.
         """
         self._check_depth(params)
         *below, top = params
         machine = self.rbm(len(below))
         pixels = top["visible_bias"].size - self.num_classes
-        start_key, label_key, chain_key = jax.random.split(key, 3)
+        check.in_range("temperature", temperature, 0.0, open_low=True)
+        check.in_range("guidance", guidance, 0.0, open_low=True)
+        binary = "gaussian" not in (machine.visible, machine.hidden_units)
+        must = "1 for a top machine with Gaussian units"
+        check.argument(binary or temperature == 1, "temperature", must, temperature)
+        guided = jnp.asarray(top["kernel"]).at[pixels:].multiply(guidance)
+        top = tree.scale(1.0 / temperature, {**top, "kernel": guided})
+        start_key, label_key, chain_key, down_key = jax.random.split(key, 4)
         if start is None:
             v = jax.random.bernoulli(start_key, 0.5, (count, pixels)).astype(jnp.float32)
         else:
@@ -156,12 +179,16 @@ class DBN:
         else:
             check.argument(label is None, "label", "None without label units", "labels")
         v = machine.sample(top, chain_key, v, steps, known)
-        h = machine.hidden_mean(machine.hidden_input(top, v))
-        h = machine.visible_mean(machine.visible_input(top, h))[:, :pixels]
-        for i in reversed(range(len(below))):
-            lower = self.rbm(i)
-            h = lower.visible_mean(lower.visible_input(below[i], h))
-        return h
+        if not below:
+            h = machine.draw_hidden(machine.hidden_input(top, v), down_key)
+            return machine.visible_mean(machine.visible_input(top, h))[:, :pixels]
+        h = v[:, :pixels]
+        for i in reversed(range(1, len(below))):
+            h = draw_bernoulli(
+                self.rbm(i).visible_input(below[i], h), jax.random.fold_in(down_key, i)
+            )
+        lowest = self.rbm(0)
+        return lowest.visible_mean(lowest.visible_input(below[0], h))
 
     def unrolled_mlp(self, params: Sequence[Params], num_outputs: int) -> tuple[MLP, Params]:
         """A sigmoid MLP with the stack's weights, and its parameters.

@@ -42,8 +42,10 @@ class LBFGSState(NamedTuple):
       y: gradient differences, likewise.
       rho: 1 / ⟨s, y⟩, [m]; 0 for a slot that is empty.
       stored: pairs stored since the history was last cleared, int32.
-      scale: the diagonal H₀ of `scaling="diagonal"`, shaped as the parameters; the factors of
-        `scaling="kronecker"`; otherwise ().
+      scale: the diagonal D, shaped as the parameters; the factors of `scaling="kronecker"`;
+        otherwise ().
+      votes: the moving average of +1 for a step that D foretold better than I and −1 for one that
+        it foretold worse; 1 for `scaling="diagonal"`.
       value: f after the last update, inf before the first; with `grad`, for
         `optax.value_and_grad_from_state`, which saves full-batch loops every second evaluation.
       grad: ∇f at that point.
@@ -56,6 +58,7 @@ class LBFGSState(NamedTuple):
     rho: jax.Array
     stored: jax.Array
     scale: PyTree
+    votes: jax.Array
     value: jax.Array
     grad: Params
     diagnostics: Diagnostics
@@ -66,7 +69,7 @@ def lbfgs(
     *,
     memory_size: int = 10,
     memory_dtype: Any = None,
-    scaling: str = "diagonal",
+    scaling: str = "auto",
     damping: float = 0.01,
     factors_every: int = 10,
     guard: str = "cautious",
@@ -90,9 +93,10 @@ def lbfgs(
       memory_size: m ≥ 0, how many pairs; 0 for steepest descent.
       memory_dtype: the type pairs are stored in; None for the parameters' own, at least float32.
       scaling: "diagonal" for a D updated by BFGS on the diagonal, for badly scaled parameters;
-        "scalar" for D = I, which needs one gradient's memory less; "none" for H₀ = I; "kronecker"
-        for Kronecker factors of the model (D = (F + λ)⁻¹), which needs `objective` and K-FAC's
-        memory, and on deep networks with large batches is worth it many times over.
+        "scalar" for D = I, which needs one gradient's memory less; "auto" for the first where D y
+        lies closer to s than y does for most new pairs, else the second; "none" for H₀ = I;
+        "kronecker" for Kronecker factors of the model (D = (F + λ)⁻¹), which needs `objective` and
+        K-FAC's memory, and on deep networks with large batches is worth it many times over.
       damping: λ > 0 of `scaling="kronecker"`, in units of the curvature of the mean loss.
       factors_every: steps from one refresh of those factors to the next, ≥ 1.
       guard: "cautious" leaves out pairs of negligible or negative curvature; "powell" corrects
@@ -137,8 +141,9 @@ def lbfgs(
         c2=c2,
         factors_every=factors_every,
     )
-    check.one_of("scaling", scaling, ["diagonal", "scalar", "none", "kronecker"])
+    check.one_of("scaling", scaling, ["auto", "diagonal", "scalar", "none", "kronecker"])
     check.in_range("damping", damping, 0.0, open_low=True)
+    diagonal = scaling in ("auto", "diagonal")
     factors = kronecker.preconditioner(every=factors_every) if scaling == "kronecker" else None
     check.one_of("guard", guard, ["cautious", "powell"])
     check.in_range("c1", c1, 0.0, c2, open_low=True, open_high=True)
@@ -148,7 +153,7 @@ def lbfgs(
             return jnp.full((*lead, *x.shape), fill, memory_dtype or tree.accumulator(x.dtype))
 
         scale: PyTree = ()
-        if scaling == "diagonal":
+        if diagonal:
             scale = jax.tree.map(lambda x: like(x, 1.0), params)
         elif factors is not None:
             scale = factors.init(params)
@@ -158,14 +163,16 @@ def lbfgs(
             "rho": jnp.zeros((memory_size,), scalar_dtype(params)),
             "stored": jnp.zeros((), jnp.int32),
             "scale": scale,
+            "votes": jnp.full((), float(scaling == "diagonal"), scalar_dtype(params)),
             "value": jnp.full((), jnp.inf, scalar_dtype(params)),
             "grad": jax.tree.map(jnp.zeros_like, params),
         }
 
     def direction(ctx: UpdateContext, state: LBFGSState) -> tuple[PyTree, jax.Array, PyTree]:
         scale, scaled = state.scale, lambda x: x
-        if scaling == "diagonal":
-            scaled = lambda x: jax.tree.map(lambda d, x: d.astype(x.dtype) * x, scale, x)  # noqa: E731
+        if diagonal:
+            d = tree.where(state.votes > 0.6, scale, jax.tree.map(jnp.ones_like, scale))
+            scaled = lambda x: _times(d, x)  # noqa: E731
         elif factors is not None:
             k, lam = state.diagnostics.iterations, jnp.asarray(damping, ctx.dtype)
             key = jax.random.fold_in(jax.random.key(0), k)
@@ -210,9 +217,11 @@ def lbfgs(
             change = tree.where(descends, _powell(step, change, bs), change)
         s, y, rho, stored = _remember(state, step, change, moved, cautious)
         failed = ctx.active & ~moved
-        scale = state.scale
-        if scaling == "diagonal":
-            scale = tree.where(stored > state.stored, _rescale(scale, step, change), scale)
+        scale, votes = state.scale, state.votes
+        if diagonal:
+            new = (_rescale(scale, step, change), 0.9 * votes + 0.1 * _vote(scale, step, change))
+            scale, voted = tree.where(stored > state.stored, new, (scale, votes))
+            votes = voted if scaling == "auto" else votes
             scale = tree.where(failed, jax.tree.map(jnp.ones_like, scale), scale)
         return {
             "s": s,
@@ -221,6 +230,7 @@ def lbfgs(
             "rho": jnp.where(failed, 0.0, rho),
             "stored": jnp.where(failed, 0, stored),
             "scale": scale,
+            "votes": votes,
             "value": jnp.where(ctx.finite, found.value, jnp.inf),
             "grad": tree.where(ctx.finite, found.grad, nothing),
         }
@@ -271,13 +281,23 @@ def _two_loop(
     return jax.lax.fori_loop(0, m, lambda j, r: oldest_first(j, r, alphas), q)
 
 
+def _times(scale: PyTree, x: PyTree) -> PyTree:
+    return jax.tree.map(lambda d, x: d.astype(x.dtype) * x, scale, x)
+
+
+def _vote(scale: PyTree, s: PyTree, y: PyTree) -> jax.Array:
+    """1 where D y is closer in direction to s than y is, −1 where it is farther off."""
+    dy = _times(scale, y)
+    return jnp.sign(tree.vdot(s, dy) * tree.norm(y) - tree.vdot(s, y) * tree.norm(dy))
+
+
 def _rescale(scale: PyTree, s: PyTree, y: PyTree) -> PyTree:
     """D after the pair (s, y): 1/D is the diagonal of the BFGS update of diag(φ/D), φ the fit."""
     sy = tree.vdot(s, y)
     b = jax.tree.map(lambda d: 1.0 / d, scale)
     bs = jax.tree.map(lambda b, s: b * s.astype(b.dtype), b, s)
     sbs = tree.vdot(s, bs)
-    fit = tree.vdot(y, jax.tree.map(lambda d, y: d * y.astype(d.dtype), scale, y)) / sy
+    fit = tree.vdot(y, _times(scale, y)) / sy
 
     def leaf(b: jax.Array, bs: jax.Array, y: jax.Array) -> jax.Array:
         f, yy = fit.astype(b.dtype), jnp.square(y.astype(b.dtype)) / sy.astype(b.dtype)

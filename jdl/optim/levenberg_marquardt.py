@@ -98,6 +98,7 @@ def levenberg_marquardt(
 
     References:
       Moré, The Levenberg-Marquardt algorithm: implementation and theory (1978): D, the region.
+      Nielsen, Damping parameter in Marquardt's method (1999): factors 2, 4, 8 … after failures.
       Nocedal & Wright, Numerical Optimization (2006), section 10.3.
     """
     check_options(
@@ -143,8 +144,8 @@ def levenberg_marquardt(
             state,
             model,
             use_radius=trust_region is not None,
-            increase=2.0,
-            decrease=0.1,
+            retry=_retry,
+            follow=_follow,
             max_evaluations=max_evaluations,
             gauss_newton_products=proposal.products,
         )
@@ -161,6 +162,20 @@ def levenberg_marquardt(
         accept=accept,
         damping=damping,
     )
+
+
+def _retry(tried: spectral.Tried, model: spectral.Model) -> jax.Array:
+    """2 λ, then 4, 8, 16 … times the last λ: close to where steps succeed, and soon far from 0."""
+    lam = tried.damping
+    factor = jnp.exp2(tried.tried.astype(lam.dtype))
+    least = jnp.maximum(model.floor, jnp.finfo(lam.dtype).eps * model.mean)
+    return jnp.maximum(factor * lam, least)
+
+
+def _follow(damping: jax.Array, ratio: jax.Array) -> jax.Array:
+    """λ falls after any fair prediction: in curved valleys few are good."""
+    factor = jnp.where(ratio > 0.25, 1 / 3, jnp.where(ratio > 0.1, 1.0, 2.0))
+    return jnp.minimum(factor.astype(damping.dtype) * damping, 1e10)
 
 
 class _Proposal(NamedTuple):

@@ -17,6 +17,7 @@ import optax
 from jdl.core.types import Params
 from jdl.optim import spectral
 from jdl.optim.context import UpdateContext, hessian_product
+from jdl.optim.damping import update_damping
 from jdl.optim.diagnostics import Diagnostics
 from jdl.optim.result import ResultCode
 from jdl.optim.transformation import ScalarOrSchedule, Step, check_options, second_order
@@ -130,8 +131,9 @@ def newton(
             state,
             model,
             use_radius=trust_region is not None,
-            increase=4.0,
-            decrease=0.25,
+            # A λ far too small is corrected in few tries.
+            retry=lambda t, model: jnp.maximum(4.0 * t.damping, 1e-3 * model.mean),
+            follow=functools.partial(update_damping, increase=4.0, decrease=0.25, minimum=0.0),
             max_evaluations=max_evaluations,
             hessian_products=model.size * ctx.curvature_share(),
         )

@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jdl.core import check, tree
 from jdl.core.types import Params, PyTree
 from jdl.optim.context import UpdateContext
-from jdl.optim.damping import reduction_ratio, trust_radius, update_damping
+from jdl.optim.damping import reduction_ratio, trust_radius
 from jdl.optim.transformation import Step, accepted
 
 
@@ -163,8 +163,8 @@ def accept(
     model: Model,
     *,
     use_radius: bool,
-    increase: float,
-    decrease: float,
+    retry: Callable[[Tried, Model], jax.Array],
+    follow: Callable[[jax.Array, jax.Array], jax.Array],
     max_evaluations: int,
     **report: Any,
 ) -> Step:
@@ -175,21 +175,19 @@ def accept(
       state: the optimizer's, with `learning_rate`, `damping` λ and `radius` Δ.
       model: of f.
       use_radius: whether Δ bounds the step, and λ follows from it.
-      increase: the factor on λ after a poor prediction.
-      decrease: that after a good one.
+      retry: λ of the next try, after one that failed.
+      follow: the next step's first λ, from that of a step taken and its ρ.
       max_evaluations: maximum number of tries.
       **report: further arguments of `diagnostics.advance`.
     """
     scale = state.learning_rate.astype(ctx.dtype)
-    end = _search(ctx, state, model, scale, use_radius, max_evaluations)
+    end = _search(ctx, state, model, scale, use_radius, retry, max_evaluations)
     damping, radius = state.damping, state.radius
     if use_radius:
         on_boundary = jnp.linalg.norm(end.step) >= 0.99 * end.radius
         radius = trust_radius(end.radius, end.ratio, on_boundary)
     else:
-        calm = update_damping(
-            end.damping, end.ratio, increase=increase, decrease=decrease, minimum=0.0
-        )
+        calm = follow(end.damping, end.ratio)
         damping = jnp.where(end.good, jnp.where(calm > model.floor, calm, 0.0), end.damping)
     usable = ctx.active & model.sound
     return Step(
@@ -212,12 +210,12 @@ def _search(
     model: Model,
     scale: jax.Array,
     use_radius: bool,
+    retry: Callable[[Tried, Model], jax.Array],
     max_evaluations: int,
 ) -> Tried:
     def body(t: Tried) -> Tried:
         again = t.tried > 0
-        # A λ far too small, or a Δ far too large, is corrected in few tries.
-        lam = jnp.where(again, jnp.maximum(4.0 * t.damping, 1e-3 * model.mean), t.damping)
+        lam = jnp.where(again, retry(t, model), t.damping)
         length = jnp.linalg.norm(t.step)
         smaller = jnp.where(again, 0.25 * jnp.minimum(t.radius, length), t.radius)
         if use_radius and model.damping_for is not None:

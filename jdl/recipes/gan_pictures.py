@@ -34,7 +34,8 @@ def samples_over_time(gan: GAN, workdir: Path) -> StatefulHook:
         def hook(row: Any) -> None:
             if is_due(row):
                 images = draw_from(gan, row.estimator, COLUMNS, seed=1)
-                tiles(images[None], workdir / "samples" / f"{row['step']:08d}.png")
+                path = workdir / "samples" / f"{row['step']:08d}.png"
+                tiles(images[None], path, f"samples of one noise after {row['step']:,} steps")
 
         for row in earlier:
             is_due(row)
@@ -46,18 +47,23 @@ def samples_over_time(gan: GAN, workdir: Path) -> StatefulHook:
 def draw_samples(gan: GAN, estimator: Estimator, data: Batches, workdir: Path) -> list[Path]:
     """Writes `samples.png`, `samples_over_time.png`, `walk.png` and `nearest.png`."""
     images = draw_from(gan, estimator, 10 * COLUMNS, seed=2)
-    written = [tiles(images.reshape(10, COLUMNS, *images.shape[1:]), workdir / "samples.png")]
+    shape = images.shape[1:]
+    title = "samples of the averaged generator"
+    written = [tiles(images.reshape(10, COLUMNS, *shape), workdir / "samples.png", title)]
     moments = sorted((workdir / "samples").glob("*.png"))
     if moments:
         written.append(_stack(moments, workdir / "samples_over_time.png"))
     z = walk(jax.random.key(3), 8, COLUMNS, gan.latent)
     between = _sample(gan, estimator, z.reshape(-1, gan.latent))
-    written.append(tiles(between.reshape(8, COLUMNS, *images.shape[1:]), workdir / "walk.png"))
+    title = "each row: the generator's images on the way from one noise to another"
+    written.append(tiles(between.reshape(8, COLUMNS, *shape), workdir / "walk.png", title))
     table = np.concatenate([np.asarray(b["image"])[kept(b)] for b in data.once()])
     table = table / np.float32(255) if table.dtype == np.uint8 else table
     some = images[:COLUMNS]
     found = nearest(some, table)
-    written.append(tiles(np.stack([some, table[found.place]]), workdir / "nearest.png"))
+    pairs, title = np.stack([some, table[found.place]]), "samples beside what they were trained on"
+    rows = ("sample", "nearest image")
+    written.append(tiles(pairs, workdir / "nearest.png", title, rows=rows))
     return written
 
 
@@ -71,20 +77,17 @@ def _sample(gan: GAN, estimator: Estimator, z: jax.Array) -> np.ndarray:
 
 
 def _stack(paths: list[Path], to: Path) -> Path:
-    """The pictures below each other, each with its step."""
-    from PIL import Image, ImageDraw
+    """The pictures below each other."""
+    from PIL import Image
 
     pictures = []
     for path in paths:
         with Image.open(path) as file:
-            pictures.append((path.stem, file.convert("RGB")))
-    margin = 60
-    widest = margin + max(p.width for _, p in pictures)
-    whole = Image.new("RGB", (widest, sum(p.height for _, p in pictures)), "white")
-    draw, y = ImageDraw.Draw(whole), 0
-    for name, picture in pictures:
-        draw.text((4, y + picture.height // 2 - 6), str(int(name)), fill="black")
-        whole.paste(picture, (margin, y))
+            pictures.append(file.convert("RGB"))
+    size = (max(p.width for p in pictures), sum(p.height for p in pictures))
+    whole, y = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        whole.paste(picture, (0, y))
         y += picture.height
     whole.save(to)
     return to

@@ -1,5 +1,6 @@
 """Pictures drawn at the end of a run: filters, reconstructions, Gibbs chains, codes."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,35 +18,57 @@ from jdl.train.estimator import Estimator
 LARGEST_SIDE = 2000  # pixels of a picture
 
 
-def tiles(images: ArrayLike | Sequence[ArrayLike], path: Path) -> Path:
-    """Writes images [R, K, H, W, C] in [0, 1] as one PNG of R rows and K columns.
+def tiles(
+    images: ArrayLike | Sequence[ArrayLike],
+    path: Path,
+    title: str,
+    *,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+) -> Path:
+    """Writes images [R, K, H, W, C] in [0, 1] as a PNG of R rows and K columns, with their names.
 
-    Small images are enlarged by a whole factor; a white line separates neighbours.
+    Small images are enlarged by a whole factor, to a side of 96 pixels or more where there is room.
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageFont
 
     images = np.asarray(images, np.float32)
-    rows, columns, height, width, channels = images.shape
-    by = max(1, min(64 // max(height, width), LARGEST_SIDE // max(rows * height, columns * width)))
-    images = images.repeat(by, axis=2).repeat(by, axis=3)
-    around = [(0, 0), (0, 0), (0, 2), (0, 2), (0, 0)]
-    images = np.pad(images, around, constant_values=1.0)
-    whole = images.transpose(0, 2, 1, 3, 4).reshape(rows * (height * by + 2), -1, channels)
-    pixels = np.rint(np.clip(np.nan_to_num(whole), 0, 1) * 255).astype(np.uint8)
+    down, across, height, width, channels = images.shape
+    room = LARGEST_SIDE // max(down * height, across * width)
+    by = max(1, min(-(-96 // max(height, width)), room))
+    pixels = np.rint(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
+    pixels = np.broadcast_to(pixels, (*images.shape[:4], 3)) if channels == 1 else pixels
+    pixels = pixels.repeat(by, axis=2).repeat(by, axis=3)
+    font = ImageFont.load_default(15)
+    left = max((math.ceil(font.getlength(name)) + 12 for name in rows), default=0)
+    top, cell = 28 + 20 * bool(columns), np.array([height * by + 2, width * by + 2])
+    widest = max(left + across * cell[1], math.ceil(font.getlength(title)) + 12)
+    sheet = Image.new("RGB", (int(widest), int(top + down * cell[0])), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((4, 14), title, fill="black", anchor="lm", font=font)
+    for i, name in enumerate(rows):
+        pen.text((4, top + (i + 0.5) * cell[0]), name, fill="black", anchor="lm", font=font)
+    for j, name in enumerate(columns):
+        at = (left + (j + 0.5) * cell[1], top - 10)
+        pen.text(at, name, fill="black", anchor="mm", font=font)
+    for i, j in np.ndindex(down, across):
+        place = (int(left + j * cell[1]), int(top + i * cell[0]))
+        sheet.paste(Image.fromarray(pixels[i, j]), place)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(path)
+    sheet.save(path)
     return path
 
 
 def filters(kernel: ArrayLike, shape: tuple[int, ...], path: Path) -> Path:
-    """Draws the weights [V, H] of the 100 units of largest norm as images; gray is zero."""
+    """Draws the weights [V, H] of the 100 units of largest norm as images."""
     kernel = np.asarray(kernel, np.float32)
     kernel = kernel[:, np.argsort(-np.linalg.norm(kernel, axis=0))[:100]]
     scale = np.abs(kernel).max(axis=0) + 1e-12
     images = (0.5 + 0.5 * kernel / scale).T.reshape(-1, *shape)
     columns = min(10, len(images))
     images = images[: len(images) // columns * columns]
-    return tiles(images.reshape(-1, columns, *shape), path)
+    title = f"weights of the {len(images)} units of largest norm, each to its own scale: gray is 0"
+    return tiles(images.reshape(-1, columns, *shape), path, title)
 
 
 def some_images(data: Batches, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,13 +99,26 @@ def of_rbm(rbm: RBM, params: Params, data: Batches, workdir: Path) -> list[Path]
     v = rbm.joined(x)
     rows = [x, np.asarray(rbm.mean_field(params, v, 1)).reshape(x.shape)]
     chains = [x]
-    for i, steps in enumerate((1, 10, 100, 300, 1000)):
-        v = rbm.sample(params, jax.random.fold_in(jax.random.key(0), i), v, steps)
+    counts = (1, 10, 100, 300, 1000)
+    for before, steps in zip((0, *counts), counts, strict=False):
+        key = jax.random.fold_in(jax.random.key(0), steps)
+        v = rbm.sample(params, key, v, steps - before)
         chains.append(np.asarray(rbm.mean_field(params, v, 1)).reshape(x.shape))
+    after = ["image", *(f"{steps:,} step{'s' * (steps > 1)}" for steps in counts)]
     return [
         filters(params["kernel"], x.shape[1:], workdir / "filters.png"),
-        tiles(rows, workdir / "reconstructions.png"),
-        tiles(chains, workdir / "chains.png"),
+        tiles(
+            rows,
+            workdir / "reconstructions.png",
+            "held-out images, and their means after one step to the hidden units and back",
+            rows=("image", "reconstruction"),
+        ),
+        tiles(
+            chains,
+            workdir / "chains.png",
+            "Gibbs chains that start from held-out images: means after some steps",
+            rows=after,
+        ),
     ]
 
 
@@ -93,9 +129,13 @@ def reconstructions(estimator: Estimator, data: Batches, workdir: Path) -> Path:
         estimator.evaluation_params, estimator.model_state, jnp.asarray(x)
     )
     found = as_reconstruction(outputs)
-    corrupted = [] if found.corrupted is None else [found.corrupted]
-    rows = [x, *corrupted, jax.nn.sigmoid(found.outputs)]
-    return tiles([np.asarray(row) for row in rows], workdir / "reconstructions.png")
+    shown = {"image": x, "corrupted": found.corrupted, "output": jax.nn.sigmoid(found.outputs)}
+    shown = {name: np.asarray(row) for name, row in shown.items() if row is not None}
+    path, title = (
+        workdir / "reconstructions.png",
+        "held-out images, and what the network makes of them",
+    )
+    return tiles(list(shown.values()), path, title, rows=list(shown))
 
 
 def codes(encode: Callable[[np.ndarray], ArrayLike], data: Batches, path: Path) -> Path:

@@ -151,22 +151,33 @@ def _dbn(image_shape: Shape, num_classes: int) -> MLP:
 
 def _pretrained(net: MLP, data: Batches, workdir: Path, seed: int) -> Model:
     """The network, starting from a deep belief network trained layer by layer."""
-    dbn, steps = DBN(widths=net.widths, k=5), 3000
-    print(f"pretraining: {len(net.widths)} layers, {steps} steps each", flush=True)
+    dbn = DBN(widths=net.widths, num_classes=net.num_outputs, samples=True, k=5)
+    steps = [3000] * (len(net.widths) - 1) + [6000]
+    print(f"pretraining: {len(steps)} layers, {', '.join(map(str, steps))} steps", flush=True)
     params = boltzmann.pretrain(
         dbn,
         data,
         steps=steps,
         optimizer=lambda i: boltzmann.momentum_switch(0.3, after=500),
+        cost=1e-4,
         seed=seed,
         workdir=workdir / "pretraining",
         log_every=100,
     )
-    x, _ = pictures.some_images(data, 48)
-    dreams = dbn.generate(params, jax.random.key(seed), 48, steps=300, start=jnp.asarray(x))
-    picture = pictures.tiles(dreams.reshape(4, 12, *x.shape[1:]), workdir / "dreams.png")
-    print(f"picture: {picture}")
+    print(f"picture: {_dreams(dbn, params, data, workdir / 'dreams.png', seed)}")
     return starting_at(net, dbn.unrolled_mlp(params, net.num_outputs)[1])
+
+
+def _dreams(dbn: DBN, params: Any, data: Batches, path: Path, seed: int) -> Path:
+    """Draws samples of each of the first 12 classes."""
+    x, _ = pictures.some_images(data, 1)
+    names = [str(name) for name in (data.classes or range(dbn.num_classes))][:12]
+    label = jnp.repeat(jnp.arange(len(names)), 12)
+    dreams = dbn.generate(
+        params, jax.random.key(seed), label.size, label=label, temperature=0.75, guidance=4.0
+    )
+    title = "samples of each class: 1,000 steps in the top machine, T = 0.75, labels count fourfold"
+    return pictures.tiles(dreams.reshape(-1, 12, *x.shape[1:]), path, title, rows=names)
 
 
 def _dbn_pictures(run: Finished) -> list[Path]:

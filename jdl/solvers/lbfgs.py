@@ -24,8 +24,8 @@ class LBFGS(Stepping):
       bounds: (lower, upper): numbers, or pytrees of arrays like the parameters; ±inf for none.
       history_size: how many pairs of steps and gradient differences to keep; 0 for steepest
         descent.
-      use_gamma: True for H₀ = γ I, γ = ⟨s, y⟩ / ⟨y, y⟩; False for H₀ = I; None for a diagonal H₀,
-        or γ I for steps of given length or within bounds.
+      use_gamma: True for H₀ = γ I, γ = ⟨s, y⟩ / ⟨y, y⟩; False for H₀ = I; None for a diagonal H₀
+        where it fits better than γ I, or γ I for steps of given length or within bounds.
       **options: see `jdl.solvers.steps.Steps` and `jdl.solvers.options.SolverOptions`; with bounds
         each line search is one of backtracking along the projection.
 
@@ -76,7 +76,7 @@ class LBFGS(Stepping):
                 **common,
             )
             return
-        scaling = {None: "scalar" if steps.given or self.unrolled else "diagonal", True: "scalar"}
+        scaling = {None: "scalar" if steps.given or self.unrolled else "auto", True: "scalar"}
         self.optimizer = lbfgs(
             steps.first,
             scaling=scaling.get(use_gamma, "none"),

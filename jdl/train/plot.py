@@ -47,6 +47,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def _panel(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
+    from matplotlib import ticker
+
     colors = {"train": "#0072B2", "test": "#D55E00"}
     for split in dict.fromkeys(row["split"] for row in rows):
         points = [
@@ -62,6 +64,9 @@ def _panel(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
         axes.plot(steps, values, "o" if few else "-", color=color, label=split, linewidth=1.4)
     if "loss" in name and all(row[name] > 0 for row in rows if _is_finite(row.get(name))):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xlabel("step")
     axes.set_title(name, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)

@@ -95,19 +95,53 @@ def test_a_layer_trains_on_the_features_of_those_below_and_leaves_them():
     assert alone.init(KEY, x)[0]["kernel"].shape == (9, 5)
 
 
-def test_generation_has_the_exact_distribution_of_a_single_machine():
+@pytest.mark.parametrize(("temperature", "guidance"), [(1.0, 1.0), (0.5, 1.0), (1.0, 3.0)])
+def test_generation_has_the_exact_distribution_of_a_single_machine(temperature, guidance):
     dbn = DBN(widths=(2,), num_classes=2)
     params = random_stack(dbn, (4,))  # two pixels, two label units
     p = params[0]
     label = jnp.zeros(4000, int)
-    found = dbn.generate(params, KEY, 4000, steps=40, label=label).mean(0)
+    how = {"temperature": temperature, "guidance": guidance}
+    found = dbn.generate(params, KEY, 4000, steps=40, label=label, **how).mean(0)
     w, b, c = (np.asarray(p[n], np.float64) for n in ("kernel", "visible_bias", "hidden_bias"))
     weights, total = np.zeros(2), 0.0
     for x in itertools.product((0, 1), repeat=2):
         v = np.array([*x, 1, 0])
-        chance = np.exp(b @ v) * np.prod(1 + np.exp(c + v @ w))
+        inputs = (c + (v * [1, 1, guidance, guidance]) @ w) / temperature
+        chance = np.exp(b @ v / temperature) * np.prod(1 + np.exp(inputs))
         weights, total = weights + chance * np.array(x), total + chance
     np.testing.assert_allclose(found, weights / total, atol=0.03)
+
+
+def test_generation_has_the_exact_distribution_of_a_stack():
+    """Means taken on the way down, in place of samples, would be the means of no model."""
+    dbn = DBN(widths=(3, 2))
+    params = random_stack(dbn, (4, 3))
+    low, top = (jax.tree.map(lambda x: 2 * np.asarray(x, np.float64), p) for p in params)
+    doubled = [jax.tree.map(lambda x: 2 * x, p) for p in params]
+    found = dbn.generate(doubled, KEY, 20000, steps=60).mean(0)
+    expected, total = np.zeros(4), 0.0
+    for h in itertools.product((0, 1), repeat=3):
+        h = np.array(h)
+        chance = np.exp(top["visible_bias"] @ h)
+        chance *= np.prod(1 + np.exp(top["hidden_bias"] + h @ top["kernel"]))
+        expected += chance * sigmoid(low["visible_bias"] + low["kernel"] @ h)
+        total += chance
+    np.testing.assert_allclose(found, expected / total, atol=0.015)
+
+
+def test_machines_of_a_generative_stack_learn_samples_of_the_features_below():
+    """Their mean, the feature itself, is what other stacks learn."""
+    x = jax.random.uniform(KEY, (6, 3, 3))
+    below = random_stack(DBN(widths=(5, 4)), (9, 5))
+    apply = DBN(widths=(5, 4), samples=True).layer(1, below[:1]).apply
+    state = {"own": {}, "below": below[:1]}
+    linear = below[1] | {"kernel": 0 * below[1]["kernel"]}  # whose energy is linear in the features
+    energy = jax.vmap(lambda key: apply(linear, state, x, key=key, train=True)[0].positive)
+    drawn = energy(jax.random.split(KEY, 4000))
+    mean = apply(linear, state, x)[0].positive
+    assert np.all(np.asarray(drawn.std(0)) > 0.1)
+    np.testing.assert_allclose(drawn.mean(0), mean, atol=0.06)
 
 
 def test_wake_and_sleep_losses_are_those_of_a_naive_pass():
@@ -242,5 +276,10 @@ def test_mistakes_are_reported():
         dbn.generate(params, KEY, 2, label=jnp.zeros(2, int))
     with pytest.raises(check.ArgumentError, match="binary"):
         up_down(DBN(widths=(5,), visible="gaussian"), params[:1])
+    for wrong in ({"temperature": 0.0}, {"guidance": -1.0}):
+        with pytest.raises(check.ArgumentError, match=next(iter(wrong))):
+            dbn.generate(params, KEY, 2, **wrong)
+    with pytest.raises(check.ArgumentError, match="temperature"):
+        DBN(widths=(5,), visible="gaussian").generate(params[:1], KEY, 2, temperature=0.5)
     with pytest.raises(check.ArgumentError, match="layer"):
         slower_layers({"Dense_9": 0.1}).init({"Dense_0": 1.0})

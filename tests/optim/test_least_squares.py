@@ -130,6 +130,25 @@ def test_levenberg_marquardt_ends_where_minpack_does(trust_region):
         np.testing.assert_allclose(x, found.x, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["rosenbrock", "lanczos"])
+def test_levenberg_marquardt_gets_through_curved_valleys(name):
+    """Whose damping must be small, but not too small, all along; both minima are 0."""
+    with jax.enable_x64(True):
+        t = 0.05 * jnp.arange(24.0)
+        sums = lambda p: jnp.exp(-jnp.outer(t, p[3:])) @ p[:3]  # noqa: E731
+        y = sums(jnp.array([0.0951, 0.8607, 1.5576, 1.0, 3.0, 5.0]))
+        residuals, start, steps = {
+            "rosenbrock": (
+                lambda x: jnp.stack([100.0 * (x[1] - x[0] ** 2), 1.0 - x[0]]),
+                jnp.array([-1.2, 1.0]),
+                80,
+            ),
+            "lanczos": (lambda p: sums(p) - y, jnp.array([1.2, 5.6, 6.5, 0.3, 5.5, 7.6]), 140),
+        }[name]
+        value = run(levenberg_marquardt(), residuals, start, steps=steps)[2]
+        assert value < 1e-18
+
+
 def test_residuals_in_a_region_without_values_end_in_words():
     def residuals(x):
         return jnp.log(x)  # NaN below zero
