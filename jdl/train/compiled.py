@@ -1,4 +1,4 @@
-"""The step, compiled before the loop, once for each shape of batch."""
+"""The step, compiled before the loop, once for each shape of batch, alone or several at once."""
 
 import logging
 import time
@@ -7,16 +7,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 
 from jdl.core import check
 from jdl.core.objective import batch_size
 from jdl.core.types import Batch
+from jdl.train import dispatch
+from jdl.train.dispatch import Stack, one_of, shapes_of
 from jdl.train.parallel import Placement
 from jdl.train.step import Logs, TrainState
 
 logger = logging.getLogger("jdl.train")
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Logs]]
+Step = Callable[[TrainState, Any], tuple[TrainState, Logs]]  # of a batch, or a stack of them
 
 
 class CompiledSteps:
@@ -42,30 +45,38 @@ class CompiledSteps:
         self._plan: Any = None  # XLA's memory analysis of the last step asked for
         self.seconds = 0.0
 
-    def for_batch(self, state: TrainState, batch: Batch) -> Step:
+    def choose_length(self, state: TrainState, batch: Batch, most: int) -> int:
+        """The steps in one dispatch, see `dispatch.chosen_length`; 1 but on one CPU."""
+        no_keys = all(isinstance(x.dtype, np.dtype) for x in jax.tree.leaves(batch))
+        if most == 1 or not no_keys or not self._placement.is_host:
+            return 1
+        return dispatch.chosen_length(self._placement.lower_step(self._train, state, batch), most)
+
+    def for_batch(self, state: TrainState, batch: Batch | Stack) -> Step:
         """The step for batches of this shape; it reuses the memory of the state it takes.
 
-        For a batch of another size, and all else the same, it is compiled once more.
+        For a batch, or stack, of another size, and all else the same, it is compiled once more.
         """
-        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
-        signature = str(shapes)
+        signature = _signature(batch)
         if signature not in self._steps:
             start = time.perf_counter()
-            lowered = self._placement.lower_step(self._train, state, batch)
-            _refuse_changed_types(state, lowered.out_info[0])
+            train = dispatch.repeated(self._train) if isinstance(batch, Stack) else self._train
+            lowered = self._placement.lower_step(train, state, *_args(batch))
+            dispatch.refuse_changed_types(state, lowered.out_info[0])
             compiled = lowered.compile()
-            self._steps[signature] = self._any_size(compiled, shapes), compiled.memory_analysis()
+            step = self._any_size(compiled, shapes_of(batch))
+            self._steps[signature] = step, compiled.memory_analysis()
             self.seconds += time.perf_counter() - start
         step, self._plan = self._steps[signature]
         return step
 
     def _any_size(self, compiled: Any, shapes: Any) -> Step:
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
+        def step(state: TrainState, batch: Batch | Stack) -> tuple[TrainState, Logs]:
             try:
-                stepped: tuple[TrainState, Logs] = compiled(state, batch)
+                stepped: tuple[TrainState, Logs] = compiled(state, *_args(batch))
                 return stepped
             except TypeError as error:
-                found = jax.tree.map(lambda x: (x.shape, str(x.dtype)), dict(batch))
+                found = shapes_of(batch)
                 if found == shapes:
                     raise
                 if _of_an_example(found) != _of_an_example(shapes):
@@ -73,8 +84,8 @@ class CompiledSteps:
                         f"A batch differs from the first one: it has {found}, the first had "
                         f"{shapes}. Only the number of examples may change."
                     ) from error
-            if str(found) not in self._steps:
-                size = batch_size(batch, self._placement.inputs)
+            if _signature(batch) not in self._steps:
+                size = batch_size(one_of(batch), self._placement.inputs)
                 logger.warning("a batch of %d examples: one more compilation of the step", size)
             plan = self._plan
             with self._off_clock():
@@ -108,17 +119,9 @@ def _of_an_example(shapes: Any) -> Any:
     return jax.tree.map(lambda x: (x[0][1:], x[1]), shapes, is_leaf=is_leaf)
 
 
-def _refuse_changed_types(before: Any, after: Any) -> None:
-    """Raises where the step changes types: the next one would recompile or fail."""
+def _args(batch: Batch | Stack) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, Stack) else (batch,)
 
-    def types(tree: Any) -> dict[str, str]:
-        leaves = jax.tree.leaves_with_path(tree)
-        return {jax.tree_util.keystr(p): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
 
-    old, new = types(before), types(after)
-    changed = [f"{p}: {old.get(p)} -> {new.get(p)}" for p in old | new if old.get(p) != new.get(p)]
-    if changed:
-        raise check.TrainingError(
-            f"The step changes the types of its state, first {changed[0]}. "
-            "Change the optimizer or the model so that they stay the same."
-        )
+def _signature(batch: Batch | Stack) -> str:
+    return str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), _args(batch)))

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
+import numpy as np
 
 from jdl.train.clock import Clock
 from jdl.train.step import Logs, as_floats
@@ -25,8 +25,9 @@ class Finished(NamedTuple):
 
 
 class _Dispatched(NamedTuple):
-    step: int
-    logs: Logs
+    step: int  # steps done, the last of these included
+    number: int
+    logs: Logs  # scalars of one step, or [length] of several
     at: float  # perf_counter's time
 
 
@@ -34,6 +35,7 @@ class DeferredMetrics:
     """Waits for each step only after the next has been dispatched, so the device never idles.
 
     Several steps shorter than a millisecond are in flight at a time: waiting costs as much as one.
+    Of several steps in one dispatch the last one's metrics are logged.
 
     Args:
       clock: stopped while `on_log` runs.
@@ -44,19 +46,20 @@ class DeferredMetrics:
     def __init__(self, clock: Clock, every: int, on_log: Callable[[Finished], None]):
         self._clock, self._every, self._on_log = clock, every, on_log
         self._in_flight: deque[_Dispatched] = deque()
-        self._arrived: tuple[int, Logs, float] | None = None  # not logged yet
-        self._losses: list[tuple[int, jax.Array]] = []  # of the steps since the last row
+        self._arrived: tuple[_Dispatched, float] | None = None  # not logged yet
+        self._since: list[_Dispatched] = []  # since the last row
 
-    def push(self, step: int, logs: Logs) -> None:
-        """Takes the metrics of the step just dispatched."""
-        self._in_flight.append(_Dispatched(step, logs, time.perf_counter()))
+    def push(self, step: int, logs: Logs, number: int = 1) -> None:
+        """Takes the metrics of the `number` steps just dispatched, the last of them `step`."""
+        self._in_flight.append(_Dispatched(step, number, logs, time.perf_counter()))
 
     def wait_for_earlier_steps(self) -> None:
-        """Waits for all steps but the one dispatched last."""
+        """Waits for all steps but those dispatched last."""
         now = time.perf_counter()
         while len(self._in_flight) > 1:
             oldest = self._in_flight[0]
-            if now - oldest.at < PILE_SECONDS and len(self._in_flight) <= PILE_STEPS:
+            steps = sum(dispatched.number for dispatched in self._in_flight)
+            if now - oldest.at < PILE_SECONDS and steps <= PILE_STEPS:
                 break
             self._wait_for_oldest()
 
@@ -71,24 +74,25 @@ class DeferredMetrics:
         self._log_arrived()
 
     def _wait_for_oldest(self) -> None:
-        step, logs, _ = self._in_flight.popleft()
-        logs["loss"].block_until_ready()
-        self._arrived = (step, logs, self._clock.seconds)
-        self._losses.append((step, logs["loss"]))
-        if step % self._every == 0:
+        oldest = self._in_flight.popleft()
+        oldest.logs["loss"].block_until_ready()
+        self._arrived = (oldest, self._clock.seconds)
+        self._since.append(oldest)
+        if oldest.step % self._every == 0:
             self._log_arrived()
 
     def _log_arrived(self) -> None:
         if self._arrived is None:
             return
-        step, logs, seconds = self._arrived
+        last, seconds = self._arrived
         self._arrived = None
         self._clock.stop()
-        losses, self._losses = self._losses, []
-        values = as_floats(logs)
+        since, self._since = self._since, []
+        values = as_floats(last.logs, last.number)
         nonfinite = None
         if not math.isfinite(values["loss"]):
-            each = ((at, float(loss)) for at, loss in losses)
+            losses = [x for d in since for x in np.ravel(d.logs["loss"])[: d.number].tolist()]
+            each = enumerate(losses, last.step - len(losses) + 1)
             nonfinite = next((at, loss) for at, loss in each if not math.isfinite(loss))
-        self._on_log(Finished(step, seconds, values, nonfinite))
+        self._on_log(Finished(last.step, seconds, values, nonfinite))
         self._clock.start()

@@ -3,6 +3,7 @@
 import itertools
 import operator
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from jdl.core import check
 from jdl.core.objective import batch_size
 from jdl.core.types import Batch
 from jdl.train import positions
+from jdl.train.dispatch import Stack, stacked
 from jdl.train.parallel import Placement
 from jdl.train.signals import Stopped
 
@@ -44,7 +46,8 @@ class Feed:
         self._iterator: Iterator[Batch] = iter(data)
         self._is_jdl = is_dataset(data) and hasattr(data, "plan")  # its states are JSON already
         self._placement = placement
-        self._ahead: tuple[Batch, Any] | None = None
+        self._ahead: deque[tuple[Batch, Any]] = deque()  # batches read, and positions after them
+        self._placed: tuple[int, int, Batch | Stack] | None = None  # of `most` and `length`
         self.wait_seconds = 0.0
         self.ended = self.checked = False
         if position is not None and self.resumable:
@@ -67,30 +70,57 @@ class Feed:
         state = self._iterator.get_state()  # type: ignore[attr-defined]
         return state if self._is_jdl else positions.to_json(state)
 
-    def prefetch(self) -> Batch | None:
-        """Starts to transfer the next batch, and returns it; None at the end."""
-        if self._ahead is None:
+    def prefetch(self, most: int = 1, length: int = 1) -> Any:
+        """Starts to transfer the next batch, or a stack of several; None at the end.
+
+        Args:
+          most: how many batches at most; fewer where the data ends or their shape changes.
+          length: of the `Stack` that holds them; 1 for a batch as it is.
+        """
+        if self._placed is None or self._placed[:2] != (most, length):
             start = time.perf_counter()
-            try:
+            self._read(most)
+            if not self._ahead:
+                self.ended = True
+                return None
+            put, batches = self._placement.put_step_batch, [batch for batch, _ in self._ahead]
+            found = stacked(batches[:most], length, put) if length > 1 else put(batches[0])
+            self._placed = most, length, found
+            self.wait_seconds += time.perf_counter() - start
+        return self._placed[2]
+
+    def _read(self, number: int) -> None:
+        try:
+            while len(self._ahead) < number:
+                if self._ahead and not self._is_jdl:  # the iterator may reuse the arrays
+                    last, position = self._ahead.pop()
+                    self._ahead.append((jax.tree.map(np.array, last), position))
                 batch = next(self._iterator, None)
                 if batch is None:
-                    self.ended = True
-                    return None
+                    break
                 arrays, _ = entries(batch, self._placement.inputs)
-                self._ahead = (self._placement.put_step_batch(arrays), self._state())
-            except (KeyboardInterrupt, Stopped):
-                if self.resumable:  # the batch being made is not lost
-                    positions.restore(self._iterator, self.position)
-                raise
-            self.wait_seconds += time.perf_counter() - start
-        return self._ahead[0]
+                self._ahead.append((arrays, self._state()))
+        except (KeyboardInterrupt, Stopped):
+            if self.resumable:  # the batch being made is not lost
+                last = self._ahead[-1][1] if self._ahead else self.position
+                positions.restore(self._iterator, last)
+            raise
+
+    def advance(self) -> list[Any]:
+        """Moves behind what `prefetch` returned last; returns the position before each batch."""
+        assert self._placed is not None
+        batch, before = self._placed[2], []
+        for _ in range(batch.number if isinstance(batch, Stack) else 1):
+            before.append(self.position)
+            self.position = self._ahead.popleft()[1]
+        self._placed = None
+        return before
 
     def take(self) -> Batch | None:
         """The next batch, on the device; None at the end."""
         batch = self.prefetch()
-        if self._ahead is not None:
-            self.position = self._ahead[1]
-            self._ahead = None
+        if batch is not None:
+            self.advance()
         return batch
 
 
@@ -236,10 +266,9 @@ def _endless(batches: Any) -> bool:
 
 def once(data: Data, placement: Placement) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """The batches of one pass, on the devices, each with its entries of text."""
-    put = dict if placement.is_host else placement.put_batch
     for batch in one_pass(opened(data)):
         arrays, texts = entries(batch, placement.inputs)
-        yield put(arrays), texts
+        yield placement.put_step_batch(arrays), texts
 
 
 def steps_per_epoch(data: Data, argument: str = "epochs", wanted: str = "left out") -> int:

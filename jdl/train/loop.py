@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jdl.core import check
 from jdl.core.types import Batch, Mode
@@ -86,7 +87,7 @@ class Call(NamedTuple):
       last_step: the number of the last step; None to continue to the end of the data.
       deadline: when to end, in seconds of the training clock; None for no such time.
       validation: data to evaluate on in between; None for none.
-      validate_every: steps between two validations.
+      validate_every: steps between two validations; None for none.
     """
 
     data: Data
@@ -94,7 +95,7 @@ class Call(NamedTuple):
     last_step: int | None
     deadline: float | None
     validation: Data | None
-    validate_every: int
+    validate_every: int | None
 
 
 class TrainLoop:
@@ -107,7 +108,7 @@ class TrainLoop:
       evaluate: `evaluate(data) -> values`, for validation.
       report: takes each row of the log.
       refuse: `refuse(state, batch)` raises for the first batch of data, if it must.
-      log_every, save_every, on_nonfinite: as for `jdl.Estimator`.
+      log_every, save_every, on_nonfinite, steps_per_dispatch: as for `jdl.Estimator`.
     """
 
     def __init__(
@@ -121,11 +122,12 @@ class TrainLoop:
         log_every: int,
         save_every: int | None,
         on_nonfinite: str,
+        steps_per_dispatch: int | None,
     ):
         self._run, self._steps, self._profile = run, steps, profile
         self._evaluate, self._report, self._refuse = evaluate, report, refuse
         self._log_every, self._save_every = log_every, save_every
-        self._on_nonfinite = on_nonfinite
+        self._on_nonfinite, self._steps_per_dispatch = on_nonfinite, steps_per_dispatch
 
     def train(
         self,
@@ -157,13 +159,33 @@ class TrainLoop:
         if validation is not None and validate_every is None:
             validate_every = steps_per_epoch(data, "validate_every", "given")
         deadline = None if limits.seconds is None else run.clock.seconds + limits.seconds
-        call = Call(data, limits, last_step, deadline, validation, validate_every or 1)
-        step = self._steps.for_batch(run.current(), batch)
+        call = Call(data, limits, last_step, deadline, validation, validate_every)
+        run.steps_per_dispatch = self._length(batch)
+        step = self._steps.for_batch(run.current(), self._next(call, feed))
         try:
             self._run_and_roll_back(call, step, feed)
         except StopTraining as stop:
             logger.info("training ended at step %d: %s", run.step, stop)
         return True
+
+    def _length(self, batch: Batch) -> int:
+        """The most steps in one dispatch: as asked for, as before, or chosen."""
+        run, steps, asked = self._run, self._steps, self._steps_per_dispatch
+        if isinstance(run.placement.batch, NamedSharding):
+            must = "1 or None on several devices and with pmap"
+            check.argument(asked in (None, 1), "steps_per_dispatch", must, asked)
+            return 1
+        most = min(self._log_every, self._save_every or self._log_every)
+        return asked or run.steps_per_dispatch or steps.choose_length(run.current(), batch, most)
+
+    def _next(self, call: Call, feed: Feed) -> Any:
+        """The batch or stack of the next dispatch, which ends where something is due, or None."""
+        step, length = self._run.step, self._run.steps_per_dispatch or 1
+        due = [n - step % n for n in (self._log_every, self._save_every, call.validate_every) if n]
+        if call.last_step is not None:
+            due.append(call.last_step - step)
+        with self._run.signals.window("data"):
+            return feed.prefetch(min(length, *due, *self._profile.due(step)), length)
 
     def _run_and_roll_back(self, call: Call, step: Step, feed: Feed) -> None:
         """Runs the steps; after one that is not finite, again from the last checkpoint."""
@@ -198,29 +220,26 @@ class TrainLoop:
     def _loop(self, call: Call, step: Step, feed: Feed, metrics: DeferredMetrics) -> None:
         """Nothing in it waits for the step just dispatched."""
         run, profile, signals = self._run, self._profile, self._run.signals
-        waiting_for_data = signals.window("data")
         deadline = None if call.deadline is None else _Deadline(run.clock, call.deadline)
         while call.last_step is None or run.step < call.last_step:
             signals.check()
-            run.trail.append((run.step, feed.position))
-            with waiting_for_data:
-                batch = feed.prefetch()
-            if batch is None:
+            batches = self._next(call, feed)
+            if batches is None:
                 break
             profile.before(run.step + 1)
-            run.state, logs = step(run.take(), batch)
-            run.step += 1
-            feed.take()
+            run.state, logs = step(run.take(), batches)
+            positions = feed.advance()
+            run.trail.extend(enumerate(positions, run.step))
+            run.step += len(positions)
             run.position = feed.position
-            metrics.push(run.step, logs)
+            metrics.push(run.step, logs, len(positions))
             if run.step != call.last_step:
-                with waiting_for_data:
-                    feed.prefetch()  # the next batch travels while the device computes
+                self._next(call, feed)  # travels while the device computes
             metrics.wait_for_earlier_steps()
             if profile.ends(run.step):
                 metrics.flush()
                 profile.stop()
-            if call.validation is not None and run.step % call.validate_every == 0:
+            if call.validation is not None and run.step % (call.validate_every or 1) == 0:
                 metrics.flush()
                 with run.off_clock():
                     self._validate(call.validation)

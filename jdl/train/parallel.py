@@ -97,9 +97,9 @@ class Placement(NamedTuple):
             dict(batch),
         )
 
-    def put_step_batch(self, batch: Batch) -> dict[str, Any]:
-        """The same for a training step, which takes host arrays where the device is the host."""
-        return dict(batch) if self.is_host else self.put_batch(batch)
+    def put_step_batch(self, batch: Batch) -> Batch:
+        """The same where the device is not the host, whose programs take host arrays."""
+        return batch if self.is_host else self.put_batch(batch)
 
     def _check_divides(self, batch: Batch) -> None:
         size = batch_size(batch, self.inputs)
@@ -140,8 +140,8 @@ class Placement(NamedTuple):
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
-    def lower_step(self, train: Callable[..., Any], state: PyTree, batch: Batch) -> Any:
-        """The step `(state, batch) -> (state, logs)`, lowered; it reuses the state's memory."""
+    def lower_step(self, train: Callable[..., Any], state: PyTree, *args: Any) -> Any:
+        """The step `(state, *args) -> (state, logs)`, lowered; it reuses the state's memory."""
         if self.axis_name is not None:
             assert isinstance(self.state, NamedSharding)
             train = jax.shard_map(
@@ -154,10 +154,10 @@ class Placement(NamedTuple):
         shardings = self.shardings(state)
         return jax.jit(
             train,
-            in_shardings=(shardings, self.batch),
+            in_shardings=(shardings, self.batch, self.state)[: 1 + len(args)],
             out_shardings=(shardings, self.state),
             donate_argnums=0,
-        ).lower(state, batch)
+        ).lower(state, *args)
 
 
 def placement(

@@ -34,6 +34,11 @@ class Profile:
             jax.profiler.start_trace(str(self._workdir / "profile"))
             self._tracing = True
 
+    def due(self, step: int) -> list[int]:
+        """How many steps after this one the trace begins and ends, where it has yet to."""
+        first, last = self._span or (0, 0)
+        return [at - step for at in (first - 1, last) if at > step]
+
     def ends(self, step: int) -> bool:
         """Whether this is the last step of a trace that has begun."""
         return self._tracing and self._span is not None and step >= self._span[1]

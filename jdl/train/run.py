@@ -50,6 +50,7 @@ class Run:
       clock: the training clock.
       position: where in the data the next step begins.
       trail: (step, position) of recent steps.
+      steps_per_dispatch: the length of the stacks of batches; None before it is known.
       classes: those of the training data, where it has any.
       restores: how often a checkpoint has been restored.
       init_seconds: time spent on the initial state.
@@ -76,6 +77,7 @@ class Run:
         self.position: Any = None
         self._resumed = False  # whether the position comes from a checkpoint
         self.trail: deque[tuple[int, Any]] = deque(maxlen=256)
+        self.steps_per_dispatch: int | None = None
         self.classes: tuple[str, ...] | None = None
         self.restores = 0
         self.init_seconds = 0.0
@@ -210,6 +212,7 @@ class Run:
         self.position, self._resumed = meta["position"], True
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
         self._rate, self._rate_is_saved = meta["learning_rate"], True
+        self.steps_per_dispatch = self.steps_per_dispatch or meta.get("steps_per_dispatch", 1)
         self._feed = None  # the data restarts from there too
         return True
 
@@ -276,6 +279,7 @@ class Run:
             "position": self.position,
             "classes": self.classes,
             "learning_rate": self._rate,
+            "steps_per_dispatch": self.steps_per_dispatch,
         }
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jdl.core import check, tree
@@ -49,9 +50,9 @@ UNIFORM_FIELDS = (
 )
 
 
-def as_floats(logs: Logs) -> dict[str, float]:
-    """The logs as Python numbers, in one transfer."""
-    return {name: float(x) for name, x in jax.device_get(logs).items()}
+def as_floats(logs: Logs, number: int = 1) -> dict[str, float]:
+    """The logs of a step, or of the last of `number` in one dispatch, as Python numbers."""
+    return {name: float(np.ravel(x)[number - 1]) for name, x in jax.device_get(logs).items()}
 
 
 class TrainState(NamedTuple):

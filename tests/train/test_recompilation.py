@@ -49,6 +49,25 @@ def test_the_second_step_compiles_nothing(optimizer):
     assert found == []
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "newton"])
+def test_dispatches_of_any_length_compile_nothing(optimizer, tmp_path):
+    estimator = jdl.classifier(
+        MLP(widths=(8,), num_outputs=3),
+        optimizer,
+        devices=jax.devices()[:1],
+        steps_per_dispatch=4,
+        workdir=tmp_path,
+        log_every=5,
+        save_every=6,
+    )
+    train = data()
+    estimator.train(train, steps=4)
+    estimator.evaluate(train)
+    with compilations() as found:
+        estimator.train(train, steps=21, validation=train, validate_every=7)
+    assert found == []
+
+
 def test_saving_evaluating_and_predicting_again_compile_nothing(tmp_path):
     estimator = jdl.classifier(
         MLP(widths=(8,), num_outputs=3), "adam", workdir=tmp_path, save_every=2, log_every=1
