@@ -19,7 +19,7 @@ import numpy as np
 from jdl.core import check
 from jdl.core.types import Batch, PyTree
 
-MOST_STEPS, ENOUGH_SECONDS, LONG_SECONDS = 32, 5e-3, 1e-3
+MOST_STEPS, ENOUGH_SECONDS, LONG_SECONDS = 32, 2e-2, 2e-3
 _OPERATIONS, _BYTES = 1e11, 5e10  # per second: a few cores'; only the order of magnitude matters
 
 
@@ -94,7 +94,7 @@ def refuse_changed_types(before: Any, after: Any) -> None:
 def chosen_length(step: Any, most: int) -> int:
     """How many steps to dispatch at once, by XLA's count: measured times would differ by run.
 
-    1 if one is expected to take 1 ms or more, else 5 ms of them, up to 32.
+    1 if one is expected to take 2 ms or more, else 20 ms of them, up to 32.
 
     Args:
       step: the step, lowered.

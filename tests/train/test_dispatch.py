@@ -198,8 +198,8 @@ def test_the_length_is_chosen_by_the_work_of_a_step():
         def cost_analysis(self):
             return {"flops": 1e11 * self.seconds, "bytes accessed": 0.0}
 
-    lengths = [chosen_length(Lowered(s), 100) for s in (1e-5, 4e-4, 9e-4, 1e-3)]
-    assert lengths == [25, 13, 6, 1]
+    lengths = [chosen_length(Lowered(s), 100) for s in (1e-5, 4e-4, 1.9e-3, 2e-3)]
+    assert lengths == [25, 25, 10, 1]
     assert chosen_length(Lowered(1e-5), 10) == 10
     assert chosen_length(Lowered(1e-5), 1) == 1
     assert make(None).train(data(), steps=2)._run.steps_per_dispatch == 10
