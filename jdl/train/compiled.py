@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-import numpy as np
 
 from jdl.core import check
 from jdl.core.objective import batch_size
@@ -47,8 +46,7 @@ class CompiledSteps:
 
     def choose_length(self, state: TrainState, batch: Batch, most: int) -> int:
         """The steps in one dispatch, see `dispatch.chosen_length`; 1 but on one CPU."""
-        no_keys = all(isinstance(x.dtype, np.dtype) for x in jax.tree.leaves(batch))
-        if most == 1 or not no_keys or not self._placement.is_host:
+        if most == 1 or not self._placement.is_host:
             return 1
         return dispatch.chosen_length(self._placement.lower_step(self._train, state, batch), most)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from jdl.core import check
@@ -171,8 +172,9 @@ class TrainLoop:
     def _length(self, batch: Batch) -> int:
         """The most steps in one dispatch: as asked for, as before, or chosen."""
         run, steps, asked = self._run, self._steps, self._steps_per_dispatch
-        if isinstance(run.placement.batch, NamedSharding):
-            must = "1 or None on several devices and with pmap"
+        one = not isinstance(run.placement.batch, NamedSharding)
+        if not one or not all(isinstance(x.dtype, np.dtype) for x in jax.tree.leaves(batch)):
+            must = "1 or None on several devices, with pmap, and for batches with random keys"
             check.argument(asked in (None, 1), "steps_per_dispatch", must, asked)
             return 1
         most = min(self._log_every, self._save_every or self._log_every)

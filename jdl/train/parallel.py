@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -187,9 +188,12 @@ def placement(
 
 
 def own_examples(tree: PyTree) -> PyTree:
-    """This process's examples of batches or outputs, as NumPy arrays."""
+    """This process's examples of batches or outputs, as NumPy arrays; random keys stay keys."""
 
-    def own(x: Any) -> np.ndarray:
+    def own(x: Any) -> Any:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            numbers = own(jax.random.key_data(x))
+            return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(x))
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
         pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}

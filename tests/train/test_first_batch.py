@@ -126,3 +126,27 @@ def test_what_has_a_gradient_alone_refuses_optimizers_that_ask_for_more(optimize
 def test_what_has_a_gradient_alone_takes_optimizers_of_gradients(optimizer):
     estimator = boltzmann.rbm(RBM(hidden=3), optimizer).train([{"image": PIXELS}] * 2, steps=2)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(estimator.params))
+
+
+@pytest.mark.parametrize("asked", [None, 2])
+def test_random_keys_in_batches_are_left_alone(asked):
+    keys = jax.random.split(jax.random.key(1), 4)
+    batch = {"image": PIXELS, "label": np.arange(4) % 3, "key": keys}
+
+    def loss(outputs, batch):
+        noise = jax.vmap(lambda key: jax.random.uniform(key))(batch["key"])
+        return noise * losses.softmax_cross_entropy(outputs, batch)
+
+    estimator = jdl.Estimator(
+        MLP(num_outputs=3, widths=()),
+        loss,
+        "sgd",
+        steps_per_dispatch=asked,
+        devices=jax.devices()[:1],
+        log_every=1,
+    )
+    if asked:
+        with pytest.raises(check.ArgumentError, match="random keys"):
+            estimator.train([batch] * 2, steps=2)
+        return
+    assert estimator.train([batch] * 2, steps=2).step == 2
