@@ -182,6 +182,7 @@ class _Running:
             devices=task.devices,
             log_every=1 if self._has_diagnostics else 1 << 30,
             keep=1,
+            steps_per_dispatch=1,  # budgets and schedules in seconds look at the clock each step
             clock=task.clock,
         )
         self.estimator.initialize(self._data)

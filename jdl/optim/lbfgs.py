@@ -171,8 +171,7 @@ def lbfgs(
     def direction(ctx: UpdateContext, state: LBFGSState) -> tuple[PyTree, jax.Array, PyTree]:
         scale, scaled = state.scale, lambda x: x
         if diagonal:
-            d = tree.where(state.votes > 0.6, scale, jax.tree.map(jnp.ones_like, scale))
-            scaled = lambda x: _times(d, x)  # noqa: E731
+            scaled = lambda x: tree.where(state.votes > 0.6, _times(scale, x), x)  # noqa: E731
         elif factors is not None:
             k, lam = state.diagnostics.iterations, jnp.asarray(damping, ctx.dtype)
             key = jax.random.fold_in(jax.random.key(0), k)

@@ -80,7 +80,7 @@ def test_curvature_is_in_the_highest_precision(name):
 
 
 # Gradients' worth of memory: what stays in the state, and what a step needs at most beside it.
-GRADIENTS = {"lbfgs": (22, 7), "cg": (2, 4), "hf": (1, 14), "natural_gradient": (1, 5)}
+GRADIENTS = {"lbfgs": (22, 8), "cg": (2, 4), "hf": (1, 14), "natural_gradient": (1, 5)}
 
 
 @pytest.mark.parametrize("name", sorted(GRADIENTS))

@@ -338,7 +338,7 @@ def linear(p, batch):
 
 
 def linear_objective(loss, mask=False, **options):
-    batch = {"x": numbers(8, 3), "label": numbers(8, 2, seed=1)}
+    batch = {"x": numbers(8, 3), "label": jax.nn.sigmoid(numbers(8, 2, seed=1))}
     if mask:
         batch["mask"] = jnp.array([1, 0, 1, 1, 1, 0, 1, 1.0])
     return Objective.from_fns(linear, loss, batch, **options)
