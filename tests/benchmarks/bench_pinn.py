@@ -29,6 +29,11 @@ from jax.flatten_util import ravel_pytree
 from jdl import optim
 from jdl.compare import drawing
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import equinox
+    import optimistix
+
 CORES = os.cpu_count() or 1
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 BORDER = 100.0
@@ -150,6 +155,23 @@ def scipy_curve(seconds, start, residuals, error):
     return rows
 
 
+def optimistix_curve(seconds, start, residuals, error):
+    """Its Levenberg-Marquardt, a step at a time, as its documentation shows."""
+    solver = optimistix.LevenbergMarquardt(rtol=1e-15, atol=1e-15)
+    fn = lambda x, _: (residuals(x), None)  # noqa: E731
+    out, _ = jax.eval_shape(fn, start, None)
+    state = solver.init(fn, start, None, {}, out, None, frozenset())
+    step = equinox.filter_jit(lambda x, state: solver.step(fn, x, None, {}, state, frozenset()))
+    step(start, state)
+    x, rows, spent = start, [(0.0, 0, float(error(start)))], 0.0
+    while spent < seconds:
+        begun = time.process_time()
+        x, state, _ = jax.block_until_ready(step(x, state))
+        spent += (time.process_time() - begun) / CORES
+        rows.append((spent, len(rows), float(error(x))))
+    return rows
+
+
 METHODS = {
     "optax L-BFGS": (lambda: optax.lbfgs(), 20),
     "L-BFGS": (lambda: optim.lbfgs(), 20),
@@ -178,6 +200,9 @@ def main():
             carry = (start, made.init(start))
             curves[name] = curve(step, carry, error, arguments.seconds, steps)
         curves["SciPy least_squares"] = scipy_curve(arguments.seconds, start, residuals, error)
+        curves["optimistix Levenberg-Marquardt"] = optimistix_curve(
+            arguments.seconds, start, residuals, error
+        )
         for name, rows in curves.items():
             found.setdefault(name.split(",")[0], []).append(rows)
             print(json.dumps(summary(name, seed, rows)), flush=True)
@@ -210,7 +235,7 @@ def picture(found, path):
 
     with plt.rc_context(drawing.STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.2))
-        for color, (name, runs) in zip(drawing.LINES, found.items(), strict=False):
+        for color, (name, runs) in zip((*drawing.LINES, "black"), found.items(), strict=True):
             for i, rows in enumerate(runs):
                 seconds, _, errors = zip(*rows, strict=True)
                 label = name if i == 0 else None
