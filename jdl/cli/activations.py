@@ -154,7 +154,8 @@ def _preferred(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.n
     channels = _channels(args, trunk, layer, photograph)
     search = PictureSearch(size=args.size, steps=args.steps)
     found = preferred(trunk, layer, channels, search, seed=args.seed, on_step=output.print_tenths)
-    return images.sheet(list(found), captions=[str(c) for c in channels], side=max(args.size, 96))
+    captions = [f"channel {number}" for number in channels]
+    return images.sheet(list(found), captions=captions, side=max(args.size, 96))
 
 
 def _exciting(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.ndarray":
@@ -176,5 +177,5 @@ def _exciting(args: Args, trunk: "Trunk", layer: str, photograph: Any) -> "np.nd
     channels = _channels(args, trunk, layer, photograph)
     found = activations.exciting(trunk, pictures, layer, channels, count=8)
     tiles = [image for each in found for image in each.images]
-    captions = [f"{each.channel}: {score:.3g}" for each in found for score in each.scores]
-    return images.sheet(tiles, columns=len(found[0].images), captions=captions, side=96)
+    captions = [f"channel {e.channel}, max {score:.3g}" for e in found for score in e.scores]
+    return images.sheet(tiles, columns=len(found[0].images), captions=captions, side=160)

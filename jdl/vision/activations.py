@@ -99,7 +99,7 @@ def drawn(found: Maps, *, side: int = 160, columns: int | None = None) -> np.nda
     for channel, values in zip(found.channels, found.values, strict=True):
         positive = np.maximum(values, 0)
         tiles.append(images.colored(positive / max(float(positive.max()), 1e-12)))
-        captions.append(f"{channel}: {values.max():.3g}")
+        captions.append(f"channel {channel}, max {values.max():.3g}")
     return images.sheet(tiles, columns=columns, captions=captions, side=side)
 
 

@@ -189,7 +189,7 @@ def sheet(
     """Several pictures [H, W, 3] on one sheet, in rows, with captions below them.
 
     Each is scaled to the size of the first, or to a longer side of `side` pixels. By default there
-    are as many columns as make the sheet about square.
+    are as many columns as make the sheet about square and its last row nearly full.
 
     >>> sheet([np.zeros((10, 20, 3))] * 5, columns=3).shape
     (24, 68, 3)
@@ -205,7 +205,9 @@ def sheet(
         height, width = max(1, round(height * by)), max(1, round(width * by))
     below = 0 if captions is None else max(14, width // 14)
     if columns is None:
-        columns = math.ceil(math.sqrt(len(images) * (height + below) / width))
+        square, number = math.sqrt(len(images) * (height + below) / width), len(images)
+        cost = lambda n: abs(math.log(n / square)) + (-number % n) / number  # noqa: E731
+        columns = min(range(1, number + 1), key=cost)
     columns = min(check.positive_int("columns", columns), len(images))
     rows = -(-len(images) // columns)
     total = (rows * (height + below + _GAP) - _GAP, columns * (width + _GAP) - _GAP)

@@ -26,7 +26,7 @@ import optax
 from jdl.core import check
 from jdl.core.types import Params
 from jdl.vision.dream import COLORS, total_variation
-from jdl.vision.trunk import Features, Trunk
+from jdl.vision.trunk import LUMA, Features, Trunk
 
 _MIXING = COLORS / np.max(np.linalg.norm(COLORS, axis=0))
 
@@ -92,6 +92,8 @@ def preferred(
 ) -> np.ndarray:
     """The pictures [N, S, S, 3] in [0, 1] that maximize N channels of a layer.
 
+    They are gray if the network answers to gray ones as to coloured ones.
+
     Args:
       trunk: the network.
       layer: with activations [N, h, w, C] or [N, C].
@@ -124,7 +126,10 @@ def preferred(
     pictures = np.asarray(picture(spectrum, how.size))
     if not np.isfinite(pictures).all():
         raise check.TrainingError("The pictures are not finite; try a smaller learning_rate.")
-    return pictures
+    gray = (pictures @ np.asarray(LUMA, np.float32))[..., None].repeat(3, axis=-1)
+    seen, seen_gray = (trunk.features(x, names)[names[0]] for x in (pictures, gray))
+    sees_no_color = np.allclose(seen, seen_gray, rtol=1e-4, atol=1e-4 * float(jnp.abs(seen).max()))
+    return gray if sees_no_color else pictures
 
 
 def picture(spectrum: jax.Array, size: int) -> jax.Array:

@@ -22,7 +22,7 @@ from jdl.core.types import ModelState, Params
 Features = dict[str, jax.Array]  # layer -> activations, [N, h, w, C] or [N, C]
 Edits = Mapping[str, jax.Array]  # layer -> array that is added to its activations
 
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, in a gray picture
 
 
 class Trunk(NamedTuple):
@@ -237,7 +237,7 @@ def as_trained(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Arra
     """RGB images converted to the height, width and channels of a model's training images."""
     height, width, channels = image_shape
     if channels == 1:
-        images = images @ jnp.asarray(_LUMA, images.dtype).reshape(3, 1)
+        images = images @ jnp.asarray(LUMA, images.dtype).reshape(3, 1)
     if images.shape[1:3] == (height, width):
         return images
     return jax.image.resize(images, (images.shape[0], height, width, channels), "linear")

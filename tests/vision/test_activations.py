@@ -7,9 +7,10 @@ import pytest
 
 from jdl.core import check
 from jdl.data import digits, from_arrays
+from jdl.models import CNN
 from jdl.vision import activations, reverse
 from jdl.vision.layers import addressable
-from jdl.vision.trunk import Trunk
+from jdl.vision.trunk import Trunk, of_linen
 
 
 def averaging(weights):
@@ -148,6 +149,17 @@ def test_preferred_pictures_please_their_channels(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("colors", [1, 3])
+def test_preferred_pictures_of_a_network_that_sees_no_color_are_gray(colors):
+    net = CNN(num_classes=3, units=8)
+    shape = (16, 16, colors)
+    params = net.init(jax.random.key(0), jnp.ones((1, *shape)))["params"]
+    found = of_linen(net, params, image_shape=shape)
+    pictures = reverse.preferred(found, "Conv_0", [0, 1], reverse.PictureSearch(size=16, steps=3))
+    colourful = np.ptp(pictures, axis=-1).max()
+    assert colourful == 0 if colors == 1 else colourful > 0.01
+
+
 def test_the_prior_smooths_preferred_pictures(tiny):
     search = reverse.PictureSearch(size=24, steps=30)
     found = reverse.preferred(tiny, "conv", [0, 3], search, seed=1)

@@ -171,6 +171,9 @@ def test_sheets_hold_their_pictures():
         [sheet[5, 10, 0], sheet[5, 34, 0], sheet[19, 10, 0]], [0.2, 0.4, 0.6]
     )
     assert sheet[19, 34, 0] == 1
+    for count, shape in ((16, (4, 4)), (10, (4, 3)), (7, (3, 3)), (1, (1, 1)), (20, (4, 5))):
+        found = images.sheet([np.zeros((160, 160, 3))] * count, captions=["x"] * count)
+        assert found.shape[:2] == (shape[0] * 178 - 4, shape[1] * 164 - 4)
     captioned = images.sheet(tiles, columns=3, captions=["a", "b", "c"], side=40)
     assert captioned[20:, :40].min() < 0.5  # there is writing
     with pytest.raises(check.ArgumentError, match="columns"):
