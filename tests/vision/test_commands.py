@@ -144,7 +144,7 @@ def test_exciting_channels_by_default_are_those_there_are(tiny_model, tmp_path):
             tar.add(tmp_path / f"{i}.png", f"{i}.png")
     out, data = tmp_path / "out.png", ["--data", str(tmp_path / "photos.tar")]
     assert main(["activations", "any", "--what", "exciting", *data, "--out", str(out)]) == 0
-    assert pixels(out).shape[1] == 3 * 100 - 4
+    assert pixels(out).shape[1] == 3 * 164 - 4
 
 
 @pytest.mark.parametrize(
