@@ -238,12 +238,13 @@ def picture(found, path):
         for color, (name, runs) in zip((*drawing.LINES, "black"), found.items(), strict=True):
             for i, rows in enumerate(runs):
                 seconds, _, errors = zip(*rows, strict=True)
-                label = name if i == 0 else None
+                label = name if i == 0 else "_"  # unnamed
                 axes.semilogy(seconds, errors, color=color, label=label, linewidth=1.2)
         axes.set(xlabel="seconds", ylabel="relative L2 error")
         axes.set_title("Poisson's equation, net 2-32-32-1, float64: a line for each start")
-        axes.legend(fontsize=8)
+        drawing.leave_room(axes)
         figure.tight_layout()
+        drawing.name_lines(figure, axes)
         figure.savefig(path, dpi=150)
 
 
