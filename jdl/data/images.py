@@ -137,8 +137,8 @@ def decode(
 ) -> np.ndarray:
     """The image in `data`, upright, as uint8 [H, W, C] with C = 1 or 3.
 
-    Palettes are applied, CMYK is converted, alpha is laid on white as viewers show it, 12- and 16-bit
-    values are scaled to 8 bits, and an animation or a file of several pages gives the first.
+    Palettes are applied, CMYK is converted, alpha is laid on white as viewers show it, 12- and
+    16-bit values are scaled to 8 bits, and an animation or a file of several pages gives the first.
 
     Args:
       data: the bytes of a JPEG, PNG, WebP, BMP, GIF, PPM (PBM, PGM), TIFF, JPEG 2000 or AVIF file.
