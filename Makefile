@@ -8,7 +8,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-pinn bench-classics bench-paper bench-study bench-vision device clean
+.PHONY: help setup demo test test-all test-release check format docs dist bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-pinn bench-classics bench-paper bench-study bench-vision device clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,10 @@ format: $(READY)  ## rewrite the code in the house's format
 
 docs: $(READY)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean -f .mkdocs.yml
+
+dist: $(READY)  ## the wheel and the sdist, in dist, and the tests of what they hold
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m pytest -q -n 0 tests/test_packaging.py
 
 clean:  ## remove the environments and build products; runs stay
 	rm -rf .venv .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
