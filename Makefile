@@ -35,11 +35,14 @@ test-all: $(READY)  ## the slow tests too: several processes, killed processes, 
 test-release: $(READY)  ## before a release: the full matrices, which take long
 	$(BIN)/python -m pytest -m release --numprocesses 2 --dist worksteal
 
-check: $(READY)  ## lint, format, types, import arrows
+check: $(READY)  ## lint, format, types, import arrows, the workflows' and citation's schemas
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_arrows.py
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(READY)  ## rewrite the code in the house's format
 	$(BIN)/ruff check --fix .
