@@ -6,6 +6,7 @@ Each run is a fresh process that ends after one step of the default CNN, by Adam
 128×128×1 images from a temporary tar. Each cold run gets an empty cache directory, the warm runs
 share one. The hand-written process imports the same network and makes one jitted step on random
 bytes.
+"""
 
 import argparse
 import contextlib
