@@ -46,12 +46,12 @@ def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
         raise check.DataError(f"{path} is larger than the {LARGEST_FILE} bytes allowed.")
     try:
         data = path.read_bytes()
-        pixels = decode(data, on_white=True)
+        pixels = decode(data)
         height, width = pixels.shape[:2]
         if longest is not None and max(height, width) > check.positive_int("longest", longest):
             by = longest / max(height, width)
             size = max(1, round(height * by)), max(1, round(width * by))
-            pixels = decode(data, size=size, exact=True, on_white=True)
+            pixels = decode(data, size=size, exact=True)
     except BadImage as error:
         raise check.DataError(f"{path} is not an image: {str(error).rstrip('.')}.") from error
     except OSError as error:
