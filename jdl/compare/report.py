@@ -279,7 +279,7 @@ def _foot(results: Results) -> str:
         f"<h3>Machine and versions</h3><p>{_escape(machine.sentence(where))}.{_escape(flags)}</p>"
         f"<p>{_escape(_versions(results))}.</p>"
         f'<h3>Data</h3><p><a download="results.csv" href="{address}">results.csv</a>, every '
-        f"evaluation, {where_from}; <code>metrics.jsonl</code> beside it also has steps between.</p>"
+        f"evaluation, {where_from}; <code>metrics.jsonl</code> beside it has steps between.</p>"
     )
 
 
