@@ -38,6 +38,7 @@ logger = logging.getLogger("jdl.compare")
 # Training aims to end this share of the budget early: a slower last step would otherwise cost the
 # last evaluation, which does not count beyond the budget.
 OVERRUN = 0.005
+FULL_ROWS = 250  # this many steps and the next have a row each, then ever fewer: 1,300 of 20,000
 SAVE_SECONDS, STRETCH_SECONDS = 45.0, 10.0  # between checkpoints; without a look at the clock
 
 
@@ -296,6 +297,8 @@ class _Running:
         if entry.is_scheduled:
             by = schedules.factor(entry.schedule, entry.warmup, self._piece()[0])
             self.estimator._run.set_in_optimizer(schedule_factor=jnp.asarray(by, jnp.float32))
+        if self._has_diagnostics:
+            self.estimator.log_every = max(1, self.estimator.step // FULL_ROWS)
         self.estimator.train(self._data, save=False, **limit)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
