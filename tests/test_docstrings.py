@@ -45,6 +45,16 @@ def found(name):
     return getattr(importlib.import_module(module), attribute)
 
 
+def public_name(name):
+    """The name that users import: `jdl.optim.kfac` of `jdl.optim.kfac.kfac`."""
+    last, thing = name.rpartition(".")[2], found(name)
+    for parent in ("jdl", *(f"jdl.{room}" for room in ROOMS)):
+        module = importlib.import_module(parent)
+        if last in module.__all__ and getattr(module, last) is thing:
+            return f"{parent}.{last}"
+    return name
+
+
 def home(thing):
     return f"{thing.__module__}.{thing.__qualname__}"
 
@@ -92,6 +102,20 @@ def texts(thing):
 
 def test_the_reference_leaves_nothing_out():
     assert exported() <= {home(found(name)) for name in reference()}
+
+
+def test_the_page_on_stability_lists_what_is_public():
+    """Its rule: what the reference documents, by its shortest name; the parts; `jdl`'s own."""
+    import jdl
+
+    page = (ROOT / "notebooks" / "stability.md").read_text()
+    section = page.split("## Public names")[1].split("\n## ")[0]
+    listed = set(re.findall(r"`([\w.]+)`", section)) - {"jdl", "config.toml", "metrics.jsonl"}
+    modules = {f"jdl.{room}" for room in jdl.__all__ if inspect.ismodule(getattr(jdl, room))}
+    modules |= {public_name(name).rpartition(".")[0] for name in reference()}
+    own = {x for x in jdl.__all__ if f"jdl.{x}" not in modules and not x.startswith("_")}
+    assert listed == own | modules - {"jdl"} | {"jdl.core.check"}
+    assert {f"jdl.{x}" for x in own} <= {public_name(name) for name in reference()}
 
 
 @public
