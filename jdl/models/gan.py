@@ -33,7 +33,7 @@ import optax
 from jdl.core import check
 from jdl.core.model import Model
 from jdl.core.types import Batch, Key, ModelState, Params
-from jdl.models.layers import embedded, one_hot
+from jdl.models.layers import embedded, example_keys, one_hot
 
 GAMES = ("non_saturating", "hinge", "wasserstein")
 PENALTIES = {"r1": 1.0, "gradient": 10.0}  # and their usual weights
@@ -241,8 +241,15 @@ class GAN:
         key: Key | None = None,
         train: bool = False,
     ) -> tuple[Judged, ModelState]:
+
+        def normal(key: Key, *shape: int) -> jax.Array:
+            return jax.random.normal(key, shape, image.dtype)
+
         noise_key, mix_key = jax.random.split(jax.random.key(0) if key is None else key)
-        noise = jax.random.normal(noise_key, (image.shape[0], self.latent), image.dtype)
+        if key is None:
+            noise = jax.vmap(lambda own: normal(own, self.latent))(example_keys(image))
+        else:
+            noise = normal(noise_key, image.shape[0], self.latent)
 
         def run(net: Any, params: Params, name: str, x: jax.Array) -> Any:
             variables = {"params": params, **state[name]}
