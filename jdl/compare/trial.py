@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdl.compare import schedules
 from jdl.compare.budget import Budget
 from jdl.compare.feeds import Evaluation, Training, step_rows
 from jdl.compare.optimizers import Entry
@@ -29,7 +28,7 @@ from jdl.compare.results import EVALUATION, Row
 from jdl.core import check
 from jdl.core.model import as_model
 from jdl.core.types import Batch
-from jdl.optim import diagnostics
+from jdl.optim import diagnostics, schedules
 from jdl.train import step
 from jdl.train.estimator import Estimator
 from jdl.train.run_directory import NonFiniteError
