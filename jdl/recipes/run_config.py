@@ -55,6 +55,7 @@ class RunConfig:
     schedule: str = "constant"
     warmup: int = 0
     decay_to: float = 0.0
+    overfit: int | None = None
     schedule_steps: int | None = None  # the steps of the schedule; None for a constant one
 
     def save(self, workdir: Path, command: Mapping[str, Any]) -> None:
