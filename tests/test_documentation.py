@@ -201,7 +201,31 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stderr
-    assert "Limited-memory BFGS." in (tmp_path / "reference" / "optim.html").read_text()
+    optimizers = (tmp_path / "reference" / "optim.html").read_text()
+    assert "Limited-memory BFGS." in optimizers
+    headings = re.sub("<[^>]+>", "", " ".join(re.findall(r"<h3.*?</h3>", optimizers, re.S)))
+    assert "jdl.optim.kfac&para;" in headings
+    assert "jdl.optim.kfac.kfac" not in headings
+    for page in tmp_path.rglob("*.html"):
+        text = page.read_text()
+        assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?:", text), page
+        assert "mathjax" not in text, page
+        ran_together = re.findall(r"<p>[^<]*\n\s*- ", text)
+        assert not ran_together, page
+    assert (tmp_path / "search" / "search_index.js").exists()  # for a site opened from a disk
+
+
+def links(page):
+    found = re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))", page.read_text())
+    return {(page.parent / target).resolve() for target in found}
+
+
+def test_every_page_is_two_clicks_from_the_start():
+    start = ROOT / "notebooks" / "index.md"
+    near = links(start)
+    reached = near | {x for page in near if page.suffix == ".md" for x in links(page)} | {start}
+    every = {p for kind in ("md", "ipynb") for p in ROOT.glob(f"notebooks/**/*.{kind}")}
+    assert every <= reached
 
 
 # ---------------------------------------------------------------------- commands
