@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdl.compare import schedules
 from jdl.compare.budget import Budget
 from jdl.compare.feeds import Evaluation, Training, step_rows
 from jdl.compare.optimizers import Entry
@@ -29,7 +28,7 @@ from jdl.compare.results import EVALUATION, Row
 from jdl.core import check
 from jdl.core.model import as_model
 from jdl.core.types import Batch
-from jdl.optim import diagnostics
+from jdl.optim import diagnostics, schedules
 from jdl.train import step
 from jdl.train.estimator import Estimator
 from jdl.train.run_directory import NonFiniteError
@@ -296,7 +295,7 @@ class _Running:
     def _train(self, **limit: Any) -> None:
         entry = self._task.entry
         if entry.is_scheduled:
-            by = schedules.factor(entry.schedule, entry.warmup, self._piece()[0])
+            by = schedules.factor(entry.schedule, entry.warmup, self._piece()[0], entry.decay_to)
             self.estimator._run.set_in_optimizer(schedule_factor=jnp.asarray(by, jnp.float32))
         if self._has_diagnostics:
             self.estimator.log_every = max(1, self.estimator.step // FULL_ROWS)

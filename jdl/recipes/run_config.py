@@ -8,8 +8,7 @@ from typing import Any
 from jdl.core import check
 from jdl.core.model import Model
 from jdl.data import Batches, cutmix, mixup, one_of
-from jdl.optim import registry
-from jdl.recipes import config_toml
+from jdl.recipes import config_toml, optimizing
 from jdl.recipes.datasets import kind, open_images
 from jdl.recipes.registry import Net, recipe
 from jdl.train import premade
@@ -50,6 +49,13 @@ class RunConfig:
     include: str | None = None
     exclude: str | None = None
     words: tuple[str, ...] = ()  # the vocabulary of a file of trees
+    option: tuple[str, ...] = ()  # sorted, as `arguments.written` writes them
+    weight_decay: float | None = None
+    clip: float | None = None
+    schedule: str = "constant"
+    warmup: int = 0
+    decay_to: float = 0.0
+    schedule_steps: int | None = None  # the steps of the schedule; None for a constant one
 
     def save(self, workdir: Path, command: Mapping[str, Any]) -> None:
         """Writes the settings; raises where the directory holds a run with other settings.
@@ -106,10 +112,9 @@ class RunConfig:
         mixed = [MIXED[x](num_classes=len(self.classes)) for x in self.augment if x in MIXED]
         if mixed:
             options["batch_transform"] = one_of(*mixed)
-        tuned = chosen.options if self.optimizer == chosen.optimizer else {}
         return make(
             self.build_model() if model is None else model,
-            registry.by_name(self.optimizer, self.learning_rate, **tuned),
+            optimizing.transformation(self),
             workdir=workdir,
             seed=self.seed,
             microbatches=self.microbatches,

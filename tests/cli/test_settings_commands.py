@@ -236,7 +236,7 @@ def test_a_switch_is_taken_back_without_a_file(capsys):
 def test_the_names_of_settings_are_told_in_the_order_of_the_help(tmp_path):
     (tmp_path / "a.toml").write_text("qqq = 3")
     with pytest.raises(
-        ArgumentError, match="one of model, data, optimizer, learning-rate, max-steps,"
+        ArgumentError, match="one of model, data, optimizer, learning-rate, option, weight-decay,"
     ):
         config_file.expand(["--config", str(tmp_path / "a.toml")], train.Args)
 
