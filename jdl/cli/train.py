@@ -95,8 +95,8 @@ class Args:
     on_error: options.OnError = "raise"
     workdir: Path | None = None
     """the run directory; by default runs/MODEL-DATA-OPTIMIZER"""
-    save_every: int = 1000
-    """steps between checkpoints"""
+    save_every: int | None = None
+    """steps between checkpoints; by default every 1,000th that is 10 s after the last"""
     keep_every: int | None = None
     """besides the newest checkpoints, keep those whose step is a multiple of this"""
     logs: tuple[Literal["csv", "tensorboard"], ...] = ()
@@ -148,8 +148,9 @@ def run(args: Args) -> None:
         resolved = dataclasses.replace(args, max_steps=job.max_steps, **found)
         job.config.save(job.workdir, config_file.as_table(resolved))
     with contextlib.nullcontext() if _is_leader() else _silence():
-        names = ("save_every", "keep_every", "logs", "remat", "on_nonfinite", "parallel")
-        _train(job, **{name: getattr(args, name) for name in names})
+        names = ("keep_every", "logs", "remat", "on_nonfinite", "parallel")
+        how = {name: getattr(args, name) for name in names}
+        _train(job, save_every=args.save_every or "auto", **how)
 
 
 def _job(args: Args) -> _Job:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from jdl.core import check
 from jdl.core.types import Batch, Mode
+from jdl.train import dispatch
 from jdl.train.clock import Clock
 from jdl.train.compiled import CompiledSteps, Step
 from jdl.train.deferred_metrics import DeferredMetrics, Finished
@@ -28,6 +29,7 @@ from jdl.train.step import TrainState
 logger = logging.getLogger("jdl.train")
 
 MAX_ROLLBACKS = 8
+SAVE_STEPS, SAVE_SECONDS = 1000, 10.0  # at least, between two checkpoints that "auto" makes
 
 # report(step, seconds, epoch, split, values)
 Reporter = Callable[[int, float, float | None, str, dict[str, float]], None]
@@ -112,6 +114,7 @@ class TrainLoop:
       evaluate: `evaluate(data) -> values`, for validation.
       report: takes each row of the log.
       refuse: `refuse(state, batch)` raises for the first batch of data, if it must.
+      reads_state: whether `report` may read the state of a row's step.
       log_every, save_every, on_nonfinite, steps_per_dispatch: as for `jdl.Estimator`.
     """
 
@@ -123,14 +126,20 @@ class TrainLoop:
         evaluate: Callable[[Data], dict[str, Any]],
         report: Reporter,
         refuse: Callable[[TrainState, Batch], None],
+        reads_state: bool,
         log_every: int,
-        save_every: int | None,
+        save_every: int | str | None,
         on_nonfinite: str,
         steps_per_dispatch: int | None,
     ):
         self._run, self._steps, self._profile = run, steps, profile
         self._evaluate, self._report, self._refuse = evaluate, report, refuse
-        self.log_every, self._save_every = log_every, save_every
+        self._reads_state, self.log_every = reads_state, log_every
+        self._save_every = SAVE_STEPS if isinstance(save_every, str) else save_every
+        # Several processes save together, and their clocks differ.
+        spaced = isinstance(save_every, str) and jax.process_count() == 1
+        self._apart = SAVE_SECONDS if spaced else 0.0
+        self._saved: float | None = None  # when, on the training clock
         self._on_nonfinite, self._steps_per_dispatch = on_nonfinite, steps_per_dispatch
 
     def train(
@@ -160,6 +169,7 @@ class TrainLoop:
         if not feed.checked:
             self._refuse(run.current(), batch)
             feed.checked = True
+        self._saved = run.clock.seconds if self._saved is None else self._saved
         run.apply_learning_rate(batch)
         run.classes = getattr(data, "classes", None) or run.classes
         if validation is not None and validate_every is None:
@@ -183,13 +193,19 @@ class TrainLoop:
             must = "1 or None on several devices, with pmap, and for batches with random keys"
             check.argument(asked in (None, 1), "steps_per_dispatch", must, asked)
             return 1
-        most = min(self.log_every, self._save_every or self.log_every)
+        ends = [n for n in (self._rows_end(), self._save_every) if n]
+        most = min(ends, default=dispatch.MOST_STEPS)
         return asked or run.steps_per_dispatch or steps.choose_length(run.current(), batch, most)
+
+    def _rows_end(self) -> int | None:
+        """The steps between rows, if each has to end a dispatch."""
+        return self.log_every if self._reads_state else None
 
     def _next(self, call: Call, feed: Feed) -> Any:
         """The batch or stack of the next dispatch, which ends where something is due, or None."""
         step, length = self._run.step, self._run.steps_per_dispatch or 1
-        due = [n - step % n for n in (self.log_every, self._save_every, call.validate_every) if n]
+        ends = self._rows_end(), self._save_every, call.validate_every
+        due = [n - step % n for n in ends if n]
         if call.last_step is not None:
             due.append(call.last_step - step)
         with self._run.signals.window("data"):
@@ -253,7 +269,9 @@ class TrainLoop:
                     self._validate(call.validation)
             if self._save_every and run.step % self._save_every == 0:
                 metrics.flush()
-                run.save()
+                if run.clock.seconds - (self._saved or 0.0) >= self._apart:
+                    run.save()
+                    self._saved = run.clock.seconds
             if signals.asked(run.step):
                 raise Stopped(run.step)
             if any(deadline.reached(metrics) for deadline in deadlines):
