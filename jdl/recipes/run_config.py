@@ -56,6 +56,7 @@ class RunConfig:
     warmup: int = 0
     decay_to: float = 0.0
     overfit: int | None = None
+    init_from: str | None = None
     schedule_steps: int | None = None  # the steps of the schedule; None for a constant one
 
     def save(self, workdir: Path, command: Mapping[str, Any]) -> None:
