@@ -59,11 +59,16 @@ def run(args: Args) -> None:
         size = parse_size(args.size, "digits")
         model, shape, classes = args.model, (*size, 3 if args.color else 1), args.classes
         what = model
-    if recipe(model).data == "trees":
-        raise check.UserError(f"jdl summary needs a model of images; {model} reads trees.")
-    net: Any = recipe(model).build(shape, classes)
-    net = getattr(net, "model", net)  # both networks of a GAN
-    found = summarize(net, jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32)))
+    chosen = recipe(model)
+    if chosen.data != "digits":
+        raise check.UserError(f"jdl summary needs a model of images; {model} reads {chosen.data}.")
+    net: Any = chosen.build(shape, classes)
+    inputs = [jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32))]
+    if chosen.kind == "gan":  # both networks
+        net = net.model
+        label = jax.ShapeDtypeStruct((args.batch_size,), np.dtype(np.int32))
+        inputs += [label] * chosen.of_classes
+    found = summarize(net, *inputs)
     if args.as_json:
         totals = ("parameters", "bytes", "forward_flops", "gradient_flops")
         about = {"image_shape": list(shape)} | {name: getattr(found, name) for name in totals}

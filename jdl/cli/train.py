@@ -39,8 +39,8 @@ class Args:
     """The options of `jdl train`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, rbm, dbn, recursive,
-    gan"""
+    """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, vae, rbm, dbn,
+    recursive, gan, cgan (a GAN of classes)"""
     data: str | None = None
     """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits. For recursive a file
     of trees, .txt with one in brackets each line, or .conllu; by default generated trees"""
@@ -149,7 +149,7 @@ def _job(args: Args) -> _Job:
     """Opens the data and fills in the defaults."""
     from jdl.optim import registry
     from jdl.recipes import datasets, optimizing, treebanks
-    from jdl.recipes.registry import LABELLED, recipe
+    from jdl.recipes.registry import recipe
     from jdl.recipes.run_config import MIXED, RunConfig
 
     chosen = recipe(args.model)
@@ -174,7 +174,7 @@ def _job(args: Args) -> _Job:
     names = (*augmentation, *which, "label")
     options.check_left_out(args, not are_trees, "trees are no images", *names)
     label = args.label
-    if label is None and chosen.kind not in LABELLED:
+    if label is None and not chosen.labelled:
         label = datasets.label_if_any(source, **which)
 
     def images(batch_size: int, **more: Any) -> "Batches":
@@ -193,8 +193,8 @@ def _job(args: Args) -> _Job:
 
     probe = images(1)
     number, classes = probe.num_records, tuple(probe.classes or ())
-    must = "given: a classifier needs classes"
-    check.argument(bool(classes) or chosen.kind not in LABELLED, "--label", must, label)
+    must = f"given: {args.model} needs classes"
+    check.argument(bool(classes) or not chosen.labelled, "--label", must, label)
     is_mini = spec.batches == "mini"
     batch_size = args.batch_size or min(chosen.batch_size if is_mini else LARGE_BATCH, number)
     must = f"at most the {number} training images"
