@@ -5,6 +5,7 @@ Examples:
   jdl train cnn --data 'photos-*.tar' --optimizer adam --max-steps 500 --workdir runs/photos
   jdl train autoencoder --optimizer hf --batch-size 1024 --max-steps 50
   jdl train recursive --data trees.txt
+  jdl train my_net.py --data photos.tar
   jdl train --config runs/photos/config.toml --seed 1 --workdir runs/photos-1
   mpirun -n 2 jdl train cnn --distributed
 """
@@ -38,7 +39,7 @@ class Args:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, rbm, dbn, recursive,
-    gan"""
+    gan; or your own .py file, which defines model, loss and, without --data, data"""
     data: str | None = None
     """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits. For recursive a file
     of trees, .txt with one in brackets each line, or .conllu; by default generated trees"""
@@ -120,7 +121,9 @@ def run(args: Args) -> None:
     options.check_positive(args, "max_steps", *sizes, "save_every", "keep_every")
     job = _job(args)
     if _is_leader():
-        found = {name: getattr(job.config, name) for name in ("data", "optimizer", "batch_size")}
+        found = {
+            name: getattr(job.config, name) for name in ("model", "data", "optimizer", "batch_size")
+        }
         resolved = dataclasses.replace(args, max_steps=job.max_steps, **found)
         job.config.save(job.workdir, config_file.as_table(resolved))
     with contextlib.nullcontext() if _is_leader() else _silence():
@@ -131,16 +134,13 @@ def run(args: Args) -> None:
 def _job(args: Args) -> _Job:
     """Opens the data and fills in the defaults."""
     from jdl.optim import registry
-    from jdl.recipes import datasets, treebanks
+    from jdl.recipes import datasets, own, treebanks
     from jdl.recipes.registry import LABELLED, recipe
     from jdl.recipes.run_config import MIXED, RunConfig
 
     chosen = recipe(args.model)
     source = chosen.data if args.data is None else args.data
-    are_trees = datasets.kind(source) != "images"
-    ok = are_trees == (chosen.data == "trees")
-    must = "trees for recursive: a .txt or .conllu file; and images for all others"
-    check.argument(ok, "--data", must, source)
+    are_arrays, are_trees = datasets.check_suits(source, chosen)
     optimizer = registry.short_name(chosen.optimizer if args.optimizer is None else args.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
@@ -156,9 +156,11 @@ def _job(args: Args) -> _Job:
     check.argument(not mixed or chosen.kind == "classifier", "--augment", must, mixed)
     names = (*augmentation, *which, "label")
     options.check_left_out(args, not are_trees, "trees are no images", *names)
+    names = (*names, "size", "color")
+    options.check_left_out(args, not are_arrays, "a file's data are arrays", *names)
     label = args.label
     if label is None and chosen.kind not in LABELLED:
-        label = datasets.label_if_any(source, **which)
+        label = datasets.label_if_any(source, agree=chosen.kind != "own", **which)
 
     def images(batch_size: int, **more: Any) -> "Batches":
         return datasets.open_images(
@@ -182,28 +184,35 @@ def _job(args: Args) -> _Job:
     batch_size = args.batch_size or min(chosen.batch_size if is_mini else LARGE_BATCH, number)
     must = f"at most the {number} training images"
     check.argument(batch_size <= number, "--batch-size", must, batch_size)
+    of_data: dict[str, Any] = {
+        "image_shape": datasets.input_shape(source, size, 3 if args.color else 1),
+        "classes": classes,
+    }
+    if chosen.facts is not None:
+        some = next(iter(images(min(number, 256), shuffle=True, seed=args.seed)))
+        of_data = chosen.facts(source, some, classes)
     config = options.settings(
         RunConfig,
         args,
-        data=source,
+        model=own.absolute(args.model),
+        data=own.absolute(source),
         optimizer=optimizer,
         batch_size=batch_size,
         split=split,
-        image_shape=datasets.input_shape(source, size, 3 if args.color else 1),
         grayscale=not args.color,
-        classes=classes,
         label=label,
         words=words,
+        **of_data,
     )
     return _Job(
         config=config,
         recipe=chosen,
-        workdir=args.workdir or Path("runs") / f"{args.model}-{_stem(source)}-{optimizer}",
+        workdir=args.workdir or Path("runs") / _folder(args.model, source, optimizer),
         data=images(
             batch_size,
             shuffle=True,
             seed=args.seed,
-            classes=classes,
+            classes=config.classes,
             **given | {"augment": [name for name in args.augment if name not in MIXED]},
         ),
         max_steps=args.max_steps or (chosen.steps if is_mini else LARGE_STEPS),
@@ -217,7 +226,7 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
 
     config, workdir = job.config, job.workdir
     print(
-        f"{config.model} on {job.data.num_records} examples of {config.data} "
+        f"{_short(config.model)} on {job.data.num_records} examples of {_short(config.data)} "
         f"({len(config.classes)} classes), {config.optimizer}, batches of {config.batch_size}, "
         f"to step {job.max_steps}; writing to {workdir}"
     )
@@ -275,7 +284,13 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _stem(data: str) -> str:
-    """A folder's name for a `--data` argument."""
-    name = Path(data).name.removesuffix(".tar")
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "data"
+def _folder(*names: str) -> str:
+    """A folder's name of a model's, a `--data` argument and an optimizer."""
+    stems = [Path(name).name.removesuffix(".tar").removesuffix(".py") for name in names]
+    plain = [re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.") or "data" for stem in stems]
+    return "-".join(dict.fromkeys(plain))
+
+
+def _short(name: str) -> str:
+    """A model's or data set's name; of a Python file without its folder."""
+    return Path(name).name if name.endswith(".py") else name
