@@ -4,6 +4,8 @@ Examples:
   jdl train cnn
   jdl train cnn --data 'photos-*.tar' --optimizer adam --max-steps 500 --workdir runs/photos
   jdl train autoencoder --optimizer hf --batch-size 1024 --max-steps 50
+  jdl train autoencoder --optimizer hf --option max_cg_iterations=7 --option trust_region=1
+  jdl train vit --optimizer sgd --weight-decay 5e-4 --clip 1 --schedule cosine --warmup 100
   jdl train recursive --data trees.txt
   jdl train my_net.py --data photos.tar
   jdl train --config runs/photos/config.toml --seed 1 --workdir runs/photos-1
@@ -47,6 +49,20 @@ class Args:
     """sgd adam lbfgs cg hf kfac, or another of `jdl compare --help`; by default the model's"""
     learning_rate: float | None = None
     """the optimizer's learning rate; by default the optimizer's own"""
+    option: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=VALUE")
+    ] = ()
+    """an argument of the optimizer's function in Python, such as damping=1; may be repeated"""
+    weight_decay: float | None = None
+    """decoupled weight decay, in units of the learning rate; for methods of first order"""
+    clip: float | None = None
+    """the largest global norm of the gradient, to which longer ones are scaled"""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """of the learning rate, to --max-steps; wsd is constant but for the last fifth"""
+    warmup: int = 0
+    """steps over which the learning rate rises from 0"""
+    decay_to: float = 0.0
+    """where the schedule ends, as a share of the learning rate"""
     max_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
     """steps in total; by default what suits the model. Started again, a run continues to there"""
     batch_size: int | None = None
@@ -121,9 +137,8 @@ def run(args: Args) -> None:
     options.check_positive(args, "max_steps", *sizes, "save_every", "keep_every")
     job = _job(args)
     if _is_leader():
-        found = {
-            name: getattr(job.config, name) for name in ("model", "data", "optimizer", "batch_size")
-        }
+        resolved_by_job = ("model", "data", "optimizer", "option", "batch_size")
+        found = {name: getattr(job.config, name) for name in resolved_by_job}
         resolved = dataclasses.replace(args, max_steps=job.max_steps, **found)
         job.config.save(job.workdir, config_file.as_table(resolved))
     with contextlib.nullcontext() if _is_leader() else _silence():
@@ -134,7 +149,7 @@ def run(args: Args) -> None:
 def _job(args: Args) -> _Job:
     """Opens the data and fills in the defaults."""
     from jdl.optim import registry
-    from jdl.recipes import datasets, own, treebanks
+    from jdl.recipes import datasets, optimizing, own, treebanks
     from jdl.recipes.registry import LABELLED, recipe
     from jdl.recipes.run_config import MIXED, RunConfig
 
@@ -191,9 +206,11 @@ def _job(args: Args) -> _Job:
     if chosen.facts is not None:
         some = next(iter(images(min(number, 256), shuffle=True, seed=args.seed)))
         of_data = chosen.facts(source, some, classes)
+    max_steps = args.max_steps or (chosen.steps if is_mini else LARGE_STEPS)
     config = options.settings(
         RunConfig,
         args,
+        **optimizing.settings(args, optimizer, max_steps),
         model=own.absolute(args.model),
         data=own.absolute(source),
         optimizer=optimizer,
@@ -204,6 +221,7 @@ def _job(args: Args) -> _Job:
         words=words,
         **of_data,
     )
+    optimizing.transformation(config)  # raises for wrong arguments before anything is written
     return _Job(
         config=config,
         recipe=chosen,
@@ -215,7 +233,7 @@ def _job(args: Args) -> _Job:
             classes=config.classes,
             **given | {"augment": [name for name in args.augment if name not in MIXED]},
         ),
-        max_steps=args.max_steps or (chosen.steps if is_mini else LARGE_STEPS),
+        max_steps=max_steps,
     )
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import optax
 
-from jdl.compare import schedules
 from jdl.compare.identity import as_label, setting
 from jdl.core import check
+from jdl.optim import schedules
 from jdl.optim.registry import TuningRange
 from jdl.optim.transformation import ScalarOrSchedule
 
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
       of: its name in the registry; empty for an optimizer of your own.
       call: how `jdl compare --optimizers` writes it, without the label; empty where it cannot.
       schedule: of the learning rate, to the end of the budget: "constant", "linear", "cosine" or
-        "wsd", see `jdl.compare.schedules`; for an optimizer of your own a factor on its updates.
+        "wsd", see `jdl.optim.schedules`; for an optimizer of your own a factor on its updates.
       warmup: the share of the budget over which the rate rises from 0, in [0, 0.5].
 
     >>> entry = Entry("sgd", lambda: optax.sgd(0.1), batch_size=32, options={"learning_rate": 0.1})

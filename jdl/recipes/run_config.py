@@ -9,8 +9,7 @@ from typing import Any
 from jdl.core import check
 from jdl.core.model import Model
 from jdl.data import Batches, cutmix, mixup, one_of
-from jdl.optim import registry
-from jdl.recipes import config_toml, own
+from jdl.recipes import config_toml, optimizing, own
 from jdl.recipes.datasets import kind, open_images
 from jdl.recipes.registry import LABELLED, Net, recipe
 from jdl.train import premade
@@ -53,6 +52,13 @@ class RunConfig:
     include: str | None = None
     exclude: str | None = None
     words: tuple[str, ...] = ()  # the vocabulary of a file of trees
+    option: tuple[str, ...] = ()  # sorted, as `arguments.written` writes them
+    weight_decay: float | None = None
+    clip: float | None = None
+    schedule: str = "constant"
+    warmup: int = 0
+    decay_to: float = 0.0
+    schedule_steps: int | None = None  # the steps of the schedule; None for a constant one
     file_kind: str | None = None  # of a model from a file: "classifier", or "own"
     file_sha256: str | None = None  # of that file
 
@@ -131,10 +137,9 @@ class RunConfig:
             options["batch_transform"] = one_of(*mixed)
         if self.file_kind is not None:
             options["num_classes"] = len(self.classes)
-        tuned = chosen.options if self.optimizer == chosen.optimizer else {}
         return make(
             self.build_model() if model is None else model,
-            registry.by_name(self.optimizer, self.learning_rate, **tuned),
+            optimizing.transformation(self),
             workdir=workdir,
             seed=self.seed,
             microbatches=self.microbatches,

@@ -228,6 +228,16 @@ class Estimator:
         """Bytes that a step needs on each device, see `CompiledSteps.memory`."""
         return self._steps.memory
 
+    @property
+    def log_every(self) -> int:
+        """Steps between two rows of the log; may be set between two calls of `train`."""
+        return self._loop.log_every
+
+    @log_every.setter
+    def log_every(self, steps: int) -> None:
+        check.positive_int("log_every", steps)
+        self._loop.log_every = steps
+
     # ------------------------------------------------------------------ TRAIN
 
     def train(

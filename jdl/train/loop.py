@@ -127,7 +127,7 @@ class TrainLoop:
     ):
         self._run, self._steps, self._profile = run, steps, profile
         self._evaluate, self._report, self._refuse = evaluate, report, refuse
-        self._log_every, self._save_every = log_every, save_every
+        self.log_every, self._save_every = log_every, save_every
         self._on_nonfinite, self._steps_per_dispatch = on_nonfinite, steps_per_dispatch
 
     def train(
@@ -177,13 +177,13 @@ class TrainLoop:
             must = "1 or None on several devices, with pmap, and for batches with random keys"
             check.argument(asked in (None, 1), "steps_per_dispatch", must, asked)
             return 1
-        most = min(self._log_every, self._save_every or self._log_every)
+        most = min(self.log_every, self._save_every or self.log_every)
         return asked or run.steps_per_dispatch or steps.choose_length(run.current(), batch, most)
 
     def _next(self, call: Call, feed: Feed) -> Any:
         """The batch or stack of the next dispatch, which ends where something is due, or None."""
         step, length = self._run.step, self._run.steps_per_dispatch or 1
-        due = [n - step % n for n in (self._log_every, self._save_every, call.validate_every) if n]
+        due = [n - step % n for n in (self.log_every, self._save_every, call.validate_every) if n]
         if call.last_step is not None:
             due.append(call.last_step - step)
         with self._run.signals.window("data"):
@@ -209,7 +209,7 @@ class TrainLoop:
 
     def _run_steps(self, call: Call, step: Step, feed: Feed) -> None:
         run = self._run
-        metrics = DeferredMetrics(run.clock, self._log_every, self._on_finished(call.data, feed))
+        metrics = DeferredMetrics(run.clock, self.log_every, self._on_finished(call.data, feed))
         run.begin_training()
         with run.clock, self._profile:
             try:

@@ -11,12 +11,12 @@ import optax
 import pytest
 
 from jdl.cli.main import main
-from jdl.compare import Budget, Entry, Study, load_results, named, schedules, tables, trial
+from jdl.compare import Budget, Entry, Study, load_results, named, tables, trial
 from jdl.compare.optimizers import listed
 from jdl.compare.results import command
 from jdl.compare.study import CLOCKS
 from jdl.core.check import ArgumentError
-from jdl.optim import by_name, diagnostics
+from jdl.optim import by_name, diagnostics, schedules
 from jdl.optim.registry import REGISTRY
 from jdl.train.ema import weights_of
 

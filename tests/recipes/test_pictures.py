@@ -62,13 +62,11 @@ def test_a_sheet_enlarges_small_images_and_names_rows_and_columns(tmp_path):
         bare = pictures.tiles(images, tmp_path / "a.png", "")
         named = pictures.tiles(images, tmp_path / "b.png", "title", rows="ab", columns="xyz")
         plain, pixels = (np.asarray(Image.open(path).convert("L")) for path in (bare, named))
-        top, left = 28, 0
-        assert plain.shape == (top + 2 * (shown + 2), 3 * (shown + 2))
-        assert np.all(plain[: top + shown] == 255)
-        black = plain[top + shown + 2 :, 2 * (shown + 2) :]
-        assert np.all(black[:shown, :shown] == 0)
-        assert np.all(black[shown:] == 255)
-        top, left = pixels.shape[0] - 2 * (shown + 2), pixels.shape[1] - 3 * (shown + 2)
+        assert plain.shape == (2 * shown + 4, 3 * shown + 8)
+        assert np.all(plain[: shown + 4] == 255)
+        assert np.all(plain[shown + 4 :, 2 * (shown + 4) :] == 0)
+        assert np.all(plain[:, : 2 * shown + 8] == 255)
+        top, left = pixels.shape[0] - plain.shape[0], pixels.shape[1] - plain.shape[1]
         assert (top, left > 10) == (48, True)
         assert pixels[:28].min() < 100  # the title
         assert pixels[28:48, left:].min() < 100  # the columns' names
