@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
@@ -88,6 +89,24 @@ def check_left_out(args: Any, allowed: bool, why: str, *names: str) -> None:
 
 def _flag(name: str) -> str:
     return f"--{ {'wanted': 'class'}.get(name, name).replace('_', '-') }"
+
+
+def seconds(option: str, text: str | None) -> float | None:
+    """A time such as 90, 90s, 10m or 1.5h, in seconds.
+
+    >>> seconds("--max-time", "10m"), seconds("--max-time", "1.5h")
+    (600.0, 5400.0)
+    """
+    if text is None:
+        return None
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
+    try:
+        found = float(text if unit is None else text[:-1]) * (unit or 1.0)
+    except ValueError:
+        found = math.nan
+    must = "a time above 0 such as 90s, 10m or 1.5h"
+    check.argument(0 < found < math.inf, option, must, text)
+    return found
 
 
 class RunOnData(NamedTuple):
