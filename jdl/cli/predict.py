@@ -43,21 +43,20 @@ class Args:
 
 def run(args: Args) -> None:
     """Writes the predictions; the file appears only when it is complete."""
-    from jdl.recipes.registry import recipe
+    from jdl.recipes.registry import LABELLED
     from jdl.recipes.run_config import RunConfig
     from jdl.train.predict import write_predictions
 
-    chosen = recipe(RunConfig.load(args.workdir).model)
-    needs = chosen.kind == "gan" and chosen.of_classes
-    config, _, _, images = options.open_run(args, "test", labelled=needs)
-    kind, classifies = chosen.kind, ("classifier", "trees")
-    ok = kind in classifies or not args.probabilities
+    labelled = RunConfig.load(args.workdir).kind == "cgan"
+    config, _, _, images = options.open_run(args, "test", labelled=labelled)
+    kind = config.kind
+    ok = (kind in LABELLED and not labelled) or not args.probabilities
     must = "left out for a model that predicts no classes"
     check.argument(ok, "--probabilities", must, config.model)
     columns = {
-        **dict.fromkeys(classifies, lambda _, z: _classes(z, config.classes, args.probabilities)),
+        **dict.fromkeys(LABELLED, lambda _, z: _classes(z, config.classes, args.probabilities)),
         "autoencoder": _reconstructions,
-        "gan": lambda _, of: {"score": of.real},
+        **dict.fromkeys(("gan", "cgan"), lambda _, of: {"score": of.real}),
     }
     estimator = config.estimator(args.workdir)
     count = write_predictions(args.out, estimator, images, columns.get(kind))

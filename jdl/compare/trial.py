@@ -295,7 +295,7 @@ class _Running:
     def _train(self, **limit: Any) -> None:
         entry = self._task.entry
         if entry.is_scheduled:
-            by = schedules.factor(entry.schedule, entry.warmup, self._piece()[0])
+            by = schedules.factor(entry.schedule, entry.warmup, self._piece()[0], entry.decay_to)
             self.estimator._run.set_in_optimizer(schedule_factor=jnp.asarray(by, jnp.float32))
         if self._has_diagnostics:
             self.estimator.log_every = max(1, self.estimator.step // FULL_ROWS)

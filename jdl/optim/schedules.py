@@ -28,8 +28,9 @@ PIECES = 100
 BY_STEP = ("lbfgs", "bfgs", "ssbroyden", "cg")
 
 
-def checked(schedule: str, warmup: float) -> None:
+def checked(schedule: str, warmup: float, decay_to: float = 0.0) -> None:
     """Raises unless there is such a schedule, with a warm-up of at most half of the budget."""
+    check.in_range("decay_to", decay_to, 0.0, 1.0)
     check.one_of("schedule", schedule, SCHEDULES)
     check.in_range("warmup", warmup, 0.0, 0.5)
 
@@ -149,8 +150,7 @@ def over_steps(
     [-0.25]
     """
     check.positive_int("steps", steps)
-    checked(schedule, warmup / steps)
-    check.in_range("decay_to", decay_to, 0.0, 1.0)
+    checked(schedule, warmup / steps, decay_to)
     inner = scheduled(optimizer, by_rate=by_rate)
 
     def init(params: Any) -> OverStepsState:
