@@ -251,6 +251,7 @@ class Estimator:
         max_steps: int | None = None,
         epochs: int | None = None,
         seconds: float | None = None,
+        wall_seconds: float | None = None,
         validation: Data | None = None,
         validate_every: int | None = None,
         save: bool = True,
@@ -271,6 +272,7 @@ class Estimator:
           max_steps: steps of the run in total, for a script that may be started again.
           epochs: how many more passes over the data.
           seconds: how many more seconds on the training clock, alone or beside a step limit.
+          wall_seconds: likewise in all, with compiling, validating and saving.
           validation: data to evaluate on in between, under the split "validation"; not an
             iterator, which has only one pass.
           validate_every: steps between two validations; by default an epoch.
@@ -289,7 +291,7 @@ class Estimator:
             also interrupts a hook, a validation, or a wait for data.
           UserError: another process is training in the same run directory.
         """
-        limits = Limits(steps, max_steps, epochs, seconds)
+        limits = Limits(steps, max_steps, epochs, seconds, wall_seconds)
         self._warn_of_missing_rows(validates=validation is not None)
         run = self._run
         with run.signals as signals, self._directory.writing():

@@ -43,12 +43,14 @@ class Limits(NamedTuple):
       max_steps: steps of the run in total.
       epochs: how many more passes over the data.
       seconds: how many more seconds on the training clock.
+      wall_seconds: how many more seconds in all.
     """
 
     steps: int | None
     max_steps: int | None
     epochs: int | None
     seconds: float | None
+    wall_seconds: float | None = None
 
     @property
     def given(self) -> bool:
@@ -62,15 +64,16 @@ class Limits(NamedTuple):
         check.argument(len(given) <= 1, "steps, max_steps, epochs", "given one at a time", given)
         for name in given:
             check.positive_int(name, of_steps[name])
-        if self.seconds is not None:
-            check.in_range("seconds", self.seconds, 0.0, open_low=True)
-            check.argument(
-                jax.process_count() == 1,
-                "seconds",
-                "left out where several processes train together, whose clocks differ",
-                self.seconds,
-                "Give steps instead.",
-            )
+        for name in ("seconds", "wall_seconds"):
+            if (value := getattr(self, name)) is not None:
+                check.in_range(name, value, 0.0, open_low=True)
+                check.argument(
+                    jax.process_count() == 1,
+                    name,
+                    "left out where several processes train together, whose clocks differ",
+                    value,
+                    "Give steps instead.",
+                )
 
     def last_step(self, done: int, data: Data) -> int | None:
         """The number of the last step after `done` steps; None for no limit."""
@@ -88,7 +91,7 @@ class Call(NamedTuple):
       data: the training data.
       limits: how far to go.
       last_step: the number of the last step; None to continue to the end of the data.
-      deadline: when to end, in seconds of the training clock; None for no such time.
+      deadlines: clocks, and the seconds on each at which to end.
       validation: data to evaluate on in between; None for none.
       validate_every: steps between two validations; None for none.
     """
@@ -96,7 +99,7 @@ class Call(NamedTuple):
     data: Data
     limits: Limits
     last_step: int | None
-    deadline: float | None
+    deadlines: tuple[tuple[Clock, float], ...]
     validation: Data | None
     validate_every: int | None
 
@@ -149,6 +152,8 @@ class TrainLoop:
         """See `jdl.Estimator.train`; returns whether any step was left to do."""
         limits.check()
         _check_validation(validation, validate_every)
+        wall = Clock()
+        wall.start()
         run = self._run
         feed = run.feed(data, repeat=limits.given)
         with run.signals.window("data"):
@@ -169,8 +174,9 @@ class TrainLoop:
         run.classes = getattr(data, "classes", None) or run.classes
         if validation is not None and validate_every is None:
             validate_every = steps_per_epoch(data, "validate_every", "given")
-        deadline = None if limits.seconds is None else run.clock.seconds + limits.seconds
-        call = Call(data, limits, last_step, deadline, validation, validate_every)
+        ends = ((run.clock, run.clock.seconds, limits.seconds), (wall, 0.0, limits.wall_seconds))
+        deadlines = tuple((clock, now + left) for clock, now, left in ends if left is not None)
+        call = Call(data, limits, last_step, deadlines, validation, validate_every)
         run.steps_per_dispatch = self._length(batch)
         step = self._steps.for_batch(run.current(), self._next(call, feed))
         try:
@@ -238,7 +244,7 @@ class TrainLoop:
     def _loop(self, call: Call, step: Step, feed: Feed, metrics: DeferredMetrics) -> None:
         """Nothing in it waits for the step just dispatched."""
         run, profile, signals = self._run, self._profile, self._run.signals
-        deadline = None if call.deadline is None else _Deadline(run.clock, call.deadline)
+        deadlines = [_Deadline(*deadline) for deadline in call.deadlines]
         while call.last_step is None or run.step < call.last_step:
             signals.check()
             batches = self._next(call, feed)
@@ -268,7 +274,7 @@ class TrainLoop:
                     self._saved = run.clock.seconds
             if signals.asked(run.step):
                 raise Stopped(run.step)
-            if deadline is not None and deadline.reached(metrics):
+            if any(deadline.reached(metrics) for deadline in deadlines):
                 break
         metrics.finish()
 
@@ -298,7 +304,7 @@ class TrainLoop:
 
 
 class _Deadline:
-    """Ends a training at a time of its clock, without one more step in flight."""
+    """Ends a training at a time of a clock, without one more step in flight."""
 
     def __init__(self, clock: Clock, seconds: float):
         self._clock, self._end = clock, seconds
