@@ -319,6 +319,26 @@ def test_every_jdl_command_parses(tmp_path, monkeypatch, capsys):
     assert not wrong
 
 
+@pytest.mark.slow
+def test_the_commands_for_one_s_own_model_run(tmp_path, monkeypatch):
+    """On the page's own files; its study, which takes minutes, is only parsed."""
+    from jdl.cli.main import main
+    from jdl.data import digits_path
+
+    page = ROOT / "notebooks" / "how-to" / "compare-own-model.md"
+    files = [block.code for block in blocks(page) if block.language == "python"]
+    monkeypatch.chdir(tmp_path)
+    for file, code in zip(("mine.py", "photos.py"), files, strict=True):
+        Path(file).write_text(code)
+    Path("photos.tar").symlink_to(digits_path())
+    shorter = {"64": "16", "200": "20"}
+    typed = [c.words[1:] for c in commands(page) if c.whole and c.words[:2] != ["jdl", "compare"]]
+    assert len(typed) == 9
+    with as_a_script_runs():
+        assert [main([shorter.get(w, w) for w in words]) for words in typed] == [0] * 9
+    assert (tmp_path / "photos.jsonl").read_text().count('"class"') == 359
+
+
 def test_every_extra_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"

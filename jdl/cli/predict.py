@@ -47,13 +47,13 @@ class Args:
 
 def run(args: Args) -> None:
     """Writes the predictions; the file appears only when it is complete."""
-    from jdl.recipes.registry import LABELLED, recipe
+    from jdl.recipes.registry import LABELLED
     from jdl.train.predict import write_predictions
     from jdl.train.tables import open_table
 
     options.check_positive(args, "samples")
     config, _, _, images = options.open_run(args, "test", labelled=False)
-    kind = recipe(config.model).kind
+    kind = config.kind
     ok = kind in LABELLED or not args.probabilities
     must = "left out for a model that predicts no classes"
     check.argument(ok, "--probabilities", must, config.model)

@@ -6,7 +6,10 @@ Examples:
   jdl train autoencoder --optimizer hf --batch-size 1024 --max-steps 50
   jdl train autoencoder --optimizer hf --option max_cg_iterations=7 --option trust_region=1
   jdl train vit --optimizer sgd --weight-decay 5e-4 --clip 1 --schedule cosine --warmup 100
+  jdl train cnn --data photos.tar --max-time 10m --workdir runs/photos
+  jdl train cnn --data photos.tar --overfit 1 --max-steps 200
   jdl train recursive --data trees.txt
+  jdl train my_net.py --data photos.tar
   jdl train --config runs/photos/config.toml --seed 1 --workdir runs/photos-1
   mpirun -n 2 jdl train cnn --distributed
 """
@@ -40,7 +43,7 @@ class Args:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, rbm, dbn, recursive,
-    gan"""
+    gan; or your own .py file, which defines model, loss and, without --data, data"""
     data: str | None = None
     """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits. For recursive a file
     of trees, .txt with one in brackets each line, or .conllu; by default generated trees"""
@@ -64,6 +67,10 @@ class Args:
     """where the schedule ends, as a share of the learning rate"""
     max_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
     """steps in total; by default what suits the model. Started again, a run continues to there"""
+    max_time: str | None = None
+    """stop and save after this much time in all, such as 90s, 10m or 1.5h"""
+    overfit: int | None = None
+    """train and evaluate on the first N batches alone, the same in each epoch"""
     batch_size: int | None = None
     """images in a batch; by default what suits the optimizer"""
     curvature_batch_size: int | None = None
@@ -89,8 +96,8 @@ class Args:
     on_error: options.OnError = "raise"
     workdir: Path | None = None
     """the run directory; by default runs/MODEL-DATA-OPTIMIZER"""
-    save_every: int = 1000
-    """steps between checkpoints"""
+    save_every: int | None = None
+    """steps between checkpoints; by default every 1,000th that is 10 s after the last"""
     keep_every: int | None = None
     """besides the newest checkpoints, keep those whose step is a multiple of this"""
     logs: tuple[Literal["csv", "tensorboard"], ...] = ()
@@ -121,6 +128,7 @@ class _Job(NamedTuple):
     workdir: Path
     data: "Batches"
     max_steps: int
+    seconds: float | None  # all that training may take
 
 
 def run(args: Args) -> None:
@@ -133,31 +141,29 @@ def run(args: Args) -> None:
     if args.distributed:
         distributed.initialize()
     sizes = ("batch_size", "curvature_batch_size", "microbatches")
-    options.check_positive(args, "max_steps", *sizes, "save_every", "keep_every")
+    options.check_positive(args, "max_steps", "overfit", *sizes, "save_every", "keep_every")
     job = _job(args)
     if _is_leader():
-        resolved_by_job = ("data", "optimizer", "option", "batch_size")
+        resolved_by_job = ("model", "data", "optimizer", "option", "batch_size")
         found = {name: getattr(job.config, name) for name in resolved_by_job}
         resolved = dataclasses.replace(args, max_steps=job.max_steps, **found)
         job.config.save(job.workdir, config_file.as_table(resolved))
     with contextlib.nullcontext() if _is_leader() else _silence():
-        names = ("save_every", "keep_every", "logs", "remat", "on_nonfinite", "parallel")
-        _train(job, **{name: getattr(args, name) for name in names})
+        names = ("keep_every", "logs", "remat", "on_nonfinite", "parallel")
+        how = {name: getattr(args, name) for name in names}
+        _train(job, save_every=args.save_every or "auto", **how)
 
 
 def _job(args: Args) -> _Job:
     """Opens the data and fills in the defaults."""
     from jdl.optim import registry
-    from jdl.recipes import datasets, optimizing, treebanks
+    from jdl.recipes import datasets, optimizing, own, treebanks
     from jdl.recipes.registry import LABELLED, recipe
     from jdl.recipes.run_config import MIXED, RunConfig
 
     chosen = recipe(args.model)
     source = chosen.data if args.data is None else args.data
-    are_trees = datasets.kind(source) != "images"
-    ok = are_trees == (chosen.data == "trees")
-    must = "trees for recursive: a .txt or .conllu file; and images for all others"
-    check.argument(ok, "--data", must, source)
+    are_arrays, are_trees = datasets.check_suits(source, chosen)
     optimizer = registry.short_name(chosen.optimizer if args.optimizer is None else args.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
@@ -171,11 +177,17 @@ def _job(args: Args) -> _Job:
     mixed = [name for name in args.augment if name in MIXED]
     must = "without mixup and cutmix for a model that does not learn classes"
     check.argument(not mixed or chosen.kind == "classifier", "--augment", must, mixed)
+    fixed = args.overfit is None or args.crop == "center"
+    why = "the batches of --overfit are the same each time"
+    options.check_left_out(args, fixed, why, "crop")
+    options.check_left_out(args, args.overfit is None, why, "flip", "augment")
     names = (*augmentation, *which, "label")
     options.check_left_out(args, not are_trees, "trees are no images", *names)
+    names = (*names, "size", "color")
+    options.check_left_out(args, not are_arrays, "a file's data are arrays", *names)
     label = args.label
     if label is None and chosen.kind not in LABELLED:
-        label = datasets.label_if_any(source, **which)
+        label = datasets.label_if_any(source, agree=chosen.kind != "own", **which)
 
     def images(batch_size: int, **more: Any) -> "Batches":
         return datasets.open_images(
@@ -199,34 +211,41 @@ def _job(args: Args) -> _Job:
     batch_size = args.batch_size or min(chosen.batch_size if is_mini else LARGE_BATCH, number)
     must = f"at most the {number} training images"
     check.argument(batch_size <= number, "--batch-size", must, batch_size)
+    must = f"at most the {number // batch_size} full batches of an epoch"
+    check.argument((args.overfit or 0) * batch_size <= number, "--overfit", must, args.overfit)
+    of_data: dict[str, Any] = {
+        "image_shape": datasets.input_shape(source, size, 3 if args.color else 1),
+        "classes": classes,
+    }
+    if chosen.facts is not None:
+        some = next(iter(images(min(number, 256), shuffle=True, seed=args.seed)))
+        of_data = chosen.facts(source, some, classes)
     max_steps = args.max_steps or (chosen.steps if is_mini else LARGE_STEPS)
     config = options.settings(
         RunConfig,
         args,
         **optimizing.settings(args, optimizer, max_steps),
-        data=source,
+        model=own.absolute(args.model),
+        data=own.absolute(source),
         optimizer=optimizer,
         batch_size=batch_size,
         split=split,
-        image_shape=datasets.input_shape(source, size, 3 if args.color else 1),
         grayscale=not args.color,
-        classes=classes,
         label=label,
         words=words,
+        **of_data,
     )
     optimizing.transformation(config)  # raises for wrong arguments before anything is written
+    augment = [name for name in args.augment if name not in MIXED]
+    more = given | {"augment": augment}
+    data = images(batch_size, shuffle=True, seed=args.seed, classes=config.classes, **more)
     return _Job(
         config=config,
         recipe=chosen,
-        workdir=args.workdir or Path("runs") / f"{args.model}-{_stem(source)}-{optimizer}",
-        data=images(
-            batch_size,
-            shuffle=True,
-            seed=args.seed,
-            classes=classes,
-            **given | {"augment": [name for name in args.augment if name not in MIXED]},
-        ),
+        workdir=args.workdir or Path("runs") / _folder(args.model, source, optimizer),
+        data=data if args.overfit is None else data.first(args.overfit),
         max_steps=max_steps,
+        seconds=options.seconds("--max-time", args.max_time),
     )
 
 
@@ -237,7 +256,7 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
 
     config, workdir = job.config, job.workdir
     print(
-        f"{config.model} on {job.data.num_records} examples of {config.data} "
+        f"{_short(config.model)} on {job.data.num_records} examples of {_short(config.data)} "
         f"({len(config.classes)} classes), {config.optimizer}, batches of {config.batch_size}, "
         f"to step {job.max_steps}; writing to {workdir}"
     )
@@ -249,14 +268,17 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
     evaluated = {
         split or "all": config.images(config.data, split, batch_size=min(config.batch_size, 256))
         for split in splits
-    }
+        if config.overfit is None
+    } or {"train": job.data}
     model = config.build_model()
     if job.recipe.prepare is not None and not begun(workdir):
         model = job.recipe.prepare(model, job.data, workdir, config.seed)
     shown = progress.StepProgress(job.max_steps, config.batch_size)
     estimator = config.estimator(workdir, hooks=[shown], model=model, **options_of_estimator)
     with shown:
-        estimator.train(job.data, max_steps=job.max_steps)
+        estimator.train(job.data, max_steps=job.max_steps, wall_seconds=job.seconds)
+    if job.seconds is not None and estimator.step < job.max_steps:
+        print(f"stopped by --max-time at step {estimator.step}; the same command goes on")
     columns, rows = [], []
     for split, images in evaluated.items():
         # Under a name of its own: the log's `train` rows are of single batches.
@@ -295,7 +317,13 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _stem(data: str) -> str:
-    """A folder's name for a `--data` argument."""
-    name = Path(data).name.removesuffix(".tar")
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "data"
+def _folder(*names: str) -> str:
+    """A folder's name of a model's, a `--data` argument and an optimizer."""
+    stems = [Path(name).name.removesuffix(".tar").removesuffix(".py") for name in names]
+    plain = [re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.") or "data" for stem in stems]
+    return "-".join(dict.fromkeys(plain))
+
+
+def _short(name: str) -> str:
+    """A model's or data set's name; of a Python file without its folder."""
+    return Path(name).name if name.endswith(".py") else name

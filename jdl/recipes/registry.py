@@ -1,5 +1,6 @@
 """The models that `jdl train` knows by name, with the settings recommended for each."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jdl.core import check
-from jdl.core.model import Model
+from jdl.core.model import Model, ModelLike
 from jdl.core.types import Batch
 from jdl.data import Batches
 from jdl.models.autoencoder import Autoencoder, Reconstruction, denoising
@@ -25,13 +26,13 @@ from jdl.models.recursive import TreeLSTM
 from jdl.models.resnet import ResNet
 from jdl.models.rnn import RNN
 from jdl.models.transformer import ViT
-from jdl.recipes import formulas, pictures
+from jdl.recipes import formulas, own, pictures
 from jdl.recipes.gan_pictures import draw_samples, samples_over_time
 from jdl.recipes.tree_pictures import draw_trees
 from jdl.train import boltzmann, premade
 from jdl.train.estimator import Estimator
 
-Net = MLP | CNN | RNN | ViT | ResNet | Autoencoder | RBM | TreeLSTM | GAN | Model
+Net = MLP | CNN | RNN | ViT | ResNet | Autoencoder | RBM | TreeLSTM | GAN | ModelLike
 
 Shape = tuple[int, ...]
 LABELLED = ("classifier", "trees")  # kinds of models that learn labels
@@ -51,7 +52,9 @@ class Recipe(NamedTuple):
     """How a model is built and trained."""
 
     build: Callable[[Shape, int], Net]  # `build(image_shape, num_classes) -> net`
-    kind: str  # "classifier", "autoencoder", "rbm", "trees" or "gan": what the outputs mean
+    # what the outputs mean: "classifier", "autoencoder", "rbm", "trees", "gan"; "own" of a file,
+    # whose run may find it a "classifier"
+    kind: str
     steps: int  # the recommended number of steps on the bundled digits
     optimizer: str = "adam"  # the recommended optimizer's name
     options: Mapping[str, Any] = {}  # keyword arguments of the recommended optimizer
@@ -62,11 +65,25 @@ class Recipe(NamedTuple):
     prepare: Callable[[Any, Batches, Path, int], Model] | None = None
     # `pictures(finished) -> paths` of the pictures drawn at the end of a run
     pictures: Callable[[Finished], list[Path]] | None = None
-    data: str = "digits"  # the default of `--data`: "digits", or "trees" for generated trees
+    # the default of `--data`: "digits", "trees" for generated trees, a file, or "" for none
+    data: str = "digits"
+    # of a file: `facts(source, some, classes)`, called before a run, returns fields of `RunConfig`
+    facts: Callable[[str, Batch, tuple[str, ...]], dict[str, Any]] | None = None
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name; an error for an unknown name suggests the nearest."""
+    """The recipe of that name or Python file; an error for an unknown name suggests the nearest."""
+    if own.is_file(name):
+        file = own.opened(name)
+        file.must_define("model", "loss")
+        return Recipe(
+            file.model,
+            "own",
+            1000,
+            estimator=functools.partial(own.estimator, file),
+            data=own.absolute(name) if file.get("data") is not None else "",
+            facts=functools.partial(own.facts, file),
+        )
     return RECIPES[check.one_of("model", name, RECIPES)]
 
 

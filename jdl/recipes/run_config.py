@@ -1,6 +1,7 @@
 """The settings of a run of `jdl train`, and the model, Estimator and data made from them."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,18 @@ from typing import Any
 from jdl.core import check
 from jdl.core.model import Model
 from jdl.data import Batches, cutmix, mixup, one_of
-from jdl.recipes import config_toml, optimizing
+from jdl.recipes import config_toml, optimizing, own
 from jdl.recipes.datasets import kind, open_images
-from jdl.recipes.registry import Net, recipe
+from jdl.recipes.registry import LABELLED, Net, recipe
 from jdl.train import premade
 from jdl.train.checkpoint import begun
 from jdl.train.estimator import Estimator
 
 COMMAND = "command"  # the file's table of resolved flags, which `jdl train --config` reads
 MIXED = {"mixup": mixup, "cutmix": cutmix}  # of `--augment`, inside the training step
-MAY_CHANGE = ("on_error",)  # when a run is continued
+MAY_CHANGE = ("on_error", "file_sha256")  # when a run is continued
+
+logger = logging.getLogger("jdl.train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,10 @@ class RunConfig:
     schedule: str = "constant"
     warmup: int = 0
     decay_to: float = 0.0
+    overfit: int | None = None
     schedule_steps: int | None = None  # the steps of the schedule; None for a constant one
+    file_kind: str | None = None  # of a model from a file: "classifier", or "own"
+    file_sha256: str | None = None  # of that file
 
     def save(self, workdir: Path, command: Mapping[str, Any]) -> None:
         """Writes the settings; raises where the directory holds a run with other settings.
@@ -84,7 +90,25 @@ class RunConfig:
                 f"{workdir} is not a run directory of `jdl train`: it has no {config_toml.FILE}."
                 + hint * (workdir / "checkpoints").is_dir()
             )
-        return config_toml.parse(cls, table, workdir, COMMAND)
+        config = config_toml.parse(cls, table, workdir, COMMAND)
+        if config.file_kind and config.file_sha256 != own.sha256(config.model):
+            logger.warning(
+                "%s has changed since %s was trained with it; it is used as it is now, and its "
+                "parameters must be the same",
+                *(config.model, workdir),
+            )
+        return config
+
+    @property
+    def kind(self) -> str:
+        """What the outputs mean, see `Recipe`."""
+        return self.file_kind or recipe(self.model).kind
+
+    @property
+    def learns_labels(self) -> bool:
+        """Whether the loss may read labels."""
+        of_file = self.file_kind is not None and self.label != "none"
+        return of_file or self.kind in LABELLED
 
     @property
     def which(self) -> dict[str, str | None]:
@@ -112,6 +136,8 @@ class RunConfig:
         mixed = [MIXED[x](num_classes=len(self.classes)) for x in self.augment if x in MIXED]
         if mixed:
             options["batch_transform"] = one_of(*mixed)
+        if self.file_kind is not None:
+            options["num_classes"] = len(self.classes)
         return make(
             self.build_model() if model is None else model,
             optimizing.transformation(self),

@@ -1,6 +1,7 @@
 """What `jdl train` is told of its optimizer: options, decay, clipping, schedule."""
 
 import json
+import re
 import tomllib
 
 import jax
@@ -125,6 +126,9 @@ def test_the_recipe_of_hessian_free_with_options(tmp_path):
         (["--steps", "6", "--warmup", "4"], "`--warmup` must be a number of steps from 0 to 3"),
         (["--decay-to", ".1"], "without a --schedule"),
         (["--schedule", "linear", "--decay-to", "2"], "`--decay-to` must be a number in [0.0, 1"),
+        (["--overfit", "2", "--flip"], "`--flip` must be left out"),
+        (["--overfit", "200"], "`--overfit` must be at most the 22 full batches"),
+        (["--max-time", "10x"], "`--max-time` must be a time above 0 such as 90s, 10m"),
         (["--optimizer", "schedule_free_sgd", "--schedule", "linear"], "warmup_steps"),
     ],
 )
@@ -143,3 +147,30 @@ def test_options_of_a_file_come_before_those_given_here(tmp_path):
     for path in (lists, table):
         words = config_file.expand(["--config", str(path), "--option", "b1=.7"], train.Args)
         assert parse("train", train, words).option == ("b1=0.5", "b2=0.9", "b1=.7")
+
+
+def test_overfitting_goes_over_the_same_batches_and_is_evaluated_on_them(tmp_path):
+    flags = ["--optimizer", "sgd", "--overfit", "2", "--steps"]
+    assert trained(tmp_path, *flags, "3") == 0
+    assert trained(tmp_path, *flags, "6") == 0  # in the middle of an epoch of two
+    config = RunConfig.load(tmp_path)
+    data = config.images("digits", "train", batch_size=32, shuffle=True, seed=0, epochs=None)
+    few = [batch for batch, _ in zip(data, range(2), strict=False)]
+    theirs = jdl.classifier(RECIPES["mlp"].build((8, 8, 1), 10), "sgd")
+    theirs.train(few * 3)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in rows} == {"train", "all of train"}
+    assert rows[-1]["loss"] == pytest.approx(theirs.evaluate(few)["loss"], rel=1e-4)
+
+
+def test_a_run_that_is_stopped_by_the_time_goes_on(tmp_path, capsys):
+    flags = ["train", "mlp", "--optimizer", "sgd", "--batch-size", 32, "--workdir", tmp_path]
+    code, out, _ = said(capsys, *flags, "--steps", 10**6, "--max-time", "0.2s")
+    step = int(re.search(r"stopped by --max-time at step (\d+)", out)[1])
+    assert code == 0
+    assert 0 < step < 10**6
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    code, out, _ = said(capsys, *flags, "--steps", step + 1, "--max-time", "1h")
+    assert code == 0
+    assert f"{step + 1} steps" in out
+    assert "stopped by --max-time" not in out
