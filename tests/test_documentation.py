@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from jdl.cli import commands as cli
 from jdl.cli.main import parse
@@ -191,6 +193,27 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert (tmp_path / "search" / "search_index.js").exists()  # for a site opened from a disk
 
 
+@pytest.mark.slow
+def test_the_five_pictures_are_what_their_script_draws(tmp_path):
+    folder = ROOT / "notebooks" / "explanation"
+    subprocess.run(
+        [sys.executable, folder / "pictures.py", tmp_path],
+        check=True,
+        env=environment(),
+        capture_output=True,
+        timeout=400,
+    )
+    shown = set(re.findall(r"\((\w+\.png)\)", (folder / "overview.md").read_text()))
+    assert shown == {path.name for path in tmp_path.iterdir()}
+    assert len(shown) == 5
+    for name in shown:
+        ours, again = (
+            np.asarray(Image.open(where / name).convert("L"), float) for where in (folder, tmp_path)
+        )
+        assert ours.shape == again.shape
+        assert np.mean(np.abs(ours - again)) < 2  # of 255; text may differ by its font's version
+
+
 def links(page):
     found = re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))", page.read_text())
     return {(page.parent / target).resolve() for target in found}
@@ -294,6 +317,26 @@ def test_every_jdl_command_parses(tmp_path, monkeypatch, capsys):
             if end.code:
                 wrong.append((command, capsys.readouterr().err))
     assert not wrong
+
+
+@pytest.mark.slow
+def test_the_commands_for_one_s_own_model_run(tmp_path, monkeypatch):
+    """On the page's own files; its study, which takes minutes, is only parsed."""
+    from jdl.cli.main import main
+    from jdl.data import digits_path
+
+    page = ROOT / "notebooks" / "how-to" / "compare-own-model.md"
+    files = [block.code for block in blocks(page) if block.language == "python"]
+    monkeypatch.chdir(tmp_path)
+    for file, code in zip(("mine.py", "photos.py"), files, strict=True):
+        Path(file).write_text(code)
+    Path("photos.tar").symlink_to(digits_path())
+    shorter = {"64": "16", "200": "20"}
+    typed = [c.words[1:] for c in commands(page) if c.whole and c.words[:2] != ["jdl", "compare"]]
+    assert len(typed) == 9
+    with as_a_script_runs():
+        assert [main([shorter.get(w, w) for w in words]) for words in typed] == [0] * 9
+    assert (tmp_path / "photos.jsonl").read_text().count('"class"') == 359
 
 
 def test_every_extra_exists():

@@ -132,7 +132,7 @@ def run(args: Args) -> None:
         ends=_ends(args.ends),
     )
     if failures:
-        raise check.UserError("Some problems could not be made: " + " ".join(failures))
+        raise check.SourceError("Some problems could not be made: " + " ".join(failures))
 
 
 def _listed(option: str, text: str) -> list[str]:
@@ -197,7 +197,7 @@ def _named_problems(args: Args) -> "tuple[Sources, list[str]]":
             if len(names) > 1:
                 print(f"jdl compare: {name}: {error}", file=sys.stderr)
     if not made:
-        raise check.UserError("No problem could be made: " + " ".join(failures))
+        raise check.SourceError("No problem could be made: " + " ".join(failures))
     return made, failures
 
 

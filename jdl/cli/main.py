@@ -127,7 +127,7 @@ def _run(name: str, arguments: list[str]) -> int:
         if not str(end).isdigit():
             print(f"jdl {name}: {end}", file=sys.stderr)
         return int(end.code or 0)
-    except (UserError, OSError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, message = _outcome(error, name, parsed)
         if getattr(parsed, "distributed", False):
             from jdl.train import distributed
@@ -139,14 +139,23 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _outcome(error: BaseException, name: str, args: Any) -> tuple[int, str]:
     """The exit code and the message; raises the error again if it is a bug."""
+    from jdl.core.check import SourceError, UserError
+
     if isinstance(error, KeyboardInterrupt):
         return 130, f"jdl {name}: {str(error) or 'interrupted; what was written stays'}."
     if isinstance(error, OSError):
         if error.errno not in UNWRITABLE:
             raise error
         return 2, f"jdl {name}: error: {error.filename}: {error.strerror}."
-    text = "\n".join(map(visible, str(error).split("\n")))
-    return 2, f"jdl {name}: error: {in_flags(text, [*getattr(args, '__dict__', {})])}"
+    text, names = str(error), [*getattr(args, "__dict__", {})]
+    if not isinstance(error, UserError):  # of the user's own file, or a bug
+        model_file = sys.modules.get("jdl.train.model_file")
+        if model_file is None or (blamed := model_file.blamed(error)) is None:
+            raise error
+        text, names = blamed, []
+    text = "\n".join(map(visible, text.split("\n")))
+    names = [] if isinstance(error, SourceError) else names
+    return 2, f"jdl {name}: error: {in_flags(text, names)}"
 
 
 def in_flags(message: str, names: Sequence[str]) -> str:

@@ -124,7 +124,6 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
     `split` is the default if the data have it; `options` are further ones of `RunConfig.images`.
     """
     from jdl.recipes.datasets import default_split
-    from jdl.recipes.registry import LABELLED, recipe
     from jdl.recipes.run_config import RunConfig
 
     check_positive(args, "batch_size")
@@ -132,7 +131,7 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
     config = dataclasses.replace(
         RunConfig.load(args.workdir), **{k: v for k, v in given.items() if v is not None}
     )
-    learns = recipe(config.model).kind in LABELLED
+    learns = config.learns_labels
     must = "other than none for a classifier" if learns else "left out: no labels are used"
     ok = given["label"] != "none" if learns else given["label"] is None
     check.argument(ok, "--label", must, config.label)

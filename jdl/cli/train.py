@@ -11,6 +11,7 @@ Examples:
   jdl train cnn --data photos.tar --try
   jdl train cnn --data photos.tar --overfit 1 --max-steps 200
   jdl train recursive --data trees.txt
+  jdl train my_net.py --data photos.tar
   jdl train --config runs/photos/config.toml --seed 1 --workdir runs/photos-1
   mpirun -n 2 jdl train cnn --distributed
 """
@@ -43,8 +44,9 @@ class Args:
     """The options of `jdl train`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, rbm, dbn, recursive,
-    gan"""
+    """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, vae, rbm, dbn,
+    recursive, gan, cgan (a GAN of classes); or your own .py file, which defines model, loss and,
+    without --data, data"""
     data: str | None = None
     """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits. For recursive a file
     of trees, .txt with one in brackets each line, or .conllu; by default generated trees"""
@@ -159,7 +161,7 @@ def run(args: Args) -> None:
         print(f"nothing is kept; without --try, to step {job.max_steps} in {job.workdir}")
         return
     if _is_leader():
-        resolved_by_job = ("data", "optimizer", "option", "batch_size")
+        resolved_by_job = ("model", "data", "optimizer", "option", "batch_size")
         found = {name: getattr(job.config, name) for name in resolved_by_job}
         resolved = dataclasses.replace(args, max_steps=job.max_steps, **found)
         job.config.save(job.workdir, config_file.as_table(resolved))
@@ -170,16 +172,13 @@ def run(args: Args) -> None:
 def _job(args: Args) -> _Job:
     """Opens the data and fills in the defaults."""
     from jdl.optim import registry
-    from jdl.recipes import datasets, optimizing, treebanks
+    from jdl.recipes import datasets, optimizing, own, treebanks
     from jdl.recipes.registry import LABELLED, recipe
     from jdl.recipes.run_config import MIXED, RunConfig
 
     chosen = recipe(args.model)
     source = chosen.data if args.data is None else args.data
-    are_trees = datasets.kind(source) != "images"
-    ok = are_trees == (chosen.data == "trees")
-    must = "trees for recursive: a .txt or .conllu file; and images for all others"
-    check.argument(ok, "--data", must, source)
+    are_arrays, are_trees = datasets.check_suits(source, chosen)
     optimizer = registry.short_name(chosen.optimizer if args.optimizer is None else args.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
@@ -199,9 +198,11 @@ def _job(args: Args) -> _Job:
     options.check_left_out(args, args.overfit is None, why, "flip", "augment")
     names = (*augmentation, *which, "label")
     options.check_left_out(args, not are_trees, "trees are no images", *names)
+    names = (*names, "size", "color")
+    options.check_left_out(args, not are_arrays, "a file's data are arrays", *names)
     label = args.label
     if label is None and chosen.kind not in LABELLED:
-        label = datasets.label_if_any(source, **which)
+        label = datasets.label_if_any(source, agree=chosen.kind != "own", **which)
 
     def images(batch_size: int, **more: Any) -> "Batches":
         return datasets.open_images(
@@ -219,7 +220,7 @@ def _job(args: Args) -> _Job:
 
     probe = images(1)
     number, classes = probe.num_records, tuple(probe.classes or ())
-    must = "given: a classifier needs classes"
+    must = f"given: {args.model} needs classes"
     check.argument(bool(classes) or chosen.kind not in LABELLED, "--label", must, label)
     is_mini = spec.batches == "mini"
     batch_size = args.batch_size or min(chosen.batch_size if is_mini else LARGE_BATCH, number)
@@ -227,29 +228,36 @@ def _job(args: Args) -> _Job:
     check.argument(batch_size <= number, "--batch-size", must, batch_size)
     must = f"at most the {number // batch_size} full batches of an epoch"
     check.argument((args.overfit or 0) * batch_size <= number, "--overfit", must, args.overfit)
+    of_data: dict[str, Any] = {
+        "image_shape": datasets.input_shape(source, size, 3 if args.color else 1),
+        "classes": classes,
+    }
+    if chosen.facts is not None:
+        some = next(iter(images(min(number, 256), shuffle=True, seed=args.seed)))
+        of_data = chosen.facts(source, some, classes)
     max_steps = args.max_steps or (chosen.steps if is_mini else LARGE_STEPS)
     config = options.settings(
         RunConfig,
         args,
         **optimizing.settings(args, optimizer, max_steps),
-        data=source,
+        model=own.absolute(args.model),
+        data=own.absolute(source),
         optimizer=optimizer,
         batch_size=batch_size,
         split=split,
-        image_shape=datasets.input_shape(source, size, 3 if args.color else 1),
         grayscale=not args.color,
-        classes=classes,
         label=label,
         words=words,
+        **of_data,
     )
     optimizing.transformation(config)  # raises for wrong arguments before anything is written
     augment = [name for name in args.augment if name not in MIXED]
     more = given | {"augment": augment}
-    data = images(batch_size, shuffle=True, seed=args.seed, classes=classes, **more)
+    data = images(batch_size, shuffle=True, seed=args.seed, classes=config.classes, **more)
     return _Job(
         config=config,
         recipe=chosen,
-        workdir=args.workdir or Path("runs") / f"{args.model}-{_stem(source)}-{optimizer}",
+        workdir=args.workdir or Path("runs") / _folder(args.model, source, optimizer),
         data=data if args.overfit is None else data.first(args.overfit),
         max_steps=max_steps,
         seconds=options.seconds("--max-time", args.max_time),
@@ -263,7 +271,7 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
 
     config, workdir = job.config, job.workdir
     print(
-        f"{config.model} on {job.data.num_records} examples of {config.data} "
+        f"{_short(config.model)} on {job.data.num_records} examples of {_short(config.data)} "
         f"({len(config.classes)} classes), {config.optimizer}, batches of {config.batch_size}, "
         f"to step {job.max_steps}; writing to {workdir}"
     )
@@ -336,7 +344,13 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _stem(data: str) -> str:
-    """A folder's name for a `--data` argument."""
-    name = Path(data).name.removesuffix(".tar")
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "data"
+def _folder(*names: str) -> str:
+    """A folder's name of a model's, a `--data` argument and an optimizer."""
+    stems = [Path(name).name.removesuffix(".tar").removesuffix(".py") for name in names]
+    plain = [re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.") or "data" for stem in stems]
+    return "-".join(dict.fromkeys(plain))
+
+
+def _short(name: str) -> str:
+    """A model's or data set's name; of a Python file without its folder."""
+    return Path(name).name if name.endswith(".py") else name
