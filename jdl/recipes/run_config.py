@@ -64,6 +64,7 @@ class RunConfig:
     warmup: int = 0
     decay_to: float = 0.0
     overfit: int | None = None
+    init_from: str | None = None
     schedule_steps: int | None = None  # the steps of the schedule; None for a constant one
     file_kind: str | None = None  # of a model from a file: "classifier", or "own"
     file_sha256: str | None = None  # of that file
