@@ -1,8 +1,8 @@
-"""New pictures or texts of a trained run: of a gan, cgan, vae, rbm, dbn, gpt or lstm.
+"""New pictures of a trained run: of a gan, cgan, vae, rbm or dbn.
 
 Pictures are written to a sheet (.png, .jpg), or one to a row (.npz, .jsonl, .csv). The temperature
 says how far samples stray from what is most typical: it scales the noise of a gan and a vae, and
-divides the energy of an rbm and a dbn, the logits of a text.
+divides the energy of an rbm and a dbn.
 
 Examples:
   jdl sample --workdir runs/gan-digits-adam
