@@ -8,7 +8,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-release check format docs bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-pinn bench-classics bench-paper bench-study bench-vision device clean
+.PHONY: help setup demo test test-all test-release check format docs dist bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-pinn bench-classics bench-pictures bench-paper bench-study bench-vision device clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,11 +35,14 @@ test-all: $(READY)  ## the slow tests too: several processes, killed processes, 
 test-release: $(READY)  ## before a release: the full matrices, which take long
 	$(BIN)/python -m pytest -m release --numprocesses 2 --dist worksteal
 
-check: $(READY)  ## lint, format, types, import arrows
+check: $(READY)  ## lint, format, types, import arrows, the workflows' and citation's schemas
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_arrows.py
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(READY)  ## rewrite the code in the house's format
 	$(BIN)/ruff check --fix .
@@ -47,6 +50,10 @@ format: $(READY)  ## rewrite the code in the house's format
 
 docs: $(READY)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean -f .mkdocs.yml
+
+dist: $(READY)  ## the wheel and the sdist, in dist, and the tests of what they hold
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m pytest -q -n 0 tests/test_packaging.py
 
 clean:  ## remove the environments and build products; runs stay
 	rm -rf .venv .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
@@ -77,6 +84,9 @@ bench-solvers: $(READY)  ## run-to-convergence solvers against jaxopt, optax, op
 
 bench-classics: $(READY)  ## the classics at full size on MNIST: make bench-classics DATA=folder
 	$(BIN)/python tests/benchmarks/bench_classics.py --data $(or $(DATA),data/mnist) $(ARGS)
+
+bench-pictures: $(READY)  ## the pictures of all commands on one sheet: make bench-pictures ARGS="--out folder"
+	$(BIN)/python tests/benchmarks/bench_pictures.py $(ARGS)
 
 bench-paper: $(READY)  ## two deep autoencoders, every method, the papers' table; resumable: make bench-paper DATA=folder ARGS="--minutes 10"
 	$(BIN)/python tests/benchmarks/bench_paper.py --data $(or $(DATA),data/mnist) $(ARGS)

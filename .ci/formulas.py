@@ -10,7 +10,10 @@ from typing import Any
 from latex2mathml.converter import convert
 
 _CODE = re.compile(r"(<(pre|code|script|style)\b.*?</\2>)", re.S)
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^\s$](?:[^$\n]*[^\s$])?)\$", re.S)
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$([^\s$](?:[^$\n]*[^\s$])?)\$|\\\((.+?)\\\)", re.S
+)
+_MATHJAX = re.compile(r"<script data-mkdocs-jupyter-mathjax=.*?</script>\s*", re.S)
 
 
 def as_mathml(text: str) -> str:
@@ -25,11 +28,17 @@ def as_mathml(text: str) -> str:
 
 
 def _drawn(match: re.Match[str]) -> str:
-    display, inline = match.groups()
-    source = html.unescape(display or inline)
-    return str(convert(source, display="block" if display else "inline"))
+    dollars, brackets, dollar, parentheses = match.groups()
+    display = "block" if dollars or brackets else "inline"
+    source = html.unescape(dollars or brackets or dollar or parentheses)
+    return str(convert(source, display=display))
 
 
 def on_page_content(text: str, *, page: Any, **_: Any) -> str:
     """MkDocs' hook: draws the formulas of notebooks."""
     return as_mathml(text) if page.file.src_uri.endswith(".ipynb") else text
+
+
+def on_post_page(text: str, **_: Any) -> str:
+    """MkDocs' hook: takes out the script that would fetch MathJax."""
+    return _MATHJAX.sub("", text)

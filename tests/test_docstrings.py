@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import re
+import runpy
 import typing
 from pathlib import Path
 
@@ -92,6 +93,22 @@ def texts(thing):
 
 def test_the_reference_leaves_nothing_out():
     assert exported() <= {home(found(name)) for name in reference()}
+
+
+def test_the_page_on_stability_lists_what_is_public():
+    """Its rule: what the reference documents, by its shortest name; the parts; `jdl`'s own."""
+    import jdl
+
+    public_name = runpy.run_path(str(ROOT / ".ci" / "names.py"))["public_name"]
+
+    page = (ROOT / "notebooks" / "stability.md").read_text()
+    section = page.split("## Public names")[1].split("\n## ")[0]
+    listed = set(re.findall(r"`([\w.]+)`", section)) - {"jdl", "config.toml", "metrics.jsonl"}
+    modules = {f"jdl.{room}" for room in jdl.__all__ if inspect.ismodule(getattr(jdl, room))}
+    modules |= {public_name(name).rpartition(".")[0] for name in reference()}
+    own = {x for x in jdl.__all__ if f"jdl.{x}" not in modules and not x.startswith("_")}
+    assert listed == own | modules - {"jdl"} | {"jdl.core.check"}
+    assert {f"jdl.{x}" for x in own} <= {public_name(name) for name in reference()}
 
 
 @public

@@ -3,7 +3,6 @@
 import contextlib
 import fnmatch
 import importlib
-import io
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import tarfile
 import tomllib
 import warnings
 from pathlib import Path
@@ -36,7 +34,6 @@ QUICK = {
 }
 # Blocks that need processes of their own have tests of their own.
 APART = {"distributed.md"}
-SHORTER = {"README.md": ("steps=50", "steps=1")}  # minutes, on two cores
 PEERS = {"migration/jaxopt.md": "jaxopt", "migration/webdataset.md": "webdataset"}
 
 
@@ -78,21 +75,6 @@ def marked(pages):
     ]
 
 
-def photographs(path):
-    """An archive such as the pages speak of."""
-    rng = np.random.default_rng(0)
-    with tarfile.open(path, "w") as archive:
-        for split, count in (("train", 544), ("test", 32)):
-            for i in range(count):
-                data = io.BytesIO()
-                shade = rng.integers(0, 100, (24, 24, 3)) + 100 * (i % 2)
-                Image.fromarray(shade.astype(np.uint8)).save(data, "JPEG")
-                info = tarfile.TarInfo(f"{split}/{'dog' if i % 2 else 'cat'}/{i:03d}.jpg")
-                info.size = data.tell()
-                data.seek(0)
-                archive.addfile(info, data)
-
-
 @contextlib.contextmanager
 def as_a_script_runs():
     """JAX as it is for users, without the tests' strictness."""
@@ -112,15 +94,11 @@ def test_a_page_s_python_runs(page, tmp_path, monkeypatch):
             warnings.simplefilter("ignore")
             pytest.importorskip(PEERS[name(page)])
     monkeypatch.chdir(tmp_path)
-    if page.name == "README.md":
-        photographs(tmp_path / "photos.tar")
-    long, short = SHORTER.get(name(page), ("", ""))
-    assert long in page.read_text()
     names = {"__name__": "__main__"}
     with as_a_script_runs():
         for block in blocks(page):
             if block.language == "python":
-                exec(compiled(block._replace(code=block.code.replace(long, short))), names)
+                exec(compiled(block), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -201,7 +179,52 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stderr
-    assert "Limited-memory BFGS." in (tmp_path / "reference" / "optim.html").read_text()
+    optimizers = (tmp_path / "reference" / "optim.html").read_text()
+    assert "Limited-memory BFGS." in optimizers
+    headings = re.sub("<[^>]+>", "", " ".join(re.findall(r"<h3.*?</h3>", optimizers, re.S))).split()
+    assert "jdl.optim.kfac" in headings
+    assert "jdl.optim.kfac.kfac" not in headings
+    for page in tmp_path.rglob("*.html"):
+        text = page.read_text()
+        assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?:", text), page
+        assert "mathjax" not in text, page
+        ran_together = re.findall(r"<p>[^<]*\n\s*- ", text)
+        assert not ran_together, page
+    assert (tmp_path / "search" / "search_index.js").exists()  # for a site opened from a disk
+
+
+@pytest.mark.slow
+def test_the_five_pictures_are_what_their_script_draws(tmp_path):
+    folder = ROOT / "notebooks" / "explanation"
+    subprocess.run(
+        [sys.executable, folder / "pictures.py", tmp_path],
+        check=True,
+        env=environment(),
+        capture_output=True,
+        timeout=400,
+    )
+    shown = set(re.findall(r"\((\w+\.png)\)", (folder / "overview.md").read_text()))
+    assert shown == {path.name for path in tmp_path.iterdir()}
+    assert len(shown) == 5
+    for name in shown:
+        ours, again = (
+            np.asarray(Image.open(where / name).convert("L"), float) for where in (folder, tmp_path)
+        )
+        assert ours.shape == again.shape
+        assert np.mean(np.abs(ours - again)) < 2  # of 255; text may differ by its font's version
+
+
+def links(page):
+    found = re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))", page.read_text())
+    return {(page.parent / target).resolve() for target in found}
+
+
+def test_every_page_is_two_clicks_from_the_start():
+    start = ROOT / "notebooks" / "index.md"
+    near = links(start)
+    reached = near | {x for page in near if page.suffix == ".md" for x in links(page)} | {start}
+    every = {p for kind in ("md", "ipynb") for p in ROOT.glob(f"notebooks/**/*.{kind}")}
+    assert every <= reached
 
 
 # ---------------------------------------------------------------------- commands
@@ -294,6 +317,26 @@ def test_every_jdl_command_parses(tmp_path, monkeypatch, capsys):
             if end.code:
                 wrong.append((command, capsys.readouterr().err))
     assert not wrong
+
+
+@pytest.mark.slow
+def test_the_commands_for_one_s_own_model_run(tmp_path, monkeypatch):
+    """On the page's own files; its study, which takes minutes, is only parsed."""
+    from jdl.cli.main import main
+    from jdl.data import digits_path
+
+    page = ROOT / "notebooks" / "how-to" / "compare-own-model.md"
+    files = [block.code for block in blocks(page) if block.language == "python"]
+    monkeypatch.chdir(tmp_path)
+    for file, code in zip(("mine.py", "photos.py"), files, strict=True):
+        Path(file).write_text(code)
+    Path("photos.tar").symlink_to(digits_path())
+    shorter = {"64": "16", "200": "20"}
+    typed = [c.words[1:] for c in commands(page) if c.whole and c.words[:2] != ["jdl", "compare"]]
+    assert len(typed) == 9
+    with as_a_script_runs():
+        assert [main([shorter.get(w, w) for w in words]) for words in typed] == [0] * 9
+    assert (tmp_path / "photos.jsonl").read_text().count('"class"') == 359
 
 
 def test_every_extra_exists():

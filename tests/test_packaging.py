@@ -1,10 +1,11 @@
 """What is distributed: a wheel that is whole, works without extras, and tells its types."""
 
+import email
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,14 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 1_000_000  # bytes of the wheel
+DATA = {  # what the wheel holds beside Python files
+    "jdl/py.typed",
+    "jdl/compare/report.js",
+    "jdl/data/digits.tar",
+    "jdl/data/DIGITS.md",
+    "jdl/vision/imagenet.txt",
+    "jdl/vision/IMAGENET.md",
+}
 EXTRAS = {  # what each extra brings, as it is imported
     "simplejpeg",
     "backports.zstd",
@@ -79,27 +88,49 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        (text,) = (archive.read(n).decode() for n in names if n.endswith("dist-info/METADATA"))
-    ours = {str(p.relative_to(ROOT)) for p in ROOT.glob("jdl/**/*.py")}
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    ours |= {f"jdl/{name}" for name in data["package-data"]["jdl"]}
+    ours = {str(p.relative_to(ROOT)) for p in ROOT.glob("jdl/**/*.py")} | DATA
     assert {n for n in names if ".dist-info/" not in n} == ours
     assert wheel.stat().st_size < LARGEST
-    assert "License-Expression: Apache-2.0" in text
-    assert "# jdl" in text  # the README
 
 
-def test_the_sdist_is_enough_to_build(built):
+def test_the_metadata_tell_the_licence_of_everything_inside(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (text,) = (archive.read(n).decode() for n in names if n.endswith("dist-info/METADATA"))
+    told = email.message_from_string(text)
+    assert told["License-Expression"] == "Apache-2.0 AND CC-BY-4.0 AND LicenseRef-WordNet"
+    assert set(told.get_all("License-File")) == {
+        "LICENSE",
+        "jdl/data/DIGITS.md",
+        "jdl/vision/IMAGENET.md",
+    }
+    assert "# jdl" in told.get_payload()  # the README
+    assert f"\nversion: {told['Version']}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {told['Version']} (" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_sdist_is_enough_to_build_and_nothing_else(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {
-        "pyproject.toml",
-        "LICENSE",
-        "README.md",
-        "jdl/py.typed",
-        "jdl/data/digits.tar",
-    } <= names
+    ours = {str(p.relative_to(ROOT)) for p in ROOT.glob("jdl/**/*.py")} | DATA
+    ours |= {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"}
+    assert names - {".gitignore", "PKG-INFO"} == ours
+
+
+def test_a_build_of_another_day_gives_the_same_bytes(built, tmp_path):
+    clone = tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "jdl", clone / "jdl", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, clone / name)
+    shutil.copy(ROOT / ".gitignore", clone / ".gitignore")
+    for path in clone.rglob("*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    run("-m", "build", "--outdir", tmp_path, clone)
+    for first in built.iterdir():
+        assert first.read_bytes() == (tmp_path / first.name).read_bytes()
 
 
 def test_everything_imports_without_extras(installed, tmp_path):

@@ -5,6 +5,7 @@ Examples:
   jdl compare --data photos.tar --model cnn --optimizers sgd,adam,lbfgs,hf --seeds 3 --seconds 30
   jdl compare --problem digits-cnn,logistic,mine.py --trials 8 --seeds 3 --schedule cosine
   jdl compare --optimizers "adamw(learning_rate=3e-3, schedule='cosine', warmup=0.05), kfac"
+  jdl compare --optimizers "sgd(weight_decay=5e-4, clip=1), kfac(damping=1)" --config study.toml
   jdl compare --problem autoencoder-mnist --data FOLDER --optimizers kfac,adam --seconds 600
 
 Problems:
@@ -93,6 +94,8 @@ class Args:
     exclude: options.Exclude = None
     workdir: Path = Path("runs/compare")
     """the directory for trials and report; started again, finished trials are skipped"""
+    config: Path | None = None
+    """read options from a .toml or .yaml file; flags given here win"""
 
 
 def run(args: Args) -> None:
@@ -129,7 +132,7 @@ def run(args: Args) -> None:
         ends=_ends(args.ends),
     )
     if failures:
-        raise check.UserError("Some problems could not be made: " + " ".join(failures))
+        raise check.SourceError("Some problems could not be made: " + " ".join(failures))
 
 
 def _listed(option: str, text: str) -> list[str]:
@@ -194,7 +197,7 @@ def _named_problems(args: Args) -> "tuple[Sources, list[str]]":
             if len(names) > 1:
                 print(f"jdl compare: {name}: {error}", file=sys.stderr)
     if not made:
-        raise check.UserError("No problem could be made: " + " ".join(failures))
+        raise check.SourceError("No problem could be made: " + " ".join(failures))
     return made, failures
 
 

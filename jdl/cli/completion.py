@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
+GLOBAL = ("--help", "--compile-cache")  # what every command takes
+
 
 @dataclass
 class Args:
@@ -39,10 +41,10 @@ def flags(command: str) -> list[str]:
     """A command's flags, after its own commands where it has some."""
     args_class = importlib.import_module(f"jdl.cli.{command}").Args
     if dataclasses.is_dataclass(args_class):
-        return ["--help", *_flags(args_class)]
+        return [*GLOBAL, *_flags(args_class)]
     several = [get_args(option) for option in get_args(args_class)]
     names = [mark.name for _, mark in several]
-    return [*names, "--help", *sorted({f for option, _ in several for f in _flags(option)})]
+    return [*names, *GLOBAL, *sorted({f for option, _ in several for f in _flags(option)})]
 
 
 def _flags(args_class: Any) -> list[str]:

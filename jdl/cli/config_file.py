@@ -16,6 +16,7 @@ from jdl.recipes.run_config import COMMAND
 
 MAX_BYTES = 1 << 20
 ALIASES = {"steps": "max-steps"}
+REPEATED = ("option",)  # flags of one value each; in a file a list of texts, or a table
 
 
 def expand(arguments: list[str], args_class: type) -> list[str]:
@@ -53,6 +54,8 @@ def _settings(path: str, known: dict[str, Any]) -> dict[str, Any]:
         flag = _flag(name)
         flag = ALIASES.get(flag, flag) if flag not in known else flag
         flag = check.one_of(f"a setting in {path}", flag, known)
+        if flag in REPEATED and isinstance(value, dict):
+            value = [f"{key}={x}" for key, x in value.items()]
         must = "true or false" if known[flag] is bool else "a value or a list of them"
         ok = isinstance(value, bool) == (known[flag] is bool) and not isinstance(value, dict)
         check.argument(ok or value is None, f"{name} in {path}", must, value)
@@ -89,11 +92,11 @@ def _yaml(text: str) -> Any:
 
 
 def as_table(args: Any) -> dict[str, Any]:
-    """A command's arguments as TOML can hold them, without None, `--config` and `--workdir`."""
+    """A command's arguments as TOML can hold them, without None and those of one start alone."""
     plain = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if field.name in ("config", "workdir") or value is None:
+        if field.name in ("config", "workdir", "try_run") or value is None:
             continue
         value = list(value) if isinstance(value, tuple) else value
         plain[field.name] = str(value) if isinstance(value, Path) else value
@@ -107,6 +110,8 @@ def _flag(name: str) -> str:
 def _as_arguments(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{flag}"] if value else []
+    if flag in REPEATED and isinstance(value, list):
+        return [word for x in value for word in (f"--{flag}", str(x))]
     if isinstance(value, list):
         return [f"--{flag}", *map(str, value)] if value else []
     return [] if value is None else [f"--{flag}", str(value)]

@@ -51,6 +51,7 @@ def run(args: Args) -> None:
         ("backend", found["backend"]),
         *((d["name"], f"{d['kind']}, {_size(d['memory'])}") for d in found["devices"]),
         ("decoder", found["decoder"]),
+        ("compiled programs", found["compile_cache"] or "not kept between commands"),
         *found["packages"].items(),
     ]
     rows += [(f"[{e['extra']}]", f"{_MARK[e['found']]}: {e['purpose']}") for e in found["extras"]]
@@ -90,6 +91,7 @@ def look() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": devices,
         "decoder": _decoder(),
+        "compile_cache": _compile_cache(),
         "packages": {name: importlib.metadata.version(name) for name in CORE},
         "extras": [
             {"extra": extra, "found": _found(module), "purpose": purpose}
@@ -110,6 +112,19 @@ def _decoder() -> str:
     if _found("simplejpeg"):
         return f"simplejpeg {importlib.metadata.version('simplejpeg')} for JPEG, Pillow for others"
     return "Pillow"
+
+
+def _compile_cache() -> str | None:
+    """The folder of compiled programs, their number and size; None if none are kept."""
+    import jax
+
+    folder = jax.config.jax_compilation_cache_dir
+    if not (folder and jax.config.jax_enable_compilation_cache):
+        return None
+    files = [f for f in os.scandir(folder) if f.is_file()] if os.path.isdir(folder) else []
+    programs = sum(f.name.endswith("-cache") for f in files)
+    size = sum(f.stat().st_size for f in files) / 2**20
+    return f"{programs} in {folder}, {size:.1f} MiB"
 
 
 def _hint(backend: str) -> str:

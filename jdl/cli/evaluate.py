@@ -45,14 +45,13 @@ class Args:
 def run(args: Args) -> None:
     """Prints the numbers."""
     from jdl import metrics
-    from jdl.recipes.registry import recipe
 
     opened = options.open_run(args, "test")
     config, images = opened.config, opened.images
     more: dict[str, Any] = {}
     names = ("top_k", "confusion", "per_class")
     asked = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
-    if asked and recipe(config.model).kind != "classifier":
+    if asked and config.kind != "classifier":
         held = f"{args.workdir} holds a {config.model}"
         raise check.UserError(f"{asked[0]} is for classifiers; {held}.")
     if args.top_k is not None:

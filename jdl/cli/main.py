@@ -34,7 +34,9 @@ examples:
   jdl train cnn --data 'photos-*.tar' --optimizer adam --max-steps 500 --workdir runs/photos
   jdl compare --data photos.tar --model cnn --optimizers sgd,adam,lbfgs,hf --seconds 30
 
-`jdl COMMAND --help` lists a command's options."""
+`jdl COMMAND --help` lists a command's options. Each also takes
+`--compile-cache DIR`, the folder that keeps compiled programs for the
+next start (`jdl doctor` shows it), or `--compile-cache off`."""
 
 # Errors of a folder or disk that cannot be written, which are the user's to solve.
 UNWRITABLE = {
@@ -62,8 +64,30 @@ def _use_compilation_cache() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(base, "jdl", "xla"))
 
 
+def _without_cache_flag(arguments: list[str]) -> list[str]:
+    """The arguments without `--compile-cache`, which is obeyed here, before JAX is imported."""
+    names = [a.partition("=")[0] for a in arguments]
+    if "--compile-cache" not in names:
+        return arguments
+    at = names.index("--compile-cache")
+    _, equals, folder = arguments[at].partition("=")
+    rest = arguments[at + 1 :]
+    if not equals and rest:
+        folder, *rest = rest
+    if not folder or folder.startswith("-"):
+        raise ValueError("--compile-cache must be followed by a folder or by `off`.")
+    key, value = "JAX_COMPILATION_CACHE_DIR", os.path.abspath(os.path.expanduser(folder))
+    if folder == "off":
+        key, value = "JAX_ENABLE_COMPILATION_CACHE", "false"
+    os.environ[key] = value
+    return arguments[:at] + rest
+
+
 def _main(argv: Sequence[str] | None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _without_cache_flag(list(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        return _mistake(str(error))
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         print(USAGE.format(commands="\n".join(f"  {c:{width}}  {t}" for c, t in COMMANDS.items())))
@@ -103,7 +127,7 @@ def _run(name: str, arguments: list[str]) -> int:
         if not str(end).isdigit():
             print(f"jdl {name}: {end}", file=sys.stderr)
         return int(end.code or 0)
-    except (UserError, OSError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, message = _outcome(error, name, parsed)
         if getattr(parsed, "distributed", False):
             from jdl.train import distributed
@@ -115,14 +139,23 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _outcome(error: BaseException, name: str, args: Any) -> tuple[int, str]:
     """The exit code and the message; raises the error again if it is a bug."""
+    from jdl.core.check import SourceError, UserError
+
     if isinstance(error, KeyboardInterrupt):
         return 130, f"jdl {name}: {str(error) or 'interrupted; what was written stays'}."
     if isinstance(error, OSError):
         if error.errno not in UNWRITABLE:
             raise error
         return 2, f"jdl {name}: error: {error.filename}: {error.strerror}."
-    text = "\n".join(map(visible, str(error).split("\n")))
-    return 2, f"jdl {name}: error: {in_flags(text, [*getattr(args, '__dict__', {})])}"
+    text, names = str(error), [*getattr(args, "__dict__", {})]
+    if not isinstance(error, UserError):  # of the user's own file, or a bug
+        model_file = sys.modules.get("jdl.train.model_file")
+        if model_file is None or (blamed := model_file.blamed(error)) is None:
+            raise error
+        text, names = blamed, []
+    text = "\n".join(map(visible, text.split("\n")))
+    names = [] if isinstance(error, SourceError) else names
+    return 2, f"jdl {name}: error: {in_flags(text, names)}"
 
 
 def in_flags(message: str, names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
@@ -90,6 +91,24 @@ def _flag(name: str) -> str:
     return f"--{ {'wanted': 'class'}.get(name, name).replace('_', '-') }"
 
 
+def seconds(option: str, text: str | None) -> float | None:
+    """A time such as 90, 90s, 10m or 1.5h, in seconds.
+
+    >>> seconds("--max-time", "10m"), seconds("--max-time", "1.5h")
+    (600.0, 5400.0)
+    """
+    if text is None:
+        return None
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
+    try:
+        found = float(text if unit is None else text[:-1]) * (unit or 1.0)
+    except ValueError:
+        found = math.nan
+    must = "a time above 0 such as 90s, 10m or 1.5h"
+    check.argument(0 < found < math.inf, option, must, text)
+    return found
+
+
 class RunOnData(NamedTuple):
     """A run, and data to apply it to."""
 
@@ -105,7 +124,6 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
     `split` is the default if the data have it; `options` are further ones of `RunConfig.images`.
     """
     from jdl.recipes.datasets import default_split
-    from jdl.recipes.registry import LABELLED, recipe
     from jdl.recipes.run_config import RunConfig
 
     check_positive(args, "batch_size")
@@ -113,7 +131,7 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
     config = dataclasses.replace(
         RunConfig.load(args.workdir), **{k: v for k, v in given.items() if v is not None}
     )
-    learns = recipe(config.model).kind in LABELLED
+    learns = config.learns_labels
     must = "other than none for a classifier" if learns else "left out: no labels are used"
     ok = given["label"] != "none" if learns else given["label"] is None
     check.argument(ok, "--label", must, config.label)

@@ -103,7 +103,7 @@ def about(workdir: Path, root: Path) -> dict[str, Any]:
                 if name in declared:
                     directions[full] = declared[name]
     settings = _settings(workdir / "config.toml")
-    named = settings.get("optimizer")
+    named = _with_options(settings)
     extremes = {
         "min": {name: min(values) for name, values in series.items()},
         "max": {name: max(values) for name, values in series.items()},
@@ -134,6 +134,15 @@ def _settings(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
         return {}
+
+
+def _with_options(settings: dict[str, Any]) -> Any:
+    """A run's optimizer, with what `jdl train` was told of it in parentheses."""
+    told = [f"{x}" for x in settings.get("option", ())]
+    names = ("learning_rate", "weight_decay", "clip", "schedule", "warmup", "decay_to")
+    usual = {"schedule": "constant"}
+    told += [f"{x}={settings[x]}" for x in names if settings.get(x, 0) not in (0, usual.get(x, 0))]
+    return f"{settings['optimizer']}({', '.join(told)})" if told else settings.get("optimizer")
 
 
 def _direction(name: str, found: list[dict[str, Any]]) -> str | None:

@@ -25,9 +25,9 @@ class Args:
     """The options of `jdl summary`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|DIR")]
-    """mlp, cnn, rnn or another model of `jdl train`, or a run directory"""
+    """mlp, cnn, rnn or another model of `jdl train`, a .py file, or a run directory"""
     size: str | None = None
-    """HEIGHT or HEIGHTxWIDTH of the images; by default 8, as the digits"""
+    """HEIGHT or HEIGHTxWIDTH of the images; by default 8, as the digits, or as a file's own data"""
     color: bool = False
     """three channels instead of one"""
     classes: int = 10
@@ -42,28 +42,40 @@ def run(args: Args) -> None:
     import jax
     import numpy as np
 
+    from jdl.recipes import own
     from jdl.recipes.datasets import parse_size
     from jdl.recipes.registry import RECIPES, recipe
     from jdl.recipes.run_config import RunConfig
     from jdl.train.summary import summarize
 
     options.check_positive(args, "classes", "batch_size")
-    workdir = Path(args.model)
+    workdir, data = Path(args.model), ""
     if args.model not in RECIPES and workdir.is_dir():
         config = RunConfig.load(workdir)
         options.check_left_out(args, False, "a run has its own", "size", "color", "classes")
         model, shape, classes = config.model, config.image_shape, len(config.classes)
+        data = config.data
         what = f"{config.model} of {workdir}"
     else:
-        check.one_of("MODEL", args.model, [*RECIPES, "a run directory of `jdl train`"])
+        if own.is_file(args.model):
+            data = "" if args.size else recipe(args.model).data
+        else:
+            others = ("a .py file", "a run directory of `jdl train`")
+            check.one_of("MODEL", args.model, [*RECIPES, *others])
         size = parse_size(args.size, "digits")
         model, shape, classes = args.model, (*size, 3 if args.color else 1), args.classes
         what = model
     if recipe(model).data == "trees":
         raise check.UserError(f"jdl summary needs a model of images; {model} reads trees.")
+    given = [jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32))]
+    if own.is_file(data):
+        given, classes = own.inputs(model, data, args.batch_size)
+        shape = given[0].shape[1:]
     net: Any = recipe(model).build(shape, classes)
     net = getattr(net, "model", net)  # both networks of a GAN
-    found = summarize(net, jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32)))
+    if recipe(model).kind == "cgan":
+        given.append(jax.ShapeDtypeStruct((args.batch_size,), np.dtype(np.int32)))
+    found = summarize(net, *given)
     if args.as_json:
         totals = ("parameters", "bytes", "forward_flops", "gradient_flops")
         about = {"image_shape": list(shape)} | {name: getattr(found, name) for name in totals}

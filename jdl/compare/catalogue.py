@@ -190,8 +190,7 @@ def _digits(split: str) -> dict[str, np.ndarray]:
 
 # ------------------------------------------------------------------ deep autoencoders
 
-# Squared error summed over pixels, mean over images. The targets are the errors of deep
-# autoencoders after pretraining in Hinton and Salakhutdinov (2006), quoted from memory.
+# Squared error summed over pixels, mean over images.
 CURVES_TARGET, MNIST_TARGET = 1.44, 3.0
 CURVES_TRAIN, CURVES_TEST = 20_000, 10_000
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import optax
 
-from jdl.compare import schedules
 from jdl.compare.identity import as_label, setting
 from jdl.core import check
+from jdl.optim import arguments, schedules
 from jdl.optim.registry import TuningRange
 from jdl.optim.transformation import ScalarOrSchedule
 
@@ -21,6 +21,11 @@ BatchSize: TypeAlias = int | Literal["full"]
 # model of a smaller batch fits that batch alone.
 MINI_BATCH, CURVATURE_BATCH = 64, 256
 WARMUP = TuningRange("warmup", 0.0, 0.2, "linear")
+# Arguments of `named` itself.
+_OF_ENTRY = (
+    *("label", "batch_size", "curvature_batch_size", "microbatches"),
+    *("schedule", "warmup", "decay_to"),
+)
 TUNED = "-tuned"  # suffix of the name of an entry whose setting was tuned
 
 
@@ -41,8 +46,9 @@ class Entry(NamedTuple):
       of: its name in the registry; empty for an optimizer of your own.
       call: how `jdl compare --optimizers` writes it, without the label; empty where it cannot.
       schedule: of the learning rate, to the end of the budget: "constant", "linear", "cosine" or
-        "wsd", see `jdl.compare.schedules`; for an optimizer of your own a factor on its updates.
+        "wsd", see `jdl.optim.schedules`; for an optimizer of your own a factor on its updates.
       warmup: the share of the budget over which the rate rises from 0, in [0, 0.5].
+      decay_to: where a falling schedule ends, as a share of the rate.
 
     >>> entry = Entry("sgd", lambda: optax.sgd(0.1), batch_size=32, options={"learning_rate": 0.1})
     >>> entry.settings()
@@ -61,6 +67,7 @@ class Entry(NamedTuple):
     call: str = ""
     schedule: str = "constant"
     warmup: float = 0.0
+    decay_to: float = 0.0
 
     @property
     def is_scheduled(self) -> bool:
@@ -91,6 +98,7 @@ class Entry(NamedTuple):
         own["schedule"] = self.schedule
         if self.is_scheduled:
             own["warmup"] = self.warmup
+            own |= {"decay_to": self.decay_to} if self.decay_to else {}
         return own | {name: setting(value) for name, value in self.options.items()}
 
 
@@ -104,6 +112,7 @@ def named(
     learning_rate: ScalarOrSchedule | None = None,
     schedule: str = "constant",
     warmup: float = 0.0,
+    decay_to: float = 0.0,
     **options: Any,
 ) -> Entry:
     """The entry of an optimizer by its name on the command line.
@@ -119,6 +128,7 @@ def named(
       learning_rate: None for the optimizer's default; a function of the step is not tuned.
       schedule: as for `Entry`.
       warmup: likewise; tuned with the other numbers of a first-order method with a schedule.
+      decay_to: likewise.
       **options: passed on to the optimizer.
 
     >>> named("adam", learning_rate=1e-4, schedule="cosine").settings()  # doctest: +ELLIPSIS
@@ -132,7 +142,7 @@ def named(
         return registry.by_name(name, learning_rate, **options)
 
     make()  # raises for wrong arguments before anything runs
-    schedules.checked(schedule, warmup)
+    schedules.checked(schedule, warmup, decay_to)
     plain_rate = not callable(learning_rate) or (schedule, warmup) == ("constant", 0.0)
     must = "left out where learning_rate is a function of the step"
     check.argument(plain_rate, "schedule, warmup", must, (schedule, warmup))
@@ -144,6 +154,7 @@ def named(
         "learning_rate": learning_rate,
         "schedule": schedule,
         "warmup": warmup,
+        "decay_to": decay_to,
         **options,
     }
     if batch_size is None:
@@ -166,6 +177,7 @@ def named(
         call=_call(name, given),
         schedule=schedule,
         warmup=warmup,
+        decay_to=decay_to,
     )
     space = tuple(
         x for x in known.space if not (x.parameter == "learning_rate" and callable(learning_rate))
@@ -179,7 +191,7 @@ def named(
 
 def _call(name: str, given: Mapping[str, Any]) -> str:
     """The call of an optimizer's name with these arguments; empty unless all are literals."""
-    unsaid = {"schedule": "constant", "warmup": 0.0}
+    unsaid = {"schedule": "constant", "warmup": 0.0, "decay_to": 0.0}
     words = []
     for key, value in given.items():
         try:
@@ -195,7 +207,7 @@ def _call(name: str, given: Mapping[str, Any]) -> str:
 def listed(text: str, *, schedule: str = "constant", warmup: float = 0.0) -> list[Entry]:
     """The entries of names separated by commas, each with settings in parentheses if need be.
 
-    A name with several settings is labelled by them, unless they have a `label`.
+    An entry is labelled by its settings, unless they have a `label`.
 
     Args:
       text: such as "adamw(learning_rate=3e-3, schedule='cosine'), kfac"; values are literals.
@@ -203,24 +215,21 @@ def listed(text: str, *, schedule: str = "constant", warmup: float = 0.0) -> lis
       warmup: likewise.
 
     Raises:
-      ArgumentError: the text is something else, or an optimizer or option does not exist.
+      ArgumentError: the text is something else, or an optimizer or option does not exist, or cannot
+        have this value.
 
     >>> [entry.name for entry in listed("adam, adam(learning_rate=3e-3), kfac")]
     ['adam', 'adam-learning_rate=0.003', 'kfac']
     """
-    calls = _calls(text)
     entries = []
-    for name, options in calls:
-        several = sum(name == other for other, _ in calls) > 1
-        if several and options:
-            words = "".join(f"-{key}={value}" for key, value in options.items())
-            options = {"label": as_label(name + words), **options}
+    for name, options in _calls(text):
+        words = "".join(f"-{key}={value}" for key, value in options.items())
+        own = {key: options[key] for key in options if key not in _OF_ENTRY}
+        options = {"label": as_label(name + words), **options}
+        options |= arguments.checked(name, own, "--optimizers")
         if not name.startswith("schedule_free"):
             options = {"schedule": schedule, "warmup": warmup, **options}
-        try:
-            entries.append(named(name, **options))
-        except TypeError as error:  # a number where text belongs, for example
-            check.argument(False, f"settings of {name} in --optimizers", f"valid: {error}", options)
+        entries.append(named(name, **options))
     return entries
 
 
@@ -264,7 +273,7 @@ def as_entry(optimizer: Any) -> Entry:
             "a function that makes the optimizer, such as lambda: optax.sgd(0.1)",
             type(optimizer.make).__name__,
         )
-        schedules.checked(optimizer.schedule, optimizer.warmup)
+        schedules.checked(optimizer.schedule, optimizer.warmup, optimizer.decay_to)
         return optimizer
     check.argument(
         isinstance(optimizer, str),

@@ -279,7 +279,7 @@ def _foot(results: Results) -> str:
         f"<h3>Machine and versions</h3><p>{_escape(machine.sentence(where))}.{_escape(flags)}</p>"
         f"<p>{_escape(_versions(results))}.</p>"
         f'<h3>Data</h3><p><a download="results.csv" href="{address}">results.csv</a>, every '
-        f"evaluation, {where_from}; <code>metrics.jsonl</code> beside it also has every step.</p>"
+        f"evaluation, {where_from}; <code>metrics.jsonl</code> beside it has steps between.</p>"
     )
 
 
@@ -349,7 +349,7 @@ def markdown(results: Results) -> str:
     found += ["", "## How it was measured", "", *(f"- {rule}" for rule in tables.rules_of(results))]
     found += ["", f"{machine.sentence(results.study['machine'])}. {_versions(results)}.", ""]
     found.append(
-        "Every evaluation: [results.csv](results.csv). Every step: [metrics.jsonl](metrics.jsonl)."
+        "Every evaluation: [results.csv](results.csv). With steps: [metrics.jsonl](metrics.jsonl)."
     )
     return "\n".join(found) + "\n"
 

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdl.compare import schedules
 from jdl.compare.budget import Budget
 from jdl.compare.feeds import Evaluation, Training, step_rows
 from jdl.compare.optimizers import Entry
@@ -29,7 +28,7 @@ from jdl.compare.results import EVALUATION, Row
 from jdl.core import check
 from jdl.core.model import as_model
 from jdl.core.types import Batch
-from jdl.optim import diagnostics
+from jdl.optim import diagnostics, schedules
 from jdl.train import step
 from jdl.train.estimator import Estimator
 from jdl.train.run_directory import NonFiniteError
@@ -39,6 +38,7 @@ logger = logging.getLogger("jdl.compare")
 # Training aims to end this share of the budget early: a slower last step would otherwise cost the
 # last evaluation, which does not count beyond the budget.
 OVERRUN = 0.005
+FULL_ROWS = 250  # this many steps and the next have a row each, then ever fewer: 1,300 of 20,000
 SAVE_SECONDS, STRETCH_SECONDS = 45.0, 10.0  # between checkpoints; without a look at the clock
 
 
@@ -295,8 +295,10 @@ class _Running:
     def _train(self, **limit: Any) -> None:
         entry = self._task.entry
         if entry.is_scheduled:
-            by = schedules.factor(entry.schedule, entry.warmup, self._piece()[0])
+            by = schedules.factor(entry.schedule, entry.warmup, self._piece()[0], entry.decay_to)
             self.estimator._run.set_in_optimizer(schedule_factor=jnp.asarray(by, jnp.float32))
+        if self._has_diagnostics:
+            self.estimator.log_every = max(1, self.estimator.step // FULL_ROWS)
         self.estimator.train(self._data, save=False, **limit)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()

@@ -23,6 +23,10 @@ class DataError(UserError, ValueError):
     """A file or a batch has unexpected contents."""
 
 
+class SourceError(DataError):
+    """A Python file of the user's has a mistake; names in backquotes are the file's."""
+
+
 class TrainingError(UserError, RuntimeError):
     """Training cannot continue, for example because the loss is not finite."""
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jdl.core import check
 from jdl.data.loading import InOrder, Loaded, Workers, made
-from jdl.data.order import Order
+from jdl.data.order import First, Order
 from jdl.data.plan import Plan, Span
 
 logger = logging.getLogger("jdl.data")
@@ -140,6 +140,23 @@ class Batches(grain.IterDataset):
     def once(self) -> "Batches":
         """One pass over all records in their own order, the last batch padded and masked."""
         return self._with(replace(self.plan, epochs=1, drop_remainder=False), self.order.plain())
+
+    def first(self, batches: int) -> "Batches":
+        """The first of the batches alone, in the same order in every epoch: to overfit.
+
+        Args:
+          batches: how many, at most an epoch's.
+
+        >>> from jdl.data import from_arrays
+        >>> few = from_arrays(np.arange(9), batch_size=2, epochs=2, shuffle=True, seed=1).first(2)
+        >>> [batch["image"].tolist() for batch in few]
+        [[2, 0], [8, 1], [2, 0], [8, 1]]
+        """
+        most = self.plan.num_records // self.plan.batch_size
+        must = f"a whole number from 1 to {most}, the full batches of an epoch"
+        check.argument(1 <= batches <= most, "batches", must, batches)
+        records = batches * self.plan.batch_size
+        return self._with(replace(self.plan, num_records=records), First(self.order, records))
 
     def shard(self, part: int, parts: int) -> "Batches":
         """Examples [part, part + 1) · B / parts of the same batches, for one of several processes.

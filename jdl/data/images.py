@@ -134,12 +134,11 @@ def decode(
     exact: bool = False,
     max_pixels: int = MAX_PIXELS,
     crop: AnyCrop | None = None,
-    on_white: bool = False,
 ) -> np.ndarray:
     """The image in `data`, upright, as uint8 [H, W, C] with C = 1 or 3.
 
-    Palettes are applied, CMYK is converted, alpha is dropped, 12- and 16-bit values are scaled to 8
-    bits, and an animation or a file of several pages gives the first.
+    Palettes are applied, CMYK is converted, alpha is laid on white as viewers show it, 12- and
+    16-bit values are scaled to 8 bits, and an animation or a file of several pages gives the first.
 
     Args:
       data: the bytes of a JPEG, PNG, WebP, BMP, GIF, PPM (PBM, PGM), TIFF, JPEG 2000 or AVIF file.
@@ -148,7 +147,6 @@ def decode(
       exact: decode JPEGs at full size before resizing, with Pillow.
       max_pixels: the most that the image may have.
       crop: the window to keep, resized to `size`; None for all of the image, stretched.
-      on_white: lay an image with alpha on white, as viewers show it, rather than drop the alpha.
 
     Raises:
       BadImage: if they cannot be decoded, saying why.
@@ -160,7 +158,7 @@ def decode(
     >>> decode(file.getvalue(), size=(4, 6)).shape
     (4, 6, 3)
     """
-    how = _How(size, grayscale, exact, max_pixels, crop, on_white)
+    how = _How(size, grayscale, exact, max_pixels, crop)
     if data[:3] == b"\xff\xd8\xff" and simplejpeg is not None and not exact:
         pixels = _fast_jpeg(data, how)
         if pixels is not None:
@@ -176,7 +174,6 @@ class _How(NamedTuple):
     exact: bool
     max_pixels: int
     crop: AnyCrop | None
-    on_white: bool
 
     def window(self, height: int, width: int, turn: int) -> _Window | None:
         """The crop of an image stored with this height, width and orientation; these are 1."""
@@ -202,7 +199,7 @@ def _with_pillow(data: bytes, how: _How) -> np.ndarray:
             height, width = _needed(turn, how.size, window)
             image.draft(mode, (width, height))
         image.load()
-        return _finished(np.asarray(_eight_bits(image, mode, how)), turn, how.size, window)
+        return _finished(np.asarray(_eight_bits(image, mode)), turn, how.size, window)
 
 
 @contextlib.contextmanager
@@ -237,7 +234,7 @@ def _plugin(data: bytes) -> Any:
     raise BadImage(f"it is no image that can be read, but {kind}: it begins with {data[:16]!r}")
 
 
-def _eight_bits(image: "PIL.Image.Image", mode: str, how: _How) -> "PIL.Image.Image":
+def _eight_bits(image: "PIL.Image.Image", mode: str) -> "PIL.Image.Image":
     """A Pillow image as 8-bit "L" or "RGB"."""
     from PIL import Image
 
@@ -248,13 +245,15 @@ def _eight_bits(image: "PIL.Image.Image", mode: str, how: _How) -> "PIL.Image.Im
         if tags.get(_PHOTOMETRIC) == 0:  # white is 0
             values = top - values
         eight = np.clip((values * 255 + top // 2) // top, 0, 255).astype(np.uint8)
+        if "transparency" in image.info:  # the value that is seen through
+            eight[values == image.info["transparency"]] = 255
         image = Image.fromarray(eight)
-    elif how.on_white and image.has_transparency_data:
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
-    elif image.mode in ("P", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA").convert("RGB")
+    elif image.mode == "P":
+        image = image.convert("RGB")
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -117,6 +117,27 @@ class Order:
         return block[start - first : stop - first].copy()
 
 
+class First(Order):
+    """The first places of another order's epoch 0, as every epoch."""
+
+    def __init__(self, of: Order, count: int):
+        super().__init__(count, shuffle=of.shuffle, seed=of.seed)
+        self._of = of
+
+    @property
+    def name(self) -> str:
+        """See `Order`."""
+        return f"the first {self.num_records} of {self._of.name}"
+
+    def plain(self) -> "Order":
+        """Itself: the same records."""
+        return self
+
+    def records(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """See `Order`."""
+        return self._of.records(0, start, min(stop, self.num_records))
+
+
 class Mixture(Order):
     """Several sources in proportion to their weights, each repeated without end.
 

@@ -6,6 +6,7 @@ networks; `penalized` adds sparsity or contraction to one, `denoising` corrupts 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from jdl.core.derivatives import linearize
 from jdl.core.model import Model, as_model
 from jdl.core.types import Key, ModelState, Params
 from jdl.models.convolution import conv_general_dilated
-from jdl.models.layers import Activation, activation, max_pool
+from jdl.models.layers import Activation, activation, example_keys, max_pool
 
 NOISES = ("masking", "gaussian", "salt_and_pepper")
 
@@ -255,8 +256,8 @@ def penalized(
         penalty = sparsity · |code|₁ + contraction · ‖∂code/∂x‖²_F
 
     The Jacobian's norm is estimated, without bias, by the mean of |∂code/∂x u|² over directions
-    u ~ N(0, I), each a forward-mode product that costs about a forward pass. In evaluation the
-    directions are fixed.
+    u ~ N(0, I), each a forward-mode product that costs about a forward pass. In evaluation each
+    example has fixed directions.
 
     Args:
       net: an `Autoencoder` or another Linen module with a method `encode(x) -> [B, F]`.
@@ -290,12 +291,14 @@ def penalized(
         if sparsity:
             penalty = penalty + sparsity * jnp.sum(jnp.abs(encode(x)), axis=1)
         if contraction:
-            probe_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 1)
             _, push, _ = linearize(encode, x)
-            norms = [
-                jnp.sum(jnp.square(push(u)), axis=1)
-                for u in jax.random.normal(probe_key, (probes, *x.shape), x.dtype)
-            ]
+            if key is None:
+                draw = partial(jax.random.normal, shape=(probes, *x.shape[1:]), dtype=x.dtype)
+                directions = jax.vmap(draw, out_axes=1)(example_keys(x))
+            else:
+                probe_key = jax.random.fold_in(key, 1)
+                directions = jax.random.normal(probe_key, (probes, *x.shape), x.dtype)
+            norms = [jnp.sum(jnp.square(push(u)), axis=1) for u in directions]
             penalty = penalty + contraction / probes * sum(norms[1:], norms[0])
         return outputs._replace(penalty=penalty), new_state
 
@@ -328,7 +331,7 @@ def denoising(model: Model | nn.Module, noise: str = "gaussian", level: float = 
     """An autoencoder trained to reconstruct its inputs from ones with noise, as of `corrupt`.
 
     The `Model` returns a `Reconstruction`, whose `of_clean` has the outputs for uncorrupted inputs:
-    use it to denoise images that are noisy already. In evaluation the noise is fixed.
+    use it to denoise images that are noisy already. In evaluation each example has a fixed noise.
 
     References:
       Vincent et al., Stacked denoising autoencoders, Journal of Machine Learning Research 11, 2010.
@@ -344,8 +347,10 @@ def denoising(model: Model | nn.Module, noise: str = "gaussian", level: float = 
         key: Key | None = None,
         train: bool = False,
     ) -> tuple[Reconstruction, ModelState]:
-        noise_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 0)
-        noisy = corrupt(x, noise_key, noise, level)
+        if key is None:
+            noisy = jax.vmap(partial(corrupt, noise=noise, level=level))(x, example_keys(x))
+        else:
+            noisy = corrupt(x, jax.random.fold_in(key, 0), noise, level)
         outputs, new_state = base.apply(params, state, noisy, key=key, train=train)
         clean = as_reconstruction(base.apply(params, state, x, key=None, train=False)[0]).outputs
         return as_reconstruction(outputs)._replace(of_clean=clean, corrupted=noisy), new_state

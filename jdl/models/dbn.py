@@ -18,6 +18,7 @@ from jdl.core import check, tree
 from jdl.core.model import Model, as_model
 from jdl.core.types import Batch, Key, ModelState, Params
 from jdl.models.autoencoder import Autoencoder
+from jdl.models.layers import example_keys
 from jdl.models.mlp import MLP
 from jdl.models.rbm import RBM, Energies, draw_bernoulli
 
@@ -303,8 +304,14 @@ def up_down(dbn: DBN, params: Sequence[Params], *, k: int = 3) -> Model:
     def apply(
         p: Params, state: ModelState, *inputs: Any, key: Key | None = None, train: bool = False
     ) -> tuple[jax.Array, ModelState]:
+        if key is None:  # each example by itself, with its own key
+
+            def one(own: Key, *x: jax.Array) -> jax.Array:
+                return apply(p, state, *(a[None] for a in x), key=own)[0][0]
+
+            return jax.vmap(one)(example_keys(inputs[0]), *inputs), state
         x, *label = inputs
-        keys = jax.random.split(jax.random.key(0) if key is None else key, 2 * depth + 2)
+        keys = jax.random.split(key, 2 * depth + 2)
         fixed = jax.lax.stop_gradient(p)
         wake = [x.reshape(x.shape[0], -1)]
         for i in range(depth):

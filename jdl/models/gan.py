@@ -33,7 +33,7 @@ import optax
 from jdl.core import check
 from jdl.core.model import Model
 from jdl.core.types import Batch, Key, ModelState, Params
-from jdl.models.layers import embedded, one_hot
+from jdl.models.layers import embedded, example_keys, one_hot
 
 GAMES = ("non_saturating", "hinge", "wasserstein")
 PENALTIES = {"r1": 1.0, "gradient": 10.0}  # and their usual weights
@@ -43,12 +43,15 @@ _WEIGHTS = nn.initializers.normal(0.02)
 class Generator(nn.Module):
     """From noise to images: a dense layer, then transposed convolutions of stride 2.
 
+    Its maps have the sizes of the `Discriminator`'s, in reverse: where a side is odd, the doubled
+    map loses its last row or column.
+
     References:
       Radford, Metz and Chintala, Unsupervised representation learning with deep convolutional
       generative adversarial networks, ICLR 2016, section 3.
     """
 
-    # (height, width, channels) of the images; both sides multiples of 2^len(widths)
+    # (height, width, channels) of the images
     shape: tuple[int, int, int]
     # channels of the smallest map and after each doubling but the last
     widths: Sequence[int] = (64, 32)
@@ -61,7 +64,9 @@ class Generator(nn.Module):
         self, z: jax.Array, label: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
         """Images [B, H, W, C], values in (0, 1), of noise [B, Z] and int[B] labels."""
-        (height, width), channels = _small(self.shape, self.widths), self.shape[2]
+        height, width, channels = self.shape
+        depth = len(self.widths)
+        sizes = [(-(-height // 2**i), -(-width // 2**i)) for i in reversed(range(depth + 1))]
 
         def finished(x: jax.Array) -> jax.Array:
             if self.normalize:
@@ -70,11 +75,15 @@ class Generator(nn.Module):
 
         if self.num_classes is not None:
             z = jnp.concatenate([z, one_hot("label", label, self.num_classes, z.dtype)], axis=1)
-        x = nn.Dense(height * width * self.widths[0], kernel_init=_WEIGHTS)(z)
-        x = finished(x.reshape(x.shape[0], height, width, self.widths[0]))
-        for i, filters in enumerate([*self.widths[1:], channels]):
+        small = (*sizes[0], self.widths[0])
+        x = nn.Dense(math.prod(small), kernel_init=_WEIGHTS)(z)
+        x = finished(x.reshape(x.shape[0], *small))
+        for i, (filters, size) in enumerate(
+            zip([*self.widths[1:], channels], sizes[1:], strict=True)
+        ):
             x = nn.ConvTranspose(filters, (4, 4), (2, 2), kernel_init=_WEIGHTS)(x)
-            x = finished(x) if i < len(self.widths) - 1 else x
+            x = x[:, : size[0], : size[1]]
+            x = finished(x) if i < depth - 1 else x
         return nn.sigmoid(x)
 
 
@@ -89,7 +98,7 @@ class Discriminator(nn.Module):
       networks, ICLR 2018; Miyato and Koyama, cGANs with projection discriminator, ICLR 2018.
     """
 
-    # (height, width, channels) of the images; both sides multiples of 2^len(widths)
+    # (height, width, channels) of the images
     shape: tuple[int, int, int]
     widths: Sequence[int] = (32, 64)  # channels after each halving
     # number of classes to condition on; None for an unconditional one
@@ -103,7 +112,6 @@ class Discriminator(nn.Module):
         """Logits [B] of images [B, H, W, C], values in [0, 1], and int[B] labels."""
         check.argument(image.shape[1:] == self.shape, "image", f"{self.shape}", image.shape[1:])
         check.values("image", image, -0.01, 1.01, "in [0, 1], as samples are", "Scale them.")
-        _small(self.shape, self.widths)
 
         def applied(layer: Any, x: jax.Array) -> jax.Array:
             if self.spectral_norm:
@@ -119,14 +127,6 @@ class Discriminator(nn.Module):
             return logits
         table = nn.Embed(self.num_classes, features.shape[1], embedding_init=_WEIGHTS)
         return logits + jnp.sum(embedded(table, "label", label) * features, axis=1)
-
-
-def _small(shape: tuple[int, int, int], widths: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the smallest map."""
-    by = 2 ** len(widths)
-    whole = shape[0] % by == 0 and shape[1] % by == 0
-    check.argument(whole, "shape", f"of sides that are multiples of {by}", shape)
-    return shape[0] // by, shape[1] // by
 
 
 class Judged(NamedTuple):
@@ -201,7 +201,7 @@ class GAN:
         """A DCGAN for images of (height, width, channels), with a smallest map of about 8×8.
 
         Args:
-          shape: both sides multiples of 4, and of higher powers of 2 for larger images.
+          shape: (height, width, channels) of the images.
           width: channels of the largest maps; they double with each halving, up to 8·width.
           num_classes: for a GAN conditioned on classes.
           spectral_norm: as for `Discriminator`.
@@ -241,8 +241,15 @@ class GAN:
         key: Key | None = None,
         train: bool = False,
     ) -> tuple[Judged, ModelState]:
+
+        def normal(key: Key, *shape: int) -> jax.Array:
+            return jax.random.normal(key, shape, image.dtype)
+
         noise_key, mix_key = jax.random.split(jax.random.key(0) if key is None else key)
-        noise = jax.random.normal(noise_key, (image.shape[0], self.latent), image.dtype)
+        if key is None:
+            noise = jax.vmap(lambda own: normal(own, self.latent))(example_keys(image))
+        else:
+            noise = normal(noise_key, image.shape[0], self.latent)
 
         def run(net: Any, params: Params, name: str, x: jax.Array) -> Any:
             variables = {"params": params, **state[name]}

@@ -55,6 +55,7 @@ def gauss_newton(
     r"""Gauss-Newton with a backtracking line search.
 
     `update` needs `value`, `grad` and one of
+
     - `residual_fn`: params -> a pytree of arrays r, with value ½ ‖r‖²; `jdl.optim.Residuals` says
       what an example is, and is differentiated example by example, not parameter by parameter;
     - `objective`: its generalized Gauss-Newton matrix on the curvature batch takes the place of

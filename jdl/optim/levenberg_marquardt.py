@@ -53,6 +53,7 @@ def levenberg_marquardt(
     r"""Levenberg-Marquardt with damping by the reduction ratio, or in Moré's trust region.
 
     `update` needs `value`, `grad` and one of
+
     - `residual_fn`: params -> a pytree of arrays r, with value ½ ‖r‖²; `jdl.optim.Residuals` says
       what an example is, and is differentiated example by example, not parameter by parameter;
     - `objective`: its generalized Gauss-Newton matrix on the curvature batch takes the place of

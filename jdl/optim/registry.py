@@ -133,15 +133,30 @@ _GRADIENT_DECAY = TuningRange("gradient_decay", 0.5, 0.98, "one minus log")
 def _first_order(
     make: Callable[..., Any], learning_rate: float, low: float, high: float, *others: TuningRange
 ) -> OptimizerSpec:
+    decays = "weight_decay" in inspect.signature(make).parameters
+
     @functools.wraps(make)  # `by_name` checks options by its signature
     def with_rate_as_state(rate: Any, **options: Any) -> optax.GradientTransformation:
+        decay = None if decays else options.pop("weight_decay", None)
+
+        def at(learning_rate: Any) -> optax.GradientTransformation:
+            made = make(learning_rate, **options)
+            return made if decay is None else optax.chain(made, _shrinking(decay * learning_rate))
+
         # The same arithmetic, but the rate is a field of the state rather than of the program.
-        return optax.inject_hyperparams(lambda learning_rate: make(learning_rate, **options))(
-            learning_rate=rate
-        )
+        return optax.inject_hyperparams(at)(learning_rate=rate)
 
     space = (TuningRange("learning_rate", low, high), *others)
     return OptimizerSpec(with_rate_as_state, learning_rate, False, "mini", space)
+
+
+def _shrinking(by: Any) -> optax.GradientTransformation:
+    """Adds −by · θ to the updates: decoupled weight decay."""
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda u, p: (u - by * p.astype(jnp.float32)).astype(u.dtype), updates, params
+        )
+    )
 
 
 def _second_order(
@@ -243,7 +258,9 @@ def by_name(
       learning_rate: > 0 or a schedule; None for the optimizer's own default. For second-order ones
         it scales the first trial step, and is best left alone. It is part of the state; a run that
         the Estimator resumes continues with the rate given last.
-      **options: further arguments of the optimizer.
+      **options: further arguments of the optimizer. Each of first order also takes
+        `weight_decay`, its own or else decoupled, θ ← θ − η λ θ beside the step; and `clip`, the
+        largest global norm of the gradient that it is given.
 
     Raises:
       ArgumentError: for an unknown name or option; the message names the nearest.
@@ -262,7 +279,49 @@ def by_name(
     rate = spec.learning_rate if learning_rate is None else learning_rate
     if isinstance(rate, int | float):
         check.in_range("learning_rate", rate, 0.0, open_low=True)
-    known = inspect.signature(spec.make).parameters
+    known = parameters(name)
     for option in options:
+        if spec.second_order and option in EVERY_FIRST_ORDER:
+            _refuse(option, options[option], name, known)
         check.one_of(f"an option of {name}", option, known)
-    return spec.make(rate, **options)
+    clip = options.pop("clip", None)
+    for option, value in (("clip", clip), ("weight_decay", options.get("weight_decay"))):
+        if isinstance(value, int | float):
+            check.in_range(option, value, 0.0, open_low=option == "clip")
+    made = spec.make(rate, **options)
+    return made if clip is None else optax.chain(optax.clip_by_global_norm(clip), made)
+
+
+# Options that every first-order method has, in addition to those of its own function.
+EVERY_FIRST_ORDER = {
+    name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float)
+    for name in ("weight_decay", "clip")
+}
+
+
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    """The arguments that `by_name` passes on to an optimizer, by name.
+
+    Args:
+      name: as for `by_name`.
+
+    >>> [x for x in parameters("adam") if x not in parameters("sgd")]
+    ['b1', 'b2', 'eps', 'eps_root', 'mu_dtype']
+    """
+    spec = REGISTRY[short_name(name)]
+    own = dict(inspect.signature(spec.make).parameters)
+    return own if spec.second_order else own | EVERY_FIRST_ORDER | own
+
+
+def _refuse(option: str, value: Any, name: str, known: Iterable[str]) -> None:
+    """Raises for a decay of weights or a clipped gradient in a second-order method."""
+    if option == "weight_decay":
+        must = f"left out: {name} steps by a model of the loss, which would not have the decay"
+        hint = "hf and kfac have l2_reg, a term of the loss itself."
+        if "l2_reg" in known:
+            hint = "Give l2_reg, a term of the loss itself, as in `--option l2_reg=0.001`."
+        check.argument(False, option, must, value, hint)
+    must = f"left out: the line search or model of {name} needs the gradient of the loss as it is"
+    bound = next((x for x in ("kl_clip", "trust_region") if x in known), None)
+    hint = f"{bound} bounds its steps, as in `--option {bound}=0.1`." if bound else ""
+    check.argument(False, option, must, value, hint)

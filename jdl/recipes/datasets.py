@@ -6,6 +6,7 @@ from jdl.core import check
 
 if TYPE_CHECKING:
     from jdl.data import Batches
+    from jdl.recipes.registry import Recipe
 
 
 def choice(
@@ -30,10 +31,25 @@ def choice(
 
 
 def kind(data: str) -> str:
-    """What a `--data` argument names: "images", "generated trees", or "a file of trees"."""
+    """What `--data` names: "images", "generated trees", "a file of trees", "a file's arrays"."""
     if data == "trees":
         return "generated trees"
+    if data.endswith(".py"):
+        return "a file's arrays"
     return "a file of trees" if data.endswith((".txt", ".conllu")) else "images"
+
+
+def check_suits(data: str, chosen: "Recipe") -> tuple[bool, bool]:
+    """Raises unless the model can read the data; returns whether they are arrays, or trees."""
+    is_own, found = chosen.kind == "own", kind(data)
+    must = "given, or else the model's file must define data of its own"
+    check.argument(bool(data), "--data", must, None)
+    ok = found == "images" or (is_own and found == "a file's arrays")
+    must = "images, or a Python file that defines data" if is_own else "images for this model"
+    if chosen.data == "trees":
+        ok, must = "trees" in found, "trees for this model: a .txt or .conllu file"
+    check.argument(ok, "--data", must, data)
+    return found == "a file's arrays", "trees" in found
 
 
 def open_images(data: str, *, size: tuple[int, ...], words: Any = (), **options: Any) -> "Batches":
@@ -45,6 +61,10 @@ def open_images(data: str, *, size: tuple[int, ...], words: Any = (), **options:
         from jdl.recipes.formulas import trees_of
 
         return trees_of(**options)
+    if kind(data) == "a file's arrays":
+        from jdl.recipes import own
+
+        return own.batches_of(data, **options)
     if kind(data) != "images":
         from jdl.recipes.treebanks import batches_of
 
@@ -74,6 +94,13 @@ def default_split(data: str, wanted: str | None, default: str, **which: str | No
         check.argument(
             wanted in (None, "all"), "--split", "left out: a file of trees is one", wanted
         )
+    if kind(data) == "a file's arrays":
+        from jdl.recipes import own
+
+        parts = own.parts(data)
+        must = " or ".join(parts) + f", as {data} has"
+        check.argument(wanted is None or wanted in parts, "--split", must, wanted)
+        return wanted or (default if default in parts else None)
     if wanted is not None:
         return None if wanted == "all" else wanted
     if kind(data) != "images":
@@ -83,15 +110,18 @@ def default_split(data: str, wanted: str | None, default: str, **which: str | No
     return default if default in splits(resolve(data), **choice(**which)) else None
 
 
-def label_if_any(data: str, **which: str | None) -> str | None:
-    """None, for classes by folder; "none" if images have none, or `train` and `test` differ."""
+def label_if_any(data: str, *, agree: bool = True, **which: str | None) -> str | None:
+    """None, for classes by folder; "none" if images have none; with `agree`, if splits differ."""
+    if kind(data) != "images":
+        return None
     from jdl.data import TarSource, resolve, splits
 
     chosen, archives = choice(**which), resolve(data)
     parts = splits(archives, **chosen) or (None,)
     sources = [TarSource(archives, split=part, **chosen) for part in parts]
-    same = all(s.unlabelled() is None and s.classes == sources[0].classes for s in sources)
-    return None if same else "none"
+    labelled = all(s.unlabelled() is None for s in sources)
+    same = not agree or all(s.classes == sources[0].classes for s in sources)
+    return None if labelled and same else "none"
 
 
 def parse_size(size: str | None, data: str) -> tuple[int, int]:

@@ -3,19 +3,95 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jdl.core import check
 from jdl.core.types import Batch, Params
 from jdl.data import Batches
 from jdl.models.autoencoder import as_reconstruction
 from jdl.models.rbm import RBM
 from jdl.train.estimator import Estimator
 
-LARGEST_SIDE = 2000  # pixels of a picture
+LARGEST_SIDE = 16384  # pixels of a sheet
+_GAP = 4  # pixels between pictures on a sheet
+
+
+def eight_bits(image: ArrayLike) -> np.ndarray:
+    """Values in [0, 1] as uint8, clipped; raises unless they are finite."""
+    array = np.asarray(image, np.float32)
+    if not np.isfinite(array).all():
+        raise check.TrainingError("The picture has values that are not finite; nothing is written.")
+    return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
+
+
+def sheet(
+    images: Sequence[ArrayLike],
+    *,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    side: int | None = None,
+    title: str = "",
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+) -> np.ndarray:
+    """Pictures [H, W, 3] or [H, W, 1] in [0, 1] on one sheet, in rows, with captions below them.
+
+    Each is scaled to the size of the first, or to a longer side of `side` pixels; by default a
+    small first is enlarged by a whole factor, to a side of 96 pixels or more. By default there are
+    as many columns as make the sheet about square and its last row nearly full.
+
+    >>> sheet([np.zeros((100, 120, 3))] * 5, columns=3).shape
+    (204, 368, 3)
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    number = len(images)
+    check.argument(number > 0, "images", "at least one", 0)
+    ok = captions is None or len(captions) == number
+    check.argument(ok, "captions", f"{number} of them", captions)
+    height, width = np.asarray(images[0]).shape[:2]
+    longer = max(height, width)
+    by = side / longer if side is not None else -(-96 // longer)
+    height, width = max(1, round(height * by)), max(1, round(width * by))
+    below = 0 if captions is None else max(14, width // 14)
+    if columns is None:
+        square = math.sqrt(number * (height + below) / width)
+        cost = lambda n: abs(math.log(n / square)) + (-number % n) / number  # noqa: E731
+        columns = min(range(1, number + 1), key=cost)
+    columns = min(check.positive_int("columns", columns), number)
+    font = ImageFont.load_default(15)
+    left = max((math.ceil(font.getlength(name)) + 12 for name in row_names), default=0)
+    top = 28 * bool(title) + 20 * bool(column_names)
+    down, across = height + below + _GAP, width + _GAP  # from one picture to the next
+    wide = max(left + columns * across - _GAP, math.ceil(font.getlength(title)) + 8 * bool(title))
+    total = (top + -(-number // columns) * down - _GAP, wide)
+    check.argument(max(total) <= LARGEST_SIDE, "images", "fewer or smaller", total)
+    canvas = Image.new("RGB", total[::-1], "white")
+    pen, small = ImageDraw.Draw(canvas), ImageFont.load_default(max(10, 0.8 * below))
+
+    def text(x: Any, y: Any, words: str, anchor: str = "mm", font: Any = font) -> None:
+        pen.text((x, y), words, fill="black", anchor=anchor, font=font)
+
+    text(4, 14, title, "lm")
+    for i, name in enumerate(row_names):
+        text(4, top + i * down + height / 2, name, "lm")
+    for i, name in enumerate(column_names):
+        text(left + i * across + width / 2, top - 10, name)
+    for i, image in enumerate(images):
+        y, x = top + i // columns * down, left + i % columns * across
+        pixels = eight_bits(image)
+        tile = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+        enlarged = tile.width < width and tile.height < height
+        how = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+        canvas.paste(tile.resize((width, height), how), (x, y))
+        if captions is not None:
+            text(x + width // 2, y + height + below // 2, captions[i], font=small)
+    return np.asarray(canvas).astype(np.float32) / 255
 
 
 def tiles(
@@ -26,36 +102,15 @@ def tiles(
     rows: Sequence[str] = (),
     columns: Sequence[str] = (),
 ) -> Path:
-    """Writes images [R, K, H, W, C] in [0, 1] as a PNG of R rows and K columns, with their names.
+    """Writes images [R, K, H, W, C] in [0, 1] as a PNG of R rows and K columns."""
+    from PIL import Image
 
-    Small images are enlarged by a whole factor, to a side of 96 pixels or more where there is room.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    images = np.asarray(images, np.float32)
-    down, across, height, width, channels = images.shape
-    room = LARGEST_SIDE // max(down * height, across * width)
-    by = max(1, min(-(-96 // max(height, width)), room))
-    pixels = np.rint(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
-    pixels = np.broadcast_to(pixels, (*images.shape[:4], 3)) if channels == 1 else pixels
-    pixels = pixels.repeat(by, axis=2).repeat(by, axis=3)
-    font = ImageFont.load_default(15)
-    left = max((math.ceil(font.getlength(name)) + 12 for name in rows), default=0)
-    top, cell = 28 + 20 * bool(columns), np.array([height * by + 2, width * by + 2])
-    widest = max(left + across * cell[1], math.ceil(font.getlength(title)) + 12)
-    sheet = Image.new("RGB", (int(widest), int(top + down * cell[0])), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((4, 14), title, fill="black", anchor="lm", font=font)
-    for i, name in enumerate(rows):
-        pen.text((4, top + (i + 0.5) * cell[0]), name, fill="black", anchor="lm", font=font)
-    for j, name in enumerate(columns):
-        at = (left + (j + 0.5) * cell[1], top - 10)
-        pen.text(at, name, fill="black", anchor="mm", font=font)
-    for i, j in np.ndindex(down, across):
-        place = (int(left + j * cell[1]), int(top + i * cell[0]))
-        sheet.paste(Image.fromarray(pixels[i, j]), place)
+    images = np.nan_to_num(np.asarray(images, np.float32))
+    across, one = images.shape[1], images.shape[2:]
+    names: Any = {"title": title, "row_names": rows, "column_names": columns}
+    found = sheet(list(images.reshape(-1, *one)), columns=across, **names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    Image.fromarray(eight_bits(found)).save(path)
     return path
 
 

@@ -1,24 +1,31 @@
 """The settings of a run of `jdl train`, and the model, Estimator and data made from them."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
 from jdl.core import check
 from jdl.core.model import Model
 from jdl.data import Batches, cutmix, mixup, one_of
-from jdl.optim import registry
-from jdl.recipes import config_toml
+from jdl.recipes import config_toml, optimizing, own
 from jdl.recipes.datasets import kind, open_images
-from jdl.recipes.registry import Net, recipe
+from jdl.recipes.registry import LABELLED, Drawn, Net, recipe
 from jdl.train import premade
 from jdl.train.checkpoint import begun
 from jdl.train.estimator import Estimator
 
 COMMAND = "command"  # the file's table of resolved flags, which `jdl train --config` reads
 MIXED = {"mixup": mixup, "cutmix": cutmix}  # of `--augment`, inside the training step
-MAY_CHANGE = ("on_error",)  # when a run is continued
+MAY_CHANGE = ("on_error", "file_sha256")  # when a run is continued
+
+logger = logging.getLogger("jdl.train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,17 @@ class RunConfig:
     include: str | None = None
     exclude: str | None = None
     words: tuple[str, ...] = ()  # the vocabulary of a file of trees
+    option: tuple[str, ...] = ()  # sorted, as `arguments.written` writes them
+    weight_decay: float | None = None
+    clip: float | None = None
+    schedule: str = "constant"
+    warmup: int = 0
+    decay_to: float = 0.0
+    overfit: int | None = None
+    init_from: str | None = None
+    schedule_steps: int | None = None  # the steps of the schedule; None for a constant one
+    file_kind: str | None = None  # of a model from a file: "classifier", or "own"
+    file_sha256: str | None = None  # of that file
 
     def save(self, workdir: Path, command: Mapping[str, Any]) -> None:
         """Writes the settings; raises where the directory holds a run with other settings.
@@ -78,7 +96,25 @@ class RunConfig:
                 f"{workdir} is not a run directory of `jdl train`: it has no {config_toml.FILE}."
                 + hint * (workdir / "checkpoints").is_dir()
             )
-        return config_toml.parse(cls, table, workdir, COMMAND)
+        config = config_toml.parse(cls, table, workdir, COMMAND)
+        if config.file_kind and config.file_sha256 != own.sha256(config.model):
+            logger.warning(
+                "%s has changed since %s was trained with it; it is used as it is now, and its "
+                "parameters must be the same",
+                *(config.model, workdir),
+            )
+        return config
+
+    @property
+    def kind(self) -> str:
+        """What the outputs mean, see `Recipe`."""
+        return self.file_kind or recipe(self.model).kind
+
+    @property
+    def learns_labels(self) -> bool:
+        """Whether the loss may read labels."""
+        of_file = self.file_kind is not None and self.label != "none"
+        return of_file or self.kind in LABELLED
 
     @property
     def which(self) -> dict[str, str | None]:
@@ -106,10 +142,11 @@ class RunConfig:
         mixed = [MIXED[x](num_classes=len(self.classes)) for x in self.augment if x in MIXED]
         if mixed:
             options["batch_transform"] = one_of(*mixed)
-        tuned = chosen.options if self.optimizer == chosen.optimizer else {}
+        if self.file_kind is not None:
+            options["num_classes"] = len(self.classes)
         return make(
             self.build_model() if model is None else model,
-            registry.by_name(self.optimizer, self.learning_rate, **tuned),
+            optimizing.transformation(self),
             workdir=workdir,
             seed=self.seed,
             microbatches=self.microbatches,
@@ -118,6 +155,24 @@ class RunConfig:
             ema=self.ema,
             hooks=hooks,
             **options,
+        )
+
+    def sample(
+        self, workdir: Path, number: int, seed: int, label: Any, temperature: float | None
+    ) -> ArrayLike:
+        """Samples of the trained run, by its recipe; arguments as for `Drawn`."""
+        if not begun(workdir):
+            raise check.UserError(f"{workdir} has no checkpoint yet: train it first.")
+        estimator, chosen = self.estimator(workdir, devices=jax.devices()[:1]), recipe(self.model)
+        image = np.zeros((1, *self.image_shape), np.float32)
+        blank = {"image": image, "label": np.zeros(1, np.int32)}
+        next(estimator.predict_batches([blank]))  # restores the checkpoint
+        label = None if label is None else jnp.asarray(label)
+        warm = chosen.temperature if temperature is None else temperature
+        net, key = self.build_model(), jax.random.key(seed)
+        assert chosen.sample is not None
+        return chosen.sample(
+            Drawn(net, estimator, workdir, self.image_shape, number, key, label, warm)
         )
 
     def images(

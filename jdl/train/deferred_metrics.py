@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jdl.train.clock import Clock
@@ -25,17 +26,27 @@ class Finished(NamedTuple):
 
 
 class _Dispatched(NamedTuple):
-    step: int  # steps done, the last of these included
+    last: int  # steps done, the last of these included
     number: int
     logs: Logs  # scalars of one step, or [length] of several
     at: float  # perf_counter's time
+
+    @property
+    def first(self) -> int:
+        return self.last - self.number + 1
+
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of each step."""
+        losses = np.ravel(self.logs["loss"])[: self.number].tolist()
+        return list(enumerate(losses, self.first))
 
 
 class DeferredMetrics:
     """Waits for each step only after the next has been dispatched, so the device never idles.
 
     Several steps shorter than a millisecond are in flight at a time: waiting costs as much as one.
-    Of several steps in one dispatch the last one's metrics are logged.
+    Of several steps in one dispatch those that are due are logged, as if the time were shared
+    evenly.
 
     Args:
       clock: stopped while `on_log` runs.
@@ -46,8 +57,9 @@ class DeferredMetrics:
     def __init__(self, clock: Clock, every: int, on_log: Callable[[Finished], None]):
         self._clock, self._every, self._on_log = clock, every, on_log
         self._in_flight: deque[_Dispatched] = deque()
-        self._arrived: tuple[_Dispatched, float] | None = None  # not logged yet
-        self._since: list[_Dispatched] = []  # since the last row
+        self._since: list[_Dispatched] = []  # arrived since the last row
+        self._arrived = clock.seconds  # when the last one did
+        self._logged = 0  # the step of the last row
 
     def push(self, step: int, logs: Logs, number: int = 1) -> None:
         """Takes the metrics of the `number` steps just dispatched, the last of them `step`."""
@@ -71,28 +83,28 @@ class DeferredMetrics:
     def finish(self) -> None:
         """Waits for the step in flight and logs it, due or not."""
         self.flush()
-        self._log_arrived()
+        if self._since and self._since[-1].last != self._logged:
+            self._log(self._since[-1], self._since[-1].last, self._arrived)
 
     def _wait_for_oldest(self) -> None:
         oldest = self._in_flight.popleft()
         oldest.logs["loss"].block_until_ready()
-        self._arrived = (oldest, self._clock.seconds)
+        began, self._arrived = self._arrived, self._clock.seconds
         self._since.append(oldest)
-        if oldest.step % self._every == 0:
-            self._log_arrived()
+        a_step = (self._arrived - began) / oldest.number
+        due = range(oldest.first + -oldest.first % self._every, oldest.last + 1, self._every)
+        if due:
+            oldest = self._since[-1] = oldest._replace(logs=jax.device_get(oldest.logs))
+        for step in due:
+            self._log(oldest, step, self._arrived - (oldest.last - step) * a_step)
 
-    def _log_arrived(self) -> None:
-        if self._arrived is None:
-            return
-        last, seconds = self._arrived
-        self._arrived = None
+    def _log(self, arrived: _Dispatched, step: int, seconds: float) -> None:
         self._clock.stop()
-        since, self._since = self._since, []
-        values = as_floats(last.logs, last.number)
+        values = as_floats(arrived.logs, step - arrived.first + 1)
         nonfinite = None
         if not math.isfinite(values["loss"]):
-            losses = [x for d in since for x in np.ravel(d.logs["loss"])[: d.number].tolist()]
-            each = enumerate(losses, last.step - len(losses) + 1)
-            nonfinite = next((at, loss) for at, loss in each if not math.isfinite(loss))
-        self._on_log(Finished(last.step, seconds, values, nonfinite))
+            losses = (x for d in self._since for x in d.losses() if self._logged < x[0] <= step)
+            nonfinite = next(x for x in losses if not math.isfinite(x[1]))
+        self._logged, self._since = step, self._since[-1:]
+        self._on_log(Finished(step, seconds, values, nonfinite))
         self._clock.start()

@@ -70,7 +70,8 @@ class Estimator:
       split_rule: `rule(path, shape, num_devices) -> axis or None`, what "fsdp" splits.
       log_every: steps between two rows of the log.
       logs: what to write besides `metrics.jsonl`: "csv" for `metrics.csv`, "tensorboard".
-      save_every: steps between two checkpoints; None for one at the end of `train` only.
+      save_every: steps between two checkpoints; None for one at the end of `train` only; "auto"
+        for every 1,000th step that is at least 10 s of training after the last.
       keep: how many checkpoints to keep, the newest ones.
       keep_every: also keep all whose step is a multiple of this; None for none.
       keep_best: also keep the one of the best validation, by `("accuracy", "max")` or
@@ -83,8 +84,9 @@ class Estimator:
       log_norms: whether to log the norms of gradients and updates.
       profile: (first, last) step to trace into `profile/`, for TensorBoard or Perfetto.
       steps_per_dispatch: the most steps that one device makes without the host, which speeds up
-        short ones; fewer where a row, a validation or a checkpoint is due. Each number may round
-        differently. None for a resumed run's own, else 1; several on one CPU if XLA counts little.
+        short ones; fewer where a validation or a checkpoint is due, or a row that hooks read. Each
+        number may round differently. None for a resumed run's own, else 1; several on one CPU if
+        XLA counts little.
       clock: reads the time for training seconds; `time.process_time` varies less on a shared
         machine.
       hooks: functions called with each row of the log, see `jdl.train.hooks`; one that raises
@@ -124,7 +126,7 @@ class Estimator:
         split_rule: SplitRule | None = None,
         log_every: int = 10,
         logs: Sequence[str] = (),
-        save_every: int | None = 1000,
+        save_every: int | str | None = "auto",
         keep: int = 3,
         keep_every: int | None = None,
         keep_best: tuple[str, str] | None = None,
@@ -174,6 +176,7 @@ class Estimator:
             self._means,
             self._report,
             program.refuse,
+            bool(hooks),
             log_every,
             save_every,
             on_nonfinite,
@@ -228,6 +231,16 @@ class Estimator:
         """Bytes that a step needs on each device, see `CompiledSteps.memory`."""
         return self._steps.memory
 
+    @property
+    def log_every(self) -> int:
+        """Steps between two rows of the log; may be set between two calls of `train`."""
+        return self._loop.log_every
+
+    @log_every.setter
+    def log_every(self, steps: int) -> None:
+        check.positive_int("log_every", steps)
+        self._loop.log_every = steps
+
     # ------------------------------------------------------------------ TRAIN
 
     def train(
@@ -238,6 +251,7 @@ class Estimator:
         max_steps: int | None = None,
         epochs: int | None = None,
         seconds: float | None = None,
+        wall_seconds: float | None = None,
         validation: Data | None = None,
         validate_every: int | None = None,
         save: bool = True,
@@ -258,6 +272,7 @@ class Estimator:
           max_steps: steps of the run in total, for a script that may be started again.
           epochs: how many more passes over the data.
           seconds: how many more seconds on the training clock, alone or beside a step limit.
+          wall_seconds: likewise in all, with compiling, validating and saving.
           validation: data to evaluate on in between, under the split "validation"; not an
             iterator, which has only one pass.
           validate_every: steps between two validations; by default an epoch.
@@ -276,7 +291,7 @@ class Estimator:
             also interrupts a hook, a validation, or a wait for data.
           UserError: another process is training in the same run directory.
         """
-        limits = Limits(steps, max_steps, epochs, seconds)
+        limits = Limits(steps, max_steps, epochs, seconds, wall_seconds)
         self._warn_of_missing_rows(validates=validation is not None)
         run = self._run
         with run.signals as signals, self._directory.writing():
@@ -448,7 +463,7 @@ def _check(
     loss: Loss,
     microbatches: int,
     log_every: int,
-    save_every: int | None,
+    save_every: int | str | None,
     on_nonfinite: str,
     workdir: Any,
     hooks: Any,
@@ -465,7 +480,7 @@ def _check(
     )
     check.positive_int("microbatches", microbatches)
     check.positive_int("log_every", log_every)
-    if save_every is not None:
+    if save_every not in (None, "auto"):
         check.positive_int("save_every", save_every)
     check.one_of("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
     check.argument(

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from jdl.core import check
 from jdl.core.types import Batch, Mode
+from jdl.train import dispatch
 from jdl.train.clock import Clock
 from jdl.train.compiled import CompiledSteps, Step
 from jdl.train.deferred_metrics import DeferredMetrics, Finished
@@ -28,6 +29,7 @@ from jdl.train.step import TrainState
 logger = logging.getLogger("jdl.train")
 
 MAX_ROLLBACKS = 8
+SAVE_STEPS, SAVE_SECONDS = 1000, 10.0  # at least, between two checkpoints that "auto" makes
 
 # report(step, seconds, epoch, split, values)
 Reporter = Callable[[int, float, float | None, str, dict[str, float]], None]
@@ -41,12 +43,14 @@ class Limits(NamedTuple):
       max_steps: steps of the run in total.
       epochs: how many more passes over the data.
       seconds: how many more seconds on the training clock.
+      wall_seconds: how many more seconds in all.
     """
 
     steps: int | None
     max_steps: int | None
     epochs: int | None
     seconds: float | None
+    wall_seconds: float | None = None
 
     @property
     def given(self) -> bool:
@@ -60,15 +64,16 @@ class Limits(NamedTuple):
         check.argument(len(given) <= 1, "steps, max_steps, epochs", "given one at a time", given)
         for name in given:
             check.positive_int(name, of_steps[name])
-        if self.seconds is not None:
-            check.in_range("seconds", self.seconds, 0.0, open_low=True)
-            check.argument(
-                jax.process_count() == 1,
-                "seconds",
-                "left out where several processes train together, whose clocks differ",
-                self.seconds,
-                "Give steps instead.",
-            )
+        for name in ("seconds", "wall_seconds"):
+            if (value := getattr(self, name)) is not None:
+                check.in_range(name, value, 0.0, open_low=True)
+                check.argument(
+                    jax.process_count() == 1,
+                    name,
+                    "left out where several processes train together, whose clocks differ",
+                    value,
+                    "Give steps instead.",
+                )
 
     def last_step(self, done: int, data: Data) -> int | None:
         """The number of the last step after `done` steps; None for no limit."""
@@ -86,7 +91,7 @@ class Call(NamedTuple):
       data: the training data.
       limits: how far to go.
       last_step: the number of the last step; None to continue to the end of the data.
-      deadline: when to end, in seconds of the training clock; None for no such time.
+      deadlines: clocks, and the seconds on each at which to end.
       validation: data to evaluate on in between; None for none.
       validate_every: steps between two validations; None for none.
     """
@@ -94,7 +99,7 @@ class Call(NamedTuple):
     data: Data
     limits: Limits
     last_step: int | None
-    deadline: float | None
+    deadlines: tuple[tuple[Clock, float], ...]
     validation: Data | None
     validate_every: int | None
 
@@ -109,6 +114,7 @@ class TrainLoop:
       evaluate: `evaluate(data) -> values`, for validation.
       report: takes each row of the log.
       refuse: `refuse(state, batch)` raises for the first batch of data, if it must.
+      reads_state: whether `report` may read the state of a row's step.
       log_every, save_every, on_nonfinite, steps_per_dispatch: as for `jdl.Estimator`.
     """
 
@@ -120,14 +126,20 @@ class TrainLoop:
         evaluate: Callable[[Data], dict[str, Any]],
         report: Reporter,
         refuse: Callable[[TrainState, Batch], None],
+        reads_state: bool,
         log_every: int,
-        save_every: int | None,
+        save_every: int | str | None,
         on_nonfinite: str,
         steps_per_dispatch: int | None,
     ):
         self._run, self._steps, self._profile = run, steps, profile
         self._evaluate, self._report, self._refuse = evaluate, report, refuse
-        self._log_every, self._save_every = log_every, save_every
+        self._reads_state, self.log_every = reads_state, log_every
+        self._save_every = SAVE_STEPS if isinstance(save_every, str) else save_every
+        # Several processes save together, and their clocks differ.
+        spaced = isinstance(save_every, str) and jax.process_count() == 1
+        self._apart = SAVE_SECONDS if spaced else 0.0
+        self._saved: float | None = None  # when, on the training clock
         self._on_nonfinite, self._steps_per_dispatch = on_nonfinite, steps_per_dispatch
 
     def train(
@@ -140,6 +152,8 @@ class TrainLoop:
         """See `jdl.Estimator.train`; returns whether any step was left to do."""
         limits.check()
         _check_validation(validation, validate_every)
+        wall = Clock()
+        wall.start()
         run = self._run
         feed = run.feed(data, repeat=limits.given)
         with run.signals.window("data"):
@@ -155,12 +169,14 @@ class TrainLoop:
         if not feed.checked:
             self._refuse(run.current(), batch)
             feed.checked = True
+        self._saved = run.clock.seconds if self._saved is None else self._saved
         run.apply_learning_rate(batch)
         run.classes = getattr(data, "classes", None) or run.classes
         if validation is not None and validate_every is None:
             validate_every = steps_per_epoch(data, "validate_every", "given")
-        deadline = None if limits.seconds is None else run.clock.seconds + limits.seconds
-        call = Call(data, limits, last_step, deadline, validation, validate_every)
+        ends = ((run.clock, run.clock.seconds, limits.seconds), (wall, 0.0, limits.wall_seconds))
+        deadlines = tuple((clock, now + left) for clock, now, left in ends if left is not None)
+        call = Call(data, limits, last_step, deadlines, validation, validate_every)
         run.steps_per_dispatch = self._length(batch)
         step = self._steps.for_batch(run.current(), self._next(call, feed))
         try:
@@ -177,13 +193,19 @@ class TrainLoop:
             must = "1 or None on several devices, with pmap, and for batches with random keys"
             check.argument(asked in (None, 1), "steps_per_dispatch", must, asked)
             return 1
-        most = min(self._log_every, self._save_every or self._log_every)
+        ends = [n for n in (self._rows_end(), self._save_every) if n]
+        most = min(ends, default=dispatch.MOST_STEPS)
         return asked or run.steps_per_dispatch or steps.choose_length(run.current(), batch, most)
+
+    def _rows_end(self) -> int | None:
+        """The steps between rows, if each has to end a dispatch."""
+        return self.log_every if self._reads_state else None
 
     def _next(self, call: Call, feed: Feed) -> Any:
         """The batch or stack of the next dispatch, which ends where something is due, or None."""
         step, length = self._run.step, self._run.steps_per_dispatch or 1
-        due = [n - step % n for n in (self._log_every, self._save_every, call.validate_every) if n]
+        ends = self._rows_end(), self._save_every, call.validate_every
+        due = [n - step % n for n in ends if n]
         if call.last_step is not None:
             due.append(call.last_step - step)
         with self._run.signals.window("data"):
@@ -209,7 +231,7 @@ class TrainLoop:
 
     def _run_steps(self, call: Call, step: Step, feed: Feed) -> None:
         run = self._run
-        metrics = DeferredMetrics(run.clock, self._log_every, self._on_finished(call.data, feed))
+        metrics = DeferredMetrics(run.clock, self.log_every, self._on_finished(call.data, feed))
         run.begin_training()
         with run.clock, self._profile:
             try:
@@ -222,7 +244,7 @@ class TrainLoop:
     def _loop(self, call: Call, step: Step, feed: Feed, metrics: DeferredMetrics) -> None:
         """Nothing in it waits for the step just dispatched."""
         run, profile, signals = self._run, self._profile, self._run.signals
-        deadline = None if call.deadline is None else _Deadline(run.clock, call.deadline)
+        deadlines = [_Deadline(*deadline) for deadline in call.deadlines]
         while call.last_step is None or run.step < call.last_step:
             signals.check()
             batches = self._next(call, feed)
@@ -247,10 +269,12 @@ class TrainLoop:
                     self._validate(call.validation)
             if self._save_every and run.step % self._save_every == 0:
                 metrics.flush()
-                run.save()
+                if run.clock.seconds - (self._saved or 0.0) >= self._apart:
+                    run.save()
+                    self._saved = run.clock.seconds
             if signals.asked(run.step):
                 raise Stopped(run.step)
-            if deadline is not None and deadline.reached(metrics):
+            if any(deadline.reached(metrics) for deadline in deadlines):
                 break
         metrics.finish()
 
@@ -280,7 +304,7 @@ class TrainLoop:
 
 
 class _Deadline:
-    """Ends a training at a time of its clock, without one more step in flight."""
+    """Ends a training at a time of a clock, without one more step in flight."""
 
     def __init__(self, clock: Clock, seconds: float):
         self._clock, self._end = clock, seconds

@@ -50,8 +50,8 @@ UNIFORM_FIELDS = (
 )
 
 
-def as_floats(logs: Logs, number: int = 1) -> dict[str, float]:
-    """The logs of a step, or of the last of `number` in one dispatch, as Python numbers."""
+def as_floats(logs: Mapping[str, jax.Array | np.ndarray], number: int = 1) -> dict[str, float]:
+    """The logs of a step, or of the `number`th of several in one dispatch, as Python numbers."""
     return {name: float(np.ravel(x)[number - 1]) for name, x in jax.device_get(logs).items()}
 
 

@@ -46,11 +46,19 @@ class JsonlWriter:
 
     def write(self, row: Row) -> None:
         """Appends one row, on a new line also after a last line that was cut short."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         clean = {k: None if _not_finite(v) else v for k, v in row.items()}
-        begin = "\n" if _is_cut(self.path) else ""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(begin + json.dumps(clean) + "\n")
+        line = json.dumps(clean).encode() + b"\n"
+        try:
+            file = self.path.open("a+b")
+        except FileNotFoundError:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a+b")
+        with file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # the process that wrote it was killed
+                    line = b"\n" + line
+            file.write(line)
 
     def rewind(self, step: int) -> None:
         """Drops the rows of steps after `step`, and lines that were cut short."""
@@ -281,15 +289,6 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 def is_number(value: Any) -> bool:
     """Whether a row's value is a number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_cut(path: Path) -> bool:
-    """Whether the last line has no end: the process that wrote it was killed."""
-    if not path.exists() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
 
 
 def _not_finite(value: Any) -> bool:

@@ -5,7 +5,6 @@ are laid on white, EXIF's orientation is applied. Files appear only when they ar
 """
 
 import io
-import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from numpy.typing import ArrayLike
 
 from jdl.core import check
 from jdl.core.files import atomic_file
+from jdl.recipes.pictures import eight_bits
+from jdl.recipes.pictures import sheet as sheet
 
 LARGEST_FILE = 1 << 29  # bytes
-LARGEST_SIDE = 16384  # pixels of a sheet
 WRITTEN = (".png", ".jpg", ".jpeg")
 ANIMATED = (".gif", ".webp")
-_GAP = 4  # pixels between pictures on a sheet
 
 
 def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
@@ -46,12 +45,12 @@ def read(path: str | Path, *, longest: int | None = None) -> np.ndarray:
         raise check.DataError(f"{path} is larger than the {LARGEST_FILE} bytes allowed.")
     try:
         data = path.read_bytes()
-        pixels = decode(data, on_white=True)
+        pixels = decode(data)
         height, width = pixels.shape[:2]
         if longest is not None and max(height, width) > check.positive_int("longest", longest):
             by = longest / max(height, width)
             size = max(1, round(height * by)), max(1, round(width * by))
-            pixels = decode(data, size=size, exact=True, on_white=True)
+            pixels = decode(data, size=size, exact=True)
     except BadImage as error:
         raise check.DataError(f"{path} is not an image: {str(error).rstrip('.')}.") from error
     except OSError as error:
@@ -82,14 +81,6 @@ def as_image(image: ArrayLike, name: str = "image") -> np.ndarray:
     if array.shape[2] == 4:
         array = 1 - (1 - array[:, :, :3]) * array[:, :, 3:]
     return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
-
-
-def eight_bits(image: ArrayLike) -> np.ndarray:
-    """Values in [0, 1] as uint8, clipped; raises unless they are finite."""
-    array = np.asarray(image, np.float32)
-    if not np.isfinite(array).all():
-        raise check.TrainingError("The picture has values that are not finite; nothing is written.")
-    return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
 
 
 def check_out(path: str | Path, suffixes: Sequence[str] = WRITTEN) -> Path:
@@ -177,50 +168,3 @@ def colored(values: ArrayLike, colors: str = "inferno") -> np.ndarray:
 
     found = matplotlib.colormaps[colors](np.clip(np.asarray(values), 0, 1))
     return found[..., :3].astype(np.float32)
-
-
-def sheet(
-    images: Sequence[ArrayLike],
-    *,
-    columns: int | None = None,
-    captions: Sequence[str] | None = None,
-    side: int | None = None,
-) -> np.ndarray:
-    """Several pictures [H, W, 3] on one sheet, in rows, with captions below them.
-
-    Each is scaled to the size of the first, or to a longer side of `side` pixels. By default there
-    are as many columns as make the sheet about square and its last row nearly full.
-
-    >>> sheet([np.zeros((10, 20, 3))] * 5, columns=3).shape
-    (24, 68, 3)
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    check.argument(len(images) > 0, "images", "at least one", 0)
-    ok = captions is None or len(captions) == len(images)
-    check.argument(ok, "captions", f"{len(images)} of them", captions)
-    height, width = np.asarray(images[0]).shape[:2]
-    if side is not None:
-        by = side / max(height, width)
-        height, width = max(1, round(height * by)), max(1, round(width * by))
-    below = 0 if captions is None else max(14, width // 14)
-    if columns is None:
-        square, number = math.sqrt(len(images) * (height + below) / width), len(images)
-        cost = lambda n: abs(math.log(n / square)) + (-number % n) / number  # noqa: E731
-        columns = min(range(1, number + 1), key=cost)
-    columns = min(check.positive_int("columns", columns), len(images))
-    rows = -(-len(images) // columns)
-    total = (rows * (height + below + _GAP) - _GAP, columns * (width + _GAP) - _GAP)
-    check.argument(max(total) <= LARGEST_SIDE, "images", "fewer or smaller", total)
-    canvas = Image.new("RGB", (total[1], total[0]), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(10, 0.8 * below))
-    for i, image in enumerate(images):
-        down, across = (i // columns) * (height + below + _GAP), (i % columns) * (width + _GAP)
-        tile = Image.fromarray(eight_bits(image))
-        enlarged = tile.width < width and tile.height < height
-        how = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-        canvas.paste(tile.resize((width, height), how), (across, down))
-        if captions is not None:
-            at = (across + width // 2, down + height + below // 2)
-            pen.text(at, captions[i], fill="black", anchor="mm", font=font)
-    return np.asarray(canvas).astype(np.float32) / 255

@@ -36,15 +36,6 @@ from jdl.optim.registry import TuningRange
 METRIC = "train_squared_error"
 TITLES = {"autoencoder-curves": "CURVES", "autoencoder-mnist": "MNIST"}
 
-# Training errors in the papers: quoted from memory, not checked against them.
-PAPERS = {
-    "pretraining + nonlinear CG (Martens 2010)": (0.74, 2.31),
-    "HF from random weights, L2 (Martens 2010)": (0.11, 1.64),
-    "SGD without momentum (Sutskever et al. 2013)": (0.48, 2.1),
-    "Nesterov, best momentum (Sutskever et al. 2013)": (0.074, 0.73),
-    "HF without L2 (Sutskever et al. 2013)": (0.058, 0.69),
-}
-
 
 def nesterov(rate: float) -> optax.GradientTransformation:
     """μₜ = min(1 − 2^(−1 − log₂(⌊t / 250⌋ + 1)), 0.99), after Sutskever et al. 2013, section 3."""
@@ -187,8 +178,8 @@ def lines(results: res.Results) -> dict[str, list[str]]:
 
 
 def markdown(found: dict[str, res.Results]) -> str:
-    """The whole table, the papers' figures below ours."""
-    text = ["# Deep autoencoders: our methods, and the papers' figures", ""]
+    """The whole table."""
+    text = ["# Deep autoencoders", ""]
     for problem, results in found.items():
         budget, study = results.budget, results.study
         size = study["problems"][0]["examples"]
@@ -199,10 +190,6 @@ def markdown(found: dict[str, res.Results]) -> str:
         order = sorted(rows, key=lambda name: _number(rows[name][0]))
         text += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
         text += ["| " + " | ".join([name, *rows[name]]) + " |" for name in order]
-        papers = list(TITLES).index(problem)
-        text += [
-            f"| *{name}* | *{figures[papers]}* |" + " – |" * 6 for name, figures in PAPERS.items()
-        ]
         clock = {"cpu": "process CPU time ÷ cores", "wall": "wall time"}[study["clock"]]
         text += ["", f"Clock: {clock}. {machines.sentence(study['machine'])}.", ""]
         if problem == "autoencoder-curves":
@@ -213,8 +200,7 @@ def markdown(found: dict[str, res.Results]) -> str:
             ]
     text += [
         "Squared error summed over pixels, mean per image. Work: gradients of the whole training "
-        "set. The papers' figures, in italics, are quoted from memory and were reached after hours "
-        "to days of training (750,000 updates of 200 images in the case of 2013).",
+        "set.",
     ]
     return "\n".join(text) + "\n"
 
@@ -227,7 +213,7 @@ def _number(text: str) -> float:
 
 
 def picture(found: dict[str, res.Results]):
-    """Training error against seconds, one panel per problem, the papers' figures as lines."""
+    """Training error against seconds, one panel per problem."""
     import numpy as np
 
     with drawing.figures() as figure_module:
@@ -247,18 +233,6 @@ def picture(found: dict[str, res.Results]):
                     color=drawing.LINES[i % len(drawing.LINES)],
                     label=name.removesuffix("-tuned"),
                     linestyle=(0, (4.5, 1.6)) if name.endswith("-tuned") else "-",
-                )
-            for label, figures in list(PAPERS.items())[::4]:
-                level = figures[list(TITLES).index(problem)]
-                axes.axhline(level, color=drawing.MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
-                axes.annotate(
-                    label,
-                    (0.0, level),
-                    xycoords=("axes fraction", "data"),
-                    xytext=(3, 2.5),
-                    textcoords="offset points",
-                    color=drawing.MUTED,
-                    fontsize=7,
                 )
             size = results.study["problems"][0]["examples"]
             axes.set_title(f"{TITLES[problem]}, {size:,} images")

@@ -2,9 +2,10 @@
 
     make bench-start
 
-Each run is a fresh process that ends after one step of the default CNN on 128×128×1 images from a
-temporary tar. Each cold run gets an empty cache directory, the warm runs share one. The
-hand-written process imports the same network and makes one jitted step on random bytes.
+Each run is a fresh process that ends after one step of the default CNN, by Adam or Hessian-free, on
+128×128×1 images from a temporary tar. Each cold run gets an empty cache directory, the warm runs
+share one. The hand-written process imports the same network and makes one jitted step on random
+bytes.
 """
 
 import argparse
@@ -89,9 +90,10 @@ def to_first_step(command, cache, done):
     return seconds, busy
 
 
-def ours(tar, cache, workdir):
+def ours(tar, cache, workdir, optimizer="adam"):
     command = [sys.executable, "-m", "jdl", "train", "cnn", "--data", str(tar)]
     command += ["--steps", "1", "--batch-size", "64", "--workdir", str(workdir)]
+    command += ["--optimizer", optimizer]
     metrics = Path(workdir) / "metrics.jsonl"
     return to_first_step(command, cache, lambda: metrics.exists() and metrics.stat().st_size)
 
@@ -107,16 +109,20 @@ def main():
     args = parser.parse_args()
     if args.bare:
         return bare()
-    times = {"cold": [], "warm": [], "bare_cold": []}
+    times = {"cold": [], "warm": [], "bare_cold": [], "hf_cold": [], "hf_warm": []}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         tar = scratch / "images.tar"
         write_tar(tar)
-        ours(tar, scratch / "cache", scratch / "first")
+        for name in ("adam", "hf"):
+            ours(tar, scratch / "cache", scratch / f"first-{name}", name)
         for i in range(args.rounds):
             times["cold"].append(ours(tar, scratch / f"cache-{i}", scratch / f"cold-{i}"))
             times["bare_cold"].append(by_hand(scratch / f"bare-{i}"))
             times["warm"].append(ours(tar, scratch / "cache", scratch / f"warm-{i}"))
+            hf_cold, hf_warm = scratch / f"hf-cold-{i}", scratch / f"hf-warm-{i}"
+            times["hf_cold"].append(ours(tar, scratch / f"hf-cache-{i}", hf_cold, "hf"))
+            times["hf_warm"].append(ours(tar, scratch / "cache", hf_warm, "hf"))
     medians = {kind: np.median(found, axis=0) for kind, found in times.items()}
     report = {}
     for i, clock in enumerate(("seconds", "processor_seconds")):

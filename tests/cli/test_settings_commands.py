@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -126,6 +127,35 @@ def test_accuracy_without_a_direction_shows_its_last_value(tmp_path, capsys):
     assert "The runs do not declare which value of test_accuracy is the best." in err
 
 
+@pytest.mark.parametrize("flag", [["--compile-cache", "{}"], ["--compile-cache={}"]])
+def test_compiled_programs_are_kept_where_the_flag_says(tmp_path, flag):
+    """In a process of its own, since JAX reads its variables when it is imported."""
+    code = (
+        "import sys; from jdl.cli.main import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "import jax; jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+        "jax.jit(lambda x: x + 1)(2.0)"
+    )
+    folder = tmp_path / "my programs"
+    for place in (str(folder), "off"):
+        flags = [part.format(place) for part in flag]
+        done = subprocess.run(
+            [sys.executable, "-c", code, "doctor", *flags, "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said = json.loads(done.stdout)["compile_cache"]
+        assert said == (None if place == "off" else f"0 in {folder}, 0.0 MiB")
+    assert len([f for f in folder.iterdir() if f.name.endswith("-cache")]) == 1
+
+
+def test_the_flag_of_compiled_programs_needs_a_folder(capsys):
+    for arguments in (["doctor", "--compile-cache"], ["doctor", "--compile-cache", "--json"]):
+        assert main(arguments) == 2
+        assert "must be followed by a folder" in capsys.readouterr().err
+
+
 def test_the_doctor_tells_what_there_is(capsys, monkeypatch):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -206,7 +236,7 @@ def test_a_switch_is_taken_back_without_a_file(capsys):
 def test_the_names_of_settings_are_told_in_the_order_of_the_help(tmp_path):
     (tmp_path / "a.toml").write_text("qqq = 3")
     with pytest.raises(
-        ArgumentError, match="one of model, data, optimizer, learning-rate, max-steps,"
+        ArgumentError, match="one of model, data, optimizer, learning-rate, option, weight-decay,"
     ):
         config_file.expand(["--config", str(tmp_path / "a.toml")], train.Args)
 

@@ -1,5 +1,7 @@
 """Several budgets, and what a trial measures besides its rows."""
 
+import itertools
+
 import jax
 import optax
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from jdl.compare import Budget, Entry, Study, load_results
 from jdl.compare.results import at_ends
 from jdl.core.check import ArgumentError
+from jdl.optim import lbfgs
 
 
 def sgd(name="sgd", rate=0.1, momentum=None):
@@ -59,6 +62,18 @@ def test_a_trial_knows_its_state_and_its_times(problem, tmp_path):
         assert trial.evaluation_seconds > 0
         assert 0 < trial.gradient_seconds < 1.0
     assert plain.gradient_seconds == momentum.gradient_seconds  # measured once
+
+
+def test_rows_of_steps_thin_out(problem, tmp_path, monkeypatch):
+    """Else 40,000 short steps of a trial leave 12 MB, and a study half a gigabyte."""
+    monkeypatch.setattr("jdl.compare.trial.FULL_ROWS", 10)
+    entry = Entry("lbfgs", lambda: lbfgs(0.1), 9)
+    options = {"budget": Budget(200, "steps"), "evaluations": 12}
+    results = Study(problem, [entry], workdir=tmp_path, **options).run()
+    rows = [row["step"] for row in results.trials[0].steps]
+    assert rows[:10] == list(range(1, 11))
+    assert 40 <= len(rows) <= 80
+    assert max(b / a for a, b in itertools.pairwise(rows[9:])) < 1.35
 
 
 def test_evaluation_seconds_are_of_the_clock(problem, tmp_path, monkeypatch):

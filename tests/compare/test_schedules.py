@@ -11,12 +11,12 @@ import optax
 import pytest
 
 from jdl.cli.main import main
-from jdl.compare import Budget, Entry, Study, load_results, named, schedules, tables, trial
+from jdl.compare import Budget, Entry, Study, load_results, named, tables, trial
 from jdl.compare.optimizers import listed
 from jdl.compare.results import command
 from jdl.compare.study import CLOCKS
 from jdl.core.check import ArgumentError
-from jdl.optim import by_name, diagnostics
+from jdl.optim import by_name, diagnostics, schedules
 from jdl.optim.registry import REGISTRY
 from jdl.train.ema import weights_of
 
@@ -266,7 +266,7 @@ def test_optimizers_are_written_as_calls():
     assert (first.schedule, first.warmup) == ("cosine", 0.1)
     assert first.settings()["learning_rate"] == 3e-3
     assert (second.name, second.schedule) == ("adamw", "wsd")
-    assert (third.name, third.batch_size) == ("hf", "full")
+    assert (third.name, third.batch_size) == ("hf-batch_size=full", "full")
     assert fourth.schedule == "constant"
     assert second.call == 'adamw(schedule="wsd", warmup=0.1)'
     assert named("adam", mu_dtype=jnp.bfloat16).call == ""  # which no list can say
@@ -284,13 +284,32 @@ def test_optimizers_are_written_as_calls():
         (",", "`--optimizers` must be names"),
         ("adamm(b1=0.5)", "Did you mean 'adam'"),
         ("adam(b3=0.5)", "must be one of"),
-        ("adam(learning_rate='fast')", "settings of adam"),
+        ("adam(learning_rate='fast')", "`--optimizers learning_rate` must be a number, got 'fast'"),
+        ("kfac(damping=1, l2reg=1)", "`--optimizers of kfac` must be one of .* 'l2_reg'"),
+        ("kfac(weight_decay=0.1)", "`weight_decay` must be left out: kfac .* `--option l2_reg"),
+        ("adam(schedule='cosine', decay_to=2.0)", "`decay_to` must be a number in"),
         ("__import__('os').system('true')", "`--optimizers` must be names"),
     ],
 )
 def test_mistakes_in_the_list_of_optimizers_are_one_error(text, message):
     with pytest.raises(ArgumentError, match=message):
         listed(text)
+
+
+def test_a_study_of_optimizers_with_options_from_a_file(tmp_path, capsys):
+    text = 'problem = "quadratic"\nsteps = 4\n'
+    text += "optimizers = \"sgd(weight_decay=0.1, clip=1), sgd(schedule='linear', decay_to=0.5)\"\n"
+    (tmp_path / "study.toml").write_text(text)
+    arguments = ["--config", str(tmp_path / "study.toml"), "--steps", "3"]
+    assert main(["compare", *arguments, "--workdir", str(tmp_path / "study")]) == 0
+    results = load_results(tmp_path / "study")
+    first, second = (t.settings["optimizer"]["settings"] for t in results.trials)
+    assert (first["weight_decay"], first["clip"]) == (0.1, 1.0)
+    assert (second["schedule"], second["decay_to"]) == ("linear", 0.5)
+    assert results.budget.amount == 3
+    shown = capsys.readouterr().out
+    assert "sgd-weight_decay=0.1-clip=1" in shown
+    assert "sgd-schedule=linear-decay_to=0.5" in shown
 
 
 @pytest.mark.slow
@@ -300,14 +319,14 @@ def test_a_row_is_run_again_by_its_command(tmp_path, capsys, monkeypatch):
     options += ["--optimizers", "sgd,adamw(schedule='cosine')", "--workdir", "first"]
     assert main(["compare", *options]) == 0
     first = load_results("first")
-    line = command(first, "quadratic", "adamw-tuned")
+    line = command(first, "quadratic", "adamw-schedule=cosine-tuned")
     assert "adamw(learning_rate=" in line
     assert "b2=" in line
     assert main(shlex.split(line)[1:]) == 0
     again = load_results("runs/again")
     assert again.ends == (0.5, 1.0)
-    (one,) = first.of("quadratic", "adamw-tuned")
-    (other,) = again.of("quadratic", "adamw-tuned")
+    (one,) = first.of("quadratic", "adamw-schedule=cosine-tuned")
+    (other,) = again.of("quadratic", "adamw-schedule=cosine-tuned")
     losses = [[row["train_loss"] for row in x.evaluations] for x in (one, other)]
     assert losses[0] == losses[1]
     assert command(first, "quadratic", "sgd").startswith(

@@ -37,6 +37,12 @@ def reference(data, size=None, mode="RGB"):
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
+def on_white(data, size=None, mode="RGB"):
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return reference(encode(Image.alpha_composite(white, image).convert("RGB")), size, mode)
+
+
 def deviation(a, b):
     assert a.shape == b.shape
     assert a.dtype == b.dtype == np.uint8
@@ -96,16 +102,45 @@ def test_modes():
         np.testing.assert_array_equal(decode(data, grayscale=True)[:, :, 0], gray)
         assert decode(data).shape == (9, 7, 3)
     photo = PHOTO.resize((70, 50))
-    for mode in ("P", "1", "LA", "RGBA", "L"):
+    for mode in ("P", "1", "L"):
         data = encode(photo.convert(mode))
         assert deviation(decode(data), reference(data)) == 0
     cmyk = encode(photo.convert("CMYK"), "JPEG", quality=95)
     assert deviation(decode(cmyk), reference(cmyk)) == 0
     seen_through = photo.convert("P")
     data = encode(seen_through, transparency=bytes(range(256)))
-    through_alpha = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA").convert("RGB"))
-    assert deviation(decode(data), through_alpha) == 0
+    assert deviation(decode(data), on_white(data)) == 0
     assert decode(encode(photo.convert("L"), "JPEG")).shape == (50, 70, 3)
+
+
+@pytest.mark.parametrize("size", [None, (20, 30)])
+@pytest.mark.parametrize("channels", ["L", "RGB"])
+@pytest.mark.parametrize(
+    ("mode", "format"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("RGBA", "TIFF"), ("LA", "PNG")]
+)
+def test_alpha_is_laid_on_white_as_pillow_composes_it(mode, format, channels, size):
+    photo = PHOTO.resize((70, 50)).convert(mode)
+    photo.putalpha(Image.linear_gradient("L").resize(photo.size))
+    how = {"lossless": True, "exact": True} if format == "WEBP" else {}
+    data = encode(photo, format, **how)
+    expected = on_white(data, size, channels)
+    assert deviation(decode(data, size=size, grayscale=channels == "L"), expected) == 0
+    seen = np.asarray(photo.convert("RGBA"), float)
+    share = seen[:, :, 3:] / 255
+    by_hand = share * seen[:, :, :3] + (1 - share) * 255
+    np.testing.assert_allclose(on_white(data), by_hand, atol=1)
+
+
+def test_the_value_that_is_seen_through_is_white():
+    """PNG's tRNS of gray images of 8 and 16 bits and of colour."""
+    pixels = np.array([[0, 40, 200]], np.uint8)
+    for image, clear in (
+        (Image.fromarray(pixels), 40),
+        (Image.fromarray(pixels.astype(np.uint16) * 257), 40 * 257),
+        (Image.fromarray(np.stack([pixels] * 3, axis=2)), (40, 40, 40)),
+    ):
+        found = decode(encode(image, transparency=clear), grayscale=True)
+        assert found[:, :, 0].tolist() == [[0, 255, 200]]
 
 
 def test_first_frame_of_an_animation():

@@ -835,3 +835,26 @@ def test_a_batch_goes_straight_to_the_device(tar):
     data = from_tar(tar, batch_size=5, drop_remainder=True)
     mean = jax.jit(lambda batch: jnp.mean(batch["image"].astype(jnp.float32)))
     assert float(mean(jax.device_put(next(iter(data))))) == 2.0
+
+
+def test_the_first_batches_come_in_every_epoch(tmp_path):
+    data = digits("train", batch_size=32, shuffle=True, seed=3, epochs=2)
+    every = list(data)
+    few = data.first(2)
+    found = list(few)
+    assert (few.num_records, few.steps_per_epoch, len(found)) == (64, 2, 4)
+    for i, batch in enumerate(found):
+        np.testing.assert_array_equal(batch["image"], every[i % 2]["image"])
+        np.testing.assert_array_equal(batch["label"], every[i % 2]["label"])
+    for batch, expected in zip(few.once(), every, strict=False):
+        np.testing.assert_array_equal(batch["image"], expected["image"])
+    reader = iter(few.repeat())
+    for _ in range(3):
+        next(reader)
+    again = iter(few.repeat())
+    again.set_state(reader.get_state())
+    np.testing.assert_array_equal(next(again)["label"], every[1]["label"])
+    with pytest.raises(DataError, match="other data"):
+        iter(data).set_state(reader.get_state())
+    with pytest.raises(ArgumentError, match="1 to 44"):
+        data.first(45)

@@ -4,19 +4,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jdl
 from jdl.core import check
+from jdl.models.autoencoder import Autoencoder, denoising, penalized
 from jdl.models.cnn import CNN
+from jdl.models.dbn import DBN, as_loss, up_down
+from jdl.models.gan import GAN
 from jdl.models.layers import (
     ACTIVATIONS,
     INITIALIZERS,
     RandomShift,
     activation,
+    example_keys,
     initializer,
     max_pool,
 )
 from jdl.models.mlp import MLP
 
 KEY = jax.random.key(0)
+ONE = {"devices": jax.devices()[:1]}
 
 # name -> standard deviation of the weights of a layer of 400 inputs and 200 units
 DEVIATIONS = {
@@ -127,3 +133,47 @@ def test_a_tie_gives_its_gradient_once_and_a_nan_stays():
     for i in range(4):
         x = jnp.ones(4).at[i].set(jnp.nan).reshape(1, 2, 2, 1)
         assert jnp.isnan(max_pool(x, (2, 2), (2, 2))).all()
+
+
+def test_examples_have_keys_of_their_own():
+    """As uniform as draws of one key, and no two equal though the images differ in one pixel."""
+    x = jnp.zeros((2000, 8, 8, 1)).reshape(2000, 64).at[jnp.arange(2000), jnp.arange(2000) % 64]
+    x = x.set((jnp.arange(2000) // 64 + 1) / 255)
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, (3,)))(example_keys(x))
+    assert len(np.unique(np.asarray(drawn), axis=0)) == 2000
+    np.testing.assert_allclose(drawn.mean(0), 0.5, atol=4 / np.sqrt(12 * 2000))
+    np.testing.assert_allclose(np.corrcoef(drawn.T), np.eye(3), atol=4 / np.sqrt(2000))
+
+
+def drawing(name):
+    """An Estimator of a model that draws random numbers in evaluation too."""
+    ae = Autoencoder(widths=(8,))
+    if name == "gan":
+        gan = GAN.of_shape((8, 8, 1), width=4, latent=8)
+        losses = {"metrics": {"discriminator": gan.discriminator_loss}} | ONE
+        return jdl.Estimator(gan.model, gan.loss, "adam", **losses)
+    if name == "up_down":
+        dbn = DBN(widths=(12, 6))
+        stack = [
+            dbn.layer(i, []).init(jax.random.key(i), jnp.ones((2, n)))[0]
+            for i, n in enumerate((64, 12))
+        ]
+        return jdl.Estimator(up_down(dbn, stack), as_loss, "adam", **ONE)
+    net = denoising(ae) if name == "denoising" else penalized(ae, contraction=9.0)
+    return jdl.autoencoder(net, "adam", **ONE)
+
+
+@pytest.mark.parametrize("name", ["denoising", "contraction", "gan", "up_down"])
+def test_evaluation_depends_neither_on_the_size_nor_on_the_order_of_batches(name):
+    x = next(iter(jdl.data.digits("test", batch_size=100)))["image"]
+    estimator = drawing(name)
+    found, each = [], []
+    for size, own in ((7, x), (16, x), (64, x), (64, x[::-1])):
+        data = jdl.data.from_arrays(own, batch_size=size, epochs=1)
+        found.append(list(estimator.initialize(data).evaluate(data).values()))
+        outputs = estimator.predict(data)
+        drawn = {"gan": "fake", "denoising": "corrupted", "contraction": "penalty"}.get(name)
+        drawn = getattr(outputs, drawn) if drawn else outputs
+        each.append(drawn if own is x else drawn[::-1])
+    np.testing.assert_allclose(found, found[:1] * 4, rtol=2e-6)
+    np.testing.assert_allclose(each, each[:1] * 4, atol=1e-3 * np.std(each[0]))

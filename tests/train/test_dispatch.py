@@ -1,8 +1,10 @@
 """Several steps in one dispatch: the same numbers, rows, checkpoints and resume as one by one."""
 
+import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,6 +13,8 @@ import jdl
 from jdl.core.check import ArgumentError
 from jdl.data import from_arrays
 from jdl.models import MLP
+from jdl.train.clock import Clock
+from jdl.train.deferred_metrics import DeferredMetrics
 from jdl.train.dispatch import chosen_length
 from jdl.train.hooks import StopTraining
 from jdl.train.run_directory import NonFiniteError
@@ -93,6 +97,39 @@ def test_a_run_killed_in_the_middle_resumes_as_if_uninterrupted(optimizer, lengt
     whole = train(make(length, optimizer, workdir=tmp_path / "whole", **options), steps=23)
     assert_same(resumed, whole)
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+
+
+def test_rows_inside_a_dispatch_share_its_time_evenly():
+    now, rows = [0.0], []
+    clock = Clock(now=lambda: now[0])
+    clock.start()
+    metrics = DeferredMetrics(clock, 2, rows.append)
+    for last, losses, number in ((3, [0.0, 1.0, 2.0], 3), (5, [3.0, np.inf, 9.0], 2)):
+        metrics.push(last, {"loss": jnp.array(losses)}, number)  # 9 is beyond the two
+        now[0] += 6.0
+        metrics.flush()
+    metrics.finish()
+    assert [(row.step, row.seconds, row.logs["loss"]) for row in rows] == [
+        (2, 4.0, 1.0),
+        (4, 9.0, 3.0),
+        (5, 12.0, np.inf),
+    ]
+    assert [row.nonfinite for row in rows] == [None, None, (5, np.inf)]
+
+
+def test_checkpoints_are_some_seconds_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("jdl.train.loop.SAVE_STEPS", 2)
+    monkeypatch.setattr("jdl.train.loop.SAVE_SECONDS", 4.5)
+    ticks = itertools.count()  # each look at the clock is a second later
+    saved = {}
+    for name, options in (("auto", {}), ("each", {"save_every": 2})):
+        folder, clock = tmp_path / name, lambda: float(next(ticks))
+        make(1, workdir=folder, keep=20, clock=clock, **options).train(data(), steps=12)
+        saved[name] = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
+    assert saved["each"] == [2, 4, 6, 8, 10, 12]
+    assert {12} < {*saved["auto"]} < {*saved["each"]}
+    with pytest.raises(ArgumentError, match="save_every"):
+        make(1, save_every="often")
 
 
 def test_training_in_any_pieces_is_the_same():
@@ -202,7 +239,8 @@ def test_the_length_is_chosen_by_the_work_of_a_step():
     assert lengths == [25, 25, 10, 1]
     assert chosen_length(Lowered(1e-5), 10) == 10
     assert chosen_length(Lowered(1e-5), 1) == 1
-    assert make(None).train(data(), steps=2)._run.steps_per_dispatch == 10
-    assert make(None, log_every=1).train(data(), steps=2)._run.steps_per_dispatch == 1
+    for hooks, log_every, length in (((), 1, 32), ([print], 10, 10), ([print], 1, 1)):
+        estimator = make(None, log_every=log_every, hooks=hooks).train(data(), steps=2)
+        assert estimator._run.steps_per_dispatch == length
     with pytest.raises(ArgumentError, match="steps_per_dispatch"):
         make(0)

@@ -5,6 +5,7 @@ import errno
 import inspect
 import json
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -323,3 +324,17 @@ def test_a_directory_without_locks_is_trained_in_and_one_without_rights_is_not(
     (tmp_path / "b" / ".lock").mkdir(parents=True)
     with pytest.raises(OSError, match=r"\.lock"):
         make("adam", workdir=tmp_path / "b").train(data(), steps=1)
+
+
+@pytest.mark.parametrize(("limit", "fewest", "most"), [("wall_seconds", 1, 3), ("seconds", 8, 8)])
+def test_the_time_in_all_counts_what_the_training_clock_leaves_out(limit, fewest, most):
+    """Validations of .2 s after each step end half a second in all after three of them."""
+
+    def slow():
+        time.sleep(0.2)
+        return data(epochs=1)
+
+    estimator = make(optax.sgd(0.1)).train(data(), steps=1)  # compiles
+    limits = {limit: 0.5 if limit == "wall_seconds" else 60.0}
+    estimator.train(data(), max_steps=9, validation=slow, validate_every=1, **limits)
+    assert fewest <= estimator.step - 1 <= most

@@ -165,7 +165,7 @@ def test_frames(tmp_path):
 
 def test_sheets_hold_their_pictures():
     tiles = [np.full((10, 20, 3), v, np.float32) for v in (0.2, 0.4, 0.6)]
-    sheet = images.sheet(tiles, columns=2)
+    sheet = images.sheet(tiles, columns=2, side=20)
     assert sheet.shape == (24, 44, 3)
     np.testing.assert_allclose(
         [sheet[5, 10, 0], sheet[5, 34, 0], sheet[19, 10, 0]], [0.2, 0.4, 0.6]
