@@ -213,7 +213,7 @@ def test_a_run_starts_from_what_fits_of_another(run, tmp_path, capsys):
     code, out, _ = said(capsys, *command, 2)  # goes on by itself
     assert code == 0
     assert "taken" not in out
-    code, _, err = said(capsys, *command[:-1], 2, "--workdir", tmp_path / "another")
+    code, _, err = said(capsys, *command, 2, "--workdir", tmp_path / "another")
     assert code == 2
     assert "there is no checkpoint" in err
 
