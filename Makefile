@@ -8,7 +8,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-release check format docs dist bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-pinn bench-classics bench-paper bench-study bench-vision device clean
+.PHONY: help setup demo test test-all test-release check format docs dist bench-step bench-start bench-train bench-data bench-kfac bench-matrix bench-optim bench-solvers bench-pinn bench-classics bench-pictures bench-paper bench-study bench-vision device clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,9 @@ bench-solvers: $(READY)  ## run-to-convergence solvers against jaxopt, optax, op
 
 bench-classics: $(READY)  ## the classics at full size on MNIST: make bench-classics DATA=folder
 	$(BIN)/python tests/benchmarks/bench_classics.py --data $(or $(DATA),data/mnist) $(ARGS)
+
+bench-pictures: $(READY)  ## the pictures of all commands on one sheet: make bench-pictures ARGS="--out folder"
+	$(BIN)/python tests/benchmarks/bench_pictures.py $(ARGS)
 
 bench-paper: $(READY)  ## two deep autoencoders, every method, the papers' table; resumable: make bench-paper DATA=folder ARGS="--minutes 10"
 	$(BIN)/python tests/benchmarks/bench_paper.py --data $(or $(DATA),data/mnist) $(ARGS)

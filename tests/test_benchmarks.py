@@ -27,6 +27,7 @@ SMALLEST = {
     "optim": "--data {data}/mnist --rounds 1 --seconds 2 --method diagonal",
     "paper": "--workdir {data}/paper --only curves --methods kfac --examples 200 "
     "--minutes 0.05 --trials 1 --evaluations 2",
+    "pictures": "--only vae --steps 2 --out {data}/pictures",
     "pinn": "--seconds 0.1 --seeds 1 --out {data}/pinn",
     "solvers": "--rounds 1",
     "start": "--rounds 1",

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from jdl.cli import commands as cli
 from jdl.cli.main import parse
@@ -194,6 +196,27 @@ def test_the_site_builds_without_a_warning(tmp_path):
         ran_together = re.findall(r"<p>[^<]*\n\s*- ", text)
         assert not ran_together, page
     assert (tmp_path / "search" / "search_index.js").exists()  # for a site opened from a disk
+
+
+@pytest.mark.slow
+def test_the_five_pictures_are_what_their_script_draws(tmp_path):
+    folder = ROOT / "notebooks" / "explanation"
+    subprocess.run(
+        [sys.executable, folder / "pictures.py", tmp_path],
+        check=True,
+        env=environment(),
+        capture_output=True,
+        timeout=400,
+    )
+    shown = set(re.findall(r"\((\w+\.png)\)", (folder / "overview.md").read_text()))
+    assert shown == {path.name for path in tmp_path.iterdir()}
+    assert len(shown) == 5
+    for name in shown:
+        ours, again = (
+            np.asarray(Image.open(where / name).convert("L"), float) for where in (folder, tmp_path)
+        )
+        assert ours.shape == again.shape
+        assert np.mean(np.abs(ours - again)) < 2  # of 255; text may differ by its font's version
 
 
 def links(page):

@@ -92,11 +92,11 @@ def _yaml(text: str) -> Any:
 
 
 def as_table(args: Any) -> dict[str, Any]:
-    """A command's arguments as TOML can hold them, without None, `--config` and `--workdir`."""
+    """A command's arguments as TOML can hold them, without None and those of one start alone."""
     plain = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if field.name in ("config", "workdir") or value is None:
+        if field.name in ("config", "workdir", "try_run") or value is None:
             continue
         value = list(value) if isinstance(value, tuple) else value
         plain[field.name] = str(value) if isinstance(value, Path) else value

@@ -77,7 +77,7 @@ def run(args: Args) -> None:
     check.argument(args.images >= 0, "--images", "at least 0", args.images)
     check.in_range("--rho", args.rho, 0.0, open_low=True)
     opened = options.open_run(args, "train", seed=args.seed, epochs=1, shuffle=True)
-    if recipe(opened.config.model).kind in ("gan", "trees"):
+    if recipe(opened.config.model).kind in ("gan", "cgan", "trees"):
         held = f"{args.workdir} holds a {opened.config.model}"
         raise check.UserError(f"jdl curvature needs one loss over images; {held}.")
     estimator = opened.config.estimator(args.workdir)

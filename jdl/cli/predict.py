@@ -2,17 +2,15 @@
 
 A classifier's rows hold name, class and probability; an autoencoder's name, squared_error and
 reconstruction; an RBM's name, positive (free energy), hidden (features), visible (reconstruction);
-a GAN's name and score (the discriminator's logit). `--samples` writes samples of an RBM or a GAN.
+a GAN's name and score (the discriminator's logit).
 Memory does not grow with the number of images. In a run with `--on-error skip`
 images that cannot be read are left out.
 
 Examples:
   jdl predict --workdir runs/cnn-digits-adam --out predictions.jsonl
   jdl predict --workdir runs/photos --data new.tar --out new.csv --probabilities
-  jdl predict --workdir runs/gan-digits-adam --out samples.npz --samples 16
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,55 +39,29 @@ class Args:
     batch_size: options.BatchSize = 256
     probabilities: bool = False
     """also the probability of every class, in the order of the run's classes"""
-    samples: int | None = None
-    """of a gan or an rbm: this many samples, instead of rows for images"""
 
 
 def run(args: Args) -> None:
     """Writes the predictions; the file appears only when it is complete."""
     from jdl.recipes.registry import LABELLED
+    from jdl.recipes.run_config import RunConfig
     from jdl.train.predict import write_predictions
-    from jdl.train.tables import open_table
 
-    options.check_positive(args, "samples")
-    config, _, _, images = options.open_run(args, "test", labelled=False)
+    labelled = RunConfig.load(args.workdir).kind == "cgan"
+    config, _, _, images = options.open_run(args, "test", labelled=labelled)
     kind = config.kind
-    ok = kind in LABELLED or not args.probabilities
+    ok = (kind in LABELLED and not labelled) or not args.probabilities
     must = "left out for a model that predicts no classes"
     check.argument(ok, "--probabilities", must, config.model)
     columns = {
         **dict.fromkeys(LABELLED, lambda _, z: _classes(z, config.classes, args.probabilities)),
         "autoencoder": _reconstructions,
-        "gan": lambda _, of: {"score": of.real},
+        **dict.fromkeys(("gan", "cgan"), lambda _, of: {"score": of.real}),
     }
     estimator = config.estimator(args.workdir)
-    if args.samples is not None:
-        check.argument(kind in ("gan", "rbm"), "--samples", "left out: it has none", config.model)
-        next(iter(estimator.predict_batches(images)))  # restores the run
-        found = _samples(config, estimator, args.samples)
-        with open_table(args.out) as table:
-            table.write({"name": [str(i) for i in range(len(found))], "sample": found})
-        print(f"{len(found)} samples: {args.out}")
-        return
     count = write_predictions(args.out, estimator, images, columns.get(kind))
     print(f"{count} predictions: {args.out}")
     options.print_skipped(images)
-
-
-def _samples(config: Any, estimator: Any, count: int) -> "np.ndarray":
-    """Samples of a GAN; of an RBM means after 1,000 Gibbs steps from noise."""
-    import jax
-    import numpy as np
-
-    from jdl.recipes.gan_pictures import draw_from
-
-    net: Any = config.build_model()
-    if config.model == "gan":
-        return draw_from(net, estimator, count, config.seed)
-    params, (start, steps) = estimator.evaluation_params, jax.random.split(jax.random.key(0))
-    v = jax.random.bernoulli(start, shape=(count, math.prod(config.image_shape)))
-    v = net.sample(params, steps, v.astype("float32"), 1000)
-    return np.asarray(net.mean_field(params, v, 1)).reshape(count, *config.image_shape)
 
 
 def _classes(logits: "np.ndarray", classes: tuple[str, ...], probabilities: bool) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def run(args: Args) -> None:
         shape = given[0].shape[1:]
     net: Any = recipe(model).build(shape, classes)
     net = getattr(net, "model", net)  # both networks of a GAN
+    if recipe(model).kind == "cgan":
+        given.append(jax.ShapeDtypeStruct((args.batch_size,), np.dtype(np.int32)))
     found = summarize(net, *given)
     if args.as_json:
         totals = ("parameters", "bytes", "forward_flops", "gradient_flops")

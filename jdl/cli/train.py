@@ -6,7 +6,9 @@ Examples:
   jdl train autoencoder --optimizer hf --batch-size 1024 --max-steps 50
   jdl train autoencoder --optimizer hf --option max_cg_iterations=7 --option trust_region=1
   jdl train vit --optimizer sgd --weight-decay 5e-4 --clip 1 --schedule cosine --warmup 100
+  jdl train cnn --data pets.tar --init-from runs/photos --learning-rate 1e-4
   jdl train cnn --data photos.tar --max-time 10m --workdir runs/photos
+  jdl train cnn --data photos.tar --try
   jdl train cnn --data photos.tar --overfit 1 --max-steps 200
   jdl train recursive --data trees.txt
   jdl train my_net.py --data photos.tar
@@ -42,8 +44,9 @@ class Args:
     """The options of `jdl train`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, rbm, dbn, recursive,
-    gan; or your own .py file, which defines model, loss and, without --data, data"""
+    """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, vae, rbm, dbn,
+    recursive, gan, cgan (a GAN of classes); or your own .py file, which defines model, loss and,
+    without --data, data"""
     data: str | None = None
     """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits. For recursive a file
     of trees, .txt with one in brackets each line, or .conllu; by default generated trees"""
@@ -69,8 +72,12 @@ class Args:
     """steps in total; by default what suits the model. Started again, a run continues to there"""
     max_time: str | None = None
     """stop and save after this much time in all, such as 90s, 10m or 1.5h"""
+    try_run: Annotated[bool, tyro.conf.arg(aliases=["--try"])] = False
+    """only try it: one step, validation, a checkpoint and predictions, of which nothing is kept"""
     overfit: int | None = None
     """train and evaluate on the first N batches alone, the same in each epoch"""
+    init_from: str | None = None
+    """another run's directory, whose parameters this run starts from where path and shape fit"""
     batch_size: int | None = None
     """images in a batch; by default what suits the optimizer"""
     curvature_batch_size: int | None = None
@@ -142,15 +149,23 @@ def run(args: Args) -> None:
         distributed.initialize()
     sizes = ("batch_size", "curvature_batch_size", "microbatches")
     options.check_positive(args, "max_steps", "overfit", *sizes, "save_every", "keep_every")
+    why = "it is for a single process"
+    options.check_left_out(args, not args.distributed, why, "try_run", "init_from")
     job = _job(args)
+    names = ("keep_every", "logs", "remat", "on_nonfinite", "parallel")
+    how = {name: getattr(args, name) for name in names}
+    if args.try_run:
+        from jdl.cli.try_out import try_out
+
+        try_out(job.config, job.data, list(_evaluated(job).items())[-1], how)
+        print(f"nothing is kept; without --try, to step {job.max_steps} in {job.workdir}")
+        return
     if _is_leader():
         resolved_by_job = ("model", "data", "optimizer", "option", "batch_size")
         found = {name: getattr(job.config, name) for name in resolved_by_job}
         resolved = dataclasses.replace(args, max_steps=job.max_steps, **found)
         job.config.save(job.workdir, config_file.as_table(resolved))
     with contextlib.nullcontext() if _is_leader() else _silence():
-        names = ("keep_every", "logs", "remat", "on_nonfinite", "parallel")
-        how = {name: getattr(args, name) for name in names}
         _train(job, save_every=args.save_every or "auto", **how)
 
 
@@ -205,7 +220,7 @@ def _job(args: Args) -> _Job:
 
     probe = images(1)
     number, classes = probe.num_records, tuple(probe.classes or ())
-    must = "given: a classifier needs classes"
+    must = f"given: {args.model} needs classes"
     check.argument(bool(classes) or chosen.kind not in LABELLED, "--label", must, label)
     is_mini = spec.batches == "mini"
     batch_size = args.batch_size or min(chosen.batch_size if is_mini else LARGE_BATCH, number)
@@ -251,7 +266,7 @@ def _job(args: Args) -> _Job:
 
 def _train(job: _Job, **options_of_estimator: Any) -> None:
     from jdl.cli import output, progress
-    from jdl.recipes.datasets import default_split
+    from jdl.recipes.warm_start import first_model
     from jdl.train.checkpoint import begun
 
     config, workdir = job.config, job.workdir
@@ -260,21 +275,16 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
         f"({len(config.classes)} classes), {config.optimizer}, batches of {config.batch_size}, "
         f"to step {job.max_steps}; writing to {workdir}"
     )
-    splits = [config.split]
-    held_out = default_split(config.data, None, "test", **config.which)
-    if config.split == "train" and held_out:
-        splits.append("test")
     # Opened before any training, so that an error in them is raised first.
-    evaluated = {
-        split or "all": config.images(config.data, split, batch_size=min(config.batch_size, 256))
-        for split in splits
-        if config.overfit is None
-    } or {"train": job.data}
-    model = config.build_model()
-    if job.recipe.prepare is not None and not begun(workdir):
+    evaluated = _evaluated(job)
+    model, told = first_model(config, workdir)
+    if job.recipe.prepare is not None and config.init_from is None and not begun(workdir):
         model = job.recipe.prepare(model, job.data, workdir, config.seed)
     shown = progress.StepProgress(job.max_steps, config.batch_size)
     estimator = config.estimator(workdir, hooks=[shown], model=model, **options_of_estimator)
+    if config.init_from is not None:
+        estimator.initialize(job.data)
+        print("\n".join(map(output.visible, told)))
     with shown:
         estimator.train(job.data, max_steps=job.max_steps, wall_seconds=job.seconds)
     if job.seconds is not None and estimator.step < job.max_steps:
@@ -288,6 +298,23 @@ def _train(job: _Job, **options_of_estimator: Any) -> None:
     output.table(columns, rows, f"{estimator.step} steps, {estimator.seconds:.1f} s of training")
     if _is_leader():
         _draw(job, estimator, list(evaluated.values()))
+
+
+def _evaluated(job: _Job) -> "dict[str, Batches]":
+    """The data that the run is evaluated on, by the split's name."""
+    from jdl.recipes.datasets import default_split
+
+    config = job.config
+    if config.overfit is not None:
+        return {"train": job.data}
+    splits = [config.split]
+    held_out = default_split(config.data, None, "test", **config.which)
+    if config.split == "train" and held_out:
+        splits.append("test")
+    batch_size = min(config.batch_size, 256)
+    return {
+        split or "all": config.images(config.data, split, batch_size=batch_size) for split in splits
+    }
 
 
 def _draw(job: _Job, estimator: "Estimator", evaluated: "list[Batches]") -> None:

@@ -150,7 +150,7 @@ class Batches(grain.IterDataset):
         >>> from jdl.data import from_arrays
         >>> few = from_arrays(np.arange(9), batch_size=2, epochs=2, shuffle=True, seed=1).first(2)
         >>> [batch["image"].tolist() for batch in few]
-        [[1, 2], [5, 4], [1, 2], [5, 4]]
+        [[2, 0], [8, 1], [2, 0], [8, 1]]
         """
         most = self.plan.num_records // self.plan.batch_size
         must = f"a whole number from 1 to {most}, the full batches of an epoch"

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
+from jdl.core.types import Key
 from jdl.data import Batches
 from jdl.models.gan import GAN, walk
 from jdl.models.scores import nearest
@@ -33,7 +36,7 @@ def samples_over_time(gan: GAN, workdir: Path) -> StatefulHook:
 
         def hook(row: Any) -> None:
             if is_due(row):
-                images = draw_from(gan, row.estimator, COLUMNS, seed=1)
+                images = draw_from(gan, row.estimator, COLUMNS, jax.random.key(1))
                 path = workdir / "samples" / f"{row['step']:08d}.png"
                 tiles(images[None], path, f"samples of one noise after {row['step']:,} steps")
 
@@ -45,35 +48,59 @@ def samples_over_time(gan: GAN, workdir: Path) -> StatefulHook:
 
 
 def draw_samples(gan: GAN, estimator: Estimator, data: Batches, workdir: Path) -> list[Path]:
-    """Writes `samples.png`, `samples_over_time.png`, `walk.png` and `nearest.png`."""
-    images = draw_from(gan, estimator, 10 * COLUMNS, seed=2)
+    """Writes `samples.png`, `samples_over_time.png`, `walk.png` and `nearest.png`.
+
+    Of a GAN of classes each row of the first and the third has one.
+    """
+    label = _rows_of_classes(gan, 10)
+    images = draw_from(gan, estimator, 10 * COLUMNS, jax.random.key(2), label)
     shape = images.shape[1:]
     title = "samples of the averaged generator"
-    written = [tiles(images.reshape(10, COLUMNS, *shape), workdir / "samples.png", title)]
+    known = data.classes or ()
+    names = [] if label is None else [known[i] for i in label[::COLUMNS]]
+    rows = images.reshape(10, COLUMNS, *shape)
+    written = [tiles(rows, workdir / "samples.png", title, rows=names)]
     moments = sorted((workdir / "samples").glob("*.png"))
     if moments:
         written.append(_stack(moments, workdir / "samples_over_time.png"))
     z = walk(jax.random.key(3), 8, COLUMNS, gan.latent)
-    between = _sample(gan, estimator, z.reshape(-1, gan.latent))
+    between = _sample(gan, estimator, z.reshape(-1, gan.latent), _rows_of_classes(gan, 8))
     title = "each row: the generator's images on the way from one noise to another"
     written.append(tiles(between.reshape(8, COLUMNS, *shape), workdir / "walk.png", title))
     table = np.concatenate([np.asarray(b["image"])[kept(b)] for b in data.once()])
     table = table / np.float32(255) if table.dtype == np.uint8 else table
-    some = images[:COLUMNS]
+    some = images[::10]
     found = nearest(some, table)
     pairs, title = np.stack([some, table[found.place]]), "samples beside what they were trained on"
-    rows = ("sample", "nearest image")
-    written.append(tiles(pairs, workdir / "nearest.png", title, rows=rows))
+    written.append(tiles(pairs, workdir / "nearest.png", title, rows=("sample", "nearest image")))
     return written
 
 
-def draw_from(gan: GAN, estimator: Estimator, count: int, seed: int) -> np.ndarray:
-    """Samples of the averaged generator, float32[count, H, W, C]."""
-    return _sample(gan, estimator, jax.random.normal(jax.random.key(seed), (count, gan.latent)))
+def _rows_of_classes(gan: GAN, rows: int) -> np.ndarray | None:
+    """Labels of rows of samples, the classes in turn; None for a GAN without classes."""
+    classes = gan.generator.num_classes
+    return np.repeat(np.arange(rows) % classes, COLUMNS) if classes else None
 
 
-def _sample(gan: GAN, estimator: Estimator, z: jax.Array) -> np.ndarray:
-    return np.asarray(gan.sample(estimator.evaluation_params, estimator.model_state, z))
+def draw_from(
+    gan: GAN,
+    estimator: Estimator,
+    count: int,
+    key: Key,
+    label: ArrayLike | None = None,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Samples of the averaged generator, float32[count, H, W, C]; by default classes in turn."""
+    classes = gan.generator.num_classes
+    if classes and label is None:
+        label = np.arange(count) % classes
+    z = temperature * jax.random.normal(key, (count, gan.latent))
+    return _sample(gan, estimator, z, label)
+
+
+def _sample(gan: GAN, estimator: Estimator, z: jax.Array, label: Any) -> np.ndarray:
+    params, state = estimator.evaluation_params, estimator.model_state
+    return np.asarray(gan.sample(params, state, z, None if label is None else jnp.asarray(label)))
 
 
 def _stack(paths: list[Path], to: Path) -> Path:

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jdl.core import check
+from jdl.core import check, tree
 from jdl.core.model import Model, ModelLike
-from jdl.core.types import Batch
+from jdl.core.types import Batch, Key, Params
 from jdl.data import Batches
-from jdl.models.autoencoder import Autoencoder, Reconstruction, denoising
+from jdl.models.autoencoder import Autoencoder, Reconstruction, Variational, denoising
 from jdl.models.cnn import CNN
 from jdl.models.dbn import DBN, starting_at
 from jdl.models.gan import GAN, optimizers
@@ -27,7 +28,7 @@ from jdl.models.resnet import ResNet
 from jdl.models.rnn import RNN
 from jdl.models.transformer import ViT
 from jdl.recipes import formulas, own, pictures
-from jdl.recipes.gan_pictures import draw_samples, samples_over_time
+from jdl.recipes.gan_pictures import draw_from, draw_samples, samples_over_time
 from jdl.recipes.tree_pictures import draw_trees
 from jdl.train import boltzmann, premade
 from jdl.train.estimator import Estimator
@@ -35,7 +36,8 @@ from jdl.train.estimator import Estimator
 Net = MLP | CNN | RNN | ViT | ResNet | Autoencoder | RBM | TreeLSTM | GAN | ModelLike
 
 Shape = tuple[int, ...]
-LABELLED = ("classifier", "trees")  # kinds of models that learn labels
+LABELLED = ("classifier", "trees", "cgan")  # kinds of models that learn labels
+DREAMING = 0.75  # the temperature of a belief net's samples
 
 
 class Finished(NamedTuple):
@@ -48,12 +50,25 @@ class Finished(NamedTuple):
     workdir: Path  # the run directory, where the pictures go
 
 
+class Drawn(NamedTuple):
+    """What samples of a trained run are made from."""
+
+    net: Any  # the model as the recipe built it
+    estimator: Estimator  # the trained Estimator, its checkpoint restored
+    workdir: Path
+    image_shape: Shape
+    number: int
+    key: Key
+    label: jax.Array | None = None  # int[number], for a model of classes
+    temperature: float = 1.0
+
+
 class Recipe(NamedTuple):
     """How a model is built and trained."""
 
     build: Callable[[Shape, int], Net]  # `build(image_shape, num_classes) -> net`
-    # what the outputs mean: "classifier", "autoencoder", "rbm", "trees", "gan"; "own" of a file,
-    # whose run may find it a "classifier"
+    # what the outputs mean: "classifier", "autoencoder", "rbm", "trees", "gan", "cgan" of classes;
+    # "own" of a file, whose run may find it a "classifier"
     kind: str
     steps: int  # the recommended number of steps on the bundled digits
     optimizer: str = "adam"  # the recommended optimizer's name
@@ -65,6 +80,10 @@ class Recipe(NamedTuple):
     prepare: Callable[[Any, Batches, Path, int], Model] | None = None
     # `pictures(finished) -> paths` of the pictures drawn at the end of a run
     pictures: Callable[[Finished], list[Path]] | None = None
+    # `sample(drawn) -> images` float32[number, H, W, C] in [0, 1], of a model that makes some
+    sample: Callable[[Drawn], ArrayLike] | None = None
+    temperature: float = 1.0  # of samples, by default
+    of_classes: bool = False  # whether each sample is of a class
     # the default of `--data`: "digits", "trees" for generated trees, a file, or "" for none
     data: str = "digits"
     # of a file: `facts(source, some, classes)`, called before a run, returns fields of `RunConfig`
@@ -127,6 +146,25 @@ def _reconstructions(run: Finished) -> list[Path]:
     return [pictures.reconstructions(run.estimator, run.held_out, run.workdir)]
 
 
+def _vae(image_shape: Shape, num_classes: int) -> Variational:
+    large = _is_large(image_shape)
+    return Variational((500, 250), 30) if large else Variational((128, 64), 10)
+
+
+def _vae_pictures(run: Finished) -> list[Path]:
+    shape = pictures.some_images(run.held_out, 1)[0].shape[1:]
+    drawn = Drawn(run.net, run.estimator, run.workdir, shape, 120, jax.random.key(2))
+    images = np.asarray(_of_vae(drawn)).reshape(10, 12, *shape)
+    title = "samples: what the decoder makes of codes from N(0, I)"
+    return [*_reconstructions(run), pictures.tiles(images, run.workdir / "samples.png", title)]
+
+
+def _of_vae(drawn: Drawn) -> jax.Array:
+    code = drawn.temperature * jax.random.normal(drawn.key, (drawn.number, drawn.net.code))
+    variables = {"params": drawn.estimator.evaluation_params}
+    return jax.nn.sigmoid(drawn.net.apply(variables, code, drawn.image_shape, method="decode"))
+
+
 def denoised_by(image_shape: Shape) -> Autoencoder:
     """The net that a `denoising` run trains, without the noise."""
     widths = (1000, 500) if _is_large(image_shape) else (256, 128)
@@ -161,6 +199,17 @@ def _rbm_pictures(run: Finished) -> list[Path]:
     return pictures.of_rbm(run.net, run.estimator.evaluation_params, run.held_out, run.workdir)
 
 
+def _of_rbm(drawn: Drawn) -> jax.Array:
+    """Means given the hidden units after 1,000 Gibbs steps from noise, at energy / temperature."""
+    net, keys = drawn.net, jax.random.split(drawn.key, 3)
+    params = tree.scale(1.0 / drawn.temperature, drawn.estimator.evaluation_params)
+    start = jax.random.bernoulli(keys[0], shape=(drawn.number, params["visible_bias"].size))
+    v = net.sample(params, keys[1], start.astype(jnp.float32), 1000)
+    h = net.draw_hidden(net.hidden_input(params, v), keys[2])
+    v = net.visible_mean(net.visible_input(params, h))
+    return v.reshape(drawn.number, *drawn.image_shape)
+
+
 def _dbn(image_shape: Shape, num_classes: int) -> MLP:
     widths = (500, 500, 2000) if _is_large(image_shape) else (128, 128, 256)
     return MLP(widths=widths, num_outputs=num_classes, activation="sigmoid")
@@ -168,7 +217,7 @@ def _dbn(image_shape: Shape, num_classes: int) -> MLP:
 
 def _pretrained(net: MLP, data: Batches, workdir: Path, seed: int) -> Model:
     """The network, starting from a deep belief network trained layer by layer."""
-    dbn = DBN(widths=net.widths, num_classes=net.num_outputs, samples=True, k=5)
+    dbn = _belief_net(net)
     steps = [3000] * (len(net.widths) - 1) + [6000]
     print(f"pretraining: {len(steps)} layers, {', '.join(map(str, steps))} steps", flush=True)
     params = boltzmann.pretrain(
@@ -185,16 +234,40 @@ def _pretrained(net: MLP, data: Batches, workdir: Path, seed: int) -> Model:
     return starting_at(net, dbn.unrolled_mlp(params, net.num_outputs)[1])
 
 
+def _belief_net(net: MLP) -> DBN:
+    return DBN(widths=net.widths, num_classes=net.num_outputs, samples=True, k=5)
+
+
 def _dreams(dbn: DBN, params: Any, data: Batches, path: Path, seed: int) -> Path:
     """Draws samples of each of the first 12 classes."""
     x, _ = pictures.some_images(data, 1)
     names = [str(name) for name in (data.classes or range(dbn.num_classes))][:12]
     label = jnp.repeat(jnp.arange(len(names)), 12)
-    dreams = dbn.generate(
-        params, jax.random.key(seed), label.size, label=label, temperature=0.75, guidance=4.0
+    dreams = _dreamt(dbn, params, jax.random.key(seed), label, DREAMING)
+    title = (
+        f"samples of each class: 1,000 steps of the top machine, T = {DREAMING}, labels count 4×"
     )
-    title = "samples of each class: 1,000 steps in the top machine, T = 0.75, labels count fourfold"
     return pictures.tiles(dreams.reshape(-1, 12, *x.shape[1:]), path, title, rows=names)
+
+
+def _dreamt(dbn: DBN, params: Any, key: Key, label: Any, temperature: float) -> jax.Array:
+    options: Any = {"label": label, "temperature": temperature, "guidance": 4.0}
+    return dbn.generate(params, key, label.size, **options)
+
+
+def _of_dbn(drawn: Drawn) -> jax.Array:
+    """Of the belief net that the run's network started from."""
+    blank = {"image": np.zeros((1, *drawn.image_shape), np.float32), "label": np.zeros(1, np.int32)}
+    dbn = _belief_net(drawn.net)
+    params: list[Params] = []
+    for i in range(len(dbn.widths)):
+        layer, workdir = dbn.layer(i, params), drawn.workdir / "pretraining" / f"layer_{i}"
+        options: Any = {"labels": dbn.rbm(i).num_classes > 0, "devices": jax.devices()[:1]}
+        machine = boltzmann.rbm(layer, workdir=workdir, **options)
+        next(machine.predict_batches([blank]))  # restores its checkpoint
+        params.append(machine.evaluation_params)
+    v = _dreamt(dbn, params, drawn.key, drawn.label, drawn.temperature)
+    return v.reshape(drawn.number, *drawn.image_shape)
 
 
 def _dbn_pictures(run: Finished) -> list[Path]:
@@ -229,6 +302,16 @@ def _gan(image_shape: Shape, num_classes: int) -> GAN:
     return GAN.of_shape((height, width, channels))
 
 
+def _cgan(image_shape: Shape, num_classes: int) -> GAN:
+    height, width, channels = image_shape
+    return GAN.of_shape((height, width, channels), num_classes=num_classes)
+
+
+def _of_gan(drawn: Drawn) -> ArrayLike:
+    """The averaged generator's; a temperature scales the noise."""
+    return draw_from(*drawn[:2], drawn.number, drawn.key, drawn.label, drawn.temperature)
+
+
 def _gan_estimator(
     gan: GAN,
     optimizer: optax.GradientTransformation,
@@ -244,6 +327,7 @@ def _gan_estimator(
         optimizers(optimizer, optimizer),
         metrics={"discriminator": gan.discriminator_loss, "generator": gan.generator_loss},
         workdir=workdir,
+        inputs=("image", "label") if gan.generator.num_classes else "image",
         ema=0.99 if ema is None else ema,
         hooks=[*hooks, samples_over_time(gan, workdir)],
         **options,
@@ -255,6 +339,15 @@ def _gan_pictures(run: Finished) -> list[Path]:
     return draw_samples(run.net, run.estimator, run.train, run.workdir)
 
 
+_GAN = Recipe(
+    _gan,
+    "gan",
+    3000,
+    options={"b1": 0.5},
+    estimator=_gan_estimator,
+    pictures=_gan_pictures,
+    sample=_of_gan,
+)
 RECIPES = {
     "mlp": Recipe(lambda _, k: MLP(num_outputs=k, widths=(500, 500)), "classifier", 400),
     "cnn": Recipe(_cnn, "classifier", 400),
@@ -265,8 +358,26 @@ RECIPES = {
     "denoising": Recipe(
         _denoising, "autoencoder", 1500, estimator=_denoising_estimator, pictures=_reconstructions
     ),
-    "rbm": Recipe(_rbm, "rbm", 3000, "momentum", estimator=boltzmann.rbm, pictures=_rbm_pictures),
-    "dbn": Recipe(_dbn, "classifier", 3000, prepare=_pretrained, pictures=_dbn_pictures),
+    "vae": Recipe(_vae, "autoencoder", 3000, pictures=_vae_pictures, sample=_of_vae),
+    "rbm": Recipe(
+        _rbm,
+        "rbm",
+        3000,
+        "momentum",
+        estimator=boltzmann.rbm,
+        pictures=_rbm_pictures,
+        sample=_of_rbm,
+    ),
+    "dbn": Recipe(
+        _dbn,
+        "classifier",
+        3000,
+        prepare=_pretrained,
+        pictures=_dbn_pictures,
+        sample=_of_dbn,
+        temperature=DREAMING,
+        of_classes=True,
+    ),
     "recursive": Recipe(
         _recursive,
         "trees",
@@ -275,7 +386,6 @@ RECIPES = {
         pictures=_tree_pictures,
         data="trees",
     ),
-    "gan": Recipe(
-        _gan, "gan", 3000, options={"b1": 0.5}, estimator=_gan_estimator, pictures=_gan_pictures
-    ),
+    "gan": _GAN,
+    "cgan": _GAN._replace(build=_cgan, kind="cgan", of_classes=True),
 }

@@ -6,12 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
 from jdl.core import check
 from jdl.core.model import Model
 from jdl.data import Batches, cutmix, mixup, one_of
 from jdl.recipes import config_toml, optimizing, own
 from jdl.recipes.datasets import kind, open_images
-from jdl.recipes.registry import LABELLED, Net, recipe
+from jdl.recipes.registry import LABELLED, Drawn, Net, recipe
 from jdl.train import premade
 from jdl.train.checkpoint import begun
 from jdl.train.estimator import Estimator
@@ -59,6 +64,7 @@ class RunConfig:
     warmup: int = 0
     decay_to: float = 0.0
     overfit: int | None = None
+    init_from: str | None = None
     schedule_steps: int | None = None  # the steps of the schedule; None for a constant one
     file_kind: str | None = None  # of a model from a file: "classifier", or "own"
     file_sha256: str | None = None  # of that file
@@ -149,6 +155,24 @@ class RunConfig:
             ema=self.ema,
             hooks=hooks,
             **options,
+        )
+
+    def sample(
+        self, workdir: Path, number: int, seed: int, label: Any, temperature: float | None
+    ) -> ArrayLike:
+        """Samples of the trained run, by its recipe; arguments as for `Drawn`."""
+        if not begun(workdir):
+            raise check.UserError(f"{workdir} has no checkpoint yet: train it first.")
+        estimator, chosen = self.estimator(workdir, devices=jax.devices()[:1]), recipe(self.model)
+        image = np.zeros((1, *self.image_shape), np.float32)
+        blank = {"image": image, "label": np.zeros(1, np.int32)}
+        next(estimator.predict_batches([blank]))  # restores the checkpoint
+        label = None if label is None else jnp.asarray(label)
+        warm = chosen.temperature if temperature is None else temperature
+        net, key = self.build_model(), jax.random.key(seed)
+        assert chosen.sample is not None
+        return chosen.sample(
+            Drawn(net, estimator, workdir, self.image_shape, number, key, label, warm)
         )
 
     def images(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdl.core import check
 from jdl.core.types import PyTree
@@ -167,6 +168,10 @@ class Checkpoints:
         read = partial(self._read, state=state, shardings=shardings)
         return self._newest(read) if step is None else read(step)
 
+    def arrays(self) -> dict[str, np.ndarray] | None:
+        """Path -> array of the newest whole checkpoint, on the host; None if there is none."""
+        return self._newest(self._read_arrays)
+
     def meta(self) -> dict[str, Any] | None:
         """All but the arrays of the newest whole checkpoint, or None if there is none."""
         return self._newest(self._read_meta)
@@ -231,6 +236,18 @@ class Checkpoints:
         ]
         restored = jax.tree.unflatten(jax.tree.structure(expected), filled)
         return Restored(_typed_keys(restored, state), dict(found.meta))
+
+    def _read_arrays(self, step: int) -> dict[str, np.ndarray]:
+        with _orbax().Checkpointer(_orbax().CompositeCheckpointHandler(**_handlers())) as reader:
+            saved = reader.metadata(self.directory / str(step)).item_metadata.state
+            place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            targets = {
+                path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+                for path, x in saved.tree.items()
+            }
+            state = _orbax().args.StandardRestore(targets)
+            found = reader.restore(self.directory / str(step), _orbax().args.Composite(state=state))
+        return {path: np.asarray(x) for path, x in found.state.items()}
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         return dict(json.loads((self.directory / str(step) / "meta" / "metadata").read_bytes()))

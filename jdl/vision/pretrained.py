@@ -343,6 +343,7 @@ def _of_run(workdir: Path, config: RunConfig) -> Trunk:
         return of_model(model, params, image_shape=shape, name=name)
     if isinstance(module, GAN):  # its generator sees no picture
         module, params, state = (x["discriminator"] for x in (vars(module), params, state))
+        module = module.clone(num_classes=None)  # layers that depend on the picture alone
     elif config.model == "denoising":  # without the noise that it adds
         module = denoised_by(shape)
     if isinstance(module, nn.Module):

@@ -5,7 +5,7 @@ all of `jdl.vision` works on any trunk.
 """
 
 import difflib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -178,10 +178,15 @@ def of_linen(
     """
 
     def outputs(variables: Any, images: jax.Array, edits: Edits) -> Features:
+        calls: Counter[tuple[str, ...]] = Counter()  # of each submodule
+
         def edited(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            out = call(*args, **kwargs)
-            path = "/".join(context.module.path)
-            return out + edits[path] if context.method_name == "__call__" and path in edits else out
+            out, path = call(*args, **kwargs), context.module.path
+            if context.method_name != "__call__":
+                return out
+            layer = _layer(path, calls[path])
+            calls[path] += 1
+            return out + edits[layer] if layer in edits else out
 
         with nn.intercept_methods(edited):
             x = as_trained(images, image_shape)
@@ -287,13 +292,18 @@ def _of_function(
     )
 
 
+def _layer(path: tuple[str, ...], call: int) -> str:
+    """The name of what a submodule returns, by the number of the call."""
+    return "/".join(path) + (f"#{call + 1}" if call else "")
+
+
 def _collect(tree: Any, path: tuple[str, ...], found: Features) -> None:
     """Adds the arrays that submodules returned; that of a second call is "Dense_0#2"."""
     for key, value in tree.items():
         if key == "__call__":
             for i, out in enumerate(value):
                 if path and isinstance(out, jax.Array):
-                    found["/".join(path) + (f"#{i + 1}" if i else "")] = out
+                    found[_layer(path, i)] = out
         elif isinstance(value, dict):
             _collect(value, (*path, key), found)
 

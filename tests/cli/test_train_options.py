@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 
 import jax
@@ -14,6 +15,8 @@ from jdl.cli import config_file, train
 from jdl.cli.main import main, parse
 from jdl.recipes.registry import RECIPES
 from jdl.recipes.run_config import RunConfig
+from jdl.recipes.warm_start import starting_from
+from jdl.train.checkpoint import Checkpoints
 
 FLAGS = ["--optimizer", "adam", "--learning-rate", "0.01", "--option", "b1=.8", "--clip", "0.5"]
 FLAGS += ["--weight-decay", ".1", "--schedule", "cosine", "--warmup", "2", "--decay-to", ".1"]
@@ -174,3 +177,64 @@ def test_a_run_that_is_stopped_by_the_time_goes_on(tmp_path, capsys):
     assert code == 0
     assert f"{step + 1} steps" in out
     assert "stopped by --max-time" not in out
+
+
+def test_a_try_does_each_part_once_and_keeps_nothing(tmp_path, capsys, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    flags = ["--batch-size", 32, "--workdir", tmp_path / "run"]
+    code, out, _ = said(capsys, "train", "mlp", "--try", *flags)
+    assert code == 0
+    *parts, last = out.splitlines()
+    assert [line.split()[0] for line in parts] == ["read", "train", "validate", "save", "predict"]
+    assert all(re.search(r"^\w+ +\d+\.\d\d s  \w", line) for line in parts)
+    assert "image uint8[32, 8, 8, 1]" in parts[0]
+    assert "288,010 parameters" in parts[1]  # 64·500 + 500 + 500·500 + 500 + 500·10 + 10
+    assert "float32[32, 10]" in parts[4]
+    assert f"to step 400 in {tmp_path / 'run'}" in last
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
+
+
+def test_a_run_starts_from_what_fits_of_another(run, tmp_path, capsys):
+    source, new = shutil.copytree(run, tmp_path / "source"), tmp_path / "new"
+    flags = ["--size", "6", "--optimizer", "sgd", "--learning-rate", "1e-30", "--steps"]
+    command = ["train", "mlp", "--init-from", source, "--workdir", new, "--batch-size", 32, *flags]
+    code, out, _ = said(capsys, *command, 1)
+    assert code == 0
+    fitting = "Dense_0/bias, Dense_1/bias, Dense_1/kernel, outputs/bias, outputs/kernel"
+    assert f"\ntaken from {source}: {fitting}\n" in out
+    assert "\nnot taken: Dense_0/kernel is [64, 500] there, [36, 500] here\n" in out
+    there, here = (Checkpoints(x / "checkpoints").arrays() for x in (run, new))
+    for name in fitting.split(", "):
+        path = ".params['" + name.replace("/", "']['") + "']"
+        np.testing.assert_allclose(here[path], there[path], rtol=0, atol=1e-30, err_msg=name)
+    assert RunConfig.load(new).init_from == str(source)
+    shutil.rmtree(source)
+    code, out, _ = said(capsys, *command, 2)  # goes on by itself
+    assert code == 0
+    assert "taken" not in out
+    code, _, err = said(capsys, *command, 2, "--workdir", tmp_path / "another")
+    assert code == 2
+    assert "there is no checkpoint" in err
+
+
+def test_another_run_s_average_is_taken_and_one_that_does_not_fit_refused(tmp_path, capsys):
+    def model(name):
+        return jdl.from_fns(
+            lambda key, x: {name: np.zeros(3, np.float32)}, lambda w, x: x + w[name][None]
+        )
+
+    batch = {"image": np.ones((2, 3), np.float32)}
+    loss = lambda outputs, batch: ((outputs - 2.0) ** 2).sum(1)  # noqa: E731
+    source = jdl.Estimator(model("w"), loss, "sgd", ema=0.9, workdir=tmp_path)
+    source.train([batch] * 3)
+    assert not np.allclose(source.params["w"], source.evaluation_params["w"])
+    started, told = starting_from(model("w"), tmp_path)
+    found, _ = started.init(jax.random.key(0), batch["image"])
+    np.testing.assert_array_equal(found["w"], source.evaluation_params["w"])
+    assert told == [f"taken from {tmp_path}: w", "not taken: nothing"]
+    flags = ["--init-from", tmp_path, "--steps", "1", "--workdir", tmp_path / "run"]
+    code, _, err = said(capsys, "train", "mlp", *flags)
+    assert code == 2
+    assert "nothing fits" in err
+    assert "w is only there" in err

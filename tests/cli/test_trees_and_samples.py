@@ -1,12 +1,20 @@
 """Runs on files of trees, data of another kind than a run's, and samples of a GAN or an RBM."""
 
+import itertools
 import json
+import types
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from jdl.cli.main import main
+from jdl.models import RBM, Variational
 from jdl.recipes import treebanks
+from jdl.recipes.registry import RECIPES, Drawn
 from jdl.recipes.run_config import RunConfig
 
 BRACKETS = "(1 (0 no) (1 way))\n(0 (0 not) (1 (1 so) (0 bad)))\n"
@@ -79,28 +87,101 @@ def test_images_are_for_images(tmp_path, capsys):
     for data in ("trees", "a.txt"):
         assert main(["evaluate", "--workdir", str(tmp_path), "--data", data]) == 2
         assert "`--data` must be images for this mlp" in capsys.readouterr().err
-    out = ["--out", str(tmp_path / "p.npz")]
-    assert main(["predict", "--workdir", str(tmp_path), *out, "--samples", "3"]) == 2
-    assert "`--samples` must be left out: it has none, got 'mlp'" in capsys.readouterr().err
+
+
+def configured(path, model, classes=("0", "1")):
+    """A run directory without a checkpoint."""
+    values = ("digits", "adam", 64, 1, 0, (2, 2, 1), True, classes, "raise")
+    RunConfig(model, *values).save(path, {})
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "said"),
+    [
+        ("mlp", [], "holds a mlp; samples are made by vae, rbm, dbn"),
+        ("rbm", [], "has no checkpoint yet: train it first"),
+        ("rbm", ["--class", "1"], "`--class` must be left out: its samples have no class"),
+        ("cgan", ["--class", "2"], "`--class` must be one of 0, 1, got '2'"),
+        ("gan", ["--temperature", "0"], "`--temperature` must be"),
+        ("gan", ["--count", "0"], "`--count` must be at least 1"),
+        ("gan", ["--out", "a.txt"], "`--out` must be a .png, .jpg"),
+    ],
+)
+def test_what_cannot_be_sampled_is_said(model, given, said, tmp_path, capsys):
+    configured(tmp_path / "run", model)
+    assert main(["sample", "--workdir", str(tmp_path / "run"), *given]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def drawn(net, params, number, **options):
+    estimator = types.SimpleNamespace(evaluation_params=params, model_state={})
+    shape = (2, 2, 1)
+    return Drawn(net, estimator, Path(), shape, number, jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_an_rbm_s_samples_have_its_means(temperature):
+    """By enumeration of exp(−F / T)'s machine, whose energy is divided by T."""
+    net, rng = RBM(hidden=3), np.random.default_rng(0)
+    sizes = {"kernel": (4, 3), "visible_bias": (4,), "hidden_bias": (3,)}
+    params = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    found = np.asarray(RECIPES["rbm"].sample(drawn(net, params, 4000, temperature=temperature)))
+    w, b, c = (params[name].astype(float) / temperature for name in sizes)
+    v = np.array(list(itertools.product([0, 1], repeat=4)))
+    p = np.exp(v @ b) * np.prod(1 + np.exp(v @ w + c), axis=1)
+    expected = p @ v / p.sum()
+    np.testing.assert_allclose(found.reshape(4000, 4).mean(0), expected, atol=0.03)
+
+
+def test_the_temperature_scales_a_vae_s_code():
+    """A decoder that is one layer: its logits are linear in the code."""
+    net, key = Variational(widths=(), code=5), jax.random.key(1)
+    params = net.init({"params": key}, jnp.zeros((1, 2, 2, 1)))["params"]
+
+    def logits(temperature):
+        x = np.asarray(RECIPES["vae"].sample(drawn(net, params, 50, temperature=temperature)))
+        return np.log(x) - np.log1p(-x)
+
+    np.testing.assert_allclose(logits(0.5), 0.5 * logits(1.0), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "columns"),
-    [("gan", {"score": ()}), ("rbm", {"positive": (), "hidden": (128,)})],
+    [
+        ("gan", {"score": ()}),
+        ("cgan", {"score": ()}),
+        ("vae", {"squared_error": (), "reconstruction": (8, 8, 1)}),
+        ("rbm", {"positive": (), "hidden": (128,)}),
+    ],
 )
-def test_a_gan_s_and_an_rbm_s_predictions_and_samples(model, columns, tmp_path):
+def test_predictions_and_samples_of_models_of_images(model, columns, tmp_path, monkeypatch):
     run, path = ["--workdir", str(tmp_path / "run")], tmp_path / "p.npz"
     assert main(["train", model, "--max-steps", "2", *run]) == 0
     assert main(["predict", *run, "--out", str(path)]) == 0
     with np.load(path) as found:
         assert {name: found[name].shape[1:] for name in columns} == columns
-    assert main(["predict", *run, "--samples", "5", "--out", str(path)]) == 0
-    with np.load(path) as found:
-        samples = found["sample"]
-    assert samples.shape == (5, 8, 8, 1)
-    assert 0 <= samples.min() < samples.max() <= 1
-    assert not np.allclose(samples[0], samples[1])
+    assert main(["evaluate", *run]) == 0
+    assert main(["summary", str(tmp_path / "run")]) == 0
+    monkeypatch.setattr("jdl.recipes.run_config.open_images", None)  # no data are needed
+    drawn = []
+    for seed in (0, 0, 1):
+        given = ["--count", "12", "--seed", str(seed), "--out", str(path)]
+        assert main(["sample", *run, *given]) == 0
+        with np.load(path) as found:
+            drawn.append(found["sample"])
+            assert ("class" in found.files) == (model == "cgan")
+            if model == "cgan":
+                assert found["class"].tolist() == sorted("012345678901")
+    assert drawn[0].shape == (12, 8, 8, 1)
+    assert 0 <= drawn[0].min() < drawn[0].max() <= 1
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.allclose(drawn[0], drawn[2])
+    assert not np.allclose(drawn[0][0], drawn[0][1])
+    assert main(["sample", *run]) == 0
+    assert np.asarray(Image.open(tmp_path / "run" / "sampled.png")).std() > 10
 
 
 @pytest.mark.slow

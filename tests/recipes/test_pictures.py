@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -18,9 +19,11 @@ from jdl.train import plot
 PICTURES = {
     "rbm": ("filters", "reconstructions", "chains", "curves"),
     "denoising": ("reconstructions", "curves"),
+    "vae": ("reconstructions", "samples", "curves"),
     "autoencoder": ("reconstructions", "codes", "curves"),
     "dbn": ("dreams", "filters", "curves"),
     "gan": ("samples", "samples_over_time", "walk", "nearest", "curves"),
+    "cgan": ("samples", "samples_over_time", "walk", "nearest", "curves"),
     "recursive": ("trees", "curves"),
 }
 
@@ -41,8 +44,13 @@ def test_a_run_reloads_and_leaves_pictures(model, tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", "--workdir", run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    measure = {"rbm": "free_energy", "denoising": "psnr_gain", "gan": "generator"}
-    measure |= dict.fromkeys(("dbn", "recursive"), "accuracy")
+    measure = {
+        "rbm": "free_energy",
+        "denoising": "psnr_gain",
+        "gan": "generator",
+        "cgan": "generator",
+    }
+    measure |= {"cgan": "generator"} | dict.fromkeys(("dbn", "recursive"), "accuracy")
     assert np.isfinite(found[measure.get(model, "squared_error")])
     out = tmp_path / "p.npz"
     assert main(["predict", "--workdir", run, "--out", str(out)]) == 0
@@ -95,6 +103,10 @@ def test_a_belief_net_s_samples_are_of_all_classes(tmp_path, monkeypatch):
     flat = dreams.reshape(120, -1)
     apart = np.linalg.norm(flat[:, None] - flat[None], axis=-1)
     assert apart.mean() > 2.2  # the digits' own is 3.0; it was 1.3
+    label = np.repeat(np.arange(10), 12)
+    again = registry.Drawn(net, None, tmp_path, (8, 8, 1), 120, jax.random.key(0), label, 0.75)
+    found = registry.recipe("dbn").sample(again)
+    np.testing.assert_array_equal(found, dreams)  # the layers as they were pretrained
 
 
 def test_the_images_drawn_do_not_depend_on_the_batch_size():

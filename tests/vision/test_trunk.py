@@ -200,11 +200,17 @@ def test_shared_modules_have_numbers():
 
     module, x = Twice(), jnp.ones((1, 4, 4, 3))
     params = module.init(jax.random.key(0), x)["params"]
-    assert trunk.of_linen(module, params, image_shape=(4, 4, 3)).layers == (
-        "mix",
-        "mix#2",
-        "output",
-    )
+    found = trunk.of_linen(module, params, image_shape=(4, 4, 3))
+    assert found.layers == ("mix", "mix#2", "output")
+    before = found.features(x, found.layers)
+    one = jnp.ones_like(x)
+    second = found.apply(found.params, x, found.layers, {"mix#2": one})
+    np.testing.assert_array_equal(second["mix"], before["mix"])
+    np.testing.assert_allclose(second["output"], before["output"] + 1, rtol=1e-6)
+    weights = params["mix"]
+    first = found.apply(found.params, x, found.layers, {"mix": one})
+    expected = nn.relu(before["mix"] + 1) @ weights["kernel"] + weights["bias"].reshape(1, 1, 1, 3)
+    np.testing.assert_allclose(first["output"], expected, rtol=1e-5)
 
 
 @pytest.mark.slow
