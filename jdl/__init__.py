@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from jdl import solvers as solvers
     from jdl import train as train
     from jdl import vision as vision
+    from jdl.core.adapters import from_equinox as from_equinox
+    from jdl.core.adapters import from_haiku as from_haiku
+    from jdl.core.adapters import from_keras as from_keras
     from jdl.core.model import Model as Model
     from jdl.core.model import from_fns as from_fns
     from jdl.core.model import from_linen as from_linen
@@ -38,6 +41,9 @@ _NAMES = {
     "from_linen": "jdl.core.model",
     "from_nnx": "jdl.core.model",
     "from_fns": "jdl.core.model",
+    "from_equinox": "jdl.core.adapters",
+    "from_haiku": "jdl.core.adapters",
+    "from_keras": "jdl.core.adapters",
     "Objective": "jdl.core.objective",
     "Mode": "jdl.core.types",
     "minimize": "jdl.solvers",

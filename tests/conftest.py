@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
@@ -16,6 +17,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
+os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     os.path.join(
@@ -40,6 +42,14 @@ ROOMS = (
     *("core", "optim", "curvature", "compare", "cli"),
     *("train", "solvers", "models", "recipes", "vision"),
 )
+
+
+def pytest_collection_modifyitems(items):
+    """Examples of adapters to packages that are not installed are skipped."""
+    for item in items:
+        adapter = item.name.removeprefix("jdl.core.adapters.from_")
+        if adapter in ("equinox", "haiku", "keras") and find_spec(adapter) is None:
+            item.add_marker(pytest.mark.skip(reason=f"{adapter} is not installed"))
 
 
 def pytest_configure(config):

@@ -34,7 +34,11 @@ QUICK = {
 }
 # Blocks that need processes of their own have tests of their own.
 APART = {"distributed.md"}
-PEERS = {"migration/jaxopt.md": "jaxopt", "migration/webdataset.md": "webdataset"}
+PEERS = {
+    "migration/jaxopt.md": ["jaxopt"],
+    "migration/modules.md": ["equinox", "haiku", "keras"],
+    "migration/webdataset.md": ["webdataset"],
+}
 
 
 class Block(NamedTuple):
@@ -92,7 +96,8 @@ def test_a_page_s_python_runs(page, tmp_path, monkeypatch):
     if name(page) in PEERS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pytest.importorskip(PEERS[name(page)])
+            for module in PEERS[name(page)]:
+                pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     with as_a_script_runs():

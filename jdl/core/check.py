@@ -34,10 +34,10 @@ class TrainingError(UserError, RuntimeError):
 class MissingExtraError(UserError, ImportError):
     """An optional package is not installed."""
 
-    def __init__(self, package: str, extra: str, needed_for: str):
+    def __init__(self, package: str, extra: str | None, needed_for: str):
         super().__init__(
             f"{needed_for} needs the package {package!r}, which is not installed. "
-            f"Install it with: pip install 'jax-jdl[{extra}]'"
+            "Install it with: pip install " + (f"'jax-jdl[{extra}]'" if extra else package)
         )
 
 

@@ -57,7 +57,7 @@ def from_fns(init: Callable[..., Params], apply: Callable[..., Outputs]) -> Mode
     >>> line.apply(params, state, jnp.ones(3))[0].tolist()
     [1.0, 1.0, 1.0]
     """
-    accepted = _keywords(apply) & {"key", "train"}
+    accepted = keywords(apply) & {"key", "train"}
 
     def model_init(key: Key, *inputs: Any) -> tuple[Params, ModelState]:
         return init(key, *inputs), {}
@@ -88,7 +88,7 @@ def from_linen(module: Any) -> Model:
     >>> model.apply(params, state, jnp.ones((5, 3)))[0].shape
     (5, 2)
     """
-    accepted = _keywords(type(module).__call__)
+    accepted = keywords(type(module).__call__)
 
     def mode(train: bool) -> dict[str, Any]:
         if "train" in accepted:
@@ -272,12 +272,13 @@ def as_model(model: Any) -> Model:
         model,
         f"It is a class: call it, {model.__name__}(…)."
         if isinstance(model, type)
-        else "Wrap NNX modules with jdl.from_nnx and plain functions with jdl.from_fns.",
+        else "Wrap it with jdl.from_nnx, from_equinox, from_haiku or from_keras, or functions with "
+        "jdl.from_fns.",
     )
     return from_linen(model)
 
 
-def _keywords(function: Callable[..., Any]) -> set[str]:
+def keywords(function: Callable[..., Any]) -> set[str]:
     """The names of arguments that `function` accepts as keywords."""
     parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
