@@ -74,7 +74,8 @@ class SharpnessTracker:
             flat = lambda v: of.product("hessian", ravel_pytree(v)[0])  # noqa: E731
             push = lambda v: of.unravel(jnp.asarray(flat(v)))  # noqa: E731
             found = _tops(push, next(of.objectives()), params, *rest)
-        values = {name: float(theta) for name, (theta, _) in found.items()}
+        ordered = sorted(found, reverse=True)  # jit sorts names: first "sharpness"
+        values = {name: float(found[name][0]) for name in ordered}
         self._last = {name: found[name][1] for name, value in values.items() if np.isfinite(value)}
         return values
 
