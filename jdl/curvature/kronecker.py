@@ -67,7 +67,8 @@ def kfac_operator(
     bases, squares = _bases(factors)
     if eigen:
         squares, diagonals = land.mean(lambda o: _moments(o, land.params, key, bases, *options))
-    q = rotation(land, layers_of(land), bases, squares, diagonals)
+    layers = moments.find_layers(next(land.objectives()), land.params)
+    q = rotation(land.params, layers, bases, squares, diagonals)
     return SpectralOperator(np.maximum(q.coordinates, 0.0), q.into, q.back, land.unravel)
 
 
@@ -80,7 +81,7 @@ class Rotation(NamedTuple):
 
 
 def rotation(
-    land: Landscape, layers: Layers, sides: Mapping[int, Any], values: PyTree, others: PyTree
+    params: Params, layers: Layers, sides: Mapping[int, Any], values: PyTree, others: PyTree
 ) -> Rotation:
     """V -> P V Rᵀ of each layer's [N, D, K] with these sides P and R, the identity elsewhere.
 
@@ -88,10 +89,11 @@ def rotation(
     have coordinates besides the layer's own: those of its parameters are taken.
     """
     flat, unravel = ravel_pytree((values, others))
+    unravel_params = ravel_pytree(params)[1]
 
     @jax.default_matmul_precision("highest")
     def into(v: jax.Array) -> jax.Array:
-        leaves = jax.tree.leaves(land.unravel(v))
+        leaves = jax.tree.leaves(unravel_params(v))
         inner = {}
         for i, layer in layers.known.items():
             x, (n, _, k) = layer.matrices(leaves[i]), layer.shape
@@ -104,7 +106,7 @@ def rotation(
     @jax.default_matmul_precision("highest")
     def back(c: jax.Array) -> jax.Array:
         inner, rest = unravel(c)
-        leaves, structure = jax.tree.flatten(land.params)
+        leaves, structure = jax.tree.flatten(params)
         for i, layer in layers.known.items():
             x, (_, d, k) = times(sides[i][0], inner[i], transposed(sides[i][1])), layer.shape
             leaves[i] = layer.leaf(x[:, :d, :k], leaves[i].shape)
@@ -115,11 +117,6 @@ def rotation(
         return ravel_pytree(jax.tree.unflatten(structure, leaves))[0]
 
     return Rotation(flat, into, back)
-
-
-def layers_of(land: Landscape) -> Layers:
-    """The layers of a landscape's model."""
-    return moments.find_layers(next(land.objectives()), land.params)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))

@@ -97,6 +97,13 @@ class Run:
         self._borrowed = True
         return self.current()
 
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Within it, what is read of the state is not kept: the next step need not copy it."""
+        kept = self._borrowed
+        yield
+        self._borrowed = kept
+
     def take(self) -> TrainState:
         """The state, for a step that reuses its memory: a copy if it has been borrowed."""
         if self._borrowed:

@@ -6,8 +6,9 @@ A net 2-32-32-1 with tanh (1,185 parameters), float64; 900 residuals of −Δu =
 inside the unit square and 120 of u = 0 on its border, these with 100 times the weight. The error is
 that of u, relative, in L2, at 4,000 random points; seconds are the process's CPU seconds divided by
 the number of cores, without compilation and without these evaluations. Adam has a cosine to the end
-of the time and the best of four rates; all others have their defaults. Writes `pinn.json` and
-`pinn.png`.
+of the time and the best of four rates; all others have their defaults. Writes `pinn.json` after
+each seed, from which it goes on, then `pinn.png` and a table of medians and ranges. On a machine
+that others use too, `taskset -c 0 make …` counts the seconds of one core: waiting threads spin.
 """
 
 import argparse
@@ -34,7 +35,7 @@ with warnings.catch_warnings():
     import equinox
     import optimistix
 
-CORES = os.cpu_count() or 1
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 BORDER = 100.0
 
@@ -190,8 +191,12 @@ def main():
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for seed in range(arguments.seeds):
+    held = arguments.out / "pinn.json"
+    found = json.loads(held.read_text()) if held.exists() else {}
+    if found.setdefault("seconds", arguments.seconds) != arguments.seconds:
+        parser.error(f"--out: {held} is of --seconds {found['seconds']:g}; give another folder")
+    found = found.setdefault("curves", {})
+    for seed in range(len(found.get("Adam", ())), arguments.seeds):
         start, residuals, value, error = problem(seed)
         curves = dict([adam(arguments.seconds, start, value, error, residuals)])
         for name, (make, steps) in METHODS.items():
@@ -206,8 +211,9 @@ def main():
         for name, rows in curves.items():
             found.setdefault(name.split(",")[0], []).append(rows)
             print(json.dumps(summary(name, seed, rows)), flush=True)
-    (arguments.out / "pinn.json").write_text(json.dumps(found))
+        held.write_text(json.dumps({"seconds": arguments.seconds, "curves": found}))
     picture(found, arguments.out / "pinn.png")
+    print(table(found))
     print(f"written to {arguments.out}")
 
 
@@ -227,6 +233,24 @@ def summary(name, seed, rows):
         "steps": steps,
         "seconds_a_step": each,
     }
+
+
+def table(found):
+    """Medians of the seeds, with the least and the most; a goal missed counts as infinite."""
+
+    def cell(values):
+        ordered = sorted(np.inf if x is None else x for x in values)
+        shown = (ordered[(len(ordered) - 1) // 2], ordered[0], ordered[-1])
+        return "{} ({} to {})".format(*(f"{x:.3g}" if x < np.inf else "–" for x in shown))
+
+    lines = ["| | error | seconds to 1e-4 | to 1e-6 | steps | ms a step |"]
+    for name, runs in found.items():
+        rows = [summary(name, seed, run) for seed, run in enumerate(runs)]
+        keys = ("error", "seconds_to_0.0001", "seconds_to_1e-06", "steps")
+        cells = [cell([row[key] for row in rows]) for key in keys]
+        cells.append(cell([1e3 * row["seconds_a_step"] for row in rows]))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def picture(found, path):

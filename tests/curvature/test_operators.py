@@ -1,5 +1,7 @@
 """Operators' algebra, Kronecker factors and XTrace against dense matrices in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -353,6 +355,74 @@ def test_sharpness_is_followed_by_a_product_at_a_time():
     before = len(count)
     assert track(land, None, state) == pytest.approx(first)
     assert len(count) == before + 2
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "kfac", "ekfac"])
+def test_sharpness_of_an_objective_is_the_top_dense_eigenvalue(optimizer):
+    """Residuals of 1e-5 of the eigenvalue; its own error is about their square."""
+    made = {
+        "adam": optax.with_extra_args_support(optax.adam(1e-2)),
+        "rmsprop": optax.with_extra_args_support(optax.rmsprop(1e-2)),
+        "kfac": jdl.optim.kfac(),
+        "ekfac": jdl.optim.kfac(eigen=True),
+    }[optimizer]
+    whole, params, state = optimizer_state(made)
+    found = curvature.SharpnessTracker(tolerance=1e-5, max_products=100)(whole, params, state)
+    top = np.linalg.eigvalsh(curvature.hessian(whole, params))[-1]
+    scaled = np.linalg.eigvalsh(matrix_of(curvature.preconditioned(whole, state, params)))[-1]
+    assert found["sharpness"] == pytest.approx(top, rel=1e-9)
+    assert found["preconditioned_sharpness"] == pytest.approx(scaled, rel=1e-9)
+
+
+def quadratic(matrix):
+    """½ wᵀ A w of one example."""
+    bend = lambda w, b: 0.5 * jnp.sum(b["x"][0] * jnp.outer(w, w), keepdims=True)[0]  # noqa: E731
+    return jdl.Objective.from_fns(bend, lambda out, _: out, {"x": jnp.asarray(matrix)[None]})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[3.0], [0.0, 0.0], [0.0, -1e4], [-3.0, -2.0, -1.0], [2.0, 2.0, 2.0, -5.0], [*range(-30, 30)]],
+)
+def test_sharpness_of_any_spectrum(values):
+    n = len(values)
+    q = scipy.stats.ortho_group.rvs(n, random_state=0) if n > 1 else np.eye(1)
+    matrix = q @ np.diag(values) @ q.T
+    track = curvature.SharpnessTracker(tolerance=1e-6, max_products=200)
+    for _ in range(2):
+        found = track(quadratic(matrix), jnp.ones(n))["sharpness"]
+        assert found == pytest.approx(max(values), rel=1e-10, abs=1e-9)
+
+
+def test_sharpness_is_sought_on_from_the_last_vector():
+    """Two products at each of 30 calls: as many as one call has with 60, which finds the top."""
+    whole, params, _ = optimizer_state(optax.with_extra_args_support(optax.sgd(1e-2)))
+    few = curvature.SharpnessTracker(tolerance=1e-5, max_products=2)
+    top = np.linalg.eigvalsh(curvature.hessian(whole, params))[-1]
+    first = few(whole, params)["sharpness"]
+    assert first < 0.95 * top
+    found = [few(whole, params)["sharpness"] for _ in range(30)]
+    assert found[-1] == pytest.approx(top, rel=1e-6)
+
+
+def test_sharpness_with_microbatches_and_in_float32():
+    whole, params, _ = optimizer_state(optax.with_extra_args_support(optax.sgd(1e-2)))
+    top = np.linalg.eigvalsh(curvature.hessian(whole, params))[-1]
+    cut = dataclasses.replace(whole, microbatches=4)
+    track = curvature.SharpnessTracker(tolerance=1e-4, max_products=100)
+    assert track(cut, params)["sharpness"] == pytest.approx(top, rel=1e-7)
+    single = lambda a: jax.tree.map(  # noqa: E731
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, a
+    )
+    track = curvature.SharpnessTracker(tolerance=1e-3, max_products=100)
+    assert track(single(whole), single(params))["sharpness"] == pytest.approx(top, rel=1e-5)
+
+
+def test_sharpness_is_found_again_after_a_nan():
+    track = curvature.SharpnessTracker(tolerance=1e-6)
+    matrix = np.diag([1.0, 3.0])
+    assert np.isnan(track(quadratic(np.nan * matrix), jnp.ones(2))["sharpness"])
+    assert track(quadratic(matrix), jnp.ones(2))["sharpness"] == pytest.approx(3.0)
 
 
 def test_a_curve_avoids_the_barrier_between_two_minima_and_a_plane_shows_it():
