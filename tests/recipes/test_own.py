@@ -18,7 +18,7 @@ from jdl.recipes.run_config import RunConfig
 LINE = """
 import flax.linen as nn
 import numpy as np
-from beside import ROWS
+from beside_line import ROWS
 
 rng = np.random.default_rng(0)
 x = rng.normal(size=(ROWS, 3)).astype(np.float32)
@@ -92,7 +92,7 @@ def folder(tmp_path_factory):
     """Three files and a run of each, in a folder with a space in its name."""
     folder = tmp_path_factory.mktemp("runs") / "my nets"
     folder.mkdir()
-    (folder / "beside.py").write_text("ROWS = 200\n")
+    (folder / "beside_line.py").write_text("ROWS = 200\n")
     photographs(folder / "photos.tar")
     texts = {"my line.py": LINE, "figures.py": DIGITS, "colours.py": COLOURS}
     with contextlib.chdir(folder):
@@ -250,7 +250,7 @@ def test_a_changed_file_is_told_and_its_parameters_must_fit(folder, monkeypatch,
     ],
 )
 def test_mistakes_are_one_line_before_the_first_step(text, options, said, tmp_path, capsys):
-    (tmp_path / "beside.py").write_text("ROWS = 200\n")
+    (tmp_path / "beside_line.py").write_text("ROWS = 200\n")
     (tmp_path / "mine.py").write_text(text)
     run = tmp_path / "run"
     assert main(["train", str(tmp_path / "mine.py"), *options, "--workdir", str(run)]) == 2

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -103,7 +104,7 @@ def test_a_belief_net_s_samples_are_of_all_classes(tmp_path, monkeypatch):
     flat = dreams.reshape(120, -1)
     apart = np.linalg.norm(flat[:, None] - flat[None], axis=-1)
     assert apart.mean() > 2.2  # the digits' own is 3.0; it was 1.3
-    label = np.repeat(np.arange(10), 12)
+    label = jnp.repeat(jnp.arange(10), 12)
     again = registry.Drawn(net, None, tmp_path, (8, 8, 1), 120, jax.random.key(0), label, 0.75)
     found = registry.recipe("dbn").sample(again)
     np.testing.assert_array_equal(found, dreams)  # the layers as they were pretrained
