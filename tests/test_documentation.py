@@ -317,7 +317,10 @@ def test_every_jdl_command_parses(tmp_path, monkeypatch, capsys):
             file.write_text('model = "cnn"\n')
             arguments = expand(arguments, module.Args)
         try:
-            parse(words[0], module, arguments)
+            if hasattr(module, "parse"):
+                module.parse(arguments)
+            else:
+                parse(words[0], module, arguments)
         except SystemExit as end:
             if end.code:
                 wrong.append((command, capsys.readouterr().err))

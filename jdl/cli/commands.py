@@ -3,6 +3,7 @@
 COMMANDS = {
     "demo": "compare five optimizers on the bundled digits with one CNN",
     "train": "train a model on a tar of images",
+    "sweep": "train with every combination of some flags' values",
     "evaluate": "loss and metrics of a trained run on a tar of images",
     "curvature": "curvature at a trained run: eigenvalues, sharpness, gradient noise",
     "predict": "a trained run's predictions, as .npz, .jsonl or .csv",

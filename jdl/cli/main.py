@@ -112,11 +112,14 @@ def _run(name: str, arguments: list[str]) -> int:
     from jdl.core.check import UserError
 
     try:
-        if any(a.partition("=")[0] == "--config" or a.startswith("--no-") for a in arguments):
-            from jdl.cli.config_file import expand
+        if hasattr(module, "parse"):
+            parsed = module.parse(arguments)
+        else:
+            if any(a.partition("=")[0] == "--config" or a.startswith("--no-") for a in arguments):
+                from jdl.cli.config_file import expand
 
-            arguments = expand(arguments, module.Args)
-        parsed = parse(name, module, arguments)
+                arguments = expand(arguments, module.Args)
+            parsed = parse(name, module, arguments)
     except UserError as error:
         return _mistake(str(error), name)
     except SystemExit as end:

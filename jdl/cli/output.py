@@ -46,15 +46,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
 
     columns, rows = [*map(visible, columns)], [[visible(cell) for cell in row] for row in rows]
     drawn = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    least = natural = 2  # characters in a line
     for i, column in enumerate(columns):
         # Words may wrap; numbers with their units and ranges may not.
         cells = [column, *(row[i] for row in rows)]
         unbroken = [x for c in cells for x in ([c] if any(map(str.isdigit, c)) else c.split())]
         width = max(map(len, unbroken), default=0)
+        least, natural = least + width + 3, natural + max(map(len, cells)) + 3
         drawn.add_column(column, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
         drawn.add_row(*row)
     console = Console(highlight=False, markup=False, emoji=False)
+    if least > console.width:  # rich would leave out the last columns; the terminal wraps lines
+        console.width = natural
     if title:
         console.print(visible(title))
     console.print(drawn)

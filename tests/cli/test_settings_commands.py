@@ -56,6 +56,15 @@ def test_runs_are_listed_with_their_best(tmp_path, capsys):
     assert main(["runs", str(tmp_path / "none")]) == 2
 
 
+def test_no_column_of_a_wide_table_is_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    write_run(tmp_path / ("a" * 50), "adam", 0.8)
+    assert main(["runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("a" * 50, "adam", "test_accuracy", "test_loss", "0.8"):
+        assert word in printed
+
+
 def f1(outputs, batch):
     return outputs[:, 0]
 
