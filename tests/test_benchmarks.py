@@ -30,7 +30,7 @@ SMALLEST = {
     "pictures": "--only vae --steps 2 --out {data}/pictures",
     "pinn": "--seconds 0.1 --seeds 1 --out {data}/pinn",
     "solvers": "--rounds 1",
-    "start": "--rounds 1",
+    "start": "--rounds 1 --optimizers adam",
     "step": "--rounds 1 --share 0.002",
     "train": "--rounds 1 --steps 1",
     "vision": "--rounds 1 --steps 1 --train-seconds 2",

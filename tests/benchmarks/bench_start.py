@@ -105,24 +105,28 @@ def by_hand(cache):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--optimizers", default="adam,hf")
     parser.add_argument("--bare", action="store_true", help="one bare first step, not timed")
     args = parser.parse_args()
     if args.bare:
         return bare()
-    times = {"cold": [], "warm": [], "bare_cold": [], "hf_cold": [], "hf_warm": []}
+    times = {"cold": [], "warm": [], "bare_cold": []}
+    others = [name for name in args.optimizers.split(",") if name != "adam"]
+    times |= {f"{name}_{state}": [] for name in others for state in ("cold", "warm")}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         tar = scratch / "images.tar"
         write_tar(tar)
-        for name in ("adam", "hf"):
+        for name in ("adam", *others):
             ours(tar, scratch / "cache", scratch / f"first-{name}", name)
         for i in range(args.rounds):
             times["cold"].append(ours(tar, scratch / f"cache-{i}", scratch / f"cold-{i}"))
             times["bare_cold"].append(by_hand(scratch / f"bare-{i}"))
             times["warm"].append(ours(tar, scratch / "cache", scratch / f"warm-{i}"))
-            hf_cold, hf_warm = scratch / f"hf-cold-{i}", scratch / f"hf-warm-{i}"
-            times["hf_cold"].append(ours(tar, scratch / f"hf-cache-{i}", hf_cold, "hf"))
-            times["hf_warm"].append(ours(tar, scratch / "cache", hf_warm, "hf"))
+            for name in others:
+                cold, warm = (scratch / f"{name}-{state}-{i}" for state in ("cold", "warm"))
+                times[f"{name}_cold"].append(ours(tar, scratch / f"{name}-cache-{i}", cold, name))
+                times[f"{name}_warm"].append(ours(tar, scratch / "cache", warm, name))
     medians = {kind: np.median(found, axis=0) for kind, found in times.items()}
     report = {}
     for i, clock in enumerate(("seconds", "processor_seconds")):
