@@ -201,6 +201,12 @@ class TrainLoop:
         """The steps between rows, if each has to end a dispatch."""
         return self.log_every if self._reads_state else None
 
+    def _is_save_due(self) -> bool:
+        run, every = self._run, self._save_every
+        if not every or run.step % every:
+            return False
+        return run.clock.seconds - (self._saved or 0.0) >= self._apart
+
     def _next(self, call: Call, feed: Feed) -> Any:
         """The batch or stack of the next dispatch, which ends where something is due, or None."""
         step, length = self._run.step, self._run.steps_per_dispatch or 1
@@ -267,11 +273,10 @@ class TrainLoop:
                 metrics.flush()
                 with run.off_clock():
                     self._validate(call.validation)
-            if self._save_every and run.step % self._save_every == 0:
+            if self._is_save_due():
                 metrics.flush()
-                if run.clock.seconds - (self._saved or 0.0) >= self._apart:
-                    run.save()
-                    self._saved = run.clock.seconds
+                run.save()
+                self._saved = run.clock.seconds
             if signals.asked(run.step):
                 raise Stopped(run.step)
             if any(deadline.reached(metrics) for deadline in deadlines):

@@ -74,11 +74,6 @@ class Trunk(NamedTuple):
         check_images(images)
         return jax.jit(self.apply, static_argnums=2)(self.params, jnp.asarray(images), names)
 
-    def logits(self, params: Params, images: jax.Array) -> jax.Array:
-        """A classifier's logits [N, K]; pure, like `apply`."""
-        head = self.with_head()
-        return self.apply(params, images, (head,))[head]
-
     def with_head(self) -> str:
         """The name of the layer of the logits; raises where the network has none."""
         if self.head is None:
