@@ -2,6 +2,8 @@
 
 Most of the tests' time is compilation. So JAX's cache keeps programs between processes and runs,
 and in some rooms XLA optimizes little. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` asks for all of it.
+
+Property tests try the same examples in every run; `HYPOTHESIS_PROFILE=default` tries new ones.
 """
 
 import gc
@@ -30,8 +32,12 @@ from jaxtyping import install_import_hook
 
 install_import_hook("jdl", "beartype.beartype")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
