@@ -21,7 +21,7 @@ ARROWS = {
     "data": {"core"},
     "solvers": {"core", "optim"},
     "train": {"core", "losses", "metrics", "models", "optim", "curvature"},
-    "recipes": {"core", "models", "optim", "data", "train"},
+    "recipes": {"core", "metrics", "models", "optim", "data", "train"},
     "vision": {"core", "metrics", "models", "optim", "data", "train", "recipes"},
     "compare": {"core", "losses", "metrics", "models", "optim", "data", "train"},
 }

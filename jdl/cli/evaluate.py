@@ -45,6 +45,7 @@ class Args:
 def run(args: Args) -> None:
     """Prints the numbers."""
     from jdl import metrics
+    from jdl.recipes.datasets import told
 
     opened = options.open_run(args, "test")
     config, images = opened.config, opened.images
@@ -80,7 +81,7 @@ def run(args: Args) -> None:
     output.table(
         ["", *values],
         [[opened.split or "all images", *(f"{v:.4f}" for v in values.values())]],
-        f"{args.workdir} at step {estimator.step}, {images.num_records} images of {opened.data}",
+        f"{args.workdir} at step {estimator.step}, {told(opened.data, images.num_records)}",
     )
     options.print_skipped(images)
     if scores is not None:

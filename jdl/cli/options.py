@@ -123,7 +123,7 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
 
     `split` is the default if the data have it; `options` are further ones of `RunConfig.images`.
     """
-    from jdl.recipes.datasets import default_split
+    from jdl.recipes.datasets import default_split, named
     from jdl.recipes.run_config import RunConfig
 
     check_positive(args, "batch_size")
@@ -135,7 +135,7 @@ def open_run(args: Any, split: str, **options: Any) -> RunOnData:
     must = "other than none for a classifier" if learns else "left out: no labels are used"
     ok = given["label"] != "none" if learns else given["label"] is None
     check.argument(ok, "--label", must, config.label)
-    data = config.data if args.data is None else args.data
+    data = config.data if args.data is None else named(args.data, config.kind)
     chosen = default_split(data, args.split, split, **config.which)
     options = {"labelled": learns} | options
     images = config.images(data, chosen, batch_size=args.batch_size, **options)

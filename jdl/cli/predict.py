@@ -47,7 +47,11 @@ def run(args: Args) -> None:
     from jdl.recipes.run_config import RunConfig
     from jdl.train.predict import write_predictions
 
-    labelled = RunConfig.load(args.workdir).kind == "cgan"
+    held = RunConfig.load(args.workdir)
+    if held.kind == "text":
+        why = f"holds a {held.model}, whose predictions are texts: see `jdl sample`."
+        raise check.UserError(f"{args.workdir} {why}")
+    labelled = held.kind == "cgan"
     config, _, _, images = options.open_run(args, "test", labelled=labelled)
     kind = config.kind
     ok = (kind in LABELLED and not labelled) or not args.probabilities

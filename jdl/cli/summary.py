@@ -43,7 +43,7 @@ def run(args: Args) -> None:
     import numpy as np
 
     from jdl.recipes import own
-    from jdl.recipes.datasets import parse_size
+    from jdl.recipes.datasets import input_shape, parse_size
     from jdl.recipes.registry import RECIPES, recipe
     from jdl.recipes.run_config import RunConfig
     from jdl.train.summary import summarize
@@ -67,7 +67,12 @@ def run(args: Args) -> None:
         what = model
     if recipe(model).data == "trees":
         raise check.UserError(f"jdl summary needs a model of images; {model} reads trees.")
-    given = [jax.ShapeDtypeStruct((args.batch_size, *shape), np.dtype(np.float32))]
+    is_text = recipe(model).kind == "text"
+    if is_text:
+        options.check_left_out(args, False, "a text has none", "size", "color", "classes")
+        shape, classes = input_shape(recipe(model).data, (), 0), 0
+    dtype = np.dtype(np.int32 if is_text else np.float32)
+    given = [jax.ShapeDtypeStruct((args.batch_size, *shape), dtype)]
     if own.is_file(data):
         given, classes = own.inputs(model, data, args.batch_size)
         shape = given[0].shape[1:]
@@ -81,7 +86,8 @@ def run(args: Args) -> None:
         about = {"image_shape": list(shape)} | {name: getattr(found, name) for name in totals}
         print(json.dumps(about | {"arrays": [entry._asdict() for entry in found.entries]}))
         return
-    _show(found, f"{what}, images {'×'.join(map(str, shape))}")
+    of = "windows of bytes" if is_text else "images"
+    _show(found, f"{what}, {of} {'×'.join(map(str, shape))}")
 
 
 def _show(found: "Summary", title: str) -> None:

@@ -11,6 +11,7 @@ Examples:
   jdl train cnn --data photos.tar --try
   jdl train cnn --data photos.tar --overfit 1 --max-steps 200
   jdl train recursive --data trees.txt
+  jdl train gpt --data book.txt --steps 200
   jdl train my_net.py --data photos.tar
   jdl train --config runs/photos/config.toml --seed 1 --workdir runs/photos-1
   mpirun -n 2 jdl train cnn --distributed
@@ -45,11 +46,12 @@ class Args:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """mlp, cnn, rnn (of an image's rows), vit, resnet, autoencoder, denoising, vae, rbm, dbn,
-    recursive, gan, cgan (a GAN of classes); or your own .py file, which defines model, loss and,
-    without --data, data"""
+    recursive, gan, cgan (a GAN of classes), gpt, lstm (of the bytes of a text); or your own .py
+    file, which defines model, loss and, without --data, data"""
     data: str | None = None
     """a tar, a glob, a brace range such as a-{00..07}.tar; by default digits. For recursive a file
-    of trees, .txt with one in brackets each line, or .conllu; by default generated trees"""
+    of trees, .txt with one in brackets each line, or .conllu; by default generated trees. For gpt
+    and lstm any text file; by default generated letters"""
     optimizer: str | None = None
     """sgd adam lbfgs cg hf kfac, or another of `jdl compare --help`; by default the model's"""
     learning_rate: float | None = None
@@ -177,8 +179,8 @@ def _job(args: Args) -> _Job:
     from jdl.recipes.run_config import MIXED, RunConfig
 
     chosen = recipe(args.model)
-    source = chosen.data if args.data is None else args.data
-    are_arrays, are_trees = datasets.check_suits(source, chosen)
+    source = datasets.named(chosen.data if args.data is None else args.data, chosen.kind)
+    are_arrays, no_images = datasets.check_suits(source, chosen)
     optimizer = registry.short_name(chosen.optimizer if args.optimizer is None else args.optimizer)
     spec = registry.REGISTRY[optimizer]
     which = {"include": args.include, "exclude": args.exclude}
@@ -197,8 +199,10 @@ def _job(args: Args) -> _Job:
     options.check_left_out(args, fixed, why, "crop")
     options.check_left_out(args, args.overfit is None, why, "flip", "augment")
     names = (*augmentation, *which, "label")
-    options.check_left_out(args, not are_trees, "trees are no images", *names)
+    options.check_left_out(args, not no_images, "the data are no images", *names)
     names = (*names, "size", "color")
+    is_text = chosen.kind == "text"
+    options.check_left_out(args, not is_text, "a text has no size or color", "size", "color")
     options.check_left_out(args, not are_arrays, "a file's data are arrays", *names)
     label = args.label
     if label is None and chosen.kind not in LABELLED:
@@ -266,13 +270,15 @@ def _job(args: Args) -> _Job:
 
 def _train(job: _Job, **options_of_estimator: Any) -> None:
     from jdl.cli import output, progress
+    from jdl.recipes.datasets import told
     from jdl.recipes.warm_start import first_model
     from jdl.train.checkpoint import begun
 
     config, workdir = job.config, job.workdir
+    classes = len(config.classes)
     print(
-        f"{_short(config.model)} on {job.data.num_records} examples of {_short(config.data)} "
-        f"({len(config.classes)} classes), {config.optimizer}, batches of {config.batch_size}, "
+        f"{_short(config.model)} on {told(_short(config.data), job.data.num_records, classes)}, "
+        f"{config.optimizer}, batches of {config.batch_size}, "
         f"to step {job.max_steps}; writing to {workdir}"
     )
     # Opened before any training, so that an error in them is raised first.

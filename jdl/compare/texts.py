@@ -10,14 +10,14 @@ from jdl import losses, metrics
 from jdl.compare.identity import as_label
 from jdl.compare.problems import Problem, arrays_problem
 from jdl.compare.results import Target
-from jdl.core import check
 from jdl.core.types import Batch
 from jdl.data.tar.paths import Paths
 from jdl.models.rnn import RNN, next_step_loss
+from jdl.models.sequences import SYMBOLS, entropy, mapped, markov
 from jdl.models.transformer import LanguageModel
 
 LENGTH, MOST = 64, 4096  # bytes of a piece of a text, and pieces
-SYMBOLS, STEPS = 8, 64  # of the Markov chain
+STEPS = 64  # of the Markov chain
 PRIME, DECAY = 31, 1e-3  # of the sums
 
 
@@ -93,35 +93,6 @@ def lstm_bytes(data: Paths | None = None) -> Problem:
     )
 
 
-def markov(n: int, steps: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Pieces int32[n, steps] of a random chain of order two, and the least expected loss.
-
-        p(xₜ | xₜ₋₂, xₜ₋₁) ~ Dirichlet(⅓)
-        least loss = [H(x₂ | x₁) + (T − 2) H(x₃ | x₁, x₂)] / (T − 1)
-
-    in nats; the first two symbols are from the stationary distribution.
-
-    >>> pieces, least = markov(2, 5, np.random.default_rng(0))
-    >>> pieces.shape, bool(0 < least < np.log(8))
-    ((2, 5), True)
-    """
-    p = rng.dirichlet(np.full(SYMBOLS, 1 / 3), (SYMBOLS, SYMBOLS))
-    pairs = np.full((SYMBOLS, SYMBOLS), SYMBOLS**-2.0)
-    for _ in range(1000):  # the power method
-        pairs = np.einsum("ab,abc->bc", pairs, p)
-    first, second = np.divmod(rng.choice(SYMBOLS**2, n, p=pairs.ravel() / pairs.sum()), SYMBOLS)
-    x = [first, second]
-    for _ in range(steps - 2):
-        x.append((p[x[-2], x[-1]].cumsum(1) < rng.random((n, 1))).sum(1).clip(max=SYMBOLS - 1))
-    of_pair = _entropy(pairs) - _entropy(pairs.sum(1))
-    later = _entropy(pairs[..., None] * p) - _entropy(pairs)
-    return np.stack(x, 1).astype(np.int32), (of_pair + (steps - 2) * later) / (steps - 1)
-
-
-def _entropy(p: np.ndarray) -> float:
-    return float(-(p * np.log(np.maximum(p, 1e-300))).sum())
-
-
 def pieces(data: Paths, problem: str) -> np.ndarray:
     """Pieces int32[n, 64] of a text's bytes, at most 4,096, spread evenly over the file.
 
@@ -132,24 +103,16 @@ def pieces(data: Paths, problem: str) -> np.ndarray:
     Raises:
       DataError: it is no file, not text, or of less than 64 pieces.
     """
-    path = Path(str(data))
-    if not path.is_file():
-        raise check.DataError(f"{problem} reads a text file: {data} is none.")
-    count = path.stat().st_size // LENGTH
-    if count < 64:
-        raise check.DataError(f"{path} must have at least {64 * LENGTH:,} bytes for {problem}.")
-    rows = np.memmap(path, np.uint8, "r", shape=(count, LENGTH))
-    found = rows[np.linspace(0, count - 1, min(count, MOST)).astype(int)].astype(np.int32)
-    if not found.all():
-        raise check.DataError(f"{path} is not text: it has bytes of 0. {problem} reads text.")
-    return found
+    text = mapped(str(data), 64 * LENGTH, problem)
+    rows = text[: len(text) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST)).astype(int)].astype(np.int32)
 
 
 def _text(name: str, net: Any, data: Paths) -> Problem:
     """The last eighth of a text is the test data; the target, ¾ of the entropy of single bytes."""
     x = pieces(data, name)
     cut = len(x) - len(x) // 8
-    single = _entropy(np.bincount(x[:cut].ravel()) / x[:cut].size)
+    single = entropy(np.bincount(x[:cut].ravel()) / x[:cut].size)
     return arrays_problem(
         as_label(f"{name}-{Path(str(data)).stem}"),
         lambda: net,

@@ -88,6 +88,17 @@ def _numbers(name: str, x: Any, count: int) -> jax.Array:
     return jnp.where((x < 0) | (x > count), count, x)
 
 
+def draw(logits: jax.Array, key: Key, temperature: float) -> jax.Array:
+    """Numbers from softmax(logits / temperature), int32[...]; at 0 the most likely ones.
+
+    >>> draw(jnp.array([[1.0, 3.0, 2.0]]), jax.random.key(0), 0.0).tolist()
+    [1]
+    """
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+
 def max_pool(
     x: Float[Array, "B H W C"], pool_size: Sequence[int], strides: Sequence[int]
 ) -> Float[Array, "B h w C"]:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jdl.core import check
 from jdl.core.types import Batch, Key, Params
 from jdl.losses import softmax_cross_entropy
-from jdl.models.layers import one_hot, sparse_init
+from jdl.models.layers import draw, one_hot, sparse_init
 
 CELLS = {"vanilla": nn.SimpleCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 
@@ -277,14 +277,9 @@ def generate(
     must = "one with as many outputs as its vocabulary"
     check.argument(ok, "net", must, (net.num_outputs, net.vocabulary))
 
-    def draw(logits: jax.Array, key: Key) -> jax.Array:
-        if temperature == 0:
-            return jnp.argmax(logits, axis=-1)
-        return jax.random.categorical(key, logits / temperature)
-
     def step(state: tuple[jax.Array, Carry], key: Key) -> tuple[tuple[jax.Array, Carry], jax.Array]:
         logits, carry = state
-        token = draw(logits, key)
+        token = draw(logits, key, temperature)
         outputs, carry = net.apply({"params": params}, token[:, None], carry, method="stream")
         return (outputs[:, -1], carry), token
 

@@ -1,12 +1,14 @@
 """Sequences as data: padding, text as numbers, and problems with long-term dependencies."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jdl.core import check
 
+SYMBOLS = 8  # of the Markov chain
 Arrays = tuple[np.ndarray, np.ndarray]  # sequences float32[n, T, F], targets
 
 
@@ -65,6 +67,56 @@ def windows(text: str, length: int, stride: int | None = None) -> tuple[np.ndarr
     coded = np.array([table[c] for c in text], np.int32)
     starts = range(0, len(coded) - length + 1, stride or length)
     return np.stack([coded[start : start + length] for start in starts]), alphabet
+
+
+def mapped(path: str, least: int, reader: str) -> np.ndarray:
+    """The bytes of a text file, uint8[n], n ≥ `least`, on disk until they are used.
+
+    Raises DataError, which names the `reader`, for what is no file, too short, or not text: with a
+    byte of 0 at its beginning.
+
+    >>> mapped(__file__, 8, "this example")[3:11].tobytes()
+    b'Sequence'
+    """
+    if not Path(path).is_file():
+        raise check.DataError(f"{path} is not a text file; {reader} needs one.")
+    if (size := Path(path).stat().st_size) < least:
+        must = f"must have at least {least:,} bytes for {reader}"
+        raise check.DataError(f"{path} {must}; it has {size:,}.")
+    found = np.asarray(np.memmap(path, np.uint8, "r"))
+    if not found[: 1 << 16].all():
+        raise check.DataError(f"{path} is not text: it has bytes of 0; {reader} needs text.")
+    return found
+
+
+def markov(n: int, steps: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Pieces int32[n, steps] of a random chain of order two, and the least expected loss.
+
+        p(xₜ | xₜ₋₂, xₜ₋₁) ~ Dirichlet(⅓)
+        least loss = [H(x₂ | x₁) + (T − 2) H(x₃ | x₁, x₂)] / (T − 1)
+
+    in nats; the first two symbols are from the stationary distribution.
+
+    >>> pieces, least = markov(2, 5, np.random.default_rng(0))
+    >>> pieces.shape, bool(0 < least < np.log(8))
+    ((2, 5), True)
+    """
+    p = rng.dirichlet(np.full(SYMBOLS, 1 / 3), (SYMBOLS, SYMBOLS))
+    pairs = np.full((SYMBOLS, SYMBOLS), SYMBOLS**-2.0)
+    for _ in range(1000):  # the power method
+        pairs = np.einsum("ab,abc->bc", pairs, p)
+    first, second = np.divmod(rng.choice(SYMBOLS**2, n, p=pairs.ravel() / pairs.sum()), SYMBOLS)
+    x = [first, second]
+    for _ in range(steps - 2):
+        x.append((p[x[-2], x[-1]].cumsum(1) < rng.random((n, 1))).sum(1).clip(max=SYMBOLS - 1))
+    of_pair = entropy(pairs) - entropy(pairs.sum(1))
+    later = entropy(pairs[..., None] * p) - entropy(pairs)
+    return np.stack(x, 1).astype(np.int32), (of_pair + (steps - 2) * later) / (steps - 1)
+
+
+def entropy(p: np.ndarray) -> float:
+    """−Σ p log p, in nats."""
+    return float(-(p * np.log(np.maximum(p, 1e-300))).sum())
 
 
 def adding(n: int, steps: int, rng: np.random.Generator) -> Arrays:

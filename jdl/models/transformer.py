@@ -1,11 +1,15 @@
 """Transformers: a causal language model and a vision transformer, of the same blocks."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jdl.core import check
-from jdl.models.layers import embedded
+from jdl.core.types import Key, Params
+from jdl.models.layers import draw, embedded
 
 
 class TransformerBlock(nn.Module):
@@ -75,6 +79,52 @@ class LanguageModel(nn.Module):
         for _ in range(self.depth):
             x = TransformerBlock(self.heads, causal=True)(x)
         return nn.Dense(self.vocabulary, name="logits")(nn.LayerNorm()(x))
+
+
+def generate(
+    net: LanguageModel,
+    params: Params,
+    prompt: ArrayLike,
+    steps: int,
+    key: Key,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Continuations of texts, each symbol sampled given those before: int[B, steps].
+
+    The net sees the last T symbols, T being the number of its positions; each step costs a forward
+    pass over T.
+
+    Args:
+      net: the model.
+      params: its parameters.
+      prompt: the beginnings of the texts, int[B, N], N ≥ 1.
+      steps: how many symbols to sample.
+      key: a random key.
+      temperature: divides the logits; 0 for the most likely symbol each time.
+
+    >>> net, prompt = LanguageModel(3, width=8, depth=1), jnp.zeros((2, 4), jnp.int32)
+    >>> params = net.init(jax.random.key(0), prompt)["params"]
+    >>> generate(net, params, prompt, 9, jax.random.key(1)).shape
+    (2, 9)
+    """
+    check.positive_int("steps", steps)
+    check.in_range("temperature", temperature, 0.0)
+    check.values("prompt", prompt, 0, net.vocabulary - 1, f"numbers in [0, {net.vocabulary})")
+    prompt, window = jnp.asarray(prompt, jnp.int32), params["positions"].shape[1]
+    ok = prompt.ndim == 2 and prompt.shape[1] > 0
+    check.argument(ok, "prompt", "of shape [B, N], N ≥ 1", prompt.shape)
+    prompt = prompt[:, -window:]
+    number = prompt.shape[1]  # of known symbols; the causal mask hides what is right of them
+
+    def step(state: Any, key: Key) -> tuple[Any, jax.Array]:
+        tokens, number = state
+        token = draw(net.apply({"params": params}, tokens)[:, number - 1], key, temperature)
+        tokens = jnp.where(number == window, jnp.roll(tokens, -1, axis=1), tokens)
+        at = jnp.minimum(number, window - 1)
+        return (tokens.at[:, at].set(token), at + 1), token
+
+    start = jnp.pad(prompt, ((0, 0), (0, window - number))), jnp.asarray(number)
+    return jax.lax.scan(step, start, jax.random.split(key, steps))[1].T
 
 
 class ViT(nn.Module):

@@ -1,4 +1,7 @@
-"""The data of `--data`: a tar, a glob, a brace range, `digits`; or trees: `trees`, or a file."""
+"""The data of `--data`: a tar, a glob, a brace range, `digits`; trees: `trees`, or a file; a text.
+
+Of a model of texts any file is a text, named "text:FILE" here and in `config.toml`.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +10,8 @@ from jdl.core import check
 if TYPE_CHECKING:
     from jdl.data import Batches
     from jdl.recipes.registry import Recipe
+
+TEXT, CHAIN, WINDOW = "text:", "chain", 128  # a file's prefix, the generated text, a window's bytes
 
 
 def choice(
@@ -31,7 +36,9 @@ def choice(
 
 
 def kind(data: str) -> str:
-    """What `--data` names: "images", "generated trees", "a file of trees", "a file's arrays"."""
+    """What `--data` names: "images", "generated trees", "a file of trees", "a text"."""
+    if data == CHAIN or data.startswith(TEXT):
+        return "a text"
     if data == "trees":
         return "generated trees"
     if data.endswith(".py"):
@@ -39,8 +46,32 @@ def kind(data: str) -> str:
     return "a file of trees" if data.endswith((".txt", ".conllu")) else "images"
 
 
+def named(data: str, kind_of_model: str) -> str:
+    """The data's name: of a model of texts a file is a text.
+
+    >>> named("a.txt", "text"), named("a.txt", "trees")
+    ('text:a.txt', 'a.txt')
+    """
+    is_file = kind_of_model == "text" and kind(data) != "a text"
+    return f"{TEXT}{data}" if is_file else data
+
+
+def told(data: str, number: int, classes: int | None = None) -> str:
+    """So many examples of the data, in words.
+
+    >>> told("text:a.txt", 7), told("digits", 7), told("digits", 7, 10)
+    ('7 windows of 128 bytes of a.txt', '7 images of digits', '7 examples of digits (10 classes)')
+    """
+    if kind(data) == "a text":
+        what = "generated letters, a Markov chain" if data == CHAIN else data.removeprefix(TEXT)
+        return f"{number} windows of {WINDOW} bytes of {what}"
+    if classes is None:
+        return f"{number} images of {data}"
+    return f"{number} examples of {data} ({classes} classes)"
+
+
 def check_suits(data: str, chosen: "Recipe") -> tuple[bool, bool]:
-    """Raises unless the model can read the data; returns whether they are arrays, or trees."""
+    """Raises unless the model can read the data; returns whether they are arrays; no images."""
     is_own, found = chosen.kind == "own", kind(data)
     must = "given, or else the model's file must define data of its own"
     check.argument(bool(data), "--data", must, None)
@@ -48,8 +79,10 @@ def check_suits(data: str, chosen: "Recipe") -> tuple[bool, bool]:
     must = "images, or a Python file that defines data" if is_own else "images for this model"
     if chosen.data == "trees":
         ok, must = "trees" in found, "trees for this model: a .txt or .conllu file"
+    if chosen.kind == "text":
+        ok = found == "a text"
     check.argument(ok, "--data", must, data)
-    return found == "a file's arrays", "trees" in found
+    return found == "a file's arrays", "trees" in found or found == "a text"
 
 
 def open_images(data: str, *, size: tuple[int, ...], words: Any = (), **options: Any) -> "Batches":
@@ -61,6 +94,10 @@ def open_images(data: str, *, size: tuple[int, ...], words: Any = (), **options:
         from jdl.recipes.formulas import trees_of
 
         return trees_of(**options)
+    if kind(data) == "a text":
+        from jdl.recipes import texts
+
+        return texts.batches_of(data, **options)
     if kind(data) == "a file's arrays":
         from jdl.recipes import own
 
@@ -77,11 +114,13 @@ def open_images(data: str, *, size: tuple[int, ...], words: Any = (), **options:
 
 
 def input_shape(data: str, size: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """The shape of one input: (height, width, channels), or that of generated trees."""
+    """The shape of one input: (height, width, channels), or that of generated trees or a text."""
     if data == "trees":
         from jdl.recipes.formulas import SHAPE
 
         return SHAPE
+    if kind(data) == "a text":
+        return (WINDOW,)
     return (*size, channels) if kind(data) == "images" else size
 
 
@@ -104,7 +143,7 @@ def default_split(data: str, wanted: str | None, default: str, **which: str | No
     if wanted is not None:
         return None if wanted == "all" else wanted
     if kind(data) != "images":
-        return default if data == "trees" else None
+        return default if data == "trees" or kind(data) == "a text" else None
     from jdl.data import resolve, splits
 
     return default if default in splits(resolve(data), **choice(**which)) else None

@@ -26,8 +26,8 @@ from jdl.models.rbm import RBM
 from jdl.models.recursive import TreeLSTM
 from jdl.models.resnet import ResNet
 from jdl.models.rnn import RNN
-from jdl.models.transformer import ViT
-from jdl.recipes import formulas, own, pictures
+from jdl.models.transformer import LanguageModel, ViT
+from jdl.recipes import formulas, own, pictures, texts
 from jdl.recipes.gan_pictures import draw_from, draw_samples, samples_over_time
 from jdl.recipes.tree_pictures import draw_trees
 from jdl.train import boltzmann, premade
@@ -61,13 +61,16 @@ class Drawn(NamedTuple):
     key: Key
     label: jax.Array | None = None  # int[number], for a model of classes
     temperature: float = 1.0
+    prompt: bytes = b""  # that texts continue
+    length: int = 0  # of texts, in bytes
 
 
 class Recipe(NamedTuple):
     """How a model is built and trained."""
 
     build: Callable[[Shape, int], Net]  # `build(image_shape, num_classes) -> net`
-    # what the outputs mean: "classifier", "autoencoder", "rbm", "trees", "gan", "cgan" of classes;
+    # what the outputs mean: "classifier", "autoencoder", "rbm", "trees", "text", "gan", "cgan" of
+    # classes;
     # "own" of a file, whose run may find it a "classifier"
     kind: str
     steps: int  # the recommended number of steps on the bundled digits
@@ -80,11 +83,12 @@ class Recipe(NamedTuple):
     prepare: Callable[[Any, Batches, Path, int], Model] | None = None
     # `pictures(finished) -> paths` of the pictures drawn at the end of a run
     pictures: Callable[[Finished], list[Path]] | None = None
-    # `sample(drawn) -> images` float32[number, H, W, C] in [0, 1], of a model that makes some
+    # `sample(drawn) -> images` float32[number, H, W, C] in [0, 1], of a model that makes some; of
+    # texts their bytes int32[number, length]
     sample: Callable[[Drawn], ArrayLike] | None = None
     temperature: float = 1.0  # of samples, by default
     of_classes: bool = False  # whether each sample is of a class
-    # the default of `--data`: "digits", "trees" for generated trees, a file, or "" for none
+    # the default of `--data`: "digits", "trees" or "chain" for generated data, a file, "" for none
     data: str = "digits"
     # of a file: `facts(source, some, classes)`, called before a run, returns fields of `RunConfig`
     facts: Callable[[str, Batch, tuple[str, ...]], dict[str, Any]] | None = None
@@ -297,6 +301,11 @@ def _tree_pictures(run: Finished) -> list[Path]:
     return [draw_trees(net, run.estimator.evaluation_params, packed, formulas.WORDS, path)]
 
 
+def _of_text(drawn: Drawn) -> ArrayLike:
+    how: Any = drawn.prompt, drawn.number, drawn.length, drawn.key, drawn.temperature
+    return texts.continued(drawn.net, drawn.estimator.evaluation_params, *how)
+
+
 def _gan(image_shape: Shape, num_classes: int) -> GAN:
     height, width, channels = image_shape
     return GAN.of_shape((height, width, channels))
@@ -348,6 +357,8 @@ _GAN = Recipe(
     pictures=_gan_pictures,
     sample=_of_gan,
 )
+_TEXT: Any = {"estimator": texts.estimator, "sample": _of_text, "data": "chain"}
+_GPT = Recipe(lambda *_: LanguageModel(width=128, depth=2), "text", 1000, batch_size=32, **_TEXT)
 RECIPES = {
     "mlp": Recipe(lambda _, k: MLP(num_outputs=k, widths=(500, 500)), "classifier", 400),
     "cnn": Recipe(_cnn, "classifier", 400),
@@ -386,6 +397,8 @@ RECIPES = {
         pictures=_tree_pictures,
         data="trees",
     ),
+    "gpt": _GPT,
+    "lstm": _GPT._replace(build=lambda *_: RNN(256, 256, vocabulary=256, every_step=True)),
     "gan": _GAN,
     "cgan": _GAN._replace(build=_cgan, kind="cgan", of_classes=True),
 }

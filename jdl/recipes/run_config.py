@@ -158,22 +158,21 @@ class RunConfig:
         )
 
     def sample(
-        self, workdir: Path, number: int, seed: int, label: Any, temperature: float | None
+        self, workdir: Path, number: int, seed: int, label: Any, temperature: Any, **of_texts: Any
     ) -> ArrayLike:
         """Samples of the trained run, by its recipe; arguments as for `Drawn`."""
         if not begun(workdir):
             raise check.UserError(f"{workdir} has no checkpoint yet: train it first.")
         estimator, chosen = self.estimator(workdir, devices=jax.devices()[:1]), recipe(self.model)
         image = np.zeros((1, *self.image_shape), np.float32)
-        blank = {"image": image, "label": np.zeros(1, np.int32)}
+        blank = {"image": image, "label": np.zeros(1, np.int32), "tokens": image.astype(np.int32)}
         next(estimator.predict_batches([blank]))  # restores the checkpoint
         label = None if label is None else jnp.asarray(label)
         warm = chosen.temperature if temperature is None else temperature
         net, key = self.build_model(), jax.random.key(seed)
         assert chosen.sample is not None
-        return chosen.sample(
-            Drawn(net, estimator, workdir, self.image_shape, number, key, label, warm)
-        )
+        first = (net, estimator, workdir, self.image_shape, number, key, label, warm)
+        return chosen.sample(Drawn(*first, **of_texts))
 
     def images(
         self, data: str, split: str | None, *, labelled: bool = True, **options: Any

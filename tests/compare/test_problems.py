@@ -313,7 +313,7 @@ def test_a_text_is_cut_into_pieces_from_all_of_it(tmp_path):
     path.write_bytes(b"\0" * 5000)
     with pytest.raises(DataError, match="is not text"):
         by_name("lstm-bytes", path)
-    with pytest.raises(DataError, match="reads a text file"):
+    with pytest.raises(DataError, match="is not a text file; lstm-bytes needs one"):
         by_name("lstm-bytes", tmp_path)
 
 
