@@ -86,11 +86,11 @@ def run(args: Args) -> None:
         about = {"image_shape": list(shape)} | {name: getattr(found, name) for name in totals}
         print(json.dumps(about | {"arrays": [entry._asdict() for entry in found.entries]}))
         return
-    of = "windows of bytes" if is_text else "images"
-    _show(found, f"{what}, {of} {'×'.join(map(str, shape))}")
+    one, several = ("a window", "windows of bytes") if is_text else ("an image", "images")
+    _show(found, f"{what}, {several} {'×'.join(map(str, shape))}", one)
 
 
-def _show(found: "Summary", title: str) -> None:
+def _show(found: "Summary", title: str, one: str) -> None:
     rows = []
     for entry in found.entries:
         of_all = f"{entry.size / found.parameters:.1%}" if entry.kind == "params" else "state"
@@ -100,7 +100,7 @@ def _show(found: "Summary", title: str) -> None:
     print(f"parameters: {found.parameters:,} in {_units(float(found.bytes), 1024, 'iB')}")
     for name, flops in (("outputs", found.forward_flops), ("with gradient", found.gradient_flops)):
         text = "not known to this compiler" if flops is None else _units(flops, 1000, "FLOP")
-        print(f"{name + ', an image:':25}{text}")
+        print(f"{f'{name}, {one}:':25}{text}")
 
 
 def _units(value: float | int, base: int, unit: str) -> str:
