@@ -118,7 +118,8 @@ def generate(
 
     def step(state: Any, key: Key) -> tuple[Any, jax.Array]:
         tokens, number = state
-        token = draw(net.apply({"params": params}, tokens)[:, number - 1], key, temperature)
+        logits: Any = net.apply({"params": params}, tokens)
+        token = draw(logits[:, number - 1], key, temperature)
         tokens = jnp.where(number == window, jnp.roll(tokens, -1, axis=1), tokens)
         at = jnp.minimum(number, window - 1)
         return (tokens.at[:, at].set(token), at + 1), token
