@@ -270,14 +270,14 @@ def _job(args: Args) -> _Job:
 
 def _train(job: _Job, **options_of_estimator: Any) -> None:
     from jdl.cli import output, progress
-    from jdl.recipes.datasets import told
+    from jdl.recipes import datasets
     from jdl.recipes.warm_start import first_model
     from jdl.train.checkpoint import begun
 
     config, workdir = job.config, job.workdir
-    classes = len(config.classes)
+    about = (_short(config.data), job.data.num_records, len(config.classes))
     print(
-        f"{_short(config.model)} on {told(_short(config.data), job.data.num_records, classes)}, "
+        f"{_short(config.model)} on {datasets.told(*about)}, "
         f"{config.optimizer}, batches of {config.batch_size}, "
         f"to step {job.max_steps}; writing to {workdir}"
     )
