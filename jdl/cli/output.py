@@ -47,6 +47,8 @@ def amount(nbytes: int) -> str:
 
 def memory(estimator: Any) -> str:
     """The estimate of `jdl.Estimator.memory`, by parts."""
+    if not estimator.memory:
+        return "unknown"
     found = {name: amount(n) for name, n in estimator.memory.items()}
     parts = ", ".join(f"{name} {found[name]}" for name in ("state", "batches", "temporaries"))
     return f"{found['peak']} on each device ({parts})"

@@ -50,8 +50,7 @@ class StepProgress:
 
     def compiled(self, estimator: Any) -> None:
         """Prints how much memory the training needs, before the first step."""
-        if estimator.memory:
-            print(f"memory: {output.memory(estimator)}", flush=True)
+        print(f"memory: {output.memory(estimator)}", flush=True)
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Takes one row of the log."""

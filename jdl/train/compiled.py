@@ -18,8 +18,6 @@ from jdl.train.step import Logs, TrainState
 
 logger = logging.getLogger("jdl.train")
 
-BATCHES_HELD = 3  # on a device, by the loop: see `jdl.Estimator.memory`
-
 Step = Callable[[TrainState, Any], tuple[TrainState, Logs]]  # of a batch, or a stack of them
 
 
@@ -106,7 +104,7 @@ class CompiledSteps:
         reused = plan.alias_size_in_bytes
         found = {
             "state": max(reused, plan.argument_size_in_bytes - batch),
-            "batches": BATCHES_HELD * batch,
+            "batches": 3 * batch,  # as many as the loop holds
             "temporaries": plan.temp_size_in_bytes + plan.output_size_in_bytes - reused,
         }
         found["peak"] = sum(found.values())

@@ -479,8 +479,7 @@ class Estimator:
     def _tell_compiled(self) -> None:
         """Tells the hooks that have a method `compiled`, before the first step of a `train`."""
         for hook in self._hooks:
-            if (tell := getattr(hook, "compiled", None)) is not None:
-                tell(self)
+            getattr(hook, "compiled", lambda _: None)(self)
 
     def _warn_of_missing_rows(self, *, validates: bool) -> None:
         """Warns of hooks and `keep_best` that wait for rows which this training does not log."""

@@ -193,7 +193,7 @@ class ServiceWriter:
 
     Args:
       workdir: the run directory; its file `NAME.id` keeps which of the service's runs it is.
-      name: the service's, among `SERVICES`.
+      name: among `SERVICES`.
     """
 
     def __init__(self, workdir: str | Path, name: str):
@@ -223,9 +223,8 @@ class ServiceWriter:
 
     def _open(self) -> Send:
         if self._send is None:
-            config, path = {}, self._workdir / "config.toml"
-            if path.exists():
-                config = tomllib.loads(path.read_text(encoding="utf-8"))
+            path = self._workdir / "config.toml"
+            config = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             identity = self._id.read_text(encoding="utf-8") if self._id.exists() else None
             try:
                 found, self._send = self._begin(self._workdir, identity, config)
@@ -234,9 +233,8 @@ class ServiceWriter:
                     f"{self._title} does not begin the run: {error}."
                     + (f" Without {self._id} it would be a new one." if identity else "")
                 ) from error
-            if found != identity:
-                self._workdir.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._id, found)
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._id, found)
         return self._send
 
 
@@ -282,9 +280,8 @@ def _mlflow_run(workdir: Path, identity: str | None, config: dict[str, Any]) -> 
 
     def send(step: int, values: dict[str, float]) -> None:
         now = int(1000 * time.time())
-        # Its names are words, of which it allows these characters.
-        named = {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in values.items()}
-        metrics = [Metric(name, value, now, step) for name, value in named.items()]
+        words = {re.sub(r"[^\w\-./ ]", "_", name): x for name, x in values.items()}  # all it takes
+        metrics = [Metric(name, value, now, step) for name, value in words.items()]
         last[:] = [client.log_batch(run, metrics=metrics, synchronous=False)]
 
     def end() -> None:
