@@ -241,8 +241,7 @@ class Estimator:
 
         Not included: other programs (initial parameters, evaluation), arrays that the caller holds,
         the compiler's trials of kernels; and of the host Python, the threads that decode, the data.
-        On a CPU the scratch of matrix products comes on top: 5 to 11 % in trainings with `adam`, 16
-        to 23 % with `hf`.
+        On a CPU the scratch of its kernels comes on top: 5 to 11 % with `adam`, to 23 % with `hf`.
         """
         return self._steps.memory
 
@@ -254,7 +253,8 @@ class Estimator:
 
         >>> from jdl import from_fns, losses
         >>> line = from_fns(lambda key, x: jnp.zeros((1, 1)), lambda slope, x: x @ slope)
-        >>> estimator = Estimator(line, losses.squared_error, optax.sgd(0.5))
+        >>> device = jax.devices()[:1]
+        >>> estimator = Estimator(line, losses.squared_error, optax.sgd(0.5), devices=device)
         >>> batch = {"image": jnp.ones((4, 1)), "label": jnp.ones((4, 1))}  # 2·4 floats of 4 bytes
         >>> estimator.memory_estimate([batch])["batches"]  # 3 of them
         96
