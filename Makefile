@@ -80,7 +80,7 @@ bench-optim: $(READY)  ## second-order methods against their peers, on MNIST's f
 	$(BIN)/python tests/benchmarks/bench_optim.py $(ARGS)
 
 bench-solvers: $(READY)  ## run-to-convergence solvers against jaxopt, optax, optimistix, SciPy; Lanczos against ARPACK
-	$(BIN)/python tests/benchmarks/bench_solvers.py
+	$(BIN)/python tests/benchmarks/bench_solvers.py $(ARGS)
 
 bench-classics: $(READY)  ## the classics at full size on MNIST: make bench-classics DATA=folder
 	$(BIN)/python tests/benchmarks/bench_classics.py --data $(or $(DATA),data/mnist) $(ARGS)
