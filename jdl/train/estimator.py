@@ -253,8 +253,8 @@ class Estimator:
 
         >>> from jdl import from_fns, losses
         >>> line = from_fns(lambda key, x: jnp.zeros((1, 1)), lambda slope, x: x @ slope)
-        >>> device = jax.devices()[:1]
-        >>> estimator = Estimator(line, losses.squared_error, optax.sgd(0.5), devices=device)
+        >>> one = {"devices": jax.devices()[:1], "steps_per_dispatch": 1}
+        >>> estimator = Estimator(line, losses.squared_error, optax.sgd(0.5), **one)
         >>> batch = {"image": jnp.ones((4, 1)), "label": jnp.ones((4, 1))}  # 2·4 floats of 4 bytes
         >>> estimator.memory_estimate([batch])["batches"]  # 3 of them
         96
