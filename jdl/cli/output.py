@@ -33,6 +33,27 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def amount(nbytes: int) -> str:
+    """Bytes with three digits and a unit.
+
+    >>> amount(557_351_940), amount(1_234_567_890), amount(96)
+    ('557 MB', '1.23 GB', '96 bytes')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= 0.9995 * size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes} bytes"
+
+
+def memory(estimator: Any) -> str:
+    """The estimate of `jdl.Estimator.memory`, by parts."""
+    if not estimator.memory:
+        return "unknown"
+    found = {name: amount(n) for name, n in estimator.memory.items()}
+    parts = ", ".join(f"{name} {found[name]}" for name in ("state", "batches", "temporaries"))
+    return f"{found['peak']} on each device ({parts})"
+
+
 def say(text: str) -> None:
     """Prints a line that may hold names from an archive."""
     print(visible(text))

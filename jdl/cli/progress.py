@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
+from jdl.cli import output
+
 EVERY = 5.0  # seconds between plain lines
 RECENT = 20  # rows of the log over which speed is measured
 
@@ -45,6 +47,10 @@ class StepProgress:
     def __exit__(self, *_: object) -> None:
         if self._console.is_terminal:  # it prints an empty line elsewhere
             self._bar.stop()
+
+    def compiled(self, estimator: Any) -> None:
+        """Prints how much memory the training needs, before the first step."""
+        print(f"memory: {output.memory(estimator)}", flush=True)
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Takes one row of the log."""

@@ -8,6 +8,7 @@ Examples:
   jdl train vit --optimizer sgd --weight-decay 5e-4 --clip 1 --schedule cosine --warmup 100
   jdl train cnn --data pets.tar --init-from runs/photos --learning-rate 1e-4
   jdl train cnn --data photos.tar --max-time 10m --workdir runs/photos
+  jdl train cnn --data photos.tar --logs csv wandb --workdir runs/photos
   jdl train cnn --data photos.tar --try
   jdl train cnn --data photos.tar --overfit 1 --max-steps 200
   jdl train recursive --data trees.txt
@@ -109,8 +110,8 @@ class Args:
     """steps between checkpoints; by default every 1,000th that is 10 s after the last"""
     keep_every: int | None = None
     """besides the newest checkpoints, keep those whose step is a multiple of this"""
-    logs: tuple[Literal["csv", "tensorboard"], ...] = ()
-    """logs to write besides metrics.jsonl: metrics.csv, or TensorBoard's event files"""
+    logs: tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...] = ()
+    """logs besides metrics.jsonl: metrics.csv, TensorBoard's files, a run of W&B or of MLflow"""
     compute_dtype: Literal["bfloat16", "float16"] | None = None
     """the model's floating-point type; parameters, losses and optimizer stay float32"""
     ema: float | None = None

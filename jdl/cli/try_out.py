@@ -48,7 +48,8 @@ def try_out(
             lambda: estimator.train(data, steps=1, save=False),
             lambda done: (
                 f"1 step, of which {done.compile_seconds:.2f} s compiling; "
-                f"{sum(x.size for x in jax.tree.leaves(done.params)):,} parameters"
+                f"{sum(x.size for x in jax.tree.leaves(done.params)):,} parameters; memory: "
+                + output.memory(done)
             ),
         )
         for line in told:

@@ -41,7 +41,7 @@ class CompiledSteps:
     ):
         self._train, self._placement, self._off_clock = train, placement, off_clock
         self._steps: dict[str, tuple[Step, Any]] = {}
-        self._plan: Any = None  # XLA's memory analysis of the last step asked for
+        self._plan: Any = None  # the bytes of a batch, and XLA's memory analysis of its step
         self.seconds = 0.0
 
     def choose_length(self, state: TrainState, batch: Batch, most: int) -> int:
@@ -63,7 +63,9 @@ class CompiledSteps:
             dispatch.refuse_changed_types(state, lowered.out_info[0])
             compiled = lowered.compile()
             step = self._any_size(compiled, shapes_of(batch))
-            self._steps[signature] = step, compiled.memory_analysis()
+            nbytes = sum(x.nbytes for x in jax.tree.leaves(_args(batch)))
+            plan = nbytes // self._placement.num_devices, compiled.memory_analysis()
+            self._steps[signature] = step, plan
             self.seconds += time.perf_counter() - start
         step, self._plan = self._steps[signature]
         return step
@@ -95,20 +97,20 @@ class CompiledSteps:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes that a step needs on each device, by XLA's analysis; {} before the first.
-
-        `state` is reused for the next state; `peak` counts state, batch and all temporaries; `seen`
-        is the peak that the device itself reports, where it does.
-        """
-        plan = self._plan
+        """Bytes that training needs on each device, see `jdl.Estimator.memory`."""
+        batch, plan = self._plan or (0, None)
         if plan is None:
             return {}
-        state = plan.alias_size_in_bytes
-        peak = plan.argument_size_in_bytes + plan.temp_size_in_bytes
-        peak += plan.output_size_in_bytes - state
+        reused = plan.alias_size_in_bytes
+        found = {
+            "state": max(reused, plan.argument_size_in_bytes - batch),
+            "batches": 3 * batch,  # as many as the loop holds
+            "temporaries": plan.temp_size_in_bytes + plan.output_size_in_bytes - reused,
+        }
+        found["peak"] = sum(found.values())
         stats = self._placement.devices[0].memory_stats() or {}
         seen = {"seen": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
-        return {"state": state, "peak": peak, **seen}
+        return found | seen
 
 
 def _of_an_example(shapes: Any) -> Any:

@@ -5,7 +5,8 @@ made it, whose parameters may be a step or more ahead of the row. A hook that ra
 ends `train` as at its last step: it saves and returns. Any other exception ends it as an error.
 
 A hook that remembers rows must be a `StatefulHook`, as those here are. A hook that reads the rows
-of one split only may name it in an attribute `split`; `train` warns where it logs no such rows.
+of one split only may name it in an attribute `split`; `train` warns where it logs no such rows. A
+hook with a method `compiled(estimator)` has it called in each `train`, before its first step.
 """
 
 import itertools

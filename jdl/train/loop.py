@@ -113,6 +113,7 @@ class TrainLoop:
       profile: traces some steps.
       evaluate: `evaluate(data) -> values`, for validation.
       report: takes each row of the log.
+      compiled: called once the step is compiled, before it runs.
       refuse: `refuse(state, batch)` raises for the first batch of data, if it must.
       reads_state: whether `report` may read the state of a row's step.
       log_every, save_every, on_nonfinite, steps_per_dispatch: as for `jdl.Estimator`.
@@ -125,6 +126,7 @@ class TrainLoop:
         profile: Profile,
         evaluate: Callable[[Data], dict[str, Any]],
         report: Reporter,
+        compiled: Callable[[], None],
         refuse: Callable[[TrainState, Batch], None],
         reads_state: bool,
         log_every: int,
@@ -134,6 +136,7 @@ class TrainLoop:
     ):
         self._run, self._steps, self._profile = run, steps, profile
         self._evaluate, self._report, self._refuse = evaluate, report, refuse
+        self._compiled = compiled
         self._reads_state, self.log_every = reads_state, log_every
         self._save_every = SAVE_STEPS if isinstance(save_every, str) else save_every
         # Several processes save together, and their clocks differ.
@@ -155,20 +158,11 @@ class TrainLoop:
         wall = Clock()
         wall.start()
         run = self._run
-        feed = run.feed(data, repeat=limits.given)
-        with run.signals.window("data"):
-            batch = feed.prefetch()
-        if batch is None:
-            raise check.DataError(
-                "The training data gives no batch: it is at its end, or holds fewer examples than "
-                "one batch."
-            )
+        feed, batch = self._first(data, repeat=limits.given)
         last_step = limits.last_step(run.step, data)
         if last_step is not None and run.step >= last_step:
             return False
-        if not feed.checked:
-            self._refuse(run.current(), batch)
-            feed.checked = True
+        self._check(feed, batch)
         self._saved = run.clock.seconds if self._saved is None else self._saved
         run.apply_learning_rate(batch)
         run.classes = getattr(data, "classes", None) or run.classes
@@ -179,11 +173,37 @@ class TrainLoop:
         call = Call(data, limits, last_step, deadlines, validation, validate_every)
         run.steps_per_dispatch = self._length(batch)
         step = self._steps.for_batch(run.current(), self._next(call, feed))
+        with run.signals.window("hooks"):
+            self._compiled()
         try:
             self._run_and_roll_back(call, step, feed)
         except StopTraining as stop:
             logger.info("training ended at step %d: %s", run.step, stop)
         return True
+
+    def compile(self, data: Data) -> None:
+        """Compiles the step that `train` with a limit would begin with."""
+        run = self._run
+        feed, batch = self._first(data, repeat=True)
+        self._check(feed, batch)
+        run.steps_per_dispatch = length = self._length(batch)
+        self._steps.for_batch(run.current(), feed.prefetch(1, length))
+
+    def _first(self, data: Data, *, repeat: bool) -> tuple[Feed, Batch]:
+        feed = self._run.feed(data, repeat=repeat)
+        with self._run.signals.window("data"):
+            batch = feed.prefetch()
+        if batch is None:
+            raise check.DataError(
+                "The training data gives no batch: it is at its end, or holds fewer examples than "
+                "one batch."
+            )
+        return feed, batch
+
+    def _check(self, feed: Feed, batch: Batch) -> None:
+        if not feed.checked:
+            self._refuse(self._run.current(), batch)
+            feed.checked = True
 
     def _length(self, batch: Batch) -> int:
         """The most steps in one dispatch: as asked for, as before, or chosen."""
@@ -294,12 +314,16 @@ class TrainLoop:
         """Logs a step whose metrics have arrived; raises where its loss is not finite."""
         per_epoch = getattr(data, "steps_per_epoch", None)
         waited, began = feed.wait_seconds, self._run.clock.seconds
+        memory = self._steps.memory if self._run.step == 0 else {}
+        once = {"memory_estimate": memory["peak"]} if memory else {}  # in the run's first row
 
         def on_finished(finished: Finished) -> None:
             trained = max(finished.seconds - began, 1e-9)
             values = finished.logs | {"data_wait": (feed.wait_seconds - waited) / trained}
             if skipped := getattr(data, "skipped", 0):
                 values["skipped"] = skipped
+            values |= once
+            once.clear()
             epoch = finished.step / per_epoch if per_epoch else None
             self._report(finished.step, finished.seconds, epoch, Mode.TRAIN.value, values)
             if finished.nonfinite is not None and self._on_nonfinite != "skip":

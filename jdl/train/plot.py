@@ -9,6 +9,7 @@ from jdl.train.writers import is_number, read_jsonl
 
 # Columns of the log that are not losses or metrics.
 _NOT_PLOTTED = {"step", "seconds", "epoch", "split", "data_wait", "skipped", "learning_rate"}
+_NOT_PLOTTED |= {"memory_estimate"}
 
 
 def draw(metrics: str | Path, picture: str | Path) -> Path:

@@ -1,20 +1,25 @@
-"""A run's log: `metrics.jsonl` always, `metrics.csv` and TensorBoard's files if asked for.
+"""A run's log: `metrics.jsonl` always; a table, TensorBoard, W&B or MLflow if asked for.
 
 All writers take rows `{"step", "seconds", "epoch", "split", values…}` and can rewind: a run that
 continues from an earlier checkpoint first drops the rows after it, so that no log has gaps or
-duplicates.
+duplicates; a service, which keeps what it was sent, is not sent such rows again.
 """
 
 import csv
 import errno
 import functools
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
+import re
 import struct
 import time
+import tomllib
+import uuid
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -177,12 +182,131 @@ class TensorBoardWriter:
         return struct.pack("<I", self._checksum(data))
 
 
+Send = Callable[[int, dict[str, float]], None]  # of a step and its values; does not wait
+
+
+class ServiceWriter:
+    """Rows for a service: one run of it for a run directory, also after a restart.
+
+    The values of a row are named `split/name`. The service's run begins, or goes on, before the
+    first step, and has the settings in `config.toml`.
+
+    Args:
+      workdir: the run directory; its file `NAME.id` keeps which of the service's runs it is.
+      name: among `SERVICES`.
+    """
+
+    def __init__(self, workdir: str | Path, name: str):
+        self._workdir, self._name = Path(workdir), name
+        title, self._begin = SERVICES[name]
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # None of a mere folder of that name
+            raise check.MissingExtraError(name, name, title)
+        self._title, self._id = title, self._workdir / f"{name}.id"
+        self._sent: set[tuple[Any, Any]] = set()  # (step, split) of rows that come again
+        self._send: Send | None = None
+
+    def write(self, row: Row) -> None:
+        """Sends the row's numbers, and its seconds on the training clock."""
+        step, split = row["step"], str(row["split"]).replace("/", "-")
+        if (step, row["split"]) in self._sent:
+            return
+        values = {k: v for k, v in row.items() if is_number(v) and math.isfinite(v) and k != "step"}
+        self._open()(step, {f"{split}/{name}": value for name, value in values.items()})
+
+    def rewind(self, step: int) -> None:
+        """Notes which rows, those of `metrics.jsonl` after `step`, are there already."""
+        rows = read_jsonl(self._workdir / "metrics.jsonl") if self._id.exists() else []
+        late = [row for row in rows if is_number(row.get("step")) and row["step"] > step]
+        self._sent |= {(row["step"], row.get("split")) for row in late}
+        self._open()
+
+    def _open(self) -> Send:
+        if self._send is None:
+            path = self._workdir / "config.toml"
+            config = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            identity = self._id.read_text(encoding="utf-8") if self._id.exists() else None
+            try:
+                found, self._send = self._begin(self._workdir, identity, config)
+            except Exception as error:  # of the network or of the user's account, in many types
+                raise check.UserError(
+                    f"{self._title} does not begin the run: {error}."
+                    + (f" Without {self._id} it would be a new one." if identity else "")
+                ) from error
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._id, found)
+        return self._send
+
+
+_OPEN: dict[str, Any] = {}  # W&B's runs by id, which end with the process
+
+
+def _wandb_run(workdir: Path, identity: str | None, config: dict[str, Any]) -> tuple[str, Send]:
+    """A run of Weights & Biases; its own environment variables, such as WANDB_MODE, count."""
+    import wandb
+
+    identity = identity or uuid.uuid4().hex
+    if identity in _OPEN:  # by an earlier Estimator of this process
+        _OPEN.pop(identity).finish()
+    workdir.mkdir(parents=True, exist_ok=True)  # else it takes a folder for temporary files
+    run = _OPEN[identity] = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "jdl"),
+        name=workdir.name,
+        dir=str(workdir),
+        config=config,
+        id=identity,
+        resume="allow",
+        reinit="create_new",
+    )
+    return identity, lambda step, values: run.log(values, step=step)
+
+
+def _mlflow_run(workdir: Path, identity: str | None, config: dict[str, Any]) -> tuple[str, Send]:
+    """A run of MLflow, at its own MLFLOW_TRACKING_URI; it is finished as the process ends."""
+    import mlflow
+    from mlflow.entities import Metric, Param
+
+    client = mlflow.MlflowClient()
+    if identity is None:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "jdl")
+        known = client.get_experiment_by_name(name)
+        experiment = client.create_experiment(name) if known is None else known.experiment_id
+        identity = str(client.create_run(experiment, run_name=workdir.name).info.run_id)
+        settings = [Param(key, str(value)[:500]) for key, value in config.items()]
+        client.log_batch(identity, params=settings)
+    else:
+        client.update_run(identity, status="RUNNING")
+    run, last = identity, list[Any]()
+
+    def send(step: int, values: dict[str, float]) -> None:
+        now = int(1000 * time.time())
+        words = {re.sub(r"[^\w\-./ ]", "_", name): x for name, x in values.items()}  # all it takes
+        metrics = [Metric(name, value, now, step) for name, value in words.items()]
+        last[:] = [client.log_batch(run, metrics=metrics, synchronous=False)]
+
+    def end() -> None:
+        for operations in last:
+            operations.wait()
+        client.set_terminated(run)
+
+    weakref.finalize(send, end)
+    return identity, send
+
+
+# name -> what people call it, and what begins or continues a run: `(workdir, id, config)`
+SERVICES: dict[str, tuple[str, Callable[..., tuple[str, Send]]]] = {
+    "wandb": ("Weights & Biases", _wandb_run),
+    "mlflow": ("MLflow", _mlflow_run),
+}
+
+
 class Writers:
     """Several writers as one: `metrics.jsonl`, and what is asked for besides.
 
     Args:
       workdir: the run directory.
-      besides: "csv" for `metrics.csv`, "tensorboard" for the folder `tensorboard`.
+      besides: "csv" for `metrics.csv`, "tensorboard" for the folder `tensorboard`; "wandb" or
+        "mlflow" for a run of the service.
       directions: the directions of the rows' values, see `declare`; called at the first row.
     """
 
@@ -198,6 +322,7 @@ class Writers:
         kinds: dict[str, Callable[[], Writer]] = {
             "csv": lambda: CsvWriter(self._lines.path),
             "tensorboard": lambda: TensorBoardWriter(workdir / "tensorboard"),
+            **{name: functools.partial(ServiceWriter, workdir, name) for name in SERVICES},
         }
         names = dict.fromkeys(check.one_of("logs", name, kinds) for name in besides)
         self._all: list[Writer] = [self._lines, *(kinds[name]() for name in names)]
@@ -226,7 +351,8 @@ class Writers:
 
     def rewind(self, step: int) -> None:
         """Drops the rows of steps after `step` from all."""
-        for writer in self._all:
+        # The services' first, which read what the log is about to drop.
+        for writer in sorted(self._all, key=lambda x: not isinstance(x, ServiceWriter)):
             writer.rewind(step)
 
 

@@ -41,6 +41,6 @@ def final(workdir, step):
         found = manager.restore(step, args=args)
     state = {path: np.asarray(x) for path, x in found.state.items()}
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    clock = {"seconds", "data_wait"}
+    clock = {"seconds", "data_wait", "memory_estimate"}
     rows = [{k: v for k, v in json.loads(x).items() if k not in clock} for x in lines]
     return state, found.meta["position"], rows

@@ -45,7 +45,10 @@ def make(length, optimizer="adam", *, devices=1, **options):
 
 
 def plain(rows):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "data_wait")} for r in rows]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "data_wait", "memory_estimate")}
+        for r in rows
+    ]
 
 
 def logged(workdir):

@@ -1,8 +1,14 @@
 """Logs: what is written can be read by others, and a run that goes back leaves no doubles."""
 
 import csv
+import gc
+import importlib.machinery
 import json
+import os
 import struct
+import subprocess
+import sys
+import types
 
 import pytest
 
@@ -167,3 +173,169 @@ def test_two_processes_write_one_table(tmp_path):
         {"step": "2", "loss": "0.125"},
         {"step": "3", "loss": "0.125", "norm": "2.0"},
     ]
+
+
+# ---------------------------------------------------------------------- services
+
+
+def module(monkeypatch, name, **contents):
+    made = types.ModuleType(name)
+    made.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="here")
+    vars(made).update(contents)
+    monkeypatch.setitem(sys.modules, name, made)
+
+
+def fake_wandb(monkeypatch):
+    """The arguments of each `init`, and what was logged to it; the ids of finished runs."""
+    runs, finished = [], []
+
+    def init(**given):
+        runs.append((given, logged := []))
+        log = lambda values, step: logged.append((step, values))  # noqa: E731
+        return types.SimpleNamespace(log=log, finish=lambda: finished.append(given["id"]))
+
+    module(monkeypatch, "wandb", init=init)
+    return runs, finished
+
+
+def fake_mlflow(monkeypatch):
+    """name of a call -> the arguments of each."""
+    calls = {}
+
+    class Client:
+        def __getattr__(self, name):
+            def call(*args, **more):
+                calls.setdefault(name, []).append((*args, more))
+                if name == "create_run":
+                    return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
+                return None if name.startswith("get") else "7" if "experiment" in name else Done()
+
+            return call
+
+    class Done:
+        def wait(self):
+            calls.setdefault("wait", []).append(())
+
+    entities = {"Metric": lambda *x: x, "Param": lambda *x: x}
+    module(monkeypatch, "mlflow", MlflowClient=Client)
+    module(monkeypatch, "mlflow.entities", **entities)
+    return calls
+
+
+def a_run(folder, service):
+    """Three rows, of which the last two come again in a run that goes on from step 1."""
+    (folder / "config.toml").write_text('model = "mlp"\n[option]\ndamping = 1.0\n')
+    writers = Writers(folder, [service])
+    writers.rewind(0)
+    for step in (1, 2):
+        writers.write(row(step, loss=1.0 / step, note="words", bad=float("nan")))
+    writers.write(row(2, "test, held/out", accuracy=0.25))
+    resumed = Writers(folder, [service])
+    resumed.rewind(1)
+    resumed.write(row(2, loss=0.5))
+    resumed.write(row(2, "test, held/out", accuracy=0.25))
+    resumed.write(row(3, loss=0.125))
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 4
+
+
+def test_wandb_has_each_row_once_in_one_run_with_the_settings(tmp_path, monkeypatch):
+    runs, finished = fake_wandb(monkeypatch)
+    monkeypatch.setenv("WANDB_PROJECT", "pets")
+    a_run(tmp_path, "wandb")
+    (first, before), (second, after) = runs
+    assert first == second
+    assert finished == [first["id"]]  # before it goes on in the same process
+    assert first["config"] == {"model": "mlp", "option": {"damping": 1.0}}
+    assert (first["project"], first["resume"], first["dir"]) == ("pets", "allow", str(tmp_path))
+    assert first["id"] == (tmp_path / "wandb.id").read_text()
+    assert before == [
+        (1, {"train/seconds": 0.5, "train/loss": 1.0}),
+        (2, {"train/seconds": 1.0, "train/loss": 0.5}),
+        (2, {"test, held-out/seconds": 1.0, "test, held-out/accuracy": 0.25}),
+    ]
+    assert after == [(3, {"train/seconds": 1.5, "train/loss": 0.125})]
+
+
+def test_mlflow_has_each_row_once_in_one_run_with_the_settings(tmp_path, monkeypatch):
+    calls = fake_mlflow(monkeypatch)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "pets")
+    a_run(tmp_path, "mlflow")
+    gc.collect()
+    assert calls["create_experiment"] == [("pets", {})]
+    assert calls["create_run"] == [("7", {"run_name": tmp_path.name})]
+    assert calls["update_run"] == [("r1", {"status": "RUNNING"})]
+    assert calls["set_terminated"] == [("r1", {})] * 2
+    (_, settings), *rows = calls["log_batch"]
+    assert settings == {"params": [("model", "mlp"), ("option", "{'damping': 1.0}")]}
+    assert all(more["synchronous"] is False for _, more in rows)
+    assert [(n, v, step) for _, more in rows for n, v, _, step in more["metrics"]] == [
+        ("train/seconds", 0.5, 1),
+        ("train/loss", 1.0, 1),
+        ("train/seconds", 1.0, 2),
+        ("train/loss", 0.5, 2),
+        ("test_ held-out/seconds", 1.0, 2),
+        ("test_ held-out/accuracy", 0.25, 2),
+        ("train/seconds", 1.5, 3),
+        ("train/loss", 0.125, 3),
+    ]
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"])
+def test_a_missing_package_is_told_also_beside_a_folder_of_its_name(service, tmp_path, monkeypatch):
+    (tmp_path / service).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    find = importlib.machinery.PathFinder.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find(name, [str(tmp_path)]))
+    with pytest.raises(check.MissingExtraError, match=f"jax-jdl.{service}."):
+        Writers(tmp_path, [service])
+
+
+def test_a_service_that_refuses_is_told_without_a_traceback(tmp_path, monkeypatch):
+    def init(**_):
+        raise ConnectionError("no route")
+
+    module(monkeypatch, "wandb", init=init)
+    with pytest.raises(check.UserError, match="Weights & Biases does not begin the run: no route"):
+        Writers(tmp_path, ["wandb"]).rewind(0)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.train.test_writers import a_run
+a_run(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+def of_a_process(folder, service, **environment):
+    """Runs `a_run` in a process of its own, at whose end the services' data are whole."""
+    command = [sys.executable, "-c", SCRIPT, str(folder), service]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_wandb_offline_keeps_the_runs_records(tmp_path):
+    pytest.importorskip("wandb")
+    of_a_process(tmp_path, "wandb", WANDB_MODE="offline")
+    identity = (tmp_path / "wandb.id").read_text()
+    files = sorted(tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb"))
+    records = b"".join(path.read_bytes() for path in files)
+    assert b"train/loss" in records
+    assert b"test, held-out/accuracy" in records
+    assert b"damping" in records
+
+
+def test_mlflow_keeps_the_runs_metrics_in_a_folder(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    where = {"MLFLOW_TRACKING_URI": f"file:{tmp_path / 'store'}", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    of_a_process(tmp_path, "mlflow", **where)
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    client = mlflow.MlflowClient(where["MLFLOW_TRACKING_URI"])
+    identity = (tmp_path / "mlflow.id").read_text()
+    history = client.get_metric_history(identity, "train/loss")
+    assert sorted((m.step, m.value) for m in history) == [(1, 1.0), (2, 0.5), (3, 0.125)]
+    run = client.get_run(identity)
+    assert run.data.params["model"] == "mlp"
+    assert run.info.status == "FINISHED"
