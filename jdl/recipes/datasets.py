@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jdl.data import Batches
     from jdl.recipes.registry import Recipe
 
-TEXT, CHAIN, WINDOW = "text:", "chain", 128  # a file's prefix, the generated text, a window's bytes
+TEXT, CHAIN = "text:", "chain"  # a file's prefix, the generated text
 
 
 def choice(
@@ -63,6 +63,8 @@ def told(data: str, number: int, classes: int | None = None) -> str:
     ('7 windows of 128 bytes of a.txt', '7 images of digits', '7 examples of digits (10 classes)')
     """
     if kind(data) == "a text":
+        from jdl.recipes.texts import WINDOW
+
         what = "generated letters, a Markov chain" if data == CHAIN else data.removeprefix(TEXT)
         return f"{number} windows of {WINDOW} bytes of {what}"
     if classes is None:
@@ -97,7 +99,7 @@ def open_images(data: str, *, size: tuple[int, ...], words: Any = (), **options:
     if kind(data) == "a text":
         from jdl.recipes import texts
 
-        return texts.batches_of(data, **options)
+        return texts.batches_of(None if data == CHAIN else data.removeprefix(TEXT), **options)
     if kind(data) == "a file's arrays":
         from jdl.recipes import own
 
@@ -120,6 +122,8 @@ def input_shape(data: str, size: tuple[int, ...], channels: int) -> tuple[int, .
 
         return SHAPE
     if kind(data) == "a text":
+        from jdl.recipes.texts import WINDOW
+
         return (WINDOW,)
     return (*size, channels) if kind(data) == "images" else size
 

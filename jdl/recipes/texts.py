@@ -15,9 +15,9 @@ from jdl.core.types import Batch, Key
 from jdl.data import Batches, from_arrays
 from jdl.models import rnn, transformer
 from jdl.models.sequences import mapped, markov
-from jdl.recipes.datasets import CHAIN, TEXT, WINDOW
 from jdl.train.estimator import Estimator
 
+WINDOW = 128  # bytes
 MOST_EVALUATED, MOST_STARTS = 4096, 1 << 20  # windows
 
 
@@ -28,15 +28,14 @@ def chain() -> np.ndarray:
     return np.pad(letters + ord("a"), [(0, 0), (0, 1)], constant_values=10).astype(np.uint8).ravel()
 
 
-def batches_of(data: str, *, split: str | None, **options: Any) -> Batches:
-    """Windows "tokens" int32[B, 128] of a text; "test" is its last eighth, "train" the rest.
+def batches_of(file: str | None, *, split: str | None, **options: Any) -> Batches:
+    """Windows "tokens" int32[B, 128] of a file, or of `chain`; "test" is its last eighth, "train" the rest.
 
     Shuffled, windows begin anywhere, passes have no end; else at most 4,096, spread evenly over the
     text. Options are as for images.
     """
     check.one_of("--split", split or "all", ("train", "test", "all"))
-    file = data.removeprefix(TEXT)
-    text = chain() if data == CHAIN else mapped(file, 2 * WINDOW, "a model of texts")
+    text = chain() if file is None else mapped(file, 2 * WINDOW, "a model of texts")
     cut = len(text) - max(len(text) // 8, WINDOW)
     text = {"train": text[:cut], "test": text[cut:]}.get(split or "all", text)
     last = len(text) - WINDOW

@@ -20,7 +20,6 @@ NETS = {
     "lstm": RNN(SYMBOLS, hidden=8, vocabulary=SYMBOLS, every_step=True),
 }
 GENERATE = {"gpt": transformer.generate, "lstm": rnn.generate}
-FILE = "text:{}"
 
 
 def random_params(model):
@@ -97,7 +96,7 @@ def test_a_text_s_end_is_held_out(tmp_path):
     path = tmp_path / "a.txt"
     text = np.random.default_rng(0).integers(1, 256, 4001).astype(np.uint8)
     path.write_bytes(text.tobytes())
-    name = FILE.format(path)
+    name = str(path)
 
     def whole(split):
         batches = [*texts.batches_of(name, split=split, batch_size=7)]
@@ -133,8 +132,8 @@ def test_the_generated_text_is_the_chain_of_the_problem():
 def test_a_long_text_is_evaluated_in_part(tmp_path):
     path = tmp_path / "long"
     path.write_bytes(b"x" * 5_000_000)
-    assert texts.batches_of(FILE.format(path), split="train", batch_size=9).num_records == 4096
-    more = texts.batches_of(FILE.format(path), split="train", batch_size=9, shuffle=True)
+    assert texts.batches_of(str(path), split="train", batch_size=9).num_records == 4096
+    more = texts.batches_of(str(path), split="train", batch_size=9, shuffle=True)
     assert more.num_records == 1 << 20
 
 
