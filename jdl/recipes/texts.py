@@ -29,10 +29,10 @@ def chain() -> np.ndarray:
 
 
 def batches_of(file: str | None, *, split: str | None, **options: Any) -> Batches:
-    """Windows "tokens" int32[B, 128] of a file, or of `chain`; "test" is its last eighth, "train" the rest.
+    """Windows "tokens" int32[B, 128] of a file's bytes, or of `chain`; options as for images.
 
-    Shuffled, windows begin anywhere, passes have no end; else at most 4,096, spread evenly over the
-    text. Options are as for images.
+    "test" is the last eighth, "train" the rest. Shuffled, windows begin anywhere and passes have no
+    end; else they are at most 4,096, spread evenly.
     """
     check.one_of("--split", split or "all", ("train", "test", "all"))
     text = chain() if file is None else mapped(file, 2 * WINDOW, "a model of texts")
