@@ -223,7 +223,7 @@ def _job(args: Args) -> _Job:
             **more,
         )
 
-    probe = images(1)
+    probe = images(1, shuffle=no_images)  # of a text as many windows as there are places
     number, classes = probe.num_records, tuple(probe.classes or ())
     must = f"given: {args.model} needs classes"
     check.argument(bool(classes) or chosen.kind not in LABELLED, "--label", must, label)
