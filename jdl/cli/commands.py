@@ -7,7 +7,7 @@ COMMANDS = {
     "evaluate": "loss and metrics of a trained run on a tar of images",
     "curvature": "curvature at a trained run: eigenvalues, sharpness, gradient noise",
     "predict": "a trained run's predictions, as .npz, .jsonl or .csv",
-    "sample": "new pictures of a trained gan, cgan, vae, rbm or dbn",
+    "sample": "new pictures or texts of a trained generative model",
     "summary": "a model's parameters, with shapes and counts, and its FLOPs",
     "activations": "what a network's layers respond to in a picture",
     "dream": "a picture changed until a network sees more in it; a class's picture",

@@ -60,7 +60,7 @@ class Args:
     warmup: float = 0.0
     """share of the budget over which the learning rates rise from 0, such as 0.05"""
     seeds: int = 1
-    """number of seeds; at least 3 for a published result"""
+    """number of seeds; at least 6 for a published result"""
     seconds: float = 30.0
     """training seconds of each trial, without compilation and evaluation"""
     epochs: float | None = None
