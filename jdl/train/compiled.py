@@ -108,7 +108,9 @@ class CompiledSteps:
             "temporaries": plan.temp_size_in_bytes + plan.output_size_in_bytes - reused,
         }
         found["peak"] = sum(found.values())
-        stats = self._placement.devices[0].memory_stats() or {}
+        # A process knows the memory of its own devices alone.
+        own = [d for d in self._placement.devices if d.process_index == jax.process_index()]
+        stats = own[0].memory_stats() or {}
         seen = {"seen": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
         return found | seen
 
