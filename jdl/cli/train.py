@@ -353,7 +353,8 @@ def _silence() -> Iterator[None]:
 
 def _folder(*names: str) -> str:
     """A folder's name of a model's, a `--data` argument and an optimizer."""
-    stems = [Path(name).name.removesuffix(".tar").removesuffix(".py") for name in names]
+    paths = [Path(name.removeprefix("text:")) for name in names]
+    stems = [path.name.removesuffix(".tar").removesuffix(".py") for path in paths]
     plain = [re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.") or "data" for stem in stems]
     return "-".join(dict.fromkeys(plain))
 

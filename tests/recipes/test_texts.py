@@ -224,22 +224,23 @@ def test_a_model_learns_a_text_and_says_it(model, net, tmp_path, capsys, monkeyp
     monkeypatch.setitem(RECIPES, model, RECIPES[model]._replace(build=lambda *_: net))
     (tmp_path / "a.txt").write_text("abcdéf\n" * 80, encoding="utf-8")
     given = ["--data", "a.txt", "--batch-size", "8", "--learning-rate", "3e-2"]
+    run = f"runs/{model}-a.txt-adam"
     for steps in ("40", "80"):  # the second goes on
-        assert main(["train", model, *given, "--steps", steps, "--workdir", "run"]) == 0
+        assert main(["train", model, *given, "--steps", steps]) == 0
     assert "windows of 128 bytes of a.txt, adam" in capsys.readouterr().out
-    assert main(["evaluate", "--workdir", "run", "--json"]) == 0
+    assert main(["evaluate", "--workdir", run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / np.log(2), rel=1e-5)
     assert found["bits_per_byte"] < 0.5
 
     def said(*flags):
-        assert main(["sample", "--workdir", "run", *flags]) == 0
+        assert main(["sample", "--workdir", run, *flags]) == 0
         printed = capsys.readouterr().out
-        return (tmp_path / "run" / "sampled.txt").read_text(encoding="utf-8"), printed
+        return (tmp_path / run / "sampled.txt").read_text(encoding="utf-8"), printed
 
     cold, printed = said("--count", "1", "--temperature", "0", "--prompt", "cdé", "--length", "156")
     assert cold == "cdéf\n" + 19 * "abcdéf\n" + "ab\n"
-    assert printed == cold + "1 text: run/sampled.txt\n"
+    assert printed == cold + f"1 text: {run}/sampled.txt\n"
     warm = ["--temperature", "3", "--length", "40"]
     first, again, other = (said(*warm, "--seed", seed)[0] for seed in "112")
     assert first == again != other
