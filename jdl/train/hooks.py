@@ -266,9 +266,9 @@ def sharpness(batch: Batch, *, every: int = 1, **options: Any) -> Hook:
     The entry is `sharpness`; for Adam, RMSprop and K-FAC `preconditioned_sharpness` is that of the
     Hessian as their steps see it. See `jdl.curvature.SharpnessTracker`: one compiled call, of a
     product for each value where its last eigenvector still holds. At every 50th step, on a batch of
-    the training's size, that added 6 % (SGD) and 12 % (Adam, its state 169,000 numbers three times)
-    to the CPU time of an MLP of 1.9 ms a step once the training had settled. While the curvature
-    changes fast a measurement takes a dozen products: 40 % in the first 250 steps of a CNN.
+    the training's size, that added 6 % (SGD) and 10 to 11 % (Adam, its state 169,000 numbers three
+    times) to the CPU time of an MLP of 1.2 ms a step once the training had settled. The first
+    measurements take more products, up to a dozen: 40 % in the first 250 steps of a CNN.
 
     Args:
       batch: the examples to measure on, as the model takes them.
