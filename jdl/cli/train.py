@@ -259,10 +259,11 @@ def _job(args: Args) -> _Job:
     augment = [name for name in args.augment if name not in MIXED]
     more = given | {"augment": augment}
     data = images(batch_size, shuffle=True, seed=args.seed, classes=config.classes, **more)
+    folder = _folder(args.model, source.removeprefix(datasets.TEXT), optimizer)
     return _Job(
         config=config,
         recipe=chosen,
-        workdir=args.workdir or Path("runs") / _folder(args.model, source, optimizer),
+        workdir=args.workdir or Path("runs") / folder,
         data=data if args.overfit is None else data.first(args.overfit),
         max_steps=max_steps,
         seconds=options.seconds("--max-time", args.max_time),
@@ -353,8 +354,7 @@ def _silence() -> Iterator[None]:
 
 def _folder(*names: str) -> str:
     """A folder's name of a model's, a `--data` argument and an optimizer."""
-    paths = [Path(name.removeprefix("text:")) for name in names]
-    stems = [path.name.removesuffix(".tar").removesuffix(".py") for path in paths]
+    stems = [Path(name).name.removesuffix(".tar").removesuffix(".py") for name in names]
     plain = [re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.") or "data" for stem in stems]
     return "-".join(dict.fromkeys(plain))
 
